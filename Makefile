@@ -1,0 +1,109 @@
+# Everything a person or CI runs. `make bench` and `make test` need nothing but this checkout, Python 3.11, a C++20
+# compiler, CMake and make; they install the rest into .venv. The gpu-* targets use $(PYTHON) as it is.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+EXTRAS ?= bench,test,dev
+RESULTS ?= results
+WORKERS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+BUILD := build/native
+NATIVE := convkernels/_native
+NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE_SOURCES))
+PYTEST_FLAGS ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# One test process per core: more threads in each would only fight.
+test test-fast asan: export OMP_NUM_THREADS = 1
+
+.PHONY: help install build bench test test-fast lint format ctest abi asan cross gpu-build gpu-test gpu-bench clean
+.NOTPARALLEL:
+
+help:
+	@echo "make install    create .venv with everything needed to run and test, and build in place"
+	@echo "make bench      the main job: measure, write tables and plots to $(RESULTS)/"
+	@echo "make test       lint, C++ tests, library checks, sanitizers, all Python tests (what CI runs)"
+	@echo "make test-fast  the Python and C++ tests that are quick"
+	@echo "make lint|format|ctest|abi|asan|cross|clean"
+	@echo "make gpu-test gpu-bench   on a machine with a GPU, with PYTHON=<one that has torch>, no network needed"
+
+# ---- environment: each stamp depends on what would make it stale
+
+$(VENV)/.torch: | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	@touch $@
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.requirements: pyproject.toml setup.py $(VENV)/.torch
+	$(BIN)/python -m pip install --quiet $$($(BIN)/python -c \
+	    'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])')
+	CONVKERNELS_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]"
+	@touch $@
+
+$(NATIVE)/.built: $(VENV)/.requirements $(NATIVE_SOURCES)
+	CMAKE_ARGS=-DCK_TESTS=ON $(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+build: $(NATIVE)/.built
+
+install: build
+
+# ---- the main job
+
+bench: install
+	$(BIN)/convkernels bench --output $(RESULTS)
+	@echo "Plots:" && find $(RESULTS) -name '*.png' | sort
+
+# ---- checks
+
+lint: $(VENV)/.requirements
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(VENV)/.requirements
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+ctest: build
+	ctest --test-dir $(BUILD) --output-on-failure --no-tests=error
+
+abi: build
+	$(BIN)/python scripts/check_abi.py $(NATIVE)/libconvkernels_cpu.so
+
+asan: install
+	PYTHON=$(BIN)/python scripts/run_asan.sh
+
+# The full run comes last, so that its summary closes the output.
+test: lint build ctest abi asan
+	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_FLAGS)
+
+test-fast: build ctest
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu" $(PYTEST_FLAGS)
+
+# Compiles the kernels and their tests for 64-bit Arm, where such a compiler is installed.
+cross:
+	@command -v aarch64-linux-gnu-g++ >/dev/null || { echo "cross: aarch64-linux-gnu-g++ is not installed" >&2; exit 1; }
+	cmake -S . -B build/cross -G "Unix Makefiles" -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_SYSTEM_NAME=Linux \
+	    -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCK_TORCH=OFF -DCK_PYTHON=OFF -DCK_TESTS=ON
+	cmake --build build/cross
+
+# ---- on a machine with a GPU: no network, no .venv, only what $(PYTHON) has
+
+gpu-build:
+	$(PYTHON) setup.py --quiet build_ext --inplace
+
+gpu-test: gpu-build
+	$(PYTHON) -m pytest -m gpu $(PYTEST_FLAGS)
+
+gpu-bench: gpu-build
+	$(PYTHON) -m convkernels.cli bench --device cuda --output benchmarks/results
+
+clean:
+	rm -rf build dist $(VENV) $(RESULTS) $(NATIVE) convkernels/_C*.so *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,111 @@
+"""Drives CMake, which is the one list of native targets.
+
+``CONVKERNELS_BUILD`` chooses what is built: ``auto`` (the default: what this platform supports), ``cpu``, ``cuda``, or
+``none`` for a pure-Python package that works through the reference backend. ``CMAKE_ARGS`` is passed on to CMake.
+
+torch is looked up but never imported: the metadata must be readable without it, and only its headers are needed.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from importlib.util import find_spec
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+MODES = ("auto", "cpu", "cuda", "none")
+
+
+def build_mode() -> str:
+    """The value of CONVKERNELS_BUILD with ``auto`` resolved for this platform."""
+    mode = os.environ.get("CONVKERNELS_BUILD", "auto")
+    if mode not in MODES:
+        raise SystemExit(f"CONVKERNELS_BUILD: expected one of {', '.join(MODES)}, got {mode!r}")
+    if mode == "cuda":
+        raise SystemExit(
+            "CONVKERNELS_BUILD=cuda: the CUDA backend is not part of this version; use auto, cpu or none instead"
+        )
+    if mode == "auto":
+        return "cpu" if sys.platform.startswith("linux") else "none"
+    return mode
+
+
+def package_folder(name: str) -> Path | None:
+    """Where an installed package lies, without importing it."""
+    spec = find_spec(name)
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def torch_folder() -> Path:
+    """The installed torch, or one sentence that says what to do."""
+    folder = package_folder("torch")
+    if folder is None:
+        raise SystemExit(
+            "convkernels compiles against the torch you already have, and none is visible to this build: install torch "
+            "first and then run `pip install --no-build-isolation .`, or set CONVKERNELS_BUILD=none for the "
+            "pure-Python package"
+        )
+    return folder
+
+
+def tool(name: str) -> str:
+    """A program on PATH or beside the running interpreter, whose folder need not be on PATH."""
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+    found = shutil.which(name, path=path)
+    if found is None:
+        raise SystemExit(f"convkernels needs {name} to compile its kernels: `pip install {name}` and build again")
+    return found
+
+
+def run(*command: str) -> None:
+    """Runs one build step; the tool has already printed what went wrong when it fails."""
+    if subprocess.run(command).returncode != 0:
+        raise SystemExit(f"native build failed in: {shlex.join(command)}")
+
+
+class CMakeBuild(build_ext):
+    """Configures, builds and installs the native targets into the package."""
+
+    def run(self) -> None:
+        # An in-place build keeps one folder, whoever asks for it, so that it stays incremental.
+        build = ROOT / "build" / "native" if self.inplace else Path(self.build_temp).resolve()
+        prefix = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "convkernels"
+        cmake = tool("cmake")
+        options = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_MAKE_PROGRAM": tool("ninja"),
+            "Python_EXECUTABLE": sys.executable,
+            "CK_TORCH_DIR": torch_folder(),
+        }
+        pybind11 = package_folder("pybind11")
+        if pybind11 is not None:
+            options["pybind11_DIR"] = pybind11 / "share" / "cmake" / "pybind11"
+        defines = [f"-D{name}={value}" for name, value in options.items()]
+        extra = shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        run(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *defines, *extra)
+        run(cmake, "--build", str(build))
+        run(cmake, "--install", str(build), "--prefix", str(prefix), *([] if self.inplace else ["--strip"]))
+
+    # setuptools asks for these to copy or map single extension files; CMake has already put everything in its place.
+    def get_source_files(self) -> list[str]:
+        return []
+
+    def get_outputs(self) -> list[str]:
+        return []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+# The Extension holds no sources: it marks the wheel as one for this platform and interpreter.
+native = build_mode() != "none"
+setup(
+    ext_modules=[Extension("convkernels._C", sources=[])] if native else [],
+    cmdclass={"build_ext": CMakeBuild} if native else {},
+)
