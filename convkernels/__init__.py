@@ -1,0 +1,30 @@
+"""Fused convolution kernels for sequence models.
+
+Functions: ``depthwise_conv1d``, ``lightweight_conv1d``, ``dynamic_conv1d`` and their ``*_step`` forms for decoding.
+Modules: ``convkernels.nn``. ``why_not(backend, ...)`` lists the reasons a backend cannot be used here (empty: it can);
+``convkernels.backends`` holds the table of backends. Importing this package loads neither Triton nor transformers.
+"""
+
+from . import backends
+from ._version import __version__
+from .ops._select import why_not
+from .ops.tap_conv.api import (
+    depthwise_conv1d,
+    depthwise_conv1d_step,
+    dynamic_conv1d,
+    dynamic_conv1d_step,
+    lightweight_conv1d,
+    lightweight_conv1d_step,
+)
+
+__all__ = [
+    "__version__",
+    "backends",
+    "depthwise_conv1d",
+    "depthwise_conv1d_step",
+    "dynamic_conv1d",
+    "dynamic_conv1d_step",
+    "lightweight_conv1d",
+    "lightweight_conv1d_step",
+    "why_not",
+]

@@ -1,0 +1,39 @@
+"""The table of backends, in the order in which ``auto`` tries them.
+
+A backend is one entry here and, unless it is ``reference``, one module that offers ``load() -> str | None``: make the
+kernels callable and return None, or return the reason why that is not possible on this machine. A module may also hold
+``KERNELS``, a mapping from op name to a Python function with the op's signature, registered for ``dispatch_key`` once
+``load`` succeeds, and ``why_not(op, **facts) -> list[str]`` for limits of its own (see docs/adding-a-backend.md).
+"""
+
+from typing import NamedTuple
+
+import torch
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Backend(NamedTuple):
+    name: str
+    module: str | None
+    """Where ``load`` lives; None for the reference, which every op brings along itself."""
+    devices: tuple[str, ...] | None
+    """Device types it runs on; None: any."""
+    dtypes: tuple[torch.dtype, ...]
+    dispatch_key: str | None
+    """Dispatch key for the module's ``KERNELS``; None where the library registers its own."""
+    fast: bool
+    """Whether ``auto`` may choose it without a warning."""
+
+
+_ENTRIES = (
+    Backend("cpu", "convkernels.backends.native", ("cpu",), FLOATS, None, True),
+    Backend("reference", None, None, FLOATS, "CompositeExplicitAutograd", False),
+)
+
+BACKENDS: dict[str, Backend] = {entry.name: entry for entry in _ENTRIES}
+
+
+def names() -> tuple[str, ...]:
+    """Names of all backends, in the order in which ``auto`` tries them."""
+    return tuple(BACKENDS)

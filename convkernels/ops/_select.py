@@ -1,0 +1,111 @@
+"""Which backend runs a call, and why another one does not.
+
+``auto`` is the first backend of the table that is usable; ``CONVKERNELS_BACKEND=<name>`` changes what ``auto`` means, and a
+backend named there or in the call never falls back. Stepping down to the reference is announced once, with the reasons;
+``CONVKERNELS_STRICT=1`` makes it an error. Decisions are cached: after a change of the environment call ``reset()``.
+"""
+
+import importlib
+import os
+import warnings
+from functools import cache
+
+import torch
+
+from .. import backends
+from . import _spec
+
+AUTO = "auto"
+_resets: list = []
+
+
+def reset() -> None:
+    """Forget all decisions, so that the environment is read again."""
+    choose.cache_clear()
+    for clear in _resets:
+        clear()
+
+
+def on_reset(clear) -> None:
+    """Have ``clear()`` called by ``reset()``; for caches built on top of decisions."""
+    _resets.append(clear)
+
+
+@cache
+def _load(name: str) -> str | None:
+    """Load a backend's module once; None, or the reason it is not usable on this machine."""
+    module_name = backends.BACKENDS[name].module
+    if module_name is None:
+        return None
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        return f"its module does not import: {error}"
+    reason = module.load()
+    if reason is None:
+        for op, kernel in getattr(module, "KERNELS", {}).items():
+            _spec.implement(op, name, kernel)
+    return reason
+
+
+def why_not(
+    backend: str,
+    *,
+    op: str = "tap_conv",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    **facts,
+) -> list[str]:
+    """Reasons why ``backend`` cannot run ``op`` on ``device`` with inputs of ``dtype``; an empty list: it can.
+
+    Further keyword arguments are facts about the call (for example ``K=31``) for backends with limits of their own.
+    ValueError for a backend that does not exist.
+    """
+    if backend == AUTO:
+        return []
+    if backend not in backends.BACKENDS:
+        raise ValueError(f"why_not: argument 'backend': expected one of {_known()}, got {backend!r}")
+    entry = backends.BACKENDS[backend]
+    reasons = []
+    kind = torch.device(device).type
+    if entry.devices is not None and kind not in entry.devices:
+        reasons.append(f"backend '{backend}' runs on {' or '.join(entry.devices)} tensors, not on {kind}")
+    if dtype not in entry.dtypes:
+        reasons.append(f"backend '{backend}' does not compute in {dtype}")
+    missing = _load(backend)
+    if missing is not None:
+        reasons.append(f"backend '{backend}': {missing}")
+    elif entry.module is not None:
+        limits = getattr(importlib.import_module(entry.module), "why_not", None)
+        if limits is not None:
+            reasons += limits(op, **facts)
+    return reasons
+
+
+@cache
+def choose(backend: str, op: str, device_type: str, dtype: torch.dtype) -> str:
+    """The name of the backend that runs the call. ValueError for an unknown name, RuntimeError for an unusable one."""
+    if backend == AUTO:
+        backend = os.environ.get("CONVKERNELS_BACKEND") or AUTO
+    if backend != AUTO:
+        if backend not in backends.BACKENDS:
+            raise ValueError(f"{op}: argument 'backend': expected one of {_known()}, got {backend!r}")
+        reasons = why_not(backend, op=op, device=device_type, dtype=dtype)
+        if reasons:
+            raise RuntimeError(f"{op}: {'; '.join(reasons)}")
+        return backend
+    passed_over = []
+    for name, entry in backends.BACKENDS.items():
+        reasons = why_not(name, op=op, device=device_type, dtype=dtype)
+        if not reasons and entry.fast:
+            return name
+        passed_over += reasons
+    message = f"{op} on {device_type} in {dtype}: no fast backend is usable ({'; '.join(passed_over)})"
+    if os.environ.get("CONVKERNELS_STRICT") == "1":
+        raise RuntimeError(f"{message}, and CONVKERNELS_STRICT=1 forbids the slow reference")
+    warnings.warn(f"{message}; using the slow reference. Silence this by backend='reference'.", RuntimeWarning, stacklevel=3)
+    return "reference"
+
+
+def _known() -> str:
+    return ", ".join(repr(name) for name in (AUTO, *backends.BACKENDS))

@@ -1,0 +1,269 @@
+"""Checks of arguments. Every error reads: function: argument 'name': expected ..., got ...
+
+TypeError for a value of the wrong kind, ValueError for one of the right kind that cannot be used. The functions here are
+slow and complete; the public functions call them only when a few cheap comparisons do not already settle that a call is fine.
+"""
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_FLOAT_NAMES = "float64, float32, bfloat16 or float16"
+_INTEGERS = (torch.int32, torch.int64)
+
+
+def fail(function: str, argument: str, expected: str, got: Any, kind: type[Exception] = ValueError) -> NoReturn:
+    """Raise the uniform error."""
+    shown = describe(got) if isinstance(got, Tensor) else got
+    raise kind(f"{function}: argument '{argument}': expected {expected}, got {shown}")
+
+
+def describe(value: Any) -> str:
+    """A value as error messages show it."""
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)} on {value.device}"
+    return f"{value!r} of type {type(value).__name__}"
+
+
+def tensor(function: str, argument: str, value: Any, *, optional: bool = False) -> None:
+    """A dense tensor (or None where optional)."""
+    if value is None and optional:
+        return
+    if not isinstance(value, Tensor):
+        fail(function, argument, "a tensor" + (" or None" if optional else ""), describe(value), TypeError)
+    if value.layout is not torch.strided or value.is_quantized:
+        fail(function, argument, "a dense tensor", f"layout {value.layout}", TypeError)
+
+
+def floating(function: str, argument: str, value: Tensor) -> None:
+    if value.dtype not in FLOATS:
+        fail(function, argument, f"a tensor of {_FLOAT_NAMES}", value, TypeError)
+
+
+def shape(function: str, argument: str, value: Tensor, expected: tuple, letters: str) -> None:
+    """Shape equal to ``expected``; ``letters`` names the dimensions in the message."""
+    if value.dim() != len(expected) or any(size != want for size, want in zip(value.shape, expected, strict=True)):
+        fail(function, argument, f"shape {letters} = {[_size(n) for n in expected]}", value)
+
+
+def same_device(function: str, argument: str, value: Tensor, x: Tensor) -> None:
+    if value.device != x.device:
+        fail(function, argument, f"a tensor on {x.device}, where x is", value)
+
+
+def same_dtype(function: str, argument: str, value: Tensor, x: Tensor) -> None:
+    if value.dtype != x.dtype:
+        fail(function, argument, f"the dtype of x, {x.dtype}", value, TypeError)
+
+
+def parameter_dtype(function: str, argument: str, value: Tensor, x: Tensor) -> None:
+    """Weights may be of another float type than x, but double precision is all or nothing."""
+    floating(function, argument, value)
+    if (value.dtype == torch.float64) != (x.dtype == torch.float64):
+        expected = "float64, because x is float64" if x.dtype == torch.float64 else f"not float64, because x is {x.dtype}"
+        fail(function, argument, expected, value, TypeError)
+
+
+def flag(function: str, argument: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        fail(function, argument, "True or False", describe(value), TypeError)
+
+
+def integer(function: str, argument: str, value: Any, expected: str) -> None:
+    """An int; bool is not one."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        fail(function, argument, expected, describe(value), TypeError)
+
+
+def positive(function: str, argument: str, value: Any) -> None:
+    integer(function, argument, value, "a positive integer")
+    if value < 1:
+        fail(function, argument, "a positive integer", value)
+
+
+def padding_left(function: str, padding: Any, K: int, dilation: int) -> int:
+    """Number of input positions to the left of an output that its first tap reaches."""
+    if padding == "same":
+        return dilation * (K // 2)
+    if padding == "causal":
+        return dilation * (K - 1)
+    limit = (K - 1) * dilation
+    expected = f"'same', 'causal' or an integer from 0 to (K-1)*dilation = {limit}"
+    if isinstance(padding, str):
+        fail(function, "padding", expected, repr(padding))
+    integer(function, "padding", padding, expected)
+    if not 0 <= padding <= limit:
+        fail(function, "padding", expected, padding)
+    return padding
+
+
+def weight(function: str, value: Any, x: Tensor, leading: tuple, letters: str) -> tuple[int, int]:
+    """The weight [*leading, H, K]; returns H and K."""
+    rank = len(leading) + 2
+    C = x.shape[-1]
+    if value.dim() != rank:
+        fail(function, "weight", f"a tensor of {rank} dimensions {letters}", value)
+    H, K = value.shape[-2:]
+    if leading:
+        shape(function, "weight", value, (*leading, H, K), letters)
+    if H == 0:
+        fail(function, "weight", f"at least one row of weights in {letters}", value)
+    if K == 0:
+        fail(function, "weight", f"at least one tap, K >= 1, in {letters}", value)
+    if letters == "[C,K]":
+        shape(function, "weight", value, (C, K), letters)
+    elif C % H != 0:
+        fail(function, "weight", f"a number of heads H in {letters} that divides C = {_size(C)}", value)
+    parameter_dtype(function, "weight", value, x)
+    same_device(function, "weight", value, x)
+    return H, K
+
+
+def bias(function: str, value: Any, x: Tensor) -> None:
+    tensor(function, "bias", value, optional=True)
+    if value is not None:
+        shape(function, "bias", value, (x.shape[-1],), "[C]")
+        parameter_dtype(function, "bias", value, x)
+        same_device(function, "bias", value, x)
+
+
+def gate(function: str, value: Any, x: Tensor) -> None:
+    tensor(function, "gate", value, optional=True)
+    if value is not None:
+        shape(function, "gate", value, tuple(x.shape), "[B,T,C]" if x.dim() == 3 else "[B,C]")
+        same_dtype(function, "gate", value, x)
+        same_device(function, "gate", value, x)
+
+
+def mask(function: str, value: Any, x: Tensor) -> None:
+    tensor(function, "mask", value, optional=True)
+    if value is not None:
+        if value.dtype != torch.bool:
+            fail(function, "mask", "a bool tensor (True: real position)", value, TypeError)
+        shape(function, "mask", value, tuple(x.shape[:2]), "[B,T]")
+        same_device(function, "mask", value, x)
+
+
+def dropout(function: str, p: Any, training: Any, seed: Any, x: Tensor) -> None:
+    flag(function, "training", training)
+    if isinstance(p, bool) or not isinstance(p, int | float):
+        fail(function, "weight_dropout", "a probability from 0 to 1", describe(p), TypeError)
+    if not 0 <= p <= 1:
+        fail(function, "weight_dropout", "a probability from 0 to 1", p)
+    tensor(function, "seed", seed, optional=True)
+    if seed is not None:
+        if seed.dtype != torch.int64:
+            fail(function, "seed", "an int64 tensor of shape [1]", seed, TypeError)
+        shape(function, "seed", seed, (1,), "[1]")
+        same_device(function, "seed", seed, x)
+
+
+def cu_seqlens(function: str, value: Any, x: Tensor, read_values: bool) -> None:
+    """Boundaries of packed sequences. Their values are read only where that costs no device synchronisation."""
+    tensor(function, "cu_seqlens", value, optional=True)
+    if value is None:
+        return
+    if value.dtype not in _INTEGERS:
+        fail(function, "cu_seqlens", "an int32 or int64 tensor", value, TypeError)
+    if value.dim() != 1 or value.shape[0] < 2:
+        fail(function, "cu_seqlens", "shape [N+1] with N >= 1 sequences", value)
+    same_device(function, "cu_seqlens", value, x)
+    if x.shape[0] != 1:
+        fail(function, "x", "shape [1,T,C], one row of packed sequences, because cu_seqlens is given", x)
+    if not read_values or value.device.type != "cpu":
+        return
+    bounds = value.tolist()
+    if bounds[0] != 0:
+        fail(function, "cu_seqlens", "a first boundary of 0", bounds[0])
+    if bounds[-1] != x.shape[1]:
+        fail(function, "cu_seqlens", f"a last boundary of T = {x.shape[1]}", bounds[-1])
+    if any(later < earlier for earlier, later in zip(bounds, bounds[1:], strict=False)):
+        fail(function, "cu_seqlens", "boundaries that never decrease", bounds)
+
+
+def initial_state(function: str, value: Any, x: Tensor, rows: int, cu: Tensor | None) -> None:
+    tensor(function, "initial_state", value, optional=True)
+    if value is not None:
+        sequences, letters = (x.shape[0], "[B,S,C]") if cu is None else (cu.shape[0] - 1, "[N,S,C]")
+        shape(function, "initial_state", value, (sequences, rows, x.shape[2]), f"{letters}, S = (K-1)*dilation,")
+        same_dtype(function, "initial_state", value, x)
+        same_device(function, "initial_state", value, x)
+
+
+def convolution(
+    function: str, x, weight_, bias_, softmax, renormalize, padding, dilation, p, training, seed, gate_, mask_, cu, state,
+    return_state, *, letters: str, read_values: bool,
+) -> int:  # fmt: skip
+    """All checks of a convolution over a sequence; returns ``left``. letters: [C,K], [H,K] or [B,T,H,K]."""
+    tensor(function, "x", x)
+    tensor(function, "weight", weight_)
+    floating(function, "x", x)
+    if x.dim() != 3:
+        fail(function, "x", "a tensor of 3 dimensions [B,T,C]", x)
+    _, K = weight(function, weight_, x, tuple(x.shape[:2]) if letters == "[B,T,H,K]" else (), letters)
+    bias(function, bias_, x)
+    flag(function, "softmax", softmax)
+    flag(function, "renormalize", renormalize)
+    if renormalize and not softmax:
+        fail(function, "renormalize", "False, because without softmax there is nothing to renormalize", renormalize)
+    positive(function, "dilation", dilation)
+    left = padding_left(function, padding, K, dilation)
+    dropout(function, p, training, seed, x)
+    gate(function, gate_, x)
+    mask(function, mask_, x)
+    cu_seqlens(function, cu, x, read_values)
+    flag(function, "return_state", return_state)
+    rows = (K - 1) * dilation
+    initial_state(function, state, x, rows, cu)
+    for argument, given in (("initial_state", state is not None), ("return_state", return_state)):
+        if given and left != rows:
+            fail(function, "padding", f"'causal', because {argument} is given", repr(padding))
+    return left
+
+
+def step(
+    function: str, x, state, weight_, bias_, softmax, renormalize, dilation, gate_, state_index, position, *, letters: str
+) -> None:
+    """All checks of a decoding step. letters: [C,K], [H,K] or [B,H,K]."""
+    tensor(function, "x", x)
+    tensor(function, "state", state)
+    tensor(function, "weight", weight_)
+    floating(function, "x", x)
+    if x.dim() != 2:
+        fail(function, "x", "a tensor of 2 dimensions [B,C]", x)
+    B, C = x.shape
+    _, K = weight(function, weight_, x, (B,) if letters == "[B,H,K]" else (), letters)
+    bias(function, bias_, x)
+    flag(function, "softmax", softmax)
+    flag(function, "renormalize", renormalize)
+    if renormalize and not softmax:
+        fail(function, "renormalize", "False, because without softmax there is nothing to renormalize", renormalize)
+    positive(function, "dilation", dilation)
+    shape(function, "state", state, (B, (K - 1) * dilation, C), "[B,S,C], S = (K-1)*dilation,")
+    same_dtype(function, "state", state, x)
+    same_device(function, "state", state, x)
+    if any(stride == 0 and size > 1 for stride, size in zip(state.stride(), state.shape, strict=True)):
+        fail(function, "state", "memory of its own for every element (it is updated in place)", "an expanded tensor")
+    gate(function, gate_, x)
+    tensor(function, "state_index", state_index, optional=True)
+    if state_index is not None:
+        if state_index.dtype != torch.int64:
+            fail(function, "state_index", "an int64 tensor", state_index, TypeError)
+        shape(function, "state_index", state_index, (B,), "[B]")
+        same_device(function, "state_index", state_index, x)
+    tensor(function, "position", position, optional=True)
+    if position is not None:
+        if position.dtype != torch.int64:
+            fail(function, "position", "an int64 tensor", position, TypeError)
+        if position.dim() != 1 or position.shape[0] not in (1, B):
+            fail(function, "position", f"shape [B] = [{_size(B)}] or [1]", position)
+        same_device(function, "position", position, x)
+    for argument, value in (("x", x), ("state", state), ("weight", weight_), ("bias", bias_), ("gate", gate_)):
+        if value is not None and value.requires_grad and torch.is_grad_enabled():
+            fail(function, argument, "no gradient: a step is inference only (use torch.no_grad())", "requires_grad=True")
+
+
+def _size(size) -> int | str:
+    return size if isinstance(size, int) else str(size)

@@ -1,0 +1,1 @@
+"""The convolution family: lightweight, dynamic and depthwise convolution are one operator with different weights."""

@@ -1,0 +1,322 @@
+"""Public functions of the convolution family.
+
+Each call first tries a short path: a few comparisons that together prove a plain call valid, then the operator. Anything
+else (optional arguments, autocast, torch.func, torch.compile, mistakes) goes through ``_general``, which checks everything.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import _select, _validate
+from . import op, reference
+
+_autocast_somewhere = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+_transforms_active = op._transforms_active
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+
+# (backend, dtype of x, dtype of weight, device of x, device of weight) of calls that passed all checks -> (raw, record).
+_proven: dict[tuple, tuple] = {}
+_select.on_reset(_proven.clear)
+
+
+def depthwise_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    padding: str | int = "same",
+    dilation: int = 1,
+    gate: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    backend: str = "auto",
+):
+    """Documented below."""
+    return _conv(
+        "depthwise_conv1d", "[C,K]", x, weight, bias, False, False, padding, dilation, 0.0, False, None, gate, mask,
+        cu_seqlens, initial_state, return_state, backend,
+    )  # fmt: skip
+
+
+def lightweight_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softmax: bool = True,
+    renormalize: bool = False,
+    padding: str | int = "same",
+    dilation: int = 1,
+    weight_dropout: float = 0.0,
+    training: bool = False,
+    seed: Tensor | None = None,
+    gate: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    backend: str = "auto",
+):
+    """Documented below."""
+    return _conv(
+        "lightweight_conv1d", "[H,K]", x, weight, bias, softmax, renormalize, padding, dilation, weight_dropout, training,
+        seed, gate, mask, cu_seqlens, initial_state, return_state, backend,
+    )  # fmt: skip
+
+
+def dynamic_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softmax: bool = True,
+    renormalize: bool = False,
+    padding: str | int = "same",
+    dilation: int = 1,
+    weight_dropout: float = 0.0,
+    training: bool = False,
+    seed: Tensor | None = None,
+    gate: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    backend: str = "auto",
+):
+    """Documented below."""
+    return _conv(
+        "dynamic_conv1d", "[B,T,H,K]", x, weight, bias, softmax, renormalize, padding, dilation, weight_dropout, training,
+        seed, gate, mask, cu_seqlens, initial_state, return_state, backend,
+    )  # fmt: skip
+
+
+def _conv(
+    name, letters, x, weight, bias, softmax, renormalize, padding, dilation, p, training, seed, gate, mask, cu_seqlens,
+    initial_state, return_state, backend,
+):  # fmt: skip
+    plain = (
+        not _is_compiling()
+        and gate is None
+        and mask is None
+        and cu_seqlens is None
+        and initial_state is None
+        and renormalize is False
+        and return_state is False
+        and (training is False or p == 0.0)
+        and seed is None
+        and dilation.__class__ is int
+        and dilation > 0
+        and (softmax is True or softmax is False)
+        and not _transforms_active()
+        and not _autocast_somewhere()
+    )
+    if plain and p.__class__ is float and 0.0 <= p <= 1.0:
+        try:
+            B, T, C = x.shape
+            if letters == "[B,T,H,K]":
+                b, t, H, K = weight.shape
+                fits = b == B and t == T and H > 0 and C % H == 0
+            else:
+                H, K = weight.shape
+                fits = H > 0 and (C % H == 0 if letters == "[H,K]" else C == H)
+            key = (backend, x.dtype, weight.dtype, x.device, weight.device)
+            raw, record = _proven[key]
+        except (AttributeError, KeyError, TypeError, ValueError):
+            fits = False
+        if fits and K > 0:
+            if padding == "same":
+                left = dilation * (K // 2)
+            elif padding == "causal":
+                left = dilation * (K - 1)
+            elif padding.__class__ is int and 0 <= padding <= (K - 1) * dilation:
+                left = padding
+            else:
+                left = -1
+            if left >= 0:
+                if bias is None:
+                    call = raw
+                    if _is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+                        call = record
+                    return call(x, weight, left, dilation, softmax)
+                if (
+                    bias.__class__ in _TENSORS
+                    and bias.shape == (C,)
+                    and bias.dtype is weight.dtype
+                    and bias.device == weight.device
+                ):
+                    call = raw
+                    if _is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
+                        call = record
+                    return call(x, weight, left, dilation, softmax, False, 0.0, None, bias)
+    return _general(
+        name, letters, x, weight, bias, softmax, renormalize, padding, dilation, p, training, seed, gate, mask, cu_seqlens,
+        initial_state, return_state, backend,
+    )  # fmt: skip
+
+
+_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+def _general(
+    name, letters, x, weight, bias, softmax, renormalize, padding, dilation, p, training, seed, gate, mask, cu_seqlens,
+    initial_state, return_state, backend,
+):  # fmt: skip
+    """Every check and every feature."""
+    transforming = op.transforming()
+    x, gate, initial_state = _autocast(x, gate, initial_state)
+    left = _validate.convolution(
+        name, x, weight, bias, softmax, renormalize, padding, dilation, p, training, seed, gate, mask, cu_seqlens,
+        initial_state, return_state, letters=letters, read_values=not transforming,
+    )  # fmt: skip
+    kernels = _kernels(name, backend, x.device.type, x.dtype)
+    if not transforming:
+        _proven[backend, x.dtype, weight.dtype, x.device, weight.device] = kernels.raw, kernels.record
+    dropout = float(p) if training else 0.0
+    if dropout == 0.0:
+        seed = None
+    elif seed is None:
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    call = kernels.raw
+    if transforming:
+        call = kernels.conv
+    elif torch.is_grad_enabled() and any(
+        value is not None and value.requires_grad for value in (x, weight, bias, gate, initial_state)
+    ):
+        call = kernels.record
+    y = call(
+        x, weight, left, dilation, softmax, renormalize, dropout, seed, bias, gate, mask, cu_seqlens, initial_state
+    )
+    if not return_state:
+        return y
+    return y, _final_state(x, gate, mask, cu_seqlens, initial_state, left)
+
+
+@torch.compiler.assume_constant_result
+def _choose(name: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
+    return _select.choose(backend, name, device_type, dtype)
+
+
+def _kernels(name: str, backend: str, device_type: str, dtype: torch.dtype) -> op.Kernels:
+    return op.kernels(_choose(name, backend, device_type, dtype))
+
+
+def _autocast(x, *others):
+    """x and what shares its dtype, in the dtype of an active autocast region; double precision is left alone."""
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type) and x.dtype in _validate.FLOATS[1:]:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x.to(dtype)
+        others = [
+            value.to(dtype) if isinstance(value, Tensor) and value.dtype in _validate.FLOATS[1:] else value
+            for value in others
+        ]
+    return x, *others
+
+
+def _final_state(x, gate, mask, cu_seqlens, initial_state, S: int) -> Tensor:
+    """The last S rows of [initial state, z] of every sequence, [B,S,C] or [N,S,C]."""
+    B, T, C = x.shape
+    if cu_seqlens is None:
+        first = T - min(S, T)
+        z = reference.gated_input(
+            x[:, first:], None if gate is None else gate[:, first:], None if mask is None else mask[:, first:]
+        )
+        if z.shape[1] == S:
+            return z.clone() if gate is None and mask is None else z
+        before = x.new_zeros(B, S, C) if initial_state is None else initial_state
+        return torch.cat([before[:, z.shape[1] :], z], 1)
+    cu = cu_seqlens.to(torch.int64)
+    lengths = (cu[1:] - cu[:-1])[:, None]
+    row = torch.arange(S, device=x.device)
+    inside = lengths + row >= S
+    if T == 0:
+        z = x.new_zeros(lengths.shape[0], S, C)
+    else:
+        source = (cu[1:, None] - S + row).clamp(0, T - 1)
+        z = reference.gated_input(
+            x[0, source], None if gate is None else gate[0, source], None if mask is None else mask[0, source]
+        )
+    if initial_state is None:
+        before = torch.zeros_like(z)
+    else:
+        index = (lengths + row).clamp(max=max(S - 1, 0))[..., None].expand(-1, -1, C)
+        before = initial_state.gather(1, index)
+    return torch.where(inside[..., None], z, before)
+
+
+def depthwise_conv1d_step(
+    x: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dilation: int = 1,
+    gate: Tensor | None = None,
+    state_index: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Documented below."""
+    return _step(
+        "depthwise_conv1d_step", "[C,K]", x, state, weight, bias, False, False, dilation, gate, state_index, None, backend
+    )
+
+
+def lightweight_conv1d_step(
+    x: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softmax: bool = True,
+    renormalize: bool = False,
+    dilation: int = 1,
+    gate: Tensor | None = None,
+    state_index: Tensor | None = None,
+    position: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Documented below."""
+    return _step(
+        "lightweight_conv1d_step", "[H,K]", x, state, weight, bias, softmax, renormalize, dilation, gate, state_index,
+        position, backend,
+    )  # fmt: skip
+
+
+def dynamic_conv1d_step(
+    x: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softmax: bool = True,
+    renormalize: bool = False,
+    dilation: int = 1,
+    gate: Tensor | None = None,
+    state_index: Tensor | None = None,
+    position: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Documented below."""
+    return _step(
+        "dynamic_conv1d_step", "[B,H,K]", x, state, weight, bias, softmax, renormalize, dilation, gate, state_index,
+        position, backend,
+    )  # fmt: skip
+
+
+def _step(
+    name, letters, x, state, weight, bias, softmax, renormalize, dilation, gate, state_index, position, backend
+) -> Tensor:
+    if isinstance(x, Tensor) and isinstance(state, Tensor) and torch.is_autocast_enabled(x.device.type):
+        # The state outlives the autocast region, so it decides the dtype.
+        x = x.to(state.dtype)
+        gate = gate.to(state.dtype) if isinstance(gate, Tensor) else gate
+    _validate.step(
+        name, x, state, weight, bias, softmax, renormalize, dilation, gate, state_index, position, letters=letters
+    )
+    kernels = _kernels(name, backend, x.device.type, x.dtype)
+    y = kernels.step(x, state, weight, dilation, softmax, renormalize, bias, gate, state_index, position)
+    if not op.transforming() and not state.is_inference():
+        torch.autograd.graph.increment_version(state)
+    return y
