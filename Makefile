@@ -29,19 +29,20 @@ help:
 	@echo "make lint|format|ctest|abi|asan|cross|clean"
 	@echo "make gpu-test gpu-bench   on a machine with a GPU, with PYTHON=<one that has torch>, no network needed"
 
-# ---- environment: each stamp depends on what would make it stale
+# ---- environment: each stamp depends on what would make it stale. Compiling all of torch's Python files ahead would take
+# longer than a run needs; what is imported is compiled then.
 
 $(VENV)/.torch: | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --no-compile "$(TORCH)"
 	@touch $@
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.requirements: pyproject.toml setup.py $(VENV)/.torch
-	$(BIN)/python -m pip install --quiet $$($(BIN)/python -c \
+	$(BIN)/python -m pip install --quiet --no-compile $$($(BIN)/python -c \
 	    'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])')
-	CONVKERNELS_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]"
+	CONVKERNELS_BUILD=none $(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --editable ".[$(EXTRAS)]"
 	@touch $@
 
 $(NATIVE)/.built: $(VENV)/.requirements $(NATIVE_SOURCES)

@@ -46,4 +46,4 @@ torch.ops.load_library(str(Path(convkernels.__file__).parent / "_native" / "libc
 loaded = {line.split()[-1] for line in open("/proc/self/maps") if "libconvkernels_cpu" in line}
 assert len(loaded) == 1 and "/asan/" in loaded.pop(), f"expected the instrumented library, got {loaded}"
 PYTHON
-exec "$python" -m pytest -p no:cacheprovider -p no:benchmark -m "not gpu" "$@"
+exec "$python" -m pytest -p no:cacheprovider -p no:faulthandler --capture=sys -m "not gpu" "$@"

@@ -1,7 +1,8 @@
 """Chooses the committed selection of golden tensors: python scripts/select_golden.py <full set> [tests/golden]
 
-Within a group the next case is the one that shows the most pairs of option values not yet seen, until the group's share of the
-budget is used up; cases with a quirk come first. The result is a directory of the same form with a shortened index.json.
+Within a group the next case is the one that shows the most pairs of option values not yet seen, until the group's
+share of the budget is used up; cases with a quirk come first. The result is a directory of the same form with a
+shortened index.json.
 """
 
 import argparse
@@ -49,7 +50,9 @@ def choose(records, root, budget):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="directory with the full index.json")
-    parser.add_argument("target", type=Path, nargs="?", default=Path(__file__).resolve().parents[1] / "tests" / "golden")
+    parser.add_argument(
+        "target", type=Path, nargs="?", default=Path(__file__).resolve().parents[1] / "tests" / "golden"
+    )
     arguments = parser.parse_args()
     index = json.loads((arguments.source / "index.json").read_text())
     chosen = []
