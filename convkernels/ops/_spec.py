@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 from ..backends import BACKENDS
+from . import _flops
 
 NAMESPACE = "convkernels"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -69,4 +69,4 @@ def register(spec: OpSpec) -> None:
             )
     implement(spec.name, "reference", spec.reference)
     packets = getattr(torch.ops, NAMESPACE)
-    register_flop_formula([getattr(packets, spec.name), getattr(packets, f"_{spec.name}")])(spec.flops)
+    _flops.register([getattr(packets, spec.name), getattr(packets, f"_{spec.name}")], spec.flops)

@@ -194,9 +194,12 @@ def _general(
     return y, _final_state(x, gate, mask, cu_seqlens, initial_state, left)
 
 
-@torch.compiler.assume_constant_result
 def _choose(name: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
     return _select.choose(backend, name, device_type, dtype)
+
+
+# What torch.compiler.assume_constant_result does; calling it would import the compiler (1.3 s) along with this package.
+_choose._dynamo_marked_constant = True
 
 
 def _kernels(name: str, backend: str, device_type: str, dtype: torch.dtype) -> op.Kernels:
