@@ -1,0 +1,268 @@
+"""Problems and their tensors: one record describes a call completely, so a failure is replayed by printing it."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+LAYOUTS = ("contiguous", "swap01", "swap_last", "step2", "step2_time", "offset1", "expanded", "guarded")
+WEIGHT_KINDS = ("light", "dynamic", "row")
+
+# Values come from a fixed pool: drawing per tensor would cost more than a small kernel call.
+_POOL = torch.randn(1 << 16, dtype=torch.float64, generator=torch.Generator().manual_seed(20260101))
+_POOL_OF = {dtype: _POOL.to(dtype) for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
+
+
+def values(shape, dtype, seed):
+    """Normally distributed values of a shape, a pure function of (shape, dtype, seed)."""
+    count = 1
+    for size in shape:
+        count *= size
+    pool = _POOL_OF[dtype]
+    start = (seed * 7919) % max(pool.numel() - count, 1)
+    if count > pool.numel():
+        return pool.repeat(count // pool.numel() + 1)[:count].reshape(shape)
+    return pool[start : start + count].reshape(shape)
+
+
+def _garbage(shape, dtype):
+    """Storage around and between the elements: NaN, or values that would be noticed."""
+    if dtype.is_floating_point:
+        return torch.full(shape, float("nan"), dtype=dtype)
+    return torch.full(shape, True if dtype == torch.bool else 99, dtype=dtype)
+
+
+def arrange(tensor, layout):
+    """The same values (for "expanded": those of row 0, repeated) with the strides of a layout, in storage filled with
+    NaN.
+
+    contiguous; swap01 (storage TBC for a BTC tensor); swap_last (storage BCT); step2 (every second element of the last
+    axis); step2_time (of axis 1, or 0); offset1 (storage offset of one element, so not aligned); expanded (stride 0
+    along axis 0); guarded (the middle of a buffer with a margin in every direction).
+    """
+    if tensor.dim() == 0 or layout == "contiguous":
+        return tensor.clone(memory_format=torch.contiguous_format)
+    shape, last = list(tensor.shape), tensor.dim() - 1
+    if layout == "swap01" and last > 0:
+        return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "swap_last" and last > 0:
+        return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "expanded":
+        return tensor[:1].clone().expand(shape) if shape[0] else tensor.clone()
+    if layout == "offset1":
+        flat = _garbage((tensor.numel() + 1,), tensor.dtype)
+        view = flat[1:].view(shape)
+    elif layout == "guarded":
+        margin = 3
+        view = _garbage([size + 2 * margin for size in shape], tensor.dtype)
+        for axis in range(tensor.dim()):
+            view = view.narrow(axis, margin, shape[axis])
+    else:
+        axis = min(1, last) if layout == "step2_time" else last
+        doubled = list(shape)
+        doubled[axis] *= 2
+        view = _garbage(doubled, tensor.dtype)[(slice(None),) * axis + (slice(0, None, 2),)]
+    view.copy_(tensor)
+    return view
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of the op family; see docs/semantics.md for the relation.
+
+    kind: "light" weight [H,K], "dynamic" [B,T,H,K], "row" [B,1,H,K]. lengths: lengths of packed sequences (their sum
+    replaces `length`). padding_mask: 0 none, 1 ragged tail, 2 random holes, 3 everything masked.
+    """
+
+    batch: int = 2
+    length: int = 9
+    heads: int = 2
+    head_size: int = 3
+    taps: int = 4
+    left: int = 2
+    dilation: int = 1
+    kind: str = "light"
+    softmax: bool = False
+    renormalize: bool = False
+    dropout: float = 0.0
+    bias: bool = False
+    gate: bool = False
+    padding_mask: int = 0
+    lengths: tuple = ()
+    state: bool = False
+    dtype: torch.dtype = torch.float32
+    weight_dtype: torch.dtype = torch.float32
+    layout: str = "contiguous"
+    weight_layout: str = "contiguous"
+    grad_layout: str = "contiguous"
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.lengths:
+            object.__setattr__(self, "length", sum(self.lengths))
+
+    @property
+    def channels(self):
+        return self.heads * self.head_size
+
+    @property
+    def span(self):
+        return (self.taps - 1) * self.dilation
+
+    def with_(self, **changes):
+        return replace(self, **changes)
+
+    def _mask(self):
+        if self.padding_mask == 0:
+            return None
+        time = torch.arange(self.length)
+        if self.padding_mask == 1:
+            ends = torch.arange(self.batch)[:, None] % 3 * (self.length // 3)
+            return time[None, :] < self.length - ends
+        if self.padding_mask == 2:
+            return values((self.batch, self.length), torch.float64, self.seed + 5) > -0.5
+        return torch.zeros(self.batch, self.length, dtype=torch.bool)
+
+    def weight_shape(self):
+        rows = {"light": (), "dynamic": (self.batch, self.length), "row": (self.batch, 1)}[self.kind]
+        return (*rows, self.heads, self.taps)
+
+    def tensors(self):
+        """The op's tensor arguments by name (None where absent) and the cotangent `grad`."""
+        shape = (self.batch, self.length, self.channels)
+        packed = len(self.lengths) if self.lengths else 1
+        x_like = {"layout": self.layout}
+        return {
+            "x": self._make(shape, 1, **x_like),
+            "weight": arrange(values(self.weight_shape(), self.weight_dtype, self.seed + 2), self.weight_layout),
+            "bias": arrange(values((self.channels,), self.weight_dtype, self.seed + 3), self.weight_layout)
+            if self.bias
+            else None,
+            "gate": self._make(shape, 4, **x_like) if self.gate else None,
+            "mask": None
+            if self.padding_mask == 0
+            else arrange(self._mask(), "step2" if self.layout == "step2" else "contiguous"),
+            "cu_seqlens": torch.tensor([0, *self.lengths]).cumsum(0) if self.lengths else None,
+            "initial_state": self._make((self.batch * packed, self.span, self.channels), 6, **x_like)
+            if self.state
+            else None,
+            "seed": torch.tensor([self.seed * 0x9E3779B9 + 7]) if self.dropout > 0 else None,
+            "grad": self._make(shape, 8, self.grad_layout),
+        }
+
+    def _make(self, shape, salt, layout):
+        return arrange(values(shape, self.dtype, self.seed + salt), layout)
+
+    def op_arguments(self, tensors):
+        """Arguments of the ops tap_conv and of the oracle, in schema order."""
+        t = tensors
+        return (
+            t["x"],
+            t["weight"],
+            self.left,
+            self.dilation,
+            self.softmax,
+            self.renormalize,
+            self.dropout,
+            t["seed"],
+            t["bias"],
+            t["gate"],
+            t["mask"],
+            t["cu_seqlens"],
+            t["initial_state"],
+        )
+
+    def grad_arguments(self, tensors, needs=31):
+        """Arguments of the op tap_grad, in schema order."""
+        t = tensors
+        return (
+            t["grad"],
+            t["x"],
+            t["weight"],
+            self.left,
+            self.dilation,
+            self.softmax,
+            self.renormalize,
+            self.dropout,
+            t["seed"],
+            t["gate"],
+            t["mask"],
+            t["cu_seqlens"],
+            t["initial_state"],
+            needs,
+        )
+
+
+@dataclass(frozen=True)
+class StepProblem:
+    """One decoding step. indexed: rows continue from permuted and duplicated states. position: 0 none, 1 one for
+    all, 2 per row.
+    """
+
+    batch: int = 3
+    heads: int = 2
+    head_size: int = 3
+    taps: int = 4
+    dilation: int = 1
+    kind: str = "light"
+    softmax: bool = False
+    renormalize: bool = False
+    bias: bool = False
+    gate: bool = False
+    indexed: bool = False
+    position: int = 0
+    dtype: torch.dtype = torch.float32
+    weight_dtype: torch.dtype = torch.float32
+    layout: str = "contiguous"
+    state_layout: str = "contiguous"
+    weight_layout: str = "contiguous"
+    seed: int = 0
+
+    @property
+    def channels(self):
+        return self.heads * self.head_size
+
+    @property
+    def span(self):
+        return (self.taps - 1) * self.dilation
+
+    def with_(self, **changes):
+        return replace(self, **changes)
+
+    def tensors(self):
+        """The op's tensor arguments by name, None where absent."""
+        shape = (self.batch, self.channels)
+        weight_shape = (self.heads, self.taps) if self.kind == "light" else (self.batch, self.heads, self.taps)
+        state_layout = "contiguous" if self.state_layout == "expanded" else self.state_layout
+        index = position = None
+        if self.indexed:
+            index = (values((self.batch,), torch.float64, self.seed + 5).abs() * 1000).long() % max(self.batch, 1)
+        if self.position:
+            rows = self.batch if self.position == 2 else 1
+            position = (values((rows,), torch.float64, self.seed + 9).abs() * self.span).long()
+        return {
+            "x": arrange(values(shape, self.dtype, self.seed + 1), self.layout),
+            "state": arrange(values((self.batch, self.span, self.channels), self.dtype, self.seed + 2), state_layout),
+            "weight": arrange(values(weight_shape, self.weight_dtype, self.seed + 3), self.weight_layout),
+            "bias": arrange(values((self.channels,), self.weight_dtype, self.seed + 4), self.weight_layout)
+            if self.bias
+            else None,
+            "gate": arrange(values(shape, self.dtype, self.seed + 6), self.layout) if self.gate else None,
+            "state_index": index,
+            "position": position,
+        }
+
+    def op_arguments(self, tensors):
+        """Arguments of the op tap_step and of the oracle, in schema order."""
+        t = tensors
+        return (
+            t["x"],
+            t["state"],
+            t["weight"],
+            self.dilation,
+            self.softmax,
+            self.renormalize,
+            t["bias"],
+            t["gate"],
+            t["state_index"],
+            t["position"],
+        )

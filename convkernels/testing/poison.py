@@ -1,0 +1,50 @@
+"""Two traps for memory errors: fresh memory full of NaN, and inputs that lie inside storage which must not change."""
+
+import contextlib
+
+import torch
+
+MARGIN = 5
+
+
+@contextlib.contextmanager
+def poisoned_allocations():
+    """Every torch.empty inside, also from native code, is filled with NaN (integers: their maximum).
+
+    Whatever a kernel forgets to write, or reads before writing, then shows up in its results.
+    """
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+class Guarded:
+    """A copy of a tensor as a view in the middle of a larger buffer of NaN (integers: 99, bools: True).
+
+    A kernel that reads past the view picks up NaN; one that writes past it is caught by `check`, and one that writes
+    to an input by `check(unchanged=True)`.
+    """
+
+    def __init__(self, tensor):
+        shape = [size + 2 * MARGIN for size in tensor.shape]
+        fill = float("nan") if tensor.dtype.is_floating_point else (True if tensor.dtype == torch.bool else 99)
+        self.buffer = torch.full(shape, fill, dtype=tensor.dtype, device=tensor.device)
+        self.index = tuple(slice(MARGIN, MARGIN + size) for size in tensor.shape)
+        self.view = self.buffer[self.index]
+        self.view.copy_(tensor)
+        self.before = self.buffer.clone()
+
+    def check(self, name, unchanged=True):
+        """Raises AssertionError if anything around the view changed (or, with `unchanged`, the view itself)."""
+        expected = self.before.clone()
+        if not unchanged:
+            expected[self.index] = self.view
+        same = torch.equal(self.buffer.view(torch.uint8), expected.view(torch.uint8))
+        assert same, f"{name}: memory {'of or ' if unchanged else ''}around the tensor was overwritten"

@@ -1,0 +1,97 @@
+"""Hypothesis strategies for the problems of convkernels.testing.inputs."""
+
+import torch
+from hypothesis import strategies as st
+
+from convkernels.testing.inputs import LAYOUTS, Problem, StepProblem
+
+DTYPES = (torch.float64, torch.float32, torch.float32, torch.bfloat16, torch.float16)
+LOW = (torch.float32, torch.bfloat16, torch.float16)
+# Mostly the sizes that people use; rarely a kernel far longer than the sequence.
+TAPS = (*range(1, 41), 7, 15, 31, 64, 129, 255)
+DROPOUTS = (0.0, 0.0, 0.25, 0.9, 1.0)
+
+
+@st.composite
+def problems(draw, kinds=("light", "light", "dynamic", "row")):
+    """Any call of tap_conv or tap_grad with small tensors."""
+    pick = draw(st.integers(0, 2**48))
+
+    def choose(options):
+        nonlocal pick
+        pick, index = divmod(pick, len(options))
+        return options[index]
+
+    taps = draw(st.sampled_from(TAPS))
+    dilation = draw(st.sampled_from((1, 1, 1, 2, 3))) if taps < 41 else 1
+    span = (taps - 1) * dilation
+    heads = draw(st.integers(1, 4))
+    # Widths around the vector lengths: whole vectors, tails, and single channels.
+    head_size = draw(st.sampled_from((1, 1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 24, 33)))
+    length = draw(st.integers(0, 24 if taps < 41 else 6))
+    lengths = ()
+    batch = draw(st.integers(0, 3))
+    if draw(st.integers(0, 4)) == 0:
+        lengths = tuple(draw(st.lists(st.integers(0, 9), min_size=1, max_size=4)))
+    softmax = choose((False, True))
+    dtype = draw(st.sampled_from(DTYPES))
+    return Problem(
+        batch=batch,
+        length=length,
+        heads=heads,
+        head_size=head_size,
+        taps=taps,
+        left=draw(st.sampled_from((span // 2, span, 0, min(dilation * (taps // 2), span), span // 3))),
+        dilation=dilation,
+        kind=draw(st.sampled_from(kinds)),
+        softmax=softmax,
+        renormalize=softmax and choose((False, True)),
+        dropout=choose(DROPOUTS),
+        bias=choose((False, True)),
+        gate=choose((False, False, True)),
+        padding_mask=choose((0, 0, 0, 1, 2, 2, 3)),
+        lengths=lengths,
+        state=choose((False, False, True)),
+        dtype=dtype,
+        weight_dtype=torch.float64 if dtype == torch.float64 else choose((dtype, dtype, *LOW)),
+        layout=choose(LAYOUTS),
+        weight_layout=choose(LAYOUTS),
+        grad_layout=choose(LAYOUTS),
+        seed=draw(st.integers(0, 2**20)),
+    )
+
+
+@st.composite
+def step_problems(draw):
+    """Any call of tap_step."""
+    pick = draw(st.integers(0, 2**40))
+
+    def choose(options):
+        nonlocal pick
+        pick, index = divmod(pick, len(options))
+        return options[index]
+
+    taps = draw(st.sampled_from(TAPS))
+    softmax = choose((False, True))
+    renormalize = softmax and choose((False, True))
+    dtype = draw(st.sampled_from(DTYPES))
+    return StepProblem(
+        batch=draw(st.integers(0, 5)),
+        heads=draw(st.integers(1, 4)),
+        head_size=draw(st.sampled_from((1, 2, 3, 4, 7, 8, 9, 16, 17, 33))),
+        taps=taps,
+        dilation=draw(st.sampled_from((1, 1, 2, 3))) if taps < 41 else 1,
+        kind=choose(("light", "dynamic")),
+        softmax=softmax,
+        renormalize=renormalize,
+        bias=choose((False, True)),
+        gate=choose((False, True)),
+        indexed=choose((False, True)),
+        position=choose((0, 1, 2)) if renormalize else 0,
+        dtype=dtype,
+        weight_dtype=torch.float64 if dtype == torch.float64 else choose((dtype, dtype, *LOW)),
+        layout=choose(LAYOUTS),
+        state_layout=choose(LAYOUTS),
+        weight_layout=choose(LAYOUTS),
+        seed=draw(st.integers(0, 2**20)),
+    )

@@ -1,0 +1,80 @@
+"""Random problems against the float64 oracle within the a-priori bounds: 10,000 per op and backend, no exceptions, no reruns.
+
+A failing problem is printed as a constructor call; paste it into `Problem(...)` to replay it.
+"""
+
+import pytest
+from hypothesis import given, settings
+
+from convkernels.testing.bounds import Bounds, StepBounds
+from strategies import problems, step_problems
+
+FULL, QUICK = 10_000, 300
+NEEDS = {"x": 1, "weight": 2, "bias": 4, "gate": 8, "initial_state": 16}
+
+
+def check_forward(ops, problem):
+    t = problem.tensors()
+    arguments = problem.op_arguments(t)
+    y = ops.tap_conv(*arguments)
+    Bounds(*arguments).output().check(y, "y")
+    if t["x"].is_contiguous():
+        assert y.is_contiguous()
+
+
+def check_gradients(ops, problem):
+    t = problem.tensors()
+    needs = 31 if problem.seed % 4 else problem.seed // 4 % 32
+    results = dict(zip(NEEDS, ops.tap_grad(*problem.grad_arguments(t, needs)), strict=True))
+    absent = {name for name in ("gate", "initial_state") if t[name] is None}
+    expected = Bounds(*problem.op_arguments({**t, "bias": None})).gradients(t["grad"])
+    for name, result in results.items():
+        if needs & NEEDS[name] and name not in absent:
+            expected[name].check(result, f"grad_{name}")
+        else:
+            assert tuple(result.shape) == (0,), f"grad_{name} was not asked for, got {tuple(result.shape)}"
+
+
+def check_step(ops, problem):
+    t = problem.tensors()
+    arguments = problem.op_arguments(t)
+    bounds = StepBounds(*arguments)
+    y = ops.tap_step(*arguments)
+    bounds.output().check(y, "y")
+    bounds.state().check(t["state"], "state")
+
+
+def run(check, strategy, ops, examples):
+    @settings(max_examples=examples)
+    @given(problem=strategy)
+    def over_all(problem):
+        check(ops, problem)
+
+    over_all()
+
+
+@pytest.mark.slow
+def test_forward(ops):
+    run(check_forward, problems(), ops, FULL)
+
+
+@pytest.mark.slow
+def test_gradients(ops):
+    run(check_gradients, problems(), ops, FULL)
+
+
+@pytest.mark.slow
+def test_step(ops):
+    run(check_step, step_problems(), ops, FULL)
+
+
+def test_forward_quick(ops):
+    run(check_forward, problems(), ops, QUICK)
+
+
+def test_gradients_quick(ops):
+    run(check_gradients, problems(), ops, QUICK)
+
+
+def test_step_quick(ops):
+    run(check_step, step_problems(), ops, QUICK)
