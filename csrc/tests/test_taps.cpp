@@ -12,7 +12,7 @@ struct Row {
 };
 
 constexpr Row kTable[] = {
-#include "csrc/tests/taps_table.inc"
+#include "tests/taps_table.inc"
 };
 
 template <class Body>

@@ -1,0 +1,138 @@
+"""What is built, and what the build promises: metadata without torch, a pure-Python package, honest wheels."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import convkernels
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = ("convkernels", "csrc", "setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "MANIFEST.in")
+
+
+@pytest.fixture(scope="module")
+def project():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_setup_does_not_import_torch_and_is_short():
+    text = (ROOT / "setup.py").read_text()
+    imported = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add((node.module or "").split(".")[0])
+    assert "torch" not in imported
+    assert len(text.splitlines()) <= 150
+
+
+def test_dependencies(project):
+    assert not [r for r in project["build-system"]["requires"] if re.match(r"torch\b", r)]
+    assert project["project"]["dependencies"] == ["torch>=2.10"]
+    assert {"bench", "hf", "test", "dev"} <= set(project["project"]["optional-dependencies"])
+    triton = project["project"]["optional-dependencies"]["triton"]
+    assert all("platform_system == 'Linux'" in requirement for requirement in triton)
+
+
+def test_native_module_describes_the_build():
+    native = pytest.importorskip("convkernels._C")
+    info = native.build_info()
+    assert info["version"] == native.version == convkernels.__version__
+    assert info["torch_target"] == "2.10"
+    assert info["cuda_archs"] == []
+    assert re.fullmatch(r"\w+ [\d.]+", info["compilers"]["c++"])
+    assert "portable" in info["compiled_isas"]
+    assert info["active_isa"] in info["compiled_isas"]
+    assert native.isa_supported("portable") and native.isa_supported(info["active_isa"])
+    assert not native.isa_supported("no such instruction set")
+
+
+def run(*command, cwd, **environment):
+    return subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True)
+
+
+def test_unknown_build_mode_is_one_sentence():
+    done = run(sys.executable, "setup.py", "--version", cwd=ROOT, CONVKERNELS_BUILD="gpu")
+    assert done.returncode != 0
+    assert done.stderr.strip() == "CONVKERNELS_BUILD: expected one of auto, cpu, cuda, none, got 'gpu'"
+
+
+def test_cuda_build_is_refused_clearly():
+    done = run(sys.executable, "setup.py", "--version", cwd=ROOT, CONVKERNELS_BUILD="cuda")
+    assert done.returncode != 0
+    assert done.stderr.strip().startswith("CONVKERNELS_BUILD=cuda: the CUDA backend is not part of this version")
+
+
+# Runs setup.py with its arguments where torch cannot be found.
+WITHOUT_TORCH = """
+import importlib.util, runpy, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "torch" else find(name, *rest)
+sys.argv[0] = "setup.py"
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+def test_native_build_without_torch_says_what_to_do():
+    done = run(sys.executable, "-c", WITHOUT_TORCH, "--quiet", "build_ext", cwd=ROOT)
+    assert done.returncode != 0
+    assert "install torch first and then run `pip install --no-build-isolation .`" in done.stderr
+    assert "CONVKERNELS_BUILD=none" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_metadata_needs_no_torch():
+    done = run(sys.executable, "-c", WITHOUT_TORCH, "--version", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == convkernels.__version__
+
+
+def copy_of_sources(folder):
+    """The files a build reads, without what earlier builds left behind."""
+    for name in COPIED:
+        source = ROOT / name
+        files = [source] if source.is_file() else [f for f in source.rglob("*") if f.is_file()]
+        for file in files:
+            if file.suffix in (".so", ".pyc") or "_native" in file.parts:
+                continue
+            target = folder / file.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
+    return folder
+
+
+@pytest.mark.slow
+def test_pure_python_wheel_works_through_the_reference(tmp_path):
+    sources = copy_of_sources(tmp_path / "sources")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", str(tmp_path), "."]
+    done = run(*command, cwd=sources, CONVKERNELS_BUILD="none")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(site)
+    assert not [name for name in names if name.endswith(".so")]
+    assert "convkernels/py.typed" in names
+    program = (
+        "import json, warnings, torch, convkernels\n"
+        "warnings.simplefilter('error')\n"
+        "x, w = torch.randn(2, 5, 4), torch.randn(2, 3)\n"
+        "y = convkernels.lightweight_conv1d(x, w, backend='reference')\n"
+        "print(json.dumps([convkernels.__file__, list(y.shape), convkernels.why_not('cpu')]))\n"
+    )
+    done = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(site))
+    assert done.returncode == 0, done.stderr
+    where, shape, reasons = json.loads(done.stdout)
+    assert where.startswith(str(site)) and shape == [2, 5, 4]
+    assert len(reasons) == 1 and "was not built" in reasons[0]
