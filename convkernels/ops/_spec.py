@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..backends import BACKENDS
-from . import _flops
+from . import _late
 
 NAMESPACE = "convkernels"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -68,5 +68,5 @@ def register(spec: OpSpec) -> None:
                 f"{NAMESPACE}::{spec.name}.{backend}", hooks.backward, setup_context=hooks.setup_context, lib=_LIBRARY
             )
     implement(spec.name, "reference", spec.reference)
-    packets = getattr(torch.ops, NAMESPACE)
-    _flops.register([getattr(packets, spec.name), getattr(packets, f"_{spec.name}")], spec.flops)
+    packets = [getattr(getattr(torch.ops, NAMESPACE), full) for full in (spec.name, f"_{spec.name}")]
+    _late.when_imported("torch.utils.flop_counter", lambda counter: counter.register_flop_formula(packets)(spec.flops))

@@ -171,7 +171,8 @@ def _general(
         name, x, weight, bias, softmax, renormalize, padding, dilation, p, training, seed, gate, mask, cu_seqlens,
         initial_state, return_state, letters=letters, read_values=not transforming,
     )  # fmt: skip
-    kernels = _kernels(name, backend, x.device.type, x.dtype)
+    chosen = _choose(name, backend, x.device.type, x.dtype)
+    kernels = op.KERNELS[chosen]
     if not transforming:
         _proven[backend, x.dtype, weight.dtype, x.device, weight.device] = kernels.raw, kernels.record
     dropout = float(p) if training else 0.0
@@ -179,10 +180,14 @@ def _general(
         seed = None
     elif seed is None:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    call = kernels.raw
     if transforming:
-        call = kernels.conv
-    elif torch.is_grad_enabled() and any(
+        y = op.TapConv.apply(
+            x, weight, left, dilation, softmax, renormalize, dropout, seed, bias, gate, mask, cu_seqlens, initial_state,
+            chosen,
+        )  # fmt: skip
+        return (y, _final_state(x, gate, mask, cu_seqlens, initial_state, left)) if return_state else y
+    call = kernels.raw
+    if torch.is_grad_enabled() and any(
         value is not None and value.requires_grad for value in (x, weight, bias, gate, initial_state)
     ):
         call = kernels.record
@@ -202,10 +207,6 @@ def _choose(name: str, backend: str, device_type: str, dtype: torch.dtype) -> st
 _choose._dynamo_marked_constant = True
 
 
-def _kernels(name: str, backend: str, device_type: str, dtype: torch.dtype) -> op.Kernels:
-    return op.kernels(_choose(name, backend, device_type, dtype))
-
-
 def _autocast(x, *others):
     """x and what shares its dtype, in the dtype of an active autocast region; double precision is left alone."""
     if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type) and x.dtype in _validate.FLOATS[1:]:
@@ -219,34 +220,33 @@ def _autocast(x, *others):
 
 
 def _final_state(x, gate, mask, cu_seqlens, initial_state, S: int) -> Tensor:
-    """The last S rows of [initial state, z] of every sequence, [B,S,C] or [N,S,C]."""
+    """The last S rows of [initial state, z] of every sequence, [B,S,C] or [N,S,C]; gathered without asking how long the
+    sequences are, so that it neither waits for a device nor ties a compiled graph to lengths."""
     B, T, C = x.shape
-    if cu_seqlens is None:
-        first = T - min(S, T)
-        z = reference.gated_input(
-            x[:, first:], None if gate is None else gate[:, first:], None if mask is None else mask[:, first:]
-        )
-        if z.shape[1] == S:
-            return z.clone() if gate is None and mask is None else z
-        before = x.new_zeros(B, S, C) if initial_state is None else initial_state
-        return torch.cat([before[:, z.shape[1] :], z], 1)
-    cu = cu_seqlens.to(torch.int64)
-    lengths = (cu[1:] - cu[:-1])[:, None]
     row = torch.arange(S, device=x.device)
-    inside = lengths + row >= S
-    if T == 0:
-        z = x.new_zeros(lengths.shape[0], S, C)
+    if cu_seqlens is None:
+        lengths = end = torch.full((1, 1), T, device=x.device)
     else:
-        source = (cu[1:, None] - S + row).clamp(0, T - 1)
-        z = reference.gated_input(
-            x[0, source], None if gate is None else gate[0, source], None if mask is None else mask[0, source]
-        )
+        cu = cu_seqlens.to(torch.int64)
+        lengths, end = (cu[1:] - cu[:-1])[:, None], cu[1:, None]
+    sequences = B if cu_seqlens is None else lengths.shape[0]
+    source = end - S + row
+
+    def gather(value):
+        if value is None:
+            return None
+        if T == 0:
+            return value.new_zeros(sequences, S, *value.shape[2:])
+        index = source.clamp(0, T - 1)
+        return value[:, index[0]] if cu_seqlens is None else value[0, index]
+
+    z = reference.gated_input(gather(x), gather(gate), gather(mask))
     if initial_state is None:
         before = torch.zeros_like(z)
     else:
-        index = (lengths + row).clamp(max=max(S - 1, 0))[..., None].expand(-1, -1, C)
-        before = initial_state.gather(1, index)
-    return torch.where(inside[..., None], z, before)
+        index = (lengths + row).clamp(max=max(S - 1, 0))
+        before = initial_state.gather(1, index[..., None].expand(sequences, S, C))
+    return torch.where((lengths + row >= S)[..., None], z, before)
 
 
 def depthwise_conv1d_step(
@@ -318,7 +318,7 @@ def _step(
     _validate.step(
         name, x, state, weight, bias, softmax, renormalize, dilation, gate, state_index, position, letters=letters
     )
-    kernels = _kernels(name, backend, x.device.type, x.dtype)
+    kernels = op.KERNELS[_choose(name, backend, x.device.type, x.dtype)]
     y = kernels.step(x, state, weight, dilation, softmax, renormalize, bias, gate, state_index, position)
     if not op.transforming() and not state.is_inference():
         torch.autograd.graph.increment_version(state)

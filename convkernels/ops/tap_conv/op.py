@@ -5,14 +5,15 @@ autograd -> ``record``, an autograd.Function with everything in ``forward``, the
 torch.compile -> ``conv``, an autograd.Function with ``setup_context`` and ``vmap``. No ``jvp``: it would break compiled graphs.
 """
 
-from functools import cache
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .. import _cost
+from ...backends import BACKENDS
+from .. import _cost, _late
 from .._spec import Autograd, OpSpec, overload, register
 from . import batching, composite, reference
 
@@ -39,22 +40,17 @@ _GRAD_INPUTS = (0, 1, 2, 9, 12)
 _CONV_ARITY = 13
 
 
-def _bind_conv(
-    x, weight, left, dilation=1, softmax=False, renormalize=False, dropout=0.0, seed=None, bias=None, gate=None, mask=None,
-    cu_seqlens=None, initial_state=None,
-):  # fmt: skip
-    return (
-        x, weight, left, dilation, softmax, renormalize, dropout, seed, bias, gate, mask, cu_seqlens, initial_state,
-    )  # fmt: skip
+class Kernels(NamedTuple):
+    """One backend's operators; all take the arguments of the op by position. raw, raw_grad, step: no autograd.
+    record: eager autograd, trailing default arguments may be left out."""
+
+    raw: Any
+    raw_grad: Any
+    step: Any
+    record: Any
 
 
-def _bind_grad(
-    grad, x, weight, left, dilation=1, softmax=False, renormalize=False, dropout=0.0, seed=None, gate=None, mask=None,
-    cu_seqlens=None, initial_state=None, needs=31,
-):  # fmt: skip
-    return (
-        grad, x, weight, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens, initial_state, needs,
-    )  # fmt: skip
+KERNELS: dict[str, Kernels] = {}
 
 
 def transforming() -> bool:
@@ -62,52 +58,70 @@ def transforming() -> bool:
     return torch.compiler.is_compiling() or _transforms_active()
 
 
-class Kernels(NamedTuple):
-    """One backend's operators as Python callables; all take the arguments of the op, by position.
-
-    raw: no autograd.  record: eager autograd; trailing default arguments may be left out.  conv, grad: for torch.func,
-    torch.compile and higher derivatives; every argument has to be given.  step: the decoding step.
-    """
-
-    raw: Any
-    record: Any
-    conv: Any
-    grad: Any
-    step: Any
+def differentiable_conv(
+    backend, x, weight, left, dilation=1, softmax=False, renormalize=False, dropout=0.0, seed=None, bias=None, gate=None,
+    mask=None, cu_seqlens=None, initial_state=None,
+) -> Tensor:  # fmt: skip
+    """tap_conv for torch.func, torch.compile and higher derivatives."""
+    return TapConv.apply(
+        x, weight, left, dilation, softmax, renormalize, dropout, seed, bias, gate, mask, cu_seqlens, initial_state, backend
+    )
 
 
-def _save_for_grad(ctx, inputs, needs_input_grad) -> None:
+def differentiable_grad(
+    backend, grad, x, weight, left, dilation=1, softmax=False, renormalize=False, dropout=0.0, seed=None, gate=None,
+    mask=None, cu_seqlens=None, initial_state=None, needs=31,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """tap_grad for torch.func, torch.compile and higher derivatives."""
+    return TapGrad.apply(
+        grad, x, weight, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens, initial_state, needs,
+        backend,
+    )  # fmt: skip
+
+
+def _save_for_grad(
+    ctx, x, weight, left, dilation=1, softmax=False, renormalize=False, dropout=0.0, seed=None, bias=None, gate=None,
+    mask=None, cu_seqlens=None, initial_state=None,
+) -> None:  # fmt: skip
     """Keep what the backward pass reads: x only if a gradient depends on it (that of weight or gate)."""
-    x, weight, left, dilation, softmax, renormalize, dropout, seed, bias, gate, mask, cu_seqlens, state = inputs
-    keep_x = needs_input_grad[1] or (gate is not None and needs_input_grad[9])
-    ctx.save_for_backward(x if keep_x else None, weight, seed, gate, mask, cu_seqlens, state)
+    given = ctx.needs_input_grad
+    keep_x = given[1] or (gate is not None and given[9])
+    ctx.save_for_backward(x if keep_x else None, weight, seed, gate, mask, cu_seqlens, initial_state)
     ctx.setting = left, dilation, softmax, renormalize, dropout
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _conv_backward(ctx, grad, needs_input_grad, raw_grad, grad_function) -> tuple:
+def _conv_backward(ctx, grad, needs_input_grad, backend) -> tuple:
     """Gradients of tap_conv for all its arguments."""
     x, weight, seed, gate, mask, cu_seqlens, state = ctx.saved_tensors
+    left, dilation, softmax, renormalize, dropout = ctx.setting
     needs = 0
     for bit, index in enumerate(_CONV_INPUTS):
         if needs_input_grad[index]:
             needs |= 1 << bit
-    # If x was not kept, no gradient depends on its values; grad has its shape and type.
-    args = (grad, grad if x is None else x, weight, *ctx.setting, seed, gate, mask, cu_seqlens, state, needs)
-    call = grad_function if torch.is_grad_enabled() or transforming() else raw_grad
-    to_x, to_weight, to_bias, to_gate, to_state = call(*args)
+    if x is None:
+        # No gradient asked for depends on the values of x; grad has its shape and type.
+        x = grad
+    if torch.is_grad_enabled() or transforming():
+        to_x, to_weight, to_bias, to_gate, to_state = TapGrad.apply(
+            grad, x, weight, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens, state, needs,
+            backend,
+        )  # fmt: skip
+    else:
+        to_x, to_weight, to_bias, to_gate, to_state = KERNELS[backend].raw_grad(
+            grad, x, weight, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens, state, needs
+        )
     if needs & 4 and to_bias.dtype != ctx.bias_dtype:
         to_bias = to_bias.to(ctx.bias_dtype)
     return (
         to_x if needs & 1 else None,
         to_weight if needs & 2 else None,
-        *(None,) * 6,
+        None, None, None, None, None, None,
         to_bias if needs & 4 else None,
         to_gate if needs & 8 else None,
-        None,
-        None,
+        None, None,
         to_state if needs & 16 else None,
-    )
+    )  # fmt: skip
 
 
 def _grad_setup(ctx, inputs, output) -> None:
@@ -118,27 +132,22 @@ def _grad_setup(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _grad_backward(ctx, grads, needs_input_grad, conv, grad_function) -> tuple:
+def _grad_backward(ctx, grads, needs_input_grad, backend) -> tuple:
     """Gradients of tap_grad for all its arguments: the double backward."""
     grad, x, weight, seed, gate, mask, cu_seqlens, state = ctx.saved_tensors
     left, dilation, softmax, renormalize, dropout = ctx.setting
     grads = [value if ctx.needs & 1 << bit else None for bit, value in enumerate(grads)]
     wanted = [needs_input_grad[index] for index in _GRAD_INPUTS]
-
-    def bare_conv(*args, **kwargs):
-        return conv(*_bind_conv(*args, **kwargs))
-
-    def bare_grad(*args, **kwargs):
-        return grad_function(*_bind_grad(*args, **kwargs))
-
+    conv = partial(differentiable_conv, backend)
     if composite.is_raw(softmax, dropout, gate, mask, state):
+        grad_op = partial(differentiable_grad, backend)
         found = composite.raw_double_backward(
-            bare_conv, bare_grad, wanted, grads[:3], grad, x, weight, left, dilation, cu_seqlens
+            conv, grad_op, wanted, grads[:3], grad, x, weight, left, dilation, cu_seqlens
         )
         found = (*found, None, None)
     else:
         found = composite.fused_double_backward(
-            bare_conv, wanted, grads, grad, x, weight, left, dilation, softmax, renormalize, dropout, seed, gate, mask,
+            conv, wanted, grads, grad, x, weight, left, dilation, softmax, renormalize, dropout, seed, gate, mask,
             cu_seqlens, state,
         )  # fmt: skip
     result = [None] * 14
@@ -147,82 +156,91 @@ def _grad_backward(ctx, grads, needs_input_grad, conv, grad_function) -> tuple:
     return tuple(result)
 
 
-@cache
-def kernels(backend: str) -> Kernels:
-    """The callables of one backend."""
-    raw, raw_grad, step = (overload(f"_{name}", backend) for name in ("tap_conv", "tap_grad", "tap_step"))
-    # OpOverload.__call__ only forwards to `_op`; calling that directly saves 0.1 us of the 3 a small call takes.
-    fast = getattr(raw, "_op", raw)
+# The compiler counts the parameters of `forward`, and so they are spelled out.
 
-    class TapGrad(Function):
-        @staticmethod
-        def forward(*args):
-            return raw_grad(*args)
 
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            _grad_setup(ctx, inputs, output)
-            ctx.mark_non_differentiable(*(value for bit, value in enumerate(output) if not inputs[-1] & 1 << bit))
+class TapGrad(Function):
+    """tap_grad with its own derivative; the arguments of the op, all of them, and the backend."""
 
-        @staticmethod
-        def backward(ctx, *grads):
-            return _grad_backward(ctx, grads, ctx.needs_input_grad, TapConv.apply, TapGrad.apply)
+    @staticmethod
+    def forward(
+        grad, x, weight, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens, state, needs, backend
+    ):
+        return KERNELS[backend].raw_grad(
+            grad, x, weight, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens, state, needs
+        )
 
-        @staticmethod
-        def vmap(info, in_dims, *args):
-            return batching.grad(TapGrad.apply, info.batch_size, in_dims, args)
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.backend = inputs[-1]
+        _grad_setup(ctx, inputs[:-1], output)
+        ctx.mark_non_differentiable(*[value for bit, value in enumerate(output) if not ctx.needs & 1 << bit])
 
-    class TapConv(Function):
-        @staticmethod
-        def forward(*args):
-            return raw(*args)
+    @staticmethod
+    def backward(ctx, *grads):
+        return *_grad_backward(ctx, grads, ctx.needs_input_grad, ctx.backend), None
 
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            _save_for_grad(ctx, inputs, ctx.needs_input_grad)
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return batching.grad(partial(differentiable_grad, args[-1]), info.batch_size, in_dims[:-1], args[:-1])
 
-        @staticmethod
-        def backward(ctx, grad):
-            return _conv_backward(ctx, grad, ctx.needs_input_grad, raw_grad, TapGrad.apply)
 
-        @staticmethod
-        def vmap(info, in_dims, *args):
-            return batching.conv(TapConv.apply, info.batch_size, in_dims, args)
+class TapConv(Function):
+    """tap_conv; the arguments of the op, all of them, and the backend."""
 
-    class Record(Function):
+    @staticmethod
+    def forward(
+        x, weight, left, dilation, softmax, renormalize, dropout, seed, bias, gate, mask, cu_seqlens, state, backend
+    ):
+        return KERNELS[backend].raw(
+            x, weight, left, dilation, softmax, renormalize, dropout, seed, bias, gate, mask, cu_seqlens, state
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.backend = inputs[-1]
+        _save_for_grad(ctx, *inputs[:-1])
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *_conv_backward(ctx, grad, ctx.needs_input_grad, ctx.backend), None
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return batching.conv(partial(differentiable_conv, args[-1]), info.batch_size, in_dims[:-1], args[:-1])
+
+
+def _record(backend: str, raw):
+    """The Function of eager autograd: everything in ``forward``, which is cheapest, and only as many arguments as given."""
+
+    class RecordedTapConv(Function):
         @staticmethod
         def forward(ctx, *args):
-            missing = _CONV_ARITY - len(args)
-            if missing:
-                _save_for_grad(ctx, _bind_conv(*args), ctx.needs_input_grad)
-            else:
-                _save_for_grad(ctx, args, ctx.needs_input_grad)
-            return fast(*args)
+            _save_for_grad(ctx, *args)
+            return raw(*args)
 
         @staticmethod
         def backward(ctx, grad):
             given = ctx.needs_input_grad
-            found = _conv_backward(ctx, grad, given + (False,) * (_CONV_ARITY - len(given)), raw_grad, TapGrad.apply)
+            found = _conv_backward(ctx, grad, given + (False,) * (_CONV_ARITY - len(given)), backend)
             return found[: len(given)]
 
-    return Kernels(fast, Record.apply, TapConv.apply, TapGrad.apply, getattr(step, "_op", step))
+    return RecordedTapConv.apply
 
 
 def _conv_autograd(backend: str) -> Autograd:
     def setup_context(ctx, inputs, output):
-        _save_for_grad(ctx, inputs, ctx.needs_input_grad)
+        _save_for_grad(ctx, *inputs)
 
     def backward(ctx, grad):
-        raw_grad = overload("_tap_grad", backend)
-        return _conv_backward(ctx, grad, ctx.needs_input_grad, raw_grad, kernels(backend).grad)
+        return _conv_backward(ctx, grad, ctx.needs_input_grad, backend)
 
     return Autograd(setup_context, backward)
 
 
 def _grad_autograd(backend: str) -> Autograd:
     def backward(ctx, *grads):
-        functions = kernels(backend)
-        return _grad_backward(ctx, grads, ctx.needs_input_grad, functions.conv, functions.grad)
+        return _grad_backward(ctx, grads, ctx.needs_input_grad, backend)
 
     return Autograd(_grad_setup, backward)
 
@@ -231,14 +249,16 @@ def _fake_conv(x: Tensor, *args, **kwargs) -> Tensor:
     return torch.empty_like(x)
 
 
-def _fake_grad(*args, **kwargs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _, x, weight, *_, gate, _, _, state, needs = _bind_grad(*args, **kwargs)
+def _fake_grad(
+    grad, x, weight, left, dilation=1, softmax=False, renormalize=False, dropout=0.0, seed=None, gate=None, mask=None,
+    cu_seqlens=None, initial_state=None, needs=31,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return (
         torch.empty_like(x) if needs & 1 else x.new_empty(0),
         weight.new_empty(weight.shape) if needs & 2 else weight.new_empty(0),
         weight.new_empty(x.shape[2]) if needs & 4 else weight.new_empty(0),
         torch.empty_like(gate) if needs & 8 and gate is not None else x.new_empty(0),
-        state.new_empty(state.shape) if needs & 16 and state is not None else x.new_empty(0),
+        x.new_empty(initial_state.shape) if needs & 16 and initial_state is not None else x.new_empty(0),
     )
 
 
@@ -257,3 +277,18 @@ def _step_flops(x, state, weight, *args, out_shape=None, **kwargs) -> int:
 register(OpSpec("tap_conv", _CONV_SCHEMA, _fake_conv, reference.tap_conv, _conv_flops, _conv_autograd))
 register(OpSpec("tap_grad", _GRAD_SCHEMA, _fake_grad, reference.tap_grad, _grad_flops, _grad_autograd))
 register(OpSpec("tap_step", _STEP_SCHEMA, _fake_conv, reference.tap_step, _step_flops))
+
+for _backend in BACKENDS:
+    # OpOverload.__call__ only forwards to `_op`; calling that directly saves 0.1 us of the 3 a small call takes.
+    _raw = overload("_tap_conv", _backend)
+    KERNELS[_backend] = Kernels(
+        _raw, overload("_tap_grad", _backend), overload("_tap_step", _backend), _record(_backend, getattr(_raw, "_op", _raw))
+    )
+
+
+@partial(_late.when_imported, "torch._dynamo")
+def _keep_whole(dynamo) -> None:
+    """Have the compiler call the Functions instead of tracing into them. Inside torch.func.grad it takes their inputs for
+    constants, skips the Function, and every gradient is silently zero (seen with torch 2.13)."""
+    dynamo.allow_in_graph(TapConv)
+    dynamo.allow_in_graph(TapGrad)

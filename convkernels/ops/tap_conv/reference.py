@@ -191,8 +191,8 @@ def tap_grad(
         x, weight, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens, initial_state
     )
     g = grad.to(dtype)
-    grad_x = grad_gate = grad_state = x.new_empty(0)
-    grad_weight = grad_bias = weight.new_empty(0)
+    grad_x, grad_gate, grad_state = x.new_empty(0), x.new_empty(0), x.new_empty(0)
+    grad_weight, grad_bias = weight.new_empty(0), weight.new_empty(0)
 
     if needs & (1 | 8 | 16):
         grad_rows = torch.zeros_like(rows)
