@@ -1,13 +1,14 @@
-"""Random problems against the float64 oracle within the a-priori bounds: 10,000 per op and backend, no exceptions, no reruns.
+"""Random problems against the float64 oracle within the a-priori bounds: 10,000 per op and backend, no exceptions, no
+reruns.
 
 A failing problem is printed as a constructor call; paste it into `Problem(...)` to replay it.
 """
 
 import pytest
 from hypothesis import given, settings
+from strategies import problems, step_problems
 
 from convkernels.testing.bounds import Bounds, StepBounds
-from strategies import problems, step_problems
 
 FULL, QUICK = 10_000, 300
 NEEDS = {"x": 1, "weight": 2, "bias": 4, "gate": 8, "initial_state": 16}

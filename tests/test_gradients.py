@@ -1,0 +1,191 @@
+"""gradcheck and gradgradcheck of every differentiable input of every public function in every mode, in float64.
+
+Nondeterminism tolerance is zero; batched gradients (vmap over the backward pass) and undefined gradients are checked
+as well.
+"""
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+import convkernels as ck
+from convkernels.testing.inputs import arrange, values
+
+FUNCTIONS = {"depthwise": ck.depthwise_conv1d, "lightweight": ck.lightweight_conv1d, "dynamic": ck.dynamic_conv1d}
+
+# Sizes and options; what is not named takes the values of SIZES. "with_*" adds an input, the rest goes to the function.
+SIZES = {"batch": 2, "length": 5, "heads": 2, "head_size": 2, "taps": 3, "layout": "contiguous"}
+MODES = {
+    "plain": {},
+    "bias": {"with_bias": True},
+    "causal": {"padding": "causal"},
+    "padding_0": {"padding": 0, "taps": 4},
+    "padding_1": {"padding": 1, "taps": 4},
+    "even_taps": {"taps": 4},
+    "one_tap": {"taps": 1},
+    "more_taps_than_length": {"taps": 9, "length": 4},
+    "one_position": {"length": 1},
+    "no_position": {"length": 0},
+    "dilation": {"dilation": 2},
+    "dilation_causal": {"dilation": 3, "padding": "causal", "length": 8},
+    "gate": {"with_gate": True},
+    "mask": {"with_mask": True},
+    "gate_mask_bias": {"with_gate": True, "with_mask": True, "with_bias": True},
+    "tbc": {"layout": "swap01", "with_gate": True},
+    "bct": {"layout": "swap_last", "with_gate": True},
+    "strided": {"layout": "step2", "with_gate": True, "with_bias": True},
+    "packed": {"lengths": (3, 0, 1, 4), "with_gate": True},
+    "state": {"with_state": True, "padding": "causal"},
+    "return_state": {"return_state": True, "padding": "causal", "with_gate": True, "with_mask": True},
+    "state_to_state": {
+        "with_state": True,
+        "return_state": True,
+        "padding": "causal",
+        "with_gate": True,
+        "length": 2,
+        "taps": 5,
+    },
+    "packed_state": {"lengths": (3, 0, 1, 4), "with_state": True, "return_state": True, "padding": "causal"},
+}
+SOFTMAX_MODES = {
+    "raw": {"softmax": False},
+    "raw_dropout": {"softmax": False, "weight_dropout": 0.4, "training": True, "with_seed": True},
+    "dropout": {"weight_dropout": 0.4, "training": True, "with_seed": True},
+    "dropout_all": {"weight_dropout": 1.0, "training": True, "with_seed": True},
+    "dropout_gate_state": {"weight_dropout": 0.4, "training": True, "with_seed": True, "with_gate": True, "with_state":
+    True,
+                           "padding": "causal"},
+    "renormalize": {"renormalize": True},
+    "renormalize_short": {"renormalize": True, "taps": 9, "length": 3},
+    "renormalize_outside": {"renormalize": True, "taps": 3, "dilation": 4, "length": 3, "padding": 0},
+    "renormalize_packed": {"renormalize": True, "lengths": (3, 0, 1, 4), "padding": "causal"},
+    "renormalize_dropout_mask": {"renormalize": True, "weight_dropout": 0.4, "training": True, "with_seed": True,
+                                 "with_mask": True},
+    "renormalize_state": {"renormalize": True, "with_state": True, "padding": "causal", "dilation": 2},
+    "everything": {"renormalize": True, "weight_dropout": 0.3, "training": True, "with_seed": True, "with_gate": True,
+                   "with_bias": True, "with_mask": True, "with_state": True, "return_state": True, "padding": "causal",
+                   "lengths": (3, 0, 2), "dilation": 2, "layout": "swap01"},
+}  # fmt: skip
+CASES = [(f, m) for f in FUNCTIONS for m in (*MODES, *SOFTMAX_MODES) if f != "depthwise" or m in MODES]
+
+
+def build(function, mode, backend, **sizes):
+    """The function of its differentiable inputs alone, and those inputs."""
+    options = {**SIZES, **MODES.get(mode, {}), **SOFTMAX_MODES.get(mode, {}), **sizes}
+    size = {name: options.pop(name) for name in SIZES}
+    lengths = options.pop("lengths", None)
+    batch, length = (1, sum(lengths)) if lengths else (size["batch"], size["length"])
+    heads, taps = size["heads"], size["taps"]
+    channels = heads * size["head_size"]
+    rows = {"depthwise": (channels,), "lightweight": (heads,), "dynamic": (batch, length, heads)}[function]
+
+    def make(shape, salt):
+        tensor = arrange(values(shape, torch.float64, salt), size["layout"])
+        return tensor.detach().requires_grad_()
+
+    inputs = {"x": make((batch, length, channels), 1), "weight": make((*rows, taps), 2)}
+    if options.pop("with_bias", False):
+        inputs["bias"] = make((channels,), 3)
+    if options.pop("with_gate", False):
+        inputs["gate"] = make((batch, length, channels), 4)
+    if options.pop("with_state", False):
+        span = (taps - 1) * options.get("dilation", 1)
+        inputs["initial_state"] = make((len(lengths) if lengths else batch, span, channels), 5)
+    if options.pop("with_mask", False):
+        options["mask"] = values((batch, length), torch.float64, 6) > -0.4
+    if options.pop("with_seed", False):
+        options["seed"] = torch.tensor([1234567890123])
+    if lengths:
+        options["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0)
+    names = list(inputs)
+
+    def call(*tensors):
+        return FUNCTIONS[function](**dict(zip(names, tensors, strict=True)), backend=backend, **options)
+
+    return call, tuple(inputs.values())
+
+
+@pytest.mark.parametrize(("function", "mode"), CASES)
+def test_gradcheck(function, mode, backend):
+    call, inputs = build(function, mode, backend)
+    assert gradcheck(call, inputs, nondet_tol=0.0, check_batched_grad=True, check_undefined_grad=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("function", "mode"), CASES)
+def test_gradgradcheck(function, mode, backend):
+    call, inputs = build(function, mode, backend)
+    assert gradgradcheck(call, inputs, nondet_tol=0.0, check_batched_grad=True, check_undefined_grad=True)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_gradgradcheck_quick(function, backend):
+    mode = "gate_mask_bias" if function == "depthwise" else "everything"
+    call, inputs = build(function, mode, backend)
+    assert gradgradcheck(call, inputs, nondet_tol=0.0, fast_mode=True)
+
+
+@pytest.mark.parametrize(("function", "mode"), CASES)
+def test_gradcheck_larger(function, mode, backend):
+    """Widths past one vector and lengths past one block, checked along one random direction."""
+    call, inputs = build(function, mode, backend, batch=3, heads=3, head_size=11)
+    assert gradcheck(call, inputs, nondet_tol=0.0, fast_mode=True)
+
+
+def test_gradcheck_long_kernel(backend):
+    for function, taps in (("depthwise", 63), ("lightweight", 255), ("dynamic", 63)):
+        call, inputs = build(function, "bias", backend, taps=taps, length=40)
+        assert gradcheck(call, inputs, nondet_tol=0.0, fast_mode=True)
+
+
+@pytest.mark.parametrize("subset", [(0,), (1,), (2,), (3,), (0, 1), (1, 3), (2, 3), (0, 2, 3)])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_any_subset_of_inputs_may_require_grad(function, subset, backend):
+    """Gradients do not depend on which others are asked for."""
+    call, inputs = build(function, "gate_mask_bias", backend)
+    cotangent = values(call(*inputs).shape, torch.float64, 9)
+    full = torch.autograd.grad(call(*inputs), inputs, cotangent)
+    some = [t.detach().requires_grad_(i in subset) for i, t in enumerate(inputs)]
+    part = torch.autograd.grad(call(*some), [some[i] for i in subset], cotangent)
+    for i, grad in zip(subset, part, strict=True):
+        assert torch.equal(grad, full[i])
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("layout", ["contiguous", "swap01", "swap_last"])
+def test_expanded_and_sliced_grad_output(function, layout, backend):
+    """`y.sum().backward()` sends an expanded gradient; a slice of y sends a strided one."""
+    call, inputs = build(function, "gate_mask_bias", backend, length=7, layout=layout)
+    shape = call(*inputs).shape
+    dense = torch.ones(shape, dtype=torch.float64)
+    for name, cotangent in {
+        "expanded": torch.ones((), dtype=torch.float64).expand(shape),
+        "sliced": arrange(dense, "step2"),
+        "sliced in time": arrange(dense, "step2_time"),
+        "transposed": arrange(dense, "swap01"),
+        "misaligned": arrange(dense, "offset1"),
+    }.items():
+        expected = torch.autograd.grad(call(*inputs), inputs, dense)
+        actual = torch.autograd.grad(call(*inputs), inputs, cotangent)
+        for e, a in zip(expected, actual, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_second_order_through_the_public_op(backend):
+    """torch.ops called directly differentiates twice as well (a missing second derivative would be a silent zero)."""
+    public = getattr(torch.ops.convkernels.tap_conv, backend)
+    x = values((2, 5, 4), torch.float64, 1).clone().requires_grad_()
+    weight = values((2, 3), torch.float64, 2).clone().requires_grad_()
+    assert gradcheck(lambda x, w: public(x, w, 1, 1, True), (x, weight))
+    assert gradgradcheck(lambda x, w: public(x, w, 1, 1, True), (x, weight))
+
+
+def test_third_derivative(backend):
+    """Gradients of gradients of gradients exist too: d3/dx3 of a cubic form in the gate's argument."""
+    call, inputs = build("lightweight", "gate", backend, length=3, taps=2, heads=1)
+
+    def scalar(*tensors):
+        (first,) = torch.autograd.grad(call(*tensors).square().sum(), tensors[2], create_graph=True)
+        return first
+
+    assert gradgradcheck(scalar, inputs, fast_mode=True)

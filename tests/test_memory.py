@@ -1,0 +1,188 @@
+"""Memory errors and leaks: poisoned allocations, guard bands, masked NaN, propagation of NaN and Inf, growth."""
+
+import gc
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from strategies import problems, step_problems
+from test_fuzz import check_forward, check_gradients, check_step
+
+import convkernels as ck
+from convkernels.testing.bounds import Bounds, StepBounds
+from convkernels.testing.inputs import Problem, StepProblem, values
+from convkernels.testing.poison import Guarded, poisoned_allocations
+
+PROBLEMS = {
+    "light": Problem(length=19, heads=2, head_size=9, taps=5, left=2, softmax=True, bias=True),
+    "dynamic": Problem(length=19, heads=2, head_size=9, taps=5, left=4, kind="dynamic", softmax=True, renormalize=True),
+    "row": Problem(length=7, heads=3, head_size=5, taps=3, left=1, kind="row"),
+    "depthwise": Problem(length=19, heads=18, head_size=1, taps=7, left=3, bias=True),
+    "gate": Problem(length=11, head_size=17, gate=True, padding_mask=2, dropout=0.3, softmax=True),
+    "packed": Problem(batch=1, lengths=(5, 0, 9), taps=4, left=3, state=True, dilation=1, gate=True),
+    "long_kernel": Problem(length=6, taps=65, left=32, head_size=8, softmax=True),
+    "dilated": Problem(length=23, taps=4, left=6, dilation=4, head_size=16),
+}
+
+
+def test_poison_reaches_torch_empty():
+    with poisoned_allocations():
+        assert torch.empty(7).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(
+    ("check", "strategy"), [(check_forward, problems), (check_gradients, problems), (check_step, step_problems)]
+)
+def test_poisoned_allocations(check, strategy, ops):
+    """Fresh memory holds NaN: whatever is not written, or read before it is written, breaks the bound."""
+
+    @settings(max_examples=400)
+    @given(problem=strategy())
+    def over_all(problem):
+        with poisoned_allocations():
+            check(ops, problem)
+
+    over_all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_guard_bands(name, dtype, ops):
+    """Every input is a view inside NaN; results stay exact and nothing around the inputs changes."""
+    problem = PROBLEMS[name].with_(dtype=dtype, weight_dtype=dtype)
+    plain = problem.tensors()
+    guards = {n: Guarded(t) for n, t in plain.items() if t is not None}
+    t = {n: guards[n].view if n in guards else None for n in plain}
+    bounds = Bounds(*problem.op_arguments(plain))
+    bounds.output().check(ops.tap_conv(*problem.op_arguments(t)), "y")
+    gradients = ops.tap_grad(*problem.grad_arguments(t))
+    expected = bounds.gradients(plain["grad"])
+    for result, grad in zip(("x", "weight", "bias", "gate", "initial_state"), gradients, strict=True):
+        if grad.shape != (0,):
+            expected[result].check(grad, f"grad_{result}")
+    for n, guard in guards.items():
+        guard.check(n)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "swap01"])
+@pytest.mark.parametrize("taps", [1, 2, 7])
+def test_guard_bands_of_a_step(taps, layout, ops):
+    """The state is written in place: exactly the state, and nothing beside it."""
+    problem = StepProblem(taps=taps, gate=True, bias=True, indexed=True, head_size=9, kind="dynamic", softmax=True)
+    plain = problem.tensors()
+    bounds = StepBounds(*problem.op_arguments(plain))
+    if layout == "swap01":
+        plain["state"] = plain["state"].transpose(0, 1).contiguous()
+    guards = {n: Guarded(t) for n, t in plain.items() if t is not None}
+    t = {n: guards[n].view if n in guards else None for n in plain}
+    if layout == "swap01":
+        t["state"] = t["state"].transpose(0, 1)
+    bounds.output().check(ops.tap_step(*problem.op_arguments(t)), "y")
+    bounds.state().check(t["state"], "state")
+    for n, guard in guards.items():
+        guard.check(n, unchanged=n != "state")
+
+
+def call_with_gradients(function, inputs, cotangent, **kwargs):
+    leaves = {n: t.detach().clone().requires_grad_() for n, t in inputs.items()}
+    y = function(**leaves, **kwargs)
+    return y, dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), cotangent), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("function", ["depthwise", "lightweight", "dynamic"])
+def test_masked_positions_never_leak(function, poison, dtype, backend):
+    """NaN and Inf in masked x and gate change no bit of any output or gradient, and gradients there are exactly
+    zero.
+    """
+    batch, length, channels, taps = 2, 13, 12, 5
+    rows = {"depthwise": (channels,), "lightweight": (3,), "dynamic": (batch, length, 3)}[function]
+    inputs = {
+        "x": values((batch, length, channels), dtype, 1),
+        "weight": values((*rows, taps), dtype, 2),
+        "bias": values((channels,), dtype, 3),
+        "gate": values((batch, length, channels), dtype, 4),
+    }
+    mask = values((batch, length), torch.float64, 5) > 0
+    assert mask.any() and not mask.all()
+    bad = ~mask[:, :, None].expand_as(inputs["x"])
+    dirty = {n: t.masked_fill(bad, poison) if n in ("x", "gate") else t for n, t in inputs.items()}
+    clean = {n: t.masked_fill(bad, 0.0) if n in ("x", "gate") else t for n, t in inputs.items()}
+    call = {"depthwise": ck.depthwise_conv1d, "lightweight": ck.lightweight_conv1d, "dynamic": ck.dynamic_conv1d}[
+        function
+    ]
+    cotangent = values(inputs["x"].shape, dtype, 6)
+    for padding in ("same", "causal"):
+        y, grads = call_with_gradients(call, dirty, cotangent, mask=mask, padding=padding, backend=backend)
+        expected_y, expected = call_with_gradients(call, clean, cotangent, mask=mask, padding=padding, backend=backend)
+        assert torch.equal(y, expected_y)
+        for name, grad in grads.items():
+            assert grad.isfinite().all(), name
+            assert torch.equal(grad, expected[name]), name
+        assert (grads["x"][bad] == 0).all() and (grads["gate"][bad] == 0).all()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("taps", "dilation"), [(1, 1), (3, 1), (4, 1), (7, 3), (31, 1)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_nan_and_inf_spread_as_in_aten(dtype, taps, dilation, poison, backend):
+    """NaN or Inf at t touches exactly the outputs whose window holds t, and exactly those input gradients."""
+    batch, length, channels = 2, 40, 9
+    x = values((batch, length, channels), dtype, 1).clone()
+    weight = values((channels, taps), dtype, 2).clone()
+    x[0, 11, 3], x[1, 0, 0], x[1, 39, 8] = poison, poison, -poison
+    cotangent = values(x.shape, dtype, 3).clone()
+    cotangent[0, 20, 5], cotangent[1, 39, 8] = poison, poison
+    left = dilation * (taps // 2)
+    leaves = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+    y = ck.depthwise_conv1d(leaves[0], weight, dilation=dilation, backend=backend)
+    padded = F.pad(leaves[1].transpose(1, 2), (left, dilation * (taps - 1) - left))
+    expected = F.conv1d(padded, weight[:, None], dilation=dilation, groups=channels).transpose(1, 2)
+    grads = [torch.autograd.grad(out, leaf, cotangent)[0] for out, leaf in zip((y, expected), leaves, strict=True)]
+    for ours, theirs in ((y, expected), tuple(grads)):
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        assert torch.equal(ours.isinf(), theirs.isinf())
+        assert not ours.isfinite().all()
+
+
+def test_nan_stays_in_its_sequence_and_head(backend):
+    x = values((1, 12, 8), torch.float32, 1).clone()
+    weight = values((4, 5), torch.float32, 2).clone()
+    x[0, 6] = float("nan")
+    weight[2, 1] = float("nan")
+    y = ck.lightweight_conv1d(x, weight, cu_seqlens=torch.tensor([0, 5, 8, 12]), backend=backend)
+    head = torch.arange(8) // 2 == 2
+    assert y[0, :, head].isnan().all()
+    assert y[0, :5, ~head].isfinite().all() and y[0, 8:, ~head].isfinite().all()
+    assert y[0, 5:8, ~head].isnan().all()
+
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads Linux's /proc")
+def test_memory_does_not_grow(backend):
+    """One kept 64 KiB tensor per call would add 64 MB over the measured calls."""
+    x = values((2, 64, 128), torch.float32, 1).clone().requires_grad_()
+    weight = values((4, 5), torch.float32, 2).clone().requires_grad_()
+    gate = values((2, 64, 128), torch.float32, 3)
+    state = torch.zeros(2, 4, 128)
+
+    def calls(count):
+        for _ in range(count):
+            y = ck.lightweight_conv1d(x, weight, gate=gate, training=True, weight_dropout=0.1, backend=backend)
+            torch.autograd.grad(y, (x, weight), torch.ones_like(y))
+            with torch.no_grad():
+                ck.lightweight_conv1d_step(x[:, 0], state, weight, backend=backend)
+        gc.collect()
+
+    calls(200)
+    before = resident()
+    calls(1000)
+    assert resident() - before < 6e6
