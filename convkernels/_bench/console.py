@@ -1,0 +1,70 @@
+"""Tables and progress on a terminal: rich where it is installed, plain text elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+try:
+    import rich.console
+    import rich.progress
+    import rich.table
+except ImportError:
+    rich = None
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table; every column but the first is set flush right when it holds numbers."""
+    numeric = [all(row[i][:1].isdigit() or row[i] in ("", "-") for row in rows) for i in range(len(columns))]
+    if rich is not None and sys.stdout.isatty():
+        grid = rich.table.Table(title=title, title_justify="left", title_style="bold")
+        for name, right in zip(columns, numeric, strict=True):
+            grid.add_column(name, justify="right" if right else "left", overflow="fold")
+        for row in rows:
+            grid.add_row(*(rich.markup.escape(cell) for cell in row))
+        rich.console.Console().print(grid)
+        return
+    widths = [max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True)]
+    print(f"\n{title}")
+    for row in (columns, ["-" * width for width in widths], *rows):
+        cells = [c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True)]
+        print("  ".join(cells).rstrip())
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+@contextlib.contextmanager
+def progress(total: int) -> Iterator[Callable[[str, int], None]]:
+    """Yields step(description, advance): a bar on a terminal, a line per finished step elsewhere."""
+    if rich is not None and sys.stderr.isatty():
+        columns = (
+            rich.progress.TextColumn("{task.description:<44}"),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeElapsedColumn(),
+        )
+        with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True)) as bar:
+            task = bar.add_task("", total=total)
+            yield lambda text, advance: bar.update(task, description=text, advance=advance)
+        return
+    done = 0
+
+    def step(text: str, advance: int) -> None:
+        nonlocal done
+        done += advance
+        print(f"[{done}/{total}] {text}", file=sys.stderr, flush=True)
+
+    yield step
+
+
+def quantity(value: float | None, unit: str = "") -> str:
+    """Three significant digits with a metric prefix; a dash for None."""
+    if value is None:
+        return "-"
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "u")):
+        if abs(value) >= factor:
+            return f"{value / factor:.3g} {prefix}{unit}".strip()
+    return f"{value:.3g} {unit}".strip()

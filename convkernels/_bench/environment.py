@@ -1,0 +1,88 @@
+"""What a measurement ran on: recorded with every result, printed by `convkernels info`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import re
+from typing import Any
+
+import torch
+
+import convkernels
+from convkernels import backends
+
+VARIABLES = {
+    "CONVKERNELS_BUILD": "at build time: auto, cpu, cuda or none (pure Python)",
+    "CONVKERNELS_BACKEND": "what backend='auto' means",
+    "CONVKERNELS_STRICT": "1: an error instead of a warning when only the slow reference is left",
+    "CONVKERNELS_CPU_ISA": "portable, avx2 or avx512: use no newer CPU instructions than these",
+    "CONVKERNELS_SIMT": "run the CUDA kernels on the CPU, for tests",
+    "CONVKERNELS_GOLDEN": "folder with the recorded results that the tests compare with",
+}
+
+
+def native_module() -> Any | None:
+    """The compiled information module, or None in a pure-Python installation."""
+    try:
+        return importlib.import_module("convkernels._C")
+    except ImportError:
+        return None
+
+
+def active_isa() -> str:
+    native = native_module()
+    return native.active_isa() if native else "not built"
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo") as info:
+            names = re.findall(r"^model name\s*:\s*(.+)$", info.read(), re.MULTILINE)
+        return names[0] if names else platform.machine()
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Device, versions, threads and instruction set, as written into every results file."""
+    return {
+        "device": device_name(device),
+        "device_type": device.type,
+        "isa": active_isa() if device.type == "cpu" else None,
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "convkernels": convkernels.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def title(environment: dict[str, Any]) -> str:
+    """One line for tables and plots."""
+    if environment["device_type"] != "cpu":
+        return f"{environment['device']}, torch {environment['torch']}"
+    isa, threads = environment["isa"], environment["threads"]
+    return f"{environment['device']} ({isa}, {threads} threads), torch {environment['torch']}"
+
+
+def file_stem(environment: dict[str, Any]) -> str:
+    """A file name for results of this device: one file per device, instruction set and number of threads."""
+    parts = [environment["device"]]
+    if environment["device_type"] == "cpu":
+        parts += [environment["isa"], f"{environment['threads']}threads"]
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")
+
+
+def usable_backends(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, list[str]]:
+    """Backend name -> reasons why it cannot run there (none: it can)."""
+    return {name: convkernels.why_not(name, device=device, dtype=dtype) for name in backends.names()}
+
+
+def variables() -> list[tuple[str, str, str]]:
+    """(name, value or a dash, meaning) of every environment variable of the package."""
+    return [(name, os.environ.get(name, "-"), meaning) for name, meaning in VARIABLES.items()]

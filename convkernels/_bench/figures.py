@@ -1,0 +1,119 @@
+"""Two plots in the manner of Figures 1 and 2 of Tay et al. 2021: speed and FLOPs against sequence length, log axes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import environment
+from .sweep import BOTH, FORWARD, LINES, MORE_LINES, OURS
+
+_OURS = {"lightweight": "#0b6fb8", "dynamic": "#d1570c", "depthwise": "#2a8f3c"}
+_PEERS = ("#7a7a7a", "#8d5bb5", "#c2185b", "#a08000", "#00838f", "#5d4037", "#9e9d24", "#455a64", "#ad1457", "#6a1b9a")
+_MARKERS = "sD^vPX*<>h"
+_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
+
+
+def _style(label: str) -> dict[str, Any]:
+    if label in _OURS:
+        return {"color": _OURS[label], "marker": "o", "linewidth": 2.4, "markersize": 5.5, "zorder": 3}
+    others = [line.label for line in LINES + MORE_LINES if line.form != OURS]
+    i = others.index(label) if label in others else 0
+    return {
+        "color": _PEERS[i % len(_PEERS)],
+        "marker": _MARKERS[i % len(_MARKERS)],
+        "linewidth": 1.4,
+        "markersize": 5,
+        "linestyle": "--",
+        "zorder": 2,
+    }
+
+
+def _draw(axes, records: list[dict[str, Any]], value: Callable[[dict[str, Any]], float | None], nested: bool) -> None:
+    lengths = sorted({r["length"] for r in records})
+    labels = list(dict.fromkeys(r["line"] for r in records))
+    for i, label in enumerate(labels):
+        points = sorted((r["length"], value(r)) for r in records if r["line"] == label and value(r))
+        style = _style(label)
+        if nested:
+            # Lines that coincide stay visible when each is drawn thinner than the one below it.
+            style |= {"linewidth": 9.0 * 0.62**i, "markersize": 12.0 * 0.75**i, "zorder": 3 + i}
+        if points:
+            name = f"{label} (convkernels)" if label in _OURS else label
+            axes.plot(*zip(*points, strict=True), label=name, **style)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(lengths, [str(length) for length in lengths])
+    axes.minorticks_off()
+    axes.grid(True, which="major", color="#dddddd", linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """What a figure shows: a value of every record, one row of panels per dtype, one column per direction."""
+
+    heading: str
+    label: str
+    value: Callable[[dict[str, Any]], float | None]
+    nested: bool = False
+    by_dtype: bool = True
+
+
+SPEED = Plot("Speed against sequence length", "speed [examples/s]", lambda r: r["examples_per_second"])
+WORK = Plot(
+    "FLOPs against sequence length",
+    "work [FLOPs per example]",
+    lambda r: r["flops"] and r["flops"] / r["batch"],
+    nested=True,
+    by_dtype=False,
+)
+
+_HEADER, _PANEL, _LEGEND_ROW = 0.85, 3.1, 0.26
+
+
+def _save(plot: Plot, section: dict[str, Any], dtypes: list[str], path: Path) -> Path:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    settings, rows = section["settings"], dtypes if plot.by_dtype else dtypes[:1]
+    lines = len({r["line"] for r in section["records"]})
+    footer = 0.2 + _LEGEND_ROW * -(-lines // 3)
+    height = _HEADER + _PANEL * len(rows) + footer
+    figure, grid = plt.subplots(len(rows), 2, figsize=(10.5, height), squeeze=False, sharex=True, sharey="row")
+    for row, dtype in enumerate(rows):
+        for axes, direction in zip(grid[row], (FORWARD, BOTH), strict=True):
+            chosen = [r for r in section["records"] if (r["direction"], r["dtype"]) == (direction, dtype)]
+            _draw(axes, chosen, plot.value, plot.nested)
+            suffix = f", {_DTYPES.get(dtype, dtype)}" if plot.by_dtype else ""
+            axes.set_title(direction + suffix, fontsize=10.5)
+        grid[row][0].set_ylabel(plot.label)
+    for axes in grid[-1]:
+        axes.set_xlabel("sequence length [tokens]")
+    entries = {}
+    for axes in grid.flat:
+        entries.update({name: handle for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)})
+    figure.legend(entries.values(), entries.keys(), loc="lower center", ncols=3, frameon=False, fontsize=9.5)
+    shape = f"C={settings['channels']}, H={settings['heads']}, K={settings['taps']}"
+    under = f"{environment.title(section['environment'])}; {shape}; {settings['tokens']} tokens per batch, of real text"
+    figure.text(0.5, 1 - 0.3 / height, plot.heading, ha="center", fontsize=13, fontweight="bold")
+    figure.text(0.5, 1 - 0.55 / height, under, ha="center", fontsize=9)
+    figure.tight_layout(rect=(0, footer / height, 1, 1 - (_HEADER - 0.2) / height))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def draw(section: dict[str, Any], folder: Path, dtypes: list[str] | None = None) -> list[Path]:
+    """Write speed.png and flops.png from the results of a sweep; `dtypes` limits the rows of panels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = [dtype for dtype in section["settings"]["dtypes"] if dtypes is None or dtype in dtypes]
+    if not chosen:
+        raise ValueError(f"dtypes: expected some of {section['settings']['dtypes']}, got {dtypes}")
+    return [_save(plot, section, chosen, folder / name) for plot, name in ((SPEED, "speed.png"), (WORK, "flops.png"))]

@@ -1,0 +1,357 @@
+"""The main job: speed, FLOPs and memory of the convolutions and of their peers against the sequence length.
+
+Batches hold about the same number of tokens at every length, cut from real text and padded; the ops get the padding
+mask, and the peers do what people do instead: stock convolutions read an input with zeros written into the padding,
+attention gets a key mask.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import environment, text, timing
+from .console import progress, quantity, say, table
+from .peers import (
+    DEPTHWISE,
+    DYNAMIC,
+    LIGHTWEIGHT,
+    PEERS,
+    TOLERANCE,
+    Problem,
+    attention,
+    channels_first,
+    disagreement,
+    ours,
+)
+
+OURS, ATTENTION, COMPILE = "convkernels", "attention", "compile"
+FORWARD, BOTH = "forward", "forward+backward"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the plots: an op computed in one form."""
+
+    label: str
+    op: str
+    form: str
+
+
+LINES = (
+    Line("lightweight", LIGHTWEIGHT, OURS),
+    Line("dynamic", DYNAMIC, OURS),
+    Line("depthwise", DEPTHWISE, OURS),
+    Line("depthwise, F.conv1d", DEPTHWISE, "conv1d"),
+    Line("lightweight, torch.compile", LIGHTWEIGHT, COMPILE),
+    Line("attention, SDPA", ATTENTION, ATTENTION),
+)
+MORE_LINES = (
+    Line("depthwise, F.conv2d channels-last", DEPTHWISE, "conv2d-CL"),
+    Line("depthwise, F.conv1d on [B,C,T]", DEPTHWISE, "conv1d-BCT"),
+    Line("lightweight, F.conv2d channels-last", LIGHTWEIGHT, "conv2d-CL"),
+    Line("lightweight, unfold", LIGHTWEIGHT, "unfold"),
+    Line("lightweight, band matrix", LIGHTWEIGHT, "band"),
+    Line("dynamic, torch.compile", DYNAMIC, COMPILE),
+    Line("dynamic, unfold", DYNAMIC, "unfold"),
+    Line("dynamic, band matrix", DYNAMIC, "band"),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`tokens`: positions per batch, so the batch is max(1, tokens // length). `seconds`: shared by all timed repeats.
+    `slow_call`: a form is not run at longer sequences once one call takes longer. `compile_seconds`: no further shape
+    is compiled once this is spent.
+    """
+
+    lengths: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048, 4096)
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    channels: int = 768
+    heads: int = 12
+    taps: int = 7
+    tokens: int = 4096
+    seconds: float = 20.0
+    slow_call: float = 0.5
+    compile_seconds: float = 20.0
+    all_peers: bool = False
+
+    @property
+    def lines(self) -> tuple[Line, ...]:
+        return LINES + MORE_LINES if self.all_peers else LINES
+
+    def problem(self, op: str, length: int, dtype: torch.dtype) -> Problem:
+        heads = self.channels if op == DEPTHWISE else self.heads
+        return Problem(op, max(1, self.tokens // length), length, self.channels, heads, self.taps, dtype)
+
+
+@dataclass
+class Inputs:
+    """Tensors of one length and dtype: embedded text, its padding mask, taps per op, projections for attention, a
+    cotangent.
+    """
+
+    x: torch.Tensor
+    mask: torch.Tensor
+    weights: dict[str, torch.Tensor]
+    attention: tuple[torch.Tensor, ...]
+    grad: torch.Tensor
+    padding: float
+
+
+def make_inputs(settings: Settings, length: int, dtype: torch.dtype, device: torch.device) -> Inputs:
+    batch = text.batch(max(1, settings.tokens // length), length)
+    x = text.embed(batch.tokens, settings.channels)
+    torch.manual_seed(0)
+    channels, heads, taps = settings.channels, settings.heads, settings.taps
+    with torch.no_grad():
+        # The taps of the dynamic convolution and attention's q, k, v are predicted from the text, as in a model.
+        predicted = torch.nn.Linear(channels, heads * taps)(x).unflatten(2, (heads, taps))
+        qkv = torch.nn.Linear(channels, 3 * channels)(x).chunk(3, dim=-1)
+    weights = {LIGHTWEIGHT: torch.randn(heads, taps), DYNAMIC: predicted, DEPTHWISE: torch.randn(channels, taps)}
+
+    def place(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device, dtype).contiguous()
+
+    return Inputs(
+        place(x),
+        batch.mask.to(device),
+        {op: place(weight) for op, weight in weights.items()},
+        tuple(place(t) for t in qkv),
+        place(torch.randn_like(x)),
+        batch.padding,
+    )
+
+
+class Case:
+    """One line at one length and dtype, callable forward and forward+backward."""
+
+    def __init__(self, line: Line, problem: Problem | None, inputs: Inputs, heads: int, form: Callable | None) -> None:
+        if line.form == ATTENTION:
+            tensors = inputs.attention
+            size = tensors[0].nbytes
+            self.bytes = {FORWARD: 4 * size, BOTH: 11 * size}
+            self.apply = lambda *qkv: attention(*qkv, heads, inputs.mask)
+            self.reference = None
+        else:
+            x = channels_first(inputs.x) if line.form in PEERS and PEERS[line.form].channels_first else inputs.x
+            tensors = (x, inputs.weights[line.op])
+            self.bytes = {FORWARD: problem.minimum_bytes(False), BOTH: problem.minimum_bytes(True)}
+            self.apply = lambda x, weight: (form or ours)(x, weight, problem, inputs.mask)
+            self.reference = None if form is None else lambda: ours(*tensors, problem, inputs.mask)
+        self.tensors = tensors
+        self.leaves = tuple(t.detach().requires_grad_() for t in tensors)
+        self.grad = inputs.grad
+
+    def forward(self) -> torch.Tensor:
+        with torch.no_grad():
+            return self.apply(*self.tensors)
+
+    def both(self) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(self.apply(*self.leaves), self.leaves, self.grad)
+
+    def call(self, direction: str) -> Callable[[], object]:
+        return self.forward if direction == FORWARD else self.both
+
+    def check(self) -> str | None:
+        """Why the form is wrong, or None: its result is compared with that of convkernels before it is timed."""
+        if self.reference is None:
+            return None
+        with torch.no_grad():
+            expected = self.reference()
+        distance = disagreement((self.forward(),), (expected,))
+        return None if distance <= TOLERANCE[expected.dtype] else f"result differs from ours by {distance:.1e}"
+
+
+def spread(values: Sequence[int]) -> list[int]:
+    """Last, first, then the middles: what to take first when only some can be taken."""
+    order = [values[-1], values[0]] if len(values) > 1 else list(values)
+    spans = [(0, len(values) - 1)]
+    while spans:
+        low, high = spans.pop(0)
+        if high - low > 1:
+            middle = (low + high) // 2
+            order.append(values[middle])
+            spans += [(low, middle), (middle, high)]
+    return order
+
+
+class Sweep:
+    def __init__(self, settings: Settings, device: torch.device) -> None:
+        self.settings, self.device = settings, device
+        self.records: list[dict[str, Any]] = []
+        self.notes: dict[tuple[str, str], str] = {}
+        self.stopped: dict[tuple[Line, torch.dtype, str], str] = {}
+        self.compiled: dict[tuple[Line, int, torch.dtype], Callable] = {}
+        self.paddings: dict[int, float] = {}
+
+    def note(self, subject: str, reason: str) -> None:
+        """Keep the first occurrence of each reason; they are printed under the tables and stored with the results."""
+        self.notes.setdefault((subject, reason), reason)
+
+    def compile_peers(self, step: Callable[[str, int], None]) -> None:
+        """Compile ahead of all timing, most telling lengths first, until the time for it is spent."""
+        settings, start = self.settings, time.perf_counter()
+        for dtype in settings.dtypes:
+            for length in spread(settings.lengths):
+                for line in settings.lines:
+                    if line.form != COMPILE:
+                        continue
+                    if time.perf_counter() - start >= settings.compile_seconds:
+                        spent = f"{settings.compile_seconds:g} s are spent (--compile-seconds)"
+                        self.note(line.label, f"not compiled for every length and dtype: {spent}")
+                        continue
+                    step(f"compile {line.label}, T={length} {_name(dtype)}", 0)
+                    problem = settings.problem(line.op, length, dtype)
+                    form = PEERS[COMPILE].build(masked=True)
+                    inputs = make_inputs(settings, length, dtype, self.device)
+                    case = Case(line, problem, inputs, settings.heads, form)
+                    try:
+                        case.forward()
+                        case.both()
+                    except Exception as error:
+                        self.note(line.label, f"torch.compile failed: {_first_line(error)}")
+                        return
+                    self.compiled[line, length, dtype] = form
+
+    def _cases(self, length: int, dtype: torch.dtype, inputs: Inputs) -> dict[Line, Case]:
+        cases = {}
+        for line in self.settings.lines:
+            problem, form = None, None
+            if line.op != ATTENTION:
+                problem = self.settings.problem(line.op, length, dtype)
+            if line.form == COMPILE:
+                form = self.compiled.get((line, length, dtype))
+                if form is None:
+                    continue
+            elif line.form in PEERS:
+                peer = PEERS[line.form]
+                if peer.extra_bytes(problem) > timing.available_bytes(self.device) // 2:
+                    self.note(
+                        line.label, f"T={length}: would need {quantity(peer.extra_bytes(problem), 'B')} of memory"
+                    )
+                    continue
+                form = peer.build(masked=True)
+            case = Case(line, problem, inputs, self.settings.heads, form)
+            wrong = None if (line, dtype, FORWARD) in self.stopped else case.check()
+            if wrong:
+                self.note(line.label, f"T={length} {_name(dtype)}: {wrong}")
+                continue
+            cases[line] = case
+        return cases
+
+    def measure(self, length: int, dtype: torch.dtype, clock: timing.Clock, seconds: float) -> None:
+        settings = self.settings
+        inputs = make_inputs(settings, length, dtype, self.device)
+        self.paddings[length] = round(inputs.padding, 3)
+        cases = self._cases(length, dtype, inputs)
+        target = torch.empty_like(inputs.x)
+        calls: dict[tuple[Line, str] | str, Callable[[], object]] = {"copy": lambda: target.copy_(inputs.x)}
+        for line, case in cases.items():
+            for direction in (FORWARD, BOTH):
+                if (line, dtype, direction) not in self.stopped:
+                    calls[line, direction] = case.call(direction)
+
+        def failed(key: object, error: Exception) -> None:
+            self.note(key[0].label, f"T={length} {_name(dtype)} {key[1]}: {_first_line(error)}")
+
+        times = timing.interleaved(calls, clock, seconds, settings.slow_call, on_error=failed)
+        copy = times.pop("copy")
+        copy_speed = 2 * inputs.x.nbytes / copy.median
+        batch = inputs.x.shape[0]
+        for (line, direction), t in times.items():
+            case = cases[line]
+            if t.single:
+                reason = f"{direction} in {_name(dtype)} stops at T={length}: a call takes {quantity(t.median, 's')}"
+                self.stopped[line, dtype, direction] = reason
+                if length < settings.lengths[-1]:
+                    self.note(line.label, f"{reason} (--slow-call {settings.slow_call:g})")
+            counted = None if line.form == COMPILE else timing.flops(case.call(direction))
+            self.records.append(
+                {
+                    "line": line.label,
+                    "op": line.op,
+                    "form": line.form,
+                    "direction": direction,
+                    "dtype": _name(dtype),
+                    "batch": batch,
+                    "length": length,
+                    "seconds": t.median,
+                    "quartiles": [t.low, t.high],
+                    "repeats": t.repeats,
+                    "examples_per_second": batch / t.median,
+                    "minimum_bytes": case.bytes[direction],
+                    "bytes_per_second": case.bytes[direction] / t.median,
+                    "copy_fraction": case.bytes[direction] / t.median / copy_speed,
+                    "copy_seconds": copy.median,
+                    "flops": counted,
+                    "peak_extra_bytes": timing.peak_extra_bytes(case.call(direction), self.device),
+                }
+            )
+
+    def run(self) -> dict[str, Any]:
+        settings, device = self.settings, self.device
+        clock = timing.clock_for(device)
+        groups = [(length, dtype) for length in settings.lengths for dtype in settings.dtypes]
+        with progress(len(groups)) as step:
+            self.compile_peers(step)
+            for length, dtype in groups:
+                step(f"measure T={length} {_name(dtype)}", 0)
+                self.measure(length, dtype, clock, settings.seconds / len(groups))
+                step(f"measured T={length} {_name(dtype)}", 1)
+        return {
+            "environment": environment.describe(device),
+            "settings": {
+                "lengths": list(settings.lengths),
+                "dtypes": [_name(dtype) for dtype in settings.dtypes],
+                "channels": settings.channels,
+                "heads": settings.heads,
+                "taps": settings.taps,
+                "tokens": settings.tokens,
+                "padding": self.paddings,
+                "vocabulary": text.vocabulary_size(),
+            },
+            "records": self.records,
+            "notes": [f"{subject}: {reason}" for subject, reason in self.notes],
+        }
+
+
+def print_tables(section: dict[str, Any]) -> None:
+    """One table per dtype and direction."""
+    title = environment.title(section["environment"])
+    columns = ("op", "T", "B", "time", "examples/s", "GB/s", "of a copy", "FLOPs", "memory")
+    settings = section["settings"]
+    shape = f"C={settings['channels']} H={settings['heads']} K={settings['taps']}"
+    for dtype in settings["dtypes"]:
+        for direction in (FORWARD, BOTH):
+            chosen = [r for r in section["records"] if (r["dtype"], r["direction"]) == (dtype, direction)]
+            lines = list(dict.fromkeys(r["line"] for r in chosen))
+            rows = [
+                (
+                    r["line"],
+                    str(r["length"]),
+                    str(r["batch"]),
+                    quantity(r["seconds"], "s"),
+                    quantity(r["examples_per_second"]),
+                    f"{r['bytes_per_second'] / 1e9:.1f}",
+                    f"{r['copy_fraction']:.2f}",
+                    quantity(r["flops"]),
+                    quantity(r["peak_extra_bytes"], "B"),
+                )
+                for r in sorted(chosen, key=lambda r: (lines.index(r["line"]), r["length"]))
+            ]
+            table(f"{direction}, {dtype}, {shape}, {title}", columns, rows)
+    for note in section["notes"]:
+        say(f"note: {note}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

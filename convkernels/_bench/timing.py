@@ -1,0 +1,210 @@
+"""Times, memory and FLOPs of callables, measured the same way on every device.
+
+Times are medians of repeats that are interleaved in one process, so that a change of clock or load meets every
+callable alike. On a CPU the caches hold what the callable before left there. On a GPU the L2 cache is overwritten
+before every repeat and the time is that between two events.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_backward_flop_count, sdpa_flop_count
+
+WARMUP = 5
+MIN_REPEATS = 3
+MAX_REPEATS = 60
+FLUSH_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median and quartiles in seconds of one call. `single` marks a callable so slow that it was called only once
+    after its first call.
+    """
+
+    median: float
+    low: float
+    high: float
+    repeats: int
+    single: bool = False
+
+
+class CpuClock:
+    def seconds(self, fn: Callable[[], object], calls: int = 1) -> float:
+        start = time.perf_counter_ns()
+        for _ in range(calls):
+            fn()
+        return (time.perf_counter_ns() - start) * 1e-9 / calls
+
+
+class CudaClock:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+    def seconds(self, fn: Callable[[], object], calls: int = 1) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # While the device writes the flush buffer the host runs ahead, so a short call is not timed by its launch.
+        self.flush.zero_()
+        start.record()
+        for _ in range(calls):
+            fn()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3 / calls
+
+
+Clock = CpuClock | CudaClock
+Key = TypeVar("Key", bound=Hashable)
+
+
+def clock_for(device: torch.device) -> Clock:
+    return CudaClock(device) if device.type == "cuda" else CpuClock()
+
+
+def _summary(samples: list[float], single: bool = False) -> Timing:
+    quartiles = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else [samples[0]] * 3
+    return Timing(quartiles[1], quartiles[0], quartiles[2], len(samples), single)
+
+
+def interleaved(
+    fns: Mapping[Key, Callable[[], object]],
+    clock: Clock,
+    budget_s: float = 1.0,
+    slow_s: float = math.inf,
+    calls: int = 1,
+    on_error: Callable[[Key, Exception], None] | None = None,
+) -> dict[Key, Timing]:
+    """Time every callable; one that fails is reported to `on_error` (or raises) and left out.
+
+    Every callable gets one untimed first call (which may compile), `WARMUP` warm-up calls, and an equal part of
+    `budget_s`, but at least `MIN_REPEATS` and at most `MAX_REPEATS` repeats, spread evenly over the whole run. One
+    whose second call takes longer than `slow_s` is not called again: that call is its result. `calls` > 1 times a loop
+    of that many calls, for callables too short for the clock.
+    """
+    done: dict[Key, Timing] = {}
+    estimate: dict[Key, float] = {}
+    for name, fn in fns.items():
+        try:
+            fn()
+            second = clock.seconds(fn, calls)
+            if second > slow_s:
+                done[name] = _summary([second], single=True)
+                continue
+            estimate[name] = min([second] + [clock.seconds(fn, calls) for _ in range(WARMUP - 1)])
+        except Exception as error:
+            if on_error is None:
+                raise
+            on_error(name, error)
+    if estimate:
+        share = budget_s / len(estimate) / calls
+        repeats = {name: round(min(max(share / t, MIN_REPEATS), MAX_REPEATS)) for name, t in estimate.items()}
+        rounds = max(repeats.values())
+        samples: dict[Key, list[float]] = {name: [] for name in estimate}
+        for i in range(rounds):
+            for name, n in repeats.items():
+                if (i + 1) * n // rounds > i * n // rounds:
+                    samples[name].append(clock.seconds(fns[name], calls))
+        done.update({name: _summary(values) for name, values in samples.items()})
+    return {name: done[name] for name in fns if name in done}
+
+
+def _process_status(key: str) -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key + ":"))
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that the device can still give to this process."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_extra_bytes(fn: Callable[[], object], device: torch.device) -> int | None:
+    """Most memory in use during one call, minus what was in use before it; results count.
+
+    CUDA: the caching allocator's peak. Linux: the peak resident set of the process (`VmHWM`, reset through
+    /proc/self/clear_refs after the C heap has been trimmed), which, unlike the CPU allocator's own statistics, also
+    sees scratch memory that libraries take past torch. Elsewhere None. Call `fn` once before, so that caches and
+    compilation do not count.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        fn()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        with open("/proc/self/clear_refs", "w") as refs:
+            refs.write("5")
+        before = _process_status("VmRSS")
+        fn()
+        return max(0, _process_status("VmHWM") - before)
+    except (OSError, AttributeError):
+        return None
+
+
+@contextlib.contextmanager
+def resident_heap() -> Iterator[bool]:
+    """Inside, freed memory stays with the process and is handed out again, so large outputs land in pages that are
+    already there. By default glibc maps and unmaps anything over 32 MB at every call, and the call pays for the page
+    faults. Yields False where the C library offers no such switch.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        yield False
+        return
+    m_trim_threshold, m_mmap_max = -1, -4
+    libc = ctypes.CDLL(None)
+    switched = bool(libc.mallopt(m_mmap_max, 0) and libc.mallopt(m_trim_threshold, -1))
+    try:
+        yield switched
+    finally:
+        libc.mallopt(m_mmap_max, 65536)
+        libc.mallopt(m_trim_threshold, 128 << 10)
+        libc.malloc_trim(0)
+
+
+def _attention_flops(query, key, value, *args, **kwargs) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_grad_flops(grad, query, key, value, *args, **kwargs) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+def _conv_grad_flops(
+    grad, x, weight, _bias, _stride, _padding, _dilation, transposed, _out_pad, _groups, mask, **_
+) -> int:
+    return (mask[0] + mask[1]) * conv_flop_count(x, weight, grad, transposed)
+
+
+# FlopCounterMode counts the CPU attention kernel as nothing, and the weight gradient of a grouped convolution as if it
+# had one group. Its own formulas, applied to these cases:
+_CORRECTIONS = {
+    torch.ops.aten.convolution_backward: _conv_grad_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_grad_flops,
+}
+
+
+def flops(fn: Callable[[], object]) -> int:
+    """FLOPs of one call as torch's FlopCounterMode counts them (multiplications and additions of matrix products,
+    convolutions and attention; elementwise work counts as nothing).
+    """
+    with FlopCounterMode(display=False, custom_mapping=_CORRECTIONS) as counter:
+        fn()
+    return counter.get_total_flops()

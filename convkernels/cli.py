@@ -1,0 +1,247 @@
+"""The command line: `convkernels info | check | bench | plot`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import convkernels
+
+from ._bench import environment
+from ._bench.console import say, table
+
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+NEEDS_EXTRA = "{} needs {}, which is not installed: pip install 'convkernels[bench]'"
+
+
+def info(arguments: argparse.Namespace) -> int:
+    """Versions, backends with the reasons against them, instruction sets, threads, environment variables."""
+    native = environment.native_module()
+    cpu = torch.device("cpu")
+    rows = [
+        ("convkernels", convkernels.__version__),
+        ("torch", torch.__version__),
+        ("python", platform.python_version()),
+        ("device", environment.device_name(cpu)),
+        ("threads", str(torch.get_num_threads())),
+        ("instruction set", environment.active_isa()),
+    ]
+    if native:
+        rows += [
+            ("compiled for", ", ".join(native.compiled_isas())),
+            ("compilers", ", ".join(f"{name}: {version}" for name, version in native.compilers.items())),
+            ("oldest torch", native.torch_target),
+            ("CUDA architectures", ", ".join(native.cuda_archs) or "none"),
+        ]
+    if torch.cuda.is_available():
+        rows.append(("GPU", torch.cuda.get_device_name()))
+    table("versions", ("what", "value"), rows)
+    devices = [cpu] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
+    rows = []
+    for device in devices:
+        for name, reasons in environment.usable_backends(device).items():
+            rows.append((name, device.type, "no" if reasons else "yes", "; ".join(reasons)))
+    table("backends", ("backend", "device", "usable", "why not"), rows)
+    table("environment variables", ("name", "value", "meaning"), environment.variables())
+    return 0
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Compare every usable backend with float64; exit status 1 when an error exceeds its bound."""
+    try:
+        from ._bench import selfcheck
+    except ImportError as error:
+        print(NEEDS_EXTRA.format("convkernels check", error.name), file=sys.stderr)
+        return 2
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    outcomes = list(selfcheck.run(devices))
+    rows = [
+        (
+            o.backend,
+            o.device,
+            str(o.dtype)[6:],
+            str(o.checks),
+            f"{o.worst:.2f}",
+            f"{o.seconds:.1f}",
+            "FAIL" if o.failures else "ok",
+        )
+        for o in outcomes
+    ]
+    columns = ("backend", "device", "dtype", "tensors", "error/bound", "seconds", "result")
+    table("largest error as a fraction of its a-priori bound", columns, rows)
+    failures = [failure for o in outcomes for failure in o.failures]
+    for failure in failures[:20]:
+        say(failure)
+    for name, reasons in environment.usable_backends(torch.device("cpu")).items():
+        if reasons:
+            say(f"not checked: {name}: {'; '.join(reasons)}")
+    return 1 if failures else 0
+
+
+def _save(path: Path, section: str, content: dict[str, Any]) -> None:
+    """Write one section of a results file and keep the others."""
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results[section] = content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    say(f"wrote {path}")
+
+
+def _draw(section: dict[str, Any], folder: Path, dtypes: list[str] | None) -> int:
+    try:
+        from ._bench import figures
+
+        for path in figures.draw(section, folder, dtypes):
+            say(f"wrote {path}")
+    except ModuleNotFoundError as error:
+        print(NEEDS_EXTRA.format("plotting", error.name), file=sys.stderr)
+        return 2
+    return 0
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    """Measure, print tables, write JSON and plots."""
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("bench: --device cuda: torch sees no GPU", file=sys.stderr)
+        return 2
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    path = arguments.output / f"{environment.file_stem(environment.describe(device))}.json"
+    run = _acceptance if arguments.suite == "acceptance" else _sweep
+    return run(arguments, device, path)
+
+
+def _lengths(arguments: argparse.Namespace, default: tuple[int, ...]) -> tuple[int, ...]:
+    lengths = set(arguments.lengths or default)
+    if arguments.max_length:
+        length = max(lengths)
+        while (length := 2 * length) <= arguments.max_length:
+            lengths.add(length)
+        lengths = {n for n in lengths if n <= arguments.max_length}
+    return tuple(sorted(lengths))
+
+
+def _sweep(arguments: argparse.Namespace, device: torch.device, path: Path) -> int:
+    from ._bench import sweep
+
+    defaults = sweep.Settings()
+    settings = sweep.Settings(
+        lengths=_lengths(arguments, defaults.lengths),
+        dtypes=tuple(FLOATS[name] for name in arguments.dtypes),
+        channels=arguments.channels,
+        heads=arguments.heads,
+        taps=arguments.taps,
+        tokens=arguments.tokens,
+        seconds=arguments.seconds or defaults.seconds,
+        slow_call=arguments.slow_call or defaults.slow_call,
+        compile_seconds=arguments.compile_seconds,
+        all_peers=arguments.all_peers,
+    )
+    section = sweep.Sweep(settings, device).run()
+    sweep.print_tables(section)
+    _save(path, "sweep", section)
+    return _draw(section, arguments.output, None)
+
+
+def _acceptance(arguments: argparse.Namespace, device: torch.device, path: Path) -> int:
+    from ._bench import acceptance
+
+    unknown = [name for name in arguments.dtypes if name not in acceptance.DTYPES]
+    if unknown:
+        print(
+            f"bench: --dtypes {','.join(unknown)}: the targets are for {', '.join(acceptance.DTYPES)}", file=sys.stderr
+        )
+        return 2
+    defaults = acceptance.Settings()
+    settings = acceptance.Settings(
+        lengths=_lengths(arguments, defaults.lengths),
+        dtypes=tuple(arguments.dtypes),
+        compiled=arguments.compile_seconds > 0,
+        seconds=arguments.seconds or defaults.seconds,
+        slow_call=arguments.slow_call or defaults.slow_call,
+    )
+    section = acceptance.Acceptance(settings, device).run()
+    acceptance.print_tables(section)
+    _save(path, "acceptance", section)
+    report = path.with_suffix(".md")
+    report.write_text(acceptance.markdown(section) + "\n")
+    say(f"wrote {report}")
+    return 0
+
+
+def plot(arguments: argparse.Namespace) -> int:
+    """Draw the plots of a results file again."""
+    section = json.loads(arguments.results.read_text()).get("sweep")
+    if section is None:
+        print(f"plot: {arguments.results} holds no sweep; run `convkernels bench` first", file=sys.stderr)
+        return 2
+    return _draw(section, arguments.output or arguments.results.parent, arguments.dtypes)
+
+
+def _positive(value: str) -> int:
+    number = int(value)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {value}")
+    return number
+
+
+def _names(value: str) -> list[str]:
+    names = value.split(",")
+    unknown = [name for name in names if name not in FLOATS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(FLOATS)}, got {', '.join(unknown)}")
+    return names
+
+
+def _numbers(value: str) -> list[int]:
+    return [_positive(part) for part in value.split(",")]
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="convkernels", description="Fused sequence convolutions for PyTorch.")
+    top.add_argument("--version", action="version", version=convkernels.__version__)
+    commands = top.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help=info.__doc__).set_defaults(run=info)
+    commands.add_parser("check", help=check.__doc__).set_defaults(run=check)
+
+    command = commands.add_parser("bench", help=bench.__doc__)
+    command.set_defaults(run=bench)
+    add = command.add_argument
+    add("--suite", choices=("sweep", "acceptance"), default="sweep", help="speed against length, or the target table")
+    add("--output", type=Path, default=Path("convkernels-bench"), help="folder for JSON, PNG and Markdown files")
+    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    add("--threads", type=_positive, help="CPU threads (default: what torch takes)")
+    add("--lengths", type=_numbers, help="sequence lengths, e.g. 64,512,4096")
+    add("--max-length", type=_positive, help="go on doubling up to this length, or stop before the default's end")
+    add("--dtypes", type=_names, default=["float32", "bfloat16"], help="default: float32,bfloat16")
+    add("--seconds", type=float, help="time for timed repeats: of the whole sweep, or of each acceptance group")
+    add("--slow-call", type=float, help="seconds; a slower call is not repeated, nor run at longer sequences")
+    add("--compile-seconds", type=float, default=20.0, help="time for torch.compile (0: without; acceptance: no limit)")
+    add("--channels", type=_positive, default=768)
+    add("--heads", type=_positive, default=12, help="distinct filters, and attention heads (default: 12)")
+    add("--taps", type=_positive, default=7, help="filter width (default: 7)")
+    add("--tokens", type=_positive, default=4096, help="tokens per batch (default: 4096)")
+    add("--all-peers", action="store_true", help="also conv2d channels-last, unfold, band matrix, compiled dynamic")
+
+    command = commands.add_parser("plot", help=plot.__doc__)
+    command.set_defaults(run=plot)
+    command.add_argument("results", type=Path, help="JSON file written by `convkernels bench`")
+    command.add_argument("--output", type=Path, help="folder for the PNG files (default: beside the results)")
+    command.add_argument("--dtypes", type=_names, help="draw only these")
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parsed = parser().parse_args(arguments)
+    return parsed.run(parsed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
