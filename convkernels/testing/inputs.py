@@ -91,6 +91,7 @@ class Problem:
     state: bool = False
     dtype: torch.dtype = torch.float32
     weight_dtype: torch.dtype = torch.float32
+    bias_dtype: torch.dtype | None = None
     layout: str = "contiguous"
     weight_layout: str = "contiguous"
     grad_layout: str = "contiguous"
@@ -134,7 +135,9 @@ class Problem:
         return {
             "x": self._make(shape, 1, **x_like),
             "weight": arrange(values(self.weight_shape(), self.weight_dtype, self.seed + 2), self.weight_layout),
-            "bias": arrange(values((self.channels,), self.weight_dtype, self.seed + 3), self.weight_layout)
+            "bias": arrange(
+                values((self.channels,), self.bias_dtype or self.weight_dtype, self.seed + 3), self.weight_layout
+            )
             if self.bias
             else None,
             "gate": self._make(shape, 4, **x_like) if self.gate else None,
@@ -212,6 +215,7 @@ class StepProblem:
     position: int = 0
     dtype: torch.dtype = torch.float32
     weight_dtype: torch.dtype = torch.float32
+    bias_dtype: torch.dtype | None = None
     layout: str = "contiguous"
     state_layout: str = "contiguous"
     weight_layout: str = "contiguous"
@@ -243,7 +247,9 @@ class StepProblem:
             "x": arrange(values(shape, self.dtype, self.seed + 1), self.layout),
             "state": arrange(values((self.batch, self.span, self.channels), self.dtype, self.seed + 2), state_layout),
             "weight": arrange(values(weight_shape, self.weight_dtype, self.seed + 3), self.weight_layout),
-            "bias": arrange(values((self.channels,), self.weight_dtype, self.seed + 4), self.weight_layout)
+            "bias": arrange(
+                values((self.channels,), self.bias_dtype or self.weight_dtype, self.seed + 4), self.weight_layout
+            )
             if self.bias
             else None,
             "gate": arrange(values(shape, self.dtype, self.seed + 6), self.layout) if self.gate else None,

@@ -1,0 +1,176 @@
+"""Different ways to ask for the same convolution, here and in PyTorch, and the degenerate sizes."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import convkernels as ck
+from convkernels.testing.inputs import LAYOUTS, arrange, values
+
+CALLS = {"depthwise": ck.depthwise_conv1d, "lightweight": ck.lightweight_conv1d, "dynamic": ck.dynamic_conv1d}
+
+
+def grads(y, leaves):
+    return torch.autograd.grad(y, leaves, values(y.shape, y.dtype, 77))
+
+
+def leaf(shape, salt, dtype=torch.float64):
+    return values(shape, dtype, salt).clone().requires_grad_()
+
+
+def close(actual, expected, **tolerance):
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, **(tolerance or {"rtol": 1e-12, "atol": 1e-12}))
+
+
+@pytest.mark.parametrize("dilation", [1, 2, 5])
+@pytest.mark.parametrize("taps", [1, 2, 3, 4, 7, 8, 31])
+@pytest.mark.parametrize("padding", ["same", "causal", 0])
+def test_depthwise_equals_conv1d(padding, taps, dilation, backend):
+    x, weight, bias = leaf((2, 19, 10), 1), leaf((10, taps), 2), leaf((10,), 3)
+    y = ck.depthwise_conv1d(x, weight, bias, padding=padding, dilation=dilation, backend=backend)
+    left = {"same": dilation * (taps // 2), "causal": dilation * (taps - 1), 0: 0}[padding]
+    padded = F.pad(x.transpose(1, 2), (left, dilation * (taps - 1) - left))
+    expected = F.conv1d(padded, weight[:, None], bias, dilation=dilation, groups=10).transpose(1, 2)
+    close([y], [expected])
+    close(grads(y, (x, weight, bias)), grads(expected, (x, weight, bias)))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"softmax": False}, {"renormalize": True}, {"renormalize": True, "dilation": 3}]
+)
+def test_lightweight_equals_dynamic_with_expanded_weights(options, backend):
+    x, weight, gate = leaf((2, 9, 12), 1), leaf((4, 5), 2), leaf((2, 9, 12), 3)
+    mask = values((2, 9), torch.float64, 4) > -0.5
+    light = ck.lightweight_conv1d(x, weight, gate=gate, mask=mask, backend=backend, **options)
+    dynamic = ck.dynamic_conv1d(x, weight.expand(2, 9, 4, 5), gate=gate, mask=mask, backend=backend, **options)
+    close([light], [dynamic])
+    close(grads(light, (x, weight, gate)), grads(dynamic, (x, weight, gate)))
+
+
+def test_lightweight_with_every_channel_a_head_equals_depthwise(backend):
+    x, weight = leaf((2, 9, 6), 1), leaf((6, 4), 2)
+    light = ck.lightweight_conv1d(x, weight, softmax=False, backend=backend)
+    depthwise = ck.depthwise_conv1d(x, weight, backend=backend)
+    assert torch.equal(light, depthwise)
+    assert all(torch.equal(a, b) for a, b in zip(grads(light, (x, weight)), grads(depthwise, (x, weight)), strict=True))
+
+
+@pytest.mark.parametrize("dilation", [2, 3])
+def test_dilation_equals_a_kernel_with_zeros_between(dilation, backend):
+    x, weight = leaf((2, 17, 6), 1), leaf((3, 4), 2)
+    stuffed = F.pad(weight[..., None], (0, dilation - 1)).reshape(3, -1)[:, : 3 * dilation + 1]
+    for left in (0, 1, 3 * dilation):
+        y = ck.lightweight_conv1d(x, weight, softmax=False, dilation=dilation, padding=left, backend=backend)
+        expected = ck.lightweight_conv1d(x, stuffed, softmax=False, padding=left, backend=backend)
+        close([y], [expected])
+        close(grads(y, (x, weight)), grads(expected, (x, weight)))
+
+
+def test_softmax_outside_equals_softmax_inside(backend):
+    x, weight = leaf((2, 9, 6), 1), leaf((2, 9, 3, 5), 2)
+    inside = ck.dynamic_conv1d(x, weight, backend=backend)
+    outside = ck.dynamic_conv1d(x, torch.softmax(weight, -1), softmax=False, backend=backend)
+    close([inside], [outside])
+    close(grads(inside, (x, weight)), grads(outside, (x, weight)))
+
+
+def test_renormalize_differs_only_at_the_edges(backend):
+    x, weight = torch.ones(1, 12, 4, dtype=torch.float64), values((2, 5), torch.float64, 1)
+    plain = ck.lightweight_conv1d(x, weight, backend=backend)
+    normalised = ck.lightweight_conv1d(x, weight, renormalize=True, backend=backend)
+    torch.testing.assert_close(normalised, torch.ones_like(x))
+    torch.testing.assert_close(plain[:, 2:-2], normalised[:, 2:-2])
+    assert (plain[:, :2] < 0.999).all() and (plain[:, -2:] < 0.999).all()
+
+
+@pytest.mark.parametrize("scale", [100.0, 1e4])
+def test_softmax_of_large_logits(scale, backend):
+    """The maximum is subtracted first: no overflow, and the largest tap takes all."""
+    x = values((1, 9, 4), torch.float32, 1)
+    weight = values((2, 5), torch.float32, 2) * scale
+    y = ck.lightweight_conv1d(x, weight, backend=backend)
+    one_hot = F.one_hot(weight.argmax(-1), 5).float()
+    assert y.isfinite().all()
+    torch.testing.assert_close(
+        y, ck.lightweight_conv1d(x, one_hot, softmax=False, backend=backend), rtol=1e-3, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("function", CALLS)
+@pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, repeat=2)))
+def test_any_strides(function, layouts, backend):
+    """Same numbers whatever the strides of x and weight; outputs keep the layout of a dense x."""
+    rows = {"depthwise": (12,), "lightweight": (3,), "dynamic": (2, 9, 3)}[function]
+    x = arrange(values((2, 9, 12), torch.float32, 1), layouts[0]).detach().requires_grad_()
+    weight = arrange(values((*rows, 4), torch.float32, 2), layouts[1]).detach().requires_grad_()
+    dense = [t.detach().contiguous().requires_grad_() for t in (x, weight)]
+    y = CALLS[function](x, weight, backend=backend)
+    expected = CALLS[function](*dense, backend=backend)
+    close([y], [expected], rtol=1e-5, atol=1e-5)
+    assert y.stride() == torch.empty_like(x).stride()
+    close(grads(y, (x, weight)), grads(expected, dense), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("function", CALLS)
+@pytest.mark.parametrize("sizes", list(itertools.product((0, 2), (0, 1, 5), (0, 4))))
+def test_degenerate_sizes(function, sizes, dtype, backend):
+    """No rows, no positions, no channels: results and gradients of the right shape, zero gradients where nothing was
+    read.
+    """
+    batch, length, channels = sizes
+    rows = {"depthwise": (channels,), "lightweight": (2,), "dynamic": (batch, length, 2)}[function]
+    if function == "depthwise" and channels == 0:
+        pytest.skip("a weight needs a row")
+    for taps, padding in ((1, "same"), (4, "causal"), (9, 0)):
+        x, weight, bias = (leaf(shape, 1, dtype) for shape in ((batch, length, channels), (*rows, taps), (channels,)))
+        y = CALLS[function](x, weight, bias, padding=padding, backend=backend)
+        assert y.shape == x.shape and y.dtype == dtype
+        found = torch.autograd.grad(y.sum(), (x, weight, bias))
+        for grad, tensor in zip(found, (x, weight, bias), strict=True):
+            assert grad.shape == tensor.shape and grad.dtype == dtype
+            if y.numel() == 0:
+                assert (grad == 0).all()
+        with torch.no_grad():
+            state = torch.zeros(batch, taps - 1, channels, dtype=dtype)
+            if function != "dynamic":
+                step = getattr(ck, f"{CALLS[function].__name__}_step")
+                assert step(x.new_zeros(batch, channels), state, weight, bias, backend=backend).shape == (
+                    batch,
+                    channels,
+                )
+
+
+def test_taps_longer_than_the_sequence_read_nothing_outside(backend):
+    """255 taps on 3 positions: only the three in the middle matter."""
+    x, weight = leaf((2, 3, 4), 1), leaf((2, 255), 2)
+    y = ck.lightweight_conv1d(x, weight, softmax=False, backend=backend)
+    expected = ck.lightweight_conv1d(x, weight[:, 125:130].contiguous(), softmax=False, backend=backend)
+    close([y], [expected])
+    grad = torch.autograd.grad(y.sum(), weight)[0]
+    assert (grad[:, :125] == 0).all() and (grad[:, 130:] == 0).all() and (grad[:, 125:130] != 0).all()
+
+
+def test_a_position_whose_taps_are_all_outside(backend):
+    """renormalize over nothing: weight 0, output bias, gradient 0, never NaN."""
+    x, weight, bias = leaf((1, 3, 2), 1), leaf((1, 2), 2), leaf((2,), 3)
+    y = ck.lightweight_conv1d(
+        x, weight, bias, renormalize=True, dilation=5, padding=2, cu_seqlens=torch.tensor([0, 1, 3]), backend=backend
+    )
+    torch.testing.assert_close(y, bias.expand_as(y))
+    found = torch.autograd.grad(y.sum(), (x, weight))
+    assert all((grad == 0).all() for grad in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_mixed_dtypes(dtype, backend):
+    """Activations in low precision with float32 parameters: y in x's dtype, gradients in each input's own."""
+    x = leaf((2, 9, 6), 1, dtype)
+    weight, bias = leaf((3, 5), 2, torch.float32), leaf((6,), 3, torch.float32)
+    y = ck.lightweight_conv1d(x, weight, bias, backend=backend)
+    assert y.dtype == dtype
+    found = torch.autograd.grad(y.float().sum(), (x, weight, bias))
+    assert [grad.dtype for grad in found] == [dtype, torch.float32, torch.float32]
