@@ -1,0 +1,159 @@
+"""The benchmark's own claims: real lengths, equal results of all forms, byte and FLOP counts, files it writes."""
+
+import json
+
+import pytest
+import torch
+
+from convkernels import cli
+from convkernels._bench import acceptance, peers, sweep, text, timing
+
+CPU = torch.device("cpu")
+
+
+def problem(op, **changes):
+    heads = 24 if op == peers.DEPTHWISE else 4
+    return peers.Problem(**{"op": op, "batch": 2, "length": 40, "channels": 24, "heads": heads, "taps": 7} | changes)
+
+
+@pytest.mark.parametrize("length", [1, 64, 1000])
+def test_text_rows_are_full_of_whole_paragraphs(length):
+    batch = text.batch(5, length)
+    assert batch.tokens.shape == batch.mask.shape == (5, length)
+    assert torch.equal(batch.mask.sum(1), batch.lengths)
+    assert (batch.lengths > 0).all() and batch.tokens.max() < text.vocabulary_size()
+    assert torch.equal(batch.mask, torch.arange(length) < batch.lengths[:, None])
+
+
+@pytest.mark.parametrize("taps", [1, 4, 7])
+@pytest.mark.parametrize("name", peers.PEERS)
+@pytest.mark.parametrize("op", [peers.LIGHTWEIGHT, peers.DYNAMIC, peers.DEPTHWISE])
+def test_stock_forms_equal_ours(op, name, taps):
+    peer = peers.PEERS[name]
+    if op not in peer.ops:
+        pytest.skip(f"{name} cannot compute {op}")
+    p = problem(op, taps=taps, dtype=torch.float64)
+    x, weight = torch.randn(2, 40, 24).double(), torch.randn(p.weight_shape).double()
+    mask = torch.arange(40) < torch.tensor([[40], [13]])
+    x = peers.channels_first(x) if peer.channels_first else x
+    torch.testing.assert_close(peer.form(x, weight, p), peers.ours(x, weight, p))
+    if not peer.compiled:
+        torch.testing.assert_close(peer.build(masked=True)(x, weight, p, mask), peers.ours(x, weight, p, mask))
+
+
+def test_minimum_bytes():
+    p = problem(peers.DYNAMIC, dtype=torch.bfloat16)
+    x, weight = 2 * 40 * 24 * 2, 2 * 40 * 4 * 7 * 2
+    assert p.minimum_bytes(False) == 2 * x + weight
+    assert p.minimum_bytes(True) == 5 * x + 3 * weight
+
+
+@pytest.mark.parametrize("op", [peers.LIGHTWEIGHT, peers.DYNAMIC, peers.DEPTHWISE])
+def test_flops_of_ours_and_of_conv1d(op):
+    p = problem(op, dtype=torch.float32)
+    x, weight = (torch.randn(shape, requires_grad=True) for shape in ((2, 40, 24), p.weight_shape))
+    analytic = 2 * 2 * 40 * 24 * 7
+    for form in (peers.ours, *([peers.conv1d] if op != peers.DYNAMIC else [])):
+        assert timing.flops(lambda form=form: form(x, weight, p)) == analytic
+        assert timing.flops(lambda form=form: form(x, weight, p).sum().backward()) == 3 * analytic
+
+
+def test_flops_of_attention():
+    q = torch.randn(2, 40, 24, requires_grad=True)
+    product = 2 * 2 * 40 * 40 * 24
+    assert timing.flops(lambda: peers.attention(q, q, q, 4, None)) == 2 * product
+    assert timing.flops(lambda: peers.attention(q, q, q, 4, None).sum().backward()) == 7 * product
+
+
+class FakeClock:
+    """Every callable takes as many seconds as it returns."""
+
+    def seconds(self, fn, calls=1):
+        return fn()
+
+
+def test_interleaved_shares_the_time_and_stops_slow_calls():
+    order = []
+
+    def call(name, seconds):
+        order.append(name)
+        return seconds
+
+    fns = {"fast": lambda: call("fast", 0.01), "slow": lambda: call("slow", 0.2), "stuck": lambda: call("stuck", 3.0)}
+    times = timing.interleaved(fns, FakeClock(), budget_s=2.0, slow_s=1.0)
+    assert list(times) == ["fast", "slow", "stuck"]
+    assert times["fast"].repeats == timing.MAX_REPEATS and times["slow"].repeats == 5
+    assert times["stuck"] == timing.Timing(3.0, 3.0, 3.0, 1, single=True)
+    assert order.count("stuck") == 2
+    timed = order[-65:]
+    assert max(len(run) for run in "".join(name[0] for name in timed).split("s")) <= 13
+
+
+def test_interleaved_reports_what_fails():
+    failures = {}
+    times = timing.interleaved({"bad": lambda: 1 / 0, "good": lambda: 0.1}, FakeClock(), on_error=failures.__setitem__)
+    assert list(times) == ["good"] and isinstance(failures["bad"], ZeroDivisionError)
+    with pytest.raises(ZeroDivisionError):
+        timing.interleaved({"bad": lambda: 1 / 0}, FakeClock())
+
+
+def test_peak_extra_bytes_counts_results_and_scratch():
+    def work():
+        return torch.zeros(1 << 20) + torch.ones(1 << 20)
+
+    peak = timing.peak_extra_bytes(work, CPU)
+    if peak is None:
+        pytest.skip("no /proc/self/clear_refs here")
+    # The kernel counts resident pages per thread and adds them up in batches.
+    assert peak == pytest.approx(12 << 20, rel=0.1)
+
+
+def test_spread_takes_ends_then_middles():
+    assert sweep.spread([1, 2, 3, 4, 5, 6, 7]) == [7, 1, 4, 2, 5, 3, 6]
+    assert sweep.spread([1]) == [1]
+
+
+def test_sweep_writes_results_and_plots_them_again(tmp_path):
+    pytest.importorskip("matplotlib")
+    options = "--lengths 8,16 --dtypes float32 --channels 24 --heads 4 --tokens 32 --seconds 0.01 --compile-seconds 0"
+    assert cli.main(["bench", "--output", str(tmp_path), *options.split()]) == 0
+    (results,) = tmp_path.glob("*.json")
+    section = json.loads(results.read_text())["sweep"]
+    lines = {record["line"] for record in section["records"]}
+    assert lines == {line.label for line in sweep.LINES if line.form != sweep.COMPILE}
+    assert len(section["records"]) == 2 * 2 * len(lines)
+    assert all(record["copy_fraction"] > 0 and record["flops"] > 0 for record in section["records"])
+    again = tmp_path / "again"
+    assert cli.main(["plot", str(results), "--output", str(again)]) == 0
+    assert {path.name for path in again.iterdir()} == {"speed.png", "flops.png"}
+
+
+def test_target_table_says_pass_miss_and_not_measured():
+    def record(form, seconds, heads, dtype):
+        shape = {"op": peers.LIGHTWEIGHT, "direction": "forward", "length": 512, "heads": heads, "taps": 7}
+        return shape | {"dtype": dtype, "memory": "fresh", "form": form, "seconds": seconds}
+
+    records = [
+        record(form, seconds, heads, dtype)
+        for dtype, factor in (("float32", 1.0), ("bfloat16", 2.0))
+        for heads in (2, 12)
+        for form, seconds in (("copy", 0.9), ("convkernels", 1.0 * factor), ("conv1d", 13.0), ("conv2d-CL", 1.2))
+    ]
+    section = {"shape": {"heads": [2, 12]}, "records": records}
+    rows = {row[:2]: row[2:] for row in acceptance.target_rows(section)}
+    fraction = rows["lightweight forward, fraction of a copy", "7"]
+    assert fraction == (">= 0.87", "0.90 / 0.90", "PASS", ">= 0.83", "0.45 / 0.45", "miss")
+    faster = rows["lightweight forward, times faster than the best stock form", "7"]
+    assert faster == (">= 1.15", "1.20 / 1.20", "PASS", ">= 1.7", "0.60 / 0.60", "miss")
+    assert rows["lightweight forward, fraction of a copy", "31"][2] == "not measured"
+
+
+def test_info_names_backends_and_variables(capsys):
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert "reference" in printed and "CONVKERNELS_STRICT" in printed
+
+
+def test_check_passes_here(capsys):
+    assert cli.main(["check"]) == 0
+    assert "FAIL" not in capsys.readouterr().out
