@@ -1,0 +1,69 @@
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+namespace ck::cpu {
+
+extern const Kernels kKernels_portable;
+#if defined(__x86_64__)
+extern const Kernels kKernels_avx2;
+extern const Kernels kKernels_avx512;
+#endif
+
+namespace {
+
+// Best first.
+const std::vector<const Kernels*>& table() {
+  static const std::vector<const Kernels*> all = {
+#if defined(__x86_64__)
+      &kKernels_avx512,
+      &kKernels_avx2,
+#endif
+      &kKernels_portable,
+  };
+  return all;
+}
+
+const Kernels& choose() {
+  const char* wanted = std::getenv("CONVKERNELS_CPU_ISA");
+  std::string known;
+  for (const Kernels* k : table()) {
+    known += known.empty() ? k->name : std::string(", ") + k->name;
+    if (wanted != nullptr ? k->name != std::string(wanted) : !isa_supported(k->name)) continue;
+    if (!isa_supported(k->name))
+      throw std::runtime_error(std::string("CONVKERNELS_CPU_ISA: this machine does not support '") + wanted + "'");
+    return *k;
+  }
+  throw std::runtime_error("CONVKERNELS_CPU_ISA: expected one of " + known + ", got '" + (wanted ? wanted : "") + "'");
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+const char* active_isa() { return kernels().name; }
+
+std::vector<std::string> compiled_isas() {
+  std::vector<std::string> names;
+  for (const Kernels* k : table()) names.emplace_back(k->name);
+  return names;
+}
+
+bool isa_supported(const std::string& name) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (name == "avx512") {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16") && isa_supported("avx2");
+  }
+  if (name == "avx2")
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
+  return name == "portable";
+}
+
+}  // namespace ck::cpu

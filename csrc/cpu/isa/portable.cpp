@@ -1,0 +1,10 @@
+#define CK_ISA portable
+#define CK_VECTOR_BYTES 16
+#include "../kernels.inc.h"
+
+namespace ck::cpu {
+
+extern const Kernels kKernels_portable;
+const Kernels kKernels_portable = {"portable", portable::forward, portable::backward, portable::shift_state};
+
+}  // namespace ck::cpu

@@ -1,0 +1,354 @@
+// Vectors of kVectorBytes bytes through the compiler's vector extension, and the few operations for which it has no form.
+//
+// Everything in the headers of csrc/cpu lives in namespace ck::cpu::CK_ISA: each instruction set compiles its own copy, and
+// no inline function of one can stand in for that of another at link time. For the same reason these files use no
+// templates of the standard library.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <new>
+#include <type_traits>
+
+#include "../common/dtypes.h"
+
+#if defined(__AVX__)
+#include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#define CK_INLINE inline __attribute__((always_inline))
+#define CK_INLINE_LAMBDA __attribute__((always_inline))
+#define CK_UNROLL _Pragma("GCC unroll 64")
+
+namespace ck::cpu::CK_ISA {
+
+constexpr int kVectorBytes = CK_VECTOR_BYTES;
+static_assert((kVectorBytes & (kVectorBytes - 1)) == 0);
+
+template <class S>
+struct VectorOf {
+  typedef S type __attribute__((vector_size(kVectorBytes)));
+};
+template <class S>
+using Vec = typename VectorOf<S>::type;
+template <class S>
+constexpr int kLanes = kVectorBytes / sizeof(S);
+
+template <class V>
+CK_INLINE V load_bytes(const void* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class V>
+CK_INLINE void store_bytes(void* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+
+// Stores that bypass the caches, for outputs too large to be read back from them. p is aligned to the vector.
+template <class V>
+CK_INLINE void stream_bytes(void* p, V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
+#endif
+#if defined(__AVX__)
+  if constexpr (sizeof(V) == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof(V) == 16) return _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
+#endif
+  store_bytes(p, v);
+}
+CK_INLINE void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+template <class S>
+CK_INLINE Vec<S> splat(S s) {
+  return s - Vec<S>{};  // the compiler's idiom for a broadcast: s - 0 is exactly s
+}
+
+template <class S>
+CK_INLINE Vec<S> vmax(Vec<S> a, Vec<S> b) {
+  return a > b ? a : b;
+}
+
+// Sum and maximum over the lanes, always in the same order.
+template <class S, bool kMax>
+CK_INLINE S fold_lanes(Vec<S> v) {
+  S lane[kLanes<S>];
+  store_bytes(lane, v);
+  CK_UNROLL for (int width = kLanes<S> / 2; width > 0; width /= 2) {
+    CK_UNROLL for (int i = 0; i < width; ++i) {
+      if constexpr (kMax) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
+      else lane[i] = lane[i] + lane[i + width];
+    }
+  }
+  return lane[0];
+}
+
+#if defined(__AVX512F__)
+template <>
+CK_INLINE float fold_lanes<float, false>(Vec<float> v) {
+  return _mm512_reduce_add_ps((__m512)v);
+}
+template <>
+CK_INLINE float fold_lanes<float, true>(Vec<float> v) {
+  return _mm512_reduce_max_ps((__m512)v);
+}
+#elif defined(__AVX2__)
+template <>
+CK_INLINE float fold_lanes<float, false>(Vec<float> v) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+template <>
+CK_INLINE float fold_lanes<float, true>(Vec<float> v) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+#endif
+
+template <class S>
+CK_INLINE S sum_lanes(Vec<S> v) {
+  return fold_lanes<S, false>(v);
+}
+template <class S>
+CK_INLINE S max_lanes(Vec<S> v) {
+  return fold_lanes<S, true>(v);
+}
+
+// Lane i of the result is the sum over the lanes of a[i]: kLanes vectors are reduced at once by pairwise exchanges.
+template <class S>
+CK_INLINE Vec<S> sum_each(Vec<S>* a) {
+  constexpr int n = kLanes<S>;
+  using Index = Vec<std::conditional_t<sizeof(S) == 4, int32_t, int64_t>>;
+  Index even, odd;
+  CK_UNROLL for (int width = 1; width < n; width *= 2) {
+    CK_UNROLL for (int i = 0; i < n; ++i) {
+      const int block = i / width, inside = i % width;
+      // Blocks alternate between the two operands; within one they come from the lower, or the upper, of two halves.
+      const int base = (block / 2) * 2 * width + inside + (block % 2 ? n : 0);
+      even[i] = base;
+      odd[i] = base + width;
+    }
+    CK_UNROLL for (int i = 0; i < n / (2 * width); ++i) {
+      a[i] = __builtin_shuffle(a[2 * i], a[2 * i + 1], even) + __builtin_shuffle(a[2 * i], a[2 * i + 1], odd);
+    }
+  }
+  return a[0];
+}
+
+// exp(x) with relative error below 2e-7; 0 below the smallest normal number, so that no denormals arise.
+CK_INLINE Vec<float> vexp(Vec<float> x) {
+  using F = Vec<float>;
+  using I = Vec<int32_t>;
+  const F magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+  const F low = splat(-87.0f), high = splat(88.0f);
+  const F clamped = x > high ? high : (x < low ? low : x);
+  const F shifted = clamped * 1.44269504088896341f + magic;
+  const F n = shifted - magic;
+  F r = clamped - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  F p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + (r + 1.0f);
+  const I exponent = ((I)shifted - (I)magic + 127) << 23;
+  const F value = p * (F)exponent;
+  return x < low ? F{} : value;
+}
+CK_INLINE Vec<double> vexp(Vec<double> x) {
+  Vec<double> y = {};
+  for (int i = 0; i < kLanes<double>; ++i) y[i] = ::exp(x[i]);
+  return y;
+}
+
+template <class S>
+CK_INLINE Vec<S> vsigmoid(Vec<S> x) {
+  return splat(S{1}) / (splat(S{1}) + vexp(-x));
+}
+
+CK_INLINE float to_float(f16 h) {
+  const uint32_t sign = static_cast<uint32_t>(h.bits & 0x8000u) << 16, rest = h.bits & 0x7fffu;
+  uint32_t bits;
+  float f;
+  if (rest >= 0x7c00u) {
+    bits = sign | 0x7f800000u | ((rest & 0x3ffu) << 13);
+  } else if (rest >= 0x400u) {
+    bits = sign | ((rest + 0x1c000u) << 13);
+  } else {  // zero or denormal: rest * 2^-24 is exact
+    f = static_cast<float>(rest) * 5.9604644775390625e-8f;
+    __builtin_memcpy(&bits, &f, 4);
+    bits |= sign;
+  }
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+}
+CK_INLINE f16 to_half(float f) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &f, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  bits &= 0x7fffffffu;
+  if (bits > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
+  if (bits >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};
+  if (bits < 0x38800000u) {  // below the smallest normal: adding 0.5 leaves round(f * 2^24) in the low bits
+    float shifted;
+    __builtin_memcpy(&shifted, &bits, 4);
+    shifted += 0.5f;
+    __builtin_memcpy(&bits, &shifted, 4);
+    return {static_cast<uint16_t>(sign | (bits - 0x3f000000u))};
+  }
+  bits += 0xfffu + ((bits >> 13) & 1u);
+  return {static_cast<uint16_t>(sign | ((bits - 0x38000000u) >> 13))};
+}
+CK_INLINE float to_float(bf16 h) {
+  const uint32_t bits = static_cast<uint32_t>(h.bits) << 16;
+  float f;
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+}
+CK_INLINE float to_float(float f) { return f; }
+CK_INLINE double to_float(double f) { return f; }
+
+CK_INLINE void from_float(float f, bf16& out) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &f, 4);
+  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  out.bits = static_cast<uint16_t>((f == f ? rounded : bits | 0x400000u) >> 16);
+}
+CK_INLINE void from_float(float f, f16& out) { out = to_half(f); }
+CK_INLINE void from_float(float f, float& out) { out = f; }
+CK_INLINE void from_float(double f, double& out) { out = f; }
+
+// How a row of T lies in vectors of the compute type. A unit is the least group of channels that is loaded together: kParts
+// vectors. bfloat16 pairs are split into even and odd channels by a shift and a mask, so that lane i of part p of a unit
+// is its channel 2 * i + p.
+template <class T>
+struct Lanes {
+  using Elem = T;
+  using C = Compute<T>;
+  static constexpr int kParts = 1;
+  static constexpr int kUnit = kLanes<C>;
+  static constexpr int channel(int, int lane) { return lane; }
+
+  template <int kPart>
+  static CK_INLINE Vec<C> load(const T* row, int64_t unit) {
+    if constexpr (sizeof(T) == sizeof(C)) {
+      return load_bytes<Vec<C>>(row + unit * kUnit);
+    } else {
+#if defined(__AVX512F__)
+      return (Vec<C>)_mm512_cvtph_ps(load_bytes<__m256i>(row + unit * kUnit));
+#elif defined(__F16C__)
+      return (Vec<C>)_mm256_cvtph_ps(load_bytes<__m128i>(row + unit * kUnit));
+#else
+      Vec<C> v = {};
+      for (int i = 0; i < kUnit; ++i) v[i] = to_float(row[unit * kUnit + i]);
+      return v;
+#endif
+    }
+  }
+  static CK_INLINE void store(T* row, int64_t unit, const Vec<C>* v, bool stream) {
+    T* p = row + unit * kUnit;
+    if constexpr (sizeof(T) == sizeof(C)) {
+      if (stream) stream_bytes(p, v[0]);
+      else store_bytes(p, v[0]);
+    } else {
+#if defined(__AVX512F__)
+      store_bytes(p, _mm512_cvtps_ph((__m512)v[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+      store_bytes(p, _mm256_cvtps_ph((__m256)v[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+      for (int i = 0; i < kUnit; ++i) p[i] = to_half(v[0][i]);
+#endif
+    }
+  }
+};
+
+template <>
+struct Lanes<bf16> {
+  using Elem = bf16;
+  using C = float;
+  static constexpr int kParts = 2;
+  static constexpr int kUnit = 2 * kLanes<float>;
+  static constexpr int channel(int part, int lane) { return 2 * lane + part; }
+
+  template <int kPart>
+  static CK_INLINE Vec<float> load(const bf16* row, int64_t unit) {
+    const auto pair = load_bytes<Vec<uint32_t>>(row + unit * kUnit);
+    if constexpr (kPart == 0) return (Vec<float>)(pair << 16);
+    else return (Vec<float>)(pair & 0xffff0000u);
+  }
+  static CK_INLINE void store(bf16* row, int64_t unit, const Vec<float>* v, bool stream) {
+    using U = Vec<uint32_t>;
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+    alignas(64) static const uint16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                         8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)v[1], (__m512)v[0]);
+    const U packed = (U)_mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), halves);
+#else
+    const U even = (U)v[0], odd = (U)v[1];
+    const U even_up = v[0] == v[0] ? even + 0x7fffu + ((even >> 16) & 1u) : even | 0x400000u;
+    const U odd_up = v[1] == v[1] ? odd + 0x7fffu + ((odd >> 16) & 1u) : odd | 0x400000u;
+    const U packed = (even_up >> 16) | (odd_up & 0xffff0000u);
+#endif
+    if (stream) stream_bytes(row + unit * kUnit, packed);
+    else store_bytes(row + unit * kUnit, packed);
+  }
+};
+
+// Rows of T that were converted to the compute type beforehand: the vectors of Lanes<T>, one after the other.
+template <class T>
+struct Converted {
+  using Elem = Compute<T>;
+  using C = Compute<T>;
+  static constexpr int kParts = Lanes<T>::kParts;
+  static constexpr int kUnit = Lanes<T>::kUnit;
+  static constexpr int channel(int part, int lane) { return Lanes<T>::channel(part, lane); }
+
+  template <int kPart>
+  static CK_INLINE Vec<C> load(const C* row, int64_t unit) {
+    return load_bytes<Vec<C>>(row + (unit * kParts + kPart) * kLanes<C>);
+  }
+  static CK_INLINE void store(C* row, int64_t unit, const Vec<C>* v, bool) {
+    for (int p = 0; p < kParts; ++p) store_bytes(row + (unit * kParts + p) * kLanes<C>, v[p]);
+  }
+};
+
+// Memory for the duration of one piece of work.
+template <class S>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) {
+    // A vector of slack on top: rows may be written in whole vectors.
+    const size_t bytes = static_cast<size_t>(count > 0 ? count : 1) * sizeof(S) + 128;
+    data_ = static_cast<S*>(::operator new(bytes, kAlignment));
+  }
+  ~Scratch() { ::operator delete(data_, kAlignment); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  S* get() const { return data_; }
+  S& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  S* data_;
+};
+
+CK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+CK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+CK_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+CK_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+}  // namespace ck::cpu::CK_ISA
