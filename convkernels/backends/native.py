@@ -12,7 +12,7 @@ LIBRARY = Path(__file__).parent.parent / "_native" / "libconvkernels_cpu.so"
 def load() -> str | None:
     """Load the CPU library once; return None on success, otherwise the reason."""
     if not LIBRARY.exists():
-        return f"the native library {LIBRARY.name} was not built (CONVKERNELS_BUILD=none, or no C++ compiler at build time)"
+        return f"{LIBRARY.name} was not built (CONVKERNELS_BUILD=none, or no C++ compiler at build time)"
     try:
         torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as error:

@@ -1,4 +1,5 @@
-"""Convolution modules. Parameter names, shapes and initial values follow the checkpoints of the original implementations."""
+"""Convolution modules. Parameter names, shapes and initial values follow the checkpoints of the original
+implementations."""
 
 import math
 
@@ -40,9 +41,7 @@ class _Conv(nn.Module):
     def _step_options(self) -> dict:
         if self.padding not in ("causal", (self.kernel_size - 1) * self.dilation):
             raise RuntimeError(f"{type(self).__name__}.step: expected padding='causal', got {self.padding!r}")
-        return dict(
-            softmax=self.softmax, renormalize=self.renormalize, dilation=self.dilation, backend=self.backend
-        )
+        return dict(softmax=self.softmax, renormalize=self.renormalize, dilation=self.dilation, backend=self.backend)
 
     def extra_repr(self) -> str:
         parts = [f"{self.channels}, kernel_size={self.kernel_size}, heads={self.heads}, padding={self.padding!r}"]
@@ -55,7 +54,8 @@ class _Conv(nn.Module):
 
 
 class LightweightConv1d(_Conv):
-    """Lightweight convolution (Wu et al. 2019; Tay et al. 2021, equation 2): one kernel per head, shared by all positions.
+    """Lightweight convolution (Wu et al. 2019; Tay et al. 2021, equation 2): one kernel per head, shared by all
+    positions.
 
     Parameters: ``weight`` [H,1,K], Xavier uniform; ``bias`` [C], zeros, if ``bias=True``. Options as in
     ``lightweight_conv1d``; ``weight_dropout`` is active in training mode.
@@ -138,8 +138,8 @@ class DynamicConv1d(_Conv):
 
     ``weight_linear`` maps the query (by default the convolution's input) at an output position to that position's H*K
     taps. Parameters: ``weight_linear.weight`` [H*K, query_size], ``weight_linear.bias`` if ``bias=True``, ``conv_bias``
-    [C], zeros, if ``conv_bias=True``. With ``in_proj=True`` weight_linear has C + H*K outputs and a bias, and the first C
-    replace x. Options as in ``dynamic_conv1d``; ``weight_dropout`` is active in training mode.
+    [C], zeros, if ``conv_bias=True``. With ``in_proj=True`` weight_linear has C + H*K outputs and a bias, and the
+    first C replace x. Options as in ``dynamic_conv1d``; ``weight_dropout`` is active in training mode.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class DynamicConv1d(_Conv):
         super().__init__(channels, kernel_size, heads, softmax, renormalize, padding, dilation, weight_dropout, backend)
         if in_proj and query_size not in (None, channels):
             raise ValueError(
-                f"DynamicConv1d: argument 'query_size': expected {channels}, the channels, with in_proj, got {query_size}"
+                f"DynamicConv1d: argument 'query_size': expected {channels} with in_proj, got {query_size}"
             )
         self.query_size, self.in_proj = query_size or channels, in_proj
         outputs = heads * kernel_size + (channels if in_proj else 0)
@@ -179,7 +179,7 @@ class DynamicConv1d(_Conv):
 
     def _predict(self, x: Tensor, gate: Tensor | None, query: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
         """The convolution's input, its gate, and the kernels [..., H, K]."""
-        if query is None or self.in_proj:
+        if query is None:
             if gate is not None:
                 # The product is needed for the kernels anyway, so the convolution gets it ready-made.
                 x, gate = x * torch.sigmoid(gate), None
@@ -416,7 +416,7 @@ class GatedConv(nn.Module):
         """The state before the first position."""
         return self.conv.init_state(batch, dtype=dtype, device=device)
 
-    def step(self, x: Tensor, state: Tensor, *, state_index: Tensor | None = None) -> Tensor:
-        """One position, x [B,C] -> [B,C], without gradient; ``state`` is updated in place."""
+    def step(self, x: Tensor, state: Tensor, **options) -> Tensor:
+        """One position, x [B,C] -> [B,C], without gradient; ``state`` is updated in place; options of ``conv.step``."""
         value, gate = self.linear1(x).chunk(2, dim=-1)
-        return self.linear2(self.conv.step(value, state, gate=gate, state_index=state_index))
+        return self.linear2(self.conv.step(value, state, gate=gate, **options))

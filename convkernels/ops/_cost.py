@@ -1,9 +1,9 @@
 """What an operator costs: floating-point operations, and the least bytes it must move.
 
 Convention: one multiply and one add per tap, for all K taps of every output position, so taps that fall outside the
-sequence count too, as in PyTorch's own convolution formulas; softmax, gate, bias and dropout are not counted. Each of the
-two gradients (of the input side, of the weights) costs as much as the forward pass. Bytes: every input is read once and
-every output written once.
+sequence count too, as in PyTorch's own convolution formulas; softmax, gate, bias and dropout are not counted. Each
+of the two gradients (of the input side, of the weights) costs as much as the forward pass. Bytes: every input is
+read once and every output written once.
 """
 
 from collections.abc import Sequence
@@ -25,13 +25,21 @@ def grad_flops(x: Sequence[int], weight: Sequence[int], needs: int) -> int:
     return sides * conv_flops(x, weight)
 
 
-def conv_bytes(x: Sequence[int], weight: Sequence[int], itemsize: int, *, weight_itemsize: int | None = None, gate=False) -> int:
+def conv_bytes(
+    x: Sequence[int], weight: Sequence[int], itemsize: int, *, weight_itemsize: int | None = None, gate=False
+) -> int:
     """Read x, weight and gate, write y."""
     return (2 + gate) * _size(x) * itemsize + _size(weight) * (weight_itemsize or itemsize)
 
 
 def grad_bytes(
-    x: Sequence[int], weight: Sequence[int], itemsize: int, needs: int, *, weight_itemsize: int | None = None, gate=False
+    x: Sequence[int],
+    weight: Sequence[int],
+    itemsize: int,
+    needs: int,
+    *,
+    weight_itemsize: int | None = None,
+    gate=False,
 ) -> int:
     """Read grad, weight, gate and (where a gradient depends on it) x; write the gradients needed."""
     reads_x = bool(needs & (NEED_WEIGHT | NEED_GATE))

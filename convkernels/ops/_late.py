@@ -1,7 +1,8 @@
-"""Registrations with modules that are too heavy to import along with this package, done when somebody else imports them.
+"""Registrations with modules that are too heavy to import along with this package, done when somebody else imports
+them.
 
-``torch.utils.flop_counter`` imports Triton where Triton is installed, and the compiler takes more than a second; neither
-is needed before the user asks for it.
+``torch.utils.flop_counter`` imports Triton where Triton is installed, and the compiler takes more than a second;
+neither is needed before the user asks for it.
 """
 
 import importlib.abc
@@ -22,7 +23,8 @@ def when_imported(name: str, action: Callable) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds nothing itself; lets the modules waited for be found by the others and adds the actions to their loading."""
+    """Finds nothing itself; lets the modules waited for be found by the others and adds the actions to their
+    loading."""
 
     def find_spec(self, fullname, path=None, target=None):
         actions = _waiting.pop(fullname, None)

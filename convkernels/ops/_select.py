@@ -1,8 +1,9 @@
 """Which backend runs a call, and why another one does not.
 
-``auto`` is the first backend of the table that is usable; ``CONVKERNELS_BACKEND=<name>`` changes what ``auto`` means, and a
-backend named there or in the call never falls back. Stepping down to the reference is announced once, with the reasons;
-``CONVKERNELS_STRICT=1`` makes it an error. Decisions are cached: after a change of the environment call ``reset()``.
+``auto`` is the first backend of the table that is usable; ``CONVKERNELS_BACKEND=<name>`` changes what ``auto``
+means, and a backend named there or in the call never falls back. Stepping down to the reference is announced once,
+with the reasons; ``CONVKERNELS_STRICT=1`` makes it an error. Decisions are cached: after a change of the environment
+call ``reset()``.
 """
 
 import importlib
@@ -103,7 +104,9 @@ def choose(backend: str, op: str, device_type: str, dtype: torch.dtype) -> str:
     message = f"{op} on {device_type} in {dtype}: no fast backend is usable ({'; '.join(passed_over)})"
     if os.environ.get("CONVKERNELS_STRICT") == "1":
         raise RuntimeError(f"{message}, and CONVKERNELS_STRICT=1 forbids the slow reference")
-    warnings.warn(f"{message}; using the slow reference. Silence this by backend='reference'.", RuntimeWarning, stacklevel=3)
+    warnings.warn(
+        f"{message}; using the slow reference. Silence this by backend='reference'.", RuntimeWarning, stacklevel=3
+    )
     return "reference"
 
 

@@ -1,9 +1,9 @@
 """One record per operator; from it come the schemas, fakes, autograd, FLOP formulas and the reference kernel.
 
-Every operator exists once per backend (the overload name) and twice by name: ``name.<backend>`` is public, with autograd
-attached, for whoever calls ``torch.ops`` directly; ``_name.<backend>`` is raw, without an autograd kernel, because an op
-with ``register_autograd`` costs about 3.7 us more per call even when no gradient is recorded. The Python functions of
-this package call the raw ones.
+Every operator exists once per backend (the overload name) and twice by name: ``name.<backend>`` is public, with
+autograd attached, for whoever calls ``torch.ops`` directly; ``_name.<backend>`` is raw, without an autograd kernel,
+because an op with ``register_autograd`` costs about 3.7 us more per call even when no gradient is recorded. The
+Python functions of this package call the raw ones.
 """
 
 from collections.abc import Callable
@@ -30,8 +30,8 @@ class Autograd(NamedTuple):
 class OpSpec:
     """Everything that is to be known about one operator.
 
-    name: without namespace and backend.  schema: from the opening parenthesis on; positional arguments only, because the
-    stable C++ interface takes no others.  fake: shapes and strides of the outputs.  reference: the kernel in plain
+    name: without namespace and backend.  schema: from the opening parenthesis on; positional arguments only, because
+    the stable C++ interface takes no others.  fake: shapes and strides of the outputs.  reference: the kernel in plain
     PyTorch.  flops: formula over shapes, for FlopCounterMode.  autograd: backend name -> hooks for the public op; None
     for an op without gradient.
     """

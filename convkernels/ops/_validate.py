@@ -1,7 +1,8 @@
 """Checks of arguments. Every error reads: function: argument 'name': expected ..., got ...
 
-TypeError for a value of the wrong kind, ValueError for one of the right kind that cannot be used. The functions here are
-slow and complete; the public functions call them only when a few cheap comparisons do not already settle that a call is fine.
+TypeError for a value of the wrong kind, ValueError for one of the right kind that cannot be used. The functions here
+are slow and complete; the public functions call them only when a few cheap comparisons do not already settle that a
+call is fine.
 """
 
 from typing import Any, NoReturn
@@ -62,7 +63,9 @@ def parameter_dtype(function: str, argument: str, value: Tensor, x: Tensor) -> N
     """Weights may be of another float type than x, but double precision is all or nothing."""
     floating(function, argument, value)
     if (value.dtype == torch.float64) != (x.dtype == torch.float64):
-        expected = "float64, because x is float64" if x.dtype == torch.float64 else f"not float64, because x is {x.dtype}"
+        expected = (
+            "float64, because x is float64" if x.dtype == torch.float64 else f"not float64, because x is {x.dtype}"
+        )
         fail(function, argument, expected, value, TypeError)
 
 
@@ -193,8 +196,8 @@ def initial_state(function: str, value: Any, x: Tensor, rows: int, cu: Tensor | 
 
 
 def convolution(
-    function: str, x, weight_, bias_, softmax, renormalize, padding, dilation, p, training, seed, gate_, mask_, cu, state,
-    return_state, *, letters: str, read_values: bool,
+    function: str, x, weight_, bias_, softmax, renormalize, padding, dilation, p, training, seed, gate_, mask_, cu,
+    state, return_state, *, letters: str, read_values: bool,
 ) -> int:  # fmt: skip
     """All checks of a convolution over a sequence; returns ``left``. letters: [C,K], [H,K] or [B,T,H,K]."""
     tensor(function, "x", x)
@@ -224,9 +227,11 @@ def convolution(
 
 
 def step(
-    function: str, x, state, weight_, bias_, softmax, renormalize, dilation, gate_, state_index, position, *, letters: str
-) -> None:
-    """All checks of a decoding step. letters: [C,K], [H,K] or [B,H,K]."""
+    function: str, x, state, weight_, bias_, softmax, renormalize, dilation, gate_, state_index, position, *,
+    letters: str, apart: bool,
+) -> None:  # fmt: skip
+    """All checks of a decoding step. letters: [C,K], [H,K] or [B,H,K]. apart: memory addresses are real, compare
+    them."""
     tensor(function, "x", x)
     tensor(function, "state", state)
     tensor(function, "weight", weight_)
@@ -244,8 +249,9 @@ def step(
     shape(function, "state", state, (B, (K - 1) * dilation, C), "[B,S,C], S = (K-1)*dilation,")
     same_dtype(function, "state", state, x)
     same_device(function, "state", state, x)
-    if any(stride == 0 and size > 1 for stride, size in zip(state.stride(), state.shape, strict=True)):
-        fail(function, "state", "memory of its own for every element (it is updated in place)", "an expanded tensor")
+    if not state.is_contiguous():
+        expected = "a contiguous tensor, every element in memory of its own, because it is updated in place"
+        fail(function, "state", expected, f"strides {list(state.stride())}")
     gate(function, gate_, x)
     tensor(function, "state_index", state_index, optional=True)
     if state_index is not None:
@@ -260,9 +266,35 @@ def step(
         if position.dim() != 1 or position.shape[0] not in (1, B):
             fail(function, "position", f"shape [B] = [{_size(B)}] or [1]", position)
         same_device(function, "position", position, x)
-    for argument, value in (("x", x), ("state", state), ("weight", weight_), ("bias", bias_), ("gate", gate_)):
+    inputs = {"x": x, "weight": weight_, "bias": bias_, "gate": gate_}
+    for argument, value in {**inputs, "state": state}.items():
         if value is not None and value.requires_grad and torch.is_grad_enabled():
-            fail(function, argument, "no gradient: a step is inference only (use torch.no_grad())", "requires_grad=True")
+            fail(
+                function, argument, "no gradient (a step is inference only: use torch.no_grad())", "requires_grad=True"
+            )
+    if apart:
+        for argument, value in inputs.items():
+            if value is not None and _overlap(value, state):
+                fail(
+                    function,
+                    argument,
+                    "memory apart from the state's, which is updated in place",
+                    "an overlapping view",
+                )
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the memory spans of two tensors meet (interleaved views count: nothing cheaper is exact)."""
+    if a.numel() == 0 or b.numel() == 0 or a.device != b.device:
+        return False
+    (a_first, a_last), (b_first, b_last) = (
+        (
+            t.data_ptr(),
+            t.data_ptr() + t.element_size() * sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)),
+        )
+        for t in (a, b)
+    )
+    return a_first <= b_last and b_first <= a_last
 
 
 def _size(size) -> int | str:

@@ -1,7 +1,8 @@
 """Public functions of the convolution family.
 
-Each call first tries a short path: a few comparisons that together prove a plain call valid, then the operator. Anything
-else (optional arguments, autocast, torch.func, torch.compile, mistakes) goes through ``_general``, which checks everything.
+Each call first tries a short path: a few comparisons that together prove a plain call valid, then the operator.
+Anything else (optional arguments, autocast, torch.func, torch.compile, mistakes) goes through ``_general``, which
+checks everything.
 """
 
 import torch
@@ -15,7 +16,8 @@ _transforms_active = op._transforms_active
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 
-# (backend, dtype of x, dtype of weight, device of x, device of weight) of calls that passed all checks -> (raw, record).
+# (backend, dtype of x, dtype of weight, device of x, device of weight) of calls that passed all checks -> (raw,
+# record).
 _proven: dict[tuple, tuple] = {}
 _select.on_reset(_proven.clear)
 
@@ -34,7 +36,31 @@ def depthwise_conv1d(
     return_state: bool = False,
     backend: str = "auto",
 ):
-    """Documented below."""
+    """Depthwise convolution: one kernel per channel.
+
+        y[b,t,c] = bias[c] + sum_j weight[c,j] * x[b, t + dilation*j - P, c]
+
+    with x = 0 outside the sequence. It is ``lightweight_conv1d`` with H = C and without softmax.
+
+    x: [B,T,C], float64, float32, bfloat16 or float16, any strides; the result has its shape, dtype and layout.
+    bias: [C], optional.
+    weight: [C,K].
+    mask: bool [B,T], False for padding: x is taken as 0 there whatever it holds, NaN included, and gets no gradient.
+    gate: like x; the input becomes x * sigmoid(gate) inside the kernel.
+    padding: "same" (P = dilation*(K//2)), "causal" (P = dilation*(K-1)) or P itself, from 0 to dilation*(K-1).
+    cu_seqlens: int32 or int64 [N+1], from 0 to T, never decreasing: x is [1,T,C] and holds N sequences one after the
+        other; no window reaches from one into another.
+    initial_state: [B,S,C] ([N,S,C] when packed), S = dilation*(K-1), causal only: the inputs before the first, gate and
+        mask already applied, oldest first.
+    return_state: also return the state after the last position, same shape; causal only. Differentiable.
+    backend: "auto" or a name from ``convkernels.backends.names()``; a named one never falls back.
+
+    The arithmetic is float32 (float64 for float64); weight and bias may be of another float dtype than x, except that
+    float64 goes only with float64. Under autocast x, gate and initial_state are cast, the parameters are not.
+    Raises ValueError or TypeError naming the argument, what was expected and what was given, and RuntimeError if the
+    backend named cannot run the call.
+    Source: Chang et al. 2021 (depthwise terms of convolutional attention); Tay et al. 2021.
+    """
     return _conv(
         "depthwise_conv1d", "[C,K]", x, weight, bias, False, False, padding, dilation, 0.0, False, None, gate, mask,
         cu_seqlens, initial_state, return_state, backend,
@@ -60,10 +86,40 @@ def lightweight_conv1d(
     return_state: bool = False,
     backend: str = "auto",
 ):
-    """Documented below."""
+    """Lightweight convolution: one kernel per head, the same at every position.
+
+        y[b,t,c] = bias[c] + sum_j w[h,j] * x[b, t + dilation*j - P, c],   h = c // (C/H),   w = softmax_j(weight)
+
+    with x = 0 outside the sequence.
+
+    x: [B,T,C], float64, float32, bfloat16 or float16, any strides; the result has its shape, dtype and layout.
+    bias: [C], optional.
+    weight: [H,K], H divides C.
+    softmax: use softmax over the K taps of ``weight`` (taps outside the sequence keep their share).
+    renormalize: leave taps outside the sequence out of the softmax, so that the others sum to 1. Masked positions and
+        rows of the initial state are inside.
+    weight_dropout: probability of dropping a (softmaxed) tap, scaling the kept ones by 1/(1-p); only if ``training``.
+        One mask [H,K] serves the whole batch.
+    seed: int64 [1], fixes the dropout mask; by default drawn from PyTorch's generator of x's device.
+    mask: bool [B,T], False for padding: x is taken as 0 there whatever it holds, NaN included, and gets no gradient.
+    gate: like x; the input becomes x * sigmoid(gate) inside the kernel.
+    padding: "same" (P = dilation*(K//2)), "causal" (P = dilation*(K-1)) or P itself, from 0 to dilation*(K-1).
+    cu_seqlens: int32 or int64 [N+1], from 0 to T, never decreasing: x is [1,T,C] and holds N sequences one after the
+        other; no window reaches from one into another.
+    initial_state: [B,S,C] ([N,S,C] when packed), S = dilation*(K-1), causal only: the inputs before the first, gate and
+        mask already applied, oldest first.
+    return_state: also return the state after the last position, same shape; causal only. Differentiable.
+    backend: "auto" or a name from ``convkernels.backends.names()``; a named one never falls back.
+
+    The arithmetic is float32 (float64 for float64); weight and bias may be of another float dtype than x, except that
+    float64 goes only with float64. Under autocast x, gate and initial_state are cast, the parameters are not.
+    Raises ValueError or TypeError naming the argument, what was expected and what was given, and RuntimeError if the
+    backend named cannot run the call.
+    Source: Wu et al. 2019, "Pay less attention with lightweight and dynamic convolutions"; Tay et al. 2021, equation 2.
+    """
     return _conv(
-        "lightweight_conv1d", "[H,K]", x, weight, bias, softmax, renormalize, padding, dilation, weight_dropout, training,
-        seed, gate, mask, cu_seqlens, initial_state, return_state, backend,
+        "lightweight_conv1d", "[H,K]", x, weight, bias, softmax, renormalize, padding, dilation, weight_dropout,
+        training, seed, gate, mask, cu_seqlens, initial_state, return_state, backend,
     )  # fmt: skip
 
 
@@ -86,10 +142,40 @@ def dynamic_conv1d(
     return_state: bool = False,
     backend: str = "auto",
 ):
-    """Documented below."""
+    """Dynamic convolution: every output position has kernels of its own.
+
+        y[b,t,c] = bias[c] + sum_j w[b,t,h,j] * x[b, t + dilation*j - P, c],   h = c // (C/H),   w = softmax_j(weight)
+
+    with x = 0 outside the sequence.
+
+    x: [B,T,C], float64, float32, bfloat16 or float16, any strides; the result has its shape, dtype and layout.
+    bias: [C], optional.
+    weight: [B,T,H,K], usually a linear map of x, H divides C.
+    softmax: use softmax over the K taps of ``weight`` (taps outside the sequence keep their share).
+    renormalize: leave taps outside the sequence out of the softmax, so that the others sum to 1. Masked positions and
+        rows of the initial state are inside.
+    weight_dropout: probability of dropping a (softmaxed) tap, scaling the kept ones by 1/(1-p); only if ``training``.
+        Every tap of every position is dropped on its own.
+    seed: int64 [1], fixes the dropout mask; by default drawn from PyTorch's generator of x's device.
+    mask: bool [B,T], False for padding: x is taken as 0 there whatever it holds, NaN included, and gets no gradient.
+    gate: like x; the input becomes x * sigmoid(gate) inside the kernel.
+    padding: "same" (P = dilation*(K//2)), "causal" (P = dilation*(K-1)) or P itself, from 0 to dilation*(K-1).
+    cu_seqlens: int32 or int64 [N+1], from 0 to T, never decreasing: x is [1,T,C] and holds N sequences one after the
+        other; no window reaches from one into another.
+    initial_state: [B,S,C] ([N,S,C] when packed), S = dilation*(K-1), causal only: the inputs before the first, gate and
+        mask already applied, oldest first.
+    return_state: also return the state after the last position, same shape; causal only. Differentiable.
+    backend: "auto" or a name from ``convkernels.backends.names()``; a named one never falls back.
+
+    The arithmetic is float32 (float64 for float64); weight and bias may be of another float dtype than x, except that
+    float64 goes only with float64. Under autocast x, gate and initial_state are cast, the parameters are not.
+    Raises ValueError or TypeError naming the argument, what was expected and what was given, and RuntimeError if the
+    backend named cannot run the call.
+    Source: Wu et al. 2019, "Pay less attention with lightweight and dynamic convolutions"; Tay et al. 2021, equation 3.
+    """
     return _conv(
-        "dynamic_conv1d", "[B,T,H,K]", x, weight, bias, softmax, renormalize, padding, dilation, weight_dropout, training,
-        seed, gate, mask, cu_seqlens, initial_state, return_state, backend,
+        "dynamic_conv1d", "[B,T,H,K]", x, weight, bias, softmax, renormalize, padding, dilation, weight_dropout,
+        training, seed, gate, mask, cu_seqlens, initial_state, return_state, backend,
     )  # fmt: skip
 
 
@@ -152,8 +238,8 @@ def _conv(
                         call = record
                     return call(x, weight, left, dilation, softmax, False, 0.0, None, bias)
     return _general(
-        name, letters, x, weight, bias, softmax, renormalize, padding, dilation, p, training, seed, gate, mask, cu_seqlens,
-        initial_state, return_state, backend,
+        name, letters, x, weight, bias, softmax, renormalize, padding, dilation, p, training, seed, gate, mask,
+        cu_seqlens, initial_state, return_state, backend,
     )  # fmt: skip
 
 
@@ -260,9 +346,37 @@ def depthwise_conv1d_step(
     state_index: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Documented below."""
+    """One position of a causal depthwise convolution.
+
+        y[b,c] = bias[c] + sum_j weight[c,j] * window[b, dilation*j, c],   window = [state, x]
+
+    x: [B,C], the new position.
+    state: [B,S,C] contiguous, S = dilation*(K-1), dtype of x: the inputs before it, gate applied, oldest first;
+        start with zeros. Updated in place: the oldest row leaves, the new one enters.
+    bias: [C], optional.  gate: [B,C], the input becomes x * sigmoid(gate).
+    weight: [C,K].
+    state_index: int64 [B]; row b continues from row state_index[b] of the old state (beam search). Rows may repeat.
+    backend: as for ``depthwise_conv1d``.
+
+    Step by step this equals ``depthwise_conv1d`` with padding="causal". Inference only: ValueError if an input
+    requires grad in grad mode; other errors as for ``depthwise_conv1d``. Under autocast x and gate are cast to the
+    dtype of the state.
+    Source: Wu et al. 2019.
+    """
     return _step(
-        "depthwise_conv1d_step", "[C,K]", x, state, weight, bias, False, False, dilation, gate, state_index, None, backend
+        "depthwise_conv1d_step",
+        "[C,K]",
+        x,
+        state,
+        weight,
+        bias,
+        False,
+        False,
+        dilation,
+        gate,
+        state_index,
+        None,
+        backend,
     )
 
 
@@ -280,7 +394,26 @@ def lightweight_conv1d_step(
     position: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Documented below."""
+    """One position of a causal lightweight convolution.
+
+        y[b,c] = bias[c] + sum_j softmax(weight)[h,j] * window[b, dilation*j, c],   window = [state, x]
+
+    x: [B,C], the new position.
+    state: [B,S,C] contiguous, S = dilation*(K-1), dtype of x: the inputs before it, gate applied, oldest first;
+        start with zeros. Updated in place: the oldest row leaves, the new one enters.
+    bias: [C], optional.  gate: [B,C], the input becomes x * sigmoid(gate).
+    weight: [H,K].
+    softmax, renormalize: as for ``lightweight_conv1d``.
+    position: int64 [B] or [1], number of positions before this one; only ``renormalize`` needs it, to tell which
+        rows of the state lie before the start of the sequence. By default none does.
+    state_index: int64 [B]; row b continues from row state_index[b] of the old state (beam search). Rows may repeat.
+    backend: as for ``lightweight_conv1d``.
+
+    Step by step this equals ``lightweight_conv1d`` with padding="causal". Inference only: ValueError if an input
+    requires grad in grad mode; other errors as for ``lightweight_conv1d``. Under autocast x and gate are cast to the
+    dtype of the state.
+    Source: Wu et al. 2019.
+    """
     return _step(
         "lightweight_conv1d_step", "[H,K]", x, state, weight, bias, softmax, renormalize, dilation, gate, state_index,
         position, backend,
@@ -301,7 +434,26 @@ def dynamic_conv1d_step(
     position: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Documented below."""
+    """One position of a causal dynamic convolution.
+
+        y[b,c] = bias[c] + sum_j softmax(weight)[b,h,j] * window[b, dilation*j, c],   window = [state, x]
+
+    x: [B,C], the new position.
+    state: [B,S,C] contiguous, S = dilation*(K-1), dtype of x: the inputs before it, gate applied, oldest first;
+        start with zeros. Updated in place: the oldest row leaves, the new one enters.
+    bias: [C], optional.  gate: [B,C], the input becomes x * sigmoid(gate).
+    weight: [B,H,K].
+    softmax, renormalize: as for ``dynamic_conv1d``.
+    position: int64 [B] or [1], number of positions before this one; only ``renormalize`` needs it, to tell which
+        rows of the state lie before the start of the sequence. By default none does.
+    state_index: int64 [B]; row b continues from row state_index[b] of the old state (beam search). Rows may repeat.
+    backend: as for ``dynamic_conv1d``.
+
+    Step by step this equals ``dynamic_conv1d`` with padding="causal". Inference only: ValueError if an input
+    requires grad in grad mode; other errors as for ``dynamic_conv1d``. Under autocast x and gate are cast to the
+    dtype of the state.
+    Source: Wu et al. 2019.
+    """
     return _step(
         "dynamic_conv1d_step", "[B,H,K]", x, state, weight, bias, softmax, renormalize, dilation, gate, state_index,
         position, backend,
@@ -315,11 +467,13 @@ def _step(
         # The state outlives the autocast region, so it decides the dtype.
         x = x.to(state.dtype)
         gate = gate.to(state.dtype) if isinstance(gate, Tensor) else gate
+    transforming = op.transforming()
     _validate.step(
-        name, x, state, weight, bias, softmax, renormalize, dilation, gate, state_index, position, letters=letters
-    )
-    kernels = op.KERNELS[_choose(name, backend, x.device.type, x.dtype)]
-    y = kernels.step(x, state, weight, dilation, softmax, renormalize, bias, gate, state_index, position)
-    if not op.transforming() and not state.is_inference():
+        name, x, state, weight, bias, softmax, renormalize, dilation, gate, state_index, position,
+        letters=letters, apart=not transforming,
+    )  # fmt: skip
+    chosen = _choose(name, backend, x.device.type, x.dtype)
+    y = op.KERNELS[chosen].step(x, state, weight, dilation, softmax, renormalize, bias, gate, state_index, position)
+    if not transforming and not state.is_inference():
         torch.autograd.graph.increment_version(state)
     return y

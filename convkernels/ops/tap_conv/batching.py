@@ -1,8 +1,8 @@
 """vmap rules: the mapped dimension is folded into the batch, so that one kernel launch does the work of all.
 
-Weights become per batch row ([N*B,1,H,K] or [N*B,T,H,K]) and their gradients are summed over each row's share of the batch
-afterwards. Two cases run one call per element instead: weight dropout, whose mask depends on the batch index, and mapped
-sequence boundaries, which the op shares between batch rows.
+Weights become per batch row ([N*B,1,H,K] or [N*B,T,H,K]) and their gradients are summed over each row's share of the
+batch afterwards. Two cases run one call per element instead: weight dropout, whose mask depends on the batch index,
+and mapped sequence boundaries, which the op shares between batch rows.
 """
 
 from collections.abc import Callable
@@ -104,7 +104,9 @@ def grad(function: Callable, size: int, dims: tuple, args: tuple):
         grad_bias = folded.reshape(size, B, *folded.shape[1:]).sum((1, 2), dtype=dtype).to(weight.dtype)
 
     def unfold(value: Tensor, bit: int) -> Tensor:
-        return value.reshape(size, value.shape[0] // size, *value.shape[1:]) if needs & bit and value.dim() > 1 else value
+        return (
+            value.reshape(size, value.shape[0] // size, *value.shape[1:]) if needs & bit and value.dim() > 1 else value
+        )
 
     outputs = (unfold(grad_x, 1), grad_weight, grad_bias, unfold(grad_gate, 8), unfold(grad_state, 16))
     present = (needs & 1, needs & 2, needs & 4, needs & 8 and gate is not None, needs & 16 and state is not None)

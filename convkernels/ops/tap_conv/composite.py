@@ -39,9 +39,23 @@ def raw_double_backward(conv: Callable, grad_op: Callable, wanted, grads, grad, 
 
 
 def forward(
-    conv: Callable, x, weight, left, dilation, softmax, renormalize, dropout, seed, bias, gate, mask, cu_seqlens, initial_state
+    conv: Callable,
+    x,
+    weight,
+    left,
+    dilation,
+    softmax,
+    renormalize,
+    dropout,
+    seed,
+    bias,
+    gate,
+    mask,
+    cu_seqlens,
+    initial_state,
 ) -> Tensor:
-    """``tap_conv`` with everything but the bare convolution written in differentiable PyTorch, in the accumulation type."""
+    """``tap_conv`` with everything but the bare convolution written in differentiable PyTorch, in the accumulation
+    type."""
     dtype = reference.accumulate_dtype(x.dtype)
     B, T, C = x.shape
     K = weight.shape[-1]
@@ -74,7 +88,22 @@ def forward(
 
 
 def fused_double_backward(
-    conv: Callable, wanted, grads, grad, x, weight, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens, state
+    conv: Callable,
+    wanted,
+    grads,
+    grad,
+    x,
+    weight,
+    left,
+    dilation,
+    softmax,
+    renormalize,
+    dropout,
+    seed,
+    gate,
+    mask,
+    cu_seqlens,
+    state,
 ):
     """Gradients of (grad, x, weight, gate, initial_state); ``grads`` belong to the five outputs of ``tap_grad``."""
     given = [index for index, value in enumerate((x, weight, None, gate, state)) if value is not None]
@@ -93,7 +122,20 @@ def fused_double_backward(
                 inner[index] = value
             x, weight, bias, gate, state = inner
             return forward(
-                conv, x, weight, left, dilation, softmax, renormalize, dropout, seed, bias, gate, mask, cu_seqlens, state
+                conv,
+                x,
+                weight,
+                left,
+                dilation,
+                softmax,
+                renormalize,
+                dropout,
+                seed,
+                bias,
+                gate,
+                mask,
+                cu_seqlens,
+                state,
             )
 
         return torch.func.vjp(function, *[values[index] for index in used])[1](grad)

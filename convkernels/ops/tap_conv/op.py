@@ -2,7 +2,8 @@
 
 Which way is taken matters for speed and for what composes (all measured): nothing to differentiate -> the raw op; eager
 autograd -> ``record``, an autograd.Function with everything in ``forward``, the cheapest to record; torch.func and
-torch.compile -> ``conv``, an autograd.Function with ``setup_context`` and ``vmap``. No ``jvp``: it would break compiled graphs.
+torch.compile -> ``conv``, an autograd.Function with ``setup_context`` and ``vmap``. No ``jvp``: it would break
+compiled graphs.
 """
 
 from functools import partial
@@ -59,12 +60,25 @@ def transforming() -> bool:
 
 
 def differentiable_conv(
-    backend, x, weight, left, dilation=1, softmax=False, renormalize=False, dropout=0.0, seed=None, bias=None, gate=None,
-    mask=None, cu_seqlens=None, initial_state=None,
+    backend, x, weight, left, dilation=1, softmax=False, renormalize=False, dropout=0.0, seed=None, bias=None,
+    gate=None, mask=None, cu_seqlens=None, initial_state=None,
 ) -> Tensor:  # fmt: skip
     """tap_conv for torch.func, torch.compile and higher derivatives."""
     return TapConv.apply(
-        x, weight, left, dilation, softmax, renormalize, dropout, seed, bias, gate, mask, cu_seqlens, initial_state, backend
+        x,
+        weight,
+        left,
+        dilation,
+        softmax,
+        renormalize,
+        dropout,
+        seed,
+        bias,
+        gate,
+        mask,
+        cu_seqlens,
+        initial_state,
+        backend,
     )
 
 
@@ -74,8 +88,8 @@ def differentiable_grad(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """tap_grad for torch.func, torch.compile and higher derivatives."""
     return TapGrad.apply(
-        grad, x, weight, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens, initial_state, needs,
-        backend,
+        grad, x, weight, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens, initial_state,
+        needs, backend,
     )  # fmt: skip
 
 
@@ -164,7 +178,21 @@ class TapGrad(Function):
 
     @staticmethod
     def forward(
-        grad, x, weight, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens, state, needs, backend
+        grad,
+        x,
+        weight,
+        left,
+        dilation,
+        softmax,
+        renormalize,
+        dropout,
+        seed,
+        gate,
+        mask,
+        cu_seqlens,
+        state,
+        needs,
+        backend,
     ):
         return KERNELS[backend].raw_grad(
             grad, x, weight, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens, state, needs
@@ -211,7 +239,8 @@ class TapConv(Function):
 
 
 def _record(backend: str, raw):
-    """The Function of eager autograd: everything in ``forward``, which is cheapest, and only as many arguments as given."""
+    """The Function of eager autograd: everything in ``forward``, which is cheapest, and only as many arguments as
+    given."""
 
     class RecordedTapConv(Function):
         @staticmethod
@@ -282,13 +311,16 @@ for _backend in BACKENDS:
     # OpOverload.__call__ only forwards to `_op`; calling that directly saves 0.1 us of the 3 a small call takes.
     _raw = overload("_tap_conv", _backend)
     KERNELS[_backend] = Kernels(
-        _raw, overload("_tap_grad", _backend), overload("_tap_step", _backend), _record(_backend, getattr(_raw, "_op", _raw))
+        _raw,
+        overload("_tap_grad", _backend),
+        overload("_tap_step", _backend),
+        _record(_backend, getattr(_raw, "_op", _raw)),
     )
 
 
 @partial(_late.when_imported, "torch._dynamo")
 def _keep_whole(dynamo) -> None:
-    """Have the compiler call the Functions instead of tracing into them. Inside torch.func.grad it takes their inputs for
-    constants, skips the Function, and every gradient is silently zero (seen with torch 2.13)."""
+    """Have the compiler call the Functions instead of tracing into them. Inside torch.func.grad it takes their
+    inputs for constants, skips the Function, and every gradient is silently zero (seen with torch 2.13)."""
     dynamo.allow_in_graph(TapConv)
     dynamo.allow_in_graph(TapGrad)

@@ -4,8 +4,8 @@
     z[b,s,c] = x[b,s,c] * sigmoid(gate[b,s,c]), and 0 where mask[b,s] is False
     w'       = dropout(softmax_j(weight)), each part optional
 
-Everything is computed in float32 (float64 for float64) and rounded once, at the end. ``source_rows`` is the one place that
-says which input a tap reads; the forward pass gathers by that table and the gradient scatters by it.
+Everything is computed in float32 (float64 for float64) and rounded once, at the end. ``source_rows`` is the one
+place that says which input a tap reads; the forward pass gathers by that table and the gradient scatters by it.
 Sources: Wu et al. 2019 (lightweight and dynamic convolution), Tay et al. 2021, Chang et al. 2021.
 """
 
@@ -49,7 +49,9 @@ def philox_uniform_bits(seed: Tensor, shape: tuple[int, int, int, int]) -> Tenso
     return torch.stack([c.expand(shape) for c in (c0, c1, c2, c3)]).gather(0, word[None])[0]
 
 
-def dropout_mask(seed: Tensor, p: float, shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float32) -> Tensor:
+def dropout_mask(
+    seed: Tensor, p: float, shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Multipliers 0 or 1/(1-p) for weights of ``shape`` [B|1, T|1, H, K]; p=1 drops everything."""
     keep = philox_uniform_bits(seed, shape) >= int(p * 2**32)
     return keep.to(dtype) * (1.0 / (1.0 - p) if p < 1 else 0.0)
@@ -64,7 +66,8 @@ def sequence_count(cu_seqlens: Tensor | None) -> int:
 
 
 def sequence_bounds(T: int, cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Number, start and end of the sequence each position 0..T-1 belongs to (int64 [T]); empty sequences are skipped."""
+    """Number, start and end of the sequence each position 0..T-1 belongs to (int64 [T]); empty sequences are
+    skipped."""
     position = torch.arange(T, device=device)
     if cu_seqlens is None:
         return torch.zeros_like(position), torch.zeros_like(position), torch.full_like(position, T)
@@ -74,7 +77,13 @@ def sequence_bounds(T: int, cu_seqlens: Tensor | None, device: torch.device) -> 
 
 
 def source_rows(
-    T: int, K: int, left: int, dilation: int, device: torch.device, cu_seqlens: Tensor | None = None, state_rows: int | None = None
+    T: int,
+    K: int,
+    left: int,
+    dilation: int,
+    device: torch.device,
+    cu_seqlens: Tensor | None = None,
+    state_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Which row each tap of each output position reads, int64 [T,K], and whether that row exists, bool [T,K].
 
@@ -111,7 +120,9 @@ def gated_input(x: Tensor, gate: Tensor | None, mask: Tensor | None) -> Tensor:
     return x if gate is None else x * torch.sigmoid(gate)
 
 
-def tap_weights(weight: Tensor, inside: Tensor, softmax: bool, renormalize: bool, dropout: float, seed: Tensor | None) -> Tensor:
+def tap_weights(
+    weight: Tensor, inside: Tensor, softmax: bool, renormalize: bool, dropout: float, seed: Tensor | None
+) -> Tensor:
     """w' as [B|1, T|1, H, K] from weight [H,K] or [B,T|1,H,K]."""
     w = weight if weight.dim() == 4 else weight[None, None]
     shape = tuple(w.shape)
@@ -135,7 +146,8 @@ def _per_channel(w: Tensor, C: int) -> Tensor:
 
 
 def _setting(x, weight, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens, initial_state):
-    """What forward and gradient share: x and gate (masked, in the accumulation type), z's rows, w' and the source table."""
+    """What forward and gradient share: x and gate (masked, in the accumulation type), z's rows, w' and the source
+    table."""
     dtype = accumulate_dtype(x.dtype)
     state_rows = None if initial_state is None else initial_state.shape[1]
     source, inside = source_rows(x.shape[1], weight.shape[-1], left, dilation, x.device, cu_seqlens, state_rows)
@@ -242,8 +254,8 @@ def tap_step(
     state_index: Tensor | None = None,
     position: Tensor | None = None,
 ) -> Tensor:
-    """One position of the causal convolution. The window is the S rows of the state and the new input; ``state`` [B,S,C]
-    then drops its oldest row and takes the new one. Tap j reads row dilation*j of the window."""
+    """One position of the causal convolution. The window is the S rows of the state and the new input; ``state``
+    [B,S,C] then drops its oldest row and takes the new one. Tap j reads row dilation*j of the window."""
     dtype, S, K = accumulate_dtype(x.dtype), state.shape[1], weight.shape[-1]
     z = gated_input(x.to(dtype), None if gate is None else gate.to(dtype), None)
     old = state if state_index is None else state.index_select(0, state_index)
