@@ -17,17 +17,17 @@ constexpr int kRows = 8, kTapGroup = 4, kPositionVectors = 2;
 #endif
 constexpr int kPositionRows = 4;
 
-// filter(i, k) = base[k * tap] for all rows and channels.
+// filter(i, k) = base[k * tap] for all rows and channels of a head; the next head's filters lie `head` elements on.
 template <class C>
 struct SharedTaps {
   static constexpr bool kPerRow = false;
   const C* base;
-  int64_t tap;
+  int64_t tap, head;
   template <int kParts, int kPart>
   CK_INLINE Vec<C> value(int64_t, int64_t k, int64_t) const {
     return splat(base[k * tap]);
   }
-  CK_INLINE SharedTaps advance(int64_t) const { return *this; }
+  CK_INLINE SharedTaps at(int64_t, int64_t h) const { return {base + h * head, tap, head}; }
 };
 
 // filter(i, k) differs between channels: row k of `base` holds it, converted like the channels.
@@ -40,20 +40,20 @@ struct ChannelTaps {
   CK_INLINE Vec<C> value(int64_t, int64_t k, int64_t unit) const {
     return load_bytes<Vec<C>>(base + k * tap + (unit * kParts + kPart) * kLanes<C>);
   }
-  CK_INLINE ChannelTaps advance(int64_t) const { return *this; }
+  CK_INLINE ChannelTaps at(int64_t, int64_t) const { return *this; }
 };
 
-// filter(i, k) = base[i * row + k * tap] for all channels.
+// filter(i, k) = base[i * row + k * tap] for all channels of a head.
 template <class C>
 struct PositionTaps {
   static constexpr bool kPerRow = true;
   const C* base;
-  int64_t row, tap;
+  int64_t row, tap, head;
   template <int kParts, int kPart>
   CK_INLINE Vec<C> value(int64_t i, int64_t k, int64_t) const {
     return splat(base[i * row + k * tap]);
   }
-  CK_INLINE PositionTaps advance(int64_t rows) const { return {base + rows * row, row, tap}; }
+  CK_INLINE PositionTaps at(int64_t i, int64_t h) const { return {base + i * row + h * head, row, tap, head}; }
 };
 
 // filter(i, k) differs between rows and channels.
@@ -66,7 +66,7 @@ struct PositionChannelTaps {
   CK_INLINE Vec<C> value(int64_t i, int64_t k, int64_t unit) const {
     return load_bytes<Vec<C>>(base + i * row + k * tap + (unit * kParts + kPart) * kLanes<C>);
   }
-  CK_INLINE PositionChannelTaps advance(int64_t rows) const { return {base + rows * row, row, tap}; }
+  CK_INLINE PositionChannelTaps at(int64_t i, int64_t) const { return {base + i * row, row, tap}; }
 };
 
 // A register tile: kTileRows rows by the parts [kFirst, kLast) of kUnits units.
@@ -176,22 +176,21 @@ CK_INLINE void convolve_rows(const typename Src::Elem* const* in, typename Dst::
   }
 }
 
-// n rows. `filter_of(unit)` gives the filter of the head that starts at a unit; heads are units_per_head wide.
-template <class Src, class Dst, class FilterOf>
+// n rows. Heads are units_per_head wide.
+template <class Src, class Dst, class Filter>
 inline void convolve(const typename Src::Elem* const* in, typename Dst::Elem* const* out, int64_t n, int64_t taps,
-                     int64_t units, int64_t units_per_head, const FilterOf& filter_of, const typename Src::C* bias,
+                     int64_t units, int64_t units_per_head, const Filter& filter, const typename Src::C* bias,
                      bool stream) {
-  using Filter = decltype(filter_of(int64_t{0}));
   constexpr int kTileRows = Filter::kPerRow ? kPositionRows : kRows;
   for (int64_t i = 0; i < n;) {
     const int rows = static_cast<int>(least(kTileRows, n - i));
     for (int64_t first = 0, head = 0; first < units; first += units_per_head, ++head) {
       const int64_t last = least(first + units_per_head, units);
-      const Filter filter = filter_of(head).advance(i);
+      const Filter here = filter.at(i, head);
       if (rows == 1) {
-        convolve_rows<Src, Dst, Filter, 1>(in + i, out + i, rows, filter, taps, first, last, bias, stream);
+        convolve_rows<Src, Dst, Filter, 1>(in + i, out + i, rows, here, taps, first, last, bias, stream);
       } else {
-        convolve_rows<Src, Dst, Filter, kTileRows>(in + i, out + i, rows, filter, taps, first, last, bias, stream);
+        convolve_rows<Src, Dst, Filter, kTileRows>(in + i, out + i, rows, here, taps, first, last, bias, stream);
       }
     }
     i += rows;

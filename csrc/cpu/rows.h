@@ -9,6 +9,10 @@ namespace ck::cpu::CK_ISA {
 template <class T>
 using Staged = std::conditional_t<Lanes<T>::kParts == 1, Lanes<Compute<T>>, Converted<T>>;
 
+// Whether tiles read the storage type themselves. Where converting takes many instructions each row is converted once.
+template <class T>
+constexpr bool kReadInPlace = kVectorBytes > 16 || sizeof(T) == sizeof(Compute<T>);
+
 // Channels [first, last) that one task works on, and the whole units that cover them.
 struct ChannelBlock {
   int64_t first, last;

@@ -11,6 +11,7 @@
 
 #include <new>
 #include <type_traits>
+#include <utility>
 
 #include "../common/dtypes.h"
 
@@ -102,7 +103,7 @@ template <>
 CK_INLINE float fold_lanes<float, true>(Vec<float> v) {
   return _mm512_reduce_max_ps((__m512)v);
 }
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && CK_VECTOR_BYTES == 32
 template <>
 CK_INLINE float fold_lanes<float, false>(Vec<float> v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
@@ -126,25 +127,25 @@ CK_INLINE S max_lanes(Vec<S> v) {
   return fold_lanes<S, true>(v);
 }
 
-// Lane i of the result is the sum over the lanes of a[i]: kLanes vectors are reduced at once by pairwise exchanges.
-template <class S>
-CK_INLINE Vec<S> sum_each(Vec<S>* a) {
-  constexpr int n = kLanes<S>;
+// One round of sum_each: blocks of kWidth lanes alternate between the two operands, and within each operand the lower
+// and the upper of two neighbouring blocks are added.
+template <class S, int kWidth, int... kLane>
+CK_INLINE Vec<S> add_pairs(Vec<S> a, Vec<S> b, std::integer_sequence<int, kLane...>) {
   using Index = Vec<std::conditional_t<sizeof(S) == 4, int32_t, int64_t>>;
-  Index even, odd;
-  CK_UNROLL for (int width = 1; width < n; width *= 2) {
-    CK_UNROLL for (int i = 0; i < n; ++i) {
-      const int block = i / width, inside = i % width;
-      // Blocks alternate between the two operands; within one they come from the lower, or the upper, of two halves.
-      const int base = (block / 2) * 2 * width + inside + (block % 2 ? n : 0);
-      even[i] = base;
-      odd[i] = base + width;
-    }
-    CK_UNROLL for (int i = 0; i < n / (2 * width); ++i) {
-      a[i] = __builtin_shuffle(a[2 * i], a[2 * i + 1], even) + __builtin_shuffle(a[2 * i], a[2 * i + 1], odd);
-    }
-  }
-  return a[0];
+  constexpr auto source = [](int lane) {
+    const int block = lane / kWidth;
+    return block / 2 * 2 * kWidth + lane % kWidth + (block % 2 ? kLanes<S> : 0);
+  };
+  return __builtin_shuffle(a, b, Index{source(kLane)...}) + __builtin_shuffle(a, b, Index{source(kLane) + kWidth...});
+}
+
+// Lane i of the result is the sum over the lanes of a[i]: kLanes vectors are reduced at once by pairwise exchanges.
+template <class S, int kWidth = 1>
+CK_INLINE Vec<S> sum_each(Vec<S>* a) {
+  constexpr int pairs = kLanes<S> / (2 * kWidth);
+  CK_UNROLL for (int i = 0; i < pairs; ++i) a[i] = add_pairs<S, kWidth>(a[2 * i], a[2 * i + 1], std::make_integer_sequence<int, kLanes<S>>());
+  if constexpr (pairs > 1) return sum_each<S, 2 * kWidth>(a);
+  else return a[0];
 }
 
 // exp(x) with relative error below 2e-7; 0 below the smallest normal number, so that no denormals arise.
@@ -250,7 +251,7 @@ struct Lanes {
     } else {
 #if defined(__AVX512F__)
       return (Vec<C>)_mm512_cvtph_ps(load_bytes<__m256i>(row + unit * kUnit));
-#elif defined(__F16C__)
+#elif defined(__F16C__) && CK_VECTOR_BYTES == 32
       return (Vec<C>)_mm256_cvtph_ps(load_bytes<__m128i>(row + unit * kUnit));
 #else
       Vec<C> v = {};
@@ -267,7 +268,7 @@ struct Lanes {
     } else {
 #if defined(__AVX512F__)
       store_bytes(p, _mm512_cvtps_ph((__m512)v[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#elif defined(__F16C__)
+#elif defined(__F16C__) && CK_VECTOR_BYTES == 32
       store_bytes(p, _mm256_cvtps_ph((__m256)v[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
       for (int i = 0; i < kUnit; ++i) p[i] = to_half(v[0][i]);

@@ -123,10 +123,19 @@ class SharedFilters {
     sign_ = transpose ? -1 : 1;
   }
 
-  SharedTaps<C> head(int64_t h) const { return {table_.get() + h + last_ * pitch_, sign_ * pitch_}; }
-  ChannelTaps<C> channels(const Problem& p, const ChannelBlock& block) const {
-    const int64_t width = vector_width<T>(block);
-    return {expanded_.get() + block.first * p.taps.taps + last_ * width, sign_ * width};
+  // Convolves n rows of a block whose first head is h0.
+  template <class Src>
+  void convolve_block(const Problem& p, const ChannelPlan& plan, const ChannelBlock& block, int64_t h0,
+                      const typename Src::Elem* const* in, typename Src::Elem* const* out, int64_t n, const C* bias,
+                      bool stream) const {
+    const int64_t units = units_of<T>(block), K = p.taps.taps, width = vector_width<T>(block);
+    if (plan.aligned) {
+      const SharedTaps<C> filter{table_.get() + h0 + last_ * pitch_, sign_ * pitch_, 1};
+      convolve<Src, Src>(in, out, n, K, units, p.channels / p.heads / Lanes<T>::kUnit, filter, bias, stream);
+    } else {
+      const ChannelTaps<C> filter{expanded_.get() + block.first * K + last_ * width, sign_ * width};
+      convolve<Src, Src>(in, out, n, K, units, units, filter, bias, stream);
+    }
   }
   const C* soft() const { return soft_data_; }
 
@@ -136,23 +145,19 @@ class SharedFilters {
   const C* soft_data_ = nullptr;
 };
 
-// Convolves n rows with position-dependent filters at filters[i * row + ...]: `row` elements between the rows that `tap`
-// elements separate from the next tap (forward), or that belong to the rows read (d(input)).
-template <class T, class Src, class Dst>
+// Convolves n rows with position-dependent filters; `row` and `tap` as in PositionTaps. Where heads are unaligned the
+// filters are those expanded to channels.
+template <class T, class Src>
 inline void convolve_positions(const Problem& p, const ChannelPlan& plan, const ChannelBlock& block,
-                               const typename Src::Elem* const* in, typename Dst::Elem* const* out, int64_t n,
-                               const Compute<T>* filters, int64_t row, int64_t tap, int64_t head_stride,
-                               const Compute<T>* bias, bool stream) {
+                               const typename Src::Elem* const* in, typename Src::Elem* const* out, int64_t n,
+                               const Compute<T>* filters, int64_t row, int64_t tap, const Compute<T>* bias, bool stream) {
   using C = Compute<T>;
-  const int64_t units = units_of<T>(block), per_head = p.channels / p.heads / Lanes<T>::kUnit;
+  const int64_t units = units_of<T>(block), K = p.taps.taps;
   if (plan.aligned) {
-    convolve<Src, Dst>(
-        in, out, n, p.taps.taps, units, per_head,
-        [&](int64_t head) { return PositionTaps<C>{filters + head * head_stride, row, tap}; }, bias, stream);
+    convolve<Src, Src>(in, out, n, K, units, p.channels / p.heads / Lanes<T>::kUnit,
+                       PositionTaps<C>{filters, row, tap, K}, bias, stream);
   } else {
-    convolve<Src, Dst>(
-        in, out, n, p.taps.taps, units, units, [&](int64_t) { return PositionChannelTaps<C>{filters, row, tap}; }, bias,
-        stream);
+    convolve<Src, Src>(in, out, n, K, units, units, PositionChannelTaps<C>{filters, row, tap}, bias, stream);
   }
 }
 
@@ -162,7 +167,7 @@ inline void forward_task(const Forward& p, const ChannelPlan& plan, const Channe
   using C = Compute<T>;
   using Src = std::conditional_t<kStaged, Staged<T>, Lanes<T>>;
   const int64_t K = p.taps.taps, d = p.taps.dilation, per_head = p.channels / p.heads;
-  const int64_t h0 = block.first / per_head, h1 = ceil_div(block.last, per_head), units = units_of<T>(block);
+  const int64_t h0 = block.first / per_head, h1 = ceil_div(block.last, per_head);
   const int64_t max_rows = shared != nullptr ? 64 : 16;
   // With position-dependent filters: one row of filters per output, expanded to channels where heads are unaligned.
   const int64_t pitch = (h1 - h0) * K + kLanes<C>, width = vector_width<T>(block);
@@ -183,22 +188,15 @@ inline void forward_task(const Forward& p, const ChannelPlan& plan, const Channe
       const auto in = window.template move<kStaged>(s, position, n, first > item.first);
       const auto out = staged_sink.template open<kStaged>(s, position, d, n);
       if (shared != nullptr) {
-        if (plan.aligned) {
-          convolve<Src, Src>(
-              in, out, n, K, units, per_head / Lanes<T>::kUnit, [&](int64_t h) { return shared->head(h0 + h); }, bias_row,
-              stream);
-        } else {
-          convolve<Src, Src>(
-              in, out, n, K, units, units, [&](int64_t) { return shared->channels(p, block); }, bias_row, stream);
-        }
+        shared->template convolve_block<Src>(p, plan, block, h0, in, out, n, bias_row, stream);
       } else {
         for (int64_t i = 0; i < n; ++i) {
           C* const row = filters.get() + i * pitch;
           make_position_filters<C>(p, s, position + d * i, h0, h1, logits.get(), row, nullptr);
           if (!plan.aligned) expand_filters<T>(p, block, row, K, 1, expanded.get() + i * K * width);
         }
-        if (plan.aligned) convolve_positions<T, Src, Src>(p, plan, block, in, out, n, filters.get(), pitch, 1, K, bias_row, stream);
-        else convolve_positions<T, Src, Src>(p, plan, block, in, out, n, expanded.get(), K * width, width, 0, bias_row, stream);
+        if (plan.aligned) convolve_positions<T, Src>(p, plan, block, in, out, n, filters.get(), pitch, 1, bias_row, stream);
+        else convolve_positions<T, Src>(p, plan, block, in, out, n, expanded.get(), K * width, width, bias_row, stream);
       }
       if constexpr (kStaged) staged_sink.flush(s, position, d, n);
     }
@@ -210,7 +208,7 @@ template <class T>
 inline const char* forward_typed(const Forward& p) {
   if (p.batch * p.time * p.channels == 0) return nullptr;
   const bool per_row = p.per_position || p.renormalize;
-  const bool direct = p.gate.data == nullptr && p.x.channel == 1 && p.y.channel == 1;
+  const bool direct = kReadInPlace<T> && p.gate.data == nullptr && p.x.channel == 1 && p.y.channel == 1;
   const bool threads = worth_threads(p);
   const int64_t least_channels = direct && !per_row ? p.channels : 256;
   const ChannelPlan plan = plan_channels<T>(p, direct, per_row, least_channels);
@@ -225,8 +223,11 @@ inline const char* forward_typed(const Forward& p) {
         const int64_t i = begin / work.size(), first = begin % work.size();
         const int64_t last = least(work.size(), first + end - begin);
         const ChannelBlock block = plan.block(i, p.channels);
-        if (block.staged) forward_task<T, true>(p, plan, block, work, first, last, shared, false);
-        else forward_task<T, false>(p, plan, block, work, first, last, shared, stream);
+        if (block.staged) {
+          forward_task<T, true>(p, plan, block, work, first, last, shared, false);
+        } else if constexpr (kReadInPlace<T>) {
+          forward_task<T, false>(p, plan, block, work, first, last, shared, stream);
+        }
         begin += last - first;
       }
     });

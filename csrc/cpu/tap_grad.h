@@ -101,23 +101,17 @@ class BackwardTask {
     const auto grad = gradient_.template move<kStaged>(s, position, n, continues);
     const auto out = sink_.template open<kStaged>(s, position, d_, n);
     if (!per_row_) {
-      if (plan_.aligned) {
-        convolve<Src, Src>(
-            grad, out, n, K_, units_, per_head_ / Lanes<T>::kUnit, [&](int64_t h) { return shared_->head(h0_ + h); }, nullptr,
-            false);
-      } else {
-        convolve<Src, Src>(
-            grad, out, n, K_, units_, units_, [&](int64_t) { return shared_->channels(p_, block_); }, nullptr, false);
-      }
+      shared_->template convolve_block<Src>(p_, plan_, block_, h0_, grad, out, n, nullptr, false);
     } else {
       window_filters(s, position, n, continues);
       // Output i takes tap K-1-k of the filter that belongs to row i+k of the window.
       if (plan_.aligned) {
-        convolve_positions<T, Src, Src>(p_, plan_, block_, grad, out, n, filters_.get() + K_ - 1, pitch_, pitch_ - 1, K_, nullptr, false);
+        convolve_positions<T, Src>(p_, plan_, block_, grad, out, n, filters_.get() + K_ - 1, pitch_, pitch_ - 1, nullptr,
+                                   false);
       } else {
         const int64_t row = K_ * width_;
-        convolve_positions<T, Src, Src>(p_, plan_, block_, grad, out, n, expanded_.get() + (K_ - 1) * width_, row,
-                                        row - width_, 0, nullptr, false);
+        convolve_positions<T, Src>(p_, plan_, block_, grad, out, n, expanded_.get() + (K_ - 1) * width_, row, row - width_,
+                                   nullptr, false);
       }
     }
     if constexpr (kStaged) sink_.flush(s, position, d_, n);
@@ -307,7 +301,7 @@ inline const char* backward_typed(const Backward& p) {
   using C = Compute<T>;
   const bool per_row = p.per_position || p.renormalize;
   const bool need_input = p.grad_x.data != nullptr || p.grad_gate.data != nullptr || p.grad_state != nullptr;
-  const bool direct = p.gate.data == nullptr && p.grad.channel == 1 &&
+  const bool direct = kReadInPlace<T> && p.gate.data == nullptr && p.grad.channel == 1 &&
                       (p.grad_weight == nullptr || p.x.channel == 1) && (p.grad_x.data == nullptr || p.grad_x.channel == 1) &&
                       (!need_input || p.grad_x.data != nullptr);
   const ChannelPlan plan = plan_channels<T>(p, direct, per_row, 256);
@@ -338,8 +332,11 @@ inline const char* backward_typed(const Backward& p) {
         }
         if (bias_sum != nullptr) memset(static_cast<void*>(bias_sum + block.first), 0, static_cast<size_t>(width) * sizeof(C));
         const int64_t first = work.size() * group / groups, last = work.size() * (group + 1) / groups;
-        if (block.staged) BackwardTask<T, true>(p, plan, block, shared, filter_sum, bias_sum).run(work, first, last);
-        else BackwardTask<T, false>(p, plan, block, shared, filter_sum, bias_sum).run(work, first, last);
+        if (block.staged) {
+          BackwardTask<T, true>(p, plan, block, shared, filter_sum, bias_sum).run(work, first, last);
+        } else if constexpr (kReadInPlace<T>) {
+          BackwardTask<T, false>(p, plan, block, shared, filter_sum, bias_sum).run(work, first, last);
+        }
       }
     });
     if (shared_sums) reduce_filters<T>(p, plan, sums, groups, shared);

@@ -229,14 +229,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tap_grad(Tensor grad, Tensor 
   if (needs & 1) p.grad_x = rows_like(grad_x, x, "grad_x");
   if (needs & 8 && gate) p.grad_gate = rows_like(grad_gate, x, "grad_gate");
   if (needs & 16 && initial_state && p.taps.span() > 0) p.grad_state = grad_state.mutable_data_ptr();
-  if (p.batch * p.time == 0) {  // nothing to sum
+  if (p.batch * p.time * p.channels == 0) {  // nothing to sum
     if (needs & 2) torch::stable::zero_(grad_weight);
     if (needs & 4) torch::stable::zero_(grad_bias);
     return {grad_x, grad_weight, grad_bias, grad_gate, grad_state};
   }
   if (needs & 2) p.grad_weight = grad_weight.mutable_data_ptr();
   if (needs & 4) p.grad_bias = grad_bias.mutable_data_ptr();
-  if (p.channels == 0) return {grad_x, grad_weight, grad_bias, grad_gate, grad_state};
   if (arguments.per_batch() && p.grad_bias != nullptr) {  // the one gradient that is a sum over batch rows
     ck::cpu::Backward bias = p;
     bias.grad_x = bias.grad_gate = {};
