@@ -87,12 +87,14 @@ test: lint build ctest abi asan
 test-fast: build ctest
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu" $(PYTEST_FLAGS)
 
-# Compiles the kernels and their tests for 64-bit Arm, where such a compiler is installed.
+# Compiles the kernels and their tests for 64-bit Arm where such a compiler is installed, and runs them where an emulator is.
 cross:
 	@command -v aarch64-linux-gnu-g++ >/dev/null || { echo "cross: aarch64-linux-gnu-g++ is not installed" >&2; exit 1; }
 	cmake -S . -B build/cross -G "Unix Makefiles" -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_SYSTEM_NAME=Linux \
-	    -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCK_TORCH=OFF -DCK_PYTHON=OFF -DCK_TESTS=ON
+	    -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCK_TORCH=OFF -DCK_PYTHON=OFF -DCK_TESTS=ON \
+	    "-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-L;/usr/aarch64-linux-gnu"
 	cmake --build build/cross
+	if command -v qemu-aarch64 >/dev/null; then ctest --test-dir build/cross --output-on-failure; fi
 
 # ---- on a machine with a GPU: no network, no .venv, only what $(PYTHON) has
 

@@ -33,10 +33,6 @@ UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 export ASAN_OPTIONS UBSAN_OPTIONS
 ctest --test-dir "$build" --output-on-failure --no-tests=error
 
-if [ -z "${CONVKERNELS_GOLDEN:-}" ] && [ -d ../shared/golden ]; then
-    CONVKERNELS_GOLDEN=$(cd ../shared/golden && pwd)
-    export CONVKERNELS_GOLDEN
-fi
 cd "$stage"
 export LD_PRELOAD
 "$python" - <<'PYTHON'
