@@ -1,0 +1,135 @@
+"""Which backend runs, why another does not, and the environment variables that decide."""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import convkernels as ck
+from convkernels.ops import _select
+
+ROOT = Path(ck.__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def forget_decisions(monkeypatch):
+    monkeypatch.delenv("CONVKERNELS_BACKEND", raising=False)
+    monkeypatch.delenv("CONVKERNELS_STRICT", raising=False)
+    _select.reset()
+    yield
+    _select.reset()
+
+
+@pytest.fixture
+def no_fast_backend(monkeypatch):
+    """A machine without the native library."""
+    monkeypatch.setattr(_select, "_load", lambda name: None if name == "reference" else "it was not built")
+    _select.reset()
+
+
+X, W = torch.randn(1, 5, 4), torch.randn(2, 3)
+
+
+def test_why_not():
+    assert ck.why_not("reference") == [] and ck.why_not("auto") == []
+    assert ck.why_not("reference", dtype=torch.float64, device="cuda") == []
+    (reason,) = ck.why_not("reference", dtype=torch.int8)
+    assert reason == "backend 'reference' does not compute in torch.int8"
+    assert "backend 'cpu' runs on cpu tensors, not on cuda" in ck.why_not("cpu", device="cuda")
+    with pytest.raises(ValueError, match="argument 'backend': expected one of 'auto', .*, got 'gpu'"):
+        ck.why_not("gpu")
+
+
+def test_the_reasons_are_those_of_the_error(no_fast_backend):
+    """Selection, errors and test skips share one list."""
+    (reason,) = ck.why_not("cpu")
+    with pytest.raises(RuntimeError) as caught:
+        ck.lightweight_conv1d(X, W, backend="cpu")
+    assert reason in str(caught.value)
+
+
+def test_an_explicit_backend_never_falls_back(no_fast_backend, monkeypatch):
+    with pytest.raises(RuntimeError, match="backend 'cpu': it was not built"):
+        ck.lightweight_conv1d(X, W, backend="cpu")
+    monkeypatch.setenv("CONVKERNELS_BACKEND", "cpu")
+    with pytest.raises(RuntimeError, match="backend 'cpu': it was not built"):
+        ck.lightweight_conv1d(X, W)
+
+
+def test_auto_steps_down_once_with_the_reason(no_fast_backend):
+    with pytest.warns(RuntimeWarning, match="no fast backend is usable.*it was not built.*slow reference") as caught:
+        y = ck.lightweight_conv1d(X, W)
+        ck.lightweight_conv1d(X, W)
+    assert len(caught) == 1
+    assert torch.equal(y, ck.lightweight_conv1d(X, W, backend="reference"))
+
+
+def test_asking_for_the_reference_does_not_warn(no_fast_backend, monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ck.lightweight_conv1d(X, W, backend="reference")
+        monkeypatch.setenv("CONVKERNELS_BACKEND", "reference")
+        ck.lightweight_conv1d(X, W)
+
+
+def test_strict_makes_it_an_error(no_fast_backend, monkeypatch):
+    monkeypatch.setenv("CONVKERNELS_STRICT", "1")
+    with pytest.raises(RuntimeError, match="CONVKERNELS_STRICT=1 forbids the slow reference"):
+        ck.lightweight_conv1d(X, W)
+    ck.lightweight_conv1d(X, W, backend="reference")
+
+
+def test_environment_names_what_auto_means(monkeypatch):
+    monkeypatch.setenv("CONVKERNELS_BACKEND", "reference")
+    assert _select.choose("auto", "lightweight_conv1d", "cpu", torch.float32) == "reference"
+    monkeypatch.setenv("CONVKERNELS_BACKEND", "abacus")
+    _select.reset()
+    with pytest.raises(ValueError, match="argument 'backend': expected one of .*, got 'abacus'"):
+        ck.lightweight_conv1d(X, W)
+
+
+def test_auto_is_the_first_usable_fast_backend(backend):
+    entry = ck.backends.BACKENDS[backend]
+    if not entry.fast:
+        pytest.skip("auto does not choose it by itself")
+    assert _select.choose("auto", "lightweight_conv1d", X.device.type, torch.float32) in ck.backends.BACKENDS
+    for name in ck.backends.names():
+        if not ck.why_not(name) and ck.backends.BACKENDS[name].fast:
+            assert _select.choose("auto", "lightweight_conv1d", "cpu", torch.float32) == name
+            break
+
+
+def run_python(code, **environment):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+
+
+CALL = """
+import torch, convkernels as ck
+print(ck.lightweight_conv1d(torch.ones(1, 3, 2), torch.zeros(1, 3), backend="cpu")[0, 1, 0].item())
+"""
+
+
+def test_instruction_set_variable():
+    """CONVKERNELS_CPU_ISA forces a lower instruction set; an unknown name is refused with the known ones."""
+    if ck.why_not("cpu"):
+        pytest.skip("; ".join(ck.why_not("cpu")))
+    assert run_python(CALL, CONVKERNELS_CPU_ISA="portable").stdout.strip() == "1.0"
+    refused = run_python(CALL, CONVKERNELS_CPU_ISA="mmx")
+    assert (
+        refused.returncode != 0 and "CONVKERNELS_CPU_ISA: expected one of" in refused.stderr and "mmx" in refused.stderr
+    )
+
+
+def test_variables_are_documented():
+    """Every variable the package reads is in one table of the documentation."""
+    import re
+
+    sources = [*(ROOT / "convkernels").rglob("*.py"), *(ROOT / "csrc").rglob("*.cpp"), ROOT / "setup.py"]
+    names = {name for path in sources for name in re.findall(r"CONVKERNELS_[A-Z_]+[A-Z]", path.read_text())}
+    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    assert any(all(name in path.read_text() for name in names) for path in documents), sorted(names)

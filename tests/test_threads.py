@@ -1,0 +1,79 @@
+"""Several Python threads at once, worker processes, and the note on fork."""
+
+import multiprocessing
+import threading
+
+import pytest
+import torch
+
+import convkernels as ck
+from convkernels.testing.inputs import values
+
+
+def problem(salt):
+    x = values((2, 65, 24), torch.float32, salt).clone().requires_grad_()
+    weight = values((3, 7), torch.float32, salt + 100).clone().requires_grad_()
+    return x, weight
+
+
+def forward_backward(x, weight, backend):
+    y = ck.lightweight_conv1d(x, weight, backend=backend)
+    return (y.detach(), *torch.autograd.grad(y.square().sum(), (x, weight)))
+
+
+def test_four_python_threads(backend):
+    """Each thread its own problem, many times; results are those of one thread."""
+    expected = [forward_backward(*problem(n), backend) for n in range(4)]
+    failures = []
+
+    def work(n):
+        for _ in range(50):
+            if not all(
+                torch.equal(a, b) for a, b in zip(forward_backward(*problem(n), backend), expected[n], strict=True)
+            ):
+                failures.append(n)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def in_child(backend, queue):
+    torch.set_num_threads(1)
+    queue.put([t.numpy() for t in forward_backward(*problem(0), backend)])
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_worker_processes(method, backend):
+    """spawn always works. A forked child works with one thread: after a fork OpenMP's pool is gone, for PyTorch's own
+    kernels too, so that a child has to call torch.set_num_threads(1) first, as DataLoader workers do.
+    """
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    process = context.Process(target=in_child, args=(backend, queue))
+    process.start()
+    found = queue.get(timeout=120)
+    process.join(120)
+    assert process.exitcode == 0
+    for a, b in zip(found, forward_backward(*problem(0), backend), strict=True):
+        assert torch.equal(torch.from_numpy(a), b)
+
+
+class Windows(torch.utils.data.Dataset):
+    def __init__(self, backend):
+        self.backend = backend
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        with torch.no_grad():
+            return ck.lightweight_conv1d(problem(index)[0][:1], problem(index)[1], backend=self.backend)[0]
+
+
+def test_data_loader_workers(backend):
+    loaded = torch.stack(list(torch.utils.data.DataLoader(Windows(backend), batch_size=None, num_workers=2)))
+    assert torch.equal(loaded, torch.stack([Windows(backend)[n] for n in range(6)]))
