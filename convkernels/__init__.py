@@ -7,6 +7,7 @@ Modules: ``convkernels.nn``. ``why_not(backend, ...)`` lists the reasons a backe
 
 from . import backends
 from ._version import __version__
+from .backends import native
 from .ops._select import why_not
 from .ops.tap_conv.api import (
     depthwise_conv1d,
@@ -16,6 +17,10 @@ from .ops.tap_conv.api import (
     lightweight_conv1d,
     lightweight_conv1d_step,
 )
+
+# Loaded with the package (1 ms), so that programs saved by torch.export find their operators; a library that is missing
+# or does not load is no error here, ``why_not("cpu")`` tells.
+native.load()
 
 __all__ = [
     "__version__",

@@ -24,7 +24,7 @@ def fail(function: str, argument: str, expected: str, got: Any, kind: type[Excep
 def describe(value: Any) -> str:
     """A value as error messages show it."""
     if isinstance(value, Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)} on {value.device}"
+        return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)} on {value.device}"
     return f"{value!r} of type {type(value).__name__}"
 
 
@@ -228,10 +228,9 @@ def convolution(
 
 def step(
     function: str, x, state, weight_, bias_, softmax, renormalize, dilation, gate_, state_index, position, *,
-    letters: str, apart: bool,
+    letters: str, eager: bool,
 ) -> None:  # fmt: skip
-    """All checks of a decoding step. letters: [C,K], [H,K] or [B,H,K]. apart: memory addresses are real, compare
-    them."""
+    """All checks of a decoding step. letters: [C,K], [H,K] or [B,H,K]. eager: values and addresses may be looked at."""
     tensor(function, "x", x)
     tensor(function, "state", state)
     tensor(function, "weight", weight_)
@@ -259,6 +258,8 @@ def step(
             fail(function, "state_index", "an int64 tensor", state_index, TypeError)
         shape(function, "state_index", state_index, (B,), "[B]")
         same_device(function, "state_index", state_index, x)
+        if eager and state_index.device.type == "cpu" and any(not 0 <= row < B for row in state_index.tolist()):
+            fail(function, "state_index", f"rows of the state, 0 to {B - 1}", state_index.tolist())
     tensor(function, "position", position, optional=True)
     if position is not None:
         if position.dtype != torch.int64:
@@ -272,7 +273,7 @@ def step(
             fail(
                 function, argument, "no gradient (a step is inference only: use torch.no_grad())", "requires_grad=True"
             )
-    if apart:
+    if eager:
         for argument, value in inputs.items():
             if value is not None and _overlap(value, state):
                 fail(

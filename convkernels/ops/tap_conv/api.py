@@ -191,59 +191,45 @@ def _conv(
         and initial_state is None
         and renormalize is False
         and return_state is False
-        and (training is False or p == 0.0)
+        and (training is False or (training is True and p == 0.0))
         and seed is None
         and dilation.__class__ is int
         and dilation > 0
         and (softmax is True or softmax is False)
+        and p.__class__ is float
+        and 0.0 <= p <= 1.0
         and not _transforms_active()
         and not _autocast_somewhere()
     )
-    if plain and p.__class__ is float and 0.0 <= p <= 1.0:
+    if plain:
         try:
             B, T, C = x.shape
             if letters == "[B,T,H,K]":
                 b, t, H, K = weight.shape
-                fits = b == B and t == T and H > 0 and C % H == 0
+                fits = b == B and t == T
             else:
                 H, K = weight.shape
-                fits = H > 0 and (C % H == 0 if letters == "[H,K]" else C == H)
-            key = (backend, x.dtype, weight.dtype, x.device, weight.device)
-            raw, record = _proven[key]
-        except (AttributeError, KeyError, TypeError, ValueError):
-            fits = False
-        if fits and K > 0:
+                fits = letters == "[H,K]" or H == C
+            raw, record = _proven[backend, x.dtype, weight.dtype, x.device, weight.device]
             if padding == "same":
                 left = dilation * (K // 2)
             elif padding == "causal":
                 left = dilation * (K - 1)
-            elif padding.__class__ is int and 0 <= padding <= (K - 1) * dilation:
-                left = padding
             else:
-                left = -1
-            if left >= 0:
-                if bias is None:
-                    call = raw
-                    if _is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-                        call = record
-                    return call(x, weight, left, dilation, softmax)
-                if (
-                    bias.__class__ in _TENSORS
-                    and bias.shape == (C,)
-                    and bias.dtype is weight.dtype
-                    and bias.device == weight.device
-                ):
-                    call = raw
-                    if _is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
-                        call = record
-                    return call(x, weight, left, dilation, softmax, False, 0.0, None, bias)
+                left = padding if padding.__class__ is int else -1
+            fits = fits and K > 0 and C % H == 0 and 0 <= left <= (K - 1) * dilation
+            if fits and bias is None:
+                recorded = _is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+                return (record if recorded else raw)(x, weight, left, dilation, softmax)
+            if fits and bias.shape == (C,) and bias.dtype is weight.dtype and bias.device == x.device:
+                recorded = _is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad)
+                return (record if recorded else raw)(x, weight, left, dilation, softmax, False, 0.0, None, bias)
+        except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError, ZeroDivisionError):
+            pass  # `_general` says what is wrong, if anything is
     return _general(
         name, letters, x, weight, bias, softmax, renormalize, padding, dilation, p, training, seed, gate, mask,
         cu_seqlens, initial_state, return_state, backend,
     )  # fmt: skip
-
-
-_TENSORS = (Tensor, torch.nn.Parameter)
 
 
 def _general(
@@ -470,7 +456,7 @@ def _step(
     transforming = op.transforming()
     _validate.step(
         name, x, state, weight, bias, softmax, renormalize, dilation, gate, state_index, position,
-        letters=letters, apart=not transforming,
+        letters=letters, eager=not transforming,
     )  # fmt: skip
     chosen = _choose(name, backend, x.device.type, x.dtype)
     y = op.KERNELS[chosen].step(x, state, weight, dilation, softmax, renormalize, bias, gate, state_index, position)

@@ -109,7 +109,7 @@ def fused_double_backward(
     given = [index for index, value in enumerate((x, weight, None, gate, state)) if value is not None]
     bias_like = x.new_zeros(x.shape[2], dtype=weight.dtype)
     primals = (x, weight, bias_like, gate, state)
-    used = [index for index in (0, 1, 2, 3, 4) if grads[index] is not None]
+    used = [index for index, value in enumerate(primals) if value is not None and grads[index] is not None]
 
     def gradient(grad, *inputs):
         values = list(primals)

@@ -38,7 +38,7 @@ _STEP_SCHEMA = (
 # Positions of the differentiable inputs of tap_conv and of tap_grad, in the order of the bits of `needs`.
 _CONV_INPUTS = (0, 1, 8, 9, 12)
 _GRAD_INPUTS = (0, 1, 2, 9, 12)
-_CONV_ARITY = 13
+_CONV_ARITY, _GRAD_ARITY = 13, 14
 
 
 class Kernels(NamedTuple):
@@ -99,6 +99,7 @@ def _save_for_grad(
 ) -> None:  # fmt: skip
     """Keep what the backward pass reads: x only if a gradient depends on it (that of weight or gate)."""
     given = ctx.needs_input_grad
+    # needs_input_grad ends where the arguments given end.
     keep_x = given[1] or (gate is not None and given[9])
     ctx.save_for_backward(x if keep_x else None, weight, seed, gate, mask, cu_seqlens, initial_state)
     ctx.setting = left, dilation, softmax, renormalize, dropout
@@ -164,7 +165,7 @@ def _grad_backward(ctx, grads, needs_input_grad, backend) -> tuple:
             conv, wanted, grads, grad, x, weight, left, dilation, softmax, renormalize, dropout, seed, gate, mask,
             cu_seqlens, state,
         )  # fmt: skip
-    result = [None] * 14
+    result = [None] * _GRAD_ARITY
     for index, value in zip(_GRAD_INPUTS, found, strict=True):
         result[index] = value
     return tuple(result)
@@ -251,10 +252,14 @@ def _record(backend: str, raw):
         @staticmethod
         def backward(ctx, grad):
             given = ctx.needs_input_grad
-            found = _conv_backward(ctx, grad, given + (False,) * (_CONV_ARITY - len(given)), backend)
-            return found[: len(given)]
+            return _conv_backward(ctx, grad, _padded(given, _CONV_ARITY), backend)[: len(given)]
 
     return RecordedTapConv.apply
+
+
+def _padded(needs_input_grad: tuple, arity: int) -> tuple:
+    """One entry per argument of the op, where trailing defaults were left out of the call."""
+    return needs_input_grad + (False,) * (arity - len(needs_input_grad))
 
 
 def _conv_autograd(backend: str) -> Autograd:
@@ -262,14 +267,14 @@ def _conv_autograd(backend: str) -> Autograd:
         _save_for_grad(ctx, *inputs)
 
     def backward(ctx, grad):
-        return _conv_backward(ctx, grad, ctx.needs_input_grad, backend)
+        return _conv_backward(ctx, grad, _padded(ctx.needs_input_grad, _CONV_ARITY), backend)
 
     return Autograd(setup_context, backward)
 
 
 def _grad_autograd(backend: str) -> Autograd:
     def backward(ctx, *grads):
-        return _grad_backward(ctx, grads, ctx.needs_input_grad, backend)
+        return _grad_backward(ctx, grads, _padded(ctx.needs_input_grad, _GRAD_ARITY), backend)
 
     return Autograd(_grad_setup, backward)
 
