@@ -141,7 +141,8 @@ def _sweep(arguments: argparse.Namespace, device: torch.device, path: Path) -> i
         tokens=arguments.tokens,
         seconds=arguments.seconds or defaults.seconds,
         slow_call=arguments.slow_call or defaults.slow_call,
-        compile_seconds=arguments.compile_seconds,
+        stop_call=arguments.stop_call or defaults.stop_call,
+        compile_seconds=defaults.compile_seconds if arguments.compile_seconds is None else arguments.compile_seconds,
         all_peers=arguments.all_peers,
     )
     section = sweep.Sweep(settings, device).run()
@@ -163,7 +164,7 @@ def _acceptance(arguments: argparse.Namespace, device: torch.device, path: Path)
     settings = acceptance.Settings(
         lengths=_lengths(arguments, defaults.lengths),
         dtypes=tuple(arguments.dtypes),
-        compiled=arguments.compile_seconds > 0,
+        compiled=arguments.compile_seconds != 0,
         seconds=arguments.seconds or defaults.seconds,
         slow_call=arguments.slow_call or defaults.slow_call,
     )
@@ -222,12 +223,13 @@ def parser() -> argparse.ArgumentParser:
     add("--max-length", type=_positive, help="go on doubling up to this length, or stop before the default's end")
     add("--dtypes", type=_names, default=["float32", "bfloat16"], help="default: float32,bfloat16")
     add("--seconds", type=float, help="time for timed repeats: of the whole sweep, or of each acceptance group")
-    add("--slow-call", type=float, help="seconds; a slower call is not repeated, nor run at longer sequences")
-    add("--compile-seconds", type=float, default=20.0, help="time for torch.compile (0: without; acceptance: no limit)")
+    add("--slow-call", type=float, help="seconds; a slower call is not repeated")
+    add("--stop-call", type=float, help="seconds; a peer with a slower call is not run at longer sequences")
+    add("--compile-seconds", type=float, help="time for torch.compile (0: without; acceptance: no limit)")
     add("--channels", type=_positive, default=768)
     add("--heads", type=_positive, default=12, help="distinct filters, and attention heads (default: 12)")
     add("--taps", type=_positive, default=7, help="filter width (default: 7)")
-    add("--tokens", type=_positive, default=4096, help="tokens per batch (default: 4096)")
+    add("--tokens", type=_positive, default=2048, help="tokens per batch (default: 2048)")
     add("--all-peers", action="store_true", help="also conv2d channels-last, unfold, band matrix, compiled dynamic")
 
     command = commands.add_parser("plot", help=plot.__doc__)

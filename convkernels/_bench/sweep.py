@@ -7,6 +7,7 @@ attention gets a key mask.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -65,8 +66,8 @@ MORE_LINES = (
 @dataclass(frozen=True)
 class Settings:
     """`tokens`: positions per batch, so the batch is max(1, tokens // length). `seconds`: shared by all timed repeats.
-    `slow_call`: a form is not run at longer sequences once one call takes longer. `compile_seconds`: no further shape
-    is compiled once this is spent.
+    A form whose call takes longer than `slow_call` is not repeated, longer than `stop_call` not run at longer
+    sequences. `compile_seconds`: no further shape is compiled once this is spent.
     """
 
     lengths: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -74,10 +75,11 @@ class Settings:
     channels: int = 768
     heads: int = 12
     taps: int = 7
-    tokens: int = 4096
-    seconds: float = 20.0
-    slow_call: float = 0.5
-    compile_seconds: float = 20.0
+    tokens: int = 2048
+    seconds: float = 10.0
+    slow_call: float = 0.25
+    stop_call: float = 0.7
+    compile_seconds: float = 15.0
     all_peers: bool = False
 
     @property
@@ -131,39 +133,47 @@ class Case:
     """One line at one length and dtype, callable forward and forward+backward."""
 
     def __init__(self, line: Line, problem: Problem | None, inputs: Inputs, heads: int, form: Callable | None) -> None:
+        self.line, self.problem, self.heads = line, problem, heads
+        self.form = form or ours
         if line.form == ATTENTION:
-            tensors = inputs.attention
-            size = tensors[0].nbytes
+            self.tensors = inputs.attention
+            size = inputs.x.nbytes
             self.bytes = {FORWARD: 4 * size, BOTH: 11 * size}
-            self.apply = lambda *qkv: attention(*qkv, heads, inputs.mask)
-            self.reference = None
         else:
             x = channels_first(inputs.x) if line.form in PEERS and PEERS[line.form].channels_first else inputs.x
-            tensors = (x, inputs.weights[line.op])
+            self.tensors = (x, inputs.weights[line.op])
             self.bytes = {FORWARD: problem.minimum_bytes(False), BOTH: problem.minimum_bytes(True)}
-            self.apply = lambda x, weight: (form or ours)(x, weight, problem, inputs.mask)
-            self.reference = None if form is None else lambda: ours(*tensors, problem, inputs.mask)
-        self.tensors = tensors
-        self.leaves = tuple(t.detach().requires_grad_() for t in tensors)
-        self.grad = inputs.grad
+        self.leaves = tuple(t.detach().requires_grad_() for t in self.tensors)
+        self.mask, self.grad = inputs.mask, inputs.grad
 
-    def forward(self) -> torch.Tensor:
-        with torch.no_grad():
-            return self.apply(*self.tensors)
+    def _apply(self, mask: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        if self.line.form == ATTENTION:
+            return attention(*tensors, self.heads, mask)
+        return self.form(*tensors, self.problem, mask)
 
-    def both(self) -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(self.apply(*self.leaves), self.leaves, self.grad)
+    def _run(self, direction: str, mask: torch.Tensor, grad: torch.Tensor, *tensors: torch.Tensor) -> object:
+        if direction == FORWARD:
+            with torch.no_grad():
+                return self._apply(mask, tensors)
+        return torch.autograd.grad(self._apply(mask, tensors), tensors, grad)
 
     def call(self, direction: str) -> Callable[[], object]:
-        return self.forward if direction == FORWARD else self.both
+        tensors = self.tensors if direction == FORWARD else self.leaves
+        return lambda: self._run(direction, self.mask, self.grad, *tensors)
+
+    def flops(self, direction: str) -> int | None:
+        """None for a compiled form: what is left of it is elementwise work."""
+        if self.line.form == COMPILE:
+            return None
+        return timing.flops(lambda *tensors: self._run(direction, *tensors), self.mask, self.grad, *self.leaves)
 
     def check(self) -> str | None:
         """Why the form is wrong, or None: its result is compared with that of convkernels before it is timed."""
-        if self.reference is None:
+        if self.line.form in (OURS, ATTENTION):
             return None
         with torch.no_grad():
-            expected = self.reference()
-        distance = disagreement((self.forward(),), (expected,))
+            expected = ours(*self.tensors, self.problem, self.mask)
+        distance = disagreement((self.call(FORWARD)(),), (expected,))
         return None if distance <= TOLERANCE[expected.dtype] else f"result differs from ours by {distance:.1e}"
 
 
@@ -184,39 +194,41 @@ class Sweep:
     def __init__(self, settings: Settings, device: torch.device) -> None:
         self.settings, self.device = settings, device
         self.records: list[dict[str, Any]] = []
-        self.notes: dict[tuple[str, str], str] = {}
-        self.stopped: dict[tuple[Line, torch.dtype, str], str] = {}
-        self.compiled: dict[tuple[Line, int, torch.dtype], Callable] = {}
+        self.notes: list[str] = []
+        self.stopped: set[tuple[Line, torch.dtype, str]] = set()
+        self.compiled: dict[tuple[Line, int, torch.dtype], tuple[Callable, set[str]]] = {}
         self.paddings: dict[int, float] = {}
 
     def note(self, subject: str, reason: str) -> None:
-        """Keep the first occurrence of each reason; they are printed under the tables and stored with the results."""
-        self.notes.setdefault((subject, reason), reason)
+        """Printed under the tables and stored with the results."""
+        self.notes.append(f"{subject}: {reason}")
 
     def compile_peers(self, step: Callable[[str, int], None]) -> None:
         """Compile ahead of all timing, most telling lengths first, until the time for it is spent."""
         settings, start = self.settings, time.perf_counter()
-        for dtype in settings.dtypes:
-            for length in spread(settings.lengths):
-                for line in settings.lines:
-                    if line.form != COMPILE:
-                        continue
-                    if time.perf_counter() - start >= settings.compile_seconds:
-                        spent = f"{settings.compile_seconds:g} s are spent (--compile-seconds)"
-                        self.note(line.label, f"not compiled for every length and dtype: {spent}")
-                        continue
-                    step(f"compile {line.label}, T={length} {_name(dtype)}", 0)
-                    problem = settings.problem(line.op, length, dtype)
-                    form = PEERS[COMPILE].build(masked=True)
-                    inputs = make_inputs(settings, length, dtype, self.device)
-                    case = Case(line, problem, inputs, settings.heads, form)
-                    try:
-                        case.forward()
-                        case.both()
-                    except Exception as error:
-                        self.note(line.label, f"torch.compile failed: {_first_line(error)}")
-                        return
-                    self.compiled[line, length, dtype] = form
+        lines = [line for line in settings.lines if line.form == COMPILE]
+        lengths = spread(settings.lengths)
+        pairs = [lengths[i : i + 2] for i in range(0, len(lengths), 2)]
+        order = [
+            (line, length, dtype, direction)
+            for dtype, pair, line, direction in itertools.product(settings.dtypes, pairs, lines, (FORWARD, BOTH))
+            for length in pair
+        ]
+        for line, length, dtype, direction in order:
+            if time.perf_counter() - start >= settings.compile_seconds:
+                spent = f"{settings.compile_seconds:g} s are spent (--compile-seconds)"
+                self.note(line.label, f"not compiled for every length and dtype: {spent}")
+                return
+            step(f"compile {line.label}, T={length} {_name(dtype)} {direction}", 0)
+            form, ready = self.compiled.setdefault((line, length, dtype), (PEERS[COMPILE].build(masked=True), set()))
+            inputs = make_inputs(settings, length, dtype, self.device)
+            case = Case(line, settings.problem(line.op, length, dtype), inputs, settings.heads, form)
+            try:
+                case.call(direction)()
+            except Exception as error:
+                self.note(line.label, f"torch.compile failed: {_first_line(error)}")
+                return
+            ready.add(direction)
 
     def _cases(self, length: int, dtype: torch.dtype, inputs: Inputs) -> dict[Line, Case]:
         cases = {}
@@ -225,8 +237,8 @@ class Sweep:
             if line.op != ATTENTION:
                 problem = self.settings.problem(line.op, length, dtype)
             if line.form == COMPILE:
-                form = self.compiled.get((line, length, dtype))
-                if form is None:
+                form, ready = self.compiled.get((line, length, dtype), (None, ()))
+                if FORWARD not in ready:
                     continue
             elif line.form in PEERS:
                 peer = PEERS[line.form]
@@ -237,10 +249,12 @@ class Sweep:
                     continue
                 form = peer.build(masked=True)
             case = Case(line, problem, inputs, self.settings.heads, form)
-            wrong = None if (line, dtype, FORWARD) in self.stopped else case.check()
-            if wrong:
-                self.note(line.label, f"T={length} {_name(dtype)}: {wrong}")
-                continue
+            if length == self.settings.lengths[0] or line.form == COMPILE:
+                wrong = case.check()
+                if wrong:
+                    self.note(line.label, f"T={length} {_name(dtype)}: {wrong}")
+                    self.stopped |= {(line, dtype, direction) for direction in (FORWARD, BOTH)}
+                    continue
             cases[line] = case
         return cases
 
@@ -252,25 +266,33 @@ class Sweep:
         target = torch.empty_like(inputs.x)
         calls: dict[tuple[Line, str] | str, Callable[[], object]] = {"copy": lambda: target.copy_(inputs.x)}
         for line, case in cases.items():
-            for direction in (FORWARD, BOTH):
+            ready = self.compiled[line, length, dtype][1] if line.form == COMPILE else (FORWARD, BOTH)
+            for direction in ready:
                 if (line, dtype, direction) not in self.stopped:
                     calls[line, direction] = case.call(direction)
 
         def failed(key: object, error: Exception) -> None:
             self.note(key[0].label, f"T={length} {_name(dtype)} {key[1]}: {_first_line(error)}")
 
-        times = timing.interleaved(calls, clock, seconds, settings.slow_call, on_error=failed)
+        memory: dict[object, int | None] = {}
+
+        def first_call(key: object) -> None:
+            # Lazy initialisation is over after the shortest sequence's extra call; later first calls count exactly.
+            if length == settings.lengths[0]:
+                calls[key]()
+            memory[key] = timing.peak_extra_bytes(calls[key], self.device)
+
+        options = {"first_call": first_call, "on_error": failed}
+        times = timing.interleaved(calls, clock, seconds, settings.slow_call, **options)
         copy = times.pop("copy")
         copy_speed = 2 * inputs.x.nbytes / copy.median
         batch = inputs.x.shape[0]
         for (line, direction), t in times.items():
             case = cases[line]
-            if t.single:
-                reason = f"{direction} in {_name(dtype)} stops at T={length}: a call takes {quantity(t.median, 's')}"
-                self.stopped[line, dtype, direction] = reason
-                if length < settings.lengths[-1]:
-                    self.note(line.label, f"{reason} (--slow-call {settings.slow_call:g})")
-            counted = None if line.form == COMPILE else timing.flops(case.call(direction))
+            if t.median > settings.stop_call and line.form != OURS and length < settings.lengths[-1]:
+                self.stopped.add((line, dtype, direction))
+                reason = f"stops at T={length}, where a call takes {quantity(t.median, 's')}"
+                self.note(line.label, f"{direction} in {_name(dtype)} {reason} (--stop-call {settings.stop_call:g})")
             self.records.append(
                 {
                     "line": line.label,
@@ -288,8 +310,8 @@ class Sweep:
                     "bytes_per_second": case.bytes[direction] / t.median,
                     "copy_fraction": case.bytes[direction] / t.median / copy_speed,
                     "copy_seconds": copy.median,
-                    "flops": counted,
-                    "peak_extra_bytes": timing.peak_extra_bytes(case.call(direction), self.device),
+                    "flops": case.flops(direction),
+                    "peak_extra_bytes": memory[line, direction],
                 }
             )
 
@@ -316,7 +338,7 @@ class Sweep:
                 "vocabulary": text.vocabulary_size(),
             },
             "records": self.records,
-            "notes": [f"{subject}: {reason}" for subject, reason in self.notes],
+            "notes": self.notes,
         }
 
 

@@ -12,6 +12,7 @@ import ctypes
 import math
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -19,9 +20,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_backward_flop_count, sdpa_flop_count
 
 WARMUP = 5
+WARMUP_SECONDS = 0.5
 MIN_REPEATS = 3
 MAX_REPEATS = 60
 FLUSH_BYTES = 256 << 20
@@ -29,15 +32,13 @@ FLUSH_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Timing:
-    """Median and quartiles in seconds of one call. `single` marks a callable so slow that it was called only once
-    after its first call.
-    """
+    """Median and quartiles in seconds of one call. `slow` marks a callable that was not repeated."""
 
     median: float
     low: float
     high: float
     repeats: int
-    single: bool = False
+    slow: bool = False
 
 
 class CpuClock:
@@ -73,9 +74,19 @@ def clock_for(device: torch.device) -> Clock:
     return CudaClock(device) if device.type == "cuda" else CpuClock()
 
 
-def _summary(samples: list[float], single: bool = False) -> Timing:
+def _summary(samples: list[float], slow: bool = False) -> Timing:
     quartiles = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else [samples[0]] * 3
-    return Timing(quartiles[1], quartiles[0], quartiles[2], len(samples), single)
+    return Timing(quartiles[1], quartiles[0], quartiles[2], len(samples), slow)
+
+
+def _warm_up(fn: Callable[[], object], clock: Clock, calls: int, slow_s: float) -> list[float]:
+    samples = [clock.seconds(fn, calls)]
+    # A second look at a slow call, unless no disturbance could explain it.
+    if slow_s < samples[0] < 4 * slow_s:
+        samples.append(clock.seconds(fn, calls))
+    while min(samples) <= slow_s and len(samples) < WARMUP and (len(samples) < 2 or sum(samples) < WARMUP_SECONDS):
+        samples.append(clock.seconds(fn, calls))
+    return samples
 
 
 def interleaved(
@@ -84,39 +95,42 @@ def interleaved(
     budget_s: float = 1.0,
     slow_s: float = math.inf,
     calls: int = 1,
+    first_call: Callable[[Key], object] | None = None,
     on_error: Callable[[Key, Exception], None] | None = None,
 ) -> dict[Key, Timing]:
     """Time every callable; one that fails is reported to `on_error` (or raises) and left out.
 
-    Every callable gets one untimed first call (which may compile), `WARMUP` warm-up calls, and an equal part of
-    `budget_s`, but at least `MIN_REPEATS` and at most `MAX_REPEATS` repeats, spread evenly over the whole run. One
-    whose second call takes longer than `slow_s` is not called again: that call is its result. `calls` > 1 times a loop
-    of that many calls, for callables too short for the clock.
+    Every callable gets one untimed first call (which may compile; `first_call(name)` can make it instead), `WARMUP`
+    warm-up calls (at least two, no more once they have taken `WARMUP_SECONDS`), and an equal part of `budget_s`, but at
+    least `MIN_REPEATS` and at most `MAX_REPEATS` repeats, spread evenly over rounds in random order. A callable slower
+    than `slow_s` is not interleaved: one or two warm-up calls are its result. `calls` > 1 times a loop of that many
+    calls, for callables too short for the clock.
     """
     done: dict[Key, Timing] = {}
-    estimate: dict[Key, float] = {}
+    repeats: dict[Key, int] = {}
     for name, fn in fns.items():
         try:
-            fn()
-            second = clock.seconds(fn, calls)
-            if second > slow_s:
-                done[name] = _summary([second], single=True)
-                continue
-            estimate[name] = min([second] + [clock.seconds(fn, calls) for _ in range(WARMUP - 1)])
+            first_call(name) if first_call else fn()
+            samples = _warm_up(fn, clock, calls, slow_s)
         except Exception as error:
             if on_error is None:
                 raise
             on_error(name, error)
-    if estimate:
-        share = budget_s / len(estimate) / calls
-        repeats = {name: round(min(max(share / t, MIN_REPEATS), MAX_REPEATS)) for name, t in estimate.items()}
-        rounds = max(repeats.values())
-        samples: dict[Key, list[float]] = {name: [] for name in estimate}
-        for i in range(rounds):
-            for name, n in repeats.items():
-                if (i + 1) * n // rounds > i * n // rounds:
-                    samples[name].append(clock.seconds(fns[name], calls))
-        done.update({name: _summary(values) for name, values in samples.items()})
+            continue
+        if min(samples) > slow_s:
+            done[name] = _summary(samples, slow=True)
+        else:
+            share = budget_s / len(fns) / calls
+            repeats[name] = round(min(max(share / min(samples), MIN_REPEATS), MAX_REPEATS))
+    rounds = max(repeats.values(), default=0)
+    samples_of: dict[Key, list[float]] = {name: [] for name in repeats}
+    order, shuffle = list(repeats), random.Random(0).shuffle
+    for i in range(rounds):
+        shuffle(order)
+        for name in order:
+            if (i + 1) * repeats[name] // rounds > i * repeats[name] // rounds:
+                samples_of[name].append(clock.seconds(fns[name], calls))
+    done.update({name: _summary(samples) for name, samples in samples_of.items()})
     return {name: done[name] for name in fns if name in done}
 
 
@@ -201,10 +215,12 @@ _CORRECTIONS = {
 }
 
 
-def flops(fn: Callable[[], object]) -> int:
-    """FLOPs of one call as torch's FlopCounterMode counts them (multiplications and additions of matrix products,
-    convolutions and attention; elementwise work counts as nothing).
+def flops(fn: Callable[..., object], *tensors: torch.Tensor) -> int:
+    """FLOPs of fn(*tensors) as torch's FlopCounterMode counts them: multiplications and additions of matrix products,
+    convolutions and attention; elementwise work counts as nothing. Only shapes are computed, so it takes no time.
     """
-    with FlopCounterMode(display=False, custom_mapping=_CORRECTIONS) as counter:
-        fn()
+    shapes_only = FakeTensorMode()
+    fakes = [shapes_only.from_tensor(t) for t in tensors]
+    with shapes_only, FlopCounterMode(display=False, custom_mapping=_CORRECTIONS) as counter:
+        fn(*fakes)
     return counter.get_total_flops()
