@@ -15,6 +15,7 @@ _autocast_somewhere = getattr(torch._C, "_is_any_autocast_enabled", lambda: True
 _transforms_active = op._transforms_active
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
+_STRIDED = torch.strided
 
 # (backend, dtype of x, dtype of weight, device of x, device of weight) of calls that passed all checks -> (raw,
 # record).
@@ -217,7 +218,13 @@ def _conv(
                 left = dilation * (K - 1)
             else:
                 left = padding if padding.__class__ is int else -1
-            fits = fits and K > 0 and C % H == 0 and 0 <= left <= (K - 1) * dilation
+            fits = (
+                fits
+                and x.layout is weight.layout is _STRIDED
+                and K > 0
+                and C % H == 0
+                and 0 <= left <= (K - 1) * dilation
+            )
             if fits and bias is None:
                 recorded = _is_grad_enabled() and (x.requires_grad or weight.requires_grad)
                 return (record if recorded else raw)(x, weight, left, dilation, softmax)
@@ -246,7 +253,7 @@ def _general(
     chosen = _choose(name, backend, x.device.type, x.dtype)
     kernels = op.KERNELS[chosen]
     if not transforming:
-        _proven[backend, x.dtype, weight.dtype, x.device, weight.device] = kernels.raw, kernels.record
+        _proven[backend, x.dtype, weight.dtype, x.device, weight.device] = kernels.fast, kernels.record
     dropout = float(p) if training else 0.0
     if dropout == 0.0:
         seed = None
@@ -258,7 +265,7 @@ def _general(
             chosen,
         )  # fmt: skip
         return (y, _final_state(x, gate, mask, cu_seqlens, initial_state, left)) if return_state else y
-    call = kernels.raw
+    call = kernels.fast
     if torch.is_grad_enabled() and any(
         value is not None and value.requires_grad for value in (x, weight, bias, gate, initial_state)
     ):

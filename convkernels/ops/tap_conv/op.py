@@ -43,11 +43,12 @@ _CONV_ARITY, _GRAD_ARITY = 13, 14
 
 class Kernels(NamedTuple):
     """One backend's operators; all take the arguments of the op by position. raw, raw_grad, step: no autograd.
-    record: eager autograd, trailing default arguments may be left out."""
+    fast: raw, for eager code only.  record: eager autograd. Trailing default arguments may be left out."""
 
     raw: Any
     raw_grad: Any
     step: Any
+    fast: Any
     record: Any
 
 
@@ -312,15 +313,15 @@ register(OpSpec("tap_conv", _CONV_SCHEMA, _fake_conv, reference.tap_conv, _conv_
 register(OpSpec("tap_grad", _GRAD_SCHEMA, _fake_grad, reference.tap_grad, _grad_flops, _grad_autograd))
 register(OpSpec("tap_step", _STEP_SCHEMA, _fake_conv, reference.tap_step, _step_flops))
 
-for _backend in BACKENDS:
+
+def _kernels(backend: str) -> Kernels:
+    raw, raw_grad, step = (overload(f"_{name}", backend) for name in ("tap_conv", "tap_grad", "tap_step"))
     # OpOverload.__call__ only forwards to `_op`; calling that directly saves 0.1 us of the 3 a small call takes.
-    _raw = overload("_tap_conv", _backend)
-    KERNELS[_backend] = Kernels(
-        _raw,
-        overload("_tap_grad", _backend),
-        overload("_tap_step", _backend),
-        _record(_backend, getattr(_raw, "_op", _raw)),
-    )
+    fast = getattr(raw, "_op", raw)
+    return Kernels(raw, raw_grad, step, fast, _record(backend, fast))
+
+
+KERNELS.update({name: _kernels(name) for name in BACKENDS})
 
 
 @partial(_late.when_imported, "torch._dynamo")
