@@ -1,7 +1,7 @@
 // The one index relation of the package, on host and device:
 //   output t, tap j  reads  input s = t + dilation * j - left,     j = 0 .. taps-1.
-// Nothing else in csrc/ does this arithmetic. The Python reference and the Triton backend state it once each; a table test
-// pins the three together.
+// Nothing else in csrc/ does this arithmetic. The Python reference and the Triton backend state it once each; a table
+// test pins the three together.
 #pragma once
 
 #include <cstdint>

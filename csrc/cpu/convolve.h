@@ -1,7 +1,8 @@
 // The convolution itself: out[i] = sum_k filter(i, k) * in[i + k] over rows of channels.
 //
-// Forward and d(input), shared and position-dependent filters, every storage type and every instruction set are this one
-// piece of code: what differs is how a filter value is found (the *Taps structs) and how rows lie in vectors (Lanes).
+// Forward and d(input), shared and position-dependent filters, every storage type and every instruction set are this
+// one piece of code: what differs is how a filter value is found (the *Taps structs) and how rows lie in vectors
+// (Lanes).
 #pragma once
 
 #include "rows.h"
@@ -97,8 +98,9 @@ struct Tile {
         CK_UNROLL for (int u = 0; u < kUnits; ++u) {
           CK_UNROLL for (int p = 0; p < kWidth; ++p) {
             if constexpr (Filter::kPerRow)
-              sum[i][u * kWidth + p] += x[u * kWidth + p] * (p == 0 ? filter.template value<Src::kParts, kFirst>(i, k0 + k, unit + u)
-                                                                    : filter.template value<Src::kParts, kLast - 1>(i, k0 + k, unit + u));
+              sum[i][u * kWidth + p] +=
+                  x[u * kWidth + p] * (p == 0 ? filter.template value<Src::kParts, kFirst>(i, k0 + k, unit + u)
+                                              : filter.template value<Src::kParts, kLast - 1>(i, k0 + k, unit + u));
             else
               sum[i][u * kWidth + p] += held[k] * x[u * kWidth + p];
           }
@@ -130,14 +132,31 @@ struct Tile {
   }
 };
 
+// Stores the rows of a tile: `value(i)` gives the vectors of row i. All rows of a full tile go without a question.
+template <class Dst, int kTileRows, class Value>
+CK_INLINE void store_rows(typename Dst::Elem* const* out, int rows, int64_t unit, bool stream, const Value& value) {
+  if (rows == kTileRows && !stream) {
+    CK_UNROLL for (int i = 0; i < kTileRows; ++i) Dst::store(out[i], unit, value(i), false);
+  } else {
+    CK_UNROLL for (int i = 0; i < kTileRows; ++i) if (i < rows) Dst::store(out[i], unit, value(i), stream);
+  }
+}
+
+// Asks for the rows that the next tile adds to the window, while this one computes.
+template <class Src, int kTileRows>
+CK_INLINE void prefetch_rows(const typename Src::Elem* const* in, int64_t taps, int64_t unit) {
+  constexpr int kLine = 64 / sizeof(typename Src::Elem);
+  if (Src::kUnit < kLine && unit * Src::kUnit % kLine != 0) return;
+  CK_UNROLL for (int i = 0; i < kTileRows; ++i) __builtin_prefetch(in[kTileRows + taps - 1 + i] + unit * Src::kUnit);
+}
+
 // kTileRows rows of the units [first, last). Only the first `rows` are stored.
 template <class Src, class Dst, class Filter, int kTileRows>
 CK_INLINE void convolve_rows(const typename Src::Elem* const* in, typename Dst::Elem* const* out, int rows,
-                             const Filter& filter, int64_t taps, int64_t first, int64_t last, const typename Src::C* bias,
-                             bool stream) {
+                             const Filter& filter, int64_t taps, int64_t first, int64_t last,
+                             const typename Src::C* bias, bool stream) {
   using C = typename Src::C;
   constexpr int P = Src::kParts;
-  const auto store = [&](int64_t unit, int i, const Vec<C>* v) CK_INLINE_LAMBDA { Dst::store(out[i], unit, v, stream); };
   int64_t unit = first;
   if constexpr (Filter::kPerRow) {
     // A filter value is used for several vectors before it is fetched again.
@@ -145,32 +164,33 @@ CK_INLINE void convolve_rows(const typename Src::Elem* const* in, typename Dst::
     for (; unit + kWide <= last; unit += kWide) {
       Tile<Src, Filter, kTileRows, kWide, 0, P> tile;
       tile.run(in, unit, filter, taps, bias);
-      CK_UNROLL for (int i = 0; i < kTileRows; ++i)
-        if (i < rows) { CK_UNROLL for (int u = 0; u < kWide; ++u) store(unit + u, i, tile.sum[i] + u * P); }
+      CK_UNROLL for (int u = 0; u < kWide; ++u) store_rows<Dst, kTileRows>(
+          out, rows, unit + u, stream, [&](int i) CK_INLINE_LAMBDA { return tile.sum[i] + u * P; });
     }
     if constexpr (kWide > 1) {
       for (; unit < last; ++unit) {
         Tile<Src, Filter, kTileRows, 1, 0, P> tile;
         tile.run(in, unit, filter, taps, bias);
-        CK_UNROLL for (int i = 0; i < kTileRows; ++i)
-          if (i < rows) store(unit, i, tile.sum[i]);
+        store_rows<Dst, kTileRows>(out, rows, unit, stream, [&](int i) CK_INLINE_LAMBDA { return tile.sum[i]; });
       }
     }
   } else {
     // The parts of a unit one after the other: more rows fit into the registers, so that each row is loaded less often.
     for (; unit < last; ++unit) {
+      if constexpr (kTileRows > 1) prefetch_rows<Src, kTileRows>(in, taps, unit);
       Tile<Src, Filter, kTileRows, 1, 0, 1> low;
       low.run(in, unit, filter, taps, bias);
       if constexpr (P == 1) {
-        CK_UNROLL for (int i = 0; i < kTileRows; ++i)
-          if (i < rows) store(unit, i, low.sum[i]);
+        store_rows<Dst, kTileRows>(out, rows, unit, stream, [&](int i) CK_INLINE_LAMBDA { return low.sum[i]; });
       } else {
         Tile<Src, Filter, kTileRows, 1, 1, 2> high;
         high.run(in, unit, filter, taps, bias);
+        Vec<C> both[kTileRows][2];
         CK_UNROLL for (int i = 0; i < kTileRows; ++i) {
-          const Vec<C> both[2] = {low.sum[i][0], high.sum[i][0]};
-          if (i < rows) store(unit, i, both);
+          both[i][0] = low.sum[i][0];
+          both[i][1] = high.sum[i][0];
         }
+        store_rows<Dst, kTileRows>(out, rows, unit, stream, [&](int i) CK_INLINE_LAMBDA { return both[i]; });
       }
     }
   }

@@ -40,7 +40,7 @@ CK_INLINE void correlate_taps(const typename Src::Elem* const* in, const typenam
   };
   const auto store = [&](Vec<C>(&sum)[kChains][kTaps], C* to) CK_INLINE_LAMBDA {
     CK_UNROLL for (int k = 0; k < kTaps; ++k)
-      store_bytes(to + k * stride, kChains == 2 ? sum[0][k] + sum[kChains - 1][k] : sum[0][k]);
+        store_bytes(to + k * stride, kChains == 2 ? sum[0][k] + sum[kChains - 1][k] : sum[0][k]);
   };
   Vec<C> sum[kChains][kTaps];
   if constexpr (kPerChannel) {
@@ -86,12 +86,12 @@ inline void correlate_block(const typename Src::Elem* const* in, const typename 
   }
 }
 
-// Adds n rows for the units [first, last). kPerChannel: to out[k * stride + vector of the row]; else to out[k * stride],
-// one vector whose lanes still have to be summed, for the channels of one head. Rows behind the n-th are not touched: a
-// NaN there would otherwise reach taps that never meet it.
+// Adds n rows for the units [first, last). kPerChannel: to out[k * stride + vector of the row]; else to out[k *
+// stride], one vector whose lanes still have to be summed, for the channels of one head. Rows behind the n-th are not
+// touched: a NaN there would otherwise reach taps that never meet it.
 template <class Src, bool kPerChannel>
-inline void correlate(const typename Src::Elem* const* in, const typename Src::Elem* const* grad, int64_t n, int64_t taps,
-                      int64_t first, int64_t last, typename Src::C* out, int64_t stride) {
+inline void correlate(const typename Src::Elem* const* in, const typename Src::Elem* const* grad, int64_t n,
+                      int64_t taps, int64_t first, int64_t last, typename Src::C* out, int64_t stride) {
   int64_t i = 0;
   for (; i + kGradientRows <= n; i += kGradientRows)
     correlate_block<Src, kPerChannel, kGradientRows>(in + i, grad + i, taps, first, last, out, stride);
@@ -112,13 +112,12 @@ inline void dot_taps(const typename Src::Elem* const* in, const typename Src::El
   using C = typename Src::C;
   constexpr int kTaps = kDotTaps<C>;
   typedef C Half __attribute__((vector_size(kVectorBytes / kDotRows)));
-  const auto accumulate = [&]<int kPart>(Vec<C>(&sum)[kDotRows * kTaps], int64_t k0, int64_t unit) CK_INLINE_LAMBDA {
+  const auto accumulate = [&]<int kPart>(Vec<C>(&sum)[kDotRows* kTaps], int64_t k0, int64_t unit) CK_INLINE_LAMBDA {
     Vec<C> g[kDotRows];
     CK_UNROLL for (int i = 0; i < kDotRows; ++i) g[i] = Src::template load<kPart>(grad[i], unit);
     CK_UNROLL for (int q = 0; q < kDotRows + kTaps - 1; ++q) {
       const Vec<C> x = Src::template load<kPart>(in[k0 + q], unit);
-      CK_UNROLL for (int i = 0; i < kDotRows; ++i)
-        if (q - i >= 0 && q - i < kTaps) sum[i * kTaps + q - i] += g[i] * x;
+      CK_UNROLL for (int i = 0; i < kDotRows; ++i) if (q - i >= 0 && q - i < kTaps) sum[i * kTaps + q - i] += g[i] * x;
     }
   };
   for (int64_t k0 = 0; k0 < taps; k0 += kTaps) {
@@ -138,15 +137,16 @@ inline void dot_taps(const typename Src::Elem* const* in, const typename Src::El
 // The same where heads do not cover whole units: products per channel first, then one head after the other.
 template <class Src>
 inline void dot_taps_of_channels(const typename Src::Elem* const* in, const typename Src::Elem* grad, int64_t taps,
-                                 int64_t units, int64_t channels, int64_t channels_per_head,
-                                 typename Src::C* product, typename Src::C* out) {
+                                 int64_t units, int64_t channels, int64_t channels_per_head, typename Src::C* product,
+                                 typename Src::C* out) {
   using C = typename Src::C;
   constexpr int V = kLanes<C>, P = Src::kParts;
   for (int64_t k = 0; k < taps; ++k) {
     for (int64_t unit = 0; unit < units; ++unit) {
       store_bytes(product + unit * P * V, Src::template load<0>(grad, unit) * Src::template load<0>(in[k], unit));
       if constexpr (P == 2)
-        store_bytes(product + (unit * P + 1) * V, Src::template load<1>(grad, unit) * Src::template load<1>(in[k], unit));
+        store_bytes(product + (unit * P + 1) * V,
+                    Src::template load<1>(grad, unit) * Src::template load<1>(in[k], unit));
     }
     for (int64_t c = 0; c < channels; ++c) {
       out[c / channels_per_head * taps + k] += product[vector_position<Src>(c)];

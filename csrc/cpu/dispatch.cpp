@@ -26,16 +26,15 @@ const std::vector<const Kernels*>& table() {
 }
 
 const Kernels& choose() {
-  const char* wanted = std::getenv("CONVKERNELS_CPU_ISA");
-  std::string known;
-  for (const Kernels* k : table()) {
-    known += known.empty() ? k->name : std::string(", ") + k->name;
-    if (wanted != nullptr ? k->name != std::string(wanted) : !isa_supported(k->name)) continue;
-    if (!isa_supported(k->name))
+  if (const char* wanted = std::getenv("CONVKERNELS_CPU_ISA")) {
+    const Kernels& named = kernels_of(wanted);
+    if (!isa_supported(named.name))
       throw std::runtime_error(std::string("CONVKERNELS_CPU_ISA: this machine does not support '") + wanted + "'");
-    return *k;
+    return named;
   }
-  throw std::runtime_error("CONVKERNELS_CPU_ISA: expected one of " + known + ", got '" + (wanted ? wanted : "") + "'");
+  for (const Kernels* k : table())
+    if (isa_supported(k->name)) return *k;
+  throw std::runtime_error("no kernels for this machine");
 }
 
 }  // namespace
@@ -43,6 +42,15 @@ const Kernels& choose() {
 const Kernels& kernels() {
   static const Kernels& chosen = choose();
   return chosen;
+}
+
+const Kernels& kernels_of(const std::string& name) {
+  std::string known;
+  for (const Kernels* k : table()) {
+    if (name == k->name) return *k;
+    known += known.empty() ? k->name : std::string(", ") + k->name;
+  }
+  throw std::runtime_error("instruction set: expected one of " + known + ", got '" + name + "'");
 }
 
 const char* active_isa() { return kernels().name; }
@@ -57,8 +65,9 @@ bool isa_supported(const std::string& name) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (name == "avx512") {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16") && isa_supported("avx2");
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512bf16") && isa_supported("avx2");
   }
   if (name == "avx2")
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");

@@ -47,7 +47,8 @@ inline void drop_taps(const Problem& p, int64_t b, int64_t t, int64_t h, C* row,
   for (int64_t k = 0; k < p.taps.taps; k += 4) {
     const PhiloxBlock random = tap_words(p.seed, b, t, h, k / 4);
     const int64_t n = least(4, p.taps.taps - k);
-    for (int64_t i = 0; i < n; ++i) row[(k + i) * stride] = random.word[i] >= threshold ? row[(k + i) * stride] * keep : C{0};
+    for (int64_t i = 0; i < n; ++i)
+      row[(k + i) * stride] = random.word[i] >= threshold ? row[(k + i) * stride] * keep : C{0};
   }
 }
 
@@ -190,15 +191,17 @@ CK_INLINE void softmax_row(const C* row, C* out, int64_t taps, int64_t first, in
 // The mask is drawn per element of the weight: positions that share a filter share its mask.
 template <class C>
 inline void drop_position_taps(const Problem& p, const Segment& s, int64_t position, int64_t h, C* row) {
-  if (p.per_position) drop_taps(p, p.dropout_batch + s.batch, s.begin + position, h, row, 1);
-  else drop_taps(p, p.dropout_batch, 0, h, row, 1);
+  if (p.per_position)
+    drop_taps(p, p.dropout_batch + s.batch, s.begin + position, h, row, 1);
+  else
+    drop_taps(p, p.dropout_batch, 0, h, row, 1);
 }
 
-// The filters of heads [h0, h1) at one position: out[(h - h0) * taps + k], and before dropout in `soft` if it is not null.
-// `logits` is scratch of the same size. Both outputs have a vector of slack.
+// The filters of heads [h0, h1) at one position: out[(h - h0) * taps + k], and before dropout in `soft` if it is not
+// null. `logits` is scratch of the same size. Both outputs have a vector of slack.
 template <class C>
-inline void make_position_filters(const Problem& p, const Segment& s, int64_t position, int64_t h0, int64_t h1, C* logits,
-                                  C* out, C* soft) {
+inline void make_position_filters(const Problem& p, const Segment& s, int64_t position, int64_t h0, int64_t h1,
+                                  C* logits, C* out, C* soft) {
   constexpr int V = kLanes<C>;
   const int64_t K = p.taps.taps, count = (h1 - h0) * K, t = s.begin + position;
   C* const raw = p.softmax ? logits : out;

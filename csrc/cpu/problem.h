@@ -24,24 +24,24 @@ struct Problem {
   Taps taps{};
   Dtype dtype = Dtype::kFloat32, weight_dtype = Dtype::kFloat32, bias_dtype = Dtype::kFloat32;
 
-  Rows x, gate;                       // gate.data == nullptr: no gate
-  const bool* mask = nullptr;         // false: the position reads as 0
+  Rows x, gate;                // gate.data == nullptr: no gate
+  const bool* mask = nullptr;  // false: the position reads as 0
   int64_t mask_batch = 0, mask_time = 0;
-  const int64_t* offsets = nullptr;   // sequences+1 packed offsets, nullptr: every batch row is one sequence
+  const int64_t* offsets = nullptr;  // sequences+1 packed offsets, nullptr: every batch row is one sequence
   int64_t sequences = 1;
-  const void* state = nullptr;        // [batch * sequences, span, channels] contiguous: inputs before position 0
-  const int64_t* state_row = nullptr; // which row of state a sequence continues from, nullptr: its own
-  const int64_t* position = nullptr;  // inputs consumed before position 0, per batch row; nullptr: at least span
+  const void* state = nullptr;         // [batch * sequences, span, channels] contiguous: inputs before position 0
+  const int64_t* state_row = nullptr;  // which row of state a sequence continues from, nullptr: its own
+  const int64_t* position = nullptr;   // inputs consumed before position 0, per batch row; nullptr: at least span
   int64_t position_stride = 0;
 
-  const void* weight = nullptr;       // [batch, time, heads, taps]; batch and time stride 0: one filter for all
+  const void* weight = nullptr;  // [batch, time, heads, taps]; batch and time stride 0: one filter for all
   int64_t weight_batch = 0, weight_time = 0, weight_head = 0, weight_tap = 0;
-  bool per_position = false;          // the filter depends on the position (weight_time != 0)
+  bool per_position = false;  // the filter depends on the position (weight_time != 0)
   bool softmax = false, renormalize = false;
   double dropout = 0.0;
   uint64_t seed = 0;
-  int64_t dropout_batch = 0;          // batch coordinate of the first filter in the dropout counter
-  const void* bias = nullptr;         // [channels], contiguous
+  int64_t dropout_batch = 0;   // batch coordinate of the first filter in the dropout counter
+  const void* bias = nullptr;  // [channels], contiguous
 
   ParallelFor parallel_for = nullptr;
   int64_t threads = 1;

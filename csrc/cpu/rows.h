@@ -104,13 +104,13 @@ struct RowReader {
       load_unit(x + u * Lanes<T>::kUnit * stride, stride, n, v);
       if (g != nullptr) load_unit(g + u * Lanes<T>::kUnit * gate.channel, gate.channel, n, w);
       CK_UNROLL for (int part = 0; part < P; ++part)
-        store_bytes(out + (u * P + part) * V, g != nullptr ? v[part] * vsigmoid<Compute<T>>(w[part]) : v[part]);
+          store_bytes(out + (u * P + part) * V, g != nullptr ? v[part] * vsigmoid<Compute<T>>(w[part]) : v[part]);
     }
   }
 };
 
-// Pointers to the rows that a block of outputs reads: row q is read by output i with tap q - i. Src is Lanes<T> (rows are
-// read where they lie) or Staged<T> (rows are converted into a buffer that moves along with the block).
+// Pointers to the rows that a block of outputs reads: row q is read by output i with tap q - i. Src is Lanes<T> (rows
+// are read where they lie) or Staged<T> (rows are converted into a buffer that moves along with the block).
 template <class T, class Src>
 class Window {
  public:
@@ -167,8 +167,8 @@ class Window {
   Scratch<Elem> buffer_, zero_;
 };
 
-// Where the rows of a result go. In place: Dst = Lanes<T>. Otherwise they are computed into a buffer and leave it through
-// `flush`, which also applies the derivative of the gate.
+// Where the rows of a result go. In place: Dst = Lanes<T>. Otherwise they are computed into a buffer and leave it
+// through `flush`, which also applies the derivative of the gate.
 template <class T, class Dst>
 class Sink {
  public:
@@ -212,7 +212,8 @@ class Sink {
 
  private:
   CK_INLINE T* target(const Segment& s, int64_t position) const {
-    if (position < 0) return out_state_ + (s.state_row * reader_.span + reader_.span + position) * reader_.channels + block_.first;
+    if (position < 0)
+      return out_state_ + (s.state_row * reader_.span + reader_.span + position) * reader_.channels + block_.first;
     return const_cast<T*>(reader_.row(out_, s, position)) + block_.first * out_.channel;
   }
 
@@ -222,10 +223,9 @@ class Sink {
     const bool gated = inside && reader_.gate.data != nullptr;
     T* const to = out_.data != nullptr || !inside ? target(s, position) : nullptr;
     const int64_t stride = inside ? out_.channel : 1;
-    T* const to_gate =
-        gated && out_gate_.data != nullptr
-            ? const_cast<T*>(reader_.row(out_gate_, s, position)) + block_.first * out_gate_.channel
-            : nullptr;
+    T* const to_gate = gated && out_gate_.data != nullptr
+                           ? const_cast<T*>(reader_.row(out_gate_, s, position)) + block_.first * out_gate_.channel
+                           : nullptr;
     const T* const x = gated ? reader_.row(reader_.rows, s, position) + block_.first * reader_.rows.channel : nullptr;
     const T* const g = gated ? reader_.row(reader_.gate, s, position) + block_.first * reader_.gate.channel : nullptr;
     for (int64_t u = 0, n = block_.size(); n > 0; ++u, n -= U) {
@@ -260,8 +260,8 @@ class Sink {
 
 // ---- Pieces of work ----
 
-// Outputs [first, last) of one phase of a segment: positions phase + dilation * i. With dilation d a segment falls into d
-// interleaved phases, each of which is an ordinary convolution.
+// Outputs [first, last) of one phase of a segment: positions phase + dilation * i. With dilation d a segment falls into
+// d interleaved phases, each of which is an ordinary convolution.
 struct Item {
   int64_t segment, phase, first, last;
 };

@@ -1,7 +1,8 @@
-// Vectors of kVectorBytes bytes through the compiler's vector extension, and the few operations for which it has no form.
+// Vectors of kVectorBytes bytes through the compiler's vector extension, and the few operations for which it has no
+// form.
 //
-// Everything in the headers of csrc/cpu lives in namespace ck::cpu::CK_ISA: each instruction set compiles its own copy, and
-// no inline function of one can stand in for that of another at link time. For the same reason these files use no
+// Everything in the headers of csrc/cpu lives in namespace ck::cpu::CK_ISA: each instruction set compiles its own copy,
+// and no inline function of one can stand in for that of another at link time. For the same reason these files use no
 // templates of the standard library.
 #pragma once
 
@@ -87,8 +88,10 @@ CK_INLINE S fold_lanes(Vec<S> v) {
   store_bytes(lane, v);
   CK_UNROLL for (int width = kLanes<S> / 2; width > 0; width /= 2) {
     CK_UNROLL for (int i = 0; i < width; ++i) {
-      if constexpr (kMax) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
-      else lane[i] = lane[i] + lane[i + width];
+      if constexpr (kMax)
+        lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
+      else
+        lane[i] = lane[i] + lane[i + width];
     }
   }
   return lane[0];
@@ -143,9 +146,12 @@ CK_INLINE Vec<S> add_pairs(Vec<S> a, Vec<S> b, std::integer_sequence<int, kLane.
 template <class S, int kWidth = 1>
 CK_INLINE Vec<S> sum_each(Vec<S>* a) {
   constexpr int pairs = kLanes<S> / (2 * kWidth);
-  CK_UNROLL for (int i = 0; i < pairs; ++i) a[i] = add_pairs<S, kWidth>(a[2 * i], a[2 * i + 1], std::make_integer_sequence<int, kLanes<S>>());
-  if constexpr (pairs > 1) return sum_each<S, 2 * kWidth>(a);
-  else return a[0];
+  CK_UNROLL for (int i = 0; i < pairs; ++i) a[i] =
+      add_pairs<S, kWidth>(a[2 * i], a[2 * i + 1], std::make_integer_sequence<int, kLanes<S>>());
+  if constexpr (pairs > 1)
+    return sum_each<S, 2 * kWidth>(a);
+  else
+    return a[0];
 }
 
 // exp(x) with relative error below 2e-7; 0 below the smallest normal number, so that no denormals arise.
@@ -233,9 +239,9 @@ CK_INLINE void from_float(float f, f16& out) { out = to_half(f); }
 CK_INLINE void from_float(float f, float& out) { out = f; }
 CK_INLINE void from_float(double f, double& out) { out = f; }
 
-// How a row of T lies in vectors of the compute type. A unit is the least group of channels that is loaded together: kParts
-// vectors. bfloat16 pairs are split into even and odd channels by a shift and a mask, so that lane i of part p of a unit
-// is its channel 2 * i + p.
+// How a row of T lies in vectors of the compute type. A unit is the least group of channels that is loaded together:
+// kParts vectors. bfloat16 pairs are split into even and odd channels by a shift and a mask, so that lane i of part p
+// of a unit is its channel 2 * i + p.
 template <class T>
 struct Lanes {
   using Elem = T;
@@ -263,8 +269,10 @@ struct Lanes {
   static CK_INLINE void store(T* row, int64_t unit, const Vec<C>* v, bool stream) {
     T* p = row + unit * kUnit;
     if constexpr (sizeof(T) == sizeof(C)) {
-      if (stream) stream_bytes(p, v[0]);
-      else store_bytes(p, v[0]);
+      if (stream)
+        stream_bytes(p, v[0]);
+      else
+        store_bytes(p, v[0]);
     } else {
 #if defined(__AVX512F__)
       store_bytes(p, _mm512_cvtps_ph((__m512)v[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -288,8 +296,10 @@ struct Lanes<bf16> {
   template <int kPart>
   static CK_INLINE Vec<float> load(const bf16* row, int64_t unit) {
     const auto pair = load_bytes<Vec<uint32_t>>(row + unit * kUnit);
-    if constexpr (kPart == 0) return (Vec<float>)(pair << 16);
-    else return (Vec<float>)(pair & 0xffff0000u);
+    if constexpr (kPart == 0)
+      return (Vec<float>)(pair << 16);
+    else
+      return (Vec<float>)(pair & 0xffff0000u);
   }
   static CK_INLINE void store(bf16* row, int64_t unit, const Vec<float>* v, bool stream) {
     using U = Vec<uint32_t>;
@@ -304,8 +314,10 @@ struct Lanes<bf16> {
     const U odd_up = v[1] == v[1] ? odd + 0x7fffu + ((odd >> 16) & 1u) : odd | 0x400000u;
     const U packed = (even_up >> 16) | (odd_up & 0xffff0000u);
 #endif
-    if (stream) stream_bytes(row + unit * kUnit, packed);
-    else store_bytes(row + unit * kUnit, packed);
+    if (stream)
+      stream_bytes(row + unit * kUnit, packed);
+    else
+      store_bytes(row + unit * kUnit, packed);
   }
 };
 

@@ -8,9 +8,7 @@ namespace ck::cpu::CK_ISA {
 // Below this many multiply-adds starting threads costs more than it gives.
 constexpr int64_t kSerialWork = 1 << 15;
 
-inline bool worth_threads(const Problem& p) {
-  return p.batch * p.time * p.channels * p.taps.taps >= kSerialWork;
-}
+inline bool worth_threads(const Problem& p) { return p.batch * p.time * p.channels * p.taps.taps >= kSerialWork; }
 
 template <class T>
 inline RowReader<T> input_reader(const Problem& p) {
@@ -33,7 +31,7 @@ struct ChannelPlan {
   int64_t main;       // channels that can be read and written in place
   int64_t per_block;  // channels of a block in that part
   int64_t blocks;
-  bool direct;        // rows of the main part are read and written in place
+  bool direct;  // rows of the main part are read and written in place
 
   ChannelBlock block(int64_t i, int64_t channels) const {
     const int64_t first = i * per_block;
@@ -74,15 +72,26 @@ inline void convert_bias(const Problem& p, const ChannelBlock& block, Compute<T>
   });
 }
 
-// Filters [taps][heads] expanded to [taps][channels of the block, converted like rows].
+// Filters expanded to channels: [taps][channels of the block, converted like rows].
 template <class T>
 inline void expand_filters(const Problem& p, const ChannelBlock& block, const Compute<T>* filters, int64_t head_stride,
                            int64_t tap_stride, Compute<T>* out) {
   const int64_t per_head = p.channels / p.heads, width = vector_width<T>(block);
-  memset(static_cast<void*>(out), 0, static_cast<size_t>(width * p.taps.taps) * sizeof(*out));
-  for (int64_t k = 0; k < p.taps.taps; ++k)
-    for (int64_t c = 0; c < block.size(); ++c)
-      out[k * width + vector_position<Lanes<T>>(c)] = filters[(block.first + c) / per_head * head_stride + k * tap_stride];
+  const int64_t first_head = block.first / per_head;
+  for (int64_t k = 0; k < p.taps.taps; ++k) {
+    const Compute<T>* value = filters + first_head * head_stride + k * tap_stride;
+    Compute<T>* const row = out + k * width;
+    int64_t left = per_head - block.first % per_head;  // channels until the next head
+    for (int64_t c = 0; c < block.size(); ++c) {
+      row[vector_position<Lanes<T>>(c)] = *value;
+      if (--left == 0) {
+        left = per_head;
+        value += head_stride;
+      }
+    }
+    // Lanes behind the last channel are computed with and never stored.
+    for (int64_t c = block.size(); c < width; ++c) row[vector_position<Lanes<T>>(c)] = 0;
+  }
 }
 
 // Outputs larger than this do not stay in the caches, so they are stored past them.
@@ -91,7 +100,9 @@ constexpr int64_t kStreamBytes = 24 << 20;
 // Rows of `out` lie so that whole vectors can be streamed.
 template <class T>
 inline bool can_stream(const Rows& out) {
-  const auto unaligned = [](int64_t elements) { return elements * static_cast<int64_t>(sizeof(T)) % kVectorBytes != 0; };
+  const auto unaligned = [](int64_t elements) {
+    return elements * static_cast<int64_t>(sizeof(T)) % kVectorBytes != 0;
+  };
   return out.channel == 1 && reinterpret_cast<uintptr_t>(out.data) % kVectorBytes == 0 && !unaligned(out.time) &&
          !unaligned(out.batch);
 }
@@ -106,11 +117,13 @@ class SharedFilters {
       : pitch_(shared_pitch(p)),
         table_(p.taps.taps * pitch_),
         soft_(keep_soft && p.dropout > 0.0 ? p.taps.taps * pitch_ : 0),
-        expanded_(plan.aligned ? 0 : p.taps.taps * round_up(p.channels, Lanes<T>::kUnit)) {
+        // With one head per channel the table is expanded as it stands, unless rows are split into parts.
+        tabled_(p.heads == p.channels && Lanes<T>::kParts == 1),
+        expanded_(plan.aligned || tabled_ ? 0 : p.taps.taps * round_up(p.channels, Lanes<T>::kUnit)) {
     const bool separate = keep_soft && p.dropout > 0.0;
     make_shared_filters<C>(p, table_.get(), separate ? soft_.get() : nullptr);
     soft_data_ = separate ? soft_.get() : table_.get();
-    if (!plan.aligned) {
+    if (!plan.aligned && !tabled_) {
       const int64_t K = p.taps.taps;
       parallel(p, plan.blocks, p.channels * K >= kSerialWork, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
@@ -133,7 +146,9 @@ class SharedFilters {
       const SharedTaps<C> filter{table_.get() + h0 + last_ * pitch_, sign_ * pitch_, 1};
       convolve<Src, Src>(in, out, n, K, units, p.channels / p.heads / Lanes<T>::kUnit, filter, bias, stream);
     } else {
-      const ChannelTaps<C> filter{expanded_.get() + block.first * K + last_ * width, sign_ * width};
+      const int64_t stride = tabled_ ? pitch_ : width;
+      const C* const from = tabled_ ? table_.get() + block.first : expanded_.get() + block.first * K;
+      const ChannelTaps<C> filter{from + last_ * stride, sign_ * stride};
       convolve<Src, Src>(in, out, n, K, units, units, filter, bias, stream);
     }
   }
@@ -141,7 +156,9 @@ class SharedFilters {
 
  private:
   int64_t pitch_, last_ = 0, sign_ = 1;
-  Scratch<C> table_, soft_, expanded_;
+  Scratch<C> table_, soft_;
+  bool tabled_;
+  Scratch<C> expanded_;
   const C* soft_data_ = nullptr;
 };
 
@@ -150,7 +167,8 @@ class SharedFilters {
 template <class T, class Src>
 inline void convolve_positions(const Problem& p, const ChannelPlan& plan, const ChannelBlock& block,
                                const typename Src::Elem* const* in, typename Src::Elem* const* out, int64_t n,
-                               const Compute<T>* filters, int64_t row, int64_t tap, const Compute<T>* bias, bool stream) {
+                               const Compute<T>* filters, int64_t row, int64_t tap, const Compute<T>* bias,
+                               bool stream) {
   using C = Compute<T>;
   const int64_t units = units_of<T>(block), K = p.taps.taps;
   if (plan.aligned) {
@@ -195,8 +213,10 @@ inline void forward_task(const Forward& p, const ChannelPlan& plan, const Channe
           make_position_filters<C>(p, s, position + d * i, h0, h1, logits.get(), row, nullptr);
           if (!plan.aligned) expand_filters<T>(p, block, row, K, 1, expanded.get() + i * K * width);
         }
-        if (plan.aligned) convolve_positions<T, Src>(p, plan, block, in, out, n, filters.get(), pitch, 1, bias_row, stream);
-        else convolve_positions<T, Src>(p, plan, block, in, out, n, expanded.get(), K * width, width, bias_row, stream);
+        if (plan.aligned)
+          convolve_positions<T, Src>(p, plan, block, in, out, n, filters.get(), pitch, 1, bias_row, stream);
+        else
+          convolve_positions<T, Src>(p, plan, block, in, out, n, expanded.get(), K * width, width, bias_row, stream);
       }
       if constexpr (kStaged) staged_sink.flush(s, position, d, n);
     }

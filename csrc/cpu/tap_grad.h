@@ -106,12 +106,12 @@ class BackwardTask {
       window_filters(s, position, n, continues);
       // Output i takes tap K-1-k of the filter that belongs to row i+k of the window.
       if (plan_.aligned) {
-        convolve_positions<T, Src>(p_, plan_, block_, grad, out, n, filters_.get() + K_ - 1, pitch_, pitch_ - 1, nullptr,
-                                   false);
+        convolve_positions<T, Src>(p_, plan_, block_, grad, out, n, filters_.get() + K_ - 1, pitch_, pitch_ - 1,
+                                   nullptr, false);
       } else {
         const int64_t row = K_ * width_;
-        convolve_positions<T, Src>(p_, plan_, block_, grad, out, n, expanded_.get() + (K_ - 1) * width_, row, row - width_,
-                                   nullptr, false);
+        convolve_positions<T, Src>(p_, plan_, block_, grad, out, n, expanded_.get() + (K_ - 1) * width_, row,
+                                   row - width_, nullptr, false);
       }
     }
     if constexpr (kStaged) sink_.flush(s, position, d_, n);
@@ -134,8 +134,10 @@ class BackwardTask {
       const int64_t t = origin + d_ * q;
       C* const row = filters_.get() + q * pitch_;
       C* const soft = separate_soft_ && centered_ ? soft_.get() + q * pitch_ : nullptr;
-      if (t >= 0 && t < s.length()) make_position_filters<C>(p_, s, t, h0_, h1_, logits_.get(), row, soft);
-      else memset(static_cast<void*>(row), 0, static_cast<size_t>(pitch_) * sizeof(C));
+      if (t >= 0 && t < s.length())
+        make_position_filters<C>(p_, s, t, h0_, h1_, logits_.get(), row, soft);
+      else
+        memset(static_cast<void*>(row), 0, static_cast<size_t>(pitch_) * sizeof(C));
       if (!plan_.aligned) expand_filters<T>(p_, block_, row, K_, 1, expanded_.get() + q * K_ * width_);
     }
   }
@@ -149,8 +151,8 @@ class BackwardTask {
     if (plan_.aligned) {
       const int64_t units = per_head_ / Lanes<T>::kUnit;
       for (int64_t h = h0_; h < h1_; ++h)
-        correlate<Src, false>(in, grad, n, K_, (h - h0_) * units, (h - h0_ + 1) * units, filter_sum_ + h * K_ * kLanes<C>,
-                              kLanes<C>);
+        correlate<Src, false>(in, grad, n, K_, (h - h0_) * units, (h - h0_ + 1) * units,
+                              filter_sum_ + h * K_ * kLanes<C>, kLanes<C>);
     } else {
       correlate<Src, true>(in, grad, n, K_, 0, units_, filter_sum_ + block_.first * K_, width_);
     }
@@ -172,7 +174,8 @@ class BackwardTask {
   }
 
   // d(filters) row by row, through the softmax, to d(weight) or, if all positions share the weight, to the sums.
-  void position_gradients(const Segment& s, int64_t position, int64_t n, const Elem* const* in, const Elem* const* grad) {
+  void position_gradients(const Segment& s, int64_t position, int64_t n, const Elem* const* in,
+                          const Elem* const* grad) {
     const int64_t shift = centered_ ? gradient_.offset_of(0) : 0;
     for (int64_t i = 0; i < n; i += kDotRows) {
       if (plan_.aligned) {
@@ -185,7 +188,8 @@ class BackwardTask {
         const int64_t t = position + d_ * (i + r);
         if (!plan_.aligned) {
           memset(static_cast<void*>(dots), 0, static_cast<size_t>(pitch_) * sizeof(C));
-          dot_taps_of_channels<Src>(in + i + r, grad[i + r], K_, units_, block_.size(), per_head_, product_.get(), dots);
+          dot_taps_of_channels<Src>(in + i + r, grad[i + r], K_, units_, block_.size(), per_head_, product_.get(),
+                                    dots);
         }
         const C* soft = nullptr;
         if (centered_) {
@@ -233,8 +237,8 @@ class BackwardTask {
 
 // Adds the groups' sums in order and carries them through the softmax.
 template <class T>
-inline void reduce_filters(const Backward& p, const ChannelPlan& plan, const PartialSums<Compute<T>>& sums, int64_t groups,
-                           const SharedFilters<T>* shared) {
+inline void reduce_filters(const Backward& p, const ChannelPlan& plan, const PartialSums<Compute<T>>& sums,
+                           int64_t groups, const SharedFilters<T>* shared) {
   using C = Compute<T>;
   constexpr int V = kLanes<C>;
   const int64_t K = p.taps.taps, pitch = shared_pitch(p), per_head = p.channels / p.heads;
@@ -258,7 +262,8 @@ inline void reduce_filters(const Backward& p, const ChannelPlan& plan, const Par
       if (plan.aligned) {
         for (int64_t h = 0; h < p.heads; ++h) {
           Vec<C> sum = {};
-          for (int64_t g = 0; g < groups; ++g) sum += load_bytes<Vec<C>>(&sums.filters[g * sums.filter_size + (h * K + k) * V]);
+          for (int64_t g = 0; g < groups; ++g)
+            sum += load_bytes<Vec<C>>(&sums.filters[g * sums.filter_size + (h * K + k) * V]);
           row[h] = sum_lanes<C>(sum);
         }
       } else {
@@ -272,7 +277,8 @@ inline void reduce_filters(const Backward& p, const ChannelPlan& plan, const Par
             store_bytes(&sums.filters[block.first * K + k * width + v], sum);  // the first group's, no longer needed
           }
           for (int64_t c = 0; c < block.size(); ++c)
-            row[(block.first + c) / per_head] += sums.filters[block.first * K + k * width + vector_position<Lanes<T>>(c)];
+            row[(block.first + c) / per_head] +=
+                sums.filters[block.first * K + k * width + vector_position<Lanes<T>>(c)];
         }
       }
     }
@@ -281,7 +287,8 @@ inline void reduce_filters(const Backward& p, const ChannelPlan& plan, const Par
 }
 
 template <class T>
-inline void reduce_bias(const Backward& p, const ChannelPlan& plan, const PartialSums<Compute<T>>& sums, int64_t groups) {
+inline void reduce_bias(const Backward& p, const ChannelPlan& plan, const PartialSums<Compute<T>>& sums,
+                        int64_t groups) {
   with_dtype(p.bias_dtype, [&](auto* tag) {
     auto* to = static_cast<decltype(tag)>(p.grad_bias);
     for (int64_t i = 0; i < plan.blocks; ++i) {
@@ -302,8 +309,8 @@ inline const char* backward_typed(const Backward& p) {
   const bool per_row = p.per_position || p.renormalize;
   const bool need_input = p.grad_x.data != nullptr || p.grad_gate.data != nullptr || p.grad_state != nullptr;
   const bool direct = kReadInPlace<T> && p.gate.data == nullptr && p.grad.channel == 1 &&
-                      (p.grad_weight == nullptr || p.x.channel == 1) && (p.grad_x.data == nullptr || p.grad_x.channel == 1) &&
-                      (!need_input || p.grad_x.data != nullptr);
+                      (p.grad_weight == nullptr || p.x.channel == 1) &&
+                      (p.grad_x.data == nullptr || p.grad_x.channel == 1) && (!need_input || p.grad_x.data != nullptr);
   const ChannelPlan plan = plan_channels<T>(p, direct, per_row, 256);
   const int64_t groups = most(1, least(kMaxGroups, p.batch * p.time / kGroupRows));
   const int64_t rows = most(16, least(256, round_up(ceil_div(p.batch * p.time, groups), 16)));
@@ -311,7 +318,10 @@ inline const char* backward_typed(const Backward& p) {
 
   const int64_t K = p.taps.taps, padded = round_up(p.channels, Lanes<T>::kUnit);
   const bool shared_sums = p.grad_weight != nullptr && !p.per_position;
-  const int64_t filter_size = !shared_sums ? 0 : per_row ? p.heads * K : plan.aligned ? p.heads * K * kLanes<C> : padded * K;
+  const int64_t filter_size = !shared_sums   ? 0
+                              : per_row      ? p.heads * K
+                              : plan.aligned ? p.heads * K * kLanes<C>
+                                             : padded * K;
   PartialSums<C> sums(groups, filter_size, p.grad_bias != nullptr ? padded : 0);
 
   const auto run = [&](const SharedFilters<T>* shared) {
@@ -330,7 +340,8 @@ inline const char* backward_typed(const Backward& p) {
           const int64_t count = scale != 0 ? (h1 - h0) * scale : width * K;
           memset(static_cast<void*>(from), 0, static_cast<size_t>(count) * sizeof(C));
         }
-        if (bias_sum != nullptr) memset(static_cast<void*>(bias_sum + block.first), 0, static_cast<size_t>(width) * sizeof(C));
+        if (bias_sum != nullptr)
+          memset(static_cast<void*>(bias_sum + block.first), 0, static_cast<size_t>(width) * sizeof(C));
         const int64_t first = work.size() * group / groups, last = work.size() * (group + 1) / groups;
         if (block.staged) {
           BackwardTask<T, true>(p, plan, block, shared, filter_sum, bias_sum).run(work, first, last);

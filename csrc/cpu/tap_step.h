@@ -1,4 +1,5 @@
-// tap_step: decoding keeps the last span inputs, oldest first. The output of a step is a forward pass over one position.
+// tap_step: decoding keeps the last span inputs, oldest first. The output of a step is a forward pass over one
+// position.
 #pragma once
 
 #include "tap_conv.h"

@@ -1,6 +1,6 @@
 // The CPU operators, registered through torch's stable C interface: one binary for every torch from 2.10 on.
-// Schemas, fakes and autograd live in convkernels/ops. Here tensors become pointers and strides, and whatever could make a
-// kernel leave its memory is refused.
+// Schemas, fakes and autograd live in convkernels/ops. Here tensors become pointers and strides, and whatever could
+// make a kernel leave its memory is refused.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -68,7 +68,8 @@ class Arguments {
     p.x = rows_like(x, x, "x");
 
     p.weight_dtype = p.bias_dtype = float_dtype(weight, "weight");
-    require((p.weight_dtype == Dtype::kFloat64) == (p.dtype == Dtype::kFloat64), "weight", "float64 if and only if x is float64");
+    require((p.weight_dtype == Dtype::kFloat64) == (p.dtype == Dtype::kFloat64), "weight",
+            "float64 if and only if x is float64");
     const bool table = weight.dim() == 2;
     require(table || weight.dim() == 4, "weight", "two or four dimensions");
     const int64_t first = table ? 0 : 2;
@@ -100,7 +101,8 @@ class Arguments {
     }
     if (gate) p.gate = rows_like(*gate, x, "gate");
     if (mask) {
-      require(mask->dim() == 2 && mask->scalar_type() == ScalarType::Bool && mask->size(0) == p.batch && mask->size(1) == p.time,
+      require(mask->dim() == 2 && mask->scalar_type() == ScalarType::Bool && mask->size(0) == p.batch &&
+                  mask->size(1) == p.time,
               "mask", "bool [batch, time]");
       p.mask = static_cast<const bool*>(mask->const_data_ptr());
       p.mask_batch = mask->stride(0);
@@ -127,7 +129,8 @@ class Arguments {
       P row = p;
       const auto move = [&](auto*& pointer, int64_t bytes) {
         if (pointer != nullptr)
-          pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(reinterpret_cast<uintptr_t>(pointer) + b * bytes);
+          pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(reinterpret_cast<uintptr_t>(pointer) +
+                                                                                 b * bytes);
       };
       row.batch = 1;
       row.dropout_batch = b;
@@ -183,7 +186,8 @@ class Arguments {
 };
 
 Tensor tap_conv(Tensor x, Tensor weight, int64_t left, int64_t dilation, bool softmax, bool renormalize, double dropout,
-                Optional seed, Optional bias, Optional gate, Optional mask, Optional cu_seqlens, Optional initial_state) {
+                Optional seed, Optional bias, Optional gate, Optional mask, Optional cu_seqlens,
+                Optional initial_state) {
   ck::cpu::Forward p;
   const Arguments arguments(p, x, weight, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens,
                             initial_state);
@@ -191,7 +195,8 @@ Tensor tap_conv(Tensor x, Tensor weight, int64_t left, int64_t dilation, bool so
   if (bias) {
     require(bias->dim() == 1 && bias->size(0) == p.channels, "bias", "[channels]");
     p.bias_dtype = float_dtype(*bias, "bias");
-    require((p.bias_dtype == Dtype::kFloat64) == (p.dtype == Dtype::kFloat64), "bias", "float64 if and only if x is float64");
+    require((p.bias_dtype == Dtype::kFloat64) == (p.dtype == Dtype::kFloat64), "bias",
+            "float64 if and only if x is float64");
     bias_row = *bias;
     if (!bias->is_contiguous()) {
       bias_row = torch::stable::new_empty(*bias, bias->sizes());
@@ -210,7 +215,8 @@ Tensor tap_conv(Tensor x, Tensor weight, int64_t left, int64_t dilation, bool so
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tap_grad(Tensor grad, Tensor x, Tensor weight, int64_t left,
                                                             int64_t dilation, bool softmax, bool renormalize,
                                                             double dropout, Optional seed, Optional gate, Optional mask,
-                                                            Optional cu_seqlens, Optional initial_state, int64_t needs) {
+                                                            Optional cu_seqlens, Optional initial_state,
+                                                            int64_t needs) {
   ck::cpu::Backward p;
   const Arguments arguments(p, x, weight, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens,
                             initial_state);
@@ -266,7 +272,8 @@ Tensor tap_step(Tensor x, Tensor state, Tensor weight, int64_t dilation, bool so
   p.taps = {weight.size(last), dilation * (weight.size(last) - 1), dilation};
   require(p.taps.taps > 0, "weight", "at least one tap");
   require(p.heads > 0 && channels % p.heads == 0, "weight", "a number of heads that divides the channels");
-  require((p.weight_dtype == Dtype::kFloat64) == (p.dtype == Dtype::kFloat64), "weight", "float64 if and only if x is float64");
+  require((p.weight_dtype == Dtype::kFloat64) == (p.dtype == Dtype::kFloat64), "weight",
+          "float64 if and only if x is float64");
   require(last == 1 || weight.size(0) == batch, "weight", "the batch size of x in dimension 0");
   const int64_t span = p.taps.span();
   require(state.size(0) == batch && state.size(1) == span && state.size(2) == channels, "state",
@@ -280,7 +287,8 @@ Tensor tap_step(Tensor x, Tensor state, Tensor weight, int64_t dilation, bool so
   p.renormalize = renormalize && softmax;
   p.x = {const_cast<void*>(x.const_data_ptr()), x.stride(0), 0, x.stride(1)};
   if (gate) {
-    require(gate->dim() == 2 && gate->size(0) == batch && gate->size(1) == channels && gate->scalar_type() == x.scalar_type(),
+    require(gate->dim() == 2 && gate->size(0) == batch && gate->size(1) == channels &&
+                gate->scalar_type() == x.scalar_type(),
             "gate", "the shape and dtype of x");
     p.gate = {const_cast<void*>(gate->const_data_ptr()), gate->stride(0), 0, gate->stride(1)};
   }
@@ -288,7 +296,8 @@ Tensor tap_step(Tensor x, Tensor state, Tensor weight, int64_t dilation, bool so
   if (bias) {
     require(bias->dim() == 1 && bias->size(0) == channels, "bias", "[channels]");
     p.bias_dtype = float_dtype(*bias, "bias");
-    require((p.bias_dtype == Dtype::kFloat64) == (p.dtype == Dtype::kFloat64), "bias", "float64 if and only if x is float64");
+    require((p.bias_dtype == Dtype::kFloat64) == (p.dtype == Dtype::kFloat64), "bias",
+            "float64 if and only if x is float64");
     bias_row = *bias;
     if (!bias->is_contiguous()) {
       bias_row = torch::stable::new_empty(*bias, bias->sizes());

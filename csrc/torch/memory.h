@@ -24,7 +24,8 @@ inline bool prepare_output(void* data, size_t bytes) {
     return mincore(address, 1, &state) == 0 && (state & 1) != 0;
   };
   if (resident(bytes / 4) && resident(bytes / 2) && resident(bytes - bytes / 8)) return true;
-  const uintptr_t first = (start + kHugePage - 1) / kHugePage * kHugePage, last = (start + bytes) / kHugePage * kHugePage;
+  const uintptr_t first = (start + kHugePage - 1) / kHugePage * kHugePage,
+                  last = (start + bytes) / kHugePage * kHugePage;
   if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
   return false;
 #else
