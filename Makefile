@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # One test process per core: more threads in each would only fight.
 test test-fast asan: export OMP_NUM_THREADS = 1
 
-.PHONY: help install build bench test test-fast lint format ctest abi asan cross gpu-build gpu-test gpu-bench clean
+.PHONY: help install build bench test test-fast lint format ctest abi asan mutants cross gpu-build gpu-test gpu-bench clean
 .NOTPARALLEL:
 
 help:
@@ -26,7 +26,7 @@ help:
 	@echo "make bench      the main job: measure, write tables and plots to $(RESULTS)/"
 	@echo "make test       lint, C++ tests, library checks, sanitizers, all Python tests (what CI runs)"
 	@echo "make test-fast  the Python and C++ tests that are quick"
-	@echo "make lint|format|ctest|abi|asan|cross|clean"
+	@echo "make lint|format|ctest|abi|asan|mutants|cross|clean"
 	@echo "make gpu-test gpu-bench   on a machine with a GPU, with PYTHON=<one that has torch>, no network needed"
 
 # ---- environment: each stamp depends on what would make it stale. Compiling all of torch's Python files ahead would take
@@ -79,6 +79,10 @@ abi: build
 
 asan: install
 	PYTHON=$(BIN)/python scripts/run_asan.sh
+
+# Seeds faults in the kernels and shows that the tests catch each; several minutes, so not part of `make test`.
+mutants: install
+	$(BIN)/python scripts/mutations.py
 
 # The full run comes last, so that its summary closes the output.
 test: lint build ctest abi asan

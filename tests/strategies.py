@@ -9,6 +9,8 @@ DTYPES = (torch.float64, torch.float32, torch.float32, torch.bfloat16, torch.flo
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 # Mostly the sizes that people use; rarely a kernel far longer than the sequence.
 TAPS = (*range(1, 41), 7, 15, 31, 64, 129, 255)
+# A decoding state is contiguous by contract; it may still be unaligned.
+STATE_LAYOUTS = ("contiguous", "offset1")
 DROPOUTS = (0.0, 0.0, 0.25, 0.9, 1.0)
 
 
@@ -63,6 +65,29 @@ def problems(draw, kinds=("light", "light", "dynamic", "row")):
 
 
 @st.composite
+def large_problems(draw):
+    """Sizes past the blocks of a kernel: several row blocks, channel blocks and groups of partial sums, enough work
+    for threads.
+    """
+    problem = draw(problems())
+    taps = draw(st.sampled_from((1, 2, 3, 5, 7, 15, 31)))
+    span = (taps - 1) * problem.dilation
+    head_size = draw(st.sampled_from((1, 3, 8, 16, 24, 32, 64, 65)))
+    heads = draw(st.sampled_from((1, 2, 3, 5, 12))) if head_size > 1 else draw(st.sampled_from((16, 70, 300)))
+    length = draw(st.sampled_from((31, 64, 65, 130, 257)))
+    lengths = draw(st.sampled_from(((), (), (200, 3, 0, 61), (17, 17, 17, 16, 90)))) if problem.lengths else ()
+    return problem.with_(
+        batch=draw(st.integers(1, 3)),
+        length=length,
+        lengths=lengths,
+        taps=taps,
+        left=draw(st.sampled_from((span // 2, span, 0))),
+        heads=heads,
+        head_size=head_size,
+    )
+
+
+@st.composite
 def step_problems(draw):
     """Any call of tap_step."""
     pick = draw(st.integers(0, 2**40))
@@ -93,7 +118,7 @@ def step_problems(draw):
         weight_dtype=torch.float64 if dtype == torch.float64 else choose((dtype, dtype, *LOW)),
         bias_dtype=None if dtype == torch.float64 else choose((None, None, *LOW)),
         layout=choose(LAYOUTS),
-        state_layout=choose(LAYOUTS),
+        state_layout=choose(STATE_LAYOUTS),
         weight_layout=choose(LAYOUTS),
         seed=draw(st.integers(0, 2**20)),
     )

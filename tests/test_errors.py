@@ -27,6 +27,12 @@ def packed(**changes):
     return {"x": torch.randn(1, T, C), **changes}
 
 
+def overlapping():
+    """x is the newest row of the state."""
+    state = torch.zeros(B, K - 1, C)
+    return {"state": state, "x": state[:, -1]}
+
+
 L, D, P = "lightweight_conv1d", "dynamic_conv1d", "depthwise_conv1d"
 LS, DS, PS = f"{L}_step", f"{D}_step", f"{P}_step"
 
@@ -109,7 +115,11 @@ TABLE = [
     (LS, {"state": None}, TypeError, "state", "a tensor", "None"),
     (LS, {"state": torch.zeros(B, K, C)}, ValueError, "state", r"\[2, 4, 12\]", r"shape \[2, 5, 12\]"),
     (LS, {"state": torch.zeros(B, K - 1, C).half()}, TypeError, "state", "dtype of x", "float16"),
-    (LS, {"state": torch.zeros(1, K - 1, C).expand(B, -1, -1)}, ValueError, "state", "", ""),
+    (LS, {"state": torch.zeros(1, K - 1, C).expand(B, -1, -1)}, ValueError, "state", "contiguous",
+    r"strides \[0, 12, 1\]"), (LS, {"state": torch.zeros(K - 1, B, C).transpose(0, 1)}, ValueError, "state",
+    "contiguous", r"strides \[12, 24, 1\]"), (LS, {"state_index": torch.tensor([0, 2])}, ValueError, "state_index",
+    "0 to 1", r"\[0, 2\]"), (LS, {"state_index": torch.tensor([-1, 0])}, ValueError, "state_index", "0 to 1",
+    r"\[-1, 0\]"), (LS, overlapping(), ValueError, "x", "apart from the state", "overlapping"),
     (LS, {"dilation": 2}, ValueError, "state", r"\[2, 8, 12\]", r"shape \[2, 4, 12\]"),
     (LS, {"state_index": torch.tensor([0])}, ValueError, "state_index", r"\[B\] = \[2\]", r"shape \[1\]"),
     (LS, {"state_index": torch.tensor([0, 1], dtype=torch.int32)}, TypeError, "state_index", "int64", "int32"),

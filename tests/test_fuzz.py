@@ -5,12 +5,13 @@ A failing problem is printed as a constructor call; paste it into `Problem(...)`
 """
 
 import pytest
+import torch
 from hypothesis import given, settings
-from strategies import problems, step_problems
+from strategies import large_problems, problems, step_problems
 
 from convkernels.testing.bounds import Bounds, StepBounds
 
-FULL, QUICK = 10_000, 300
+FULL, QUICK, LARGE = 10_000, 300, 240
 NEEDS = {"x": 1, "weight": 2, "bias": 4, "gate": 8, "initial_state": 16}
 
 
@@ -79,3 +80,15 @@ def test_gradients_quick(ops):
 
 def test_step_quick(ops):
     run(check_step, step_problems(), ops, QUICK)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("check", [check_forward, check_gradients])
+def test_large(check, threads, ops):
+    """Fewer, but past every block size of the kernels, and on threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        run(check, large_problems(), ops, LARGE if threads == 1 else LARGE // 3)
+    finally:
+        torch.set_num_threads(before)

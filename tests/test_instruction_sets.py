@@ -50,9 +50,7 @@ def test_suite_on_every_instruction_set(isa):
     """The best one is what the rest of the suite runs on."""
     if isa == available()[-1]:
         pytest.skip("the suite itself runs on it")
-    done = run(
-        ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cpu", "-m", "not slow", *SUBSET], isa
-    )
+    done = run(["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cpu", "-m", "not slow", *SUBSET], isa)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 

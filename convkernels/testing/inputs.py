@@ -236,7 +236,6 @@ class StepProblem:
         """The op's tensor arguments by name, None where absent."""
         shape = (self.batch, self.channels)
         weight_shape = (self.heads, self.taps) if self.kind == "light" else (self.batch, self.heads, self.taps)
-        state_layout = "contiguous" if self.state_layout == "expanded" else self.state_layout
         index = position = None
         if self.indexed:
             index = (values((self.batch,), torch.float64, self.seed + 5).abs() * 1000).long() % max(self.batch, 1)
@@ -245,7 +244,9 @@ class StepProblem:
             position = (values((rows,), torch.float64, self.seed + 9).abs() * self.span).long()
         return {
             "x": arrange(values(shape, self.dtype, self.seed + 1), self.layout),
-            "state": arrange(values((self.batch, self.span, self.channels), self.dtype, self.seed + 2), state_layout),
+            "state": arrange(
+                values((self.batch, self.span, self.channels), self.dtype, self.seed + 2), self.state_layout
+            ),
             "weight": arrange(values(weight_shape, self.weight_dtype, self.seed + 3), self.weight_layout),
             "bias": arrange(
                 values((self.channels,), self.bias_dtype or self.weight_dtype, self.seed + 4), self.weight_layout

@@ -1,0 +1,32 @@
+"""The seeded faults of scripts/mutations.py still fit the sources (the script itself, `make mutants`, runs the
+mutants).
+"""
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+if not (ROOT / "scripts" / "mutations.py").exists():
+    pytest.skip("a copy of the tests without the scripts", allow_module_level=True)
+
+spec = importlib.util.spec_from_file_location("mutations", ROOT / "scripts" / "mutations.py")
+mutations = importlib.util.module_from_spec(spec)
+sys.modules["mutations"] = mutations
+spec.loader.exec_module(mutations)
+
+
+def test_there_are_at_least_ten():
+    assert len({m.name for m in mutations.MUTATIONS}) == len(mutations.MUTATIONS) >= 10
+
+
+@pytest.mark.parametrize("mutation", mutations.MUTATIONS, ids=lambda m: m.name.replace(" ", "_"))
+def test_a_mutation_matches_once_and_changes_something(mutation, tmp_path):
+    target = tmp_path / mutation.file
+    target.parent.mkdir(parents=True)
+    shutil.copy(ROOT / mutation.file, target)
+    mutations.mutate(mutation, tmp_path)
+    assert mutation.after in target.read_text()
