@@ -99,6 +99,23 @@ def test_softmax_of_large_logits(scale, backend):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("function", ["lightweight", "dynamic"])
+def test_a_tap_with_logit_minus_infinity_is_absent(function, dtype, backend):
+    """Masking taps by -inf before the softmax equals leaving them out; their gradient is 0."""
+    rows = {"lightweight": (3,), "dynamic": (2, 9, 3)}[function]
+    x, weight = leaf((2, 9, 12), 1, dtype), values((*rows, 5), dtype, 2).clone()
+    weight[..., 0] = weight[..., 4] = float("-inf")
+    weight.requires_grad_()
+    middle = weight.detach()[..., 1:4].clone().requires_grad_()
+    y = CALLS[function](x, weight, backend=backend)
+    expected = CALLS[function](x, middle, backend=backend)
+    close([y], [expected], rtol=1e-5, atol=1e-6)
+    (ours_x, ours), (theirs_x, theirs) = grads(y, (x, weight)), grads(expected, (x, middle))
+    close([ours_x, ours[..., 1:4]], [theirs_x, theirs], rtol=1e-5, atol=1e-5)
+    assert (ours[..., 0] == 0).all() and (ours[..., 4] == 0).all()
+
+
 @pytest.mark.parametrize("function", CALLS)
 @pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, repeat=2)))
 def test_any_strides(function, layouts, backend):

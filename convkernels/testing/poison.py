@@ -9,9 +9,10 @@ MARGIN = 5
 
 @contextlib.contextmanager
 def poisoned_allocations():
-    """Every torch.empty inside, also from native code, is filled with NaN (integers: their maximum).
+    """Every torch.empty inside is filled with NaN (integers: their maximum).
 
-    Whatever a kernel forgets to write, or reads before writing, then shows up in its results.
+    Whatever a kernel forgets to write, or reads before writing, then shows up in its results. Outputs that the native
+    library allocates by itself are filled where CONVKERNELS_POISON=1 was set before its first call.
     """
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
