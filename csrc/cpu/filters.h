@@ -126,6 +126,8 @@ inline void finish_shared_gradient(const Problem& p, C* gradient, const C* soft,
 
 // ---- Filters that depend on the position: one row of heads * taps values per position ----
 
+typedef uint16_t Narrow __attribute__((vector_size(kVectorBytes / 2)));  // 16 bits for each lane of a float vector
+
 // n contiguous values of T in natural order; what lies beyond `limit` is not touched.
 template <class T>
 CK_INLINE Vec<Compute<T>> load_natural(const T* p, const T* limit) {
@@ -138,11 +140,26 @@ CK_INLINE Vec<Compute<T>> load_natural(const T* p, const T* limit) {
     p = copy;
   }
   if constexpr (sizeof(T) == 2 && Lanes<T>::kParts == 2) {
-    typedef uint16_t Half __attribute__((vector_size(2 * V)));
-    return (Vec<float>)(__builtin_convertvector(load_bytes<Half>(p), Vec<uint32_t>) << 16);
+    return (Vec<float>)(__builtin_convertvector(load_bytes<Narrow>(p), Vec<uint32_t>) << 16);
   } else {
     return Lanes<T>::template load<0>(p, 0);
   }
+}
+
+// The first n lanes to contiguous memory.
+template <class T>
+CK_INLINE void store_natural(T* p, Vec<Compute<T>> v, int64_t n) {
+  constexpr int V = kLanes<Compute<T>>;
+  T copy[V];
+  T* const to = n >= V ? p : copy;
+  if constexpr (sizeof(T) == 2 && Lanes<T>::kParts == 2) {
+    using U = Vec<uint32_t>;
+    const U bits = (U)v, rounded = v == v ? bits + 0x7fffu + ((bits >> 16) & 1u) : bits | 0x400000u;
+    store_bytes(to, __builtin_convertvector(rounded >> 16, Narrow));
+  } else {
+    Lanes<T>::store(to, 0, &v, false);
+  }
+  if (n < V) memcpy(static_cast<void*>(p), copy, static_cast<size_t>(n) * sizeof(T));
 }
 
 template <class C>

@@ -59,6 +59,51 @@ CK_INLINE void store_unit(T* row, int64_t stride, int64_t n, const Vec<Compute<T
   for (int64_t i = 0; i < least(n, Lanes<T>::kUnit); ++i) row[i * stride] = copy[i];
 }
 
+// Tensors whose positions, not channels, lie next to each other ([batch, channels, time] memory) are turned in squares
+// of vectors: n positions from `from` (first channel of the block, `stride` between channels) to n converted rows.
+template <class T>
+inline void turn_in(const T* from, int64_t stride, int64_t n, const ChannelBlock& block, Compute<T>* out) {
+  constexpr int P = Lanes<T>::kParts, V = kLanes<Compute<T>>, U = Lanes<T>::kUnit;
+  const int64_t width = vector_width<T>(block);
+  for (int64_t unit = 0; unit < units_of<T>(block); ++unit) {
+    for (int part = 0; part < P; ++part) {
+      for (int64_t t = 0; t < n; t += V) {
+        Vec<Compute<T>> square[V];
+        for (int lane = 0; lane < V; ++lane) {
+          const int64_t c = unit * U + Lanes<T>::channel(part, lane);
+          square[lane] =
+              c < block.size() ? load_natural(from + c * stride + t, from + c * stride + n) : Vec<Compute<T>>{};
+        }
+        transpose<Compute<T>>(square);
+        for (int64_t i = 0; i < least(V, n - t); ++i)
+          store_bytes(out + (t + i) * width + (unit * P + part) * V, square[i]);
+      }
+    }
+  }
+}
+
+// The way back: n converted rows to n positions of each channel.
+template <class T>
+inline void turn_out(const Compute<T>* rows, int64_t n, const ChannelBlock& block, T* to, int64_t stride) {
+  constexpr int P = Lanes<T>::kParts, V = kLanes<Compute<T>>, U = Lanes<T>::kUnit;
+  const int64_t width = vector_width<T>(block);
+  for (int64_t unit = 0; unit < units_of<T>(block); ++unit) {
+    for (int part = 0; part < P; ++part) {
+      for (int64_t t = 0; t < n; t += V) {
+        const int64_t count = least(V, n - t);
+        Vec<Compute<T>> square[V] = {};
+        for (int64_t i = 0; i < count; ++i)
+          square[i] = load_bytes<Vec<Compute<T>>>(rows + (t + i) * width + (unit * P + part) * V);
+        transpose<Compute<T>>(square);
+        for (int lane = 0; lane < V; ++lane) {
+          const int64_t c = unit * U + Lanes<T>::channel(part, lane);
+          if (c < block.size()) store_natural(to + c * stride + t, square[lane], count);
+        }
+      }
+    }
+  }
+}
+
 // A tensor of rows with what the prologue does to it.
 template <class T>
 struct RowReader {
@@ -109,6 +154,9 @@ struct RowReader {
   }
 };
 
+// Whether the positions of a tensor lie next to each other and its channels do not.
+CK_INLINE bool turned(const Rows& r) { return r.time == 1 && r.channel != 1; }
+
 // Pointers to the rows that a block of outputs reads: row q is read by output i with tap q - i. Src is Lanes<T> (rows
 // are read where they lie) or Staged<T> (rows are converted into a buffer that moves along with the block).
 template <class T, class Src>
@@ -143,7 +191,7 @@ class Window {
                 static_cast<size_t>(halo_ * width_) * sizeof(Elem));
         q = halo_;
       }
-      for (; q < count; ++q) reader_.convert(s, origin + taps_.dilation * q, block_, buffer_.get() + q * width_);
+      convert_rows(s, origin, q, count);
       previous_ = n;
       for (q = 0; q < count; ++q) to[q] = buffer_.get() + q * width_;
       for (; q < count + margin_; ++q) to[q] = zero_.get();
@@ -159,6 +207,27 @@ class Window {
   int64_t offset_of(int64_t position_shift) const { return (position_shift + taps_.left) / taps_.dilation; }
 
  private:
+  // Rows [q, count) of the window that starts at position `origin`.
+  void convert_rows(const Segment& s, int64_t origin, int64_t q, int64_t count) {
+    const bool turn = turned(reader_.rows) && reader_.gate.data == nullptr && taps_.dilation == 1;
+    while (q < count) {
+      const int64_t position = origin + taps_.dilation * q;
+      Elem* const to = buffer_.get() + q * width_;
+      const int64_t run = turn && position >= 0 ? least(s.length() - position, count - q) : 0;
+      if (run <= 1) {
+        reader_.convert(s, position, block_, to);
+        ++q;
+        continue;
+      }
+      turn_in(reader_.row(reader_.rows, s, position) + block_.first * reader_.rows.channel, reader_.rows.channel, run,
+              block_, to);
+      for (int64_t i = 0; i < run; ++i)
+        if (reader_.masked(s, position + i))
+          memset(static_cast<void*>(to + i * width_), 0, static_cast<size_t>(width_) * sizeof(Elem));
+      q += run;
+    }
+  }
+
   RowReader<T> reader_;
   Taps taps_;
   ChannelBlock block_;
@@ -206,7 +275,14 @@ class Sink {
     return pointers_.get();
   }
 
-  void flush(const Segment& s, int64_t first, int64_t step, int64_t n) const {
+  void flush(const Segment& s, int64_t first, int64_t step, int64_t n) {
+    if (out_.data != nullptr && turned(out_) && reader_.gate.data == nullptr && step == 1 && first >= 0) {
+      for (int64_t i = 0; i < n; ++i)
+        if (reader_.masked(s, first + i))
+          memset(static_cast<void*>(buffer_.get() + i * width_), 0, static_cast<size_t>(width_) * sizeof(Elem));
+      turn_out<T>(reinterpret_cast<const C*>(buffer_.get()), n, block_, target(s, first), out_.channel);
+      return;
+    }
     for (int64_t i = 0; i < n; ++i) write(s, first + i * step, reinterpret_cast<const C*>(buffer_.get() + i * width_));
   }
 

@@ -154,6 +154,23 @@ CK_INLINE Vec<S> sum_each(Vec<S>* a) {
     return a[0];
 }
 
+// Lane j of vector i becomes lane i of vector j.
+template <class S, int kWidth, int... kLane>
+CK_INLINE void transpose_round(Vec<S>* a, std::integer_sequence<int, kLane...>) {
+  using Index = Vec<std::conditional_t<sizeof(S) == 4, int32_t, int64_t>>;
+  CK_UNROLL for (int i = 0; i < kLanes<S>; ++i) {
+    if (i & kWidth) continue;
+    const Vec<S> low = a[i], high = a[i + kWidth];
+    a[i] = __builtin_shuffle(low, high, Index{(kLane & kWidth ? kLanes<S> + kLane - kWidth : kLane)...});
+    a[i + kWidth] = __builtin_shuffle(low, high, Index{(kLane & kWidth ? kLanes<S> + kLane : kLane + kWidth)...});
+  }
+}
+template <class S, int kWidth = 1>
+CK_INLINE void transpose(Vec<S>* a) {
+  transpose_round<S, kWidth>(a, std::make_integer_sequence<int, kLanes<S>>());
+  if constexpr (2 * kWidth < kLanes<S>) transpose<S, 2 * kWidth>(a);
+}
+
 // exp(x) with relative error below 2e-7; 0 below the smallest normal number, so that no denormals arise.
 CK_INLINE Vec<float> vexp(Vec<float> x) {
   using F = Vec<float>;

@@ -216,8 +216,11 @@ class BackwardTask {
     }
     const int64_t at = ((s.batch * p_.time + s.begin + position) * p_.heads + h0_) * K_;
     with_dtype(p_.weight_dtype, [&](auto* tag) {
-      auto* to = static_cast<decltype(tag)>(p_.grad_weight) + at;
-      for (int64_t i = 0; i < count; ++i) from_float(row[i], to[i]);
+      using W = __typeof__(*tag);
+      if constexpr (std::is_same_v<Compute<W>, C>) {
+        W* const to = static_cast<W*>(p_.grad_weight) + at;
+        for (int64_t i = 0; i < count; i += kLanes<C>) store_natural(to + i, load_bytes<Vec<C>>(row + i), count - i);
+      }
     });
   }
 

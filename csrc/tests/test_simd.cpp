@@ -119,6 +119,11 @@ void reductions() {
     CK_EQUAL(sum_lanes<S>(rows[i]), expected[i]);
     CK_EQUAL(max_lanes<S>(rows[i]), static_cast<S>(100 * i + (n - 1) * (n - 1)));
   }
+  Vec<S> turned[n];
+  for (int i = 0; i < n; ++i) turned[i] = rows[i];
+  transpose<S>(turned);
+  for (int i = 0; i < n; ++i)
+    for (int j = 0; j < n; ++j) CK_EQUAL(turned[i][j], rows[j][i]);
   const Vec<S> total = sum_each<S>(rows);
   for (int i = 0; i < n; ++i) CK_EQUAL(total[i], expected[i]);
 }
