@@ -46,7 +46,7 @@ $(VENV)/.requirements: pyproject.toml setup.py $(VENV)/.torch
 	@touch $@
 
 $(NATIVE)/.built: $(VENV)/.requirements $(NATIVE_SOURCES)
-	CMAKE_ARGS=-DCK_TESTS=ON $(BIN)/python setup.py --quiet build_ext --inplace
+	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
 build: $(NATIVE)/.built
@@ -72,6 +72,7 @@ format: $(VENV)/.requirements
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 ctest: build
+	cmake --build $(BUILD) --target ck_tests
 	ctest --test-dir $(BUILD) --output-on-failure --no-tests=error
 
 abi: build
@@ -95,9 +96,9 @@ test-fast: build ctest
 cross:
 	@command -v aarch64-linux-gnu-g++ >/dev/null || { echo "cross: aarch64-linux-gnu-g++ is not installed" >&2; exit 1; }
 	cmake -S . -B build/cross -G "Unix Makefiles" -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_SYSTEM_NAME=Linux \
-	    -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCK_TORCH=OFF -DCK_PYTHON=OFF -DCK_TESTS=ON \
+	    -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCK_TORCH=OFF -DCK_PYTHON=OFF \
 	    "-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-L;/usr/aarch64-linux-gnu"
-	cmake --build build/cross
+	cmake --build build/cross --target ck_cpu ck_tests
 	if command -v qemu-aarch64 >/dev/null; then ctest --test-dir build/cross --output-on-failure; fi
 
 # ---- on a machine with a GPU: no network, no .venv, only what $(PYTHON) has

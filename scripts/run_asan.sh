@@ -14,9 +14,9 @@ stage=$build/stage
 torch=$("$python" -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])')
 pybind11=$("$python" -c 'import importlib.util as u; print(u.find_spec("pybind11").submodule_search_locations[0])')
 PATH=$(dirname "$python"):$PATH
-cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCK_SANITIZE=ON -DCK_TESTS=ON -DCK_TORCH_DIR="$torch" \
+cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCK_SANITIZE=ON -DCK_TORCH_DIR="$torch" \
     -Dpybind11_DIR="$pybind11/share/cmake/pybind11" -DPython_EXECUTABLE="$python" -DCMAKE_CXX_COMPILER="$cxx" >/dev/null
-cmake --build "$build"
+cmake --build "$build" --target all ck_tests
 
 rm -rf "$stage"
 mkdir -p "$stage"
