@@ -89,6 +89,6 @@ def test_large(check, threads, ops):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        run(check, large_problems(), ops, LARGE if threads == 1 else LARGE // 3)
+        run(check, large_problems(), ops, LARGE // (threads if ops.backend != "reference" else 4 * threads))
     finally:
         torch.set_num_threads(before)

@@ -1,6 +1,7 @@
 """Which backend runs, why another does not, and the environment variables that decide."""
 
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -127,7 +128,6 @@ def test_instruction_set_variable():
 
 def test_variables_are_documented():
     """Every variable the package reads is in one table of the documentation."""
-    import re
 
     sources = [*(ROOT / "convkernels").rglob("*.py"), *(ROOT / "csrc").rglob("*.cpp"), ROOT / "setup.py"]
     names = {name for path in sources for name in re.findall(r"CONVKERNELS_[A-Z_]+[A-Z]", path.read_text())}
