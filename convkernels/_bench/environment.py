@@ -32,8 +32,11 @@ def native_module() -> Any | None:
 
 
 def active_isa() -> str:
+    """The instruction set of the C++ kernels; "unknown" where only the information module is missing."""
     native = native_module()
-    return native.active_isa() if native else "not built"
+    if native:
+        return native.active_isa()
+    return "no native kernels" if convkernels.why_not("cpu") else "unknown"
 
 
 def device_name(device: torch.device) -> str:
@@ -67,7 +70,8 @@ def title(environment: dict[str, Any]) -> str:
     if environment["device_type"] != "cpu":
         return f"{environment['device']}, torch {environment['torch']}"
     isa, threads = environment["isa"], environment["threads"]
-    return f"{environment['device']} ({isa}, {threads} threads), torch {environment['torch']}"
+    plural = "thread" if threads == 1 else "threads"
+    return f"{environment['device']} ({isa}, {threads} {plural}), torch {environment['torch']}"
 
 
 def file_stem(environment: dict[str, Any]) -> str:

@@ -55,8 +55,9 @@ def _draw(axes, records: list[dict[str, Any]], value: Callable[[dict[str, Any]],
 
 @dataclass(frozen=True)
 class Plot:
-    """What a figure shows: a value of every record, one row of panels per dtype, one column per direction."""
+    """What a figure shows: a value of every record of a list, a row of panels per dtype, a column per direction."""
 
+    records: str
     heading: str
     label: str
     value: Callable[[dict[str, Any]], float | None]
@@ -64,8 +65,9 @@ class Plot:
     by_dtype: bool = True
 
 
-SPEED = Plot("Speed against sequence length", "speed [examples/s]", lambda r: r["examples_per_second"])
+SPEED = Plot("records", "Speed against sequence length", "speed [examples/s]", lambda r: r["examples_per_second"])
 WORK = Plot(
+    "work",
     "FLOPs against sequence length",
     "work [FLOPs per example]",
     lambda r: r["flops"] and r["flops"] / r["batch"],
@@ -89,7 +91,7 @@ def _save(plot: Plot, section: dict[str, Any], dtypes: list[str], path: Path) ->
     figure, grid = plt.subplots(len(rows), 2, figsize=(10.5, height), squeeze=False, sharex=True, sharey="row")
     for row, dtype in enumerate(rows):
         for axes, direction in zip(grid[row], (FORWARD, BOTH), strict=True):
-            chosen = [r for r in section["records"] if (r["direction"], r["dtype"]) == (direction, dtype)]
+            chosen = [r for r in section[plot.records] if (r["direction"], r["dtype"]) == (direction, dtype)]
             _draw(axes, chosen, plot.value, plot.nested)
             suffix = f", {_DTYPES.get(dtype, dtype)}" if plot.by_dtype else ""
             axes.set_title(direction + suffix, fontsize=10.5)
@@ -100,12 +102,14 @@ def _save(plot: Plot, section: dict[str, Any], dtypes: list[str], path: Path) ->
     for axes in grid.flat:
         entries.update({name: handle for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)})
     figure.legend(entries.values(), entries.keys(), loc="lower center", ncols=3, frameon=False, fontsize=9.5)
-    shape = f"C={settings['channels']}, H={settings['heads']}, K={settings['taps']}"
-    under = f"{environment.title(section['environment'])}; {shape}; {settings['tokens']} tokens per batch, of real text"
+    shape = (
+        f"C={settings['channels']}, H={settings['heads']}, K={settings['taps']}, {settings['tokens']} tokens per batch"
+    )
+    under = f"{environment.title(section['environment'])}; {shape}, of real text"
     figure.text(0.5, 1 - 0.3 / height, plot.heading, ha="center", fontsize=13, fontweight="bold")
     figure.text(0.5, 1 - 0.55 / height, under, ha="center", fontsize=9)
     figure.tight_layout(rect=(0, footer / height, 1, 1 - (_HEADER - 0.2) / height))
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100, pil_kwargs={"optimize": True})
     plt.close(figure)
     return path
 

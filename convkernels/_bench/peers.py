@@ -10,7 +10,7 @@ Source: Wu et al. 2019; Tay et al. 2021, equations 2 and 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -190,7 +190,7 @@ def channels_first(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def disagreement(results: tuple[torch.Tensor, ...], references: tuple[torch.Tensor, ...]) -> float:
+def disagreement(results: Iterable[torch.Tensor], references: Iterable[torch.Tensor]) -> float:
     """Largest relative distance |a - r| / |r| (Euclidean norms) over pairs of tensors."""
     pairs = zip(results, references, strict=True)
     return max(float((a.double() - r.double()).norm() / r.double().norm().clamp_min(1e-30)) for a, r in pairs)

@@ -79,7 +79,7 @@ class Settings:
     seconds: float = 10.0
     slow_call: float = 0.25
     stop_call: float = 0.7
-    compile_seconds: float = 15.0
+    compile_seconds: float = 20.0
     all_peers: bool = False
 
     @property
@@ -194,6 +194,7 @@ class Sweep:
     def __init__(self, settings: Settings, device: torch.device) -> None:
         self.settings, self.device = settings, device
         self.records: list[dict[str, Any]] = []
+        self.work: list[dict[str, Any]] = []
         self.notes: list[str] = []
         self.stopped: set[tuple[Line, torch.dtype, str]] = set()
         self.compiled: dict[tuple[Line, int, torch.dtype], tuple[Callable, set[str]]] = {}
@@ -287,6 +288,12 @@ class Sweep:
         copy = times.pop("copy")
         copy_speed = 2 * inputs.x.nbytes / copy.median
         batch = inputs.x.shape[0]
+        work = {
+            (line, direction): case.flops(direction) for line, case in cases.items() for direction in (FORWARD, BOTH)
+        }
+        for (line, direction), count in work.items():
+            shape = {"dtype": _name(dtype), "batch": batch, "length": length}
+            self.work.append({"line": line.label, "direction": direction, **shape, "flops": count})
         for (line, direction), t in times.items():
             case = cases[line]
             if t.median > settings.stop_call and line.form != OURS and length < settings.lengths[-1]:
@@ -310,7 +317,7 @@ class Sweep:
                     "bytes_per_second": case.bytes[direction] / t.median,
                     "copy_fraction": case.bytes[direction] / t.median / copy_speed,
                     "copy_seconds": copy.median,
-                    "flops": case.flops(direction),
+                    "flops": work[line, direction],
                     "peak_extra_bytes": memory[line, direction],
                 }
             )
@@ -338,6 +345,7 @@ class Sweep:
                 "vocabulary": text.vocabulary_size(),
             },
             "records": self.records,
+            "work": self.work,
             "notes": self.notes,
         }
 
