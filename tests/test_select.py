@@ -121,14 +121,12 @@ def test_instruction_set_variable():
         pytest.skip("; ".join(ck.why_not("cpu")))
     assert run_python(CALL, CONVKERNELS_CPU_ISA="portable").stdout.strip() == "1.0"
     refused = run_python(CALL, CONVKERNELS_CPU_ISA="mmx")
-    assert (
-        refused.returncode != 0 and "CONVKERNELS_CPU_ISA: expected one of" in refused.stderr and "mmx" in refused.stderr
-    )
+    assert refused.returncode != 0
+    assert re.search("expected one of .*portable.*got 'mmx'", refused.stderr), refused.stderr
 
 
 def test_variables_are_documented():
     """Every variable the package reads is in one table of the documentation."""
-
     sources = [*(ROOT / "convkernels").rglob("*.py"), *(ROOT / "csrc").rglob("*.cpp"), ROOT / "setup.py"]
     names = {name for path in sources for name in re.findall(r"CONVKERNELS_[A-Z_]+[A-Z]", path.read_text())}
     documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
