@@ -8,6 +8,10 @@
 
 namespace ck::cpu {
 
+// CONVKERNELS_POISON=1: memory is filled with NaN when it is allocated, so that tests see what is read or left
+// unwritten.
+bool poisoned();
+
 // A [batch, time, channel] tensor with any strides.
 struct Rows {
   void* data = nullptr;

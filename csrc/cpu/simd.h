@@ -14,7 +14,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "../common/dtypes.h"
+#include "problem.h"
 
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -364,6 +364,7 @@ class Scratch {
     // A vector of slack on top: rows may be written in whole vectors.
     const size_t bytes = static_cast<size_t>(count > 0 ? count : 1) * sizeof(S) + 128;
     data_ = static_cast<S*>(::operator new(bytes, kAlignment));
+    if (poisoned()) memset(static_cast<void*>(data_), 0xff, bytes);
   }
   ~Scratch() { ::operator delete(data_, kAlignment); }
   Scratch(const Scratch&) = delete;
