@@ -79,7 +79,7 @@ abi: build
 	$(BIN)/python scripts/check_abi.py $(NATIVE)/libconvkernels_cpu.so
 
 asan: install
-	PYTHON=$(BIN)/python scripts/run_asan.sh
+	PYTHON=$(BIN)/python WORKERS=$(WORKERS) scripts/run_asan.sh
 
 # Seeds faults in the kernels and shows that the tests catch each; several minutes, so not part of `make test`.
 mutants: install
