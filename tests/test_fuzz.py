@@ -12,6 +12,8 @@ from strategies import large_problems, problems, step_problems
 from convkernels.testing.bounds import Bounds, StepBounds
 
 FULL, QUICK, LARGE = 10_000, 300, 240
+# The reference is slower than the oracle and simpler than a kernel; it gets fewer.
+FULL_OF_REFERENCE = 3_000
 NEEDS = {"x": 1, "weight": 2, "bias": 4, "gate": 8, "initial_state": 16}
 
 
@@ -55,19 +57,23 @@ def run(check, strategy, ops, examples):
     over_all()
 
 
+def full(ops):
+    return FULL_OF_REFERENCE if ops.backend == "reference" else FULL
+
+
 @pytest.mark.slow
 def test_forward(ops):
-    run(check_forward, problems(), ops, FULL)
+    run(check_forward, problems(), ops, full(ops))
 
 
 @pytest.mark.slow
 def test_gradients(ops):
-    run(check_gradients, problems(), ops, FULL)
+    run(check_gradients, problems(), ops, full(ops))
 
 
 @pytest.mark.slow
 def test_step(ops):
-    run(check_step, step_problems(), ops, FULL)
+    run(check_step, step_problems(), ops, full(ops))
 
 
 def test_forward_quick(ops):

@@ -64,7 +64,7 @@ SOFTMAX_MODES = {
     "renormalize_state": {"renormalize": True, "with_state": True, "padding": "causal", "dilation": 2},
     "everything": {"renormalize": True, "weight_dropout": 0.3, "training": True, "with_seed": True, "with_gate": True,
                    "with_bias": True, "with_mask": True, "with_state": True, "return_state": True, "padding": "causal",
-                   "lengths": (3, 0, 2), "dilation": 2, "layout": "swap01"},
+                   "lengths": (2, 0, 1), "dilation": 2, "layout": "swap01"},
 }  # fmt: skip
 CASES = [(f, m) for f in FUNCTIONS for m in (*MODES, *SOFTMAX_MODES) if f != "depthwise" or m in MODES]
 
