@@ -17,6 +17,8 @@ constexpr int kRows = 16, kTapGroup = 8, kPositionVectors = 4;
 constexpr int kRows = 8, kTapGroup = 4, kPositionVectors = 2;
 #endif
 constexpr int kPositionRows = 4;
+// Rows behind the last one that an incomplete tile, and the prefetch for the one after it, look at.
+constexpr int kMargin = 2 * kRows;
 
 // filter(i, k) = base[k * tap] for all rows and channels of a head; the next head's filters lie `head` elements on.
 template <class C>

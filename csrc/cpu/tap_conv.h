@@ -193,7 +193,7 @@ inline void forward_task(const Forward& p, const ChannelPlan& plan, const Channe
   Scratch<C> logits(shared != nullptr ? 0 : pitch), filters(filter_rows * pitch);
   Scratch<C> expanded(plan.aligned ? 0 : filter_rows * K * width), bias(p.bias != nullptr ? width : 0);
   const RowReader<T> reader = input_reader<T>(p);
-  Window<T, Src> window(reader, p.taps, block, max_rows, kRows, kStaged);
+  Window<T, Src> window(reader, p.taps, block, max_rows, kMargin, kStaged);
   Sink<T, Src> staged_sink(RowReader<T>{p.y, {}}, p.y, {}, nullptr, block, max_rows, kStaged);
   const C* const bias_row = p.bias != nullptr ? bias.get() : nullptr;
   if (p.bias != nullptr) convert_bias<T>(p, block, bias.get());

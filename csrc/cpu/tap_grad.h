@@ -61,9 +61,9 @@ class BackwardTask {
         // The filters of the rows whose gradient is taken lie among those that d(x) needs if the phases meet.
         centered_(need_input_ && reversed_.left % d_ == 0),
         separate_soft_(need_filter_ && p.dropout > 0.0),
-        input_(input_reader<T>(p), p.taps, block, need_filter_ ? kMaxRows : 1, kRows, kStaged),
-        gradient_(gradient_reader<T>(p), reversed_, block, need_input_ ? kMaxRows : 1, kRows, kStaged),
-        center_(gradient_reader<T>(p), Taps{1, 0, d_}, block, kMaxRows, kRows, kStaged),
+        input_(input_reader<T>(p), p.taps, block, need_filter_ ? kMaxRows : 1, kMargin, kStaged),
+        gradient_(gradient_reader<T>(p), reversed_, block, need_input_ ? kMaxRows : 1, kMargin, kStaged),
+        center_(gradient_reader<T>(p), Taps{1, 0, d_}, block, kMaxRows, kMargin, kStaged),
         sink_(input_reader<T>(p), p.grad_x, p.grad_gate, p.grad_state, block, kMaxRows, kStaged),
         logits_(per_row_ ? pitch_ : 0),
         filters_(per_row_ && need_input_ ? window_rows() * pitch_ : 0),
