@@ -204,7 +204,8 @@ class Window {
     return to;
   }
 
-  int64_t offset_of(int64_t position_shift) const { return (position_shift + taps_.left) / taps_.dilation; }
+  // The row of the window that lies at the position of output 0, if there is one.
+  int64_t center() const { return taps_.left / taps_.dilation; }
 
  private:
   // Rows [q, count) of the window that starts at position `origin`.
@@ -373,7 +374,6 @@ class WorkList {
   }
 
   int64_t size() const { return size_; }
-  int64_t segment_count(const Problem& p) const { return p.batch * p.sequences; }
   const Item& item(int64_t i) const { return items_[i]; }
   const Segment& segment(int64_t i) const { return segments_[i]; }
 

@@ -176,7 +176,7 @@ class BackwardTask {
   // d(filters) row by row, through the softmax, to d(weight) or, if all positions share the weight, to the sums.
   void position_gradients(const Segment& s, int64_t position, int64_t n, const Elem* const* in,
                           const Elem* const* grad) {
-    const int64_t shift = centered_ ? gradient_.offset_of(0) : 0;
+    const int64_t shift = centered_ ? gradient_.center() : 0;
     for (int64_t i = 0; i < n; i += kDotRows) {
       if (plan_.aligned) {
         const int64_t units = per_head_ / Lanes<T>::kUnit;
