@@ -16,9 +16,11 @@ PYTEST_FLAGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # One test process per core: more threads in each would only fight.
-test test-fast asan: export OMP_NUM_THREADS = 1
+test test-fast asan interpreted: export OMP_NUM_THREADS = 1
+# Without it Triton 3.9 warns at every compilation that a default will change.
+test test-fast interpreted: export TRITON_DEFAULT_FP_FUSION = 1
 
-.PHONY: help install build bench test test-fast lint format ctest abi asan mutants cross gpu-build gpu-test gpu-bench clean
+.PHONY: help install build bench test test-fast lint format ctest abi asan interpreted mutants cross gpu-build gpu-test gpu-bench clean
 .NOTPARALLEL:
 
 help:
@@ -26,6 +28,7 @@ help:
 	@echo "make bench      the main job: measure, write tables and plots to $(RESULTS)/"
 	@echo "make test       lint, C++ tests, library checks, sanitizers, all Python tests (what CI runs)"
 	@echo "make test-fast  the Python and C++ tests that are quick"
+	@echo "make interpreted the tests of the triton backend in Triton's interpreter (EVERY=1: all of them, for hours)"
 	@echo "make lint|format|ctest|abi|asan|mutants|cross|clean"
 	@echo "make gpu-test gpu-bench   on a machine with a GPU, with PYTHON=<one that has torch>, no network needed"
 
@@ -49,13 +52,18 @@ $(NATIVE)/.built: $(VENV)/.requirements $(NATIVE_SOURCES)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
+# The kernels for GPUs can be interpreted, and compiled ahead of time, on a machine without one.
+$(VENV)/.triton: $(VENV)/.requirements
+	CONVKERNELS_BUILD=none $(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --editable ".[triton]"
+	@touch $@
+
 build: $(NATIVE)/.built
 
-install: build
+install: build $(VENV)/.triton
 
 # ---- the main job
 
-bench: install
+bench: build
 	$(BIN)/convkernels bench --output $(RESULTS)
 	@echo "Plots:" && find $(RESULTS) -name '*.png' | sort
 
@@ -85,11 +93,16 @@ asan: install
 mutants: install
 	$(BIN)/python scripts/mutations.py
 
+# The tests of the triton backend in Triton's interpreter: all sizes of problem, one in EVERY of each test's cases.
+EVERY ?= 16
+interpreted: install
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -k triton -m "not slow" --every $(EVERY) $(PYTEST_FLAGS)
+
 # The full run comes last, so that its summary closes the output.
-test: lint build ctest abi asan
+test: lint install ctest abi asan interpreted
 	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_FLAGS)
 
-test-fast: build ctest
+test-fast: install ctest
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu" $(PYTEST_FLAGS)
 
 # Compiles the kernels and their tests for 64-bit Arm where such a compiler is installed, and runs them where an emulator is.
@@ -106,10 +119,15 @@ cross:
 gpu-build:
 	$(PYTHON) setup.py --quiet build_ext --inplace
 
+# Every combination of options is a kernel of its own to compile, so many processes, and one in GPU_EVERY of the cases.
+GPU_WORKERS ?= 8
+GPU_EVERY ?= 12
 gpu-test: gpu-build
 	$(PYTHON) -m pytest -m gpu $(PYTEST_FLAGS)
+	$(PYTHON) -m pytest -n $(GPU_WORKERS) -k triton -m "not slow and not gpu" --every $(GPU_EVERY) $(PYTEST_FLAGS)
 
 gpu-bench: gpu-build
+	$(PYTHON) -m convkernels.cli bench --suite streaming --device cuda --output benchmarks/results
 	$(PYTHON) -m convkernels.cli bench --device cuda --output benchmarks/results
 
 clean:

@@ -14,7 +14,7 @@ import torch
 import convkernels
 
 from ._bench import environment
-from ._bench.console import say, table
+from ._bench.console import progress, say, table
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 NEEDS_EXTRA = "{} needs {}, which is not installed: pip install 'convkernels[bench]'"
@@ -52,8 +52,52 @@ def info(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _check_kernels(arguments: argparse.Namespace) -> int:
+    """Compile the Triton kernels ahead of time; exit status 1 where they break a rule or exceed their budget."""
+    try:
+        from .backends.triton import ahead
+    except ImportError as error:
+        print(f"convkernels check --kernels needs {error.name}: pip install 'convkernels[triton]'", file=sys.stderr)
+        return 2
+    variants = [v for v in ahead.VARIANTS if not arguments.only or arguments.only in v.name]
+    results = []
+    with progress(len(variants)) as step:
+        for variant in variants:
+            results += ahead.measure_all(variant, tuple(arguments.architectures))
+            step(variant.name, 1)
+    rows = [
+        (
+            r.variant,
+            r.kernel,
+            f"sm_{r.architecture}",
+            str(r.registers),
+            str(r.spills),
+            str(r.shared),
+            f"{r.wide_loads} / {r.narrow_loads}",
+            f"{r.wide_stores} / {r.narrow_stores}",
+            str(r.matrix),
+        )
+        for r in results
+    ]
+    columns = ("variant", "kernel", "for", "registers", "spilled bytes", "shared bytes", "loads 16 B / less",
+               "stores 16 B / less", "matrix instructions")  # fmt: skip
+    table("ahead-of-time compiled kernels", columns, rows)
+    if arguments.json:
+        arguments.json.write_text(ahead.to_json(results))
+        say(f"wrote {arguments.json}")
+    if arguments.update_budget:
+        ahead.BUDGET.write_text(ahead.to_budget(results))
+        say(f"wrote {ahead.BUDGET}")
+    violations = ahead.violations(results)
+    for violation in violations:
+        say(violation)
+    return 1 if violations else 0
+
+
 def check(arguments: argparse.Namespace) -> int:
     """Compare every usable backend with float64; exit status 1 when an error exceeds its bound."""
+    if arguments.kernels:
+        return _check_kernels(arguments)
     try:
         from ._bench import selfcheck
     except ImportError as error:
@@ -114,8 +158,9 @@ def bench(arguments: argparse.Namespace) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     path = arguments.output / f"{environment.file_stem(environment.describe(device))}.json"
-    run = _acceptance if arguments.suite == "acceptance" else _sweep
-    return run(arguments, device, path)
+    return {"acceptance": _acceptance, "streaming": _streaming, "sweep": _sweep}[arguments.suite](
+        arguments, device, path
+    )
 
 
 def _lengths(arguments: argparse.Namespace, default: tuple[int, ...]) -> tuple[int, ...]:
@@ -177,6 +222,24 @@ def _acceptance(arguments: argparse.Namespace, device: torch.device, path: Path)
     return 0
 
 
+def _streaming(arguments: argparse.Namespace, device: torch.device, path: Path) -> int:
+    from ._bench import streaming
+
+    defaults = streaming.Settings()
+    settings = streaming.Settings(
+        batch=arguments.batch or defaults.batch,
+        length=max(arguments.lengths) if arguments.lengths else defaults.length,
+        compiled=arguments.compile_seconds != 0,
+        seconds=arguments.seconds or defaults.seconds,
+    )
+    section = streaming.Streaming(settings, device).run()
+    streaming.print_tables(section)
+    for failure in section["failures"]:
+        say(failure)
+    _save(path, "streaming", section)
+    return 0
+
+
 def plot(arguments: argparse.Namespace) -> int:
     """Draw the plots of a results file again."""
     section = json.loads(arguments.results.read_text()).get("sweep")
@@ -210,12 +273,30 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=convkernels.__version__)
     commands = top.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help=info.__doc__).set_defaults(run=info)
-    commands.add_parser("check", help=check.__doc__).set_defaults(run=check)
+
+    command = commands.add_parser("check", help=check.__doc__)
+    command.set_defaults(run=check)
+    add = command.add_argument
+    add(
+        "--kernels",
+        action="store_true",
+        help="instead compile the Triton kernels ahead of time and show what they cost",
+    )
+    add("--architectures", type=_numbers, default=[80, 90, 100], help="compute capabilities (default: 80,90,100)")
+    add("--only", help="variants whose name contains this")
+    add("--json", type=Path, help="also write the table here")
+    add("--update-budget", action="store_true", help="make these figures the committed budget")
 
     command = commands.add_parser("bench", help=bench.__doc__)
     command.set_defaults(run=bench)
     add = command.add_argument
-    add("--suite", choices=("sweep", "acceptance"), default="sweep", help="speed against length, or the target table")
+    add(
+        "--suite",
+        choices=("sweep", "acceptance", "streaming"),
+        default="sweep",
+        help="speed against length, the target table, or the fraction of memory speed on tensors of 64 MB and more",
+    )
+    add("--batch", type=_positive, help="rows of the batch in the streaming suite (default: 16)")
     add("--output", type=Path, default=Path("convkernels-bench"), help="folder for JSON, PNG and Markdown files")
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     add("--threads", type=_positive, help="CPU threads (default: what torch takes)")

@@ -2,6 +2,7 @@
 reasons that the package itself gives.
 """
 
+import collections
 import os
 
 # Results must not depend on it (tests/test_determinism.py), and with several pytest workers more threads only cost
@@ -28,10 +29,38 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("package")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--every",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of the cases of each test run the first and then every N-th (the Triton interpreter is slow)",
+    )
+
+
+@pytest.hookimpl(trylast=True)  # after -k and -m have made their choice
+def pytest_collection_modifyitems(config, items):
+    every = config.getoption("--every")
+    seen, kept, dropped = collections.Counter(), [], []
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        (kept if seen[test] % every == 0 else dropped).append(item)
+        seen[test] += 1
+    if dropped:
+        items[:] = kept
+        config.hook.pytest_deselected(items=dropped)
+
+
 def device_of(name):
     """A device type that the backend runs on, the CPU where it can."""
     devices = convkernels.backends.BACKENDS[name].devices
     return "cpu" if devices is None or "cpu" in devices else devices[0]
+
+
+def interpreted(name):
+    """Whether the backend's kernels run in Triton's interpreter: as they are, and slowly."""
+    return name == "triton" and device_of(name) == "cpu"
 
 
 @pytest.fixture(params=list(convkernels.backends.BACKENDS))
@@ -58,11 +87,14 @@ def ops(backend):
 
 
 class RawOps:
-    """Handles of torch.ops.convkernels._<name>.<backend>."""
+    """Handles of torch.ops.convkernels._<name>.<backend>. slow: a backend made for comparison, not for speed, of which
+    tests run fewer repeats: the reference, and kernels in Triton's interpreter."""
 
     def __init__(self, backend):
         self.backend = backend
         self.device = device_of(backend)
+        self.interpreted = interpreted(backend)
+        self.slow = backend == "reference" or self.interpreted
 
     def __getattr__(self, name):
         return getattr(getattr(torch.ops.convkernels, f"_{name}"), self.backend)

@@ -163,3 +163,22 @@ def test_info_names_backends_and_variables(capsys):
 def test_check_passes_here(capsys):
     assert cli.main(["check"]) == 0
     assert "FAIL" not in capsys.readouterr().out
+
+
+def test_streaming_suite(tmp_path, capsys):
+    assert cli.main(
+        ["bench", "--suite", "streaming", "--batch", "1", "--lengths", "32", "--compile-seconds", "0",
+         "--seconds", "0.01", "--output", str(tmp_path)]
+    ) == 0  # fmt: skip
+    (path,) = tmp_path.glob("*.json")
+    section = json.loads(path.read_text())["streaming"]
+    assert not section["failures"]
+    for record in section["records"]:
+        seconds = record["seconds"]
+        moved = record["passes"] / 2 * seconds["copy"]
+        assert record["fraction"] == pytest.approx(moved / seconds["convkernels"])
+    passes = {(r["case"], r["direction"]): r["passes"] for r in section["records"]}
+    assert passes["lightweight K=7", "forward"] == 2 and passes["lightweight gate mask K=7", "backward"] == 5
+    rho = 31 * 16 / 1024
+    assert passes["dynamic K=31", "backward"] == pytest.approx(3 + 2 * rho)
+    assert "fraction of a copy" in capsys.readouterr().out

@@ -36,9 +36,7 @@ def test_hundred_runs(name, dtype, ops):
     problem = PROBLEMS[name].with_(dtype=dtype, weight_dtype=dtype)
     tensors = problem.tensors()
     first = results(ops, problem, tensors)
-    # The reference is built from PyTorch's own deterministic operators and 50 times slower; a few runs are proof
-    # enough.
-    for _ in range(REPEATS if ops.backend != "reference" else 3):
+    for _ in range(3 if ops.slow else REPEATS):
         assert same_bits(first, results(ops, problem, tensors))
 
 

@@ -18,6 +18,7 @@ ROOT = PACKAGE.parent
 # the standard library.
 ALLOWED = {
     "convkernels.testing": {"numpy", "safetensors"},
+    "convkernels.backends.triton": {"triton"},
     "convkernels.backends": set(),
     "convkernels.ops": {"convkernels.backends"},
     "convkernels.nn": {"convkernels.ops"},

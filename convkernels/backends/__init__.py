@@ -6,6 +6,7 @@ kernels callable and return None, or return the reason why that is not possible 
 ``load`` succeeds, and ``why_not(op, **facts) -> list[str]`` for limits of its own (see docs/adding-a-backend.md).
 """
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -26,8 +27,16 @@ class Backend(NamedTuple):
     """Whether ``auto`` may choose it without a warning."""
 
 
+def _triton() -> Backend:
+    """The Triton interpreter runs kernels on CPU tensors, and too slowly to be chosen by ``auto``."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    device, key = ("cpu", "CPU") if interpreted else ("cuda", "CUDA")
+    return Backend("triton", "convkernels.backends.triton", (device,), FLOATS, key, not interpreted)
+
+
 _ENTRIES = (
     Backend("cpu", "convkernels.backends.native", ("cpu",), FLOATS, None, True),
+    _triton(),
     Backend("reference", None, None, FLOATS, "CompositeExplicitAutograd", False),
 )
 

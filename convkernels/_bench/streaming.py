@@ -1,0 +1,166 @@
+"""How near the kernels come to the speed of memory: tensors of 64 MB and more, against a copy of as few bytes.
+
+    fraction of a copy = time of y.copy_(x) * (bytes moved at least) / (bytes of that copy) / time of the kernel
+
+At least means: every input read once, every output written once. In units of x: 2 forward and 3 backward, one more
+forward and two more backward with a gate, rho = K * H / C more forward and 2 * rho more backward for dynamic filters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import convkernels
+
+from . import environment, timing
+from .console import progress, table
+from .peers import DYNAMIC, LIGHTWEIGHT, PEERS, Problem
+
+COPY, OURS = "copy", "convkernels"
+
+
+@dataclass(frozen=True)
+class Settings:
+    batch: int = 16
+    length: int = 4096
+    channels: int = 1024
+    heads: int = 16
+    dtype: torch.dtype = torch.bfloat16
+    compiled: bool = True
+    seconds: float = 1.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op and the fractions of a copy that it should reach, forward and backward."""
+
+    op: str
+    taps: int
+    targets: tuple[float, float]
+    gate: bool = False
+    peers: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}{' gate mask' if self.gate else ''} K={self.taps}"
+
+    def passes(self, settings: Settings) -> tuple[float, float]:
+        """Least traffic of the forward and of the backward pass in units of the bytes of x."""
+        rho = self.taps * settings.heads / settings.channels if self.op == DYNAMIC else 0.0
+        return 2 + self.gate + rho, 3 + 2 * self.gate + 2 * rho
+
+
+CASES = (
+    Case(LIGHTWEIGHT, 3, (0.93, 0.90)),
+    Case(LIGHTWEIGHT, 7, (0.93, 0.90), peers=("conv1d", "compile")),
+    Case(LIGHTWEIGHT, 15, (0.90, 0.87)),
+    Case(LIGHTWEIGHT, 31, (0.88, 0.85), peers=("conv1d", "compile", "unfold")),
+    Case(LIGHTWEIGHT, 7, (0.88, 0.85), gate=True),
+    Case(LIGHTWEIGHT, 31, (0.88, 0.85), gate=True),
+    Case(DYNAMIC, 7, (0.88, 0.80)),
+    Case(DYNAMIC, 31, (0.88, 0.80)),
+)
+
+
+class Streaming:
+    """Times every case; a peer that fails is recorded with its error."""
+
+    def __init__(self, settings: Settings, device: torch.device) -> None:
+        self.settings, self.device = settings, device
+
+    def _calls(self, case: Case) -> Iterator[tuple[str, dict[str, Callable[[], object]]]]:
+        s = self.settings
+        problem = Problem(case.op, s.batch, s.length, s.channels, s.heads, case.taps, s.dtype)
+        generator = torch.Generator(self.device).manual_seed(0)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, device=self.device).to(s.dtype)
+
+        x, grad = (normal(s.batch, s.length, s.channels) for _ in range(2))
+        weight, target = normal(*problem.weight_shape), torch.empty_like(x)
+        extra: dict[str, torch.Tensor] = {}
+        if case.gate:
+            lengths = torch.arange(s.batch, device=self.device)[:, None] * 7 % (s.length // 4)
+            extra = {"gate": normal(*x.shape), "mask": torch.arange(s.length, device=self.device) < s.length - lengths}
+        function = convkernels.dynamic_conv1d if case.op == DYNAMIC else convkernels.lightweight_conv1d
+        forms = {
+            OURS: lambda x, weight, gate=None: function(x, weight, **extra | ({"gate": gate} if case.gate else {}))
+        }
+        for name in case.peers:
+            if self.settings.compiled or not PEERS[name].compiled:
+                form = PEERS[name].build()
+                forms[name] = lambda x, weight, gate=None, form=form: form(x, weight, problem)
+
+        def forward(form):
+            def call():
+                with torch.no_grad():
+                    return form(x, weight, extra.get("gate"))
+
+            return call
+
+        def backward(form):
+            leaves = [t.detach().requires_grad_() for t in (x, weight, *([extra["gate"]] if case.gate else []))]
+            y = form(*leaves)
+            return lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True)
+
+        for direction, prepare in (("forward", forward), ("backward", backward)):
+            yield direction, {COPY: lambda: target.copy_(x), **{name: prepare(form) for name, form in forms.items()}}
+
+    def run(self) -> dict[str, Any]:
+        import torch._functorch.config as functorch_config
+
+        clock, records, failures = timing.clock_for(self.device), [], []
+        with functorch_config.patch(donated_buffer=False), progress(2 * len(CASES)) as step:
+            for case in CASES:
+                for (direction, calls), passes, aim in zip(
+                    self._calls(case), case.passes(self.settings), case.targets, strict=True
+                ):
+                    times = timing.interleaved(
+                        calls,
+                        clock,
+                        self.settings.seconds,
+                        slow_s=0.5,
+                        on_error=lambda name, error: failures.append(f"{name}: {type(error).__name__}: {error}"),
+                    )
+                    seconds = {name: t.median for name, t in times.items()}
+                    record = {"case": case.name, "direction": direction, "passes": passes, "target": aim}
+                    record |= {"seconds": seconds, "fraction": passes / 2 * seconds[COPY] / seconds[OURS]}
+                    records.append(record)
+                    step(f"{case.name} {direction}", 1)
+        s = self.settings
+        return {
+            "environment": environment.describe(self.device),
+            "shape": {"batch": s.batch, "length": s.length, "channels": s.channels, "heads": s.heads,
+                      "dtype": str(s.dtype)[6:]},
+            "records": records,
+            "failures": failures,
+        }  # fmt: skip
+
+
+COLUMNS = ("case", "direction", "times x moved at least", "us", "of a copy", "target", "verdict", "times faster than")
+
+
+def rows(section: dict[str, Any]) -> list[tuple[str, ...]]:
+    result = []
+    for r in section["records"]:
+        seconds = r["seconds"]
+        against = ", ".join(
+            f"{name} {time / seconds[OURS]:.2f}" for name, time in seconds.items() if name not in (COPY, OURS)
+        )
+        result.append(
+            (
+                r["case"], r["direction"], f"{r['passes']:.2f}", f"{seconds[OURS] * 1e6:.0f}", f"{r['fraction']:.2f}",
+                f">= {r['target']:.2f}", "PASS" if r["fraction"] >= r["target"] else "miss", against,
+            )
+        )  # fmt: skip
+    return result
+
+
+def print_tables(section: dict[str, Any]) -> None:
+    shape = section["shape"]
+    size = f"B={shape['batch']} T={shape['length']} C={shape['channels']} H={shape['heads']} {shape['dtype']}"
+    table(f"fraction of a copy, {size}, {environment.title(section['environment'])}", COLUMNS, rows(section))

@@ -1,0 +1,230 @@
+"""Compiles the kernels ahead of time, without a GPU, and reads what they cost from the machine code.
+
+The launches are those of ``launch``, for tensors without memory, so what is compiled is what would run.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import configs, launch
+
+ARCHITECTURES = (80, 90, 100)
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+BUDGET = Path(__file__).parent / "budget.json"
+STREAMING = ("conv_tile", "conv_band", "grad_tile", "grad_band")  # kernels that move whole [B, T, C] tensors
+_TYPES = {
+    torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64",
+    torch.int32: "i32", torch.uint8: "u8",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A problem with contiguous tensors, as models have it; channels = heads * head_channels."""
+
+    name: str
+    taps: int
+    heads: int = 16
+    head_channels: int = 64
+    dynamic: bool = False
+    softmax: bool = True
+    renormalize: bool = False
+    dropout: float = 0.0
+    gate: bool = False
+    mask: bool = False
+    bias: bool = False
+    packed: bool = False
+    state: bool = False
+    dilation: int = 1
+    dtype: torch.dtype = torch.bfloat16
+
+    def launches(self) -> Iterator[tuple]:
+        """(kernel, arguments) of the forward and the backward pass, and of a decoding step."""
+        batch, time, channels = 1 if self.packed else 8, 4096, self.heads * self.head_channels
+
+        def empty(*shape, dtype=self.dtype):
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        x = empty(batch, time, channels)
+        weight = empty(*((batch, time) if self.dynamic else ()), self.heads, self.taps)
+        bias = empty(channels) if self.bias else None
+        span = (self.taps - 1) * self.dilation
+        gate, state = x if self.gate else None, empty(batch, span, channels) if self.state else None
+        call = launch.Call(
+            x, weight, span if self.state else self.dilation * (self.taps // 2), self.dilation, self.softmax,
+            self.renormalize, self.dropout, empty(1, dtype=torch.int64), gate,
+            empty(batch, time, dtype=torch.bool) if self.mask else None,
+            empty(9, dtype=torch.int64) if self.packed else None, state,
+        )  # fmt: skip
+        none = empty(0)
+        results = (
+            empty(*x.shape), empty(*weight.shape), empty(channels) if self.bias else none,
+            empty(*x.shape) if self.gate else none, none if state is None else empty(*state.shape),
+        )  # fmt: skip
+        kernel, _, arguments = launch.forward_launch(call, bias, empty(*x.shape), configs.choose(call.shape, False))
+        yield kernel, arguments
+        config = configs.choose(call.shape, True)
+        for kernel, _, arguments in launch.gradient_launches(call, empty(*x.shape), results, config):
+            yield kernel, arguments
+        if not (self.packed or self.mask or self.dropout):
+            row = empty(256, channels)
+            kernel, _, arguments = launch.step_launch(
+                row, empty(256, span, channels), empty(256, *weight.shape[2:]) if self.dynamic else weight,
+                self.dilation, self.softmax, self.renormalize, bias, row if self.gate else None,
+                empty(256, dtype=torch.int64) if self.state else None, None, empty(*row.shape),
+            )  # fmt: skip
+            yield kernel, arguments
+
+
+VARIANTS = (
+    *(Variant(f"light K={taps}", taps) for taps in (3, 7, 15, 31, 63)),
+    Variant("light gate mask K=7", 7, gate=True, mask=True),
+    Variant("light gate mask K=31", 31, gate=True, mask=True),
+    Variant("light dropout K=31", 31, dropout=0.1),
+    Variant("light renormalize packed K=7", 7, renormalize=True, packed=True),
+    Variant("light dilated bias K=7", 7, dilation=2, bias=True),
+    Variant("light state K=7", 7, state=True),
+    Variant("light float32 K=7", 7, dtype=torch.float32),
+    Variant("light float32 K=31", 31, dtype=torch.float32),
+    Variant("light float16 K=7", 7, dtype=torch.float16),
+    Variant("light float16 K=31", 31, dtype=torch.float16),
+    Variant("depthwise bias K=4", 4, heads=1024, head_channels=1, softmax=False, bias=True),
+    Variant("depthwise K=31", 31, heads=1024, head_channels=1, softmax=False),
+    Variant("depthwise gate mask K=4", 4, heads=1024, head_channels=1, softmax=False, gate=True, mask=True),
+    Variant("depthwise float32 K=7", 7, heads=1024, head_channels=1, softmax=False, dtype=torch.float32),
+    Variant("dynamic K=7", 7, dynamic=True),
+    Variant("dynamic K=31", 31, dynamic=True),
+    Variant("dynamic dropout K=31", 31, dynamic=True, dropout=0.1),
+    Variant("dynamic gate mask K=7", 7, dynamic=True, gate=True, mask=True),
+    Variant("dynamic float32 K=7", 7, dynamic=True, dtype=torch.float32),
+    Variant("dynamic per channel K=4", 4, heads=1024, head_channels=1, dynamic=True),
+)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one kernel takes. spills: bytes of stack per thread. wide and narrow: loads and stores of global memory of
+    16 bytes per thread, and of fewer. matrix: matrix instructions."""
+
+    variant: str
+    kernel: str
+    architecture: int
+    registers: int
+    spills: int
+    shared: int
+    wide_loads: int
+    narrow_loads: int
+    wide_stores: int
+    narrow_stores: int
+    matrix: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.variant} / {self.kernel} / sm_{self.architecture}"
+
+
+def source(kernel, arguments: dict) -> tuple[ASTSource, dict]:
+    """What the compiler gets for a launch, specialised as a launch would be: integers that are 1 become constants,
+    divisibility by 16 is passed on."""
+    rest = dict(arguments)
+    options = {name: rest.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in rest}
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = rest.pop(parameter.name)
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = f"*{_TYPES[value.dtype]}"
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    if rest:
+        raise TypeError(f"{kernel.__name__}: no parameters for {sorted(rest)}")
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def measure(variant: str, kernel, arguments: dict, architecture: int) -> Resources:
+    """Compile one launch for one architecture and read its machine code."""
+    what, options = source(kernel, arguments)
+    compiled = triton.compile(what, target=GPUTarget("cuda", architecture, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        code = _tool("nvdisasm", "-c", file.name)
+    registers, stack, local = (
+        int(re.search(rf"\b{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK", "LOCAL")
+    )  # fmt: skip
+    loads, stores = (re.findall(rf"\b{name}((?:\.\w+)*)", code) for name in ("LDG", "STG"))
+    # Asynchronous copies to shared memory are loads as well; they name their width in the same way.
+    loads += re.findall(r"\bLDGSTS((?:\.\w+)*)", code)
+
+    def wide(accesses):
+        return sum(".128" in access for access in accesses)
+
+    return Resources(
+        variant, kernel.__name__, architecture, registers, stack + local, compiled.metadata.shared, wide(loads),
+        len(loads) - wide(loads), wide(stores), len(stores) - wide(stores), len(re.findall(r"\b\w*MMA\.", code)),
+    )  # fmt: skip
+
+
+def measure_all(variant: Variant, architectures=ARCHITECTURES) -> list[Resources]:
+    """Every launch of a variant for every architecture."""
+    return [
+        measure(variant.name, kernel, arguments, architecture)
+        for kernel, arguments in variant.launches()
+        for architecture in architectures
+    ]
+
+
+def violations(results: list[Resources]) -> list[str]:
+    """What breaks a rule (no spills; 16-byte loads and stores where whole tensors move), or takes more registers or
+    shared memory than the committed budget allows. Budgets are those of one Triton version and hold for no other."""
+    budget = json.loads(BUDGET.read_text())
+    limits = budget["limits"] if budget["triton"] == triton.__version__ else {}
+    found = []
+    for result in results:
+        if result.spills:
+            found.append(f"{result.key}: {result.spills} bytes of stack, expected none")
+        if result.kernel in STREAMING and not (result.wide_loads and result.wide_stores):
+            found.append(f"{result.key}: no 16-byte loads and stores")
+        if limits:
+            allowed = limits.get(result.key)
+            if allowed is None:
+                found.append(f"{result.key}: not in the budget")
+            else:
+                found += [
+                    f"{result.key}: {name} {getattr(result, name)}, the budget has {allowed[name]}"
+                    for name in ("registers", "shared")
+                    if getattr(result, name) > allowed[name]
+                ]
+    return found
+
+
+def to_budget(results: list[Resources]) -> str:
+    """The text of the budget file that these results just meet."""
+    limits = {result.key: {"registers": result.registers, "shared": result.shared} for result in results}
+    return json.dumps({"triton": triton.__version__, "limits": limits}, indent=1) + "\n"
+
+
+def to_json(results: list[Resources]) -> str:
+    return (
+        json.dumps({"triton": triton.__version__, "kernels": [asdict(result) for result in results]}, indent=1) + "\n"
+    )

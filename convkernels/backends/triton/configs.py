@@ -1,0 +1,173 @@
+"""Launch configurations: plain data, chosen by pure functions of the problem, the same on every device."""
+
+from dataclasses import dataclass
+
+MATRIX_CHANNELS = 16  # least width of a matrix unit's operand
+MATRIX_TAPS = 65  # filters longer than this need band matrices that no longer fit into the registers
+PROGRAMS = 1024  # about as many programs as keep the largest device busy, where a program may walk many tiles
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the choice depends on. itemsize: bytes of an element of x. per_row: filters differ between positions."""
+
+    batch: int
+    time: int
+    channels: int
+    heads: int
+    taps: int
+    dilation: int = 1
+    dtype: str = "float32"
+    per_row: bool = False
+    gate: bool = False
+    packed: bool = False
+    state: bool = False
+
+    @property
+    def head_channels(self) -> int:
+        return self.channels // self.heads
+
+    @property
+    def span(self) -> int:
+        return (self.taps - 1) * self.dilation
+
+
+@dataclass(frozen=True)
+class Tile:
+    """conv_tile, grad_tile: BT positions by BC channels; KP sums of taps in registers; UNROLL taps unrolled."""
+
+    BT: int
+    BC: int
+    KP: int
+    UNROLL: int
+    num_warps: int
+    num_stages: int = 1
+
+
+@dataclass(frozen=True)
+class Band:
+    """conv_band, grad_band: BT positions, a window of BT + HALO, BC channels, filters padded to KP taps, TILES tiles
+    per program. maxnreg: without it the assembler spills a register or two to fit one more block of threads."""
+
+    BT: int
+    HALO: int
+    BC: int
+    KP: int
+    TILES: int
+    num_warps: int
+    num_stages: int = 1
+    maxnreg: int = 255
+
+
+@dataclass(frozen=True)
+class Rows:
+    """grad_filter_rows, filter_sums: BT positions by BH heads of RP channels at a time."""
+
+    BT: int
+    BH: int
+    RP: int
+    num_warps: int = 4
+
+
+@dataclass(frozen=True)
+class Step:
+    """conv_step: BC channels, filters padded to KP taps, BS rows of the state moved at a time."""
+
+    BC: int
+    KP: int
+    BS: int
+    num_warps: int = 4
+    maxnreg: int = 255
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def parts(dtype: str, gated: bool = False) -> int:
+    """How many bfloat16 numbers hold an element exactly: 1 for bfloat16, 2 for float16, 3 for float32 (a gated input is
+    float32)."""
+    return 3 if gated else {"bfloat16": 1, "float16": 2, "float32": 3}[dtype]
+
+
+def band_possible(shape: Shape) -> bool:
+    """Whether the matrix kernels can serve a problem: float64 has no split, a packed state no common window."""
+    return (
+        shape.dtype != "float64"
+        and shape.head_channels >= MATRIX_CHANNELS
+        and 1 < shape.taps <= MATRIX_TAPS
+        and not (shape.packed and shape.state)
+    )
+
+
+def forward_uses_band(shape: Shape) -> bool:
+    """Short filters are cheaper as shifted tiles, unless every shift would gate its input, or weigh its rows, anew."""
+    return band_possible(shape) and (shape.taps > 8 or shape.gate or shape.per_row)
+
+
+def backward_uses_band(shape: Shape) -> bool:
+    """The sums over channels for d(filters) are matrix products: the band serves short filters as well."""
+    return band_possible(shape)
+
+
+def choose(shape: Shape, backward: bool) -> Tile | Band:
+    """The kernel for a problem, by the type of the result, and its blocks."""
+    uses_band = backward_uses_band if backward else forward_uses_band
+    return band(shape, backward) if uses_band(shape) else tile(shape, backward)
+
+
+def tile(shape: Shape, backward: bool = False) -> Tile:
+    """A thread loads 16 bytes of a row at a time. The backward pass keeps three tiles in registers, and filters of
+    their own for every position and channel take as much again."""
+    wide = 64 if backward or shape.per_row or shape.gate or shape.dtype in ("float32", "float64") else 128
+    BC = min(power_of_2(shape.channels), wide)
+    BT = max(1, min(16 if shape.per_row else 32, power_of_2(shape.time)))
+    UNROLL = 1 if shape.per_row or backward else 4 if shape.gate else 8
+    return Tile(BT, BC, min(power_of_2(shape.taps), 16), min(shape.taps, UNROLL), 4)
+
+
+def band(shape: Shape, backward: bool = False) -> Band:
+    """The window's halo holds K - 1 rows; a tile as high as its halo, or twice as high, costs little more to read than
+    its rows. The backward pass is bound by registers (`ahead` measures them), the more so the more bfloat16 numbers
+    make up an element; as many warps share a tile as leave 16 bytes of a row to each thread."""
+    HALO = max(16, power_of_2(shape.taps - 1))
+    BT, BC, warps = max(32, HALO), 64, 4
+    if backward:
+        many = shape.gate or shape.dtype != "bfloat16"
+        if shape.dtype == "float32":
+            BT, BC, warps = 16, 32, 4
+        elif many and (HALO > 16 or shape.per_row):
+            BT, BC, warps = 16, 32, 2
+        elif many:
+            BT, BC, warps = 32, 32, 4
+        elif HALO > 32:
+            BT, BC, warps = 16, 64, 4
+        else:
+            BT, BC, warps = 32, 64, 4 if HALO == 16 else 8
+    if BC > shape.head_channels:
+        narrow = power_of_2(shape.head_channels)
+        warps, BC = max(1, warps * narrow // BC), narrow
+    TILES = 1 if shape.per_row or backward else min(8, ceil_div(shape.time, BT * shape.dilation))
+    return Band(BT, HALO, BC, power_of_2(shape.taps), TILES, warps)
+
+
+def rows(shape: Shape) -> Rows:
+    RP = min(power_of_2(shape.head_channels), 64)
+    BH = max(1, min(power_of_2(shape.heads), 64 // RP))
+    return Rows(max(1, min(32, power_of_2(shape.time))), BH, RP)
+
+
+def step(channels: int, taps: int) -> Step:
+    """Tiles of at most 4096 elements."""
+    KP = power_of_2(taps)
+    return Step(min(power_of_2(channels), max(16, min(128, 4096 // KP))), KP, min(KP, 32))
+
+
+def groups(tiles: int, units: int, owners: int = 1) -> int:
+    """Programs that share the tiles of a unit: enough to fill a device, and no more than there are tiles."""
+    return max(1, min(tiles, PROGRAMS // max(1, units * owners)))

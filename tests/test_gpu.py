@@ -1,0 +1,113 @@
+"""What only a GPU can show: streams, graphs, devices, no waiting for the device, more elements than 32 bits count."""
+
+import pytest
+import torch
+
+import convkernels as ck
+from convkernels.testing.inputs import values
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
+BACKENDS = [
+    name
+    for name, entry in ck.backends.BACKENDS.items()
+    if torch.cuda.is_available() and entry.fast and not ck.why_not(name, device="cuda")
+]
+
+
+def packed(length=512, heads=4, head_size=32, taps=7, dtype=torch.bfloat16, device="cuda"):
+    """Arguments of a packed, gated, masked call, and its options."""
+    channels = heads * head_size
+    x, gate = (values((1, length, channels), dtype, salt).to(device).requires_grad_() for salt in (1, 2))
+    weight = values((heads, taps), dtype, 3).to(device).requires_grad_()
+    cu_seqlens = torch.tensor([0, 100, 100, 307, length], device=device)
+    mask = (torch.arange(length, device=device) % 11 != 0)[None]
+    return (x, weight), {"gate": gate, "mask": mask, "cu_seqlens": cu_seqlens}
+
+
+def run(backend, arguments, options):
+    y = ck.lightweight_conv1d(*arguments, **options, backend=backend)
+    return (y, *torch.autograd.grad(y, (*arguments, options["gate"]), torch.ones_like(y)))
+
+
+@pytest.fixture(params=BACKENDS or [pytest.param(None, marks=pytest.mark.skip("no backend for GPUs is usable here"))])
+def backend(request):
+    return request.param
+
+
+def test_agrees_with_the_reference(backend):
+    arguments, options = packed()
+    for a, b in zip(run(backend, arguments, options), run("reference", arguments, options), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+def test_nothing_waits_for_the_device(backend):
+    arguments, options = packed()
+    run(backend, arguments, options)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(backend, arguments, options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_graph_capture_reads_new_boundaries(backend):
+    arguments, options = packed()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run(backend, arguments, options)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(backend, arguments, options)
+    for boundaries in ([0, 100, 100, 307, 512], [0, 1, 256, 256, 512]):
+        options["cu_seqlens"].copy_(torch.tensor(boundaries))
+        graph.replay()
+        for a, b in zip(captured, run(backend, arguments, options), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_side_stream(backend):
+    arguments, options = packed()
+    expected = run(backend, arguments, options)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        # Work that the side stream, and no other, has to wait for.
+        torch.cuda._sleep(20_000_000)
+        late = tuple((a.detach() + 0).requires_grad_() for a in arguments)
+        results = run(backend, late, options)
+    stream.synchronize()
+    for a, b in zip(results, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_another_device(backend):
+    assert torch.cuda.current_device() == 0
+    expected = run(backend, *packed())
+    for a, b in zip(run(backend, *packed(device="cuda:1")), expected, strict=True):
+        assert a.device.index == 1 and torch.equal(a.cpu(), b.cpu())
+
+
+def test_hundred_runs_give_the_same_bits(backend):
+    arguments, options = packed(length=3000)
+    first = run(backend, arguments, options)
+    for _ in range(100):
+        assert all(torch.equal(a, b) for a, b in zip(run(backend, arguments, options), first, strict=True))
+
+
+def test_more_elements_than_32_bits_count(backend):
+    length, channels, taps = (1 << 21) + 100, 1024, 4
+    if torch.cuda.mem_get_info()[0] < 3 * 2 * length * channels:
+        pytest.skip("not enough memory")
+    x = torch.ones(1, length, channels, dtype=torch.bfloat16, device="cuda")
+    x[0, -50:] = values((50, channels), torch.bfloat16, 1).cuda()
+    weight = values((channels, taps), torch.float32, 2).cuda()
+    with torch.no_grad():
+        y = ck.depthwise_conv1d(x, weight, padding="causal", backend=backend)[:, -40:]
+        expected = ck.depthwise_conv1d(x[:, -60:], weight, padding="causal", backend="reference")[:, -40:]
+    torch.testing.assert_close(y, expected)
