@@ -94,7 +94,7 @@ mutants: install
 	$(BIN)/python scripts/mutations.py
 
 # The tests of the triton backend in Triton's interpreter: all sizes of problem, one in EVERY of each test's cases.
-EVERY ?= 16
+EVERY ?= 24
 interpreted: install
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -k triton -m "not slow" --every $(EVERY) $(PYTEST_FLAGS)
 

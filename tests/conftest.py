@@ -3,6 +3,8 @@ reasons that the package itself gives.
 """
 
 import collections
+import functools
+import importlib.util
 import os
 
 # Results must not depend on it (tests/test_determinism.py), and with several pytest workers more threads only cost
@@ -18,6 +20,32 @@ import torch
 import convkernels
 
 torch.set_num_threads(1)
+
+
+def _quicken_the_interpreter():
+    """Triton's interpreter prepares its language modules anew for every call of a device function, and a table of types
+    for every operation; that is most of its time. Here the launch prepares them all. The kernels run as before."""
+    import triton.language.standard as library
+    from triton.runtime import interpreter
+
+    patch, type_of = interpreter._patch_lang, interpreter._get_np_dtype
+    of_scalar = functools.cache(type_of)
+
+    def patch_for_launch(kernel):
+        scope = patch(kernel)
+        patch(library.zeros.fn)
+        return scope
+
+    def call(self, *arguments, **named):
+        return self.rewrite()(*arguments, **named)
+
+    interpreter._patch_lang = patch_for_launch
+    interpreter.InterpretedFunction.__call__ = call
+    interpreter._get_np_dtype = lambda t: type_of(t) if t.is_ptr() else of_scalar(t.scalar)
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    _quicken_the_interpreter()
 hypothesis.settings.register_profile(
     "package",
     derandomize=True,

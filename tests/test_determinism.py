@@ -36,7 +36,7 @@ def test_hundred_runs(name, dtype, ops):
     problem = PROBLEMS[name].with_(dtype=dtype, weight_dtype=dtype)
     tensors = problem.tensors()
     first = results(ops, problem, tensors)
-    for _ in range(3 if ops.slow else REPEATS):
+    for _ in range(2 if ops.slow else REPEATS):
         assert same_bits(first, results(ops, problem, tensors))
 
 

@@ -181,8 +181,9 @@ def test_second_order_through_the_public_op(backend):
     public = getattr(torch.ops.convkernels.tap_conv, backend)
     x = values((2, 5, 4), torch.float64, 1).clone().requires_grad_()
     weight = values((2, 3), torch.float64, 2).clone().requires_grad_()
-    assert gradcheck(lambda x, w: public(x, w, 1, 1, True), (x, weight))
-    assert gradgradcheck(lambda x, w: public(x, w, 1, 1, True), (x, weight))
+    fast = interpreted(backend)
+    assert gradcheck(lambda x, w: public(x, w, 1, 1, True), (x, weight), fast_mode=fast)
+    assert gradgradcheck(lambda x, w: public(x, w, 1, 1, True), (x, weight), fast_mode=fast)
 
 
 def test_third_derivative(backend):

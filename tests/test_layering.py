@@ -136,7 +136,8 @@ def test_table_of_backends():
         assert entry.name == name and entry.dtypes
         assert all(isinstance(d, torch.dtype) for d in entry.dtypes)
         if entry.module is not None:
-            path = ROOT.joinpath(*entry.module.split(".")).with_suffix(".py")
+            stem = ROOT.joinpath(*entry.module.split("."))
+            path = stem / "__init__.py" if stem.is_dir() else stem.with_suffix(".py")
             defined = {n.name for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef)}
             assert "load" in defined, f"{entry.module} has no load()"
 

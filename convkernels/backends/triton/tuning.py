@@ -2,7 +2,7 @@
 
 Nothing here happens by itself. With ``CONVKERNELS_TUNE=1`` the first call of every shape times the candidates and the
 fastest is kept in a file. With ``CONVKERNELS_TUNED=<file>`` (when tuning, by default one in the user's cache) the
-choices of that file are used, whoever made it; shapes that it does not hold take those of ``configs``. The file is JSON,
+choices of that file are used, whoever made it; shapes that it lacks take those of ``configs``. The file is JSON,
 {device: {shape: {fields}}}, and may be edited, shortened and committed.
 """
 
