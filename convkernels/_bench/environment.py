@@ -18,6 +18,8 @@ VARIABLES = {
     "CONVKERNELS_BACKEND": "what backend='auto' means",
     "CONVKERNELS_STRICT": "1: an error instead of a warning when only the slow reference is left",
     "CONVKERNELS_CPU_ISA": "portable, avx2 or avx512: use no newer CPU instructions than these",
+    "CONVKERNELS_TUNE": "1: the triton backend times launch configurations and keeps the fastest",
+    "CONVKERNELS_TUNED": "file with the launch configurations to use",
     "CONVKERNELS_SIMT": "run the CUDA kernels on the CPU, for tests",
     "CONVKERNELS_GOLDEN": "folder with the recorded results that the tests compare with",
 }

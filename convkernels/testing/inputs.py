@@ -13,15 +13,17 @@ _POOL_OF = {dtype: _POOL.to(dtype) for dtype in (torch.float64, torch.float32, t
 
 
 def values(shape, dtype, seed):
-    """Normally distributed values of a shape, a pure function of (shape, dtype, seed)."""
+    """Normally distributed values of a shape on the default device, a pure function of (shape, dtype, seed)."""
     count = 1
     for size in shape:
         count *= size
     pool = _POOL_OF[dtype]
     start = (seed * 7919) % max(pool.numel() - count, 1)
     if count > pool.numel():
-        return pool.repeat(count // pool.numel() + 1)[:count].reshape(shape)
-    return pool[start : start + count].reshape(shape)
+        chosen = pool.repeat(count // pool.numel() + 1)[:count]
+    else:
+        chosen = pool[start : start + count]
+    return chosen.reshape(shape).to(torch.get_default_device())
 
 
 def _garbage(shape, dtype):

@@ -16,7 +16,7 @@ from . import tap_conv as forward_kernels
 from . import tap_grad as gradient_kernels
 from .configs import Band, Tile, ceil_div, power_of_2
 
-DTYPES = {"float64": tl.float64, "float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float16}
+ROWS_OF_A_LAUNCH = 65_535  # what the second dimension of a grid may count
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -327,15 +327,23 @@ def tap_step(
     x, state, weight, dilation=1, softmax=False, renormalize=False, bias=None, gate=None, state_index=None,
     position=None,
 ) -> Tensor:  # fmt: skip
-    """The operator ``tap_step``: one launch."""
+    """The operator ``tap_step``: one launch (one per 65,535 rows)."""
     y = torch.empty_like(x)
     if y.numel() == 0:
         return y
-    kernel, grid, arguments = step_launch(
-        x, state, weight, dilation, softmax, renormalize, bias, gate, state_index, position, y
-    )
+    whole = x.shape[0] if state_index is not None else ROWS_OF_A_LAUNCH
     with _on(x):
-        kernel[grid](**arguments)
+        for first in range(0, x.shape[0], whole):
+
+            def rows(tensor: Tensor | None, first=first) -> Tensor | None:
+                shared = tensor is None or tensor.shape[0] != x.shape[0]
+                return tensor if shared else tensor[first : first + whole]
+
+            kernel, grid, arguments = step_launch(
+                rows(x), rows(state), weight if weight.dim() == 2 else rows(weight), dilation, softmax, renormalize,
+                bias, rows(gate), state_index, rows(position), rows(y),
+            )  # fmt: skip
+            kernel[grid](**arguments)
     return y
 
 
