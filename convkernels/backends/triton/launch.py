@@ -3,8 +3,8 @@
 No launch waits for the device: shapes and strides decide everything, ``cu_seqlens`` and the seed are read by kernels.
 """
 
-import contextlib
 import struct
+import threading
 from dataclasses import asdict, dataclass
 
 import torch
@@ -16,6 +16,7 @@ from . import tap_conv as forward_kernels
 from . import tap_grad as gradient_kernels
 from .configs import Band, Tile, ceil_div, power_of_2
 
+_INTERPRETER = threading.RLock()
 ROWS_OF_A_LAUNCH = 65_535  # what the second dimension of a grid may count
 
 
@@ -24,8 +25,9 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _on(tensor: Tensor):
-    """Triton launches on the current device."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    """Triton launches on the current device. Its interpreter alters its language module while a kernel runs, so that
+    kernels of several threads have to take turns there."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else _INTERPRETER
 
 
 def _bits(number: float) -> int:
