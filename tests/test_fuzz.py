@@ -50,10 +50,10 @@ def check_step(ops, problem):
     bounds.state().check(t["state"], "state")
 
 
-def run(check, strategy, ops, examples):
+def run(check, strategy, ops, examples, interpreted=INTERPRETED):
     if ops.interpreted:
         strategy = strategy.map(shorter)
-        examples = min(examples, INTERPRETED if examples != LARGE else INTERPRETED_LARGE)
+        examples = min(examples, interpreted)
 
     @settings(max_examples=examples)
     @given(problem=strategy)
@@ -110,6 +110,7 @@ def test_large(check, threads, ops):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        run(check, large_problems(), ops, LARGE // (threads if ops.backend != "reference" else 4 * threads))
+        share = threads if ops.backend != "reference" else 4 * threads
+        run(check, large_problems(), ops, LARGE // share, INTERPRETED_LARGE)
     finally:
         torch.set_num_threads(before)

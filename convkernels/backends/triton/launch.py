@@ -192,8 +192,7 @@ def gradient_launches(call: Call, grad: Tensor, results: tuple, config: Tile | B
     aligned = call.left % call.dilation == 0  # some tap reads its own position
     arguments = {
         **call.inputs, **call.filters, **call.relation, **call.search, **call.dropping, **call.flags, "H": call.H,
-        "grad": grad, "seed": call.seed, "cu_seqlens": call.cu_seqlens,
-        **{f"dy_{axis}": stride for axis, stride in zip(("batch", "time", "channel"), grad.stride(), strict=True)},
+        "grad": grad, **_strides("dy", grad), "seed": call.seed, "cu_seqlens": call.cu_seqlens,
     }  # fmt: skip
     dx, dgate = grad_x if need_x else call.x, grad_gate if need_gate else call.x
     outputs = {
@@ -236,11 +235,10 @@ def _bias_launches(call: Call, grad: Tensor, grad_bias: Tensor):
     c_blocks, row_blocks = ceil_div(call.C, config.BC), call.B * ceil_div(call.T, config.BT)
     groups = configs.groups(row_blocks, c_blocks)
     biases = _partial(call, groups, call.C)
-    batch, time, channel = grad.stride()
     arguments = {
-        "grad": grad, "biases": biases, "T": call.T, "C": call.C, "row_blocks": row_blocks, "c_blocks": c_blocks,
-        "groups": groups, "dy_batch": batch, "dy_time": time, "dy_channel": channel, "DTYPE": call.accumulator,
-        "BT": config.BT, "BC": config.BC, "num_warps": config.num_warps,
+        "grad": grad, **_strides("dy", grad), "biases": biases, "T": call.T, "C": call.C, "groups": groups,
+        "row_blocks": row_blocks, "c_blocks": c_blocks, "DTYPE": call.accumulator, "BT": config.BT, "BC": config.BC,
+        "num_warps": config.num_warps,
     }  # fmt: skip
     yield gradient_kernels.sum_rows, (groups * c_blocks,), arguments
     yield _reduce_bias(call, biases, grad_bias)
