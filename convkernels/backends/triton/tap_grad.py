@@ -136,7 +136,10 @@ def grad_tile(
             if HAS_GATE:
                 z *= sigmoid(load_rows(gate_at, s, wanted, gate_time, DTYPE))
         dz = tl.zeros([BT, BC], DTYPE)
-        for j in tl.range(0, K, loop_unroll_factor=UNROLL):
+        # Constant bounds where there are no further programs: they save registers.
+        start = 0 if KP >= K else first_tap
+        stop = K if KP >= K else tl.where(first_tap == 0, K, tl.minimum(first_tap + KP, K))
+        for j in tl.range(start, stop, loop_unroll_factor=UNROLL):
             t = target(s, j, left, dilation)
             reached = inside & (t >= begin) & (t < end)
             dy = load_rows(dy_at, t, reached, dy_time, DTYPE)
