@@ -59,6 +59,9 @@ def _check_kernels(arguments: argparse.Namespace) -> int:
     except ImportError as error:
         print(f"convkernels check --kernels needs {error.name}: pip install 'convkernels[triton]'", file=sys.stderr)
         return 2
+    if arguments.update_budget and (arguments.only or set(arguments.architectures) != set(ahead.ARCHITECTURES)):
+        print("check: --update-budget replaces the whole budget: leave out --only and --architectures", file=sys.stderr)
+        return 2
     variants = [v for v in ahead.VARIANTS if not arguments.only or arguments.only in v.name]
     results = []
     with progress(len(variants)) as step:
