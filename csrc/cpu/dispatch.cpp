@@ -39,14 +39,6 @@ const Kernels& choose() {
 
 }  // namespace
 
-bool poisoned() {
-  static const bool wanted = [] {
-    const char* value = std::getenv("CONVKERNELS_POISON");
-    return value != nullptr && std::string(value) == "1";
-  }();
-  return wanted;
-}
-
 const Kernels& kernels() {
   static const Kernels& chosen = choose();
   return chosen;

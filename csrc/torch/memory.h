@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "csrc/cpu/problem.h"
+#include "csrc/common/poison.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -15,7 +15,7 @@
 namespace ck {
 
 inline void poison(void* data, size_t bytes) {
-  if (bytes > 0 && cpu::poisoned()) std::memset(data, 0xff, bytes);
+  if (bytes > 0 && poisoned()) std::memset(data, 0xff, bytes);
 }
 
 // Returns whether the pages of [data, data + bytes) are mapped already, judged by three of them.
