@@ -1,0 +1,85 @@
+// From weights to filters: softmax over taps, weight dropout, and the way back for their gradients.
+#pragma once
+
+#include "inputs.cuh"
+
+namespace ck::cuda {
+
+// The filter of batch row b, position t and head h. Filters that serve all positions have t = 0, and those that serve
+// all batch rows b = 0: they are the coordinates of weight dropout.
+struct FilterAt {
+  int64_t b, t, h, base;
+
+  CK_DEVICE FilterAt(const Problem& p, int64_t batch, int64_t position, int64_t head)
+      : b(p.per_batch || p.per_position ? batch : 0),
+        t(p.per_position ? position : 0),
+        h(head),
+        base(b * p.weight_batch + t * p.weight_time + h * p.weight_head) {}
+};
+
+template <class C>
+CK_DEVICE C logit(const Problem& p, const FilterAt& f, int64_t j) {
+  return load_as<C>(p.weight, f.base + j * p.weight_tap, p.weight_dtype);
+}
+
+// Whether tap j has a share of the softmax of output t: with renormalize only if the row it reads exists.
+CK_DEVICE bool has_share(const Problem& p, int64_t t, int64_t j, const Sequence& sequence) {
+  const int64_t s = p.taps.source(t, j);
+  return !p.renormalize || (s >= sequence.first && s < sequence.end);
+}
+
+// Maximum and reciprocal sum of the exponentials of a filter's logits; (0, 1) without softmax.
+template <class C>
+struct Statistics {
+  C most = 0, inverse = 1;
+};
+
+template <class C>
+CK_DEVICE Statistics<C> statistics_of(const Problem& p, const FilterAt& f, int64_t t, const Sequence& sequence) {
+  if (!p.softmax) return {};
+  C highest = -infinity<C>(), total = 0;
+  for (int64_t j = 0; j < p.taps.taps; ++j)
+    if (has_share(p, t, j, sequence)) {
+      const C value = logit<C>(p, f, j);
+      highest = value > highest || value != value ? value : highest;
+    }
+  // Without a tap that exists all weights are 0; logits of -inf alone give NaN, as everywhere.
+  bool any = false;
+  for (int64_t j = 0; j < p.taps.taps; ++j)
+    if (has_share(p, t, j, sequence)) {
+      any = true;
+      total += exponential(logit<C>(p, f, j) - highest);
+    }
+  return any ? Statistics<C>{highest, 1 / total} : Statistics<C>{0, 0};
+}
+
+// Dropout's multiplier of tap j.
+template <class C>
+CK_DEVICE C dropout_factor(const Problem& p, const FilterAt& f, int64_t j) {
+  if (p.seed == nullptr) return 1;
+  const PhiloxBlock words = tap_words(static_cast<uint64_t>(*p.seed), f.b, f.t, f.h, j / 4);
+  // Registers have no index.
+  const uint32_t low = j % 2 == 0 ? words.word[0] : words.word[1];
+  const uint32_t high = j % 2 == 0 ? words.word[2] : words.word[3];
+  const uint32_t word = j % 4 < 2 ? low : high;
+  return word >= p.drop_below ? static_cast<C>(p.keep_scale) : C{0};
+}
+
+// p: after softmax.  factor: dropout's multiplier.  Their product is the filter's value.
+template <class C>
+struct Tap {
+  C p, factor;
+
+  CK_DEVICE C value() const { return p * factor; }
+};
+
+template <class C>
+CK_DEVICE Tap<C> tap_of(const Problem& p, const FilterAt& f, int64_t t, int64_t j, const Statistics<C>& statistics,
+                        const Sequence& sequence) {
+  C value = logit<C>(p, f, j);
+  if (p.softmax)
+    value = has_share(p, t, j, sequence) ? exponential(value - statistics.most) * statistics.inverse : C{0};
+  return {value, dropout_factor<C>(p, f, j)};
+}
+
+}  // namespace ck::cuda

@@ -1,0 +1,2 @@
+#define CK_TYPE double
+#include "plain.inc.cuh"
