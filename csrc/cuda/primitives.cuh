@@ -1,0 +1,138 @@
+// What kernels are written with: the one place of inline PTX. Compiled by a host compiler with CK_SIMT, the same names
+// stand for the versions of csrc/simt, which run on the CPU with one fiber per thread.
+//
+//   template <class T>
+//   CK_GLOBAL(256, 2) void kernel(const CK_PARAM Problem p) {    at most 256 threads, at least 2 blocks per processor
+//     char* tile = shared_memory();                              dynamic shared memory, aligned to 128 bytes
+//     CK_SHARED(float, totals, 32);                              float totals[32] in static shared memory
+//   }
+//   launch(kernel<T>, grid, block, shared_bytes, stream, problem)
+//
+// Fragments, rows of matrices and masks are those of the PTX ISA. ldmatrix and mma need all 32 lanes.
+#pragma once
+
+#if defined(CK_SIMT)
+#if defined(__CUDACC__)
+#error "CK_SIMT is for host compilers"
+#endif
+#include "csrc/simt/primitives.h"
+#else
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "csrc/common/dtypes.h"
+
+#define CK_DEVICE __device__ __forceinline__
+#define CK_PARAM __grid_constant__
+#define CK_GLOBAL(threads, blocks) __global__ __launch_bounds__(threads, blocks)
+#define CK_SHARED(type, name, count) __shared__ type name[count]
+
+namespace ck::cuda {
+
+using Stream = cudaStream_t;
+
+CK_DEVICE char* shared_memory() {
+  extern __shared__ __align__(128) char ck_shared_memory[];
+  return ck_shared_memory;
+}
+
+CK_DEVICE uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+// Writes zeros and reads nothing where `valid` does not hold. Both addresses are multiples of `Bytes` in either case.
+template <int Bytes>
+CK_DEVICE void cp_async(void* shared, const void* global, bool valid) {
+  static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16);
+  const uint32_t to = shared_address(shared);
+  const size_t from = __cvta_generic_to_global(global);
+  const int read = valid ? Bytes : 0;
+  // What 16 bytes long is worth keeping out of the first-level cache; shorter copies can only go through it.
+  if constexpr (Bytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(read) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(Bytes), "r"(read)
+                 : "memory");
+}
+
+CK_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for all groups of this thread but the `Newest` last ones. Other threads see the data after a barrier.
+template <int Newest>
+CK_DEVICE void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Newest) : "memory");
+}
+
+CK_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+CK_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+CK_DEVICE void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(shared_address(row))
+               : "memory");
+}
+CK_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// d += a b, with a of 16 x 16 and b of 16 x 8 numbers of type T.
+template <class T>
+CK_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, f16>);
+  if constexpr (std::is_same_v<T, bf16>)
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  else
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// nullptr, or why the launch was refused. An error of the kernel itself appears later, as everywhere in CUDA.
+template <class... Parameters, class... Arguments>
+const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
+                   Arguments&&... arguments) {
+  cudaError_t error = cudaSuccess;
+  // More than 48 KB must be asked for.
+  if (shared_bytes > 48 * 1024)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (error == cudaSuccess) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(std::forward<Arguments>(arguments))...);
+  }
+  if (error == cudaSuccess) return nullptr;
+  // Nobody else is to find this error and take it for its own.
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
+
+}  // namespace ck::cuda
+
+#endif
