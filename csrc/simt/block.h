@@ -1,0 +1,64 @@
+// Runs the threads of a CUDA grid on the CPU: one fiber per thread, one block after another on the calling OS thread. A
+// thread runs until it waits. Who goes next is drawn from a generator seeded by CONVKERNELS_SIMT_SEED, anew after every
+// wait, so that a kernel that leaves out a barrier computes something else than one that has it.
+//
+// Blocks are run in a shuffled order and each to its end: a block that waits for another one never returns.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <source_location>
+#include <string>
+
+#include "csrc/simt/types.h"
+
+namespace ck::simt {
+
+struct Launch {
+  dim3 grid;
+  dim3 block;
+  size_t shared_bytes;
+  std::source_location where;
+  void (*call)(const void* arguments);
+  const void* arguments;
+};
+
+// Runs the grid. nullptr, or what went wrong first; the text is valid until this OS thread launches again.
+const char* run(const Launch& launch);
+
+// Everything below is called by kernels.
+
+// Ends the launch with a status that names the launch, the block and the thread.
+[[noreturn]] void fail(const std::string& what);
+
+// Something that several threads do together. `finish` is called once all have arrived, with the operand of each lane
+// in `lanes`; it may be missing.
+struct Collective {
+  const char* name;
+  void (*finish)(void* const* operands, unsigned lanes);
+};
+
+// Waits for the lanes of this warp in `mask` to arrive at the same collective with the same mask.
+void warp_wait(const Collective& what, unsigned mask, void* operand);
+
+// Waits for all threads of the block to arrive at the same collective. Returns for how many `predicate` holds.
+int block_wait(const Collective& what, bool predicate);
+
+unsigned lane();
+unsigned block_threads();
+
+char* dynamic_shared();
+
+// The memory of the static array declared at `site`.
+void* static_shared(const void* site, size_t bytes, size_t alignment);
+
+void check_aligned(const char* what, const void* pointer, size_t alignment);
+// Fails unless all the bytes are shared memory of this block.
+void check_shared(const char* what, const void* pointer, size_t bytes);
+
+// cp.async. The source is read at once. The destination holds 0xFF until the wait of this thread that covers the copy.
+void copy_async(void* to, const void* from, size_t bytes, bool valid);
+void copy_commit();
+void copy_wait(unsigned newest);
+
+}  // namespace ck::simt

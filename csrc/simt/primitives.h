@@ -1,0 +1,165 @@
+// The primitives of csrc/cuda/primitives.cuh, and the part of CUDA's language that kernels use, for a host compiler.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <source_location>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#include "csrc/common/dtypes.h"
+#include "csrc/simt/block.h"
+#include "csrc/simt/types.h"
+#include "csrc/simt/warp.h"
+
+#define __host__
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+#define CK_DEVICE inline
+#define CK_PARAM
+#define CK_GLOBAL(threads, blocks)
+#define CK_SHARED(type, name, count) \
+  static const char name##_site = 0; \
+  type(&name)[count] =               \
+      *static_cast<type(*)[count]>(::ck::simt::static_shared(&name##_site, sizeof(type) * (count), alignof(type)))
+
+namespace ck::simt {
+
+template <class T>
+concept Word = std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8);
+
+template <Word T>
+T shuffle(Shuffle mode, unsigned mask, T value, int argument, int width) {
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  return std::bit_cast<T>(
+      static_cast<Bits>(shuffle(mode, mask, uint64_t{std::bit_cast<Bits>(value)}, argument, width)));
+}
+
+inline constexpr Collective kSyncthreads{"__syncthreads", nullptr};
+inline constexpr Collective kSyncthreadsOr{"__syncthreads_or", nullptr};
+inline constexpr Collective kSyncthreadsAnd{"__syncthreads_and", nullptr};
+inline constexpr Collective kSyncthreadsCount{"__syncthreads_count", nullptr};
+
+}  // namespace ck::simt
+
+inline void __syncthreads() { ck::simt::block_wait(ck::simt::kSyncthreads, false); }
+inline int __syncthreads_or(int predicate) {
+  return ck::simt::block_wait(ck::simt::kSyncthreadsOr, predicate != 0) != 0;
+}
+inline int __syncthreads_and(int predicate) {
+  return ck::simt::block_wait(ck::simt::kSyncthreadsAnd, predicate == 0) == 0;
+}
+inline int __syncthreads_count(int predicate) {
+  return ck::simt::block_wait(ck::simt::kSyncthreadsCount, predicate != 0);
+}
+inline void __syncwarp(unsigned mask = ~0u) { ck::simt::warp_barrier(mask); }
+
+template <ck::simt::Word T>
+T __shfl_sync(unsigned mask, T value, int lane, int width = 32) {
+  return ck::simt::shuffle(ck::simt::Shuffle::kIndex, mask, value, lane, width);
+}
+template <ck::simt::Word T>
+T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32) {
+  return ck::simt::shuffle(ck::simt::Shuffle::kUp, mask, value, static_cast<int>(by), width);
+}
+template <ck::simt::Word T>
+T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32) {
+  return ck::simt::shuffle(ck::simt::Shuffle::kDown, mask, value, static_cast<int>(by), width);
+}
+template <ck::simt::Word T>
+T __shfl_xor_sync(unsigned mask, T value, int by, int width = 32) {
+  return ck::simt::shuffle(ck::simt::Shuffle::kXor, mask, value, by, width);
+}
+
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  return ck::simt::vote(ck::simt::Vote::kBallot, mask, predicate != 0);
+}
+inline int __any_sync(unsigned mask, int predicate) {
+  return ck::simt::vote(ck::simt::Vote::kAny, mask, predicate != 0) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate) {
+  return ck::simt::vote(ck::simt::Vote::kAll, mask, predicate != 0) == mask;
+}
+
+template <class T, class V>
+  requires(std::same_as<T, int> || std::same_as<T, unsigned> || std::same_as<T, unsigned long long>)
+T atomicAdd(T* address, V value) {
+  return __atomic_fetch_add(address, static_cast<T>(value), __ATOMIC_RELAXED);
+}
+inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+inline void __threadfence_block() {}
+
+inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
+inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
+inline int __popc(unsigned bits) { return std::popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float x, float y) { return x / y; }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+template <class T>
+T __ldg(const T* address) {
+  return *address;
+}
+
+namespace ck::cuda {
+
+using Stream = void*;
+
+inline char* shared_memory() { return simt::dynamic_shared(); }
+
+template <int Bytes>
+void cp_async(void* shared, const void* global, bool valid) {
+  static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16);
+  simt::copy_async(shared, global, Bytes, valid);
+}
+inline void cp_async_commit() { simt::copy_commit(); }
+template <int Newest>
+void cp_async_wait() {
+  simt::copy_wait(Newest);
+}
+
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { simt::load_matrices(r, 4, false, row); }
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { simt::load_matrices(r, 4, true, row); }
+inline void ldmatrix_x2(uint32_t (&r)[2], const void* row) { simt::load_matrices(r, 2, false, row); }
+inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) { simt::load_matrices(r, 2, true, row); }
+
+template <class T>
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  static_assert(std::same_as<T, bf16> || std::same_as<T, f16>);
+  if constexpr (std::same_as<T, bf16>)
+    simt::multiply_bf16(d, a, b);
+  else
+    simt::multiply_f16(d, a, b);
+}
+
+// A grid that knows who launches it, for the status.
+struct Grid : dim3 {
+  std::source_location where;
+  Grid(dim3 size, std::source_location where = std::source_location::current()) : dim3(size), where(where) {}
+  Grid(unsigned x, unsigned y = 1, unsigned z = 1, std::source_location where = std::source_location::current())
+      : dim3(x, y, z), where(where) {}
+};
+
+template <class... Parameters, class... Arguments>
+const char* launch(void (*kernel)(Parameters...), Grid grid, dim3 block, size_t shared_bytes, Stream,
+                   Arguments&&... arguments) {
+  struct Call {
+    void (*kernel)(Parameters...);
+    std::tuple<Parameters...> values;
+  };
+  const Call call{kernel, {std::forward<Arguments>(arguments)...}};
+  const auto run = [](const void* p) {
+    const Call& call = *static_cast<const Call*>(p);
+    std::apply(call.kernel, call.values);
+  };
+  return simt::run({grid, block, shared_bytes, grid.where, run, &call});
+}
+
+}  // namespace ck::cuda
