@@ -34,9 +34,16 @@ def _triton() -> Backend:
     return Backend("triton", "convkernels.backends.triton", (device,), FLOATS, key, not interpreted)
 
 
+def _cuda() -> Backend:
+    """The kernels simulated on a CPU are too slow to be chosen by ``auto``."""
+    simulated = os.environ.get("CONVKERNELS_SIMT") == "1"
+    return Backend("cuda", "convkernels.backends.cuda", ("cpu" if simulated else "cuda",), FLOATS, None, not simulated)
+
+
 _ENTRIES = (
     Backend("cpu", "convkernels.backends.native", ("cpu",), FLOATS, None, True),
     _triton(),
+    _cuda(),
     Backend("reference", None, None, FLOATS, "CompositeExplicitAutograd", False),
 )
 

@@ -5,16 +5,22 @@ from pathlib import Path
 
 import torch
 
-LIBRARY = Path(__file__).parent.parent / "_native" / "libconvkernels_cpu.so"
+FOLDER = Path(__file__).parent.parent / "_native"
+
+
+def load_library(name: str, needs: str) -> str | None:
+    """Load an operator library of this package; None on success, otherwise the reason. needs: what builds it."""
+    path = FOLDER / name
+    if not path.exists():
+        return f"{name} was not built ({needs})"
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        return f"the native library {name} does not load: {error}"
+    return None
 
 
 @cache
 def load() -> str | None:
     """Load the CPU library once; return None on success, otherwise the reason."""
-    if not LIBRARY.exists():
-        return f"{LIBRARY.name} was not built (CONVKERNELS_BUILD=none, or no C++ compiler at build time)"
-    try:
-        torch.ops.load_library(str(LIBRARY))
-    except (OSError, RuntimeError) as error:
-        return f"the native library {LIBRARY.name} does not load: {error}"
-    return None
+    return load_library("libconvkernels_cpu.so", "CONVKERNELS_BUILD=none, or no C++ compiler at build time")

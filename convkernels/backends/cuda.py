@@ -1,0 +1,30 @@
+"""The CUDA backend: NVIDIA GPUs, and with ``CONVKERNELS_SIMT=1`` any CPU (slowly, for tests)."""
+
+import os
+from functools import cache
+
+import torch
+
+from .native import load_library
+
+OLDEST = (8, 0)
+
+
+def simulating() -> bool:
+    """Whether the kernels run on the CPU, one fiber per CUDA thread."""
+    return os.environ.get("CONVKERNELS_SIMT") == "1"
+
+
+@cache
+def load() -> str | None:
+    """Load the library; None, or the reason why its kernels cannot run. Only a torch built with CUDA can load it."""
+    if simulating():
+        return load_library("libconvkernels_simt.so", "it is made for tests, by `make simt-build`")
+    if torch.version.cuda is None:
+        return "this PyTorch was built without CUDA, and CONVKERNELS_SIMT=1 is not set"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no NVIDIA GPU"
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST:
+        return f"this GPU's compute capability is {'.'.join(map(str, capability))}, expected at least 8.0"
+    return load_library("libconvkernels_cuda.so", "CONVKERNELS_BUILD=cpu, or no nvcc at build time")
