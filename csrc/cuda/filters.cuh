@@ -82,4 +82,35 @@ CK_DEVICE Tap<C> tap_of(const Problem& p, const FilterAt& f, int64_t t, int64_t 
   return {value, dropout_factor<C>(p, f, j)};
 }
 
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+template <class C>
+CK_DEVICE C lane_sum(C value) {
+  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
+  return value;
+}
+
+// What statistics_of finds, by a whole warp with a tap per lane.
+template <class C>
+CK_DEVICE Statistics<C> warp_statistics(const Problem& p, const FilterAt& f, int64_t t, int lane,
+                                        const Sequence& sequence) {
+  if (!p.softmax) return {};
+  C highest = -infinity<C>(), total = 0;
+  bool any = false;
+  for (int64_t j = lane; j < p.taps.taps; j += 32)
+    if (has_share(p, t, j, sequence)) {
+      any = true;
+      const C value = logit<C>(p, f, j);
+      highest = value > highest || value != value ? value : highest;
+    }
+  for (int distance = 16; distance > 0; distance /= 2) {
+    const C other = __shfl_xor_sync(kAllLanes, highest, distance);
+    highest = other > highest || other != other ? other : highest;
+  }
+  for (int64_t j = lane; j < p.taps.taps; j += 32)
+    if (has_share(p, t, j, sequence)) total += exponential(logit<C>(p, f, j) - highest);
+  total = lane_sum(total);
+  return __any_sync(kAllLanes, any) ? Statistics<C>{highest, 1 / total} : Statistics<C>{0, 0};
+}
+
 }  // namespace ck::cuda

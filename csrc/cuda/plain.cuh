@@ -14,12 +14,6 @@ constexpr int kPlainTaps = 8;  // sums per thread of plain_weight
 CK_DEVICE int64_t first_item() { return blockIdx.x; }
 CK_DEVICE int64_t item_stride() { return gridDim.x; }
 
-template <class C>
-CK_DEVICE C lane_sum(C value) {
-  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
-  return value;
-}
-
 // Items: channel blocks of 32, then blocks of positions, then batch rows.
 template <class T>
 CK_GLOBAL(kPlainThreads, 2)
@@ -185,7 +179,7 @@ void plain_weight_rows(const CK_PARAM Backward p) {
       const int64_t t = row % p.time, b = owner + row / p.time;
       const Sequence sequence = sequence_of(p, t);
       const FilterAt f(p, b, t, h);
-      const Statistics<C> statistics = statistics_of<C>(p, f, t, sequence);
+      const Statistics<C> statistics = warp_statistics<C>(p, f, t, lane, sequence);
       C inner = 0;
       for (int64_t j = lane; j < K; j += 32) {
         C total = 0;

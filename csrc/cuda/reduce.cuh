@@ -40,9 +40,9 @@ void reduce_weight(const CK_PARAM Backward p, int64_t pieces, bool finished) {
   Statistics<C> statistics;
   C inner = 0;
   if (!finished && p.softmax) {
-    statistics = statistics_of<C>(p, f, 0, anywhere);
+    statistics = warp_statistics<C>(p, f, 0, lane, anywhere);
     for (int64_t j = lane; j < K; j += 32) inner += tap_of(p, f, 0, j, statistics, anywhere).p * d[j];
-    for (int distance = 16; distance > 0; distance /= 2) inner += __shfl_xor_sync(0xffffffffu, inner, distance);
+    inner = lane_sum(inner);
   }
   for (int64_t j = lane; j < K; j += 32) {
     C value = d[j];
