@@ -337,10 +337,6 @@ uint64_t seed_from_environment() {
   return seed;
 }
 
-void refuse_unless(bool good, const char* what, const std::string& why) {
-  if (!good) fail(std::string(what) + ": " + why);
-}
-
 }  // namespace
 
 const char* run(const Launch& launch) {
@@ -374,8 +370,8 @@ void warp_wait(const Collective& what, unsigned mask, void* operand) {
   Thread& self = *current;
   Warp& warp = e.warps[self.id / kWarp];
   const unsigned bit = 1u << (self.id % kWarp);
-  refuse_unless((mask & bit) != 0, what.name, "the mask does not name the calling lane");
-  refuse_unless((mask & ~warp.lanes) == 0, what.name, "the mask names lanes that the block does not have");
+  if ((mask & bit) == 0) fail(std::string(what.name) + ": the mask does not name the calling lane");
+  if ((mask & ~warp.lanes) != 0) fail(std::string(what.name) + ": the mask names lanes that the block does not have");
   self.waits = &what;
   self.mask = mask;
   self.operand = operand;
@@ -408,8 +404,6 @@ int block_wait(const Collective& what, bool predicate) {
 
 unsigned lane() { return current->id % kWarp; }
 
-unsigned block_threads() { return engine->count; }
-
 char* dynamic_shared() { return engine->shared.begin.get(); }
 
 void* static_shared(const void* site, size_t bytes, size_t alignment) {
@@ -423,10 +417,11 @@ void* static_shared(const void* site, size_t bytes, size_t alignment) {
     }
     total += array.memory.bytes;
   }
-  refuse_unless(total <= kMaxStatic, "static shared memory",
-                "at most " + std::to_string(kMaxStatic) + " bytes, got " + std::to_string(total));
-  refuse_unless(total + e.shared.bytes <= kMaxShared, "shared memory",
-                "at most " + std::to_string(kMaxShared) + " bytes, got " + std::to_string(total + e.shared.bytes));
+  if (total > kMaxStatic)
+    fail("static shared memory: at most " + std::to_string(kMaxStatic) + " bytes, got " + std::to_string(total));
+  if (total + e.shared.bytes > kMaxShared)
+    fail("shared memory: at most " + std::to_string(kMaxShared) + " bytes, got " +
+         std::to_string(total + e.shared.bytes));
   e.arrays.push_back({site, Memory(bytes, std::max<size_t>(alignment, sizeof(void*))), e.blocks_begun});
   e.arrays.back().memory.spoil();
   return e.arrays.back().memory.begin.get();
