@@ -6,13 +6,13 @@
 #include <cstring>
 #include <map>
 #include <memory>
-#include <new>
 #include <numeric>
 #include <stdexcept>
 #include <utility>
 #include <vector>
 
 #include "csrc/simt/fiber.h"
+#include "csrc/simt/shared.h"
 
 constinit thread_local uint3 threadIdx{};
 constinit thread_local uint3 blockIdx{};
@@ -23,9 +23,6 @@ namespace ck::simt {
 namespace {
 
 constexpr unsigned kWarp = 32;
-// What sm_90 has; static arrays may take 48 KB of it.
-constexpr size_t kMaxShared = 227 * 1024;
-constexpr size_t kMaxStatic = 48 * 1024;
 
 // Thrown in the threads that still wait when a launch fails, so that their stacks are left in order.
 struct Stop {};
@@ -44,37 +41,6 @@ struct Random {
   void shuffle(T* values, unsigned n) {
     for (unsigned i = n; i > 1; --i) std::swap(values[i - 1], values[below(i)]);
   }
-};
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-
-// Of exactly this size, so that AddressSanitizer sees every access beyond it.
-struct Memory {
-  std::unique_ptr<char, Free> begin;
-  size_t bytes = 0;
-
-  Memory() = default;
-  Memory(size_t bytes, size_t alignment) : bytes(bytes) {
-    void* p = nullptr;
-    if (posix_memalign(&p, alignment, bytes) != 0) throw std::bad_alloc();
-    begin.reset(static_cast<char*>(p));
-  }
-  // Reads as NaN in every floating-point type.
-  void spoil() {
-    if (bytes != 0) std::memset(begin.get(), 0xFF, bytes);
-  }
-  bool holds(const void* pointer, size_t size) const {
-    const auto first = reinterpret_cast<uintptr_t>(begin.get()), p = reinterpret_cast<uintptr_t>(pointer);
-    return p >= first && p - first <= bytes && size <= bytes - (p - first);
-  }
-};
-
-struct StaticArray {
-  const void* site;
-  Memory memory;
-  uint64_t block;
 };
 
 struct Copy {
@@ -122,13 +88,11 @@ struct Engine {
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<Warp> warps;
   std::vector<unsigned> order;
-  std::vector<StaticArray> arrays;
-  Memory shared;
+  SharedMemory shared;
   Fiber scheduler;
   Random random{0};
   const Launch* launch = nullptr;
   unsigned count = 0;
-  uint64_t blocks_begun = 0;
   Thread* queue[kWarp];
   unsigned next = 0, end = 0;
   int barrier_count = 0;
@@ -247,8 +211,7 @@ struct Engine {
   }
 
   void run_block() {
-    ++blocks_begun;
-    shared.spoil();
+    shared.begin_block();
     for (unsigned i = 0; i < count; ++i) {
       Thread& t = *threads[i];
       t.state = Thread::kFresh;
@@ -299,8 +262,8 @@ struct Engine {
     const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
     random.state = seed;
     uint64_t stride = 1, block = 0;
+    if (blocks > 1) block = random.next() % blocks;
     if (blocks > 2) {
-      block = random.next() % blocks;
       do stride = 1 + random.next() % (blocks - 1);
       while (std::gcd(stride, blocks) != 1);
     }
@@ -321,9 +284,6 @@ std::string problem_with(const Launch& launch) {
     return "the grid must have 1 to 2147483647 x 65535 x 65535 blocks, got " + show(g);
   if (b.x < 1 || b.y < 1 || b.z < 1 || b.x > 1024 || b.y > 1024 || b.z > 64 || uint64_t{b.x} * b.y * b.z > 1024)
     return "a block must have 1 to 1024 threads, at most 64 of them in z, got " + show(b);
-  if (launch.shared_bytes > kMaxShared)
-    return "a block has at most " + std::to_string(kMaxShared) + " bytes of shared memory, got " +
-           std::to_string(launch.shared_bytes);
   return "";
 }
 
@@ -337,10 +297,6 @@ uint64_t seed_from_environment() {
   return seed;
 }
 
-void refuse_unless(bool good, const char* what, const std::string& why) {
-  if (!good) fail(std::string(what) + ": " + why);
-}
-
 }  // namespace
 
 const char* run(const Launch& launch) {
@@ -349,13 +305,13 @@ const char* run(const Launch& launch) {
   try {
     if (current != nullptr) throw std::runtime_error("a kernel cannot launch another one");
     if (const std::string why = problem_with(launch); !why.empty()) throw std::runtime_error(why);
+    SharedMemory::require("shared memory", launch.shared_bytes, kMaxShared);
     const uint64_t seed = seed_from_environment();
     if (!mine) mine = std::make_unique<Engine>();
     engine = mine.get();
     engine->launch = &launch;
     engine->failure.clear();
-    engine->arrays.clear();
-    engine->shared = Memory(launch.shared_bytes, 128);
+    engine->shared.begin_launch(launch.shared_bytes);
     engine->prepare(launch.block.x * launch.block.y * launch.block.z);
     blockDim = launch.block;
     gridDim = launch.grid;
@@ -374,8 +330,8 @@ void warp_wait(const Collective& what, unsigned mask, void* operand) {
   Thread& self = *current;
   Warp& warp = e.warps[self.id / kWarp];
   const unsigned bit = 1u << (self.id % kWarp);
-  refuse_unless((mask & bit) != 0, what.name, "the mask does not name the calling lane");
-  refuse_unless((mask & ~warp.lanes) == 0, what.name, "the mask names lanes that the block does not have");
+  if ((mask & bit) == 0) fail(std::string(what.name) + ": the mask does not name the calling lane");
+  if ((mask & ~warp.lanes) != 0) fail(std::string(what.name) + ": the mask names lanes that the block does not have");
   self.waits = &what;
   self.mask = mask;
   self.operand = operand;
@@ -408,28 +364,10 @@ int block_wait(const Collective& what, bool predicate) {
 
 unsigned lane() { return current->id % kWarp; }
 
-unsigned block_threads() { return engine->count; }
-
-char* dynamic_shared() { return engine->shared.begin.get(); }
+char* dynamic_shared() { return engine->shared.dynamic(); }
 
 void* static_shared(const void* site, size_t bytes, size_t alignment) {
-  Engine& e = *engine;
-  size_t total = bytes;
-  for (StaticArray& array : e.arrays) {
-    if (array.site == site) {
-      if (array.block != e.blocks_begun) array.memory.spoil();
-      array.block = e.blocks_begun;
-      return array.memory.begin.get();
-    }
-    total += array.memory.bytes;
-  }
-  refuse_unless(total <= kMaxStatic, "static shared memory",
-                "at most " + std::to_string(kMaxStatic) + " bytes, got " + std::to_string(total));
-  refuse_unless(total + e.shared.bytes <= kMaxShared, "shared memory",
-                "at most " + std::to_string(kMaxShared) + " bytes, got " + std::to_string(total + e.shared.bytes));
-  e.arrays.push_back({site, Memory(bytes, std::max<size_t>(alignment, sizeof(void*))), e.blocks_begun});
-  e.arrays.back().memory.spoil();
-  return e.arrays.back().memory.begin.get();
+  return engine->shared.array(site, bytes, alignment);
 }
 
 void check_aligned(const char* what, const void* pointer, size_t alignment) {
@@ -438,11 +376,7 @@ void check_aligned(const char* what, const void* pointer, size_t alignment) {
 }
 
 void check_shared(const char* what, const void* pointer, size_t bytes) {
-  const Engine& e = *engine;
-  if (e.shared.holds(pointer, bytes)) return;
-  for (const StaticArray& array : e.arrays)
-    if (array.memory.holds(pointer, bytes)) return;
-  fail(std::string(what) + ": an address is not in shared memory");
+  if (!engine->shared.holds(pointer, bytes)) fail(std::string(what) + ": an address is not in shared memory");
 }
 
 void copy_async(void* to, const void* from, size_t bytes, bool valid) {

@@ -45,7 +45,6 @@ void warp_wait(const Collective& what, unsigned mask, void* operand);
 int block_wait(const Collective& what, bool predicate);
 
 unsigned lane();
-unsigned block_threads();
 
 char* dynamic_shared();
 

@@ -53,6 +53,7 @@ inline void __syncthreads() { ck::simt::block_wait(ck::simt::kSyncthreads, false
 inline int __syncthreads_or(int predicate) {
   return ck::simt::block_wait(ck::simt::kSyncthreadsOr, predicate != 0) != 0;
 }
+// All hold where none fails to.
 inline int __syncthreads_and(int predicate) {
   return ck::simt::block_wait(ck::simt::kSyncthreadsAnd, predicate == 0) == 0;
 }
