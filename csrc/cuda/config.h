@@ -29,12 +29,14 @@ inline const char* name_of(Family family) {
 struct Facts {
   int64_t batch = 1, time = 1, channels = 1, heads = 1, taps = 1, dilation = 1;
   Dtype dtype = Dtype::kFloat32;
-  bool per_position = false, renormalize = false, gate = false, packed = false, state = false;
+  bool per_position = false, renormalize = false, per_batch = false, gate = false, packed = false, state = false;
   // Every tensor like x can be read 16 bytes at a time along its channels, or along its positions.
   bool channel_vectors = true, time_vectors = false;
 
   bool per_row() const { return per_position || renormalize; }
   int64_t head_channels() const { return channels / heads; }
+  int64_t owners() const { return per_batch && !per_position ? batch : 1; }
+  int64_t owner_rows() const { return batch / owners() * time; }
 };
 
 struct Plan {
@@ -54,14 +56,79 @@ inline int64_t groups_of(int64_t rows, int64_t columns) {
   return wanted < possible ? wanted : possible;
 }
 
+// ---- stream: blocks of 128 channels, 32 rows at a time
+
+constexpr int kQuad = 4;              // channels per thread
+constexpr int kLaneRow = 32 * kQuad;  // channels of a warp, and of a block
+constexpr int kRun = 8;               // consecutive rows of a thread
+constexpr int kStreamWarps = 4, kStreamThreads = 32 * kStreamWarps;
+constexpr int kChunk = kStreamWarps * kRun;  // rows that are copied, and computed, at a time
+constexpr int kAhead = 2;                    // chunks on their way while one is computed
+
+// Filters with at most this many taps have the sums for their gradient in registers, longer ones in shared memory.
+constexpr int kFewTaps = kRun;
+
+// Chunks that the windows of a chunk of outputs reach into.
+CK_HD int64_t stream_window(int64_t taps) { return 1 + (taps - 1 + kChunk - 1) / kChunk; }
+
+// Bytes of shared memory; `size`: of an element, `shared`: heads are whole quads, which then have one filter value.
+CK_HD int64_t stream_table_pitch(bool shared) { return shared ? kLaneRow / kQuad + 1 : kLaneRow; }
+CK_HD int64_t stream_table_bytes(int64_t taps, bool shared) {
+  return (taps * stream_table_pitch(shared) * 4 + 15) / 16 * 16;
+}
+CK_HD int64_t stream_chunk_bytes(int64_t size) { return kChunk * kLaneRow * size; }
+CK_HD int64_t stream_sum_bytes(int64_t taps, bool shared) { return taps * kStreamThreads * (shared ? 1 : kQuad) * 4; }
+
+CK_HD int64_t stream_forward_bytes(int64_t taps, int64_t size, bool shared, bool gate) {
+  const int64_t window = stream_window(taps);
+  return stream_table_bytes(taps, shared) +
+         (gate ? window * stream_chunk_bytes(4) + 2 * (1 + kAhead) * stream_chunk_bytes(size)
+               : (window + kAhead) * stream_chunk_bytes(size));
+}
+
+CK_HD int64_t stream_backward_bytes(int64_t taps, int64_t size, bool shared, bool gate) {
+  const int64_t rings = (stream_window(taps) + kAhead + (gate ? 2 : 1) * (1 + kAhead)) * stream_chunk_bytes(size);
+  const int64_t sums = stream_sum_bytes(taps, shared);
+  // Sums from registers, and those of the bias, are laid over the rings at the end.
+  const int64_t end = taps <= kFewTaps ? sums : kStreamThreads * kQuad * 4;
+  return stream_table_bytes(taps, shared) + (taps <= kFewTaps ? 0 : sums) + (rings < end ? end : rings);
+}
+
+// Chunks of an owner's batch rows, phase by phase.
+inline int64_t stream_chunks(const Facts& f) {
+  const int64_t rows = (f.time + f.dilation - 1) / f.dilation;
+  return f.batch / f.owners() * f.dilation * ((rows + kChunk - 1) / kChunk);
+}
+
+// What a block has on every architecture served.
+constexpr int64_t kSharedMemory = 160 << 10;
+
+inline bool stream_possible(const Facts& f, bool backward) {
+  if (!f.channel_vectors || f.dtype == Dtype::kFloat64 || f.per_row()) return false;
+  // Rows of the state are neither gated nor in the middle of a row.
+  if (f.state && (f.gate || f.packed || backward)) return false;
+  const bool shared = f.head_channels() % kQuad == 0;
+  const int64_t size = size_of(f.dtype);
+  return (backward ? stream_backward_bytes(f.taps, size, shared, f.gate)
+                   : stream_forward_bytes(f.taps, size, shared, f.gate)) <= kSharedMemory;
+}
+
+inline Plan stream_plan(const Facts& f) {
+  const int64_t blocks = (f.channels + kLaneRow - 1) / kLaneRow * f.owners(), chunks = stream_chunks(f);
+  // Blocks of few chunks would spend their time on halos and filters.
+  const int64_t possible = at_least_one(chunks / 4), wanted = at_least_one(kBlocks / blocks);
+  return {Family::kStream, wanted < possible ? wanted : possible};
+}
+
 inline Plan plan_forward(const Facts& f) {
-  (void)f;
+  if (stream_possible(f, false)) return stream_plan(f);
   return {};
 }
 
 inline Plan plan_backward(const Facts& f) {
+  if (stream_possible(f, true)) return stream_plan(f);
   const int64_t columns = f.per_row() ? f.heads / 8 : f.channels / 32 * ((f.taps + 7) / 8);
-  return {Family::kPlain, groups_of(f.batch * f.time, columns)};
+  return {Family::kPlain, groups_of(f.owner_rows(), columns)};
 }
 
 }  // namespace ck::cuda

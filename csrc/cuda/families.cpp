@@ -36,13 +36,33 @@ Facts common_facts(const Problem& p) {
   f.dtype = p.dtype;
   f.per_position = p.per_position;
   f.renormalize = p.renormalize;
+  f.per_batch = p.per_batch;
   f.gate = p.gate.data != nullptr;
   f.packed = p.offsets != nullptr;
   f.state = p.state != nullptr;
   f.channel_vectors = f.time_vectors = true;
   look_at(f, p.x);
   look_at(f, p.gate);
+  f.channel_vectors = f.channel_vectors && reinterpret_cast<uintptr_t>(p.state) % kVectorBytes == 0;
   return f;
+}
+
+// Runs the family of a plan for the type of a problem: run(family's struct).
+template <class Run>
+const char* with_family(const Plan& plan, Dtype dtype, const Run& run) {
+  return with_dtype(dtype, [&](auto* tag) -> const char* {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    if constexpr (!std::is_same_v<T, double>) {
+      switch (plan.family) {
+        case Family::kPlain: break;
+        case Family::kStream: return run(Streaming<T>{});
+        case Family::kTime:
+        case Family::kBand:
+        case Family::kRows: return "no such family of kernels";
+      }
+    }
+    return run(Plain<T>{});
+  });
 }
 
 // Takes `count` numbers of the accumulation type from a workspace that may not exist yet.
@@ -92,10 +112,7 @@ Facts facts_of(const Backward& p) {
 
 const char* forward(const Forward& p, Stream stream) {
   const Plan plan = plan_forward(facts_of(p));
-  return with_dtype(p.dtype, [&](auto* tag) {
-    using T = std::remove_pointer_t<decltype(tag)>;
-    return Plain<T>::forward(p, plan, stream);
-  });
+  return with_family(plan, p.dtype, [&](auto family) { return family.forward(p, plan, stream); });
 }
 
 int64_t workspace_bytes(const Backward& p) {
@@ -106,10 +123,7 @@ int64_t workspace_bytes(const Backward& p) {
 const char* backward(Backward p, void* workspace, Stream stream) {
   const Plan plan = plan_backward(facts_of(p));
   assign(p, plan, workspace);
-  return with_dtype(p.dtype, [&](auto* tag) {
-    using T = std::remove_pointer_t<decltype(tag)>;
-    return Plain<T>::backward(p, plan, stream);
-  });
+  return with_family(plan, p.dtype, [&](auto family) { return family.backward(p, plan, stream); });
 }
 
 const char* step(const Step& p, Stream stream) {

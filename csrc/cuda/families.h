@@ -13,6 +13,13 @@ struct Plain {
   static const char* step(const Step& p, Stream stream);
 };
 
+// Not for float64.
+template <class T>
+struct Streaming {
+  static const char* forward(const Forward& p, const Plan& plan, Stream stream);
+  static const char* backward(const Backward& p, const Plan& plan, Stream stream);
+};
+
 // The sums that end every backward pass; C is the accumulation type.
 template <class C>
 struct Reduce {

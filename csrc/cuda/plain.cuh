@@ -114,7 +114,7 @@ struct GroupRows {
   int64_t first, last, batch;
 
   CK_DEVICE GroupRows(const Backward& p, int64_t owner, int64_t group) {
-    const int64_t rows = (p.owners() == 1 ? p.batch : 1) * p.time, each = ceil_div(rows, p.groups);
+    const int64_t rows = p.owner_batch() * p.time, each = ceil_div(rows, p.groups);
     first = least(group * each, rows);
     last = least(first + each, rows);
     batch = owner;  // of position 0; more only if there is one owner

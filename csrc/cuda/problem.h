@@ -20,6 +20,9 @@ struct Problem : ck::Problem {
   // Whether the filters of two positions can differ.
   CK_HD bool per_row() const { return per_position || renormalize; }
   CK_HD int64_t head_channels() const { return channels / heads; }
+  // An owner is a set of filters that positions share, and the batch rows it serves: all, or one.
+  CK_HD int64_t owners() const { return per_batch && !per_position ? batch : 1; }
+  CK_HD int64_t owner_batch() const { return owners() == 1 ? batch : 1; }
 };
 
 struct Forward : Problem {
@@ -35,8 +38,6 @@ struct Backward : Problem, Gradients {
   int64_t groups = 1;  // pieces per owner
   // Of filters that differ between positions: maximum and inverse sum of each, [batch, time, heads, 2].
   void* statistics = nullptr;
-
-  CK_HD int64_t owners() const { return per_batch && !per_position ? batch : 1; }
 };
 
 struct Step : Problem {

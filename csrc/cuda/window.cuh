@@ -41,8 +41,8 @@ CK_DEVICE void stage_vector(T* shared, const Rows& rows, int64_t b, int64_t s, i
 template <class T>
 CK_DEVICE void stage_input(T* shared, const Problem& p, const Rows& rows, int64_t b, int64_t s, int64_t c) {
   if (s < 0 && p.state != nullptr) {
-    const T* const row = c < p.channels ? state_at<const T>(p, const_cast<void*>(p.state), b, s, c, {0, 0, p.time, 0})
-                                        : nullptr;
+    const T* const row =
+        c < p.channels ? state_at<const T>(p, const_cast<void*>(p.state), b, s, c, {0, 0, p.time, 0}) : nullptr;
     cp_async<16>(shared, row == nullptr ? p.state : row, row != nullptr);
     return;
   }

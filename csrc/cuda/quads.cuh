@@ -1,0 +1,121 @@
+// Four adjacent channels of a row in a thread's registers, and runs of rows of them.
+#pragma once
+
+#include "config.h"
+#include "filters.cuh"
+#include "window.cuh"
+
+namespace ck::cuda {
+
+struct Quad {
+  float v[kQuad];
+};
+
+CK_DEVICE Quad load_quad(const float* from) {
+  const float4 q = *reinterpret_cast<const float4*>(from);
+  return {{q.x, q.y, q.z, q.w}};
+}
+template <class T>
+CK_DEVICE Quad load_quad(const T* from) {
+  const uint2 q = *reinterpret_cast<const uint2*>(from);
+  const auto half = [](uint32_t bits) { return widen(T{static_cast<uint16_t>(bits)}); };
+  return {{half(q.x), half(q.x >> 16), half(q.y), half(q.y >> 16)}};
+}
+
+CK_DEVICE void store_quad(float* to, const Quad& q) {
+  *reinterpret_cast<float4*>(to) = make_float4(q.v[0], q.v[1], q.v[2], q.v[3]);
+}
+
+template <class T>
+CK_DEVICE uint32_t pack(float low, float high) {
+  return uint32_t{narrow<T>(low).bits} | uint32_t{narrow<T>(high).bits} << 16;
+}
+
+// Stores the rows of a run, 16 bytes at a time. `row(i)` is where channel 0 of the lane's row of channels lies in row
+// i, or nullptr if row i is not stored; `channels`: how many of the row exist, a multiple of kVector<T>.
+template <class Row>
+CK_DEVICE void store_run(const Quad (&run)[kRun], int lane, int64_t channels, const Row& row, float*) {
+  for (int i = 0; i < kRun; ++i) {
+    float* const to = row(i);
+    if (to != nullptr && lane * kQuad < channels) store_quad(to + lane * kQuad, run[i]);
+  }
+}
+// Two lanes exchange halves, so that each has 8 channels of half of the rows.
+template <class T, class Row>
+CK_DEVICE void store_run(const Quad (&run)[kRun], int lane, int64_t channels, const Row& row, T*) {
+  const bool odd = lane % 2 != 0;
+#pragma unroll
+  for (int i = 0; i < kRun / 2; ++i) {
+    const Quad &low = run[i], &high = run[i + kRun / 2];
+    const uint2 first = make_uint2(pack<T>(low.v[0], low.v[1]), pack<T>(low.v[2], low.v[3]));
+    const uint2 second = make_uint2(pack<T>(high.v[0], high.v[1]), pack<T>(high.v[2], high.v[3]));
+    const uint2 keep = odd ? second : first, give = odd ? first : second;
+    const uint32_t x = __shfl_xor_sync(kAllLanes, give.x, 1), y = __shfl_xor_sync(kAllLanes, give.y, 1);
+    T* const to = row(odd ? i + kRun / 2 : i);
+    const int first_channel = lane / 2 * 2 * kQuad;
+    if (to != nullptr && first_channel < channels)
+      *reinterpret_cast<uint4*>(to + first_channel) =
+          odd ? make_uint4(x, y, keep.x, keep.y) : make_uint4(keep.x, keep.y, x, y);
+  }
+}
+
+// Rows in shared memory that are overwritten in turn; `lane` has 4 of a row's kLaneRow channels.
+template <class E>
+struct Ring {
+  E* base;
+  int rows;
+
+  CK_DEVICE E* row(int64_t number) const { return base + number % rows * kLaneRow; }
+};
+
+// Calls use(j, window, turn) for taps j = 0..taps-1, where row i of the window, window[(turn + i) % kRun], is ring row
+// first + j + i. `turn` is known to the compiler, so that the window stays in registers.
+template <class E, class Use>
+CK_DEVICE void walk(const Ring<E>& ring, int64_t first, int taps, int lane, const Use& use) {
+  Quad window[kRun];
+  const E* at = ring.row(first) + lane * kQuad;
+  const E* const end = ring.base + static_cast<int64_t>(ring.rows) * kLaneRow;
+  const auto next = [&] {
+    const Quad q = load_quad(at);
+    at += kLaneRow;
+    if (at >= end) at -= static_cast<int64_t>(ring.rows) * kLaneRow;
+    return q;
+  };
+#pragma unroll
+  for (int i = 0; i < kRun - 1; ++i) window[i] = next();
+  for (int j0 = 0; j0 < taps; j0 += kRun) {
+#pragma unroll
+    for (int turn = 0; turn < kRun; ++turn) {
+      if (j0 + turn >= taps) break;
+      window[(turn + kRun - 1) % kRun] = next();
+      use(j0 + turn, window, turn);
+    }
+  }
+}
+
+// Which rows of a run's windows count: those of the sequence that each row of the run is in. Only where a window
+// crosses a boundary of packed sequences is there anything to ask.
+struct Borders {
+  bool whole = true;  // every window of the run lies in one sequence
+  int64_t begin[kRun], end[kRun];
+
+  // The run's rows n .. n + kRun - 1 and their windows of `taps` rows.
+  CK_DEVICE Borders(const Problem& p, const Reach& reach, int64_t n, int64_t taps) {
+    if (p.offsets == nullptr) return;
+    const int64_t last = least(n + kRun - 1, most(reach.from.rows(p.time) - 1, int64_t{0}));
+    const Sequence a = sequence_of(p, reach.from.position(n)), b = sequence_of(p, reach.from.position(last));
+    const int64_t low = reach.to.position(n + reach.offset), high = reach.to.position(last + reach.offset + taps - 1);
+    whole = a.number == b.number && most(low, int64_t{0}) >= a.begin && least(high, p.time - 1) < a.end;
+    if (whole) return;
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      const Sequence s = sequence_of(p, reach.from.position(n + i));
+      begin[i] = s.begin;
+      end[i] = s.end;
+    }
+  }
+
+  CK_DEVICE bool inside(int i, int64_t position) const { return position >= begin[i] && position < end[i]; }
+};
+
+}  // namespace ck::cuda
