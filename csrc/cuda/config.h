@@ -3,6 +3,7 @@
 #pragma once
 
 #include "problem.h"
+#include "time_tiles.h"
 
 namespace ck::cuda {
 
@@ -120,13 +121,31 @@ inline Plan stream_plan(const Facts& f) {
   return {Family::kStream, wanted < possible ? wanted : possible};
 }
 
+// ---- time: a warp per piece of a few channel rows
+
+// Rows of the state have their channels side by side; they are left to the plain family.
+inline bool time_possible(const Facts& f) {
+  return f.time_vectors && f.dtype != Dtype::kFloat64 && !f.per_row() && !f.state &&
+         f.dilation * (f.taps - 1) <= kTimeSpan;
+}
+
+inline Plan time_plan(const Facts& f) {
+  const TimeTiles g({f.taps, 0, f.dilation}, f.time, f.channels, static_cast<int>(size_of(f.dtype)), kTimeStages, 0);
+  const int64_t warps = g.channel_blocks(f.channels) * f.owners();
+  // A warp that has two tiles copies one while it computes the other.
+  const int64_t possible = at_least_one(f.batch / f.owners() * g.tiles / 2), wanted = (kTimeItems + warps - 1) / warps;
+  return {Family::kTime, wanted < possible ? wanted : possible};
+}
+
 inline Plan plan_forward(const Facts& f) {
   if (stream_possible(f, false)) return stream_plan(f);
+  if (time_possible(f)) return time_plan(f);
   return {};
 }
 
 inline Plan plan_backward(const Facts& f) {
   if (stream_possible(f, true)) return stream_plan(f);
+  if (time_possible(f)) return time_plan(f);
   const int64_t columns = f.per_row() ? f.heads / 8 : f.channels / 32 * ((f.taps + 7) / 8);
   return {Family::kPlain, groups_of(f.owner_rows(), columns)};
 }

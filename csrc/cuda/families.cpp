@@ -56,7 +56,7 @@ const char* with_family(const Plan& plan, Dtype dtype, const Run& run) {
       switch (plan.family) {
         case Family::kPlain: break;
         case Family::kStream: return run(Streaming<T>{});
-        case Family::kTime:
+        case Family::kTime: return run(Timewise<T>{});
         case Family::kBand:
         case Family::kRows: return "no such family of kernels";
       }
