@@ -130,9 +130,9 @@ inline bool time_possible(const Facts& f) {
 }
 
 inline Plan time_plan(const Facts& f) {
-  const TimeTiles g({f.taps, 0, f.dilation}, f.time, f.channels, static_cast<int>(size_of(f.dtype)), kTimeStages, 0);
+  const TimeTiles g({f.taps, 0, f.dilation}, f.time, f.channels, static_cast<int>(size_of(f.dtype)), kTimeStages, 0, 0);
   const int64_t warps = g.channel_blocks(f.channels) * f.owners();
-  // A warp that has two tiles copies one while it computes the other.
+  // A warp that has two tiles at least copies one while it computes the other.
   const int64_t possible = at_least_one(f.batch / f.owners() * g.tiles / 2), wanted = (kTimeItems + warps - 1) / warps;
   return {Family::kTime, wanted < possible ? wanted : possible};
 }

@@ -23,6 +23,12 @@ CK_DEVICE Words<E>* vector_at(char* row, int v) {
   return reinterpret_cast<Words<E>*>(row) + (sizeof(E) == 4 ? v + v / 8 : v);
 }
 
+// Where position s of a tensor lies, in whole vectors; nullptr if there is no tensor.
+template <class T>
+CK_DEVICE const Words<T>* words_at(const Rows& rows, int64_t b, int64_t s, int64_t c) {
+  return rows.data == nullptr ? nullptr : reinterpret_cast<const Words<T>*>(at<const T>(rows, b, s, c));
+}
+
 template <class T>
 CK_DEVICE void unpack(const Words<T>& from, float* to) {
 #pragma unroll
@@ -50,31 +56,32 @@ CK_DEVICE void store_chunk(const Rows& rows, int64_t b, int64_t t, int64_t c, in
   }
 }
 
-// z at positions s .. s + 7 of a row, from memory: x * open, or 0 by selection where a position is `off`.
+// z at positions s .. s + 7 of a row: x * open, or 0 by selection where a position is `off`. Vector v of x lies at
+// x[v * step], that of the gate at gate[v * step]; nullptr: not needed, or none. Outside of the row nothing is read.
 template <class T>
 struct ChunkInputs {
   float x[kEight] = {}, open[kEight];
   unsigned off = 0;
 
-  // Without `need_x` only the gate and the mask are read.
-  CK_DEVICE ChunkInputs(const Problem& p, int64_t b, int64_t s, int64_t c, bool need_x) {
+  CK_DEVICE ChunkInputs(const Problem& p, int64_t b, int64_t s, const Words<T>* x_at, const Words<T>* gate, int step) {
 #pragma unroll
     for (int i = 0; i < kEight; ++i) open[i] = 1;
 #pragma unroll
-    for (int v = 0; v < kEight; v += kVector<T>) {
-      if (c >= p.channels || s + v < 0 || s + v >= p.time) {
-        off |= ((1u << kVector<T>)-1u) << v;
+    for (int k0 = 0; k0 < kEight; k0 += kVector<T>) {
+      if (s + k0 < 0 || s + k0 >= p.time) {
+        off |= ((1u << kVector<T>)-1u) << k0;
         continue;
       }
-      if (need_x) unpack(*reinterpret_cast<const Words<T>*>(at<const T>(p.x, b, s + v, c)), x + v);
-      if (p.gate.data != nullptr) {
-        unpack(*reinterpret_cast<const Words<T>*>(at<const T>(p.gate, b, s + v, c)), open + v);
+      const int v = k0 / kVector<T> * step;
+      if (x_at != nullptr) unpack(x_at[v], x + k0);
+      if (gate != nullptr) {
+        unpack(gate[v], open + k0);
 #pragma unroll
-        for (int k = 0; k < kVector<T>; ++k) open[v + k] = sigmoid(open[v + k]);
+        for (int k = 0; k < kVector<T>; ++k) open[k0 + k] = sigmoid(open[k0 + k]);
       }
       if (p.mask != nullptr)
 #pragma unroll
-        for (int k = 0; k < kVector<T>; ++k) off |= unsigned{masked(p, b, s + v + k)} << (v + k);
+        for (int k = 0; k < kVector<T>; ++k) off |= unsigned{masked(p, b, s + k0 + k)} << (k0 + k);
     }
   }
 
@@ -168,6 +175,7 @@ template <class Window>
 CK_DEVICE void correlate(float (&sum)[kEight], Window window, const TimeTiles& g, const uint8_t* masks,
                          const float* filter) {
   float total[kEight] = {};
+#pragma unroll 1
   for (int n = 0; n < g.chunks; ++n) {
     const unsigned mask = masks[n];
     if (mask == 0) continue;
@@ -201,9 +209,22 @@ CK_DEVICE void collect(float (&sums)[kChunks * kEight], Window window, const Tim
   }
 }
 
-// What a warp does: `count` tiles of a block of channel rows, from position t of batch row b on.
+// Where a tile lies: from position t of batch row b on.
+struct TimePlace {
+  int64_t b, t;
+
+  CK_DEVICE void advance(const TimeTiles& g, int64_t time) {
+    t += kEight * g.lanes;
+    if (t < time) return;
+    t = 0;
+    ++b;
+  }
+};
+
+// What a warp does: `count` tiles of a block of channel rows.
 struct TimeWork {
-  int64_t c0, b, t;
+  int64_t c0, owner;
+  TimePlace start;
   int64_t piece;  // number of the group among those of all owners
   int window, count;
   bool exists;  // warps beyond the last piece have none
@@ -215,18 +236,11 @@ struct TimeWork {
     c0 = number % blocks * g.rows();
     window = static_cast<int>(number / blocks % windows);
     piece = number / blocks / windows;
-    const int64_t owner = piece / groups, first = piece % groups * each;
+    owner = piece / groups;
+    const int64_t first = piece % groups * each;
     exists = owner < p.owners();
     count = exists ? static_cast<int>(most(least(each, all - first), int64_t{0})) : 0;
-    b = owner + first / g.tiles;
-    t = first % g.tiles * kEight * g.lanes;
-  }
-
-  CK_DEVICE void advance(const TimeTiles& g, int64_t time) {
-    t += kEight * g.lanes;
-    if (t < time) return;
-    t = 0;
-    ++b;
+    start = {owner + first / g.tiles, first % g.tiles * kEight * g.lanes};
   }
 };
 
@@ -267,7 +281,7 @@ struct TimeLane {
     const int lane = threadIdx.x % 32;
     const Sequence anywhere{0, 0, 0, kUnbounded};
     for (int r = 0; r < g.rows() && work.c0 + r < p.channels; ++r) {
-      const FilterAt f(p, work.b, 0, (work.c0 + r) / p.head_channels());
+      const FilterAt f(p, work.owner, 0, (work.c0 + r) / p.head_channels());
       const Statistics<float> statistics = warp_statistics<float>(p, f, 0, lane, anywhere);
       for (int64_t j = lane; j < K; j += 32)
         filters[r * g.filter_pitch + g.element_of(transposed ? K - 1 - j : j)] =
@@ -280,12 +294,13 @@ struct TimeLane {
 // outside.
 template <class T>
 CK_DEVICE void stage_row(const Problem& p, const TimeTiles& g, const TimeLane& self, const Rows& rows,
-                         const TimeWork& work, char* row) {
-  const int64_t c = work.c0 + self.row, start = g.window_start(work.t);
+                         const TimePlace& place, int64_t c, char* row) {
+  const int64_t start = g.window_start(place.t);
   const int elements = (g.lanes + g.chunks) * kEight;
   const int begin = static_cast<int>(most(-start, int64_t{0}));
   const int end = c < p.channels ? static_cast<int>(least(p.time - start, int64_t{elements})) : 0;
-  const T* const line = at<const T>(rows, work.b, start, c);
+  const T* const line = at<const T>(rows, place.b, start, c);
+#pragma unroll 1
   for (int e = self.part * kVector<T>; e < elements; e += g.lanes * kVector<T>) {
     const bool inside = e >= begin && e < end;
     cp_async<16>(vector_at<T>(row, e / kVector<T>), inside ? static_cast<const void*>(line + e) : rows.data, inside);
@@ -294,25 +309,37 @@ CK_DEVICE void stage_row(const Problem& p, const TimeTiles& g, const TimeLane& s
 
 // kReady: rows are gated and masked on their way, once, into float32; otherwise they are copied as they are.
 template <class T, bool kReady, bool kPacked>
-CK_GLOBAL(32 * kTimeWarps, kPacked ? 2 : 3)
+CK_GLOBAL(32 * kTimeWarps, kPacked ? 5 : 6)
 void time_forward(const CK_PARAM Forward p, const CK_PARAM TimeTiles g, int64_t groups) {
   using E = std::conditional_t<kReady, float, T>;
   const TimeLane self(g);
-  TimeWork work(p, g, groups, 1);
+  const TimeWork work(p, g, groups, 1);
   if (work.count == 0) return;
   const int64_t c = work.c0 + self.row;
   const bool exists = c < p.channels;
   self.fill(p, g, false, work);
   const float bias = p.bias != nullptr && exists ? load_as<float>(p.bias, c, p.bias_dtype) : 0.0f;
-  if (!kReady) stage_row<T>(p, g, self, p.x, work, self.tile(g, 0));
-  cp_async_commit();
+  TimePlace place = work.start, next = place;
+  const auto stage = [&](int tile) {
+    if (tile < work.count) {
+      stage_row<T>(p, g, self, p.x, next, c, self.tile(g, tile));
+      next.advance(g, p.time);
+    }
+    cp_async_commit();
+  };
+  if constexpr (!kReady)
+#pragma unroll
+    for (int tile = 0; tile < kTimeStages - 1; ++tile) stage(tile);
   for (int tile = 0; tile < work.count; ++tile) {
     char* const row = self.tile(g, kReady ? 0 : tile);
-    const int64_t b = work.b, t = work.t + kEight * self.part;
+    const int64_t b = place.b, t = place.t + kEight * self.part;
     if constexpr (kReady) {
-      const int64_t start = g.window_start(work.t);
+      const int64_t start = g.window_start(place.t);
       for (int n = self.part; n < g.lanes + g.chunks; n += g.lanes) {
-        const ChunkInputs<T> inputs(p, b, start + n * kEight, c, true);
+        const int64_t s = start + n * kEight;
+        // A channel that does not exist reads another one: nobody stores what becomes of it.
+        const int64_t from = exists ? c : 0;
+        const ChunkInputs<T> inputs(p, b, s, words_at<T>(p.x, b, s, from), words_at<T>(p.gate, b, s, from), 1);
 #pragma unroll
         for (int v = 0; v < kEight; v += kVector<float>) {
           Words<float> z;
@@ -321,11 +348,11 @@ void time_forward(const CK_PARAM Forward p, const CK_PARAM TimeTiles g, int64_t 
           *vector_at<float>(row, (n * kEight + v) / kVector<float>) = z;
         }
       }
+    } else {
+      stage(tile + kTimeStages - 1);
+      cp_async_wait<kTimeStages - 1>();
     }
-    work.advance(g, p.time);
-    if (!kReady && tile + 1 < work.count) stage_row<T>(p, g, self, p.x, work, self.tile(g, tile + 1));
-    cp_async_commit();
-    cp_async_wait<1>();
+    place.advance(g, p.time);
     __syncwarp();
     float sum[kEight];
     for_parts<kPacked>(p, g, t, [&](const ChunkPart& part) {

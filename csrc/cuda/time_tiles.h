@@ -6,11 +6,11 @@
 namespace ck::cuda {
 
 constexpr int kEight = 8;  // consecutive positions of a lane: a chunk
-constexpr int kTimeWarps = 8;
-constexpr int kTimeStages = 2;  // tiles in shared memory: one is computed, one on its way
+constexpr int kTimeWarps = 4;
+constexpr int kTimeStages = 3;  // tiles in shared memory: one is computed, the others are on their way
 
-// Bytes of shared memory of a warp and of a block at most. Filters with this span leave room for rows of 32 chunks.
-constexpr int kTimeWarpRoom = 24 << 10, kTimeBlockRoom = 96 << 10;
+// Bytes of shared memory of a warp at most. Filters with this span leave room for rows of 32 chunks.
+constexpr int kTimeWarpRoom = 32 << 10;
 constexpr int64_t kTimeSpan = 1024;
 
 // Pieces of work for warps that fill a device a few times over.
@@ -24,19 +24,22 @@ struct TimeTiles {
   int64_t tiles = 0;  // of a row of positions
   int shift, chunks;  // chunks: those of a window that the first output of a lane reads
   int lanes = 0;
-  int row_bytes = 0, filter_pitch, warp_bytes = 0;
+  int row_bytes = 0, own_bytes, filter_pitch, warp_bytes = 0;
 
-  // `size`: bytes of an element in shared memory; `spare`: bytes that the tiles of a warp must have at least.
-  TimeTiles(const Taps& relation, int64_t time, int64_t channels, int size, int stages, int spare)
+  // `size`: bytes of an element in shared memory; `own`: tensors of which a tile has the lanes' chunks alone; `spare`:
+  // bytes that the tiles of a warp must have at least.
+  TimeTiles(const Taps& relation, int64_t time, int64_t channels, int size, int stages, int own, int spare)
       : taps(relation),
         shift(static_cast<int>((kEight - relation.left % kEight) % kEight)),
         chunks(static_cast<int>((shift + relation.span()) / kEight + 1)),
+        own_bytes(own * 32 * kEight * size),
         // The odd number of vectors lets lanes read the filters of different rows without conflicts.
         filter_pitch(kEight * chunks + 4) {
     int64_t best = 0;
     for (int n = 32; n > 0 && 32 / n < 2 * channels; n /= 2) {
       const int bytes = bytes_of_row(n, size), rows = 32 / n;
-      const int tile = stages * rows * bytes, all = (tile < spare ? spare : tile) + rows * filter_pitch * 4;
+      const int tile = stages * (rows * bytes + own_bytes),
+                all = (tile < spare ? spare : tile) + rows * filter_pitch * 4;
       // Short rows are cut so that the least is copied and computed in vain.
       const int64_t count = (time + kEight * n - 1) / (kEight * n), cost = count * (n + chunks);
       if (all > kTimeWarpRoom || (lanes != 0 && cost >= best)) continue;
@@ -49,12 +52,10 @@ struct TimeTiles {
   }
 
   CK_HD int rows() const { return 32 / lanes; }
-  CK_HD int stage_bytes() const { return rows() * row_bytes; }
+  CK_HD int stage_bytes() const { return rows() * row_bytes + own_bytes; }
   CK_HD int filter_bytes() const { return rows() * filter_pitch * 4; }
   CK_HD int mask_bytes() const { return (chunks + 15) / 16 * 16; }
   CK_HD int64_t channel_blocks(int64_t channels) const { return (channels + rows() - 1) / rows(); }
-
-  int warps() const { return kTimeBlockRoom / warp_bytes < kTimeWarps ? kTimeBlockRoom / warp_bytes : kTimeWarps; }
 
   CK_HD int64_t window_start(int64_t t) const { return taps.source(t, 0) - shift; }
   CK_HD int element_of(int64_t j) const { return static_cast<int>(shift + taps.dilation * j); }

@@ -9,9 +9,8 @@ namespace ck::cuda {
 template <class Kernel, class... Arguments>
 const char* launch_time(Kernel kernel, const TimeTiles& g, int64_t items, Stream stream,
                         const Arguments&... arguments) {
-  const int warps = g.warps();
-  return launch(kernel, dim3(static_cast<unsigned>(ceil_div(items, warps))), dim3(static_cast<unsigned>(32 * warps)),
-                static_cast<size_t>(g.mask_bytes() + warps * g.warp_bytes), stream, arguments...);
+  return launch(kernel, dim3(static_cast<unsigned>(ceil_div(items, kTimeWarps))), dim3(32 * kTimeWarps),
+                static_cast<size_t>(g.mask_bytes() + kTimeWarps * g.warp_bytes), stream, arguments...);
 }
 
 template <class T>
@@ -19,7 +18,7 @@ const char* Timewise<T>::forward(const Forward& p, const Plan& plan, Stream stre
   return with_bool(p.gate.data != nullptr || p.mask != nullptr, [&](auto ready) {
     return with_bool(p.offsets != nullptr, [&](auto packed) {
       constexpr bool kReady = decltype(ready)::value, kPacked = decltype(packed)::value;
-      const TimeTiles g(p.taps, p.time, p.channels, kReady ? 4 : sizeof(T), kReady ? 1 : kTimeStages, 0);
+      const TimeTiles g(p.taps, p.time, p.channels, kReady ? 4 : sizeof(T), kReady ? 1 : kTimeStages, 0, 0);
       const int64_t items = g.channel_blocks(p.channels) * plan.groups * p.owners();
       return launch_time(time_forward<T, kReady, kPacked>, g, items, stream, p, g, plan.groups);
     });
@@ -31,12 +30,12 @@ const char* Timewise<T>::backward(const Backward& p, const Plan& plan, Stream st
   constexpr int kFew = 2, kMany = 4;
   const Taps taps = p.taps.transposed();
   const auto run = [&](auto kernel, int chunks, int spare) {
-    const TimeTiles g(taps, p.time, p.channels, sizeof(T), kTimeStages, spare);
+    const TimeTiles g(taps, p.time, p.channels, sizeof(T), kTimeStages, p.gate.data != nullptr ? 2 : 1, spare);
     const int64_t windows = p.grad_weight != nullptr ? ceil_div(g.chunks, chunks) : 1;
     const int64_t items = g.channel_blocks(p.channels) * windows * plan.groups * p.owners();
     return launch_time(kernel, g, items, stream, p, g, windows);
   };
-  const bool few = TimeTiles(taps, p.time, p.channels, sizeof(T), kTimeStages, 0).chunks <= kFew;
+  const bool few = TimeTiles(taps, p.time, p.channels, sizeof(T), kTimeStages, 0, 0).chunks <= kFew;
   const char* status = with_bool(p.offsets != nullptr, [&](auto packed) {
     constexpr bool kPacked = decltype(packed)::value;
     return few ? run(time_backward<T, kPacked, kFew>, kFew, kTimeSumBytes<kFew>)
