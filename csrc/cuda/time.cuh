@@ -317,7 +317,7 @@ CK_DEVICE void stage_row(const Problem& p, const TimeTiles& g, const TimeLane& s
 
 // kReady: rows are gated and masked on their way, once, into float32; otherwise they are copied as they are.
 template <class T, bool kReady, bool kPacked>
-CK_GLOBAL(32 * kTimeWarps, kPacked ? 5 : 6)
+CK_GLOBAL(32 * kTimeWarps, kPacked ? 4 : 6)
 void time_forward(const CK_PARAM Forward p, const CK_PARAM TimeTiles g, int64_t groups) {
   using E = std::conditional_t<kReady, float, T>;
   const TimeLane self(g);
