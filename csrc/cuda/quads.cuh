@@ -59,13 +59,20 @@ CK_DEVICE void store_run(const Quad (&run)[kRun], int lane, int64_t channels, co
   }
 }
 
-// Rows in shared memory that are overwritten in turn; `lane` has 4 of a row's kLaneRow channels.
+// Chunks of rows of kLaneRow channels in shared memory, overwritten in turn.
 template <class E>
 struct Ring {
   E* base;
-  int rows;
+  int chunks;
 
-  CK_DEVICE E* row(int64_t number) const { return base + number % rows * kLaneRow; }
+  // A block walks fewer than 2^31 rows; 64-bit division would take longer than the rest.
+  CK_DEVICE E* chunk(int64_t number) const {
+    return base + static_cast<uint32_t>(number) % static_cast<uint32_t>(chunks) * (kChunk * kLaneRow);
+  }
+  CK_DEVICE E* row(int64_t number) const {
+    return chunk(static_cast<uint32_t>(number) / kChunk) + static_cast<uint32_t>(number) % kChunk * kLaneRow;
+  }
+  CK_DEVICE E* end() const { return base + chunks * (kChunk * kLaneRow); }
 };
 
 // Calls use(j, window, turn) for taps j = 0..taps-1, where row i of the window, window[(turn + i) % kRun], is ring row
@@ -74,11 +81,10 @@ template <class E, class Use>
 CK_DEVICE void walk(const Ring<E>& ring, int64_t first, int taps, int lane, const Use& use) {
   Quad window[kRun];
   const E* at = ring.row(first) + lane * kQuad;
-  const E* const end = ring.base + static_cast<int64_t>(ring.rows) * kLaneRow;
   const auto next = [&] {
     const Quad q = load_quad(at);
     at += kLaneRow;
-    if (at >= end) at -= static_cast<int64_t>(ring.rows) * kLaneRow;
+    if (at >= ring.end()) at -= ring.end() - ring.base;
     return q;
   };
 #pragma unroll

@@ -7,7 +7,7 @@ namespace ck::cuda {
 
 template <class T>
 const char* Streaming<T>::forward(const Forward& p, const Plan& plan, Stream stream) {
-  const int64_t blocks = StreamShape(p).channel_blocks * plan.groups * p.owners();
+  const int64_t blocks = ceil_div(p.channels, kLaneRow) * plan.groups * p.owners();
   return with_bool(p.head_channels() % kQuad == 0, [&](auto shared) {
     return with_bool(p.gate.data != nullptr, [&](auto gate) {
       constexpr bool kShared = decltype(shared)::value, kGate = decltype(gate)::value;
@@ -20,7 +20,7 @@ const char* Streaming<T>::forward(const Forward& p, const Plan& plan, Stream str
 
 template <class T>
 const char* Streaming<T>::backward(const Backward& p, const Plan& plan, Stream stream) {
-  const int64_t blocks = StreamShape(p).channel_blocks * plan.groups * p.owners();
+  const int64_t blocks = ceil_div(p.channels, kLaneRow) * plan.groups * p.owners();
   const bool shared_filter = p.head_channels() % kQuad == 0;
   const char* status = with_bool(shared_filter, [&](auto shared) {
     return with_bool(p.gate.data != nullptr, [&](auto gate) {
