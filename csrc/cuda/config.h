@@ -113,20 +113,48 @@ inline bool stream_possible(const Facts& f, bool backward) {
                    : stream_forward_bytes(f.taps, size, shared, f.gate)) <= kSharedMemory;
 }
 
-inline Plan stream_plan(const Facts& f) {
+inline Plan walk_plan(Family family, const Facts& f) {
   const int64_t blocks = (f.channels + kLaneRow - 1) / kLaneRow * f.owners(), chunks = stream_chunks(f);
   // Blocks of few chunks would spend their time on halos and filters.
   const int64_t possible = at_least_one(chunks / 4), wanted = at_least_one(kBlocks / blocks);
-  return {Family::kStream, wanted < possible ? wanted : possible};
+  return {family, wanted < possible ? wanted : possible};
+}
+
+// ---- rows: blocks as of the stream kernels, which hold whole heads
+
+CK_HD int64_t rows_heads(int64_t head_channels) { return kLaneRow / head_channels; }
+CK_HD int64_t rows_pitch(int64_t taps) { return taps / 2 * 2 + 1; }
+// Filters of a chunk of rows.
+CK_HD int64_t rows_table_bytes(int64_t taps, int64_t head_channels) {
+  return kChunk * rows_heads(head_channels) * rows_pitch(taps) * 4;
+}
+
+inline int64_t rows_bytes(const Facts& f, bool backward) {
+  const int64_t size = size_of(f.dtype), window = stream_window(f.taps),
+                table = rows_table_bytes(f.taps, f.head_channels());
+  const int64_t input = f.gate ? window * stream_chunk_bytes(4) + 2 * (1 + kAhead) * stream_chunk_bytes(size)
+                               : (window + kAhead) * stream_chunk_bytes(size);
+  return backward ? (window + 1) * table + (window + kAhead) * stream_chunk_bytes(size) + input : table + input;
+}
+
+inline bool rows_possible(const Facts& f, bool backward) {
+  if (!f.channel_vectors || f.dtype == Dtype::kFloat64 || !f.per_row()) return false;
+  if (f.head_channels() % kQuad != 0 || kLaneRow % f.head_channels() != 0) return false;
+  if (f.state && (f.gate || f.packed || backward)) return false;
+  // Gradients of shared filters would have to be summed over positions.
+  if (backward && !f.per_position) return false;
+  return rows_bytes(f, backward) <= kSharedMemory;
 }
 
 inline Plan plan_forward(const Facts& f) {
-  if (stream_possible(f, false)) return stream_plan(f);
+  if (rows_possible(f, false)) return walk_plan(Family::kRows, f);
+  if (stream_possible(f, false)) return walk_plan(Family::kStream, f);
   return {};
 }
 
 inline Plan plan_backward(const Facts& f) {
-  if (stream_possible(f, true)) return stream_plan(f);
+  if (rows_possible(f, true)) return walk_plan(Family::kRows, f);
+  if (stream_possible(f, true)) return walk_plan(Family::kStream, f);
   const int64_t columns = f.per_row() ? f.heads / 8 : f.channels / 32 * ((f.taps + 7) / 8);
   return {Family::kPlain, groups_of(f.owner_rows(), columns)};
 }

@@ -57,8 +57,8 @@ const char* with_family(const Plan& plan, Dtype dtype, const Run& run) {
         case Family::kPlain: break;
         case Family::kStream: return run(Streaming<T>{});
         case Family::kTime:
-        case Family::kBand:
-        case Family::kRows: return "no such family of kernels";
+        case Family::kRows: return run(PerRow<T>{});
+        case Family::kBand: return "no such family of kernels";
       }
     }
     return run(Plain<T>{});

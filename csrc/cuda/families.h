@@ -20,6 +20,12 @@ struct Streaming {
   static const char* backward(const Backward& p, const Plan& plan, Stream stream);
 };
 
+template <class T>
+struct PerRow {
+  static const char* forward(const Forward& p, const Plan& plan, Stream stream);
+  static const char* backward(const Backward& p, const Plan& plan, Stream stream);
+};
+
 // The sums that end every backward pass; C is the accumulation type.
 template <class C>
 struct Reduce {

@@ -99,29 +99,30 @@ CK_DEVICE void walk(const Ring<E>& ring, int64_t first, int taps, int lane, cons
   }
 }
 
-// Which rows of a run's windows count: those of the sequence that each row of the run is in. Only where a window
-// crosses a boundary of packed sequences is there anything to ask.
+// Which taps of the rows of a run read rows of the sequence that they are in. Only where a window crosses a boundary of
+// packed sequences is there anything to ask.
 struct Borders {
   bool whole = true;  // every window of the run lies in one sequence
-  int64_t begin[kRun], end[kRun];
+  int first[kRun], last[kRun];
 
-  // The run's rows n .. n + kRun - 1 and their windows of `taps` rows.
-  CK_DEVICE Borders(const Problem& p, const Reach& reach, int64_t n, int64_t taps) {
+  // Rows n .. n + kRun - 1 of a phase, and what they read by `taps`.
+  CK_DEVICE Borders(const Problem& p, const Taps& taps, const Phase& phase, int64_t n) {
     if (p.offsets == nullptr) return;
-    const int64_t last = least(n + kRun - 1, most(reach.from.rows(p.time) - 1, int64_t{0}));
-    const Sequence a = sequence_of(p, reach.from.position(n)), b = sequence_of(p, reach.from.position(last));
-    const int64_t low = reach.to.position(n + reach.offset), high = reach.to.position(last + reach.offset + taps - 1);
-    whole = a.number == b.number && most(low, int64_t{0}) >= a.begin && least(high, p.time - 1) < a.end;
+    const int64_t top = phase.position(n), end = least(phase.position(n + kRun - 1), p.time - 1);
+    const Sequence a = sequence_of(p, top);
+    whole = end < a.end && most(taps.source(top, 0), int64_t{0}) >= a.begin &&
+            least(taps.source(end, taps.taps - 1), p.time - 1) < a.end;
     if (whole) return;
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
-      const Sequence s = sequence_of(p, reach.from.position(n + i));
-      begin[i] = s.begin;
-      end[i] = s.end;
+      const int64_t t = phase.position(n + i);
+      const Sequence s = sequence_of(p, t);
+      first[i] = static_cast<int>(taps.first_inside(t, s.begin));
+      last[i] = static_cast<int>(taps.last_inside(t, s.end));
     }
   }
 
-  CK_DEVICE bool inside(int i, int64_t position) const { return position >= begin[i] && position < end[i]; }
+  CK_DEVICE bool inside(int i, int j) const { return j >= first[i] && j < last[i]; }
 };
 
 }  // namespace ck::cuda

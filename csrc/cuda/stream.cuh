@@ -80,13 +80,13 @@ void stream_forward(const CK_PARAM Forward p, int64_t groups) {
       }
       const int64_t n = n0 + k * kChunk + warp * kRun;
       Quad total[kRun] = {};
-      const Borders borders(p, reach, n, K);
+      const Borders borders(p, p.taps, reach.from, n);
       const auto add = [&](auto checked) {
         walk(input.ring, k * kChunk + warp * kRun, K, lane, [&](int j, const Quad(&rows)[kRun], int turn) {
           const Quad w = table.at(j, lane);
 #pragma unroll
           for (int i = 0; i < kRun; ++i) {
-            if (decltype(checked)::value && !borders.inside(i, reach.to.position(n + reach.offset + j + i))) continue;
+            if (decltype(checked)::value && !borders.inside(i, j)) continue;
             const Quad& z = rows[(turn + i) % kRun];
 #pragma unroll
             for (int e = 0; e < kQuad; ++e) total[i].v[e] += w.v[e] * z.v[e];

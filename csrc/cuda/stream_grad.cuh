@@ -79,14 +79,14 @@ void stream_backward(const CK_PARAM Backward p) {
             for (int e = 0; e < kQuad; ++e) z[i].v[e] *= sigmoid(open.v[e]);
           }
         }
-      const Borders borders(p, reach, n, K);
+      const Borders borders(p, taps, reach.from, n);
       const auto add = [&](auto checked) {
         walk(ring, k * kChunk + warp * kRun, K, lane, [&](int j, const Quad(&rows)[kRun], int turn) {
           const Quad w = table.at(K - 1 - j, lane);
           Quad products{};
 #pragma unroll
           for (int i = 0; i < kRun; ++i) {
-            if (decltype(checked)::value && !borders.inside(i, reach.to.position(n + reach.offset + j + i))) continue;
+            if (decltype(checked)::value && !borders.inside(i, j)) continue;
             const Quad& dy = rows[(turn + i) % kRun];
 #pragma unroll
             for (int e = 0; e < kQuad; ++e) {
