@@ -281,10 +281,10 @@ def filter_tap(
 
 
 @triton.jit
-def take(rows, index, valid):
-    """rows[i, index[i, j]] where ``valid``, else 0."""
-    size: tl.constexpr = rows.shape[1]
-    return tl.where(valid, tl.gather(rows, tl.minimum(tl.maximum(index, 0), size - 1), 1), 0.0)
+def take(rows, index, valid, AXIS: tl.constexpr = 1):
+    """rows[i, index[i, j]] (along the other AXIS: rows[index[i, j], j]) where ``valid``, else 0."""
+    size: tl.constexpr = rows.shape[AXIS]
+    return tl.where(valid, tl.gather(rows, tl.minimum(tl.maximum(index, 0), size - 1), AXIS), 0.0)
 
 
 @triton.jit
