@@ -12,8 +12,7 @@ const char* Streaming<T>::forward(const Forward& p, const Plan& plan, Stream str
     return with_bool(p.gate.data != nullptr, [&](auto gate) {
       constexpr bool kShared = decltype(shared)::value, kGate = decltype(gate)::value;
       return launch(stream_forward<T, kShared, kGate>, dim3(static_cast<unsigned>(blocks)), dim3(kStreamThreads),
-                    static_cast<size_t>(stream_forward_bytes(p.taps.taps, sizeof(T), kShared, kGate)), stream, p,
-                    plan.groups);
+                    static_cast<size_t>(plan.shared_bytes), stream, p, plan.groups);
     });
   });
 }
@@ -27,8 +26,7 @@ const char* Streaming<T>::backward(const Backward& p, const Plan& plan, Stream s
       return with_bool(p.taps.taps <= kFewTaps, [&](auto few) {
         constexpr bool kShared = decltype(shared)::value, kGate = decltype(gate)::value;
         return launch(stream_backward<T, kShared, kGate, decltype(few)::value>, dim3(static_cast<unsigned>(blocks)),
-                      dim3(kStreamThreads),
-                      static_cast<size_t>(stream_backward_bytes(p.taps.taps, sizeof(T), kShared, kGate)), stream, p);
+                      dim3(kStreamThreads), static_cast<size_t>(plan.shared_bytes), stream, p);
       });
     });
   });
