@@ -33,6 +33,7 @@ struct Facts {
   bool per_position = false, renormalize = false, per_batch = false, gate = false, packed = false, state = false;
   // Every tensor like x can be read 16 bytes at a time along its channels, or along its positions.
   bool channel_vectors = true, time_vectors = false;
+  int64_t multiprocessors = 132;
 
   bool per_row() const { return per_position || renormalize; }
   int64_t head_channels() const { return channels / heads; }
@@ -42,19 +43,43 @@ struct Facts {
 
 struct Plan {
   Family family = Family::kPlain;
-  int64_t groups = 1;  // pieces of an owner's positions, each summed by one block (backward)
+  int64_t groups = 1;        // pieces of an owner's positions, each computed, and summed, by one block
+  int64_t shared_bytes = 0;  // of a block's memory
 };
-
-// About as many blocks as keep the largest device busy, where a block may walk many positions.
-constexpr int64_t kBlocks = 1024;
 
 inline int64_t at_least_one(int64_t n) { return n < 1 ? 1 : n; }
 
 // Pieces for sums over `rows` positions that `columns` blocks share: enough to fill a device, and not below 64
 // positions.
-inline int64_t groups_of(int64_t rows, int64_t columns) {
-  const int64_t wanted = at_least_one(kBlocks / at_least_one(columns)), possible = at_least_one(rows / 64);
+inline int64_t groups_of(const Facts& f, int64_t rows, int64_t columns) {
+  const int64_t wanted = at_least_one(8 * f.multiprocessors / at_least_one(columns)),
+                possible = at_least_one(rows / 64);
   return wanted < possible ? wanted : possible;
+}
+
+// Pieces of work that is `units` long, in each of `columns` columns, for a device that runs `slots` blocks at a time:
+// as many as make the last block end soonest, if a block costs as much as `overhead` units besides its own.
+inline int64_t best_groups(int64_t units, int64_t columns, int64_t slots, int64_t overhead) {
+  int64_t best = 1, least_time = INT64_MAX;
+  for (int64_t waves = 1; waves <= 8; ++waves) {
+    const int64_t fit = at_least_one(waves * slots / columns), groups = fit < units ? fit : at_least_one(units);
+    const int64_t time = (columns * groups + slots - 1) / slots * ((units + groups - 1) / groups + overhead);
+    if (time < least_time) {
+      least_time = time;
+      best = groups;
+    }
+  }
+  return best;
+}
+
+// What a multiprocessor has, on every architecture served: shared memory of a block, and of all its blocks.
+constexpr int64_t kSharedMemory = 160 << 10, kAllSharedMemory = 164 << 10;
+
+// Blocks that run at a time, each of `bytes` of shared memory, where registers leave room for `most` per
+// multiprocessor.
+inline int64_t slots_of(const Facts& f, int64_t bytes, int64_t most) {
+  const int64_t fit = at_least_one(kAllSharedMemory / (bytes + 1024));  // a block takes 1 KB more than it asks for
+  return f.multiprocessors * (fit < most ? fit : most);
 }
 
 // ---- stream: blocks of 128 channels, 32 rows at a time
@@ -101,24 +126,51 @@ inline int64_t stream_chunks(const Facts& f) {
   return f.batch / f.owners() * f.dilation * ((rows + kChunk - 1) / kChunk);
 }
 
-// What a block has on every architecture served.
-constexpr int64_t kSharedMemory = 160 << 10;
+inline int64_t stream_bytes(const Facts& f, bool backward) {
+  const bool shared = f.head_channels() % kQuad == 0;
+  return (backward ? stream_backward_bytes : stream_forward_bytes)(f.taps, size_of(f.dtype), shared, f.gate);
+}
 
 inline bool stream_possible(const Facts& f, bool backward) {
   if (!f.channel_vectors || f.dtype == Dtype::kFloat64 || f.per_row()) return false;
   // Rows of the state are neither gated nor in the middle of a row.
   if (f.state && (f.gate || f.packed || backward)) return false;
-  const bool shared = f.head_channels() % kQuad == 0;
-  const int64_t size = size_of(f.dtype);
-  return (backward ? stream_backward_bytes(f.taps, size, shared, f.gate)
-                   : stream_forward_bytes(f.taps, size, shared, f.gate)) <= kSharedMemory;
+  return stream_bytes(f, backward) <= kSharedMemory;
 }
 
-inline Plan stream_plan(const Facts& f) {
-  const int64_t blocks = (f.channels + kLaneRow - 1) / kLaneRow * f.owners(), chunks = stream_chunks(f);
-  // Blocks of few chunks would spend their time on halos and filters.
-  const int64_t possible = at_least_one(chunks / 4), wanted = at_least_one(kBlocks / blocks);
-  return {Family::kStream, wanted < possible ? wanted : possible};
+// Blocks that registers leave room for: 128 threads of at most 168, or 255.
+constexpr int64_t kForwardBlocks = 3, kBackwardBlocks = 2;
+
+inline Plan walk_plan(Family family, const Facts& f, int64_t bytes, int64_t blocks) {
+  const int64_t columns = (f.channels + kLaneRow - 1) / kLaneRow * f.owners();
+  // A block fills its window, makes its filters and adds up its sums besides.
+  return {family, best_groups(stream_chunks(f), columns, slots_of(f, bytes, blocks), stream_window(f.taps) + 1), bytes};
+}
+
+// ---- rows: blocks as of the stream kernels, which hold whole heads
+
+CK_HD int64_t rows_heads(int64_t head_channels) { return kLaneRow / head_channels; }
+CK_HD int64_t rows_pitch(int64_t taps) { return taps / 2 * 2 + 1; }
+// Filters of a chunk of rows.
+CK_HD int64_t rows_table_bytes(int64_t taps, int64_t head_channels) {
+  return kChunk * rows_heads(head_channels) * rows_pitch(taps) * 4;
+}
+
+inline int64_t rows_bytes(const Facts& f, bool backward) {
+  const int64_t size = size_of(f.dtype), window = stream_window(f.taps),
+                table = rows_table_bytes(f.taps, f.head_channels());
+  const int64_t input = f.gate ? window * stream_chunk_bytes(4) + 2 * (1 + kAhead) * stream_chunk_bytes(size)
+                               : (window + kAhead) * stream_chunk_bytes(size);
+  return backward ? (window + 1) * table + (window + kAhead) * stream_chunk_bytes(size) + input : table + input;
+}
+
+inline bool rows_possible(const Facts& f, bool backward) {
+  if (!f.channel_vectors || f.dtype == Dtype::kFloat64 || !f.per_row()) return false;
+  if (f.head_channels() % kQuad != 0 || kLaneRow % f.head_channels() != 0) return false;
+  if (f.state && (f.gate || f.packed || backward)) return false;
+  // Gradients of shared filters would have to be summed over positions.
+  if (backward && !f.per_position) return false;
+  return rows_bytes(f, backward) <= kSharedMemory;
 }
 
 // ---- time: a warp per piece of a few channel rows
@@ -138,16 +190,18 @@ inline Plan time_plan(const Facts& f) {
 }
 
 inline Plan plan_forward(const Facts& f) {
-  if (stream_possible(f, false)) return stream_plan(f);
+  if (rows_possible(f, false)) return walk_plan(Family::kRows, f, rows_bytes(f, false), kBackwardBlocks);
+  if (stream_possible(f, false)) return walk_plan(Family::kStream, f, stream_bytes(f, false), kForwardBlocks);
   if (time_possible(f)) return time_plan(f);
   return {};
 }
 
 inline Plan plan_backward(const Facts& f) {
-  if (stream_possible(f, true)) return stream_plan(f);
+  if (rows_possible(f, true)) return walk_plan(Family::kRows, f, rows_bytes(f, true), kBackwardBlocks);
+  if (stream_possible(f, true)) return walk_plan(Family::kStream, f, stream_bytes(f, true), kBackwardBlocks);
   if (time_possible(f)) return time_plan(f);
   const int64_t columns = f.per_row() ? f.heads / 8 : f.channels / 32 * ((f.taps + 7) / 8);
-  return {Family::kPlain, groups_of(f.owner_rows(), columns)};
+  return {Family::kPlain, groups_of(f, f.owner_rows(), columns)};
 }
 
 }  // namespace ck::cuda

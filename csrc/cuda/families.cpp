@@ -41,6 +41,7 @@ Facts common_facts(const Problem& p) {
   f.packed = p.offsets != nullptr;
   f.state = p.state != nullptr;
   f.channel_vectors = f.time_vectors = true;
+  f.multiprocessors = multiprocessors();
   look_at(f, p.x);
   look_at(f, p.gate);
   f.channel_vectors = f.channel_vectors && reinterpret_cast<uintptr_t>(p.state) % kVectorBytes == 0;
@@ -57,8 +58,8 @@ const char* with_family(const Plan& plan, Dtype dtype, const Run& run) {
         case Family::kPlain: break;
         case Family::kStream: return run(Streaming<T>{});
         case Family::kTime: return run(Timewise<T>{});
-        case Family::kBand:
-        case Family::kRows: return "no such family of kernels";
+        case Family::kRows: return run(PerRow<T>{});
+        case Family::kBand: return "no such family of kernels";
       }
     }
     return run(Plain<T>{});
