@@ -49,8 +49,22 @@ $(VENV)/.requirements: pyproject.toml setup.py $(VENV)/.torch
 	CONVKERNELS_BUILD=none $(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --editable ".[$(EXTRAS)]"
 	@touch $@
 
+# Everything this machine has compilers for; the CUDA kernels need nvcc, and no GPU.
 $(NATIVE)/.built: $(VENV)/.requirements $(NATIVE_SOURCES)
 	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+# Without a GPU `make bench` waits for no CUDA kernels, unless this checkout has been built with them before.
+$(NATIVE)/.cpu: $(VENV)/.requirements $(NATIVE_SOURCES)
+	CONVKERNELS_BUILD=cpu $(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+RUNNABLE := $(NATIVE)/$(if $(wildcard $(NATIVE)/.built)$(shell nvidia-smi -L 2>/dev/null),.built,.cpu)
+
+# The CUDA kernels, to run on a CPU.
+$(NATIVE)/.simt: $(NATIVE)/.built
+	cmake --build $(BUILD) --target convkernels_simt
+	cmake --install $(BUILD) --prefix convkernels --component simt >/dev/null
 	@touch $@
 
 # The kernels for GPUs can be interpreted, and compiled ahead of time, on a machine without one. A torch for GPUs has
@@ -61,11 +75,13 @@ $(VENV)/.triton: $(VENV)/.requirements
 
 build: $(NATIVE)/.built
 
+simt-build: $(NATIVE)/.simt
+
 install: build $(VENV)/.triton
 
 # ---- the main job
 
-bench: build
+bench: $(RUNNABLE)
 	$(BIN)/convkernels bench --output $(RESULTS)
 	@echo "Plots:" && find $(RESULTS) -name '*.png' | sort
 
@@ -86,7 +102,7 @@ ctest: build
 	ctest --test-dir $(BUILD) --output-on-failure --no-tests=error
 
 abi: build
-	$(BIN)/python scripts/check_abi.py $(NATIVE)/libconvkernels_cpu.so
+	$(BIN)/python scripts/check_abi.py $(NATIVE)/libconvkernels_c*.so
 
 asan: install
 	PYTHON=$(BIN)/python WORKERS=$(WORKERS) scripts/run_asan.sh
