@@ -17,11 +17,12 @@ PYTEST_FLAGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # One test process per core: more threads in each would only fight.
-test test-fast asan interpreted: export OMP_NUM_THREADS = 1
+test test-fast asan interpreted simulated: export OMP_NUM_THREADS = 1
 # Without it Triton 3.9 warns at every compilation that a default will change.
 test test-fast interpreted: export TRITON_DEFAULT_FP_FUSION = 1
 
-.PHONY: help install build bench test test-fast lint format ctest abi asan interpreted mutants cross gpu-build gpu-test gpu-bench clean
+.PHONY: help install build simt-build bench test test-fast lint format ctest abi asan interpreted simulated mutants cross \
+        gpu-build gpu-test gpu-sanitize gpu-bench clean
 .NOTPARALLEL:
 
 help:
@@ -30,6 +31,7 @@ help:
 	@echo "make test       lint, C++ tests, library checks, sanitizers, all Python tests (what CI runs)"
 	@echo "make test-fast  the Python and C++ tests that are quick"
 	@echo "make interpreted the tests of the triton backend in Triton's interpreter (EVERY=1: all of them, for hours)"
+	@echo "make simulated  the tests of the cuda backend, its kernels simulated on the CPU"
 	@echo "make lint|format|ctest|abi|asan|mutants|cross|clean"
 	@echo "make gpu-test gpu-bench   on a machine with a GPU, with PYTHON=<one that has torch>, no network needed"
 
@@ -116,8 +118,19 @@ EVERY ?= 24
 interpreted: install
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -k triton -m "not slow" --every $(EVERY) $(PYTEST_FLAGS)
 
+# The tests of the cuda backend, its kernels on this CPU: all recorded results, one in SIMULATED_EVERY of each other
+# test's cases, and random problems with the threads of a block in five other orders.
+SIMULATED_EVERY ?= 3
+simulated: export CONVKERNELS_SIMT = 1
+simulated: install simt-build
+	$(BIN)/python -m pytest -n $(WORKERS) -k cuda tests/test_golden.py $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n $(WORKERS) -k cuda -m "not slow and not gpu" --every $(SIMULATED_EVERY) \
+	    --ignore tests/test_golden.py $(PYTEST_FLAGS)
+	for seed in 1 2 3 4 5; do CONVKERNELS_SIMT_SEED=$$seed \
+	    $(BIN)/python -m pytest -q -n $(WORKERS) -k "cuda and quick" tests/test_fuzz.py $(PYTEST_FLAGS) || exit 1; done
+
 # The full run comes last, so that its summary closes the output.
-test: lint install ctest abi asan interpreted
+test: lint install ctest abi asan interpreted simulated
 	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_FLAGS)
 
 test-fast: install ctest
