@@ -111,7 +111,8 @@ asan: install
 
 # Seeds faults in the kernels and shows that the tests catch each; several minutes, so not part of `make test`.
 mutants: install
-	$(BIN)/python scripts/mutations.py
+	$(BIN)/python scripts/mutations.py --backend cpu
+	$(BIN)/python scripts/mutations.py --backend cuda
 
 # The tests of the triton backend in Triton's interpreter: all sizes of problem, one in EVERY of each test's cases.
 EVERY ?= 24
@@ -150,16 +151,29 @@ cross:
 gpu-build:
 	$(PYTHON) setup.py --quiet build_ext --inplace
 
-# Every combination of options is a kernel of its own to compile, so many processes, and one in GPU_EVERY of the cases.
+# Every combination of options is a Triton kernel of its own to compile, so many processes, and one in GPU_EVERY of the
+# cases.
 GPU_WORKERS ?= 8
 GPU_EVERY ?= 12
 gpu-test: gpu-build
 	$(PYTHON) -m pytest -m gpu $(PYTEST_FLAGS)
-	$(PYTHON) -m pytest -n $(GPU_WORKERS) -k triton -m "not slow and not gpu" --every $(GPU_EVERY) $(PYTEST_FLAGS)
+	$(PYTHON) -m pytest -n $(GPU_WORKERS) -k "triton or cuda" -m "not slow and not gpu" --every $(GPU_EVERY) $(PYTEST_FLAGS)
+	$(MAKE) gpu-sanitize
+
+# Without torch's memory pool, so that every tensor has an end that can be overrun.
+SANITIZED ?= tests/test_golden.py tests/test_decoding.py tests/test_memory.py
+gpu-sanitize: gpu-build
+	@if command -v compute-sanitizer >/dev/null; then for tool in memcheck racecheck initcheck synccheck; do \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    $(PYTHON) -m pytest -q -k "cuda and not does_not_grow" -m "not slow and not gpu" --every 40 $(SANITIZED) \
+	    || exit 1; done; \
+	else echo "gpu-sanitize: left out, compute-sanitizer is not installed"; fi
 
 gpu-bench: gpu-build
-	$(PYTHON) -m convkernels.cli bench --suite streaming --device cuda --output benchmarks/results
+	for backend in triton cuda; do $(PYTHON) -m convkernels.cli bench --suite streaming --device cuda --backend $$backend \
+	    --output benchmarks/results || exit 1; done
 	$(PYTHON) -m convkernels.cli bench --device cuda --output benchmarks/results
+	@echo 'To let backend="auto" follow these results: $(PYTHON) -m benchmarks.prefer benchmarks/results/<device>.json'
 
 clean:
 	rm -rf build dist $(VENV) $(RESULTS) $(NATIVE) convkernels/_C*.so *.egg-info

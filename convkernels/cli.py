@@ -48,6 +48,8 @@ def info(arguments: argparse.Namespace) -> int:
         for name, reasons in environment.usable_backends(device).items():
             rows.append((name, device.type, "no" if reasons else "yes", "; ".join(reasons)))
     table("backends", ("backend", "device", "usable", "why not"), rows)
+    rows = [row for device in devices for row in environment.automatic(device)]
+    table("what backend='auto' takes", ("device", "dtype", "op", "backend", "because"), rows)
     table("environment variables", ("name", "value", "meaning"), environment.variables())
     return 0
 
@@ -264,12 +266,17 @@ def _streaming(arguments: argparse.Namespace, device: torch.device, path: Path) 
         length=max(arguments.lengths) if arguments.lengths else defaults.length,
         compiled=arguments.compile_seconds != 0,
         seconds=arguments.seconds or defaults.seconds,
+        backend=arguments.backend,
     )
+    reasons = convkernels.why_not(settings.backend, device=device, dtype=settings.dtype)
+    if reasons:
+        print(f"bench: --backend {settings.backend}: {'; '.join(reasons)}", file=sys.stderr)
+        return 2
     section = streaming.Streaming(settings, device).run()
     streaming.print_tables(section)
     for failure in section["failures"]:
         say(failure)
-    _save(path, "streaming", section)
+    _save(path, "streaming" if settings.backend == "auto" else f"streaming {settings.backend}", section)
     return 0
 
 
@@ -329,6 +336,12 @@ def parser() -> argparse.ArgumentParser:
         choices=("sweep", "acceptance", "streaming"),
         default="sweep",
         help="speed against length, the target table, or the fraction of memory speed on tensors of 64 MB and more",
+    )
+    add(
+        "--backend",
+        choices=("auto", *convkernels.backends.names()),
+        default="auto",
+        help="of the streaming suite; its results are kept apart (default: auto)",
     )
     add("--batch", type=_positive, help="rows of the batch in the streaming suite (default: 16)")
     add("--output", type=Path, default=Path("convkernels-bench"), help="folder for JSON, PNG and Markdown files")

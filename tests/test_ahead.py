@@ -83,7 +83,7 @@ def test_what_breaks_a_rule_is_found(tmp_path):
 def test_machine_code_is_counted():
     code = """
         LDG.E.128 R4, [R2.64] ; LDG.E.U16 R0, [R2.64] ; LDGSTS.E.BYPASS.128 [R9], [R2.64] ;
-        STG.E.128 [R2.64], R4 ; STG.E [R2.64], R0 ; HMMA.16816.F32.BF16 R4, R8, R12, R4 ; IMMAD R1 ;
+        STG.E.128 [R2.64], R4 ; STG.E [R2.64], R0 ; HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
     """
     assert machine_code.read_code(code) == {
         "wide_loads": 2, "narrow_loads": 1, "wide_stores": 1, "narrow_stores": 1, "matrix": 1,

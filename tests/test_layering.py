@@ -18,8 +18,8 @@ ROOT = PACKAGE.parent
 # the standard library.
 ALLOWED = {
     "convkernels.testing": {"numpy", "safetensors"},
-    "convkernels.backends.triton": {"triton"},
-    "convkernels.backends": set(),
+    "convkernels.backends.triton": {"triton", "convkernels.backends.machine_code"},
+    "convkernels.backends": {"convkernels._C"},
     "convkernels.ops": {"convkernels.backends"},
     "convkernels.nn": {"convkernels.ops"},
     "convkernels.models": {"convkernels.nn", "convkernels.ops", "transformers"},

@@ -1,11 +1,11 @@
-"""Reads what every kernel of the CUDA library costs, for all the architectures it was compiled for. No GPU is needed."""
+"""Reads what each kernel of the CUDA library costs, for all the architectures it was compiled for, without a GPU."""
 
 import re
 import subprocess
 from pathlib import Path
 
 from . import machine_code
-from .native import FOLDER
+from .library import FOLDER
 
 LIBRARY = FOLDER / "libconvkernels_cuda.so"
 # By kernel, without its template arguments: the families that were written to move memory, and to use matrix units.
@@ -16,10 +16,10 @@ BANDED: tuple[str, ...] = ()
 def compiler_version() -> str:
     """The version of nvcc that compiled the library, as far as the information module says."""
     try:
-        from .. import _C
+        from convkernels._C import compilers
     except ImportError:
         return "unknown"
-    return _C.compilers.get("cuda", "unknown").split()[-1]
+    return compilers.get("cuda", "unknown").split()[-1]
 
 
 def missing() -> str | None:

@@ -61,7 +61,7 @@ def read_usage(usage: str) -> dict[str, int]:
 
 def read_code(code: str) -> dict[str, int]:
     """The instructions of one kernel that matter here, counted."""
-    loads, stores = (re.findall(rf"\b{name}((?:\.\w+)*)", code) for name in ("LDG", "STG"))
+    loads, stores = (re.findall(rf"\b{name}\b((?:\.\w+)*)", code) for name in ("LDG", "STG"))
     # Asynchronous copies to shared memory are loads as well; they name their width in the same way.
     loads += re.findall(r"\bLDGSTS((?:\.\w+)*)", code)
     wide_loads, wide_stores = (sum(".128" in a or ".256" in a for a in accesses) for accesses in (loads, stores))
