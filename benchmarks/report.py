@@ -1,6 +1,7 @@
 """Rewrite the generated parts of docs/performance.md: python -m benchmarks.report FILE.json
 
-FILE is the results of `convkernels bench --suite acceptance`, or what `convkernels check --kernels --json FILE` writes.
+FILE is the results of `convkernels bench --suite acceptance`, or what `convkernels check --kernels
+--backend NAME --json FILE` writes.
 """
 
 import json
