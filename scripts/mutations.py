@@ -158,15 +158,15 @@ CUDA_MUTATIONS = [
     ),
     Mutation(
         "shuffle with the wrong lane",
-        "csrc/cuda/plain.cuh",
-        "__shfl_xor_sync(0xffffffffu, value, distance)",
-        "__shfl_xor_sync(0xffffffffu, value, distance > 1 ? distance : 2)",
+        "csrc/cuda/filters.cuh",
+        "value += __shfl_xor_sync(kAllLanes, value, distance);",
+        "value += __shfl_xor_sync(kAllLanes, value, distance > 1 ? distance : 2);",
     ),
     Mutation(
         "shuffle that waits for lanes that are not there",
         "csrc/cuda/reduce.cuh",
-        "for (int distance = 16; distance > 0; distance /= 2) inner +=",
-        "if (lane < 16)\n      for (int distance = 8; distance > 0; distance /= 2) inner +=",
+        "    inner = lane_sum(inner);",
+        "    if (lane < 16) inner = lane_sum(inner);",
     ),
     Mutation(
         "read past the end of the row",
@@ -197,6 +197,30 @@ CUDA_MUTATIONS = [
         "csrc/cuda/inputs.cuh",
         "return masked(p, b, s) ? Compute<T>{0} : gated<T>(p, b, s, c);",
         "return gated<T>(p, b, s, c) * Compute<T>(masked(p, b, s) ? 0 : 1);",
+    ),
+    Mutation(
+        "copies not waited for",
+        "csrc/cuda/stream.cuh",
+        "      cp_async_wait<kAhead - 1>();",
+        "      cp_async_wait<kAhead + 1>();",
+    ),
+    Mutation(
+        "no barrier after the copies of other threads",
+        "csrc/cuda/stream_grad.cuh",
+        "      cp_async_wait<kAhead - 1>();\n      __syncthreads();",
+        "      cp_async_wait<kAhead - 1>();",
+    ),
+    Mutation(
+        "filters overwritten while they are read",
+        "csrc/cuda/rows.cuh",
+        "      __syncwarp();  // the filters have been read",
+        "",
+    ),
+    Mutation(
+        "halves exchanged with the wrong lane",
+        "csrc/cuda/quads.cuh",
+        "__shfl_xor_sync(kAllLanes, give.x, 1)",
+        "__shfl_xor_sync(kAllLanes, give.x, 2)",
     ),
     Mutation(
         "state overwritten while others read it",

@@ -9,8 +9,8 @@ from .library import FOLDER
 
 LIBRARY = FOLDER / "libconvkernels_cuda.so"
 # By kernel, without its template arguments: the families that were written to move memory, and to use matrix units.
-STREAMING: tuple[str, ...] = ()
-BANDED: tuple[str, ...] = ()
+BANDED = ("band_forward", "band_backward")
+STREAMING = (*(f"{f}_{d}" for f in ("stream", "time", "rows") for d in ("forward", "backward")), *BANDED)
 
 
 def compiler_version() -> str:

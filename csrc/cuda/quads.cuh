@@ -1,6 +1,7 @@
 // Four adjacent channels of a row in a thread's registers, and runs of rows of them.
 #pragma once
 
+#include "../common/switch.h"
 #include "config.h"
 #include "filters.cuh"
 #include "window.cuh"
@@ -20,6 +21,11 @@ CK_DEVICE Quad load_quad(const T* from) {
   const uint2 q = *reinterpret_cast<const uint2*>(from);
   const auto half = [](uint32_t bits) { return widen(T{static_cast<uint16_t>(bits)}); };
   return {{half(q.x), half(q.x >> 16), half(q.y), half(q.y >> 16)}};
+}
+
+CK_DEVICE void add_product(Quad& sum, const Quad& a, const Quad& b) {
+#pragma unroll
+  for (int e = 0; e < kQuad; ++e) sum.v[e] += a.v[e] * b.v[e];
 }
 
 CK_DEVICE void store_quad(float* to, const Quad& q) {
@@ -72,29 +78,39 @@ struct Ring {
   CK_DEVICE E* row(int64_t number) const {
     return chunk(static_cast<uint32_t>(number) / kChunk) + static_cast<uint32_t>(number) % kChunk * kLaneRow;
   }
-  CK_DEVICE E* end() const { return base + chunks * (kChunk * kLaneRow); }
+  CK_DEVICE int size() const { return chunks * (kChunk * kLaneRow); }
+  CK_DEVICE E* end() const { return base + size(); }
 };
 
 // Calls use(j, window, turn) for taps j = 0..taps-1, where row i of the window, window[(turn + i) % kRun], is ring row
-// first + j + i. `turn` is known to the compiler, so that the window stays in registers.
-template <class E, class Use>
+// first + j + i. With kFast every row is loaded once: `turn` is known to the compiler, so that the window stays in
+// registers, at the price of much code. Otherwise it is 0, and the window is loaded for every tap.
+template <bool kFast, class E, class Use>
 CK_DEVICE void walk(const Ring<E>& ring, int64_t first, int taps, int lane, const Use& use) {
   Quad window[kRun];
   const E* at = ring.row(first) + lane * kQuad;
-  const auto next = [&] {
-    const Quad q = load_quad(at);
-    at += kLaneRow;
-    if (at >= ring.end()) at -= ring.end() - ring.base;
-    return q;
+  const auto next = [&](const E* row) {
+    return row + kLaneRow < ring.end() ? row + kLaneRow : row + kLaneRow - ring.size();
   };
+  if constexpr (kFast) {
 #pragma unroll
-  for (int i = 0; i < kRun - 1; ++i) window[i] = next();
-  for (int j0 = 0; j0 < taps; j0 += kRun) {
+    for (int i = 0; i < kRun - 1; ++i, at = next(at)) window[i] = load_quad(at);
+    for (int j0 = 0; j0 < taps; j0 += kRun) {
 #pragma unroll
-    for (int turn = 0; turn < kRun; ++turn) {
-      if (j0 + turn >= taps) break;
-      window[(turn + kRun - 1) % kRun] = next();
-      use(j0 + turn, window, turn);
+      for (int turn = 0; turn < kRun; ++turn) {
+        if (j0 + turn >= taps) break;
+        window[(turn + kRun - 1) % kRun] = load_quad(at);
+        at = next(at);
+        use(j0 + turn, window, turn);
+      }
+    }
+  } else {
+#pragma unroll 1
+    for (int j = 0; j < taps; ++j, at = next(at)) {
+      const E* row = at;
+#pragma unroll
+      for (int i = 0; i < kRun; ++i, row = next(row)) window[i] = load_quad(row);
+      use(j, window, 0);
     }
   }
 }
@@ -124,5 +140,18 @@ struct Borders {
 
   CK_DEVICE bool inside(int i, int j) const { return j >= first[i] && j < last[i]; }
 };
+
+// Walks the windows of a run: add(Bool<kFast>, j, window, turn), fast where no window crosses a boundary; otherwise
+// `add` has to ask `borders`.
+template <class E, class Add>
+CK_DEVICE void walk_within(const Borders& borders, const Ring<E>& ring, int64_t first, int taps, int lane,
+                           const Add& add) {
+  if (borders.whole)
+    walk<true>(ring, first, taps, lane,
+               [&](int j, const Quad(&window)[kRun], int turn) { add(Bool<true>{}, j, window, turn); });
+  else
+    walk<false>(ring, first, taps, lane,
+                [&](int j, const Quad(&window)[kRun], int turn) { add(Bool<false>{}, j, window, turn); });
+}
 
 }  // namespace ck::cuda

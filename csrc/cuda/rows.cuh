@@ -2,7 +2,6 @@
 // softmax and dropout, once for all channels of its head.
 #pragma once
 
-#include "../common/switch.h"
 #include "walk.cuh"
 
 namespace ck::cuda {
@@ -97,22 +96,15 @@ void rows_forward(const CK_PARAM Forward p, int64_t groups) {
       const float* filter[kRun];
 #pragma unroll
       for (int i = 0; i < kRun; ++i) filter[i] = filters.of_lane(warp * kRun + i, lane);
-      const auto add = [&](auto checked) {
-        walk(input.ring, k * kChunk + warp * kRun, K, lane, [&](int j, const Quad(&rows)[kRun], int turn) {
+      walk_within(borders, input.ring, k * kChunk + warp * kRun, K, lane,
+                  [&](auto fast, int j, const Quad(&rows)[kRun], int turn) {
 #pragma unroll
-          for (int i = 0; i < kRun; ++i) {
-            if (decltype(checked)::value && !borders.inside(i, j)) continue;
-            const float w = filter[i][j];
-            const Quad& z = rows[(turn + i) % kRun];
-#pragma unroll
-            for (int e = 0; e < kQuad; ++e) total[i].v[e] += w * z.v[e];
-          }
-        });
-      };
-      if (borders.whole)
-        add(Bool<false>{});
-      else
-        add(Bool<true>{});
+                    for (int i = 0; i < kRun; ++i) {
+                      if (!decltype(fast)::value && !borders.inside(i, j)) continue;
+                      const float w = filter[i][j];
+                      add_product(total[i], {{w, w, w, w}}, rows[(turn + i) % kRun]);
+                    }
+                  });
       store_output<T>(p, total, bias, reach.from, run.b, n, work, lane);
       __syncwarp();  // the filters have been read
     }
@@ -225,15 +217,13 @@ void rows_backward(const CK_PARAM Backward p) {
 #pragma unroll
         for (int i = 0; i < kRun; ++i) dy[i] = load_quad(ring.row(own - reach.offset + i) + lane * kQuad);
         const Borders borders(p, p.taps, back.from, n);
-        walk(input.ring, own, K, lane, [&](int j, const Quad(&rows)[kRun], int turn) {
+        walk_within(borders, input.ring, own, K, lane, [&](auto fast, int j, const Quad(&rows)[kRun], int turn) {
           RowSums sums;
 #pragma unroll
           for (int i = 0; i < kRun; ++i) {
-            const Quad& z = rows[(turn + i) % kRun];
-            sums.values[i] = 0;
-            if (!borders.whole && !borders.inside(i, j)) continue;
-#pragma unroll
-            for (int e = 0; e < kQuad; ++e) sums.values[i] += dy[i].v[e] * z.v[e];
+            Quad product{};
+            if (decltype(fast)::value || borders.inside(i, j)) add_product(product, dy[i], rows[(turn + i) % kRun]);
+            sums.values[i] = (product.v[0] + product.v[1]) + (product.v[2] + product.v[3]);
           }
           sums.reduce(lane, products.quads);
           float* const to = products.row(warp * kRun + sums.first) + lane / products.quads * products.pitch + j;
@@ -248,15 +238,13 @@ void rows_backward(const CK_PARAM Backward p) {
       Quad dz[kRun] = {};
       const Borders borders(p, taps, reach.from, n);
       int at = static_cast<int>(k % window) * kChunk + warp * kRun;  // the filters of row n + reach.offset
-      walk(ring, own, K, lane, [&](int j, const Quad(&rows)[kRun], int turn) {
+      walk_within(borders, ring, own, K, lane, [&](auto fast, int j, const Quad(&rows)[kRun], int turn) {
 #pragma unroll
         for (int i = 0; i < kRun; ++i) {
-          if (!borders.whole && !borders.inside(i, j)) continue;
+          if (!decltype(fast)::value && !borders.inside(i, j)) continue;
           const int row = at + i < window * kChunk ? at + i : at + i - window * kChunk;
           const float w = filters.of_lane(row, lane)[K - 1 - j];
-          const Quad& dy = rows[(turn + i) % kRun];
-#pragma unroll
-          for (int e = 0; e < kQuad; ++e) dz[i].v[e] += w * dy.v[e];
+          add_product(dz[i], {{w, w, w, w}}, rows[(turn + i) % kRun]);
         }
         at = at + 1 < window * kChunk ? at + 1 : 0;
       });

@@ -2,7 +2,6 @@
 // of shared memory once, and each thread keeps the window of its run of rows in registers.
 #pragma once
 
-#include "../common/switch.h"
 #include "walk.cuh"
 
 namespace ck::cuda {
@@ -81,22 +80,15 @@ void stream_forward(const CK_PARAM Forward p, int64_t groups) {
       const int64_t n = n0 + k * kChunk + warp * kRun;
       Quad total[kRun] = {};
       const Borders borders(p, p.taps, reach.from, n);
-      const auto add = [&](auto checked) {
-        walk(input.ring, k * kChunk + warp * kRun, K, lane, [&](int j, const Quad(&rows)[kRun], int turn) {
-          const Quad w = table.at(j, lane);
+      walk_within(borders, input.ring, k * kChunk + warp * kRun, K, lane,
+                  [&](auto fast, int j, const Quad(&rows)[kRun], int turn) {
+                    const Quad w = table.at(j, lane);
 #pragma unroll
-          for (int i = 0; i < kRun; ++i) {
-            if (decltype(checked)::value && !borders.inside(i, j)) continue;
-            const Quad& z = rows[(turn + i) % kRun];
-#pragma unroll
-            for (int e = 0; e < kQuad; ++e) total[i].v[e] += w.v[e] * z.v[e];
-          }
-        });
-      };
-      if (borders.whole)
-        add(Bool<false>{});
-      else
-        add(Bool<true>{});
+                    for (int i = 0; i < kRun; ++i) {
+                      if (!decltype(fast)::value && !borders.inside(i, j)) continue;
+                      add_product(total[i], w, rows[(turn + i) % kRun]);
+                    }
+                  });
       store_output<T>(p, total, bias, reach.from, run.b, n, work, lane);
     }
   }

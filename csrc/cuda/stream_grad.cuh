@@ -20,7 +20,7 @@ struct TapSums {
 };
 
 // Rows n of inputs see rows of d(y) through the transposed relation.
-template <class T, bool kShared, bool kGate, bool kFew>
+template <class T, bool kShared, bool kFew>
 CK_GLOBAL(kStreamThreads, 2)
 void stream_backward(const CK_PARAM Backward p) {
   using Sums = TapSums<kShared>;
@@ -30,6 +30,7 @@ void stream_backward(const CK_PARAM Backward p) {
   Work work(p, p.groups);
   const bool need_input = p.grad_x.data != nullptr || p.grad_gate.data != nullptr;
   const bool need_weight = p.grad_weight != nullptr, need_bias = p.grad_bias != nullptr;
+  const bool gated = p.gate.data != nullptr;
 
   char* room = shared_memory();
   const FilterTable<kShared> table{reinterpret_cast<float*>(room)};
@@ -55,8 +56,8 @@ void stream_backward(const CK_PARAM Backward p) {
       if (chunk < run.count + window - 1)
         copy_gradient(ring.chunk(chunk), p, reach.to, run.b, m0 + chunk * kChunk, work.c0);
       if (own < run.count) {
-        if (need_weight || kGate) copy_input(own_x.chunk(own), p, p.x, reach.from, run.b, n0 + own * kChunk, work.c0);
-        if (kGate) copy_input(own_gate.chunk(own), p, p.gate, reach.from, run.b, n0 + own * kChunk, work.c0);
+        if (need_weight || gated) copy_input(own_x.chunk(own), p, p.x, reach.from, run.b, n0 + own * kChunk, work.c0);
+        if (gated) copy_input(own_gate.chunk(own), p, p.gate, reach.from, run.b, n0 + own * kChunk, work.c0);
       }
       cp_async_commit();
     };
@@ -74,41 +75,38 @@ void stream_backward(const CK_PARAM Backward p) {
 #pragma unroll
         for (int i = 0; i < kRun; ++i) {
           z[i] = load_quad(x + i * kLaneRow);
-          if constexpr (kGate) {
+          if (gated) {
             const Quad open = load_quad(gate + i * kLaneRow);
             for (int e = 0; e < kQuad; ++e) z[i].v[e] *= sigmoid(open.v[e]);
           }
         }
       const Borders borders(p, taps, reach.from, n);
-      const auto add = [&](auto checked) {
-        walk(ring, k * kChunk + warp * kRun, K, lane, [&](int j, const Quad(&rows)[kRun], int turn) {
-          const Quad w = table.at(K - 1 - j, lane);
-          Quad products{};
+      walk_within(borders, ring, k * kChunk + warp * kRun, K, lane,
+                  [&](auto fast, int j, const Quad(&rows)[kRun], int turn) {
+                    const Quad w = table.at(K - 1 - j, lane);
+                    Quad products{};
 #pragma unroll
-          for (int i = 0; i < kRun; ++i) {
-            if (decltype(checked)::value && !borders.inside(i, j)) continue;
-            const Quad& dy = rows[(turn + i) % kRun];
+                    for (int i = 0; i < kRun; ++i) {
+                      if (!decltype(fast)::value && !borders.inside(i, j)) continue;
+                      const Quad& dy = rows[(turn + i) % kRun];
+                      add_product(dz[i], w, dy);
+                      add_product(products, z[i], dy);
+                    }
+                    if constexpr (!kFew) {
+                      Sums::add(far + j * kFar, products);
+                    } else if constexpr (decltype(fast)::value) {
+                      Sums::add(few[turn], products);
+                    } else {
 #pragma unroll
-            for (int e = 0; e < kQuad; ++e) {
-              dz[i].v[e] += w.v[e] * dy.v[e];
-              products.v[e] += z[i].v[e] * dy.v[e];
-            }
-          }
-          if constexpr (kFew)
-            Sums::add(few[turn], products);
-          else
-            Sums::add(far + j * kFar, products);
-        });
-      };
-      if (borders.whole)
-        add(Bool<false>{});
-      else
-        add(Bool<true>{});
+                      for (int tap = 0; tap < kFewTaps; ++tap)  // registers have no index
+                        if (tap == j) Sums::add(few[tap], products);
+                    }
+                  });
       // Row n of the phase of d(y): with as many rows as the phase of x, or one more, all are met.
       if (need_bias) add_rows(bias_sum, ring, k * kChunk + warp * kRun - reach.offset, lane);
       if (!need_input) continue;
       mask_rows(p, dz, reach.from, run.b, n);
-      if constexpr (kGate) {
+      if (gated) {
         Quad dgate[kRun];
 #pragma unroll
         for (int i = 0; i < kRun; ++i)

@@ -57,17 +57,20 @@ void each_field(ck::cuda::Facts& facts, Field&& field) {
   field("dtype", facts.dtype);
   field("per_position", facts.per_position);
   field("renormalize", facts.renormalize);
+  field("per_batch", facts.per_batch);
   field("gate", facts.gate);
   field("packed", facts.packed);
   field("state", facts.state);
   field("channel_vectors", facts.channel_vectors);
   field("time_vectors", facts.time_vectors);
+  field("multiprocessors", facts.multiprocessors);
 }
 
 template <class Field>
 void each_field(ck::cuda::Plan& plan, Field&& field) {
   field("family", plan.family);
   field("groups", plan.groups);
+  field("shared_bytes", plan.shared_bytes);
 }
 
 ck::Dtype dtype_of(const std::string& name) {

@@ -22,12 +22,10 @@ const char* Streaming<T>::backward(const Backward& p, const Plan& plan, Stream s
   const int64_t blocks = ceil_div(p.channels, kLaneRow) * plan.groups * p.owners();
   const bool shared_filter = p.head_channels() % kQuad == 0;
   const char* status = with_bool(shared_filter, [&](auto shared) {
-    return with_bool(p.gate.data != nullptr, [&](auto gate) {
-      return with_bool(p.taps.taps <= kFewTaps, [&](auto few) {
-        constexpr bool kShared = decltype(shared)::value, kGate = decltype(gate)::value;
-        return launch(stream_backward<T, kShared, kGate, decltype(few)::value>, dim3(static_cast<unsigned>(blocks)),
-                      dim3(kStreamThreads), static_cast<size_t>(plan.shared_bytes), stream, p);
-      });
+    return with_bool(p.taps.taps <= kFewTaps, [&](auto few) {
+      return launch(stream_backward<T, decltype(shared)::value, decltype(few)::value>,
+                    dim3(static_cast<unsigned>(blocks)), dim3(kStreamThreads), static_cast<size_t>(plan.shared_bytes),
+                    stream, p);
     });
   });
   if (status == nullptr && p.grad_weight != nullptr)
