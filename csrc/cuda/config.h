@@ -120,12 +120,62 @@ inline Plan stream_plan(const Facts& f) {
   return {Family::kStream, wanted < possible ? wanted : possible};
 }
 
+// ---- band: blocks of 32 or 64 channels of a head, 64 rows at a time
+
+constexpr int kBandTile = 16;  // rows of a product
+constexpr int kBandWarps = 4, kBandThreads = 32 * kBandWarps;
+constexpr int kBandRows = kBandWarps * kBandTile;  // rows that are copied, and computed, at a time
+constexpr int kBandUnit = 32;                      // channels that a warp computes at a time
+
+// Windows of a chunk reach no further than the next one. Below the fewest, additions and multiplications take less time
+// than the memory, in either direction, and the zeros of the band would be most of the work.
+constexpr int64_t kBandFewest = 12, kBandMost = kBandRows + 1;
+// Up to this many taps a window is three tiles, and registers hold fewer matrices.
+constexpr int64_t kBandShort = 33;
+
+// Terms of bfloat16 that make up a number: one of its own, two of float16, three of float32.
+CK_HD constexpr int band_parts(bool float16, bool gate) { return gate ? 3 : float16 ? 2 : 1; }
+
+// Channels of a block of heads of R channels. Two units share a row of shared memory where neither would be empty;
+// rows in several parts are narrow, so that two blocks and more have room on a processor.
+CK_HD int band_width(int64_t R, int parts) {
+  return parts == 1 && (R - 1) % (2 * kBandUnit) >= kBandUnit ? 2 * kBandUnit : kBandUnit;
+}
+CK_HD int64_t band_pieces(int64_t R, int parts) {
+  const int64_t width = band_width(R, parts);
+  return (R + width - 1) / width;
+}
+
+// From row to row of shared memory: eight rows begin at different multiples of 16 bytes, modulo 128.
+CK_HD int band_pitch(int width) { return width + 8; }
+
+inline bool band_possible(const Facts& f) {
+  const bool narrow = f.dtype == Dtype::kBFloat16 || f.dtype == Dtype::kFloat16;
+  const int64_t R = f.head_channels();
+  if (!narrow || f.per_row() || !f.channel_vectors || f.taps > kBandMost || R < kBandTile || R % 8 != 0) return false;
+  return !f.state || !(f.packed || f.gate);
+}
+
+inline bool band_wanted(const Facts& f) { return f.taps >= kBandFewest && band_possible(f); }
+
+// `parts`: of the tensor that decides how wide a block is.
+inline Plan band_plan(const Facts& f, int parts) {
+  const int64_t blocks = f.heads * band_pieces(f.head_channels(), parts) * f.owners();
+  const int64_t chunks =
+      f.owner_rows() / f.time * f.dilation * ((f.time + f.dilation * kBandRows - 1) / (f.dilation * kBandRows));
+  // Blocks of few chunks would spend their time on halos and filters.
+  const int64_t possible = at_least_one(chunks / 4), wanted = at_least_one(kBlocks / blocks);
+  return {Family::kBand, wanted < possible ? wanted : possible};
+}
+
 inline Plan plan_forward(const Facts& f) {
+  if (band_wanted(f)) return band_plan(f, band_parts(f.dtype == Dtype::kFloat16, f.gate));
   if (stream_possible(f, false)) return stream_plan(f);
   return {};
 }
 
 inline Plan plan_backward(const Facts& f) {
+  if (band_wanted(f)) return band_plan(f, band_parts(f.dtype == Dtype::kFloat16, f.gate));
   if (stream_possible(f, true)) return stream_plan(f);
   const int64_t columns = f.per_row() ? f.heads / 8 : f.channels / 32 * ((f.taps + 7) / 8);
   return {Family::kPlain, groups_of(f.owner_rows(), columns)};
