@@ -20,20 +20,21 @@ namespace ck::cuda {
 // which of their rows.
 struct BandBlock {
   int width, log_vectors;  // channels and vectors (as a power of two) of a row in shared memory
-  int64_t pieces, head, piece, group, owner, c0;
   int channels;
+  int64_t head, group, owner, c0;
+  int64_t column;  // of heads * pieces
 
   CK_DEVICE BandBlock(const Problem& p, int parts, int64_t groups) {
-    const int64_t R = p.head_channels(), column = p.heads * band_pieces(R, parts);
+    const int64_t R = p.head_channels(), pieces = band_pieces(R, parts), columns = p.heads * pieces;
     width = band_width(R, parts);
     log_vectors = width == 2 * kBandUnit ? 3 : 2;
-    pieces = band_pieces(R, parts);
-    head = blockIdx.x % column / pieces;
-    piece = blockIdx.x % pieces;
-    group = blockIdx.x / column % groups;
-    owner = blockIdx.x / column / groups;
-    c0 = head * R + piece * width;
-    channels = static_cast<int>(least(R - piece * width, int64_t{width}));
+    column = blockIdx.x % columns;
+    head = column / pieces;
+    group = blockIdx.x / columns % groups;
+    owner = blockIdx.x / columns / groups;
+    const int64_t inner = column % pieces * width;
+    c0 = head * R + inner;
+    channels = static_cast<int>(least(R - inner, int64_t{width}));
   }
 };
 
@@ -68,49 +69,48 @@ CK_DEVICE void multiply(float (&small)[4], float (&large)[4], const uint32_t (&a
   mma_m16n8k16<bf16>(large, a[0], b[0]);
 }
 
-// filter[j], in the order of the relation, from j = -kBandMargin on; zeros where there is no tap.
-constexpr int kBandMargin = 8;
-template <int kSteps>
-constexpr int kBandFilter = 16 * kSteps + 2 * kBandMargin;
+// A filter as the products need it, in shared memory.
+struct BandFilter {
+  static constexpr int kMargin = kBandTile;
 
-// Fills it, and waits. Returns whether products cannot be used.
-template <int kSteps>
-CK_DEVICE bool fill_filter(float* filter, const Problem& p, const BandBlock& block, bool reverse) {
-  const Sequence anywhere{0, 0, 0, kUnbounded};
-  const FilterAt at(p, block.owner, 0, block.head);
-  const Statistics<float> statistics = warp_statistics<float>(p, at, 0, threadIdx.x % 32, anywhere);
-  bool bad = false;
-  for (int i = threadIdx.x; i < kBandFilter<kSteps>; i += kBandThreads) {
-    const int64_t K = p.taps.taps, j = i - kBandMargin;
-    const float value = j >= 0 && j < K ? tap_of(p, at, 0, reverse ? K - 1 - j : j, statistics, anywhere).value() : 0;
-    filter[i] = value;
-    bad = bad || !splittable(value);
-  }
-  return __syncthreads_or(bad);
-}
+  // filter[j], in the order of the relation, from j = -kMargin on; zeros where there is no tap.
+  float values[kMargin + kBandTile * kBandSteps];
+  // Registers of each lane for the 16 x 16 matrices of A and their terms, the largest first.
+  uint4 matrices[kBandSteps][3][32];
 
-// A as registers. The 16 x 16 matrix of step s has filter[16 s + column - row]: along its diagonals are the same
-// numbers, so that it shares two of four registers with itself and its neighbours. Register k holds the pair from
-// 8 k + 2 (lane % 4) - lane / 4 on.
-template <int kSteps>
-struct BandMatrix {
-  uint32_t pairs[3][2 * kSteps - 1];
+  CK_DEVICE float tap(int64_t j) const { return values[kMargin + j]; }
 
-  CK_DEVICE explicit BandMatrix(const float* filter, int lane) {
-#pragma unroll
-    for (int k = 0; k < 2 * kSteps - 1; ++k) {
-      const float* const at = filter + kBandMargin + 8 * k + lane % 4 * 2 - lane / 4;
-      const Terms low(at[0]), high(at[1]);
-      for (int term = 0; term < 3; ++term) pairs[term][k] = pair_of(low.bits[term], high.bits[term]);
+  // Fills all of it, by the whole block. Returns whether products cannot be used.
+  CK_DEVICE bool fill(const Problem& p, const BandBlock& block, bool reverse) {
+    const Sequence anywhere{0, 0, 0, kUnbounded};
+    const FilterAt at(p, block.owner, 0, block.head);
+    const Statistics<float> statistics = warp_statistics<float>(p, at, 0, threadIdx.x % 32, anywhere);
+    bool bad = false;
+    for (int i = threadIdx.x; i < kMargin + kBandTile * kBandSteps; i += kBandThreads) {
+      const int64_t K = p.taps.taps, j = i - kMargin;
+      values[i] = j >= 0 && j < K ? tap_of(p, at, 0, reverse ? K - 1 - j : j, statistics, anywhere).value() : 0;
+      bad = bad || !splittable(values[i]);
     }
+    bad = __syncthreads_or(bad);
+    for (int i = threadIdx.x; i < kBandSteps * 32; i += kBandThreads) {
+      const int s = i / 32, lane = i % 32;
+      uint32_t words[3][4];
+      for (int r = 0; r < 4; ++r) {
+        const int row = lane / 4 + r % 2 * 8, column = lane % 4 * 2 + r / 2 * 8;
+        const Terms low(tap(16 * s + column - row)), high(tap(16 * s + column + 1 - row));
+        for (int term = 0; term < 3; ++term) words[term][r] = pair_of(low.bits[term], high.bits[term]);
+      }
+      for (int term = 0; term < 3; ++term)
+        matrices[s][term][lane] = {words[term][0], words[term][1], words[term][2], words[term][3]};
+    }
+    __syncthreads();
+    return bad;
   }
 
-  CK_DEVICE void step(uint32_t (&a)[3][4], int s) const {
-#pragma unroll
+  CK_DEVICE void load(uint32_t (&a)[3][4], int s, int lane) const {
     for (int term = 0; term < 3; ++term) {
-      a[term][0] = a[term][3] = pairs[term][2 * s];
-      a[term][1] = s > 0 ? pairs[term][2 * s - 1] : 0;
-      a[term][2] = s < kSteps - 1 ? pairs[term][2 * s + 1] : 0;
+      const uint4 words = matrices[s][term][lane];
+      a[term][0] = words.x, a[term][1] = words.y, a[term][2] = words.z, a[term][3] = words.w;
     }
   }
 };
@@ -128,19 +128,17 @@ struct BandFeed {
   static constexpr int kSplit = kDirect ? 0 : kHalo ? 3 : 2;
   static constexpr int kChunks = kRaw * kTensors + kSplit * kParts;
 
-  T* base;
+  int base;  // where its room in shared memory begins, in elements
   int pitch, log_vectors, chunk;
 
-  CK_DEVICE BandFeed(char* room, const BandBlock& block)
-      : base(reinterpret_cast<T*>(room)),
-        pitch(band_pitch(block.width)),
-        log_vectors(block.log_vectors),
-        chunk(kBandRows * pitch) {}
+  CK_DEVICE BandFeed(int base, const BandBlock& block)
+      : base(base), pitch(band_pitch(block.width)), log_vectors(block.log_vectors), chunk(kBandRows * pitch) {}
 
-  CK_DEVICE char* end() const { return reinterpret_cast<char*>(base + kChunks * chunk); }
-  CK_DEVICE T* raw(int i, int tensor) const { return base + (i % kRaw * kTensors + tensor) * chunk; }
+  static CK_DEVICE T* at(int element) { return reinterpret_cast<T*>(shared_memory()) + element; }
+  CK_DEVICE int end() const { return base + kChunks * chunk; }
+  CK_DEVICE int raw(int i, int tensor) const { return base + (i % kRaw * kTensors + tensor) * chunk; }
   // The first of the parts of chunk i, which lie a chunk apart.
-  CK_DEVICE T* parts(int i) const {
+  CK_DEVICE int parts(int i) const {
     if constexpr (kDirect)
       return raw(i, 0);
     else
@@ -149,6 +147,7 @@ struct BandFeed {
 
   template <class Use>
   CK_DEVICE void for_own_vectors(const Use& use) const {
+#pragma unroll 1
     for (int v = threadIdx.x; v < kBandRows << log_vectors; v += kBandThreads)
       use(v >> log_vectors, (v & ((1 << log_vectors) - 1)) * kVector<T>);
   }
@@ -158,7 +157,7 @@ struct BandFeed {
   CK_DEVICE void stage(int i, const Copy& copy) const {
     for_own_vectors([&](int row, int column) {
       for (int tensor = 0; tensor < kTensors; ++tensor)
-        copy(raw(i, tensor) + row * pitch + column, tensor, row, column);
+        copy(at(raw(i, tensor) + row * pitch + column), tensor, row, column);
     });
   }
 
@@ -168,10 +167,10 @@ struct BandFeed {
     bool bad = false;
     for_own_vectors([&](int row, int column) {
       float z[8];
-      unpack(z, raw(i, 0) + row * pitch + column);
+      unpack(z, at(raw(i, 0) + row * pitch + column));
       if constexpr (kGate) {
         float gate[8];
-        unpack(gate, raw(i, 1) + row * pitch + column);
+        unpack(gate, at(raw(i, 1) + row * pitch + column));
         for (int e = 0; e < 8; ++e) z[e] *= sigmoid(gate[e]);
       }
       for (int e = 0; e < 8; ++e) bad = bad || !splittable(z[e]);
@@ -182,8 +181,8 @@ struct BandFeed {
           for (int part = 0; part < 3; ++part) out[part][e] = pair_of(low.bits[part], high.bits[part]);
         }
         for (int part = 0; part < kParts; ++part)
-          *reinterpret_cast<uint4*>(parts(i) + part * chunk + row * pitch + column) = {out[part][0], out[part][1],
-                                                                                       out[part][2], out[part][3]};
+          *reinterpret_cast<uint4*>(at(parts(i) + part * chunk + row * pitch + column)) = {out[part][0], out[part][1],
+                                                                                           out[part][2], out[part][3]};
       }
       use(z);
     });
@@ -201,37 +200,40 @@ struct BandFeed {
 // The rows that windows of chunk i reach, in tiles of 16: those of the chunk, then those of the next.
 template <class T>
 struct BandWindow {
-  const T *here, *next;
-  int pitch, chunk;
+  int here, next, pitch, chunk;
 
   template <bool kGate>
   CK_DEVICE BandWindow(const BandFeed<T, kGate, true>& feed, int i)
       : here(feed.parts(i)), next(feed.parts(i + 1)), pitch(feed.pitch), chunk(feed.chunk) {}
 
   CK_DEVICE const T* row(int tile, int part, int row) const {
-    return (tile < kBandWarps ? here : next) + part * chunk + (tile % kBandWarps * kBandTile + row) * pitch;
+    const int chunk_of = tile < kBandWarps ? here : next;
+    return BandFeed<T, false, true>::at(chunk_of + part * chunk + (tile % kBandWarps * kBandTile + row) * pitch);
   }
 };
 
-// The relation for the 16 rows of tile `first` of a chunk and 16 channels.
-template <class T, int kParts, int kSteps>
-CK_DEVICE void band_product(float (&out)[2][4], const BandMatrix<kSteps>& matrix, int steps,
-                            const BandWindow<T>& window, int first, int column, int lane) {
-  float small[2][4] = {};
+// The relation for the 16 rows of tile `first` of a chunk and 32 channels.
+template <class T, int kParts>
+CK_DEVICE void band_product(float (&out)[4][4], const BandFilter& filter, int steps, const BandWindow<T>& window,
+                            int first, int column, int lane) {
+  float small[4][4] = {};
+#pragma unroll 1
+  for (int s = 0; s < steps; ++s) {
+    uint32_t a[3][4];
+    filter.load(a, s, lane);
 #pragma unroll
-  for (int s = 0; s < kSteps; ++s) {
-    if (s >= steps) break;
-    uint32_t a[3][4], b[kParts][4], half[kParts][2];
-    matrix.step(a, s);
-    for (int part = 0; part < kParts; ++part)
-      ldmatrix_x4_trans(b[part], window.row(first + s, part, lane % 16) + column + lane / 16 * 8);
+    for (int half = 0; half < 2; ++half) {
+      uint32_t words[kParts][4], b[kParts][2];
+      for (int part = 0; part < kParts; ++part)
+        ldmatrix_x4_trans(words[part], window.row(first + s, part, lane % 16) + column + 16 * half + lane / 16 * 8);
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      for (int part = 0; part < kParts; ++part) half[part][0] = b[part][2 * n], half[part][1] = b[part][2 * n + 1];
-      multiply<3, kParts>(small[n], out[n], a, half);
+      for (int n = 0; n < 2; ++n) {
+        for (int part = 0; part < kParts; ++part) b[part][0] = words[part][2 * n], b[part][1] = words[part][2 * n + 1];
+        multiply<3, kParts>(small[2 * half + n], out[2 * half + n], a, b);
+      }
     }
   }
-  for (int n = 0; n < 2; ++n)
+  for (int n = 0; n < 4; ++n)
     for (int e = 0; e < 4; ++e) out[n][e] += small[n][e];
 }
 
@@ -260,15 +262,13 @@ CK_DEVICE void store_product(int channels, int lane, const Value& value, const R
   }
 }
 
-// Whether all that the 16 outputs from row n on read, and they, are of one sequence.
-CK_DEVICE bool whole_windows(const Problem& p, const Reach& reach, int64_t n) {
+// Whether the 16 outputs from position t on, a dilation apart, and all that they read are of one sequence.
+CK_DEVICE bool whole_windows(const Problem& p, const Taps& taps, int64_t t) {
   if (p.offsets == nullptr) return true;
-  const int64_t last = least(n + kBandTile, reach.from.rows(p.time)) - 1;
-  const int64_t low = reach.to.position(n + reach.offset);
-  const int64_t high = reach.to.position(last + reach.offset + p.taps.taps - 1);
-  const Sequence sequence = sequence_of(p, reach.from.position(n));
-  return reach.from.position(last) < sequence.end && most(low, int64_t{0}) >= sequence.begin &&
-         least(high, p.time - 1) < sequence.end;
+  const int64_t last = t + (least(int64_t{kBandTile}, ceil_div(p.time - t, taps.dilation)) - 1) * taps.dilation;
+  const Sequence sequence = sequence_of(p, t);
+  return last < sequence.end && most(taps.source(t, 0), int64_t{0}) >= sequence.begin &&
+         least(taps.source(last, taps.taps - 1), p.time - 1) < sequence.end;
 }
 
 // Chunks i = 0..count-1 while the next two are on their way: stage(i) starts copies of chunk i, accept(i) takes them
@@ -293,8 +293,8 @@ CK_DEVICE void walk_chunks(int count, const Stage& stage, const Accept& accept, 
   __syncthreads();
 }
 
-// The rows of a group: body(b, reach, n0, count, last) for each run of `count` chunks of a phase of a batch row, from
-// row n0 on; `last`: the phase ends there. `before`: rows at positions before 0 belong to it.
+// The rows of a group: body(b, t, count, last) for each run of `count` chunks of a phase of a batch row, from position
+// t on; `last`: the phase ends there. `before`: so many positions before 0 belong to it.
 template <class Body>
 CK_DEVICE void for_runs(const Problem& p, const Taps& taps, int64_t before, const BandBlock& block, int64_t groups,
                         const Body& body) {
@@ -303,68 +303,67 @@ CK_DEVICE void for_runs(const Problem& p, const Taps& taps, int64_t before, cons
   const int64_t end = least((block.group + 1) * each, all);
   for (int64_t at = block.group * each; at < end;) {
     const int64_t line = at / chunks, first = at % chunks, count = least(chunks - first, end - at);
-    body(block.owner + line / taps.dilation, Reach(taps, line % taps.dilation - before), first * kBandRows,
+    body(block.owner + line / taps.dilation, line % taps.dilation - before + first * kBandRows * taps.dilation,
          static_cast<int>(count), first + count == chunks);
     at += count;
   }
 }
 
 // Blocks: heads and their pieces, then groups, then owners.
-template <class T, int kSteps, bool kGate>
+template <class T, bool kGate>
 CK_GLOBAL(kBandThreads, 3)
 void band_forward(const CK_PARAM Forward p, int64_t groups) {
   using Feed = BandFeed<T, kGate, true>;
-  CK_SHARED(float, filter, kBandFilter<kSteps>);
+  CK_SHARED(BandFilter, filter, 1);
   CK_SHARED(float, bias, 2 * kBandUnit);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, K = static_cast<int>(p.taps.taps);
   const BandBlock block(p, Feed::kParts, groups);
   if (static_cast<int>(threadIdx.x) < block.channels)
     bias[threadIdx.x] = p.bias == nullptr ? 0 : load_as<float>(p.bias, block.c0 + threadIdx.x, p.bias_dtype);
-  const bool bad_filter = fill_filter<kSteps>(filter, p, block, false);
-  const BandMatrix<kSteps> matrix(filter, lane);
-  const Feed feed(shared_memory(), block);
+  const bool bad_filter = filter->fill(p, block, false);
+  const Feed feed(0, block);
   const int steps = static_cast<int>(ceil_div(kBandTile - 1 + K, 16));
 
-  for_runs(p, p.taps, 0, block, groups, [&](int64_t b, const Reach& reach, int64_t n0, int count, bool) {
+  for_runs(p, p.taps, 0, block, groups, [&](int64_t b, int64_t t0, int count, bool) {
     const auto stage = [&](int i) {
       if (i > count) return;
       feed.stage(i, [&](T* to, int tensor, int row, int column) {
         const int at = i * kBandRows + row;
         const bool wanted = at < count * kBandRows + K - 1 && column < block.channels;
-        stage_input(to, p, tensor == 0 ? p.x : p.gate, b, reach.to.position(n0 + at + reach.offset),
+        stage_input(to, p, tensor == 0 ? p.x : p.gate, b, p.taps.source(t0, at),
                     wanted ? block.c0 + column : p.channels);
       });
     };
     const auto accept = [&](int i) { return feed.accept(i, [](const float (&)[8]) {}); };
     walk_chunks(count, stage, accept, [&](int i, bool slow) {
-      const int64_t n = n0 + i * kBandRows + warp * kBandTile;
-      if (reach.from.position(n) >= p.time) return;
-      slow = slow || bad_filter || !whole_windows(p, reach, n);
+      const int64_t first = t0 + (i * kBandRows + warp * kBandTile) * p.taps.dilation;
+      if (first >= p.time) return;
+      slow = slow || bad_filter || !whole_windows(p, p.taps, first);
       const BandWindow<T> window(feed, i);
+#pragma unroll 1
       for (int column = 0; column < block.channels; column += kBandUnit) {
         if (slow) {
           if (column + lane >= block.channels) continue;
           const int64_t c = block.c0 + column + lane;
+#pragma unroll 1
           for (int m = 0; m < kBandTile; ++m) {
-            const int64_t t = reach.from.position(n + m);
+            const int64_t t = first + m * p.taps.dilation;
             if (t >= p.time) break;
             const Sequence sequence = sequence_of(p, t);
             float total = 0;
-            for (int j = 0; j < K; ++j)
-              total += filter[kBandMargin + j] * load_input<T>(p, b, p.taps.source(t, j), c, sequence);
+#pragma unroll 1
+            for (int j = 0; j < K; ++j) total += filter->tap(j) * load_input<T>(p, b, p.taps.source(t, j), c, sequence);
             *at<T>(p.y, b, t, c) = narrow<T>(total + bias[column + lane]);
           }
           continue;
         }
-        float out[2][2][4] = {};
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          band_product<T, Feed::kParts>(out[half], matrix, steps, window, warp, column + 16 * half, lane);
+        float out[4][4] = {};
+        band_product<T, Feed::kParts>(out, *filter, steps, window, warp, column, lane);
         store_product<T>(
             block.channels - column, lane,
-            [&](int j, int e) { return out[j / 2][j % 2][e] + bias[column + 8 * j + lane % 4 * 2 + e % 2]; },
+            [&](int j, int e) { return out[j][e] + bias[column + 8 * j + lane % 4 * 2 + e % 2]; },
             [&](int half) {
-              const int64_t t = reach.from.position(n + lane / 4 + 8 * half);
+              const int64_t t = first + (lane / 4 + 8 * half) * p.taps.dilation;
               return t < p.time ? at<T>(p.y, b, t, block.c0 + column) : nullptr;
             });
       }

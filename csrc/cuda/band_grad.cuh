@@ -12,13 +12,14 @@ namespace ck::cuda {
 
 // G += of the 16 rows of z at `z`, whose parts lie `apart`, the window of d(y) from tile `first` on, and 32 channels.
 template <class T, int kZParts, int kParts, int kSteps>
-CK_DEVICE void pair_product(float (&g)[2 * kSteps][4], const T* z, int apart, int steps, const BandWindow<T>& window,
+CK_DEVICE void pair_product(float (&g)[2 * kSteps][4], int z, int apart, int steps, const BandWindow<T>& window,
                             int first, int column, int lane) {
 #pragma unroll
   for (int c = 0; c < kBandUnit; c += 16) {
     uint32_t a[kZParts][4];
     for (int part = 0; part < kZParts; ++part)
-      ldmatrix_x4(a[part], z + part * apart + lane % 16 * window.pitch + column + c + lane / 16 * 8);
+      ldmatrix_x4(a[part], BandFeed<T, false, true>::at(z + part * apart + lane % 16 * window.pitch + column + c +
+                                                        lane / 16 * 8));
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       if (s >= steps) break;
@@ -34,31 +35,35 @@ CK_DEVICE void pair_product(float (&g)[2 * kSteps][4], const T* z, int apart, in
   }
 }
 
-// The gradients of the 16 inputs from row n on and of `channels` channels from c on, at most 32, tap by tap. `filter`
-// and `taps` as in the relation; `sums`: of this warp, a number per tap.
+// The gradients of the 16 inputs from position `first` on and of `channels` channels from c on, at most 32, tap by tap.
+// `filter` and `taps` as in the relation; `sums`: of this warp, a number per tap.
 template <class T>
-CK_DEVICE void slow_gradients(const Backward& p, const Taps& taps, const float* filter, float* sums, int64_t b,
-                              const Phase& phase, int64_t n, int64_t c, int channels, int lane) {
-  const int64_t rows = least(int64_t{kBandTile}, phase.rows(p.time) - n);
+CK_DEVICE void slow_gradients(const Backward& p, const Taps& taps, const BandFilter& filter, float* sums, int64_t b,
+                              int64_t first, int64_t c, int channels, int lane) {
+  const int64_t end = least(first + kBandTile * taps.dilation, p.time);
   if (lane < channels)
-    for (int64_t m = 0; m < rows; ++m) {
-      const int64_t s = phase.position(n + m);
+#pragma unroll 1
+    for (int64_t s = first; s < end; s += taps.dilation) {
       const Sequence sequence = sequence_of(p, s);
       float dz = 0;
+#pragma unroll 1
       for (int64_t j = taps.first_inside(s, sequence.begin); j < taps.last_inside(s, sequence.end); ++j)
-        dz += filter[j] * widen(*at<const T>(p.grad, b, taps.source(s, j), c + lane));
+        dz += filter.tap(j) * widen(*at<const T>(p.grad, b, taps.source(s, j), c + lane));
       if (s >= 0)
         store_input_gradient<T>(p, b, s, c + lane, dz);
       else if (p.grad_state != nullptr)
         *state_at<T>(p, p.grad_state, b, s, c + lane, sequence) = narrow<T>(dz);
     }
   if (p.grad_weight == nullptr) return;
+#pragma unroll 1
   for (int64_t j = lane; j < taps.taps; j += 32) {
     float total = 0;
-    for (int64_t m = 0; m < rows; ++m) {
-      const int64_t s = phase.position(n + m), t = taps.source(s, j);
+#pragma unroll 1
+    for (int64_t s = first; s < end; s += taps.dilation) {
+      const int64_t t = taps.source(s, j);
       const Sequence sequence = sequence_of(p, s);
       if (!sequence.contains(t)) continue;
+#pragma unroll 1
       for (int e = 0; e < channels; ++e)
         total += load_input<T>(p, b, s, c + e, sequence) * widen(*at<const T>(p.grad, b, t, c + e));
     }
@@ -78,35 +83,34 @@ CK_GLOBAL(kBandThreads, 3)
 void band_backward(const CK_PARAM Backward p) {
   using GradFeed = BandFeed<T, false, true>;
   using Feed = BandFeed<T, kGate, false>;
-  constexpr int kSums = kBandFilter<kSteps>;
-  CK_SHARED(float, filter, kBandFilter<kSteps>);
-  CK_SHARED(float, slow_sums, kBandWarps* kSums);
+  constexpr int kRow = kBandTile * kSteps;  // of G, and more than there are taps
+  CK_SHARED(BandFilter, filter, 1);
+  CK_SHARED(float, slow_sums, kBandWarps* kRow);
   const Taps taps = p.taps.transposed();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, K = static_cast<int>(taps.taps);
   const BandBlock block(p, Feed::kParts, p.groups);
   const bool need_input = p.grad_x.data != nullptr || p.grad_gate.data != nullptr || p.grad_state != nullptr;
   const bool need_weight = p.grad_weight != nullptr, need_bias = p.grad_bias != nullptr;
-  for (int i = threadIdx.x; i < kBandWarps * kSums; i += kBandThreads) slow_sums[i] = 0;
-  const bool bad_filter = fill_filter<kSteps>(filter, p, block, true);
-  const BandMatrix<kSteps> matrix(filter, lane);
-  const GradFeed grad(shared_memory(), block);
+  for (int i = threadIdx.x; i < kBandWarps * kRow; i += kBandThreads) slow_sums[i] = 0;
+  const bool bad_filter = filter->fill(p, block, true);
+  const GradFeed grad(0, block);
   const Feed feed(grad.end(), block);
   const int steps = static_cast<int>(ceil_div(kBandTile - 1 + K, 16));
   float g[2 * kSteps][4] = {}, bias_sum[8] = {};
 
   const int64_t before = p.state == nullptr ? 0 : taps.span();
-  for_runs(p, taps, before, block, p.groups, [&](int64_t b, const Reach& reach, int64_t n0, int count, bool last) {
+  for_runs(p, taps, before, block, p.groups, [&](int64_t b, int64_t s0, int count, bool last) {
     // Chunk i of d(y) comes with chunk i - 1 of x, which has no halo.
     const auto stage = [&](int i) {
       if (i > count) return;
       grad.stage(i, [&](T* to, int, int row, int column) {
         const int at = i * kBandRows + row;
         const bool wanted = at < count * kBandRows + K - 1 && column < block.channels;
-        stage_gradient(to, p, b, reach.to.position(n0 + at + reach.offset), wanted ? block.c0 + column : p.channels);
+        stage_gradient(to, p, b, taps.source(s0, at), wanted ? block.c0 + column : p.channels);
       });
       if (i == 0 || !(need_weight || kGate)) return;
       feed.stage(i - 1, [&](T* to, int tensor, int row, int column) {
-        stage_input(to, p, tensor == 0 ? p.x : p.gate, b, reach.from.position(n0 + (i - 1) * kBandRows + row),
+        stage_input(to, p, tensor == 0 ? p.x : p.gate, b, s0 + ((i - 1) * kBandRows + row) * taps.dilation,
                     column < block.channels ? block.c0 + column : p.channels);
       });
     };
@@ -121,43 +125,42 @@ void band_backward(const CK_PARAM Backward p) {
       return bad;
     };
     walk_chunks(count, stage, accept, [&](int i, bool slow) {
-      const int64_t n = n0 + i * kBandRows + warp * kBandTile;
-      if (reach.from.position(n) >= p.time) return;
-      slow = slow || bad_filter || !whole_windows(p, reach, n);
+      const int64_t first = s0 + (i * kBandRows + warp * kBandTile) * taps.dilation;
+      if (first >= p.time) return;
+      slow = slow || bad_filter || !whole_windows(p, taps, first);
       const BandWindow<T> window(grad, i);
       const int own = warp * kBandTile * feed.pitch;
+#pragma unroll 1
       for (int column = 0; column < block.channels; column += kBandUnit) {
         const int channels = block.channels - column;
         const int64_t c = block.c0 + column;
         if (slow) {
-          slow_gradients<T>(p, taps, filter + kBandMargin, slow_sums + warp * kSums, b, reach.from, n, c,
-                            least(channels, kBandUnit), lane);
+          slow_gradients<T>(p, taps, *filter, slow_sums + warp * kRow, b, first, c, least(channels, kBandUnit), lane);
           continue;
         }
         if (need_weight)
           pair_product<T, Feed::kParts, GradFeed::kParts, kSteps>(g, feed.parts(i) + own, feed.chunk, steps, window,
                                                                   warp, column, lane);
         if (!need_input) continue;
-        float dz[2][2][4] = {};
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          band_product<T, GradFeed::kParts>(dz[half], matrix, steps, window, warp, column + 16 * half, lane);
+        float dz[4][4] = {};
+        band_product<T, GradFeed::kParts>(dz, *filter, steps, window, warp, column, lane);
         // Of the lane's two rows.
         int64_t position[2];
         bool off[2];
         for (int half = 0; half < 2; ++half) {
-          const int64_t s = reach.from.position(n + lane / 4 + 8 * half);
+          const int64_t s = first + (lane / 4 + 8 * half) * taps.dilation;
           position[half] = s;
           off[half] = s >= 0 && s < p.time && masked(p, b, s);
         }
         const auto gated = [&](int j, int e, bool of_gate) {
-          const float d = dz[j / 2][j % 2][e];
+          const float d = dz[j][e];
           if (off[e / 2]) return 0.0f;
           if constexpr (kGate) {
             const int at = own + (lane / 4 + e / 2 * 8) * feed.pitch + column + 8 * j + lane % 4 * 2;
-            const float open = sigmoid(widen_half<T>(*reinterpret_cast<const uint32_t*>(feed.raw(i, 1) + at), e % 2));
+            const float open =
+                sigmoid(widen_half<T>(*reinterpret_cast<const uint32_t*>(Feed::at(feed.raw(i, 1) + at)), e % 2));
             if (!of_gate) return d * open;
-            return d * widen_half<T>(*reinterpret_cast<const uint32_t*>(feed.raw(i, 0) + at), e % 2) * open *
+            return d * widen_half<T>(*reinterpret_cast<const uint32_t*>(Feed::at(feed.raw(i, 0) + at)), e % 2) * open *
                    (1 - open);
           }
           return d;
@@ -182,9 +185,10 @@ void band_backward(const CK_PARAM Backward p) {
     });
   });
 
-  const int64_t partial = block.owner * p.groups + block.group;
+  // Made again rather than kept in registers all the way.
+  const BandBlock place(p, Feed::kParts, p.groups);
+  const int64_t partial = place.owner * p.groups + place.group;
   float* const room = reinterpret_cast<float*>(shared_memory());
-  constexpr int kRow = 16 * kSteps;
   if (need_weight) {
 #pragma unroll
     for (int k = 0; k < 2 * kSteps; ++k)
@@ -195,22 +199,22 @@ void band_backward(const CK_PARAM Backward p) {
       const int j = threadIdx.x;
       float total = 0;
       for (int w = 0; w < kBandWarps; ++w) {
-        total += slow_sums[w * kSums + j];
+        total += slow_sums[w * kRow + j];
         for (int m = 0; m < kBandTile; ++m) total += room[(w * kBandTile + m) * kRow + m + j];
       }
-      const int64_t column = block.head * block.pieces + block.piece;
-      static_cast<float*>(p.partial_weight)[(partial * p.heads * block.pieces + column) * K + K - 1 - j] = total;
+      const int64_t columns = p.heads * band_pieces(p.head_channels(), Feed::kParts);
+      static_cast<float*>(p.partial_weight)[(partial * columns + place.column) * K + K - 1 - j] = total;
     }
     __syncthreads();
   }
   if (need_bias) {
     for (int e = 0; e < 8; ++e) room[threadIdx.x * 8 + e] = bias_sum[e];
     __syncthreads();
-    if (static_cast<int>(threadIdx.x) < block.channels) {
-      const int vectors = 1 << block.log_vectors;
+    if (static_cast<int>(threadIdx.x) < place.channels) {
+      const int vectors = 1 << place.log_vectors;
       float total = 0;
       for (int i = 0; i < kBandThreads / vectors; ++i) total += room[(i * vectors) * 8 + threadIdx.x];
-      static_cast<float*>(p.partial_bias)[partial * p.channels + block.c0 + threadIdx.x] = total;
+      static_cast<float*>(p.partial_bias)[partial * p.channels + place.c0 + threadIdx.x] = total;
     }
   }
 }

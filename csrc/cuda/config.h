@@ -130,7 +130,8 @@ constexpr int kBandUnit = 32;                      // channels that a warp compu
 // Windows of a chunk reach no further than the next one. Below the fewest, additions and multiplications take less time
 // than the memory, in either direction, and the zeros of the band would be most of the work.
 constexpr int64_t kBandFewest = 12, kBandMost = kBandRows + 1;
-// Up to this many taps a window is three tiles, and registers hold fewer matrices.
+constexpr int kBandSteps = kBandWarps + 1;  // tiles that the window of a tile reaches, at most
+// Up to this many taps a window is three tiles, and sums for d(filter) take fewer registers.
 constexpr int64_t kBandShort = 33;
 
 // Terms of bfloat16 that make up a number: one of its own, two of float16, three of float32.

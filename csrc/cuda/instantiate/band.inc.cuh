@@ -5,15 +5,6 @@
 
 namespace ck::cuda {
 
-// Calls body with the number of matrices that windows need, at most, and with whether there is a gate.
-template <class Body>
-const char* with_band(const Problem& p, const Body& body) {
-  return with_bool(p.gate.data != nullptr, [&](auto gate) {
-    return p.taps.taps <= kBandShort ? body(std::integral_constant<int, 3>{}, gate)
-                                     : body(std::integral_constant<int, 5>{}, gate);
-  });
-}
-
 inline dim3 band_blocks(const Problem& p, int parts, int64_t groups) {
   return dim3(static_cast<unsigned>(p.heads * band_pieces(p.head_channels(), parts) * groups * p.owners()));
 }
@@ -24,10 +15,9 @@ inline size_t band_bytes(const Problem& p, int parts, int chunks) {
 
 template <class T>
 const char* Band<T>::forward(const Forward& p, const Plan& plan, Stream stream) {
-  return with_band(p, [&](auto steps, auto gate) {
+  return with_bool(p.gate.data != nullptr, [&](auto gate) {
     using Feed = BandFeed<T, decltype(gate)::value, true>;
-    return launch(band_forward<T, decltype(steps)::value, decltype(gate)::value>,
-                  band_blocks(p, Feed::kParts, plan.groups), dim3(kBandThreads),
+    return launch(band_forward<T, decltype(gate)::value>, band_blocks(p, Feed::kParts, plan.groups), dim3(kBandThreads),
                   band_bytes(p, Feed::kParts, Feed::kChunks), stream, p, plan.groups);
   });
 }
@@ -35,12 +25,15 @@ const char* Band<T>::forward(const Forward& p, const Plan& plan, Stream stream) 
 template <class T>
 const char* Band<T>::backward(const Backward& p, const Plan& plan, Stream stream) {
   int parts = 0;
-  const char* status = with_band(p, [&](auto steps, auto gate) {
-    using Feed = BandFeed<T, decltype(gate)::value, false>;
-    parts = Feed::kParts;
-    return launch(band_backward<T, decltype(steps)::value, decltype(gate)::value>, band_blocks(p, parts, plan.groups),
-                  dim3(kBandThreads), band_bytes(p, parts, Feed::kChunks + BandFeed<T, false, true>::kChunks), stream,
-                  p);
+  const char* status = with_bool(p.gate.data != nullptr, [&](auto gate) {
+    return with_bool(p.taps.taps <= kBandShort, [&](auto few) {
+      constexpr bool kGate = decltype(gate)::value;
+      using Feed = BandFeed<T, kGate, false>;
+      parts = Feed::kParts;
+      return launch(band_backward < T, decltype(few)::value ? 3 : kBandSteps, kGate >,
+                    band_blocks(p, parts, plan.groups), dim3(kBandThreads),
+                    band_bytes(p, parts, Feed::kChunks + BandFeed<T, false, true>::kChunks), stream, p);
+    });
   });
   if (status == nullptr && p.grad_weight != nullptr)
     status = Reduce<float>::weight(p, band_pieces(p.head_channels(), parts), false, stream);
