@@ -21,20 +21,23 @@ namespace ck::cuda {
 struct BandBlock {
   int width, log_vectors;  // channels and vectors (as a power of two) of a row in shared memory
   int channels;
-  int64_t head, group, owner, c0;
-  int64_t column;  // of heads * pieces
+  unsigned columns, column, head, group, owner;  // columns: pieces of all heads
+  int64_t c0;
 
+  // All in 32 bits, where a division is short.
   CK_DEVICE BandBlock(const Problem& p, int parts, int64_t groups) {
-    const int64_t R = p.head_channels(), pieces = band_pieces(R, parts), columns = p.heads * pieces;
+    const unsigned heads = static_cast<unsigned>(p.heads), R = static_cast<unsigned>(p.channels) / heads;
     width = band_width(R, parts);
     log_vectors = width == 2 * kBandUnit ? 3 : 2;
+    const unsigned pieces = (R + width - 1) / width, count = static_cast<unsigned>(groups);
+    columns = heads * pieces;
     column = blockIdx.x % columns;
     head = column / pieces;
-    group = blockIdx.x / columns % groups;
-    owner = blockIdx.x / columns / groups;
-    const int64_t inner = column % pieces * width;
-    c0 = head * R + inner;
-    channels = static_cast<int>(least(R - inner, int64_t{width}));
+    group = blockIdx.x / columns % count;
+    owner = blockIdx.x / columns / count;
+    const unsigned inner = column % pieces * width;
+    c0 = int64_t{head} * R + inner;
+    channels = static_cast<int>(least(R - inner, static_cast<unsigned>(width)));
   }
 };
 
@@ -265,10 +268,17 @@ CK_DEVICE void store_product(int channels, int lane, const Value& value, const R
 // Whether the 16 outputs from position t on, a dilation apart, and all that they read are of one sequence.
 CK_DEVICE bool whole_windows(const Problem& p, const Taps& taps, int64_t t) {
   if (p.offsets == nullptr) return true;
-  const int64_t last = t + (least(int64_t{kBandTile}, ceil_div(p.time - t, taps.dilation)) - 1) * taps.dilation;
+  const int64_t last = t + (kBandTile - 1) * taps.dilation;
   const Sequence sequence = sequence_of(p, t);
-  return last < sequence.end && most(taps.source(t, 0), int64_t{0}) >= sequence.begin &&
-         least(taps.source(last, taps.taps - 1), p.time - 1) < sequence.end;
+  return most(taps.source(t, 0), int64_t{0}) >= sequence.begin &&
+         least(most(last, taps.source(last, taps.taps - 1)), p.time - 1) < sequence.end;
+}
+
+// A problem of which the compiler sees that it has no gate: code for one would take registers from everything around.
+template <bool kGate, class P>
+CK_DEVICE P with_known_gate(P p) {
+  if (!kGate) p.gate.data = nullptr;
+  return p;
 }
 
 // Chunks i = 0..count-1 while the next two are on their way: stage(i) starts copies of chunk i, accept(i) takes them
@@ -298,20 +308,40 @@ CK_DEVICE void walk_chunks(int count, const Stage& stage, const Accept& accept, 
 template <class Body>
 CK_DEVICE void for_runs(const Problem& p, const Taps& taps, int64_t before, const BandBlock& block, int64_t groups,
                         const Body& body) {
-  const int64_t chunks = ceil_div(ceil_div(p.time + before, taps.dilation), kBandRows);
-  const int64_t all = p.owner_batch() * taps.dilation * chunks, each = ceil_div(all, groups);
-  const int64_t end = least((block.group + 1) * each, all);
-  for (int64_t at = block.group * each; at < end;) {
-    const int64_t line = at / chunks, first = at % chunks, count = least(chunks - first, end - at);
-    body(block.owner + line / taps.dilation, line % taps.dilation - before + first * kBandRows * taps.dilation,
+  // Fewer than 2^31: positions have at least 32 bytes each.
+  const unsigned dilation = static_cast<unsigned>(taps.dilation);
+  const unsigned chunks = static_cast<unsigned>(ceil_div(p.time + before, taps.dilation * kBandRows));
+  const unsigned all = static_cast<unsigned>(p.owner_batch()) * dilation * chunks;
+  const unsigned each = (all + static_cast<unsigned>(groups) - 1) / static_cast<unsigned>(groups);
+  const unsigned end = least((block.group + 1) * each, all);
+  for (unsigned at = block.group * each; at < end;) {
+    const unsigned line = at / chunks, first = at % chunks, count = least(chunks - first, end - at);
+    body(int64_t{block.owner} + line / dilation, line % dilation - before + int64_t{first} * kBandRows * taps.dilation,
          static_cast<int>(count), first + count == chunks);
     at += count;
   }
 }
 
+// The 16 outputs from position `first` on and of 32 channels, or `channels`, from c on, tap by tap.
+template <class T>
+CK_DEVICE void slow_outputs(const Forward& p, const BandFilter& filter, const float* bias, int64_t b, int64_t first,
+                            int64_t c, int channels, int lane) {
+  if (lane >= channels) return;
+  const int64_t end = least(first + kBandTile * p.taps.dilation, p.time);
+#pragma unroll 1
+  for (int64_t t = first; t < end; t += p.taps.dilation) {
+    const Sequence sequence = sequence_of(p, t);
+    float total = 0;
+#pragma unroll 1
+    for (int64_t j = 0; j < p.taps.taps; ++j)
+      total += filter.tap(j) * load_input<T>(p, b, p.taps.source(t, j), c + lane, sequence);
+    *at<T>(p.y, b, t, c + lane) = narrow<T>(total + bias[lane]);
+  }
+}
+
 // Blocks: heads and their pieces, then groups, then owners.
 template <class T, bool kGate>
-CK_GLOBAL(kBandThreads, 3)
+CK_GLOBAL(kBandThreads, 4)
 void band_forward(const CK_PARAM Forward p, int64_t groups) {
   using Feed = BandFeed<T, kGate, true>;
   CK_SHARED(BandFilter, filter, 1);
@@ -322,7 +352,7 @@ void band_forward(const CK_PARAM Forward p, int64_t groups) {
     bias[threadIdx.x] = p.bias == nullptr ? 0 : load_as<float>(p.bias, block.c0 + threadIdx.x, p.bias_dtype);
   const bool bad_filter = filter->fill(p, block, false);
   const Feed feed(0, block);
-  const int steps = static_cast<int>(ceil_div(kBandTile - 1 + K, 16));
+  const int steps = (K + 2 * kBandTile - 2) / kBandTile;
 
   for_runs(p, p.taps, 0, block, groups, [&](int64_t b, int64_t t0, int count, bool) {
     const auto stage = [&](int i) {
@@ -343,18 +373,8 @@ void band_forward(const CK_PARAM Forward p, int64_t groups) {
 #pragma unroll 1
       for (int column = 0; column < block.channels; column += kBandUnit) {
         if (slow) {
-          if (column + lane >= block.channels) continue;
-          const int64_t c = block.c0 + column + lane;
-#pragma unroll 1
-          for (int m = 0; m < kBandTile; ++m) {
-            const int64_t t = first + m * p.taps.dilation;
-            if (t >= p.time) break;
-            const Sequence sequence = sequence_of(p, t);
-            float total = 0;
-#pragma unroll 1
-            for (int j = 0; j < K; ++j) total += filter->tap(j) * load_input<T>(p, b, p.taps.source(t, j), c, sequence);
-            *at<T>(p.y, b, t, c) = narrow<T>(total + bias[column + lane]);
-          }
+          slow_outputs<T>(with_known_gate<kGate>(p), *filter, bias + column, b, first, block.c0 + column,
+                          block.channels - column, lane);
           continue;
         }
         float out[4][4] = {};

@@ -14,7 +14,7 @@ namespace ck::cuda {
 template <class T, int kZParts, int kParts, int kSteps>
 CK_DEVICE void pair_product(float (&g)[2 * kSteps][4], int z, int apart, int steps, const BandWindow<T>& window,
                             int first, int column, int lane) {
-#pragma unroll
+#pragma unroll 1
   for (int c = 0; c < kBandUnit; c += 16) {
     uint32_t a[kZParts][4];
     for (int part = 0; part < kZParts; ++part)
@@ -47,8 +47,10 @@ CK_DEVICE void slow_gradients(const Backward& p, const Taps& taps, const BandFil
       const Sequence sequence = sequence_of(p, s);
       float dz = 0;
 #pragma unroll 1
-      for (int64_t j = taps.first_inside(s, sequence.begin); j < taps.last_inside(s, sequence.end); ++j)
-        dz += filter.tap(j) * widen(*at<const T>(p.grad, b, taps.source(s, j), c + lane));
+      for (int64_t j = 0; j < taps.taps; ++j) {
+        const int64_t t = taps.source(s, j);
+        if (sequence.contains(t)) dz += filter.tap(j) * widen(*at<const T>(p.grad, b, t, c + lane));
+      }
       if (s >= 0)
         store_input_gradient<T>(p, b, s, c + lane, dz);
       else if (p.grad_state != nullptr)
@@ -71,12 +73,6 @@ CK_DEVICE void slow_gradients(const Backward& p, const Taps& taps, const BandFil
   }
 }
 
-// Two numbers of a 16-bit type in one word.
-template <class T>
-CK_DEVICE float widen_half(uint32_t pair, int half) {
-  return widen(T{static_cast<uint16_t>(pair >> 16 * half)});
-}
-
 // Blocks as in band_forward.
 template <class T, int kSteps, bool kGate>
 CK_GLOBAL(kBandThreads, 3)
@@ -86,17 +82,19 @@ void band_backward(const CK_PARAM Backward p) {
   constexpr int kRow = kBandTile * kSteps;  // of G, and more than there are taps
   CK_SHARED(BandFilter, filter, 1);
   CK_SHARED(float, slow_sums, kBandWarps* kRow);
+  CK_SHARED(float, bias_sums, 8 * kBandThreads);  // each thread's, of the channels of its vectors
   const Taps taps = p.taps.transposed();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, K = static_cast<int>(taps.taps);
   const BandBlock block(p, Feed::kParts, p.groups);
   const bool need_input = p.grad_x.data != nullptr || p.grad_gate.data != nullptr || p.grad_state != nullptr;
   const bool need_weight = p.grad_weight != nullptr, need_bias = p.grad_bias != nullptr;
   for (int i = threadIdx.x; i < kBandWarps * kRow; i += kBandThreads) slow_sums[i] = 0;
+  for (int e = 0; e < 8; ++e) bias_sums[e * kBandThreads + threadIdx.x] = 0;
   const bool bad_filter = filter->fill(p, block, true);
   const GradFeed grad(0, block);
   const Feed feed(grad.end(), block);
-  const int steps = static_cast<int>(ceil_div(kBandTile - 1 + K, 16));
-  float g[2 * kSteps][4] = {}, bias_sum[8] = {};
+  const int steps = (K + 2 * kBandTile - 2) / kBandTile;
+  float g[2 * kSteps][4] = {};
 
   const int64_t before = p.state == nullptr ? 0 : taps.span();
   for_runs(p, taps, before, block, p.groups, [&](int64_t b, int64_t s0, int count, bool last) {
@@ -115,12 +113,13 @@ void band_backward(const CK_PARAM Backward p) {
       });
     };
     const auto accept = [&](int i) {
-      // The chunk after the last is the next run's first, unless there is none.
-      const bool counted = need_bias && (i < count || last);
+      float sum[8] = {};
       bool bad = grad.accept(i, [&](const float (&dy)[8]) {
-        if (counted)
-          for (int e = 0; e < 8; ++e) bias_sum[e] += dy[e];
+        for (int e = 0; e < 8; ++e) sum[e] += dy[e];
       });
+      // The chunk after the last is the next run's first, unless there is none.
+      if (need_bias && (i < count || last))
+        for (int e = 0; e < 8; ++e) bias_sums[e * kBandThreads + threadIdx.x] += sum[e];
       if (i > 0 && need_weight) bad = feed.accept(i - 1, [](const float (&)[8]) {}) || bad;
       return bad;
     };
@@ -135,7 +134,8 @@ void band_backward(const CK_PARAM Backward p) {
         const int channels = block.channels - column;
         const int64_t c = block.c0 + column;
         if (slow) {
-          slow_gradients<T>(p, taps, *filter, slow_sums + warp * kRow, b, first, c, least(channels, kBandUnit), lane);
+          slow_gradients<T>(with_known_gate<kGate>(p), taps, *filter, slow_sums + warp * kRow, b, first, c,
+                            least(channels, kBandUnit), lane);
           continue;
         }
         if (need_weight)
@@ -144,50 +144,42 @@ void band_backward(const CK_PARAM Backward p) {
         if (!need_input) continue;
         float dz[4][4] = {};
         band_product<T, GradFeed::kParts>(dz, *filter, steps, window, warp, column, lane);
-        // Of the lane's two rows.
-        int64_t position[2];
-        bool off[2];
-        for (int half = 0; half < 2; ++half) {
-          const int64_t s = first + (lane / 4 + 8 * half) * taps.dilation;
-          position[half] = s;
-          off[half] = s >= 0 && s < p.time && masked(p, b, s);
-        }
-        const auto gated = [&](int j, int e, bool of_gate) {
-          const float d = dz[j][e];
-          if (off[e / 2]) return 0.0f;
-          if constexpr (kGate) {
-            const int at = own + (lane / 4 + e / 2 * 8) * feed.pitch + column + 8 * j + lane % 4 * 2;
-            const float open =
-                sigmoid(widen_half<T>(*reinterpret_cast<const uint32_t*>(Feed::at(feed.raw(i, 1) + at)), e % 2));
-            if (!of_gate) return d * open;
-            return d * widen_half<T>(*reinterpret_cast<const uint32_t*>(Feed::at(feed.raw(i, 0) + at)), e % 2) * open *
-                   (1 - open);
-          }
-          return d;
-        };
+        const auto position = [&](int half) { return first + (lane / 4 + 8 * half) * taps.dilation; };
+        if (p.mask != nullptr)
+          for (int half = 0; half < 2; ++half)
+            if (const int64_t s = position(half); s >= 0 && s < p.time && masked(p, b, s))
+              for (int j = 0; j < 4; ++j) dz[j][2 * half] = dz[j][2 * half + 1] = 0;
         const auto row_of = [&](const Rows& rows, int half) {
-          const int64_t s = position[half];
+          const int64_t s = position(half);
           return rows.data != nullptr && s < p.time ? at<T>(rows, b, s, c) : nullptr;
         };
+        // Of x or the gate, where element e of matrix j of dz is.
+        const auto raw = [&](int tensor, int j, int e) {
+          const int row = own + (lane / 4 + e / 2 * 8) * feed.pitch;
+          return widen(*Feed::at(feed.raw(i, tensor) + row + column + 8 * j + lane % 4 * 2 + e % 2));
+        };
         store_product<T>(
-            channels, lane, [&](int j, int e) { return gated(j, e, false); },
+            channels, lane, [&](int j, int e) { return kGate ? dz[j][e] * sigmoid(raw(1, j, e)) : dz[j][e]; },
             [&](int half) {
-              const int64_t s = position[half];
+              const int64_t s = position(half);
               return s >= 0 ? row_of(p.grad_x, half)
                             : state_at<T>(p, p.grad_state, b, s, c, {0, 0, p.time, kUnbounded});
             });
-        if constexpr (kGate)
-          if (p.grad_gate.data != nullptr)
-            store_product<T>(
-                channels, lane, [&](int j, int e) { return gated(j, e, true); },
-                [&](int half) { return row_of(p.grad_gate, half); });
+        if (kGate && p.grad_gate.data != nullptr)
+          store_product<T>(
+              channels, lane,
+              [&](int j, int e) {
+                const float open = sigmoid(raw(1, j, e));
+                return dz[j][e] * raw(0, j, e) * open * (1 - open);
+              },
+              [&](int half) { return row_of(p.grad_gate, half); });
       }
     });
   });
 
   // Made again rather than kept in registers all the way.
   const BandBlock place(p, Feed::kParts, p.groups);
-  const int64_t partial = place.owner * p.groups + place.group;
+  const int64_t partial = int64_t{place.owner} * p.groups + place.group;
   float* const room = reinterpret_cast<float*>(shared_memory());
   if (need_weight) {
 #pragma unroll
@@ -202,20 +194,15 @@ void band_backward(const CK_PARAM Backward p) {
         total += slow_sums[w * kRow + j];
         for (int m = 0; m < kBandTile; ++m) total += room[(w * kBandTile + m) * kRow + m + j];
       }
-      const int64_t columns = p.heads * band_pieces(p.head_channels(), Feed::kParts);
-      static_cast<float*>(p.partial_weight)[(partial * columns + place.column) * K + K - 1 - j] = total;
+      static_cast<float*>(p.partial_weight)[(partial * place.columns + place.column) * K + K - 1 - j] = total;
     }
-    __syncthreads();
   }
-  if (need_bias) {
-    for (int e = 0; e < 8; ++e) room[threadIdx.x * 8 + e] = bias_sum[e];
-    __syncthreads();
-    if (static_cast<int>(threadIdx.x) < place.channels) {
-      const int vectors = 1 << place.log_vectors;
-      float total = 0;
-      for (int i = 0; i < kBandThreads / vectors; ++i) total += room[(i * vectors) * 8 + threadIdx.x];
-      static_cast<float*>(p.partial_bias)[partial * p.channels + place.c0 + threadIdx.x] = total;
-    }
+  if (need_bias && static_cast<int>(threadIdx.x) < place.channels) {
+    const int vectors = 1 << place.log_vectors;
+    const float* const sums = bias_sums + threadIdx.x % 8 * kBandThreads + threadIdx.x / 8;
+    float total = 0;
+    for (int i = 0; i < kBandThreads; i += vectors) total += sums[i];
+    static_cast<float*>(p.partial_bias)[partial * p.channels + place.c0 + threadIdx.x] = total;
   }
 }
 
