@@ -73,13 +73,14 @@ CK_DEVICE void multiply(float (&small)[4], float (&large)[4], const uint32_t (&a
 }
 
 // A filter as the products need it, in shared memory.
+template <int kSteps>
 struct BandFilter {
   static constexpr int kMargin = kBandTile;
 
   // filter[j], in the order of the relation, from j = -kMargin on; zeros where there is no tap.
-  float values[kMargin + kBandTile * kBandSteps];
+  float values[kMargin + kBandTile * kSteps];
   // Registers of each lane for the 16 x 16 matrices of A and their terms, the largest first.
-  uint4 matrices[kBandSteps][3][32];
+  uint4 matrices[kSteps][3][32];
 
   CK_DEVICE float tap(int64_t j) const { return values[kMargin + j]; }
 
@@ -89,13 +90,13 @@ struct BandFilter {
     const FilterAt at(p, block.owner, 0, block.head);
     const Statistics<float> statistics = warp_statistics<float>(p, at, 0, threadIdx.x % 32, anywhere);
     bool bad = false;
-    for (int i = threadIdx.x; i < kMargin + kBandTile * kBandSteps; i += kBandThreads) {
+    for (int i = threadIdx.x; i < kMargin + kBandTile * kSteps; i += kBandThreads) {
       const int64_t K = p.taps.taps, j = i - kMargin;
       values[i] = j >= 0 && j < K ? tap_of(p, at, 0, reverse ? K - 1 - j : j, statistics, anywhere).value() : 0;
       bad = bad || !splittable(values[i]);
     }
     bad = __syncthreads_or(bad);
-    for (int i = threadIdx.x; i < kBandSteps * 32; i += kBandThreads) {
+    for (int i = threadIdx.x; i < kSteps * 32; i += kBandThreads) {
       const int s = i / 32, lane = i % 32;
       uint32_t words[3][4];
       for (int r = 0; r < 4; ++r) {
@@ -150,7 +151,7 @@ struct BandFeed {
 
   template <class Use>
   CK_DEVICE void for_own_vectors(const Use& use) const {
-#pragma unroll 1
+#pragma unroll 2
     for (int v = threadIdx.x; v < kBandRows << log_vectors; v += kBandThreads)
       use(v >> log_vectors, (v & ((1 << log_vectors) - 1)) * kVector<T>);
   }
@@ -216,9 +217,9 @@ struct BandWindow {
 };
 
 // The relation for the 16 rows of tile `first` of a chunk and 32 channels.
-template <class T, int kParts>
-CK_DEVICE void band_product(float (&out)[4][4], const BandFilter& filter, int steps, const BandWindow<T>& window,
-                            int first, int column, int lane) {
+template <class T, int kParts, int kSteps>
+CK_DEVICE void band_product(float (&out)[4][4], const BandFilter<kSteps>& filter, int steps,
+                            const BandWindow<T>& window, int first, int column, int lane) {
   float small[4][4] = {};
 #pragma unroll 1
   for (int s = 0; s < steps; ++s) {
@@ -323,9 +324,9 @@ CK_DEVICE void for_runs(const Problem& p, const Taps& taps, int64_t before, cons
 }
 
 // The 16 outputs from position `first` on and of 32 channels, or `channels`, from c on, tap by tap.
-template <class T>
-CK_DEVICE void slow_outputs(const Forward& p, const BandFilter& filter, const float* bias, int64_t b, int64_t first,
-                            int64_t c, int channels, int lane) {
+template <class T, int kSteps>
+CK_DEVICE void slow_outputs(const Forward& p, const BandFilter<kSteps>& filter, const float* bias, int64_t b,
+                            int64_t first, int64_t c, int channels, int lane) {
   if (lane >= channels) return;
   const int64_t end = least(first + kBandTile * p.taps.dilation, p.time);
 #pragma unroll 1
@@ -344,7 +345,7 @@ template <class T, bool kGate>
 CK_GLOBAL(kBandThreads, 4)
 void band_forward(const CK_PARAM Forward p, int64_t groups) {
   using Feed = BandFeed<T, kGate, true>;
-  CK_SHARED(BandFilter, filter, 1);
+  CK_SHARED(BandFilter<kBandSteps>, filter, 1);
   CK_SHARED(float, bias, 2 * kBandUnit);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, K = static_cast<int>(p.taps.taps);
   const BandBlock block(p, Feed::kParts, groups);

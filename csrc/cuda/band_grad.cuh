@@ -37,9 +37,9 @@ CK_DEVICE void pair_product(float (&g)[2 * kSteps][4], int z, int apart, int ste
 
 // The gradients of the 16 inputs from position `first` on and of `channels` channels from c on, at most 32, tap by tap.
 // `filter` and `taps` as in the relation; `sums`: of this warp, a number per tap.
-template <class T>
-CK_DEVICE void slow_gradients(const Backward& p, const Taps& taps, const BandFilter& filter, float* sums, int64_t b,
-                              int64_t first, int64_t c, int channels, int lane) {
+template <class T, int kSteps>
+CK_DEVICE void slow_gradients(const Backward& p, const Taps& taps, const BandFilter<kSteps>& filter, float* sums,
+                              int64_t b, int64_t first, int64_t c, int channels, int lane) {
   const int64_t end = least(first + kBandTile * taps.dilation, p.time);
   if (lane < channels)
 #pragma unroll 1
@@ -80,7 +80,7 @@ void band_backward(const CK_PARAM Backward p) {
   using GradFeed = BandFeed<T, false, true>;
   using Feed = BandFeed<T, kGate, false>;
   constexpr int kRow = kBandTile * kSteps;  // of G, and more than there are taps
-  CK_SHARED(BandFilter, filter, 1);
+  CK_SHARED(BandFilter<kSteps>, filter, 1);
   CK_SHARED(float, slow_sums, kBandWarps* kRow);
   CK_SHARED(float, bias_sums, 8 * kBandThreads);  // each thread's, of the channels of its vectors
   const Taps taps = p.taps.transposed();

@@ -164,8 +164,7 @@ inline Plan band_plan(const Facts& f, int parts) {
   const int64_t blocks = f.heads * band_pieces(f.head_channels(), parts) * f.owners();
   const int64_t chunks =
       f.owner_rows() / f.time * f.dilation * ((f.time + f.dilation * kBandRows - 1) / (f.dilation * kBandRows));
-  // Blocks of few chunks would spend their time on halos and filters.
-  const int64_t possible = at_least_one(chunks / 4), wanted = at_least_one(kBlocks / blocks);
+  const int64_t possible = at_least_one(chunks / 2), wanted = at_least_one(kBlocks / blocks);
   return {Family::kBand, wanted < possible ? wanted : possible};
 }
 
