@@ -9,17 +9,22 @@ from conftest import interpreted
 
 import convkernels as ck
 from convkernels.backends.triton import configs, tuning
-from convkernels.backends.triton.configs import Band, Shape, Tile
+from convkernels.backends.triton.configs import Band, Shape, Tile, Window
 
 SHAPES = [
     Shape(2, time, heads * head_channels, heads, taps, dilation, dtype, per_row, gate, packed, state)
     for time, (heads, head_channels), taps, dilation, dtype, (per_row, gate, packed, state) in itertools.product(
         (1, 33, 4096),
-        ((1, 1), (768, 1), (12, 64), (2, 24), (3, 333)),
+        ((1, 1), (768, 1), (12, 64), (100, 8), (2, 24), (3, 333)),
         (1, 2, 3, 17, 18, 65, 66, 255),
         (1, 3),
         ("bfloat16", "float16", "float32", "float64"),
-        ((False, False, False, False), (True, True, False, True), (False, False, True, True)),
+        (
+            (False, False, False, False),
+            (True, False, False, False),
+            (True, True, False, True),
+            (False, False, True, True),
+        ),
     )
 ]
 
@@ -33,6 +38,14 @@ def test_every_shape_gets_a_fitting_configuration(backward):
     for shape in SHAPES:
         config = configs.choose(shape, backward)
         assert config == configs.choose(shape, backward)
+        if isinstance(config, Window):
+            # Rows of its own; heads and filters that fit; no more than 64 elements of a tile for a thread.
+            elements = config.BT * config.BH * config.RP * config.KP
+            assert backward and shape.per_row and not shape.state, (shape, config)
+            assert all(is_power_of_2(n) for n in (config.BT, config.BH, config.RP, config.KP)), (shape, config)
+            assert config.BT >= shape.taps and config.KP >= shape.taps, (shape, config)
+            assert config.RP >= shape.head_channels and elements <= 64 * 32 * config.num_warps, (shape, config)
+            continue
         assert all(is_power_of_2(n) for n in (config.BT, config.BC, config.KP, config.num_warps)), (shape, config)
         if isinstance(config, Band):
             # Least operand of a matrix unit; a window that holds every row; filters that fit.
@@ -54,6 +67,9 @@ def test_the_paths_people_use():
     assert name(False) == "Tile" and name(True) == "Band"
     assert name(False, taps=31) == name(False, gate=True) == name(False, per_row=True) == "Band"
     assert name(False, heads=768) == name(True, heads=768) == name(True, taps=127) == "Tile"
+    assert name(True, heads=768, per_row=True, taps=4) == name(True, heads=96, per_row=True) == "Window"
+    assert name(True, heads=768, per_row=True, taps=63) == name(False, heads=768, per_row=True) == "Tile"
+    assert name(True, heads=768, per_row=True, state=True) == "Tile"
     assert name(True, dtype="float64") == name(True, packed=True, state=True) == "Tile"
 
 

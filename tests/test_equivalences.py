@@ -116,6 +116,31 @@ def test_a_tap_with_logit_minus_infinity_is_absent(function, dtype, backend):
     assert (ours[..., 0] == 0).all() and (ours[..., 4] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("head_size", [1, 16])
+@pytest.mark.parametrize("function", ["lightweight", "dynamic"])
+def test_a_filter_of_minus_infinities_is_nan(function, head_size, renormalize, dtype, backend):
+    """softmax(-inf, ..., -inf) is NaN in PyTorch, and stays within its head and, if dynamic, its position."""
+    rows = {"lightweight": (3,), "dynamic": (2, 9, 3)}[function]
+    x, weight = leaf((2, 9, 3 * head_size), 1, dtype), values((*rows, 5), dtype, 2).clone()
+    broken = (1,) if function == "lightweight" else (0, 4, 1)
+    weight[broken] = float("-inf")
+    weight.requires_grad_()
+    y = CALLS[function](x, weight, renormalize=renormalize, backend=backend)
+    lost = torch.zeros(2, 9, 3, dtype=torch.bool)
+    reached, lost_filters = lost.clone(), torch.zeros(*rows, 5, dtype=torch.bool)
+    lost_filters[broken] = True
+    if function == "lightweight":
+        lost[..., 1] = reached[..., 1] = True
+    else:
+        lost[0, 4, 1], reached[0, 2:7, 1] = True, True
+    found = (y, *grads(y, (x, weight)))
+    for tensor, expected in zip(found, (lost, reached, lost_filters), strict=True):
+        width = tensor.numel() // expected.numel()
+        assert torch.equal(tensor.isnan(), expected.repeat_interleave(width, -1))
+
+
 @pytest.mark.parametrize("function", CALLS)
 @pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, repeat=2)))
 def test_any_strides(function, layouts, backend):

@@ -120,17 +120,13 @@ struct BandFilter {
 };
 
 // A tensor's chunks of kBandRows rows on their way through shared memory: copied as they are, then, unless they are
-// single terms already, gated and split by the thread that copied them. kHalo: windows of chunk i reach into i + 1.
-// A slot is written again only after a barrier that comes after its last use in walk_chunks.
+// single terms already, gated and split by the thread that copied them. A slot of BandRoom is written again only after
+// a barrier that comes after its last use in walk_chunks.
 template <class T, bool kGate, bool kHalo>
 struct BandFeed {
-  static constexpr int kParts = band_parts(std::is_same_v<T, f16>, kGate);
+  static constexpr BandRoom kRoom{std::is_same_v<T, f16>, kGate, kHalo};
+  static constexpr int kParts = kRoom.parts, kTensors = kRoom.tensors, kRaw = kRoom.raw, kSplit = kRoom.split;
   static constexpr bool kDirect = kParts == 1;
-  static constexpr int kTensors = kGate ? 2 : 1;
-  // Without a halo the raw rows are read again, by others, for d(gate).
-  static constexpr int kRaw = kHalo ? (kDirect ? 4 : 2) : (kDirect || kGate ? 3 : 2);
-  static constexpr int kSplit = kDirect ? 0 : kHalo ? 3 : 2;
-  static constexpr int kChunks = kRaw * kTensors + kSplit * kParts;
 
   int base;  // where its room in shared memory begins, in elements
   int pitch, log_vectors, chunk;
@@ -139,7 +135,7 @@ struct BandFeed {
       : base(base), pitch(band_pitch(block.width)), log_vectors(block.log_vectors), chunk(kBandRows * pitch) {}
 
   static CK_DEVICE T* at(int element) { return reinterpret_cast<T*>(shared_memory()) + element; }
-  CK_DEVICE int end() const { return base + kChunks * chunk; }
+  CK_DEVICE int end() const { return base + kRoom.chunks() * chunk; }
   CK_DEVICE int raw(int i, int tensor) const { return base + (i % kRaw * kTensors + tensor) * chunk; }
   // The first of the parts of chunk i, which lie a chunk apart.
   CK_DEVICE int parts(int i) const {

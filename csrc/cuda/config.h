@@ -32,6 +32,7 @@ struct Facts {
   bool per_position = false, renormalize = false, per_batch = false, gate = false, packed = false, state = false;
   // Every tensor like x can be read 16 bytes at a time along its channels, or along its positions.
   bool channel_vectors = true, time_vectors = false;
+  int64_t multiprocessors = 132;
 
   bool per_row() const { return per_position || renormalize; }
   int64_t head_channels() const { return channels / heads; }
@@ -41,19 +42,43 @@ struct Facts {
 
 struct Plan {
   Family family = Family::kPlain;
-  int64_t groups = 1;  // pieces of an owner's positions, each summed by one block (backward)
+  int64_t groups = 1;        // pieces of an owner's positions, each computed, and summed, by one block
+  int64_t shared_bytes = 0;  // of a block's memory
 };
-
-// About as many blocks as keep the largest device busy, where a block may walk many positions.
-constexpr int64_t kBlocks = 1024;
 
 inline int64_t at_least_one(int64_t n) { return n < 1 ? 1 : n; }
 
 // Pieces for sums over `rows` positions that `columns` blocks share: enough to fill a device, and not below 64
 // positions.
-inline int64_t groups_of(int64_t rows, int64_t columns) {
-  const int64_t wanted = at_least_one(kBlocks / at_least_one(columns)), possible = at_least_one(rows / 64);
+inline int64_t groups_of(const Facts& f, int64_t rows, int64_t columns) {
+  const int64_t wanted = at_least_one(8 * f.multiprocessors / at_least_one(columns)),
+                possible = at_least_one(rows / 64);
   return wanted < possible ? wanted : possible;
+}
+
+// Pieces of work that is `units` long, in each of `columns` columns, for a device that runs `slots` blocks at a time:
+// as many as make the last block end soonest, if a block costs as much as `overhead` units besides its own.
+inline int64_t best_groups(int64_t units, int64_t columns, int64_t slots, int64_t overhead) {
+  int64_t best = 1, least_time = INT64_MAX;
+  for (int64_t waves = 1; waves <= 8; ++waves) {
+    const int64_t fit = at_least_one(waves * slots / columns), groups = fit < units ? fit : at_least_one(units);
+    const int64_t time = (columns * groups + slots - 1) / slots * ((units + groups - 1) / groups + overhead);
+    if (time < least_time) {
+      least_time = time;
+      best = groups;
+    }
+  }
+  return best;
+}
+
+// What a multiprocessor has, on every architecture served: shared memory of a block, and of all its blocks.
+constexpr int64_t kSharedMemory = 160 << 10, kAllSharedMemory = 164 << 10;
+
+// Blocks that run at a time, each of `bytes` of shared memory, where registers leave room for `most` per
+// multiprocessor.
+inline int64_t slots_of(const Facts& f, int64_t bytes, int64_t most) {
+  const int64_t fit = at_least_one(kAllSharedMemory / (bytes + 1024));  // a block takes 1 KB more than it asks for
+  return f.multiprocessors * (fit < most ? fit : most);
 }
 
 // ---- stream: blocks of 128 channels, 32 rows at a time
@@ -100,24 +125,51 @@ inline int64_t stream_chunks(const Facts& f) {
   return f.batch / f.owners() * f.dilation * ((rows + kChunk - 1) / kChunk);
 }
 
-// What a block has on every architecture served.
-constexpr int64_t kSharedMemory = 160 << 10;
+inline int64_t stream_bytes(const Facts& f, bool backward) {
+  const bool shared = f.head_channels() % kQuad == 0;
+  return (backward ? stream_backward_bytes : stream_forward_bytes)(f.taps, size_of(f.dtype), shared, f.gate);
+}
 
 inline bool stream_possible(const Facts& f, bool backward) {
   if (!f.channel_vectors || f.dtype == Dtype::kFloat64 || f.per_row()) return false;
   // Rows of the state are neither gated nor in the middle of a row.
   if (f.state && (f.gate || f.packed || backward)) return false;
-  const bool shared = f.head_channels() % kQuad == 0;
-  const int64_t size = size_of(f.dtype);
-  return (backward ? stream_backward_bytes(f.taps, size, shared, f.gate)
-                   : stream_forward_bytes(f.taps, size, shared, f.gate)) <= kSharedMemory;
+  return stream_bytes(f, backward) <= kSharedMemory;
 }
 
-inline Plan stream_plan(const Facts& f) {
-  const int64_t blocks = (f.channels + kLaneRow - 1) / kLaneRow * f.owners(), chunks = stream_chunks(f);
-  // Blocks of few chunks would spend their time on halos and filters.
-  const int64_t possible = at_least_one(chunks / 4), wanted = at_least_one(kBlocks / blocks);
-  return {Family::kStream, wanted < possible ? wanted : possible};
+// Blocks that registers leave room for: 128 threads of at most 168, or 255.
+constexpr int64_t kForwardBlocks = 3, kBackwardBlocks = 2;
+
+inline Plan walk_plan(Family family, const Facts& f, int64_t bytes, int64_t blocks) {
+  const int64_t columns = (f.channels + kLaneRow - 1) / kLaneRow * f.owners();
+  // A block fills its window, makes its filters and adds up its sums besides.
+  return {family, best_groups(stream_chunks(f), columns, slots_of(f, bytes, blocks), stream_window(f.taps) + 1), bytes};
+}
+
+// ---- rows: blocks as of the stream kernels, which hold whole heads
+
+CK_HD int64_t rows_heads(int64_t head_channels) { return kLaneRow / head_channels; }
+CK_HD int64_t rows_pitch(int64_t taps) { return taps / 2 * 2 + 1; }
+// Filters of a chunk of rows.
+CK_HD int64_t rows_table_bytes(int64_t taps, int64_t head_channels) {
+  return kChunk * rows_heads(head_channels) * rows_pitch(taps) * 4;
+}
+
+inline int64_t rows_bytes(const Facts& f, bool backward) {
+  const int64_t size = size_of(f.dtype), window = stream_window(f.taps),
+                table = rows_table_bytes(f.taps, f.head_channels());
+  const int64_t input = f.gate ? window * stream_chunk_bytes(4) + 2 * (1 + kAhead) * stream_chunk_bytes(size)
+                               : (window + kAhead) * stream_chunk_bytes(size);
+  return backward ? (window + 1) * table + (window + kAhead) * stream_chunk_bytes(size) + input : table + input;
+}
+
+inline bool rows_possible(const Facts& f, bool backward) {
+  if (!f.channel_vectors || f.dtype == Dtype::kFloat64 || !f.per_row()) return false;
+  if (f.head_channels() % kQuad != 0 || kLaneRow % f.head_channels() != 0) return false;
+  if (f.state && (f.gate || f.packed || backward)) return false;
+  // Gradients of shared filters would have to be summed over positions.
+  if (backward && !f.per_position) return false;
+  return rows_bytes(f, backward) <= kSharedMemory;
 }
 
 // ---- band: blocks of 32 or 64 channels of a head, 64 rows at a time
@@ -127,18 +179,37 @@ constexpr int kBandWarps = 4, kBandThreads = 32 * kBandWarps;
 constexpr int kBandRows = kBandWarps * kBandTile;  // rows that are copied, and computed, at a time
 constexpr int kBandUnit = 32;                      // channels that a warp computes at a time
 
-// Windows of a chunk reach no further than the next one. Below the fewest, additions and multiplications take less time
-// than the memory, in either direction, and the zeros of the band would be most of the work.
+// Windows of a chunk reach no further than the next one. The fewest: with 43 TFLOP/s, which is what threads reach, a
+// tap costs 0.046 ps per element forward and 0.092 backward; the memory of an H200 takes 0.83 ps and 1.25 ps, so that
+// threads keep up to 18 and 13 taps, fewer if the two do not overlap. Matrices take 0.3 ps with up to 17 taps.
 constexpr int64_t kBandFewest = 12, kBandMost = kBandRows + 1;
 constexpr int kBandSteps = kBandWarps + 1;  // tiles that the window of a tile reaches, at most
+constexpr int64_t kBandStatic = 14 << 10;   // bytes of filters and sums
 // Up to this many taps a window is three tiles, and sums for d(filter) take fewer registers.
-constexpr int64_t kBandShort = 33;
+constexpr int kBandShortSteps = 3;
+constexpr int64_t kBandShort = (kBandShortSteps - 1) * kBandTile + 1;
 
-// Terms of bfloat16 that make up a number: one of its own, two of float16, three of float32.
-CK_HD constexpr int band_parts(bool float16, bool gate) { return gate ? 3 : float16 ? 2 : 1; }
+// How rows of a tensor lie in shared memory. Numbers are made up of terms of bfloat16: `parts` of them, one of its own,
+// two of float16, three of float32 (a gated input). Chunks come as they are, `raw` at a time, of x and of the gate;
+// what has more than one part is split from there, into `split` chunks of each part. A halo, the chunk after the one
+// that is computed, takes one more; raw rows without a halo are read for d(gate) until their chunk is done.
+struct BandRoom {
+  int parts, tensors, raw, split;
+
+  CK_HD constexpr BandRoom(bool float16, bool gate, bool halo)
+      : parts(gate      ? 3
+              : float16 ? 2
+                        : 1),
+        tensors(gate ? 2 : 1),
+        raw(halo ? (parts == 1 ? 4 : 2) : (parts == 1 || gate ? 3 : 2)),
+        split(parts == 1 ? 0
+              : halo     ? 3
+                         : 2) {}
+  CK_HD constexpr int chunks() const { return raw * tensors + split * parts; }
+};
 
 // Channels of a block of heads of R channels. Two units share a row of shared memory where neither would be empty;
-// rows in several parts are narrow, so that two blocks and more have room on a processor.
+// rows in several parts are narrow, so that two blocks and more have room on a multiprocessor.
 CK_HD int band_width(int64_t R, int parts) {
   return parts == 1 && (R - 1) % (2 * kBandUnit) >= kBandUnit ? 2 * kBandUnit : kBandUnit;
 }
@@ -154,31 +225,38 @@ inline bool band_possible(const Facts& f) {
   const bool narrow = f.dtype == Dtype::kBFloat16 || f.dtype == Dtype::kFloat16;
   const int64_t R = f.head_channels();
   if (!narrow || f.per_row() || !f.channel_vectors || f.taps > kBandMost || R < kBandTile || R % 8 != 0) return false;
-  return !f.state || !(f.packed || f.gate);
+  // Positions are counted in 32 bits where there are at least as many as phases.
+  return f.dilation <= f.time && !(f.state && (f.packed || f.gate));
 }
 
-inline bool band_wanted(const Facts& f) { return f.taps >= kBandFewest && band_possible(f); }
+inline bool band_wanted(const Facts& f, bool backward) {
+  return band_possible(f) && (f.taps >= kBandFewest || !stream_possible(f, backward));
+}
 
-// `parts`: of the tensor that decides how wide a block is.
-inline Plan band_plan(const Facts& f, int parts) {
-  const int64_t blocks = f.heads * band_pieces(f.head_channels(), parts) * f.owners();
-  const int64_t chunks =
-      f.owner_rows() / f.time * f.dilation * ((f.time + f.dilation * kBandRows - 1) / (f.dilation * kBandRows));
-  const int64_t possible = at_least_one(chunks / 2), wanted = at_least_one(kBlocks / blocks);
-  return {Family::kBand, wanted < possible ? wanted : possible};
+inline Plan band_plan(const Facts& f, bool backward) {
+  const bool float16 = f.dtype == Dtype::kFloat16;
+  const BandRoom input(float16, f.gate, !backward), grad(float16, false, true);
+  const int64_t R = f.head_channels(), row = band_pitch(band_width(R, input.parts)) * 2;
+  const int64_t bytes = (input.chunks() + (backward ? grad.chunks() : 0)) * kBandRows * row;
+  const int64_t columns = f.heads * band_pieces(R, input.parts) * f.owners(), reach = f.dilation * kBandRows;
+  const int64_t chunks = f.batch / f.owners() * f.dilation * ((f.time + reach - 1) / reach);
+  // Filters and sums take static memory besides. A block waits for its first rows, and reads a halo.
+  return {Family::kBand, best_groups(chunks, columns, slots_of(f, bytes + kBandStatic, backward ? 3 : 4), 2), bytes};
 }
 
 inline Plan plan_forward(const Facts& f) {
-  if (band_wanted(f)) return band_plan(f, band_parts(f.dtype == Dtype::kFloat16, f.gate));
-  if (stream_possible(f, false)) return stream_plan(f);
+  if (band_wanted(f, false)) return band_plan(f, false);
+  if (rows_possible(f, false)) return walk_plan(Family::kRows, f, rows_bytes(f, false), kBackwardBlocks);
+  if (stream_possible(f, false)) return walk_plan(Family::kStream, f, stream_bytes(f, false), kForwardBlocks);
   return {};
 }
 
 inline Plan plan_backward(const Facts& f) {
-  if (band_wanted(f)) return band_plan(f, band_parts(f.dtype == Dtype::kFloat16, f.gate));
-  if (stream_possible(f, true)) return stream_plan(f);
+  if (band_wanted(f, true)) return band_plan(f, true);
+  if (rows_possible(f, true)) return walk_plan(Family::kRows, f, rows_bytes(f, true), kBackwardBlocks);
+  if (stream_possible(f, true)) return walk_plan(Family::kStream, f, stream_bytes(f, true), kBackwardBlocks);
   const int64_t columns = f.per_row() ? f.heads / 8 : f.channels / 32 * ((f.taps + 7) / 8);
-  return {Family::kPlain, groups_of(f.owner_rows(), columns)};
+  return {Family::kPlain, groups_of(f, f.owner_rows(), columns)};
 }
 
 }  // namespace ck::cuda

@@ -41,6 +41,7 @@ Facts common_facts(const Problem& p) {
   f.packed = p.offsets != nullptr;
   f.state = p.state != nullptr;
   f.channel_vectors = f.time_vectors = true;
+  f.multiprocessors = multiprocessors();
   look_at(f, p.x);
   look_at(f, p.gate);
   f.channel_vectors = f.channel_vectors && reinterpret_cast<uintptr_t>(p.state) % kVectorBytes == 0;
@@ -60,7 +61,7 @@ const char* with_family(const Plan& plan, Dtype dtype, const Run& run) {
           if constexpr (sizeof(T) == 2) return run(Band<T>{});
           return "the band kernels are for 16-bit types";
         case Family::kTime:
-        case Family::kRows: return "no such family of kernels";
+        case Family::kRows: return run(PerRow<T>{});
       }
     }
     return run(Plain<T>{});

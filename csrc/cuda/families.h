@@ -20,6 +20,12 @@ struct Streaming {
   static const char* backward(const Backward& p, const Plan& plan, Stream stream);
 };
 
+template <class T>
+struct PerRow {
+  static const char* forward(const Forward& p, const Plan& plan, Stream stream);
+  static const char* backward(const Backward& p, const Plan& plan, Stream stream);
+};
+
 // bfloat16 and float16.
 template <class T>
 struct Band {
@@ -33,6 +39,9 @@ struct Reduce {
   static const char* weight(const Backward& p, int64_t pieces, bool finished, Stream stream);
   static const char* bias(const Backward& p, int64_t rows, Stream stream);
 };
+
+// Of the current device.
+int64_t multiprocessors();
 
 // What the choice of kernels depends on.
 Facts facts_of(const Forward& p);

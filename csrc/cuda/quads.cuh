@@ -59,13 +59,20 @@ CK_DEVICE void store_run(const Quad (&run)[kRun], int lane, int64_t channels, co
   }
 }
 
-// Rows in shared memory that are overwritten in turn; `lane` has 4 of a row's kLaneRow channels.
+// Chunks of rows of kLaneRow channels in shared memory, overwritten in turn.
 template <class E>
 struct Ring {
   E* base;
-  int rows;
+  int chunks;
 
-  CK_DEVICE E* row(int64_t number) const { return base + number % rows * kLaneRow; }
+  // A block walks fewer than 2^31 rows; 64-bit division would take longer than the rest.
+  CK_DEVICE E* chunk(int64_t number) const {
+    return base + static_cast<uint32_t>(number) % static_cast<uint32_t>(chunks) * (kChunk * kLaneRow);
+  }
+  CK_DEVICE E* row(int64_t number) const {
+    return chunk(static_cast<uint32_t>(number) / kChunk) + static_cast<uint32_t>(number) % kChunk * kLaneRow;
+  }
+  CK_DEVICE E* end() const { return base + chunks * (kChunk * kLaneRow); }
 };
 
 // Calls use(j, window, turn) for taps j = 0..taps-1, where row i of the window, window[(turn + i) % kRun], is ring row
@@ -74,11 +81,10 @@ template <class E, class Use>
 CK_DEVICE void walk(const Ring<E>& ring, int64_t first, int taps, int lane, const Use& use) {
   Quad window[kRun];
   const E* at = ring.row(first) + lane * kQuad;
-  const E* const end = ring.base + static_cast<int64_t>(ring.rows) * kLaneRow;
   const auto next = [&] {
     const Quad q = load_quad(at);
     at += kLaneRow;
-    if (at >= end) at -= static_cast<int64_t>(ring.rows) * kLaneRow;
+    if (at >= ring.end()) at -= ring.end() - ring.base;
     return q;
   };
 #pragma unroll
@@ -93,29 +99,30 @@ CK_DEVICE void walk(const Ring<E>& ring, int64_t first, int taps, int lane, cons
   }
 }
 
-// Which rows of a run's windows count: those of the sequence that each row of the run is in. Only where a window
-// crosses a boundary of packed sequences is there anything to ask.
+// Which taps of the rows of a run read rows of the sequence that they are in. Only where a window crosses a boundary of
+// packed sequences is there anything to ask.
 struct Borders {
   bool whole = true;  // every window of the run lies in one sequence
-  int64_t begin[kRun], end[kRun];
+  int first[kRun], last[kRun];
 
-  // The run's rows n .. n + kRun - 1 and their windows of `taps` rows.
-  CK_DEVICE Borders(const Problem& p, const Reach& reach, int64_t n, int64_t taps) {
+  // Rows n .. n + kRun - 1 of a phase, and what they read by `taps`.
+  CK_DEVICE Borders(const Problem& p, const Taps& taps, const Phase& phase, int64_t n) {
     if (p.offsets == nullptr) return;
-    const int64_t last = least(n + kRun - 1, most(reach.from.rows(p.time) - 1, int64_t{0}));
-    const Sequence a = sequence_of(p, reach.from.position(n)), b = sequence_of(p, reach.from.position(last));
-    const int64_t low = reach.to.position(n + reach.offset), high = reach.to.position(last + reach.offset + taps - 1);
-    whole = a.number == b.number && most(low, int64_t{0}) >= a.begin && least(high, p.time - 1) < a.end;
+    const int64_t top = phase.position(n), end = least(phase.position(n + kRun - 1), p.time - 1);
+    const Sequence a = sequence_of(p, top);
+    whole = end < a.end && most(taps.source(top, 0), int64_t{0}) >= a.begin &&
+            least(taps.source(end, taps.taps - 1), p.time - 1) < a.end;
     if (whole) return;
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
-      const Sequence s = sequence_of(p, reach.from.position(n + i));
-      begin[i] = s.begin;
-      end[i] = s.end;
+      const int64_t t = phase.position(n + i);
+      const Sequence s = sequence_of(p, t);
+      first[i] = static_cast<int>(taps.first_inside(t, s.begin));
+      last[i] = static_cast<int>(taps.last_inside(t, s.end));
     }
   }
 
-  CK_DEVICE bool inside(int i, int64_t position) const { return position >= begin[i] && position < end[i]; }
+  CK_DEVICE bool inside(int i, int j) const { return j >= first[i] && j < last[i]; }
 };
 
 }  // namespace ck::cuda

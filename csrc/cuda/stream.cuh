@@ -2,26 +2,10 @@
 // of shared memory once, and each thread keeps the window of its run of rows in registers.
 #pragma once
 
-#include <type_traits>
-
 #include "../common/switch.h"
-#include "quads.cuh"
+#include "walk.cuh"
 
 namespace ck::cuda {
-
-// What a block of the stream kernels does: a block of kLaneRow channels of one owner, `each` chunks of its rows.
-struct StreamShape {
-  int64_t channel_blocks, chunks_of_phase;
-  int window_chunks;  // chunks that the windows of a chunk of outputs reach into
-
-  CK_HD StreamShape(const Problem& p)
-      : channel_blocks(ceil_div(p.channels, kLaneRow)),
-        chunks_of_phase(ceil_div(ceil_div(p.time, p.taps.dilation), kChunk)),
-        window_chunks(static_cast<int>(stream_window(p.taps.taps))) {}
-
-  // Chunks of an owner's batch rows, phase by phase.
-  CK_HD int64_t chunks(const Problem& p) const { return p.owner_batch() * p.taps.dilation * chunks_of_phase; }
-};
 
 // Filter values of a block's channels. kShared: heads are whole quads, and a quad has one value; the odd pitch lets a
 // warp write a column. Otherwise there is a value per channel.
@@ -64,93 +48,48 @@ struct FilterTable {
   }
 };
 
-// Copies a chunk of rows: copy(to, position, channel) starts the copy of 16 bytes.
-template <class T, class Copy>
-CK_DEVICE void copy_chunk(T* to, const Phase& phase, int64_t first, int64_t c0, const Copy& copy) {
-  constexpr int kVectors = kLaneRow / kVector<T>;
-  for (int i = threadIdx.x; i < kChunk * kVectors; i += kStreamThreads) {
-    const int row = i / kVectors, c = i % kVectors * kVector<T>;
-    copy(to + row * kLaneRow + c, phase.position(first + row), c0 + c);
-  }
-}
-
-// Blocks: channel blocks, then groups, then owners. With a gate, rows are gated on their way, once, into a ring of
-// float32.
 template <class T, bool kShared, bool kGate>
 CK_GLOBAL(kStreamThreads, 3)
 void stream_forward(const CK_PARAM Forward p, int64_t groups) {
-  using E = std::conditional_t<kGate, float, T>;
-  const StreamShape shape(p);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, K = static_cast<int>(p.taps.taps);
-  const int window = shape.window_chunks;
-  const int64_t c0 = blockIdx.x % shape.channel_blocks * kLaneRow, channels = least(p.channels - c0, int64_t{kLaneRow});
-  const int64_t group = blockIdx.x / shape.channel_blocks % groups, owner = blockIdx.x / shape.channel_blocks / groups;
-  const int64_t all = shape.chunks(p), each = ceil_div(all, groups), last = least((group + 1) * each, all);
+  const int window = static_cast<int>(stream_window(K));
+  Work work(p, groups);
+  const FilterTable<kShared> table{reinterpret_cast<float*>(shared_memory())};
+  const InputRing<T, kGate> input(shared_memory() + stream_table_bytes(K, kShared), window);
+  table.fill(p, work.owner, work.c0);
+  const Quad bias = load_bias(p, work.c0 + lane * kQuad);
 
-  char* room = shared_memory();
-  const FilterTable<kShared> table{reinterpret_cast<float*>(room)};
-  room += stream_table_bytes(K, kShared);
-  const int slots = kGate ? window : window + kAhead;
-  const Ring<E> ring{reinterpret_cast<E*>(room), slots * kChunk};
-  constexpr int kRaw = 1 + kAhead;
-  T* const raw_x =
-      kGate ? reinterpret_cast<T*>(room + window * stream_chunk_bytes(sizeof(float))) : reinterpret_cast<T*>(room);
-  T* const raw_gate = raw_x + kRaw * kChunk * kLaneRow;
-  const int raw_slots = kGate ? kRaw : slots;
-
-  table.fill(p, owner, c0);
-  Quad bias{};
-  if (p.bias != nullptr)
-    for (int e = 0; e < kQuad; ++e)
-      if (lane * kQuad + e < channels) bias.v[e] = load_as<float>(p.bias, c0 + lane * kQuad + e, p.bias_dtype);
-
-  for (int64_t unit = group * each; unit < last;) {
-    const int64_t run = unit / shape.chunks_of_phase, start = unit % shape.chunks_of_phase;
-    const int64_t b = owner + run / p.taps.dilation, count = least(shape.chunks_of_phase - start, last - unit);
-    unit += count;
-    const Reach reach(p.taps, run % p.taps.dilation);
-    const int64_t n0 = start * kChunk, m0 = n0 + reach.offset;
+  for (Run run; work.next(run);) {
+    const Reach reach(p.taps, run.phase);
+    const int64_t n0 = run.start * kChunk, m0 = n0 + reach.offset;
     const auto issue = [&](int64_t chunk) {
-      if (chunk < count + window - 1) {
-        const int64_t room_of = chunk % raw_slots * kChunk * kLaneRow;
-        copy_chunk(raw_x + room_of, reach.to, m0 + chunk * kChunk, c0,
-                   [&](T* to, int64_t s, int64_t c) { stage_input(to, p, p.x, b, s, c); });
-        if (kGate)
-          copy_chunk(raw_gate + room_of, reach.to, m0 + chunk * kChunk, c0,
-                     [&](T* to, int64_t s, int64_t c) { stage_input(to, p, p.gate, b, s, c); });
-      }
+      if (chunk < run.count + window - 1) input.issue(p, reach.to, run.b, m0 + chunk * kChunk, chunk, work.c0);
       cp_async_commit();
     };
     __syncthreads();  // the run before this one has been read
     for (int chunk = 0; chunk < (kGate ? kAhead : window + kAhead - 1); ++chunk) issue(chunk);
-    for (int64_t k = kGate ? 1 - window : 0; k < count; ++k) {
+    // The chunks of the first window are gated before there is anything to compute.
+    for (int64_t k = kGate ? 1 - window : 0; k < run.count; ++k) {
       cp_async_wait<kAhead - 1>();
       __syncthreads();
       issue(k + window + kAhead - 1);
       if constexpr (kGate) {
-        const int64_t chunk = k + window - 1, from = chunk % kRaw * kChunk * kLaneRow;
-        for (int row = warp; row < kChunk; row += kStreamWarps) {
-          const Quad x = load_quad(raw_x + from + row * kLaneRow + lane * kQuad);
-          const Quad gate = load_quad(raw_gate + from + row * kLaneRow + lane * kQuad);
-          Quad z;
-          for (int e = 0; e < kQuad; ++e) z.v[e] = x.v[e] * sigmoid(gate.v[e]);
-          store_quad(ring.row(chunk * kChunk + row) + lane * kQuad, z);
-        }
+        input.gate(k + window - 1, lane, warp);
         __syncthreads();
         if (k < 0) continue;
       }
       const int64_t n = n0 + k * kChunk + warp * kRun;
       Quad total[kRun] = {};
-      const Borders borders(p, reach, n, K);
+      const Borders borders(p, p.taps, reach.from, n);
       const auto add = [&](auto checked) {
-        walk(ring, k * kChunk + warp * kRun, K, lane, [&](int j, const Quad(&window_rows)[kRun], int turn) {
+        walk(input.ring, k * kChunk + warp * kRun, K, lane, [&](int j, const Quad(&rows)[kRun], int turn) {
           const Quad w = table.at(j, lane);
 #pragma unroll
           for (int i = 0; i < kRun; ++i) {
-            if (decltype(checked)::value && !borders.inside(i, reach.to.position(n + reach.offset + j + i))) continue;
-            const Quad& x = window_rows[(turn + i) % kRun];
+            if (decltype(checked)::value && !borders.inside(i, j)) continue;
+            const Quad& z = rows[(turn + i) % kRun];
 #pragma unroll
-            for (int e = 0; e < kQuad; ++e) total[i].v[e] += w.v[e] * x.v[e];
+            for (int e = 0; e < kQuad; ++e) total[i].v[e] += w.v[e] * z.v[e];
           }
         });
       };
@@ -158,17 +97,7 @@ void stream_forward(const CK_PARAM Forward p, int64_t groups) {
         add(Bool<false>{});
       else
         add(Bool<true>{});
-      if (p.bias != nullptr)
-#pragma unroll
-        for (int i = 0; i < kRun; ++i)
-          for (int e = 0; e < kQuad; ++e) total[i].v[e] += bias.v[e];
-      store_run(
-          total, lane, channels,
-          [&](int i) {
-            const int64_t t = reach.from.position(n + i);
-            return t < p.time ? at<T>(p.y, b, t, c0) : nullptr;
-          },
-          static_cast<T*>(nullptr));
+      store_output<T>(p, total, bias, reach.from, run.b, n, work, lane);
     }
   }
 }

@@ -19,20 +19,15 @@ struct TapSums {
   }
 };
 
-// Blocks as in stream_forward. Rows n of inputs see rows of d(y) through the transposed relation.
+// Rows n of inputs see rows of d(y) through the transposed relation.
 template <class T, bool kShared, bool kGate, bool kFew>
 CK_GLOBAL(kStreamThreads, 2)
 void stream_backward(const CK_PARAM Backward p) {
   using Sums = TapSums<kShared>;
-  const StreamShape shape(p);
   const Taps taps = p.taps.transposed();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, K = static_cast<int>(taps.taps);
-  const int window = shape.window_chunks, slots = window + kAhead;
-  constexpr int kOwn = 1 + kAhead;  // slots of the rings of x and the gate, whose rows are read once
-  const int64_t c0 = blockIdx.x % shape.channel_blocks * kLaneRow, channels = least(p.channels - c0, int64_t{kLaneRow});
-  const int64_t group = blockIdx.x / shape.channel_blocks % p.groups;
-  const int64_t owner = blockIdx.x / shape.channel_blocks / p.groups;
-  const int64_t all = shape.chunks(p), each = ceil_div(all, p.groups), last = least((group + 1) * each, all);
+  const int window = static_cast<int>(stream_window(K));
+  Work work(p, p.groups);
   const bool need_input = p.grad_x.data != nullptr || p.grad_gate.data != nullptr;
   const bool need_weight = p.grad_weight != nullptr, need_bias = p.grad_bias != nullptr;
 
@@ -47,58 +42,51 @@ void stream_backward(const CK_PARAM Backward p) {
     for (int j = 0; j < K; ++j)
       for (int e = 0; e < Sums::kWidth; ++e) far[j * kFar + e] = 0;
   }
-  const Ring<T> ring{reinterpret_cast<T*>(room), slots * kChunk};
-  T* const own_x = ring.base + int64_t{slots} * kChunk * kLaneRow;
-  T* const own_gate = own_x + kOwn * kChunk * kLaneRow;
+  const Ring<T> ring{reinterpret_cast<T*>(room), window + kAhead};
+  // The rows of x and the gate are read once.
+  const Ring<T> own_x{ring.end(), 1 + kAhead}, own_gate{own_x.end(), 1 + kAhead};
   Quad bias_sum{};
 
-  table.fill(p, owner, c0);
-  for (int64_t unit = group * each; unit < last;) {
-    const int64_t run = unit / shape.chunks_of_phase, start = unit % shape.chunks_of_phase;
-    const int64_t b = owner + run / taps.dilation, count = least(shape.chunks_of_phase - start, last - unit);
-    unit += count;
-    const Reach reach(taps, run % taps.dilation);
-    const int64_t n0 = start * kChunk, m0 = n0 + reach.offset;
+  table.fill(p, work.owner, work.c0);
+  for (Run run; work.next(run);) {
+    const Reach reach(taps, run.phase);
+    const int64_t n0 = run.start * kChunk, m0 = n0 + reach.offset;
     const auto issue = [&](int64_t chunk, int64_t own) {
-      if (chunk < count + window - 1)
-        copy_chunk(ring.base + chunk % slots * kChunk * kLaneRow, reach.to, m0 + chunk * kChunk, c0,
-                   [&](T* to, int64_t s, int64_t c) { stage_gradient(to, p, b, s, c); });
-      if (own < count && (need_weight || kGate)) {
-        const int64_t room_of = own % kOwn * kChunk * kLaneRow;
-        copy_chunk(own_x + room_of, reach.from, n0 + own * kChunk, c0,
-                   [&](T* to, int64_t s, int64_t c) { stage_input(to, p, p.x, b, s, c); });
-        if (kGate)
-          copy_chunk(own_gate + room_of, reach.from, n0 + own * kChunk, c0,
-                     [&](T* to, int64_t s, int64_t c) { stage_input(to, p, p.gate, b, s, c); });
+      if (chunk < run.count + window - 1)
+        copy_gradient(ring.chunk(chunk), p, reach.to, run.b, m0 + chunk * kChunk, work.c0);
+      if (own < run.count) {
+        if (need_weight || kGate) copy_input(own_x.chunk(own), p, p.x, reach.from, run.b, n0 + own * kChunk, work.c0);
+        if (kGate) copy_input(own_gate.chunk(own), p, p.gate, reach.from, run.b, n0 + own * kChunk, work.c0);
       }
       cp_async_commit();
     };
     __syncthreads();  // the run before this one has been read
-    for (int chunk = 0; chunk < window + kAhead - 1; ++chunk) issue(chunk, chunk < kAhead ? chunk : count);
-    for (int64_t k = 0; k < count; ++k) {
+    for (int chunk = 0; chunk < window + kAhead - 1; ++chunk) issue(chunk, chunk < kAhead ? chunk : run.count);
+    for (int64_t k = 0; k < run.count; ++k) {
       cp_async_wait<kAhead - 1>();
       __syncthreads();
       issue(k + window + kAhead - 1, k + kAhead);
       const int64_t n = n0 + k * kChunk + warp * kRun;
-      const int64_t own = (k % kOwn * kChunk + warp * kRun) * kLaneRow + lane * kQuad;
+      const T* const x = own_x.chunk(k) + warp * kRun * kLaneRow + lane * kQuad;
+      const T* const gate = own_gate.chunk(k) + warp * kRun * kLaneRow + lane * kQuad;
       Quad dz[kRun] = {}, z[kRun] = {};
       if (need_weight)
 #pragma unroll
         for (int i = 0; i < kRun; ++i) {
-          z[i] = load_quad(own_x + own + i * kLaneRow);
+          z[i] = load_quad(x + i * kLaneRow);
           if constexpr (kGate) {
-            const Quad gate = load_quad(own_gate + own + i * kLaneRow);
-            for (int e = 0; e < kQuad; ++e) z[i].v[e] *= sigmoid(gate.v[e]);
+            const Quad open = load_quad(gate + i * kLaneRow);
+            for (int e = 0; e < kQuad; ++e) z[i].v[e] *= sigmoid(open.v[e]);
           }
         }
-      const Borders borders(p, reach, n, K);
+      const Borders borders(p, taps, reach.from, n);
       const auto add = [&](auto checked) {
         walk(ring, k * kChunk + warp * kRun, K, lane, [&](int j, const Quad(&rows)[kRun], int turn) {
           const Quad w = table.at(K - 1 - j, lane);
           Quad products{};
 #pragma unroll
           for (int i = 0; i < kRun; ++i) {
-            if (decltype(checked)::value && !borders.inside(i, reach.to.position(n + reach.offset + j + i))) continue;
+            if (decltype(checked)::value && !borders.inside(i, j)) continue;
             const Quad& dy = rows[(turn + i) % kRun];
 #pragma unroll
             for (int e = 0; e < kQuad; ++e) {
@@ -116,56 +104,24 @@ void stream_backward(const CK_PARAM Backward p) {
         add(Bool<false>{});
       else
         add(Bool<true>{});
-      if (need_bias)
-#pragma unroll
-        for (int i = 0; i < kRun; ++i) {
-          // Row n of the phase of d(y): with as many rows as the phase of x, or one more, all are met.
-          const Quad dy = load_quad(ring.row(k * kChunk + warp * kRun + i - reach.offset) + lane * kQuad);
-          for (int e = 0; e < kQuad; ++e) bias_sum.v[e] += dy.v[e];
-        }
+      // Row n of the phase of d(y): with as many rows as the phase of x, or one more, all are met.
+      if (need_bias) add_rows(bias_sum, ring, k * kChunk + warp * kRun - reach.offset, lane);
       if (!need_input) continue;
-      const auto store = [&](const Rows& to) {
-        store_run(
-            dz, lane, channels,
-            [&](int i) {
-              const int64_t s = reach.from.position(n + i);
-              return s < p.time ? at<T>(to, b, s, c0) : nullptr;
-            },
-            static_cast<T*>(nullptr));
-      };
-      if (p.mask != nullptr)
-#pragma unroll
-        for (int i = 0; i < kRun; ++i) {
-          const int64_t s = reach.from.position(n + i);
-          if (s < p.time && masked(p, b, s)) dz[i] = {};
-        }
+      mask_rows(p, dz, reach.from, run.b, n);
       if constexpr (kGate) {
         Quad dgate[kRun];
 #pragma unroll
-        for (int i = 0; i < kRun; ++i) {
-          const Quad x = load_quad(own_x + own + i * kLaneRow), gate = load_quad(own_gate + own + i * kLaneRow);
-          for (int e = 0; e < kQuad; ++e) {
-            const float open = sigmoid(gate.v[e]);
-            dgate[i].v[e] = dz[i].v[e] * x.v[e] * open * (1 - open);
-            dz[i].v[e] *= open;
-          }
-        }
-        if (p.grad_x.data != nullptr) store(p.grad_x);
-        if (p.grad_gate.data != nullptr) {
-#pragma unroll
-          for (int i = 0; i < kRun; ++i) dz[i] = dgate[i];
-          store(p.grad_gate);
-        }
-      } else {
-        store(p.grad_x);
+        for (int i = 0; i < kRun; ++i)
+          gate_gradient(dz[i], dgate[i], load_quad(x + i * kLaneRow), load_quad(gate + i * kLaneRow));
+        if (p.grad_gate.data != nullptr) store_rows<T>(p, p.grad_gate, dgate, reach.from, run.b, n, work, lane);
       }
+      if (p.grad_x.data != nullptr) store_rows<T>(p, p.grad_x, dz, reach.from, run.b, n, work, lane);
     }
   }
 
-  const int64_t partial = owner * p.groups + group;
-  float* const sums = kFew ? reinterpret_cast<float*>(room)
-                           : reinterpret_cast<float*>(shared_memory() + stream_table_bytes(K, kShared));
+  const int64_t partial = work.owner * p.groups + work.group;
   if (need_weight) {
+    float* const sums = reinterpret_cast<float*>(shared_memory() + stream_table_bytes(K, kShared));
     __syncthreads();
     if constexpr (kFew)
 #pragma unroll
@@ -176,27 +132,16 @@ void stream_backward(const CK_PARAM Backward p) {
     const int64_t columns = p.channels / (kShared ? kQuad : 1);
     for (int i = threadIdx.x; i < K * 32; i += kStreamThreads) {
       const int j = i / 32, quad = i % 32;
-      if (quad * kQuad >= channels) continue;
       for (int e = 0; e < Sums::kWidth; ++e) {
+        if (quad * kQuad + e >= work.channels) break;
         float total = 0;
         for (int w = 0; w < kStreamWarps; ++w) total += sums[j * kFar + (w * 32 + quad) * Sums::kWidth + e];
-        const int64_t column = (c0 + quad * kQuad) / (kShared ? kQuad : 1) + e;
-        if (!kShared && quad * kQuad + e >= channels) continue;
+        const int64_t column = (work.c0 + quad * kQuad) / (kShared ? kQuad : 1) + e;
         static_cast<float*>(p.partial_weight)[(partial * columns + column) * K + K - 1 - j] = total;
       }
     }
   }
-  if (need_bias) {
-    float* const totals = reinterpret_cast<float*>(room);
-    __syncthreads();
-    store_quad(totals + threadIdx.x * kQuad, bias_sum);
-    __syncthreads();
-    if (threadIdx.x < channels) {
-      float total = 0;
-      for (int w = 0; w < kStreamWarps; ++w) total += totals[w * kLaneRow + threadIdx.x];
-      static_cast<float*>(p.partial_bias)[partial * p.channels + c0 + threadIdx.x] = total;
-    }
-  }
+  if (need_bias) store_bias_sums(p, bias_sum, reinterpret_cast<float*>(room), partial, work);
 }
 
 }  // namespace ck::cuda

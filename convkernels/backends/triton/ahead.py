@@ -21,7 +21,8 @@ from . import configs, launch
 ARCHITECTURES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 BUDGET = Path(__file__).parent / "budget.json"
-STREAMING = ("conv_tile", "conv_band", "grad_tile", "grad_band")  # kernels that move whole [B, T, C] tensors
+# Kernels that move whole [B, T, C] tensors.
+STREAMING = ("conv_tile", "conv_band", "grad_tile", "grad_band", "grad_window")
 _TYPES = {
     torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64",
     torch.int32: "i32", torch.uint8: "u8",
@@ -108,6 +109,9 @@ VARIANTS = (
     Variant("dynamic gate mask K=7", 7, dynamic=True, gate=True, mask=True),
     Variant("dynamic float32 K=7", 7, dynamic=True, dtype=torch.float32),
     Variant("dynamic per channel K=4", 4, heads=1024, head_channels=1, dynamic=True),
+    Variant("dynamic per channel gate mask K=4", 4, heads=1024, head_channels=1, dynamic=True, gate=True, mask=True),
+    Variant("dynamic heads of 8 K=7", 7, heads=128, head_channels=8, dynamic=True),
+    Variant("dynamic per channel K=63", 63, heads=1024, head_channels=1, dynamic=True),
 )
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 MATRIX_CHANNELS = 16  # least width of a matrix unit's operand
 MATRIX_TAPS = 65  # filters longer than this need band matrices that no longer fit into the registers
+WINDOW_TAPS = 32  # filters longer than this would leave a window of filters few rows of its own
 PROGRAMS = 1024  # about as many programs as keep the largest device busy, where a program may walk many tiles
 
 
@@ -22,6 +23,7 @@ class Shape:
     gate: bool = False
     packed: bool = False
     state: bool = False
+    dropout: bool = False
 
     @property
     def head_channels(self) -> int:
@@ -57,6 +59,23 @@ class Band:
     num_warps: int
     num_stages: int = 1
     maxnreg: int = 255
+
+
+@dataclass(frozen=True)
+class Window:
+    """grad_window: filters of BT outputs by BH heads, padded to KP taps, and heads padded to RP channels. maxnreg: as
+    in ``Band``."""
+
+    BT: int
+    BH: int
+    RP: int
+    KP: int
+    num_warps: int
+    num_stages: int = 1
+    maxnreg: int = 255
+
+
+Config = Tile | Band | Window
 
 
 @dataclass(frozen=True)
@@ -115,8 +134,11 @@ def backward_uses_band(shape: Shape) -> bool:
     return band_possible(shape)
 
 
-def choose(shape: Shape, backward: bool) -> Tile | Band:
+def choose(shape: Shape, backward: bool) -> Config:
     """The kernel for a problem, by the type of the result, and its blocks."""
+    narrow = window(shape) if backward else None
+    if narrow:
+        return narrow
     uses_band = backward_uses_band if backward else forward_uses_band
     return band(shape, backward) if uses_band(shape) else tile(shape, backward)
 
@@ -154,6 +176,22 @@ def band(shape: Shape, backward: bool = False) -> Band:
         warps, BC = max(1, warps * narrow // BC), narrow
     TILES = 1 if shape.per_row or backward else min(8, ceil_div(shape.time, BT * shape.dilation))
     return Band(BT, HALO, BC, power_of_2(shape.taps), TILES, warps)
+
+
+def window(shape: Shape) -> Window | None:
+    """For filters of one position in narrow heads, unless a program cannot hold them for all outputs that its inputs
+    reach. Most rows of a window are the program's own, K - 1 are its neighbour's. A thread holds 32 elements of each
+    tile, twice that where channels share filters, half of it where registers are short; with short filters these are 8
+    channels, 16 bytes."""
+    KP, RP = power_of_2(shape.taps), power_of_2(shape.head_channels)
+    if not shape.per_row or shape.state or shape.taps > WINDOW_TAPS or shape.head_channels >= MATRIX_CHANNELS:
+        return None
+    heavy = shape.dropout or shape.packed or shape.dtype == "float64"
+    held = (64 if shape.head_channels % 4 == 0 else 32) // (2 if heavy else 1)
+    warps = 8 if heavy or shape.taps > 8 else 4
+    BT = min(max(32, 2 * KP), power_of_2(ceil_div(shape.time, shape.dilation) + shape.taps - 1))
+    heads = 32 * warps * min(8 * KP, held) // (BT * RP * KP)
+    return Window(BT, min(power_of_2(shape.heads), heads), RP, KP, warps) if heads else None
 
 
 def rows(shape: Shape) -> Rows:

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import configs, tuning
 from . import tap_conv as forward_kernels
 from . import tap_grad as gradient_kernels
-from .configs import Band, Tile, ceil_div, power_of_2
+from .configs import Band, Config, Tile, Window, ceil_div, power_of_2
 
 _INTERPRETER = threading.RLock()
 ROWS_OF_A_LAUNCH = 65_535  # what the second dimension of a grid may count
@@ -71,6 +71,7 @@ class Call:
         self.shape = configs.Shape(
             self.B, self.T, self.C, self.H, self.K, self.dilation, _name(self.x.dtype),
             self.per_time or self.renormalize, self.gate is not None, self.packed, self.has_state,
+            self.dropout > 0,
         )  # fmt: skip
         self.accumulator = tl.float64 if self.x.dtype == torch.float64 else tl.float32
 
@@ -176,7 +177,7 @@ def tap_grad(
         return results
     call = Call(x, weight, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens, initial_state)
 
-    def run(config: Tile | Band) -> None:
+    def run(config: Config) -> None:
         for kernel, grid, arguments in gradient_launches(call, grad, results, config):
             kernel[grid](**arguments)
 
@@ -185,7 +186,7 @@ def tap_grad(
     return results
 
 
-def gradient_launches(call: Call, grad: Tensor, results: tuple, config: Tile | Band):
+def gradient_launches(call: Call, grad: Tensor, results: tuple, config: Config):
     """Kernel, grid and arguments of every launch of a backward pass, in order."""
     grad_x, grad_weight, grad_bias, grad_gate, grad_state = results
     need_x, need_filter, need_bias, need_gate, need_state = (result.numel() > 0 for result in results)
@@ -199,6 +200,9 @@ def gradient_launches(call: Call, grad: Tensor, results: tuple, config: Tile | B
         "grad_x": dx, "grad_gate": dgate, "grad_state": grad_state, **_strides("dx", dx), **_strides("dgate", dgate),
         "NEED_X": need_x, "NEED_GATE": need_gate,
     }  # fmt: skip
+    if isinstance(config, Window):
+        yield from _window_plan(call, arguments, outputs, results, need_bias, config)
+        return
     plan = _band_plan if isinstance(config, Band) else _tile_plan
     yield from plan(call, arguments, outputs, results, need_bias and aligned, config)
     if need_bias and not aligned:
@@ -293,6 +297,30 @@ def _tile_plan(call: Call, arguments: dict, outputs: dict, results: tuple, need_
         yield gradient_kernels.grad_filter_rows, (call.B * t_blocks * h_blocks,), own
         if not call.per_time:
             yield _reduce_filters(call, filters, grad_weight, call.B if call.per_batch else 1, 1, True)
+
+
+def _window_plan(call: Call, arguments: dict, outputs: dict, results: tuple, need_bias: bool, config: Window):
+    """One launch for filters of one position in narrow heads."""
+    _, grad_weight, grad_bias, _, _ = results
+    need_filter = grad_weight.numel() > 0
+    h_blocks = ceil_div(call.H, config.BH)
+    # Outputs from target(0, K - 1) on: before these none reads an input that exists.
+    outputs_of_phase = ceil_div(call.T + call.shape.span - call.left, call.dilation)
+    phase_tiles = ceil_div(outputs_of_phase, config.BT - (call.K - 1))
+    t_blocks = phase_tiles * call.dilation
+    filters = _partial(call, call.B, t_blocks, call.H, call.K) if need_filter and not call.per_time else call.x
+    biases = _partial(call, call.B * t_blocks, call.C) if need_bias else call.x
+    own = {
+        **arguments, **outputs, **asdict(config), "grad_weight": grad_weight, "filters": filters, "biases": biases,
+        "phase_tiles": phase_tiles, "t_blocks": t_blocks, "h_blocks": h_blocks, "DTYPE": call.accumulator,
+        "NEED_FILTER": need_filter, "NEED_BIAS": need_bias, "DENSE": call.weight_strides[2:] == (call.K, 1),
+    }  # fmt: skip
+    del own["grad_state"]
+    yield gradient_kernels.grad_window, (call.B * t_blocks * h_blocks,), own
+    if need_filter and not call.per_time:
+        yield _reduce_filters(call, filters, grad_weight, call.B if call.per_batch else 1, 1, True)
+    if need_bias:
+        yield _reduce_bias(call, biases, grad_bias)
 
 
 def _band_plan(call: Call, arguments: dict, outputs: dict, results: tuple, need_bias: bool, config: Band):

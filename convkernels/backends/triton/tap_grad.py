@@ -264,6 +264,96 @@ def grad_filter_rows(
 
 
 @triton.jit
+def grad_window(
+    grad, x, weight, seed, gate, mask, cu_seqlens, grad_x, grad_gate, grad_weight, filters, biases,
+    T, C, H, left, dilation, phase_tiles, t_blocks, h_blocks, sequences, search_steps, threshold, scale,
+    dy_batch, dy_time, dy_channel, x_batch, x_time, x_channel, weight_batch, weight_time, weight_head, weight_tap,
+    gate_batch, gate_time, gate_channel, mask_batch, mask_time,
+    dx_batch, dx_time, dx_channel, dgate_batch, dgate_time, dgate_channel,
+    K: tl.constexpr, R: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALIZE: tl.constexpr, DROPOUT: tl.constexpr,
+    HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, HAS_STATE: tl.constexpr,
+    PER_BATCH: tl.constexpr, PER_TIME: tl.constexpr, NEED_X: tl.constexpr, NEED_GATE: tl.constexpr,
+    NEED_FILTER: tl.constexpr, NEED_BIAS: tl.constexpr, DENSE: tl.constexpr, DTYPE: tl.constexpr,
+    BT: tl.constexpr, BH: tl.constexpr, RP: tl.constexpr, KP: tl.constexpr,
+):  # fmt: skip
+    """All gradients where filters differ by position and heads are narrow. The rows of a tile are a window of BT
+    outputs, ``dilation`` apart, times BH heads (and their channels, padded to RP); its columns are the taps. A
+    program owns the first BT - (K - 1) outputs q, with d(w'), and the inputs that these read with their last tap, whose
+    d(z) needs the filters of the whole window:
+
+        d(w')[q, j] = sum_r d(y)[q] z[source(q, j)]        d(z)[q] = sum_j w'[q + K - 1 - j, j] d(y)[q + K - 1 - j]
+    """
+    pid = tl.program_id(0)
+    hb, tile, b = pid % h_blocks, (pid // h_blocks) % t_blocks, pid // h_blocks // t_blocks
+    OWN: tl.constexpr = BT - (K - 1)
+    # The first input is read by the last tap of an output that may lie before the row.
+    start = target(0, K - 1, left, dilation) + tile // phase_tiles + dilation * ((tile % phase_tiles) * OWN)
+    j, column = tl.arange(0, KP)[None, :], tl.arange(0, BH * KP)[None, :]
+    row = tl.arange(0, BT * BH)[:, None]
+    t, h = start + dilation * (row // BH), hb * BH + row % BH
+    exists = (t >= 0) & (t < T) & (h < H)
+    number, begin, end = sequence_of(t, T, cu_seqlens, sequences, search_steps, PACKED)
+    # A stride of K that the compiler knows lets a thread load taps together.
+    at = filters_at(weight, b, t, h, weight_batch, weight_time, K if DENSE else weight_head, PER_BATCH, PER_TIME)
+    w, p, factor = filter_rows(
+        at, seed, b, t, h, j, exists, K, left, dilation, begin, end, threshold, scale, weight_tap,
+        SOFTMAX, RENORMALIZE, DROPOUT, HAS_STATE, PER_BATCH, PER_TIME, DTYPE,
+    )  # fmt: skip
+    mask_at = mask + b.to(tl.int64) * mask_batch
+    partial = b.to(tl.int64) * t_blocks + tile
+    channel_row = tl.arange(0, BT * BH * RP)[:, None]
+    q, head, r = channel_row // (BH * RP), hb * BH + channel_row // RP % BH, channel_row % RP
+    c = head * R + r
+    own = (q < OWN) & (head < H) & (r < R)
+    out = start + dilation * q
+    out_number, out_begin, out_end = sequence_of(out, T, cu_seqlens, sequences, search_steps, PACKED)
+    outputs = own & (out >= 0) & (out < T)
+    dy_at = columns_at(grad, b, c, dy_batch, dy_channel)
+    x_at = columns_at(x, b, c, x_batch, x_channel)
+    gate_at = columns_at(gate, b, c, gate_batch, gate_channel)
+    if NEED_X or NEED_GATE:
+        s = source(out, K - 1, left, dilation)
+        s_number, s_begin, s_end = sequence_of(s, T, cu_seqlens, sequences, search_steps, PACKED)
+        inputs = own & (s >= 0) & (s < T)
+        there = target(s, j, left, dilation)
+        reached = inputs & (j < K) & (there >= s_begin) & (there < s_end)
+        # Seen as [BT, BH * KP], a filter's taps move along columns of a length that a warp can hold.
+        below = tl.arange(0, BT)[:, None] + (K - 1 - column % KP)
+        w_there = tl.reshape(take(tl.reshape(w, [BT, BH * KP]), below, below >= 0, 0), [BT * BH, 1, KP])
+        w_there = tl.reshape(tl.broadcast_to(w_there, [BT * BH, RP, KP]), [BT * BH * RP, KP])
+        dy = load_rows(dy_at, there, reached, dy_time, DTYPE)
+        dz = tl.sum(tl.where(reached, w_there * dy, 0.0), 1)[:, None]
+        store_input_gradient(
+            dz, x_at, gate_at, columns_at(grad_x, b, c, dx_batch, dx_channel),
+            columns_at(grad_gate, b, c, dgate_batch, dgate_channel), s, inputs,
+            unmasked(mask_at, s, inputs, mask_time, HAS_MASK), x_time, gate_time, dx_time, dgate_time,
+            HAS_GATE, NEED_X, NEED_GATE, DTYPE,
+        )  # fmt: skip
+    dy = load_rows(dy_at, out, outputs, dy_time, DTYPE)
+    if NEED_BIAS:
+        inner = tl.arange(0, BH * RP)[None, :]
+        at = biases + partial * C + (hb * BH + inner // RP) * R + inner % RP
+        bias_sum = tl.sum(tl.reshape(dy, [BT, BH * RP]), 0)[None, :]
+        tl.store(at, bias_sum, mask=(hb * BH + inner // RP < H) & (inner % RP < R))
+    if NEED_FILTER:
+        z = load_input(
+            x_at, gate_at, mask_at, x_at, source(out, j, left, dilation), outputs & (j < K), out_begin, out_end,
+            C, 0, x_time, gate_time, mask_time, HAS_GATE, HAS_MASK, HAS_STATE, DTYPE,
+        )  # fmt: skip
+        d = factor * tl.sum(tl.reshape(dy * z, [BT * BH, RP, KP]), 1)
+        if SOFTMAX:
+            d = p * (d - tl.sum(p * d, 1)[:, None])
+        exists = exists & (row // BH < OWN)
+        if PER_TIME:
+            at = grad_weight + ((b.to(tl.int64) * T + t) * H + h) * K + j
+            tl.store(at, narrow(d, grad_weight.dtype.element_ty), mask=exists & (j < K))
+        else:
+            h, j = hb * BH + column // KP, column % KP
+            d = tl.sum(tl.reshape(tl.where(exists, d, 0.0), [BT, BH * KP]), 0)[None, :]
+            tl.store(filters + (partial * H + h) * K + j, d, mask=(h < H) & (j < K))
+
+
+@triton.jit
 def grad_band(
     grad, x, weight, seed, gate, mask, cu_seqlens, state, grad_x, grad_gate, grad_state, grad_weight, filters, biases,
     T, C, R, H, left, dilation, phase_tiles, t_blocks, groups, pieces, sequences, search_steps, threshold, scale,

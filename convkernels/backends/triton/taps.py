@@ -209,14 +209,11 @@ def filter_rows(
         real = taps
         if RENORMALIZE:
             real = taps & tap_exists(t, j, left, dilation, begin, end, HAS_STATE)
-        logits = tl.where(real, w, float("-inf"))
-        most = tl.max(logits, 1)[:, None]
-        if RENORMALIZE:
-            most = tl.where(most == float("-inf"), 0.0, most)  # no tap exists
+        most = tl.max(tl.where(real, w, float("-inf")), 1)[:, None]
         power = tl.where(real, tl.exp(w - most), 0.0)
         total = tl.sum(power, 1)[:, None]
         if RENORMALIZE:
-            total = tl.where(total == 0.0, 1.0, total)
+            total = tl.where(total == 0.0, 1.0, total)  # no tap exists
         w = power / tl.where(rows, total, 1.0)
     p = w
     factor = tl.where(taps, 1.0, 0.0).to(DTYPE)
@@ -247,14 +244,13 @@ def filter_statistics(
                 real = real & tap_exists(t, j, left, dilation, begin, end, HAS_STATE)
             logit = widen(tl.load(at + j * tap_stride, mask=exists, other=0.0), DTYPE)
             most = tl.maximum(most, tl.where(real, logit, float("-inf")))
-        most = tl.where(most == float("-inf"), 0.0, most)
         for j in tl.range(0, K):
             real = exists
             if RENORMALIZE:
                 real = real & tap_exists(t, j, left, dilation, begin, end, HAS_STATE)
             logit = widen(tl.load(at + j * tap_stride, mask=exists, other=0.0), DTYPE)
             inverse += tl.where(real, tl.exp(logit - most), 0.0)
-        inverse = 1.0 / tl.where(inverse == 0.0, 1.0, inverse)  # no tap exists: all powers are 0
+        inverse = 1.0 / tl.where(inverse == 0.0, 1.0, inverse)  # no tap exists
     return most, inverse
 
 
@@ -285,10 +281,10 @@ def filter_tap(
 
 
 @triton.jit
-def take(rows, index, valid):
-    """rows[i, index[i, j]] where ``valid``, else 0."""
-    size: tl.constexpr = rows.shape[1]
-    return tl.where(valid, tl.gather(rows, tl.minimum(tl.maximum(index, 0), size - 1), 1), 0.0)
+def take(rows, index, valid, AXIS: tl.constexpr = 1):
+    """rows[i, index[i, j]] (along the other AXIS: rows[index[i, j], j]) where ``valid``, else 0."""
+    size: tl.constexpr = rows.shape[AXIS]
+    return tl.where(valid, tl.gather(rows, tl.minimum(tl.maximum(index, 0), size - 1), AXIS), 0.0)
 
 
 @triton.jit

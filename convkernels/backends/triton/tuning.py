@@ -13,14 +13,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from . import configs
-from .configs import Band, Shape, Tile
+from .configs import Band, Config, Shape
 
 REPEATS = 10
-_KINDS = {"Tile": Tile, "Band": Band}
+_KINDS = {kind.__name__: kind for kind in get_args(Config)}
 
 
 def file() -> Path | None:
@@ -51,7 +52,7 @@ def _read(path: Path) -> dict:
     return _files[path]
 
 
-def _write(path: Path, device: str, name: str, config: Tile | Band) -> None:
+def _write(path: Path, device: str, name: str, config: Config) -> None:
     content = _read(path)
     content.setdefault(device, {})[name] = {"kind": type(config).__name__, **asdict(config)}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +62,7 @@ def _write(path: Path, device: str, name: str, config: Tile | Band) -> None:
     temporary.replace(path)
 
 
-def candidates(shape: Shape, backward: bool) -> Iterator[Tile | Band]:
+def candidates(shape: Shape, backward: bool) -> Iterator[Config]:
     """The default first, then its neighbours."""
     default = configs.choose(shape, backward)
     yield default
@@ -93,7 +94,7 @@ def _seconds(run: Callable[[], None], device: torch.device) -> float:
     return start.elapsed_time(end) / REPEATS
 
 
-def config(shape: Shape, backward: bool, device: torch.device, run: Callable[[Tile | Band], None]) -> Tile | Band:
+def config(shape: Shape, backward: bool, device: torch.device, run: Callable[[Config], None]) -> Config:
     """The configuration for a call: the file's, the fastest of the candidates if tuning is on, or the default.
     run(config): the call with that configuration."""
     path = file()

@@ -9,16 +9,12 @@ inline dim3 band_blocks(const Problem& p, int parts, int64_t groups) {
   return dim3(static_cast<unsigned>(p.heads * band_pieces(p.head_channels(), parts) * groups * p.owners()));
 }
 
-inline size_t band_bytes(const Problem& p, int parts, int chunks) {
-  return static_cast<size_t>(chunks) * kBandRows * band_pitch(band_width(p.head_channels(), parts)) * 2;
-}
-
 template <class T>
 const char* Band<T>::forward(const Forward& p, const Plan& plan, Stream stream) {
   return with_bool(p.gate.data != nullptr, [&](auto gate) {
     using Feed = BandFeed<T, decltype(gate)::value, true>;
     return launch(band_forward<T, decltype(gate)::value>, band_blocks(p, Feed::kParts, plan.groups), dim3(kBandThreads),
-                  band_bytes(p, Feed::kParts, Feed::kChunks), stream, p, plan.groups);
+                  static_cast<size_t>(plan.shared_bytes), stream, p, plan.groups);
   });
 }
 
@@ -28,11 +24,10 @@ const char* Band<T>::backward(const Backward& p, const Plan& plan, Stream stream
   const char* status = with_bool(p.gate.data != nullptr, [&](auto gate) {
     return with_bool(p.taps.taps <= kBandShort, [&](auto few) {
       constexpr bool kGate = decltype(gate)::value;
-      using Feed = BandFeed<T, kGate, false>;
-      parts = Feed::kParts;
-      return launch(band_backward < T, decltype(few)::value ? 3 : kBandSteps, kGate >,
-                    band_blocks(p, parts, plan.groups), dim3(kBandThreads),
-                    band_bytes(p, parts, Feed::kChunks + BandFeed<T, false, true>::kChunks), stream, p);
+      constexpr int kSteps = decltype(few)::value ? kBandShortSteps : kBandSteps;
+      parts = BandFeed<T, kGate, false>::kParts;
+      return launch(band_backward<T, kSteps, kGate>, band_blocks(p, parts, plan.groups), dim3(kBandThreads),
+                    static_cast<size_t>(plan.shared_bytes), stream, p);
     });
   });
   if (status == nullptr && p.grad_weight != nullptr)

@@ -7,28 +7,26 @@ namespace ck::cuda {
 
 template <class T>
 const char* Streaming<T>::forward(const Forward& p, const Plan& plan, Stream stream) {
-  const int64_t blocks = StreamShape(p).channel_blocks * plan.groups * p.owners();
+  const int64_t blocks = ceil_div(p.channels, kLaneRow) * plan.groups * p.owners();
   return with_bool(p.head_channels() % kQuad == 0, [&](auto shared) {
     return with_bool(p.gate.data != nullptr, [&](auto gate) {
       constexpr bool kShared = decltype(shared)::value, kGate = decltype(gate)::value;
       return launch(stream_forward<T, kShared, kGate>, dim3(static_cast<unsigned>(blocks)), dim3(kStreamThreads),
-                    static_cast<size_t>(stream_forward_bytes(p.taps.taps, sizeof(T), kShared, kGate)), stream, p,
-                    plan.groups);
+                    static_cast<size_t>(plan.shared_bytes), stream, p, plan.groups);
     });
   });
 }
 
 template <class T>
 const char* Streaming<T>::backward(const Backward& p, const Plan& plan, Stream stream) {
-  const int64_t blocks = StreamShape(p).channel_blocks * plan.groups * p.owners();
+  const int64_t blocks = ceil_div(p.channels, kLaneRow) * plan.groups * p.owners();
   const bool shared_filter = p.head_channels() % kQuad == 0;
   const char* status = with_bool(shared_filter, [&](auto shared) {
     return with_bool(p.gate.data != nullptr, [&](auto gate) {
       return with_bool(p.taps.taps <= kFewTaps, [&](auto few) {
         constexpr bool kShared = decltype(shared)::value, kGate = decltype(gate)::value;
         return launch(stream_backward<T, kShared, kGate, decltype(few)::value>, dim3(static_cast<unsigned>(blocks)),
-                      dim3(kStreamThreads),
-                      static_cast<size_t>(stream_backward_bytes(p.taps.taps, sizeof(T), kShared, kGate)), stream, p);
+                      dim3(kStreamThreads), static_cast<size_t>(plan.shared_bytes), stream, p);
       });
     });
   });

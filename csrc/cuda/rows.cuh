@@ -1,0 +1,281 @@
+// Filters of their own for every position and head, channels side by side in memory. A filter is read, and put through
+// softmax and dropout, once for all channels of its head.
+#pragma once
+
+#include "../common/switch.h"
+#include "walk.cuh"
+
+namespace ck::cuda {
+
+// Filters of rows of a phase in shared memory: [row][head of the block][tap].
+struct FilterRows {
+  float* values;
+  int heads, pitch;  // pitch: from one head to the next, odd so that heads lie in different banks
+  int quads;         // lanes that share a head
+
+  CK_DEVICE FilterRows(const Problem& p, char* room)
+      : values(reinterpret_cast<float*>(room)),
+        heads(static_cast<int>(rows_heads(p.head_channels()))),
+        pitch(static_cast<int>(rows_pitch(p.taps.taps))),
+        quads(static_cast<int>(p.head_channels() / kQuad)) {}
+
+  CK_DEVICE float* row(int number) const { return values + number * heads * pitch; }
+  // Filters of a row for the head that lane serves.
+  CK_DEVICE const float* of_lane(int number, int lane) const { return row(number) + lane / quads * pitch; }
+
+  // Calls use(filter, head, t, i, lane) for the heads of rows n .. n + kRun - 1 of a phase, a group of lanes each, as
+  // many at once as taps leave room for; `lane` counts within the group. Rows that do not exist have t = -1. By one
+  // warp.
+  template <class Use>
+  CK_DEVICE void for_each(const Problem& p, const Phase& phase, int64_t n, int64_t c0, const Use& use) const {
+    const int lane = threadIdx.x % 32, width = group_width(p.taps.taps), groups = 32 / width;
+    const int64_t h0 = c0 / p.head_channels();
+    for (int item = 0; item < kRun * heads; item += groups) {
+      const int mine = item + lane / width, i = mine / heads, head = mine % heads;
+      const int64_t t = phase.position(n + i);
+      const bool exists = mine < kRun * heads && t >= 0 && t < p.time && h0 + head < p.heads;
+      use(h0 + head, head, exists ? t : -1, i, lane % width);
+    }
+  }
+
+  // Lanes of a group: enough for the taps, at most a warp.
+  static CK_DEVICE int group_width(int64_t taps) {
+    int width = 1;
+    while (width < 32 && width < taps) width *= 2;
+    return width;
+  }
+
+  // Fills rows `first` .. of the table with the filters of rows n .. n + kRun - 1 of a phase. By one warp.
+  CK_DEVICE void fill(const Problem& p, const Phase& phase, int64_t b, int64_t n, int64_t c0, int first) const {
+    const int width = group_width(p.taps.taps);
+    for_each(p, phase, n, c0, [&](int64_t h, int head, int64_t t, int i, int lane) {
+      const bool exists = t >= 0;
+      const int64_t known = exists ? t : 0;
+      const FilterAt f(p, b, known, exists ? h : 0);
+      const Sequence sequence = sequence_of(p, known);
+      const Statistics<float> statistics = warp_statistics<float>(p, f, known, lane, sequence, width, exists);
+      if (i < kRun)
+        for (int j = lane; j < p.taps.taps; j += width)
+          row(first + i)[head * pitch + j] = exists ? tap_of(p, f, known, j, statistics, sequence).value() : 0.0f;
+    });
+  }
+};
+
+template <class T, bool kGate>
+CK_GLOBAL(kStreamThreads, 2)
+void rows_forward(const CK_PARAM Forward p, int64_t groups) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, K = static_cast<int>(p.taps.taps);
+  const int window = static_cast<int>(stream_window(K));
+  Work work(p, groups);
+  const FilterRows filters(p, shared_memory());
+  const InputRing<T, kGate> input(shared_memory() + rows_table_bytes(K, p.head_channels()), window);
+  const Quad bias = load_bias(p, work.c0 + lane * kQuad);
+
+  for (Run run; work.next(run);) {
+    const Reach reach(p.taps, run.phase);
+    const int64_t n0 = run.start * kChunk, m0 = n0 + reach.offset;
+    const auto issue = [&](int64_t chunk) {
+      if (chunk < run.count + window - 1) input.issue(p, reach.to, run.b, m0 + chunk * kChunk, chunk, work.c0);
+      cp_async_commit();
+    };
+    __syncthreads();  // the run before this one has been read
+    for (int chunk = 0; chunk < (kGate ? kAhead : window + kAhead - 1); ++chunk) issue(chunk);
+    for (int64_t k = kGate ? 1 - window : 0; k < run.count; ++k) {
+      const int64_t n = n0 + k * kChunk + warp * kRun;
+      // A warp makes the filters of its own rows, while inputs are on their way.
+      if (k >= 0) filters.fill(p, reach.from, run.b, n, work.c0, warp * kRun);
+      cp_async_wait<kAhead - 1>();
+      __syncthreads();
+      issue(k + window + kAhead - 1);
+      if constexpr (kGate) {
+        input.gate(k + window - 1, lane, warp);
+        __syncthreads();
+        if (k < 0) continue;
+      }
+      Quad total[kRun] = {};
+      const Borders borders(p, p.taps, reach.from, n);
+      const float* filter[kRun];
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) filter[i] = filters.of_lane(warp * kRun + i, lane);
+      const auto add = [&](auto checked) {
+        walk(input.ring, k * kChunk + warp * kRun, K, lane, [&](int j, const Quad(&rows)[kRun], int turn) {
+#pragma unroll
+          for (int i = 0; i < kRun; ++i) {
+            if (decltype(checked)::value && !borders.inside(i, j)) continue;
+            const float w = filter[i][j];
+            const Quad& z = rows[(turn + i) % kRun];
+#pragma unroll
+            for (int e = 0; e < kQuad; ++e) total[i].v[e] += w * z.v[e];
+          }
+        });
+      };
+      if (borders.whole)
+        add(Bool<false>{});
+      else
+        add(Bool<true>{});
+      store_output<T>(p, total, bias, reach.from, run.b, n, work, lane);
+      __syncwarp();  // the filters have been read
+    }
+  }
+}
+
+// Adds up, over groups of `quads` lanes, a number per row of a run: afterwards values[0 .. count) are the sums of rows
+// first, first + 1, ... of the lane's group, and lanes together hold all rows. Every step halves what is left to add
+// and the rows that a lane looks after, as long as there are rows to share out.
+struct RowSums {
+  float values[kRun];
+  int first, count;
+
+  CK_DEVICE void reduce(int lane, int quads) {
+    first = 0;
+    count = kRun;
+    int distance = 1;
+#pragma unroll
+    for (int half = kRun / 2; half > 0; half /= 2) {
+      if (distance >= quads) break;
+      const bool upper = (lane & distance) != 0;
+#pragma unroll
+      for (int i = 0; i < half; ++i) {
+        const float give = upper ? values[i] : values[i + half], keep = upper ? values[i + half] : values[i];
+        values[i] = keep + __shfl_xor_sync(kAllLanes, give, distance);
+      }
+      first += upper ? half : 0;
+      count = half;
+      distance *= 2;
+    }
+    for (; distance < quads; distance *= 2) values[0] += __shfl_xor_sync(kAllLanes, values[0], distance);
+  }
+};
+
+// Through dropout and softmax: d(weight) of rows n .. n + kRun - 1 from the products of d(y) and z. By one warp.
+CK_DEVICE void finish_filters(const Backward& p, const FilterRows& products, const Phase& phase, int64_t b, int64_t n,
+                              int64_t c0, int warp) {
+  const int width = products.group_width(p.taps.taps);
+  products.for_each(p, phase, n, c0, [&](int64_t h, int head, int64_t t, int i, int lane) {
+    const bool exists = t >= 0;
+    const int64_t known = exists ? t : 0, K = exists ? p.taps.taps : 0;
+    const FilterAt f(p, b, known, exists ? h : 0);
+    const Sequence sequence = sequence_of(p, known);
+    const Statistics<float> statistics = warp_statistics<float>(p, f, known, lane, sequence, width, exists);
+    float* const d = products.row(warp * kRun + (exists ? i : 0)) + head * products.pitch;
+    float inner = 0;
+    for (int j = lane; j < K; j += width) {
+      const Tap<float> tap = tap_of(p, f, known, j, statistics, sequence);
+      d[j] *= tap.factor;
+      inner += tap.p * d[j];
+    }
+    inner = lane_sum(inner, width);
+    for (int j = lane; j < K; j += width) {
+      const float share = p.softmax ? tap_of(p, f, known, j, statistics, sequence).p * (d[j] - inner) : d[j];
+      store_as(p.grad_weight, ((b * p.time + known) * p.heads + h) * p.taps.taps + j, p.weight_dtype, share);
+    }
+  });
+  __syncwarp();  // the products have been read
+}
+
+// d(x), d(gate), d(filters) and d(bias). Filters and d(y) are walked as the inputs see them, z as the outputs do.
+template <class T, bool kGate>
+CK_GLOBAL(kStreamThreads, 2)
+void rows_backward(const CK_PARAM Backward p) {
+  const Taps taps = p.taps.transposed();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, K = static_cast<int>(taps.taps);
+  const int window = static_cast<int>(stream_window(K));
+  Work work(p, p.groups);
+  const bool need_input = p.grad_x.data != nullptr || p.grad_gate.data != nullptr;
+  const bool need_weight = p.grad_weight != nullptr, need_bias = p.grad_bias != nullptr;
+  const int64_t table_bytes = rows_table_bytes(K, p.head_channels());
+
+  // Filters of the rows that a chunk's windows reach, then products of each warp's own rows.
+  const FilterRows filters(p, shared_memory()), products(p, shared_memory() + window * table_bytes);
+  char* const room = shared_memory() + (window + 1) * table_bytes;
+  const Ring<T> ring{reinterpret_cast<T*>(room), window + kAhead};
+  const InputRing<T, kGate> input(reinterpret_cast<char*>(ring.end()), window);
+  Quad bias_sum{};
+
+  for (Run run; work.next(run);) {
+    const Reach reach(taps, run.phase);
+    // Outputs of the phase of d(y) read inputs of this one.
+    const Reach back(p.taps, reach.to.first);
+    const int64_t n0 = run.start * kChunk, m0 = n0 + reach.offset, z0 = n0 + back.offset;
+    const auto issue = [&](int64_t chunk) {
+      if (chunk < run.count + window - 1) {
+        copy_gradient(ring.chunk(chunk), p, reach.to, run.b, m0 + chunk * kChunk, work.c0);
+        if (need_weight) input.issue(p, back.to, run.b, z0 + chunk * kChunk, chunk, work.c0);
+      }
+      cp_async_commit();
+    };
+    __syncthreads();  // the run before this one has been read
+    for (int chunk = 0; chunk < kAhead; ++chunk) issue(chunk);
+    for (int64_t k = 1 - window; k < run.count; ++k) {
+      const int64_t arrived = k + window - 1;
+      cp_async_wait<kAhead - 1>();
+      __syncthreads();
+      issue(arrived + kAhead);
+      if (need_input)
+        filters.fill(p, reach.to, run.b, m0 + arrived * kChunk + warp * kRun, work.c0,
+                     static_cast<int>(arrived % window) * kChunk + warp * kRun);
+      if constexpr (kGate)
+        if (need_weight) input.gate(arrived, lane, warp);
+      __syncthreads();
+      if (k < 0) continue;
+      const int64_t own = k * kChunk + warp * kRun, n = n0 + own;
+      if (need_bias) add_rows(bias_sum, ring, own - reach.offset, lane);
+      if (need_weight) {
+        Quad dy[kRun];
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) dy[i] = load_quad(ring.row(own - reach.offset + i) + lane * kQuad);
+        const Borders borders(p, p.taps, back.from, n);
+        walk(input.ring, own, K, lane, [&](int j, const Quad(&rows)[kRun], int turn) {
+          RowSums sums;
+#pragma unroll
+          for (int i = 0; i < kRun; ++i) {
+            const Quad& z = rows[(turn + i) % kRun];
+            sums.values[i] = 0;
+            if (!borders.whole && !borders.inside(i, j)) continue;
+#pragma unroll
+            for (int e = 0; e < kQuad; ++e) sums.values[i] += dy[i].v[e] * z.v[e];
+          }
+          sums.reduce(lane, products.quads);
+          float* const to = products.row(warp * kRun + sums.first) + lane / products.quads * products.pitch + j;
+#pragma unroll
+          for (int i = 0; i < kRun; ++i)
+            if (i < sums.count) to[i * products.heads * products.pitch] = sums.values[i];
+        });
+        __syncwarp();
+        finish_filters(p, products, back.from, run.b, n, work.c0, warp);
+      }
+      if (!need_input) continue;
+      Quad dz[kRun] = {};
+      const Borders borders(p, taps, reach.from, n);
+      int at = static_cast<int>(k % window) * kChunk + warp * kRun;  // the filters of row n + reach.offset
+      walk(ring, own, K, lane, [&](int j, const Quad(&rows)[kRun], int turn) {
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) {
+          if (!borders.whole && !borders.inside(i, j)) continue;
+          const int row = at + i < window * kChunk ? at + i : at + i - window * kChunk;
+          const float w = filters.of_lane(row, lane)[K - 1 - j];
+          const Quad& dy = rows[(turn + i) % kRun];
+#pragma unroll
+          for (int e = 0; e < kQuad; ++e) dz[i].v[e] += w * dy.v[e];
+        }
+        at = at + 1 < window * kChunk ? at + 1 : 0;
+      });
+      mask_rows(p, dz, reach.from, run.b, n);
+      if constexpr (kGate) {
+        Quad dgate[kRun] = {};
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) {
+          const int64_t s = reach.from.position(n + i), c = work.c0 + lane * kQuad;
+          if (s >= p.time || c >= p.channels || masked(p, run.b, s)) continue;
+          gate_gradient(dz[i], dgate[i], load_quad(cuda::at<const T>(p.x, run.b, s, c)),
+                        load_quad(cuda::at<const T>(p.gate, run.b, s, c)));
+        }
+        if (p.grad_gate.data != nullptr) store_rows<T>(p, p.grad_gate, dgate, reach.from, run.b, n, work, lane);
+      }
+      if (p.grad_x.data != nullptr) store_rows<T>(p, p.grad_x, dz, reach.from, run.b, n, work, lane);
+    }
+  }
+  if (need_bias) store_bias_sums(p, bias_sum, reinterpret_cast<float*>(room), work.owner * p.groups + work.group, work);
+}
+
+}  // namespace ck::cuda

@@ -1,0 +1,172 @@
+// Walking along time: which rows a block takes, and how they pass through shared memory.
+#pragma once
+
+#include <type_traits>
+
+#include "quads.cuh"
+
+namespace ck::cuda {
+
+// Chunks of rows [start, start + count) of a phase of batch row b.
+struct Run {
+  int64_t b, phase, start, count;
+};
+
+// What a block does: a block of kLaneRow channels, and of an owner's batch rows, phase by phase, the chunks of one
+// group. Blocks are channel blocks, then groups, then owners.
+struct Work {
+  int64_t c0, channels, group, owner;
+
+  CK_DEVICE Work(const Problem& p, int64_t groups) {
+    const int64_t blocks = ceil_div(p.channels, kLaneRow);
+    c0 = blockIdx.x % blocks * kLaneRow;
+    channels = least(p.channels - c0, int64_t{kLaneRow});
+    group = blockIdx.x / blocks % groups;
+    owner = blockIdx.x / blocks / groups;
+    dilation_ = p.taps.dilation;
+    per_phase_ = ceil_div(ceil_div(p.time, dilation_), kChunk);
+    const int64_t all = p.owner_batch() * dilation_ * per_phase_, each = ceil_div(all, groups);
+    next_ = group * each;
+    last_ = least(next_ + each, all);
+  }
+
+  CK_DEVICE bool next(Run& run) {
+    if (next_ >= last_) return false;
+    const int64_t number = next_ / per_phase_, start = next_ % per_phase_;
+    run = {owner + number / dilation_, number % dilation_, start, least(per_phase_ - start, last_ - next_)};
+    next_ += run.count;
+    return true;
+  }
+
+ private:
+  int64_t dilation_, per_phase_, next_, last_;
+};
+
+// Copies a chunk of rows: copy(to, position, channel) starts the copy of 16 bytes.
+template <class T, class Copy>
+CK_DEVICE void copy_chunk(T* to, const Phase& phase, int64_t first, int64_t c0, const Copy& copy) {
+  constexpr int kVectors = kLaneRow / kVector<T>;
+  for (int i = threadIdx.x; i < kChunk * kVectors; i += kStreamThreads) {
+    const int row = i / kVectors, c = i % kVectors * kVector<T>;
+    copy(to + row * kLaneRow + c, phase.position(first + row), c0 + c);
+  }
+}
+
+// Starts the copy of a chunk of x or the gate, or of d(y), whose first row is row `first` of the phase.
+template <class T>
+CK_DEVICE void copy_input(T* to, const Problem& p, const Rows& rows, const Phase& phase, int64_t b, int64_t first,
+                          int64_t c0) {
+  copy_chunk(to, phase, first, c0, [&](T* at, int64_t s, int64_t c) { stage_input(at, p, rows, b, s, c); });
+}
+template <class T>
+CK_DEVICE void copy_gradient(T* to, const Backward& p, const Phase& phase, int64_t b, int64_t first, int64_t c0) {
+  copy_chunk(to, phase, first, c0, [&](T* at, int64_t s, int64_t c) { stage_gradient(at, p, b, s, c); });
+}
+
+// Rows of z in windows of some chunks. With a gate they are gated on their way, once: x and gate come in through rings
+// of their own, and `ring` holds float32.
+template <class T, bool kGate>
+struct InputRing {
+  using E = std::conditional_t<kGate, float, T>;
+  static constexpr int kRaw = 1 + kAhead;
+  Ring<E> ring;
+  Ring<T> x, open;
+
+  CK_DEVICE InputRing(char* room, int window)
+      : ring{reinterpret_cast<E*>(room), kGate ? window : window + kAhead},
+        x{reinterpret_cast<T*>(kGate ? room + window * stream_chunk_bytes(sizeof(float)) : room),
+          kGate ? kRaw : window + kAhead},
+        open{x.end(), kRaw} {}
+
+  CK_DEVICE void issue(const Problem& p, const Phase& phase, int64_t b, int64_t first, int64_t chunk,
+                       int64_t c0) const {
+    copy_input(x.chunk(chunk), p, p.x, phase, b, first, c0);
+    if (kGate) copy_input(open.chunk(chunk), p, p.gate, phase, b, first, c0);
+  }
+
+  // Gates a chunk that has arrived.
+  CK_DEVICE void gate(int64_t chunk, int lane, int warp) const {
+    for (int row = warp; row < kChunk; row += kStreamWarps) {
+      const int at = row * kLaneRow + lane * kQuad;
+      Quad z = load_quad(x.chunk(chunk) + at);
+      const Quad o = load_quad(open.chunk(chunk) + at);
+      for (int e = 0; e < kQuad; ++e) z.v[e] *= sigmoid(o.v[e]);
+      store_quad(ring.row(chunk * kChunk + row) + lane * kQuad, z);
+    }
+  }
+};
+
+CK_DEVICE Quad load_bias(const Forward& p, int64_t c) {
+  Quad bias{};
+  if (p.bias != nullptr)
+    for (int e = 0; e < kQuad; ++e)
+      if (c + e < p.channels) bias.v[e] = load_as<float>(p.bias, c + e, p.bias_dtype);
+  return bias;
+}
+
+// Stores rows n .. n + kRun - 1 of a phase, those that exist.
+template <class T>
+CK_DEVICE void store_rows(const Problem& p, const Rows& to, const Quad (&run)[kRun], const Phase& phase, int64_t b,
+                          int64_t n, const Work& work, int lane) {
+  store_run(
+      run, lane, work.channels,
+      [&](int i) {
+        const int64_t t = phase.position(n + i);
+        return t >= 0 && t < p.time ? at<T>(to, b, t, work.c0) : nullptr;
+      },
+      static_cast<T*>(nullptr));
+}
+
+template <class T>
+CK_DEVICE void store_output(const Forward& p, Quad (&run)[kRun], const Quad& bias, const Phase& phase, int64_t b,
+                            int64_t n, const Work& work, int lane) {
+  if (p.bias != nullptr)
+#pragma unroll
+    for (int i = 0; i < kRun; ++i)
+      for (int e = 0; e < kQuad; ++e) run[i].v[e] += bias.v[e];
+  store_rows<T>(p, p.y, run, phase, b, n, work, lane);
+}
+
+// ---- what the backward kernels share
+
+// Adds rows first .. first + kRun - 1 of a ring to the sum for d(bias).
+template <class E>
+CK_DEVICE void add_rows(Quad& sum, const Ring<E>& ring, int64_t first, int lane) {
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) {
+    const Quad dy = load_quad(ring.row(first + i) + lane * kQuad);
+    for (int e = 0; e < kQuad; ++e) sum.v[e] += dy.v[e];
+  }
+}
+
+// Masked positions have no gradient, whatever their neighbours hold.
+CK_DEVICE void mask_rows(const Problem& p, Quad (&run)[kRun], const Phase& phase, int64_t b, int64_t n) {
+  if (p.mask == nullptr) return;
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) {
+    const int64_t s = phase.position(n + i);
+    if (s >= 0 && s < p.time && masked(p, b, s)) run[i] = {};
+  }
+}
+
+// From d(z) to d(x), in place, and d(gate).
+CK_DEVICE void gate_gradient(Quad& dz, Quad& dgate, const Quad& x, const Quad& gate) {
+  for (int e = 0; e < kQuad; ++e) {
+    const float open = sigmoid(gate.v[e]);
+    dgate.v[e] = dz.v[e] * x.v[e] * open * (1 - open);
+    dz.v[e] *= open;
+  }
+}
+
+// partial_bias of a block: its warps' sums, added in order. `room`: shared memory that nobody needs any more.
+CK_DEVICE void store_bias_sums(const Backward& p, const Quad& sum, float* room, int64_t partial, const Work& work) {
+  __syncthreads();
+  store_quad(room + threadIdx.x * kQuad, sum);
+  __syncthreads();
+  if (threadIdx.x >= work.channels) return;
+  float total = 0;
+  for (int w = 0; w < kStreamWarps; ++w) total += room[w * kLaneRow + threadIdx.x];
+  static_cast<float*>(p.partial_bias)[partial * p.channels + work.c0 + threadIdx.x] = total;
+}
+
+}  // namespace ck::cuda
