@@ -17,11 +17,12 @@ PYTEST_FLAGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # One test process per core: more threads in each would only fight.
-test test-fast asan interpreted: export OMP_NUM_THREADS = 1
+test test-fast asan interpreted simulated: export OMP_NUM_THREADS = 1
 # Without it Triton 3.9 warns at every compilation that a default will change.
 test test-fast interpreted: export TRITON_DEFAULT_FP_FUSION = 1
 
-.PHONY: help install build bench test test-fast lint format ctest abi asan interpreted mutants cross gpu-build gpu-test gpu-bench clean
+.PHONY: help install build simt-build bench test test-fast lint format ctest abi asan interpreted simulated mutants cross \
+        gpu-build gpu-test gpu-sanitize gpu-bench clean
 .NOTPARALLEL:
 
 help:
@@ -30,6 +31,7 @@ help:
 	@echo "make test       lint, C++ tests, library checks, sanitizers, all Python tests (what CI runs)"
 	@echo "make test-fast  the Python and C++ tests that are quick"
 	@echo "make interpreted the tests of the triton backend in Triton's interpreter (EVERY=1: all of them, for hours)"
+	@echo "make simulated  the tests of the cuda backend, its kernels simulated on the CPU"
 	@echo "make lint|format|ctest|abi|asan|mutants|cross|clean"
 	@echo "make gpu-test gpu-bench   on a machine with a GPU, with PYTHON=<one that has torch>, no network needed"
 
@@ -49,8 +51,22 @@ $(VENV)/.requirements: pyproject.toml setup.py $(VENV)/.torch
 	CONVKERNELS_BUILD=none $(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --editable ".[$(EXTRAS)]"
 	@touch $@
 
+# Everything this machine has compilers for; the CUDA kernels need nvcc, and no GPU.
 $(NATIVE)/.built: $(VENV)/.requirements $(NATIVE_SOURCES)
 	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+# Without a GPU `make bench` waits for no CUDA kernels, unless this checkout has been built with them before.
+$(NATIVE)/.cpu: $(VENV)/.requirements $(NATIVE_SOURCES)
+	CONVKERNELS_BUILD=cpu $(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+RUNNABLE := $(NATIVE)/$(if $(wildcard $(NATIVE)/.built)$(shell nvidia-smi -L 2>/dev/null),.built,.cpu)
+
+# The CUDA kernels, to run on a CPU.
+$(NATIVE)/.simt: $(NATIVE)/.built
+	cmake --build $(BUILD) --target convkernels_simt
+	cmake --install $(BUILD) --prefix convkernels --component simt >/dev/null
 	@touch $@
 
 # The kernels for GPUs can be interpreted, and compiled ahead of time, on a machine without one. A torch for GPUs has
@@ -61,11 +77,13 @@ $(VENV)/.triton: $(VENV)/.requirements
 
 build: $(NATIVE)/.built
 
+simt-build: $(NATIVE)/.simt
+
 install: build $(VENV)/.triton
 
 # ---- the main job
 
-bench: build
+bench: $(RUNNABLE)
 	$(BIN)/convkernels bench --output $(RESULTS)
 	@echo "Plots:" && find $(RESULTS) -name '*.png' | sort
 
@@ -86,22 +104,34 @@ ctest: build
 	ctest --test-dir $(BUILD) --output-on-failure --no-tests=error
 
 abi: build
-	$(BIN)/python scripts/check_abi.py $(NATIVE)/libconvkernels_cpu.so
+	$(BIN)/python scripts/check_abi.py $(NATIVE)/libconvkernels_c*.so
 
 asan: install
 	PYTHON=$(BIN)/python WORKERS=$(WORKERS) scripts/run_asan.sh
 
 # Seeds faults in the kernels and shows that the tests catch each; several minutes, so not part of `make test`.
 mutants: install
-	$(BIN)/python scripts/mutations.py
+	$(BIN)/python scripts/mutations.py --backend cpu
+	$(BIN)/python scripts/mutations.py --backend cuda
 
 # The tests of the triton backend in Triton's interpreter: all sizes of problem, one in EVERY of each test's cases.
 EVERY ?= 24
 interpreted: install
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -k triton -m "not slow" --every $(EVERY) $(PYTEST_FLAGS)
 
+# The tests of the cuda backend, its kernels on this CPU: all recorded results, one in SIMULATED_EVERY of each other
+# test's cases, and random problems with the threads of a block in five other orders.
+SIMULATED_EVERY ?= 3
+simulated: export CONVKERNELS_SIMT = 1
+simulated: install simt-build
+	$(BIN)/python -m pytest -n $(WORKERS) -k cuda tests/test_golden.py $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n $(WORKERS) -k cuda -m "not slow and not gpu" --every $(SIMULATED_EVERY) \
+	    --ignore tests/test_golden.py $(PYTEST_FLAGS)
+	for seed in 1 2 3 4 5; do CONVKERNELS_SIMT_SEED=$$seed \
+	    $(BIN)/python -m pytest -q -n $(WORKERS) -k "cuda and quick" tests/test_fuzz.py $(PYTEST_FLAGS) || exit 1; done
+
 # The full run comes last, so that its summary closes the output.
-test: lint install ctest abi asan interpreted
+test: lint install ctest abi asan interpreted simulated
 	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_FLAGS)
 
 test-fast: install ctest
@@ -121,16 +151,29 @@ cross:
 gpu-build:
 	$(PYTHON) setup.py --quiet build_ext --inplace
 
-# Every combination of options is a kernel of its own to compile, so many processes, and one in GPU_EVERY of the cases.
+# Every combination of options is a Triton kernel of its own to compile, so many processes, and one in GPU_EVERY of the
+# cases.
 GPU_WORKERS ?= 8
 GPU_EVERY ?= 12
 gpu-test: gpu-build
 	$(PYTHON) -m pytest -m gpu $(PYTEST_FLAGS)
-	$(PYTHON) -m pytest -n $(GPU_WORKERS) -k triton -m "not slow and not gpu" --every $(GPU_EVERY) $(PYTEST_FLAGS)
+	$(PYTHON) -m pytest -n $(GPU_WORKERS) -k "triton or cuda" -m "not slow and not gpu" --every $(GPU_EVERY) $(PYTEST_FLAGS)
+	$(MAKE) gpu-sanitize
+
+# Without torch's memory pool, so that every tensor has an end that can be overrun.
+SANITIZED ?= tests/test_golden.py tests/test_decoding.py tests/test_memory.py
+gpu-sanitize: gpu-build
+	@if command -v compute-sanitizer >/dev/null; then for tool in memcheck racecheck initcheck synccheck; do \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    $(PYTHON) -m pytest -q -k "cuda and not does_not_grow" -m "not slow and not gpu" --every 40 $(SANITIZED) \
+	    || exit 1; done; \
+	else echo "gpu-sanitize: left out, compute-sanitizer is not installed"; fi
 
 gpu-bench: gpu-build
-	$(PYTHON) -m convkernels.cli bench --suite streaming --device cuda --output benchmarks/results
+	for backend in triton cuda; do $(PYTHON) -m convkernels.cli bench --suite streaming --device cuda --backend $$backend \
+	    --output benchmarks/results || exit 1; done
 	$(PYTHON) -m convkernels.cli bench --device cuda --output benchmarks/results
+	@echo 'To let backend="auto" follow these results: $(PYTHON) -m benchmarks.prefer benchmarks/results/<device>.json'
 
 clean:
 	rm -rf build dist $(VENV) $(RESULTS) $(NATIVE) convkernels/_C*.so *.egg-info

@@ -1,7 +1,8 @@
 """Drives CMake, which is the one list of native targets.
 
-``CONVKERNELS_BUILD`` chooses what is built: ``auto`` (the default: what this platform supports), ``cpu``, ``cuda``, or
-``none`` for a pure-Python package that works through the reference backend. ``CMAKE_ARGS`` is passed on to CMake.
+``CONVKERNELS_BUILD`` chooses what is built: ``cpu``, ``cuda`` (that and the CUDA kernels; needs nvcc, no GPU), ``none``
+for a pure-Python package that works through the reference backend, or ``auto`` (the default: the most that this machine
+has tools for). ``CMAKE_ARGS`` is passed on to CMake.
 
 torch is looked up but never imported: the metadata must be readable without it, and only its headers are needed.
 """
@@ -27,13 +28,20 @@ def build_mode() -> str:
     mode = os.environ.get("CONVKERNELS_BUILD", "auto")
     if mode not in MODES:
         raise SystemExit(f"CONVKERNELS_BUILD: expected one of {', '.join(MODES)}, got {mode!r}")
-    if mode == "cuda":
+    if mode == "cuda" and nvcc() is None:
         raise SystemExit(
-            "CONVKERNELS_BUILD=cuda: the CUDA backend is not part of this version; use auto, cpu or none instead"
+            "CONVKERNELS_BUILD=cuda: there is no nvcc in the bin folder of CUDA_HOME or CUDA_PATH, nor on PATH; "
+            "install the CUDA toolkit, or use auto, cpu or none instead"
         )
     if mode == "auto":
-        return "cpu" if sys.platform.startswith("linux") else "none"
+        return "none" if not sys.platform.startswith("linux") else "cpu" if nvcc() is None else "cuda"
     return mode
+
+
+def nvcc() -> str | None:
+    """The CUDA compiler: that of the toolkit the environment names, or the one on PATH."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    return shutil.which("nvcc", path=os.pathsep.join([*(f"{home}/bin" for home in homes), os.environ.get("PATH", "")]))
 
 
 def package_folder(name: str) -> Path | None:
@@ -82,12 +90,17 @@ class CMakeBuild(build_ext):
             "CMAKE_MAKE_PROGRAM": tool("ninja"),
             "Python_EXECUTABLE": sys.executable,
             "CK_TORCH_DIR": torch_folder(),
+            "CK_CUDA": "ON" if build_mode() == "cuda" else "OFF",
         }
+        if build_mode() == "cuda":
+            options["CMAKE_CUDA_COMPILER"] = nvcc()
         pybind11 = package_folder("pybind11")
         if pybind11 is not None:
             options["pybind11_DIR"] = pybind11 / "share" / "cmake" / "pybind11"
         defines = [f"-D{name}={value}" for name, value in options.items()]
         extra = shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        if not self.inplace:  # what only the tests use is no part of a package
+            extra.append("-DCK_SIMT=OFF")
         run(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *defines, *extra)
         run(cmake, "--build", str(build))
         run(cmake, "--install", str(build), "--prefix", str(prefix), *([] if self.inplace else ["--strip"]))

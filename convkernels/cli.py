@@ -48,26 +48,58 @@ def info(arguments: argparse.Namespace) -> int:
         for name, reasons in environment.usable_backends(device).items():
             rows.append((name, device.type, "no" if reasons else "yes", "; ".join(reasons)))
     table("backends", ("backend", "device", "usable", "why not"), rows)
+    rows = [row for device in devices for row in environment.automatic(device)]
+    table("what backend='auto' takes", ("device", "dtype", "op", "backend", "because"), rows)
     table("environment variables", ("name", "value", "meaning"), environment.variables())
     return 0
 
 
-def _check_kernels(arguments: argparse.Namespace) -> int:
-    """Compile the Triton kernels ahead of time; exit status 1 where they break a rule or exceed their budget."""
+def _triton_kernels(arguments: argparse.Namespace) -> tuple | str:
+    """The rules and the figures of the Triton kernels, or why there are none."""
     try:
         from .backends.triton import ahead
     except ImportError as error:
-        print(f"convkernels check --kernels needs {error.name}: pip install 'convkernels[triton]'", file=sys.stderr)
-        return 2
-    if arguments.update_budget and (arguments.only or set(arguments.architectures) != set(ahead.ARCHITECTURES)):
-        print("check: --update-budget replaces the whole budget: leave out --only and --architectures", file=sys.stderr)
-        return 2
+        return f"needs {error.name}: pip install 'convkernels[triton]'"
     variants = [v for v in ahead.VARIANTS if not arguments.only or arguments.only in v.name]
     results = []
     with progress(len(variants)) as step:
         for variant in variants:
-            results += ahead.measure_all(variant, tuple(arguments.architectures))
+            results += ahead.measure_all(variant, tuple(arguments.architectures or ahead.ARCHITECTURES))
             step(variant.name, 1)
+    return ahead.RULES, results
+
+
+def _cuda_kernels(arguments: argparse.Namespace) -> tuple | str:
+    """The rules and the figures of the kernels in the CUDA library, or why there are none."""
+    from .backends import cuda_ahead as ahead
+
+    missing = ahead.missing()
+    if missing:
+        return missing
+    return ahead.rules(), ahead.measure_all(tuple(map(str, arguments.architectures or ())), arguments.only)
+
+
+KERNELS = {"triton": _triton_kernels, "cuda": _cuda_kernels}
+
+
+def _check_kernels(arguments: argparse.Namespace) -> int:
+    """Show what compiled kernels cost; exit status 1 where they break a rule or exceed their budget."""
+    if arguments.update_budget and (arguments.only or arguments.architectures):
+        print("check: --update-budget replaces the whole budget: leave out --only and --architectures", file=sys.stderr)
+        return 2
+    if (arguments.update_budget or arguments.json) and not arguments.backend:
+        print("check: --update-budget and --json write what one backend's kernels take: add --backend", file=sys.stderr)
+        return 2
+    outcomes = {name: KERNELS[name](arguments) for name in ([arguments.backend] if arguments.backend else KERNELS)}
+    measured = {name: outcome for name, outcome in outcomes.items() if not isinstance(outcome, str)}
+    for name in outcomes.keys() - measured.keys():
+        print(f"convkernels check --kernels: {name}: {outcomes[name]}", file=sys.stderr)
+    if not measured:
+        return 2
+    return max(_show_kernels(name, *outcome, arguments) for name, outcome in measured.items())
+
+
+def _show_kernels(name: str, rules, results: list, arguments: argparse.Namespace) -> int:
     rows = [
         (
             r.variant,
@@ -84,14 +116,14 @@ def _check_kernels(arguments: argparse.Namespace) -> int:
     ]
     columns = ("variant", "kernel", "for", "registers", "spilled bytes", "shared bytes", "loads 16 B / less",
                "stores 16 B / less", "matrix instructions")  # fmt: skip
-    table("ahead-of-time compiled kernels", columns, rows)
+    table(f"ahead-of-time compiled kernels, {name}", columns, rows)
     if arguments.json:
-        arguments.json.write_text(ahead.to_json(results))
+        arguments.json.write_text(rules.to_json(results))
         say(f"wrote {arguments.json}")
     if arguments.update_budget:
-        ahead.BUDGET.write_text(ahead.to_budget(results))
-        say(f"wrote {ahead.BUDGET}")
-    violations = ahead.violations(results)
+        rules.budget.write_text(rules.to_budget(results))
+        say(f"wrote {rules.budget}")
+    violations = rules.violations(results)
     for violation in violations:
         say(violation)
     return 1 if violations else 0
@@ -234,12 +266,17 @@ def _streaming(arguments: argparse.Namespace, device: torch.device, path: Path) 
         length=max(arguments.lengths) if arguments.lengths else defaults.length,
         compiled=arguments.compile_seconds != 0,
         seconds=arguments.seconds or defaults.seconds,
+        backend=arguments.backend,
     )
+    reasons = convkernels.why_not(settings.backend, device=device, dtype=settings.dtype)
+    if reasons:
+        print(f"bench: --backend {settings.backend}: {'; '.join(reasons)}", file=sys.stderr)
+        return 2
     section = streaming.Streaming(settings, device).run()
     streaming.print_tables(section)
     for failure in section["failures"]:
         say(failure)
-    _save(path, "streaming", section)
+    _save(path, "streaming" if settings.backend == "auto" else f"streaming {settings.backend}", section)
     return 0
 
 
@@ -283,9 +320,10 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--kernels",
         action="store_true",
-        help="instead compile the Triton kernels ahead of time and show what they cost",
+        help="instead show what the kernels for GPUs cost: those of the CUDA library, and Triton's compiled here",
     )
-    add("--architectures", type=_numbers, default=[80, 90, 100], help="compute capabilities (default: 80,90,100)")
+    add("--backend", choices=KERNELS, help="only the kernels of this one (default: both)")
+    add("--architectures", type=_numbers, help="compute capabilities (default: 80,90,100)")
     add("--only", help="variants whose name contains this")
     add("--json", type=Path, help="also write the table here")
     add("--update-budget", action="store_true", help="make these figures the committed budget")
@@ -298,6 +336,12 @@ def parser() -> argparse.ArgumentParser:
         choices=("sweep", "acceptance", "streaming"),
         default="sweep",
         help="speed against length, the target table, or the fraction of memory speed on tensors of 64 MB and more",
+    )
+    add(
+        "--backend",
+        choices=("auto", *convkernels.backends.names()),
+        default="auto",
+        help="of the streaming suite; its results are kept apart (default: auto)",
     )
     add("--batch", type=_positive, help="rows of the batch in the streaming suite (default: 16)")
     add("--output", type=Path, default=Path("convkernels-bench"), help="folder for JSON, PNG and Markdown files")

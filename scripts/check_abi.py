@@ -1,6 +1,6 @@
 """Checks that an operator library needs nothing of torch but its stable C interface as of torch 2.10.
 
-    python scripts/check_abi.py convkernels/_native/libconvkernels_cpu.so
+    python scripts/check_abi.py convkernels/_native/libconvkernels_cpu.so convkernels/_native/libconvkernels_cuda.so
     python scripts/check_abi.py --update INCLUDE [INCLUDE ...]     # rewrite the allow-list
 
 The allow-list, ``stable_shims.txt``, holds the functions that ``torch/csrc/stable/c/shim.h`` and the header it includes
@@ -8,6 +8,9 @@ declare for ``TORCH_TARGET_VERSION`` 2.10, in every torch whose include folder w
 2.13.0: both are needed, because the included header gains functions without saying in which version. Whatever is on the
 list exists in torch 2.10 and is promised to every later release, so a library that passes here loads in all of them
 without being rebuilt.
+
+A library for GPUs may also use ``CUDA_SHIMS``, which the same headers declare where USE_CUDA is defined. It has to name
+libtorch_cuda.so, where they are. Nothing may need the CUDA runtime: it is linked in.
 """
 
 import argparse
@@ -17,11 +20,12 @@ import sys
 from pathlib import Path
 
 ALLOW_LIST = Path(__file__).with_name("stable_shims.txt")
+CUDA_SHIMS = {"aoti_torch_get_current_cuda_stream"}
 TARGET = "0x020a000000000000"
 # Symbols that carry a version of these come with the platform.
 PLATFORM = re.compile(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_")
 WEAK_HOOKS = {"__gmon_start__", "_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__cxa_finalize"}
-LIBRARIES = re.compile(r"(libtorch_cpu|libc|libm|libstdc\+\+|libgcc_s|libpthread|libdl|ld-linux-[\w-]+)\.so(\.\d+)*")
+LIBRARIES = re.compile(r"(libtorch_c(pu|uda)|lib(c|m|stdc\+\+|gcc_s|pthread|dl)|ld-linux-[\w-]+)\.so(\.\d+)*")
 SHIM = re.compile(r"\b((?:aoti_torch|torch)_\w+)\s*\(")
 
 
@@ -51,10 +55,11 @@ def newest_glibc(symbols: set[str]) -> str:
 
 def problems(library: Path) -> list[str]:
     allowed = set(ALLOW_LIST.read_text().split())
-    symbols = undefined_symbols(library)
+    symbols, needed = undefined_symbols(library), needed_libraries(library)
+    if "libtorch_cuda.so" in needed:
+        allowed |= CUDA_SHIMS
     unknown = sorted(s for s in symbols if not PLATFORM.search(s) and s not in allowed | WEAK_HOOKS)
     found = [f"symbol outside the stable interface of torch 2.10: {name}" for name in unknown]
-    needed = needed_libraries(library)
     found += [f"needs the library {name}" for name in needed if not LIBRARIES.fullmatch(name)]
     if not found:
         used = len(symbols & allowed)

@@ -1,11 +1,11 @@
-"""Seeds faults in the C++ kernels, one at a time, and shows that the tests catch each: python scripts/mutations.py
-[--only NAME]
+"""Seeds faults in the C++ and CUDA kernels, one at a time, and shows that the tests catch each: python
+scripts/mutations.py [--backend cpu|cuda] [--only NAME]
 
 Every mutation is a textual replacement that must match exactly once, so that a changed source cannot silently turn it
 into nothing (tests/test_mutations.py checks that on every run). A mutant is the package copied to build/mutants/<name>
-with a native library of its own, which holds the mutated kernels for the portable instruction set only. The quick
-tests of the cpu backend then run in the copy until the first failure. The unchanged kernels go first and have to pass.
-Exit status 1 if a mutant survives.
+with a native library of its own. For the cpu backend that holds the mutated kernels for the portable instruction set
+only; the CUDA kernels run on the CPU. The quick tests of the backend then run in the copy until the first failure. The
+unchanged kernels go first and have to pass. Exit status 1 if a mutant survives.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ class Mutation:
     after: str
 
 
-MUTATIONS = [
+CPU_MUTATIONS = [
     Mutation(
         "padding off by one",
         "csrc/common/taps.h",
@@ -130,7 +131,82 @@ MUTATIONS = [
     ),
 ]
 
-# The library chooses among instruction sets at run time; a mutant has only one of them.
+CUDA_MUTATIONS = [
+    Mutation(
+        "no barrier before a block's sums are read",
+        "csrc/cuda/plain.cuh",
+        "sums[threadIdx.x] = total[u];\n      __syncthreads();",
+        "sums[threadIdx.x] = total[u];",
+    ),
+    Mutation(
+        "no barrier before a block's sums are overwritten",
+        "csrc/cuda/plain.cuh",
+        "* K + j0 + u] = all;\n      }\n      __syncthreads();",
+        "* K + j0 + u] = all;\n      }",
+    ),
+    Mutation(
+        "no barrier in the last sums",
+        "csrc/cuda/reduce.cuh",
+        "sums[threadIdx.x] = total;\n    __syncthreads();",
+        "sums[threadIdx.x] = total;",
+    ),
+    Mutation(
+        "barrier that some threads leave out",
+        "csrc/cuda/reduce.cuh",
+        "  sums[threadIdx.x] = total;\n  __syncthreads();\n  if (warp > 0 || c >= p.channels) return;",
+        "  sums[threadIdx.x] = total;\n  if (warp > 0 || c >= p.channels) return;\n  __syncthreads();",
+    ),
+    Mutation(
+        "shuffle with the wrong lane",
+        "csrc/cuda/plain.cuh",
+        "__shfl_xor_sync(0xffffffffu, value, distance)",
+        "__shfl_xor_sync(0xffffffffu, value, distance > 1 ? distance : 2)",
+    ),
+    Mutation(
+        "shuffle that waits for lanes that are not there",
+        "csrc/cuda/reduce.cuh",
+        "for (int distance = 16; distance > 0; distance /= 2) inner +=",
+        "if (lane < 16)\n      for (int distance = 8; distance > 0; distance /= 2) inner +=",
+    ),
+    Mutation(
+        "read past the end of the row",
+        "csrc/cuda/inputs.cuh",
+        "return s >= begin && s < end; }",
+        "return s >= begin && s <= end; }",
+    ),
+    Mutation(
+        "write past the last channel",
+        "csrc/cuda/plain.cuh",
+        "if (c < p.channels && s < p.time)",
+        "if (s < p.time)",
+    ),
+    Mutation(
+        "too little shared memory",
+        "csrc/cuda/instantiate/reduce.cu",
+        "static_cast<size_t>(p.taps.taps) * sizeof(C)",
+        "static_cast<size_t>(p.taps.taps - 1) * sizeof(C)",
+    ),
+    Mutation(
+        "last group of partial sums left out",
+        "csrc/cuda/reduce.cuh",
+        "rows = p.groups * pieces;",
+        "rows = most(int64_t{1}, p.groups - 1) * pieces;",
+    ),
+    Mutation(
+        "mask not selected, only multiplied",
+        "csrc/cuda/inputs.cuh",
+        "return masked(p, b, s) ? Compute<T>{0} : gated<T>(p, b, s, c);",
+        "return gated<T>(p, b, s, c) * Compute<T>(masked(p, b, s) ? 0 : 1);",
+    ),
+    Mutation(
+        "state overwritten while others read it",
+        "csrc/cuda/step.cuh",
+        "step_row<T>(p, row, from, c, scratch);",
+        "step_row<T>(p, row, from, c, state);",
+    ),
+]
+
+# The CPU library chooses among instruction sets at run time; a mutant has only one of them.
 STUB = """
 #include "csrc/cpu/problem.h"
 namespace ck::cpu {
@@ -140,10 +216,38 @@ const Kernels kKernels_avx2 = {"avx2"}, kKernels_avx512 = {"avx512"};
 """
 
 
+@dataclass(frozen=True)
+class Library:
+    """How the library of a backend is made of files, and tested."""
+
+    name: str
+    mutations: list[Mutation]
+    flags: tuple[str, ...]
+    units: Callable[[Path], list[Path]]
+    environment: dict[str, str]
+
+
+def cpu_units(root):
+    return [root / "csrc" / name for name in ("cpu/isa/portable.cpp", "cpu/dispatch.cpp", "torch/bind_cpu.cpp")]
+
+
+def cuda_units(root):
+    csrc = root / "csrc"
+    host = [csrc / "cuda/families.cpp", csrc / "common/poison.cpp", csrc / "torch/bind_cuda.cpp"]
+    return [*sorted(csrc.glob("cuda/instantiate/*.cu")), *host, *sorted(csrc.glob("simt/*.cpp"))]
+
+
+LIBRARIES = {
+    "cpu": Library("libconvkernels_cpu.so", CPU_MUTATIONS, (), cpu_units, {"CONVKERNELS_CPU_ISA": "portable"}),
+    "cuda": Library("libconvkernels_simt.so", CUDA_MUTATIONS, ("-DCK_SIMT",), cuda_units, {"CONVKERNELS_SIMT": "1"}),
+}
+
+
 def run(command, **kwargs):
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, **kwargs)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+    return done.stdout
 
 
 def mutate(mutation, sources):
@@ -156,33 +260,61 @@ def mutate(mutation, sources):
     path.write_text(text.replace(mutation.before, mutation.after))
 
 
-def compile_object(source, target, root, torch_dir):
-    run([COMPILER, *FLAGS, f"-I{root}", "-isystem", torch_dir / "include", "-DTORCH_TARGET_VERSION=0x020a000000000000",
-         "-c", source, "-o", target])  # fmt: skip
+class Mutants:
+    """Builds copies of the package in a folder. Files that a mutation does not reach are compiled once."""
+
+    def __init__(self, library, folder, torch_dir):
+        self.library, self.folder, self.torch_dir = library, folder, torch_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "stub.cpp").write_text(STUB)
+        self.stub = folder / "stub.o"
+        self.compile(folder / "stub.cpp", self.stub, ROOT)
+        self.shared = {}
+        self.reads = {}
+        for unit in library.units(ROOT):
+            name = unit.relative_to(ROOT)
+            self.shared[name] = folder / f"{unit.stem}.o"
+            self.compile(unit, self.shared[name], ROOT)
+            rule = run([*self.command(unit, ROOT), "-MM"]).replace("\\\n", " ").split(":", 1)[1]
+            self.reads[name] = {Path(os.path.normpath(ROOT / file)).relative_to(ROOT) for file in rule.split()}
+
+    def command(self, source, root):
+        includes = [f"-I{root}", "-isystem", self.torch_dir / "include"]
+        target = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+        return [COMPILER, *FLAGS, *self.library.flags, *includes, target, "-x", "c++", source]
+
+    def compile(self, source, target, root):
+        run([*self.command(source, root), "-c", "-o", target])
+
+    def build(self, mutation):
+        """A copy of the package with a mutated library."""
+        work = self.folder / (mutation.name.replace(" ", "_") if mutation else "unchanged")
+        if work.exists():
+            shutil.rmtree(work)
+        skip = shutil.ignore_patterns("_native", "__pycache__", "*.so")
+        for name in ("convkernels", "tests", "csrc"):
+            shutil.copytree(ROOT / name, work / name, ignore=skip)
+        shutil.copy(ROOT / "pyproject.toml", work)
+        objects = dict(self.shared)
+        if mutation is not None:
+            mutate(mutation, work)
+            for name in objects:
+                if Path(mutation.file) in self.reads[name]:
+                    objects[name] = work / f"{name.stem}.o"
+                    self.compile(work / name, objects[name], work)
+        library = work / "convkernels" / "_native" / self.library.name
+        library.parent.mkdir()
+        stub = [self.stub] if self.library.name == "libconvkernels_cpu.so" else []
+        run([COMPILER, "-shared", "-pthread", "-o", library, *objects.values(), *stub, f"-L{self.torch_dir / 'lib'}",
+             "-l:libtorch_cpu.so"])  # fmt: skip
+        return work
 
 
-def build(mutation, work, shared, torch_dir):
-    """A copy of the package with a mutated library."""
-    if work.exists():
-        shutil.rmtree(work)
-    skip = shutil.ignore_patterns("_native", "__pycache__", "*.so")
-    for name in ("convkernels", "tests", "csrc"):
-        shutil.copytree(ROOT / name, work / name, ignore=skip)
-    shutil.copy(ROOT / "pyproject.toml", work)
-    if mutation is not None:
-        mutate(mutation, work)
-    library = work / "convkernels" / "_native" / "libconvkernels_cpu.so"
-    library.parent.mkdir()
-    kernels = work / "portable.o"
-    compile_object(work / "csrc/cpu/isa/portable.cpp", kernels, work, torch_dir)
-    run([COMPILER, "-shared", "-o", library, kernels, *shared, f"-L{torch_dir / 'lib'}", "-l:libtorch_cpu.so"])
-
-
-def first_failure(work):
+def first_failure(work, backend):
     """Name of the first test that fails, 'crash' for a process that died, None if all pass."""
     environment = {
         **os.environ,
-        "CONVKERNELS_CPU_ISA": "portable",
+        **LIBRARIES[backend].environment,
         "CONVKERNELS_GOLDEN": str(work / "tests" / "golden"),
         "OMP_NUM_THREADS": "1",
     }
@@ -197,7 +329,7 @@ def first_failure(work):
         "-m",
         "not slow",
         "-k",
-        "cpu",
+        backend,
         *TESTS,
     ]
     try:
@@ -219,25 +351,20 @@ def first_failure(work):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backend", choices=LIBRARIES, default="cpu")
     parser.add_argument("--only", help="run the mutations whose name contains this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "mutants")
     arguments = parser.parse_args()
     import torch
 
-    torch_dir = Path(torch.__file__).parent
-    arguments.build.mkdir(parents=True, exist_ok=True)
-    shared = []
-    (arguments.build / "stub.cpp").write_text(STUB)
-    for source in (ROOT / "csrc/cpu/dispatch.cpp", ROOT / "csrc/torch/bind_cpu.cpp", arguments.build / "stub.cpp"):
-        shared.append(arguments.build / f"{source.stem}.o")
-        compile_object(source, shared[-1], ROOT, torch_dir)
+    library = LIBRARIES[arguments.backend]
+    mutants = Mutants(library, arguments.build / arguments.backend, Path(torch.__file__).parent)
 
     def attempt(mutation):
         start = time.perf_counter()
-        work = arguments.build / ("unchanged" if mutation is None else mutation.name.replace(" ", "_"))
-        build(mutation, work, shared, torch_dir)
-        caught = first_failure(work)
+        work = mutants.build(mutation)
+        caught = first_failure(work, arguments.backend)
         shutil.rmtree(work)
         return mutation, caught, time.perf_counter() - start
 
@@ -246,13 +373,13 @@ def main():
         print(f"the unchanged kernels fail: {failure}")
         return 2
     print(f"unchanged: all tests pass ({seconds:.0f} s)")
-    chosen = [m for m in MUTATIONS if arguments.only is None or arguments.only in m.name]
+    chosen = [m for m in library.mutations if arguments.only is None or arguments.only in m.name]
     survivors = 0
-    print(f"{'mutation':52} {'file':24} {'s':>4}  caught by")
+    print(f"{'mutation':52} {'file':32} {'s':>4}  caught by")
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for mutation, caught, seconds in pool.map(attempt, chosen):
             survivors += caught is None
-            print(f"{mutation.name:52} {mutation.file:24} {seconds:4.0f}  {caught or 'SURVIVED'}", flush=True)
+            print(f"{mutation.name:52} {mutation.file:32} {seconds:4.0f}  {caught or 'SURVIVED'}", flush=True)
     print(f"{len(chosen) - survivors} of {len(chosen)} mutants caught")
     return 1 if survivors else 0
 

@@ -1,8 +1,9 @@
 #!/bin/sh
-# Runs Python tests over a CPU library built with AddressSanitizer and UndefinedBehaviorSanitizer; any finding ends the
-# run. The interpreter is not instrumented, so the run-time libraries are preloaded. The checkout's own build is left
-# alone: the package and the tests are copied next to the instrumented libraries.
-#   PYTHON=.venv/bin/python scripts/run_asan.sh [pytest arguments; the default is a selection that reaches all kernels]
+# Runs Python tests over a CPU library, and over the CUDA kernels on the CPU, built with AddressSanitizer and
+# UndefinedBehaviorSanitizer; any finding ends the run. The interpreter is not instrumented, so the run-time libraries
+# are preloaded. The checkout's own build is left alone: the package and the tests are copied next to the instrumented
+# libraries.
+#   PYTHON=.venv/bin/python scripts/run_asan.sh [pytest arguments; the default is two selections that reach all kernels]
 set -eu
 cd "$(dirname "$0")/.."
 python=$(command -v "${PYTHON:-python3}")
@@ -14,8 +15,9 @@ stage=$build/stage
 torch=$("$python" -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])')
 pybind11=$("$python" -c 'import importlib.util as u; print(u.find_spec("pybind11").submodule_search_locations[0])')
 PATH=$(dirname "$python"):$PATH
-cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCK_SANITIZE=ON -DCK_TORCH_DIR="$torch" \
-    -Dpybind11_DIR="$pybind11/share/cmake/pybind11" -DPython_EXECUTABLE="$python" -DCMAKE_CXX_COMPILER="$cxx" >/dev/null
+cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCK_SANITIZE=ON -DCK_SIMT=ON \
+    -DCK_TORCH_DIR="$torch" -Dpybind11_DIR="$pybind11/share/cmake/pybind11" -DPython_EXECUTABLE="$python" \
+    -DCMAKE_CXX_COMPILER="$cxx" >/dev/null
 cmake --build "$build" --target all ck_tests
 
 rm -rf "$stage"
@@ -35,16 +37,25 @@ ctest --test-dir "$build" --output-on-failure --no-tests=error
 
 cd "$stage"
 export LD_PRELOAD
-"$python" - <<'PYTHON'
-import convkernels, torch
-from pathlib import Path
-torch.ops.load_library(str(Path(convkernels.__file__).parent / "_native" / "libconvkernels_cpu.so"))
-loaded = {line.split()[-1] for line in open("/proc/self/maps") if "libconvkernels_cpu" in line}
-assert len(loaded) == 1 and "/asan/" in loaded.pop(), f"expected the instrumented library, got {loaded}"
+CONVKERNELS_SIMT=1 "$python" - <<'PYTHON'
+import convkernels
+reasons = convkernels.why_not("cpu") + convkernels.why_not("cuda")
+assert not reasons, reasons
+names = ("libconvkernels_cpu.so", "libconvkernels_simt.so")
+loaded = {line.split()[-1] for line in open("/proc/self/maps") if line.strip().endswith(names)}
+assert len(loaded) == 2 and all("/asan/" in path for path in loaded), f"expected instrumented libraries, got {loaded}"
 PYTHON
-if [ $# -eq 0 ]; then
-    # The allocator keeps freed memory back to catch its use, so a test of memory growth means nothing here.
-    set -- tests/test_golden.py tests/test_fuzz.py tests/test_memory.py tests/test_decoding.py tests/test_equivalences.py \
-        tests/test_instruction_sets.py tests/test_threads.py -k "not reference and not does_not_grow" -n "${WORKERS:-2}" -q
+
+run() {
+    "$python" -m pytest -p no:cacheprovider -p no:faulthandler --capture=sys -m "not gpu and not slow" --maxfail=1 "$@"
+}
+if [ $# -gt 0 ]; then
+    run "$@"
+    exit
 fi
-exec "$python" -m pytest -p no:cacheprovider -p no:faulthandler --capture=sys -m "not gpu and not slow" --maxfail=1 "$@"
+# The allocator keeps freed memory back to catch its use, so a test of memory growth means nothing here.
+run tests/test_golden.py tests/test_fuzz.py tests/test_memory.py tests/test_decoding.py tests/test_equivalences.py \
+    tests/test_instruction_sets.py tests/test_threads.py -k "not reference and not does_not_grow" -n "${WORKERS:-2}" -q
+export CONVKERNELS_SIMT=1
+run tests/test_golden.py tests/test_fuzz.py tests/test_memory.py tests/test_decoding.py \
+    -k "cuda and not does_not_grow" -n "${WORKERS:-2}" --every 8 -q

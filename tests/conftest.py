@@ -63,7 +63,7 @@ def pytest_addoption(parser):
         type=int,
         default=1,
         metavar="N",
-        help="of the cases of each test run the first and then every N-th (the Triton interpreter is slow)",
+        help="of the cases of each test run the first and then every N-th (kernels for GPUs are slow on a CPU)",
     )
 
 
@@ -91,6 +91,11 @@ def interpreted(name):
     return name == "triton" and device_of(name) == "cpu"
 
 
+def simulated(name):
+    """Whether the backend's kernels are the CUDA ones on the CPU, which is slow: a fiber switch at each wait."""
+    return name == "cuda" and device_of(name) == "cpu"
+
+
 @pytest.fixture(params=list(convkernels.backends.BACKENDS))
 def backend(request):
     """Name of a backend that runs here; the default device is one that it runs on."""
@@ -116,13 +121,14 @@ def ops(backend):
 
 class RawOps:
     """Handles of torch.ops.convkernels._<name>.<backend>. slow: a backend made for comparison, not for speed, of which
-    tests run fewer repeats: the reference, and kernels in Triton's interpreter."""
+    tests run fewer repeats: the reference, and kernels for GPUs that run on a CPU."""
 
     def __init__(self, backend):
         self.backend = backend
         self.device = device_of(backend)
         self.interpreted = interpreted(backend)
-        self.slow = backend == "reference" or self.interpreted
+        self.simulated = simulated(backend)
+        self.slow = backend == "reference" or self.interpreted or self.simulated
 
     def __getattr__(self, name):
         return getattr(getattr(torch.ops.convkernels, f"_{name}"), self.backend)

@@ -1,36 +1,92 @@
-"""The Triton kernels, compiled ahead of time without a GPU, keep to their rules and to the committed budget."""
+"""Kernels for GPUs, compiled without one, keep to their rules and to the committed budget."""
 
+import dataclasses
 import os
 
 import pytest
 
-pytest.importorskip("triton")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
+from convkernels.backends import cuda_ahead, machine_code
 
-from convkernels.backends.triton import ahead
+
+def triton_ahead():
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("interpreted kernels are not compiled")
+    from convkernels.backends.triton import ahead
+
+    return ahead
+
+
+def variants():
+    try:
+        from convkernels.backends.triton.ahead import VARIANTS
+    except ImportError:
+        return []
+    return VARIANTS
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ahead.VARIANTS, ids=lambda v: v.name)
-def test_budget(variant):
+@pytest.mark.parametrize("variant", variants(), ids=lambda v: v.name)
+def test_triton_budget(variant):
     """One architecture on every run; `convkernels check --kernels` compiles for all of them."""
+    ahead = triton_ahead()
     results = ahead.measure_all(variant, (90,))
-    assert not ahead.violations(results)
+    assert not ahead.RULES.violations(results)
     kernels = {result.kernel for result in results}
     assert kernels & {"conv_tile", "conv_band"} and kernels & {"grad_tile", "grad_band", "grad_window"}
     for result in results:
         assert (result.matrix > 0) == result.kernel.endswith("_band"), result
 
 
-def test_a_spill_is_found():
-    good = ahead.Resources("v", "conv_tile", 90, 64, 0, 0, 1, 0, 1, 0, 0)
-    assert any("stack" in text for text in ahead.violations([good.__class__(**{**vars(good), "spills": 8})]))
-    assert any("16-byte" in text for text in ahead.violations([good.__class__(**{**vars(good), "wide_stores": 0})]))
-
-
 def test_every_variant_has_a_budget():
-    budgeted = set(ahead.json.loads(ahead.BUDGET.read_text())["limits"])
+    ahead = triton_ahead()
+    budgeted = set(ahead.RULES.limits())
+    if not budgeted:
+        pytest.skip("the budget is that of another version of Triton")
     for variant in ahead.VARIANTS:
         for architecture in ahead.ARCHITECTURES:
             assert any(key.startswith(f"{variant.name} /") and key.endswith(f"sm_{architecture}") for key in budgeted)
+
+
+@pytest.mark.slow
+def test_cuda_budget():
+    """One architecture on every run, as above."""
+    if cuda_ahead.missing():
+        pytest.skip(cuda_ahead.missing())
+    results = cuda_ahead.measure_all(("90",))
+    assert {"plain_forward", "plain_weight", "reduce_weight", "step"} <= {result.kernel for result in results}
+    assert {"bf16", "f16", "float", "double"} <= {result.variant for result in results}
+    assert not cuda_ahead.rules().violations(results)
+
+
+def test_what_breaks_a_rule_is_found(tmp_path):
+    budget = tmp_path / "budget.json"
+    rules = machine_code.Rules(budget, "nvcc", "13.0", streaming=("stream",), banded=("band",))
+    good = machine_code.Resources("bf16", "stream", "90", 64, 0, 0, 1, 0, 1, 0, 0)
+    band = dataclasses.replace(good, kernel="band", matrix=1)
+    budget.write_text(rules.to_budget([good, band]))
+    assert rules.violations([good, band]) == []
+
+    def found(kernel, **changes):
+        (text,) = rules.violations([dataclasses.replace(kernel, **changes)])
+        return text
+
+    assert "8 bytes of stack" in found(good, spills=8)
+    assert "no 16-byte" in found(good, wide_stores=0)
+    assert "no matrix instructions" in found(band, matrix=0)
+    assert "registers 65, the budget has 64" in found(good, registers=65)
+    assert "not in the budget" in found(good, variant="f16")
+    # The figures of another compiler are not comparable.
+    assert dataclasses.replace(rules, version="13.1").violations([dataclasses.replace(good, registers=65)]) == []
+
+
+def test_machine_code_is_counted():
+    code = """
+        LDG.E.128 R4, [R2.64] ; LDG.E.U16 R0, [R2.64] ; LDGSTS.E.BYPASS.128 [R9], [R2.64] ;
+        STG.E.128 [R2.64], R4 ; STG.E [R2.64], R0 ; HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+    """
+    assert machine_code.read_code(code) == {
+        "wide_loads": 2, "narrow_loads": 1, "wide_stores": 1, "narrow_stores": 1, "matrix": 1,
+    }  # fmt: skip
+    usage = "REG:52 STACK:8 SHARED:2048 LOCAL:16 CONSTANT[0]:816"
+    assert machine_code.read_usage(usage) == {"registers": 52, "spills": 24, "shared": 2048}

@@ -48,8 +48,9 @@ def test_native_module_describes_the_build():
     info = native.build_info()
     assert info["version"] == native.version == convkernels.__version__
     assert info["torch_target"] == "2.10"
-    assert info["cuda_archs"] == []
-    assert re.fullmatch(r"\w+ [\d.]+", info["compilers"]["c++"])
+    assert all(re.fullmatch(r"\d+a?", name) for name in info["cuda_archs"])
+    assert set(info["compilers"]) == {"c++", "cuda"} if info["cuda_archs"] else {"c++"}
+    assert all(re.fullmatch(r"\w+ [\d.]+", version) for version in info["compilers"].values())
     assert "portable" in info["compiled_isas"]
     assert info["active_isa"] in info["compiled_isas"]
     assert native.isa_supported("portable") and native.isa_supported(info["active_isa"])
@@ -66,10 +67,32 @@ def test_unknown_build_mode_is_one_sentence():
     assert done.stderr.strip() == "CONVKERNELS_BUILD: expected one of auto, cpu, cuda, none, got 'gpu'"
 
 
-def test_cuda_build_is_refused_clearly():
-    done = run(sys.executable, "setup.py", "--version", cwd=ROOT, CONVKERNELS_BUILD="cuda")
-    assert done.returncode != 0
-    assert done.stderr.strip().startswith("CONVKERNELS_BUILD=cuda: the CUDA backend is not part of this version")
+# Prints what each CONVKERNELS_BUILD means, with `setup` replaced so that nothing is built.
+RESOLVE = """
+import os, runpy, setuptools
+setuptools.setup = lambda **rest: None
+build_mode = runpy.run_path("setup.py")["build_mode"]
+for mode in ("none", "cpu", "auto", "cuda"):
+    os.environ["CONVKERNELS_BUILD"] = mode
+    print(build_mode())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="nothing is compiled on other platforms")
+def test_cuda_is_built_where_nvcc_is(tmp_path):
+    def resolve(**changes):
+        environment = {"PATH": str(tmp_path), "CUDA_HOME": "", "CUDA_PATH": "", "CONVKERNELS_BUILD": "none"} | changes
+        done = run(sys.executable, "-c", RESOLVE, cwd=ROOT, **environment)
+        return done.stdout.split(), done.stderr.strip()
+
+    modes, refused = resolve()
+    assert modes == ["none", "cpu", "cpu"]
+    assert refused.startswith("CONVKERNELS_BUILD=cuda: there is no nvcc in the bin folder") and "\n" not in refused
+    compiler = tmp_path / "bin" / "nvcc"
+    compiler.parent.mkdir()
+    compiler.touch(mode=0o755)
+    for place in ({"CUDA_HOME": str(tmp_path)}, {"CUDA_PATH": str(tmp_path)}, {"PATH": str(compiler.parent)}):
+        assert resolve(**place) == (["none", "cpu", "cuda", "cuda"], "")
 
 
 # Runs setup.py with its arguments where torch cannot be found.

@@ -1,16 +1,21 @@
 """Which backend runs, why another does not, and the environment variables that decide."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import convkernels as ck
+from benchmarks import prefer
+from convkernels._bench import environment
+from convkernels.backends import preference
 from convkernels.ops import _select
 
 ROOT = Path(ck.__file__).parents[1]
@@ -102,6 +107,75 @@ def test_auto_is_the_first_usable_fast_backend(backend):
         if not ck.why_not(name) and ck.backends.BACKENDS[name].fast:
             assert _select.choose("auto", "lightweight_conv1d", "cpu", torch.float32) == name
             break
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with an "X100" and two backends for it, both usable; returns those to break and to measure."""
+    broken, table = set(), {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "X100")
+    monkeypatch.setattr(_select, "_load", lambda name: "it is broken" if name in broken else None)
+    monkeypatch.setattr(_select, "importlib", SimpleNamespace(import_module=lambda name: None))
+    monkeypatch.setattr(preference, "measured", lambda: table)
+    for name in ("triton", "cuda"):
+        usual = ck.backends.BACKENDS[name]._replace(devices=("cuda",), fast=True)
+        monkeypatch.setitem(ck.backends.BACKENDS, name, usual)
+    _select.reset()
+    return broken, table
+
+
+def test_auto_on_a_gpu_follows_measurements(gpu):
+    broken, table = gpu
+
+    def chosen(op="lightweight_conv1d", dtype=torch.bfloat16, backend="auto"):
+        _select.reset()
+        return _select.choose(backend, op, "cuda", dtype)
+
+    assert chosen() == "triton"
+    table["Y100"] = {"lightweight_conv1d": {"bfloat16": "cuda"}}
+    assert chosen() == "triton"
+    table["X100"] = {"lightweight_conv1d": {"bfloat16": "cuda"}}
+    assert chosen() == "cuda"
+    assert chosen(dtype=torch.float32) == chosen(op="dynamic_conv1d") == chosen(backend="triton") == "triton"
+    assert environment.automatic(torch.device("cuda"))[4] == (
+        "cuda", "bfloat16", "lightweight_conv1d", "cuda", "measured to be the fastest on this device"
+    )  # fmt: skip
+    broken.add("cuda")
+    assert chosen() == "triton"
+    assert "cuda, measured to be faster, is not" in environment.automatic(torch.device("cuda"))[4][-1]
+    broken.symmetric_difference_update({"cuda", "triton"})
+    assert chosen(op="dynamic_conv1d") == "cuda"
+    with pytest.raises(RuntimeError, match="backend 'triton': it is broken"):
+        chosen(backend="triton")
+
+
+def test_the_committed_preferences_name_what_exists():
+    for device, ops in preference.measured().items():
+        for op, entries in ops.items():
+            assert callable(getattr(ck, op)), (device, op)
+            for dtype, name in entries.items():
+                assert isinstance(getattr(torch, dtype), torch.dtype) and name in ck.backends.BACKENDS, (device, op)
+
+
+def test_preferences_come_from_results(monkeypatch, tmp_path):
+    def section(light, dynamic):
+        cases = {"lightweight K=3": light, "lightweight K=7": 1.0, "dynamic K=7": dynamic}
+        records = [
+            {"case": case, "direction": "forward", "seconds": {"copy": 1.0, "convkernels": time}}
+            for case, time in cases.items()
+        ]
+        return {"environment": {"device": "X100"}, "shape": {"dtype": "bfloat16"}, "records": records}
+
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"streaming triton": section(2.0, 1.0), "streaming cuda": section(1.5, 3.0)}))
+    old = {"X100": {"dynamic_conv1d": {"bfloat16": "cuda", "float32": "cuda"}}}
+    monkeypatch.setattr(preference, "FILE", tmp_path / "preference.json")
+    monkeypatch.setattr(preference, "measured", lambda: old)
+    prefer.main(str(path))
+    assert json.loads(preference.FILE.read_text()) == {
+        "X100": {"dynamic_conv1d": {"float32": "cuda"}, "lightweight_conv1d": {"bfloat16": "cuda"}}
+    }
 
 
 def run_python(code, **environment):

@@ -12,6 +12,8 @@ import torch
 
 import convkernels
 from convkernels import backends
+from convkernels.backends import preference
+from convkernels.ops import _select
 
 VARIABLES = {
     "CONVKERNELS_BUILD": "at build time: auto, cpu, cuda or none (pure Python)",
@@ -20,7 +22,8 @@ VARIABLES = {
     "CONVKERNELS_CPU_ISA": "portable, avx2 or avx512: use no newer CPU instructions than these",
     "CONVKERNELS_TUNE": "1: the triton backend times launch configurations and keeps the fastest",
     "CONVKERNELS_TUNED": "file with the launch configurations to use",
-    "CONVKERNELS_SIMT": "run the CUDA kernels on the CPU, for tests",
+    "CONVKERNELS_SIMT": "1: the cuda backend runs on CPU tensors, for tests",
+    "CONVKERNELS_SIMT_SEED": "order in which it runs the threads of a block",
     "CONVKERNELS_GOLDEN": "folder with the recorded results that the tests compare with",
 }
 
@@ -87,6 +90,23 @@ def file_stem(environment: dict[str, Any]) -> str:
 def usable_backends(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, list[str]]:
     """Backend name -> reasons why it cannot run there (none: it can)."""
     return {name: convkernels.why_not(name, device=device, dtype=dtype) for name in backends.names()}
+
+
+def automatic(device: torch.device) -> list[tuple[str, str, str, str, str]]:
+    """(device type, dtype, op, backend, reason) of what backend='auto' takes, without CONVKERNELS_BACKEND."""
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for op in ("depthwise_conv1d", "lightweight_conv1d", "dynamic_conv1d"):
+            name, _ = _select.first_fast(op, device.type, dtype)
+            fastest = preference.fastest(op, device.type, dtype)
+            if name is None:
+                reason = "no fast backend is usable"
+            elif name == fastest:
+                reason = "measured to be the fastest on this device"
+            else:
+                reason = f"the first usable one{f' ({fastest}, measured to be faster, is not)' if fastest else ''}"
+            rows.append((device.type, str(dtype).removeprefix("torch."), op, name or "reference", reason))
+    return rows
 
 
 def variables() -> list[tuple[str, str, str]]:

@@ -32,6 +32,7 @@ class Settings:
     dtype: torch.dtype = torch.bfloat16
     compiled: bool = True
     seconds: float = 1.0
+    backend: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,9 @@ class Streaming:
             extra = {"gate": normal(*x.shape), "mask": torch.arange(s.length, device=self.device) < s.length - lengths}
         function = convkernels.dynamic_conv1d if case.op == DYNAMIC else convkernels.lightweight_conv1d
         forms = {
-            OURS: lambda x, weight, gate=None: function(x, weight, **extra | ({"gate": gate} if case.gate else {}))
+            OURS: lambda x, weight, gate=None: function(
+                x, weight, **extra | ({"gate": gate} if case.gate else {}), backend=s.backend
+            )
         }
         for name in case.peers:
             if self.settings.compiled or not PEERS[name].compiled:
@@ -134,6 +137,7 @@ class Streaming:
         s = self.settings
         return {
             "environment": environment.describe(self.device),
+            "backend": s.backend,
             "shape": {"batch": s.batch, "length": s.length, "channels": s.channels, "heads": s.heads,
                       "dtype": str(s.dtype)[6:]},
             "records": records,
@@ -163,4 +167,8 @@ def rows(section: dict[str, Any]) -> list[tuple[str, ...]]:
 def print_tables(section: dict[str, Any]) -> None:
     shape = section["shape"]
     size = f"B={shape['batch']} T={shape['length']} C={shape['channels']} H={shape['heads']} {shape['dtype']}"
-    table(f"fraction of a copy, {size}, {environment.title(section['environment'])}", COLUMNS, rows(section))
+    table(
+        f"fraction of a copy, backend {section['backend']}, {size}, {environment.title(section['environment'])}",
+        COLUMNS,
+        rows(section),
+    )

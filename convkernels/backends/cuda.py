@@ -5,7 +5,7 @@ from functools import cache
 
 import torch
 
-from .native import load_library
+from .library import load_library
 
 OLDEST = (8, 0)
 

@@ -1,9 +1,9 @@
 """Which backend runs a call, and why another one does not.
 
-``auto`` is the first backend of the table that is usable; ``CONVKERNELS_BACKEND=<name>`` changes what ``auto``
-means, and a backend named there or in the call never falls back. Stepping down to the reference is announced once,
-with the reasons; ``CONVKERNELS_STRICT=1`` makes it an error. Decisions are cached: after a change of the environment
-call ``reset()``.
+``auto`` is the first usable backend in the order of ``backends.preference``: one that was measured to be the fastest on
+this device, then those of the table. ``CONVKERNELS_BACKEND=<name>`` changes what ``auto`` means, and a backend named
+there or in the call never falls back. Stepping down to the reference is announced once, with the reasons;
+``CONVKERNELS_STRICT=1`` makes it an error. Decisions are cached: after a change of the environment call ``reset()``.
 """
 
 import importlib
@@ -14,6 +14,7 @@ from functools import cache
 import torch
 
 from .. import backends
+from ..backends import preference
 from . import _spec
 
 AUTO = "auto"
@@ -83,6 +84,17 @@ def why_not(
     return reasons
 
 
+def first_fast(op: str, device_type: str, dtype: torch.dtype) -> tuple[str | None, list[str]]:
+    """The fast backend that ``auto`` takes, None without one, and the reasons against those before it."""
+    passed_over = []
+    for name in preference.order(op, device_type, dtype):
+        reasons = why_not(name, op=op, device=device_type, dtype=dtype)
+        if not reasons and backends.BACKENDS[name].fast:
+            return name, passed_over
+        passed_over += reasons
+    return None, passed_over
+
+
 @cache
 def choose(backend: str, op: str, device_type: str, dtype: torch.dtype) -> str:
     """The name of the backend that runs the call. ValueError for an unknown name, RuntimeError for an unusable one."""
@@ -95,12 +107,9 @@ def choose(backend: str, op: str, device_type: str, dtype: torch.dtype) -> str:
         if reasons:
             raise RuntimeError(f"{op}: {'; '.join(reasons)}")
         return backend
-    passed_over = []
-    for name, entry in backends.BACKENDS.items():
-        reasons = why_not(name, op=op, device=device_type, dtype=dtype)
-        if not reasons and entry.fast:
-            return name
-        passed_over += reasons
+    name, passed_over = first_fast(op, device_type, dtype)
+    if name is not None:
+        return name
     message = f"{op} on {device_type} in {dtype}: no fast backend is usable ({'; '.join(passed_over)})"
     if os.environ.get("CONVKERNELS_STRICT") == "1":
         raise RuntimeError(f"{message}, and CONVKERNELS_STRICT=1 forbids the slow reference")

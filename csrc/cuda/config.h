@@ -3,6 +3,7 @@
 #pragma once
 
 #include "problem.h"
+#include "time_tiles.h"
 
 namespace ck::cuda {
 
@@ -244,10 +245,27 @@ inline Plan band_plan(const Facts& f, bool backward) {
   return {Family::kBand, best_groups(chunks, columns, slots_of(f, bytes + kBandStatic, backward ? 3 : 4), 2), bytes};
 }
 
+// ---- time: a warp per piece of a few channel rows
+
+// Rows of the state have their channels side by side; they are left to the plain family.
+inline bool time_possible(const Facts& f) {
+  return f.time_vectors && f.dtype != Dtype::kFloat64 && !f.per_row() && !f.state &&
+         f.dilation * (f.taps - 1) <= kTimeSpan;
+}
+
+inline Plan time_plan(const Facts& f) {
+  const TimeTiles g({f.taps, 0, f.dilation}, f.time, f.channels, static_cast<int>(size_of(f.dtype)), kTimeStages, 0, 0);
+  const int64_t warps = g.channel_blocks(f.channels) * f.owners();
+  // A warp that has two tiles at least copies one while it computes the other.
+  const int64_t possible = at_least_one(f.batch / f.owners() * g.tiles / 2), wanted = (kTimeItems + warps - 1) / warps;
+  return {Family::kTime, wanted < possible ? wanted : possible};
+}
+
 inline Plan plan_forward(const Facts& f) {
   if (band_wanted(f, false)) return band_plan(f, false);
   if (rows_possible(f, false)) return walk_plan(Family::kRows, f, rows_bytes(f, false), kBackwardBlocks);
   if (stream_possible(f, false)) return walk_plan(Family::kStream, f, stream_bytes(f, false), kForwardBlocks);
+  if (time_possible(f)) return time_plan(f);
   return {};
 }
 
@@ -255,6 +273,7 @@ inline Plan plan_backward(const Facts& f) {
   if (band_wanted(f, true)) return band_plan(f, true);
   if (rows_possible(f, true)) return walk_plan(Family::kRows, f, rows_bytes(f, true), kBackwardBlocks);
   if (stream_possible(f, true)) return walk_plan(Family::kStream, f, stream_bytes(f, true), kBackwardBlocks);
+  if (time_possible(f)) return time_plan(f);
   const int64_t columns = f.per_row() ? f.heads / 8 : f.channels / 32 * ((f.taps + 7) / 8);
   return {Family::kPlain, groups_of(f, f.owner_rows(), columns)};
 }

@@ -20,6 +20,13 @@ struct Streaming {
   static const char* backward(const Backward& p, const Plan& plan, Stream stream);
 };
 
+// Not for float64, and not with a state.
+template <class T>
+struct Timewise {
+  static const char* forward(const Forward& p, const Plan& plan, Stream stream);
+  static const char* backward(const Backward& p, const Plan& plan, Stream stream);
+};
+
 template <class T>
 struct PerRow {
   static const char* forward(const Forward& p, const Plan& plan, Stream stream);

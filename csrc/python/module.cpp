@@ -1,21 +1,38 @@
-// convkernels._C: what this build is. The operators do not come through here, and the package works without it.
+// convkernels._C: what this build is, and the launch plans of its CUDA kernels. The operators do not come through here,
+// and the package works without it.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <map>
+#include <sstream>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "csrc/cpu/dispatch.h"
+#include "csrc/cuda/config.h"
 
 namespace py = pybind11;
 
 namespace {
 
-std::map<std::string, std::string> compilers() { return {{"c++", CK_CXX_COMPILER}}; }
+std::map<std::string, std::string> compilers() {
+  std::map<std::string, std::string> found = {{"c++", CK_CXX_COMPILER}};
+#if defined(CK_CUDA_COMPILER)
+  found["cuda"] = CK_CUDA_COMPILER;
+#endif
+  return found;
+}
 
-// The GPU architectures with compiled kernels; this version has no CUDA library.
-std::vector<std::string> cuda_archs() { return {}; }
+// The GPU architectures with compiled kernels.
+std::vector<std::string> cuda_archs() {
+  std::vector<std::string> names;
+#if defined(CK_CUDA_ARCHS)
+  std::istringstream list(CK_CUDA_ARCHS);
+  for (std::string name; std::getline(list, name, ',');) names.push_back(name);
+#endif
+  return names;
+}
 
 py::dict build_info() {
   py::dict info;
@@ -28,10 +45,67 @@ py::dict build_info() {
   return info;
 }
 
+// The fields of a structure by name, one line each: what Python may say, and what it is told.
+template <class Field>
+void each_field(ck::cuda::Facts& facts, Field&& field) {
+  field("batch", facts.batch);
+  field("time", facts.time);
+  field("channels", facts.channels);
+  field("heads", facts.heads);
+  field("taps", facts.taps);
+  field("dilation", facts.dilation);
+  field("dtype", facts.dtype);
+  field("per_position", facts.per_position);
+  field("renormalize", facts.renormalize);
+  field("gate", facts.gate);
+  field("packed", facts.packed);
+  field("state", facts.state);
+  field("channel_vectors", facts.channel_vectors);
+  field("time_vectors", facts.time_vectors);
+}
+
+template <class Field>
+void each_field(ck::cuda::Plan& plan, Field&& field) {
+  field("family", plan.family);
+  field("groups", plan.groups);
+}
+
+ck::Dtype dtype_of(const std::string& name) {
+  if (name == "float64") return ck::Dtype::kFloat64;
+  if (name == "float32") return ck::Dtype::kFloat32;
+  if (name == "bfloat16") return ck::Dtype::kBFloat16;
+  if (name == "float16") return ck::Dtype::kFloat16;
+  throw py::value_error("argument 'dtype': expected float64, float32, bfloat16 or float16, got '" + name + "'");
+}
+
+py::dict cuda_plan(bool backward, const py::kwargs& given) {
+  ck::cuda::Facts facts;
+  size_t taken = 0;
+  each_field(facts, [&](const char* name, auto& value) {
+    using Value = std::remove_reference_t<decltype(value)>;
+    if (!given.contains(name)) return;
+    ++taken;
+    if constexpr (std::is_same_v<Value, ck::Dtype>)
+      value = dtype_of(given[name].cast<std::string>());
+    else
+      value = given[name].cast<Value>();
+  });
+  if (taken != given.size()) throw py::type_error("cuda_plan: a fact that is not a field of Facts in config.h");
+  ck::cuda::Plan plan = backward ? ck::cuda::plan_backward(facts) : ck::cuda::plan_forward(facts);
+  py::dict result;
+  each_field(plan, [&](const char* name, auto& value) {
+    if constexpr (std::is_same_v<std::remove_reference_t<decltype(value)>, ck::cuda::Family>)
+      result[name] = ck::cuda::name_of(value);
+    else
+      result[name] = value;
+  });
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build information of convkernels";
+  m.doc() = "Build information of convkernels, and the launch plans of its CUDA kernels";
   m.attr("version") = CK_VERSION;
   m.attr("compilers") = compilers();
   m.attr("torch_target") = CK_TORCH_TARGET;
@@ -40,4 +114,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("active_isa", &ck::cpu::active_isa, "The instruction set the CPU kernels use on this machine");
   m.def("isa_supported", &ck::cpu::isa_supported, py::arg("name"), "Whether this machine can run the named kernels");
   m.def("build_info", &build_info, "All of the above in one dictionary");
+  m.def("cuda_plan", &cuda_plan, py::arg("backward"),
+        "The launch plan of the CUDA kernels for a problem, given as the fields of Facts in csrc/cuda/config.h");
 }

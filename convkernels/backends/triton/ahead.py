@@ -3,12 +3,9 @@
 The launches are those of ``launch``, for tensors without memory, so what is compiled is what would run.
 """
 
-import json
-import re
-import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,13 +13,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ..machine_code import Resources, Rules, read_code, read_usage, run_tool
 from . import configs, launch
 
 ARCHITECTURES = (80, 90, 100)
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-BUDGET = Path(__file__).parent / "budget.json"
-# Kernels that move whole [B, T, C] tensors.
-STREAMING = ("conv_tile", "conv_band", "grad_tile", "grad_band", "grad_window")
+RULES = Rules(
+    Path(__file__).parent / "budget.json",
+    "triton",
+    triton.__version__,
+    streaming=("conv_tile", "conv_band", "grad_tile", "grad_band", "grad_window"),
+    banded=("conv_band", "grad_band"),
+)
 _TYPES = {
     torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64",
     torch.int32: "i32", torch.uint8: "u8",
@@ -115,28 +116,6 @@ VARIANTS = (
 )
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What one kernel takes. spills: bytes of stack per thread. wide and narrow: loads and stores of global memory of
-    16 bytes per thread, and of fewer. matrix: matrix instructions."""
-
-    variant: str
-    kernel: str
-    architecture: int
-    registers: int
-    spills: int
-    shared: int
-    wide_loads: int
-    narrow_loads: int
-    wide_stores: int
-    narrow_stores: int
-    matrix: int
-
-    @property
-    def key(self) -> str:
-        return f"{self.variant} / {self.kernel} / sm_{self.architecture}"
-
-
 def source(kernel, arguments: dict) -> tuple[ASTSource, dict]:
     """What the compiler gets for a launch, specialised as a launch would be: integers that are 1 become constants,
     divisibility by 16 is passed on."""
@@ -160,10 +139,6 @@ def source(kernel, arguments: dict) -> tuple[ASTSource, dict]:
     return ASTSource(kernel, signature, constants, attributes), options
 
 
-def _tool(name: str, *arguments: str) -> str:
-    return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
-
-
 def measure(variant: str, kernel, arguments: dict, architecture: int) -> Resources:
     """Compile one launch for one architecture and read its machine code."""
     what, options = source(kernel, arguments)
@@ -171,22 +146,10 @@ def measure(variant: str, kernel, arguments: dict, architecture: int) -> Resourc
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        code = _tool("nvdisasm", "-c", file.name)
-    registers, stack, local = (
-        int(re.search(rf"\b{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK", "LOCAL")
-    )  # fmt: skip
-    loads, stores = (re.findall(rf"\b{name}((?:\.\w+)*)", code) for name in ("LDG", "STG"))
-    # Asynchronous copies to shared memory are loads as well; they name their width in the same way.
-    loads += re.findall(r"\bLDGSTS((?:\.\w+)*)", code)
-
-    def wide(accesses):
-        return sum(".128" in access for access in accesses)
-
-    return Resources(
-        variant, kernel.__name__, architecture, registers, stack + local, compiled.metadata.shared, wide(loads),
-        len(loads) - wide(loads), wide(stores), len(stores) - wide(stores), len(re.findall(r"\b\w*MMA\.", code)),
-    )  # fmt: skip
+        usage = run_tool("cuobjdump", "--dump-resource-usage", file.name)
+        code = run_tool("nvdisasm", "-c", file.name)
+    figures = read_usage(usage) | read_code(code) | {"shared": compiled.metadata.shared}
+    return Resources(variant, kernel.__name__, str(architecture), **figures)
 
 
 def measure_all(variant: Variant, architectures=ARCHITECTURES) -> list[Resources]:
@@ -196,39 +159,3 @@ def measure_all(variant: Variant, architectures=ARCHITECTURES) -> list[Resources
         for kernel, arguments in variant.launches()
         for architecture in architectures
     ]
-
-
-def violations(results: list[Resources]) -> list[str]:
-    """What breaks a rule (no spills; 16-byte loads and stores where whole tensors move), or takes more registers or
-    shared memory than the committed budget allows. Budgets are those of one Triton version and hold for no other."""
-    budget = json.loads(BUDGET.read_text())
-    limits = budget["limits"] if budget["triton"] == triton.__version__ else {}
-    found = []
-    for result in results:
-        if result.spills:
-            found.append(f"{result.key}: {result.spills} bytes of stack, expected none")
-        if result.kernel in STREAMING and not (result.wide_loads and result.wide_stores):
-            found.append(f"{result.key}: no 16-byte loads and stores")
-        if limits:
-            allowed = limits.get(result.key)
-            if allowed is None:
-                found.append(f"{result.key}: not in the budget")
-            else:
-                found += [
-                    f"{result.key}: {name} {getattr(result, name)}, the budget has {allowed[name]}"
-                    for name in ("registers", "shared")
-                    if getattr(result, name) > allowed[name]
-                ]
-    return found
-
-
-def to_budget(results: list[Resources]) -> str:
-    """The text of the budget file that these results just meet."""
-    limits = {result.key: {"registers": result.registers, "shared": result.shared} for result in results}
-    return json.dumps({"triton": triton.__version__, "limits": limits}, indent=1) + "\n"
-
-
-def to_json(results: list[Resources]) -> str:
-    return (
-        json.dumps({"triton": triton.__version__, "kernels": [asdict(result) for result in results]}, indent=1) + "\n"
-    )

@@ -211,7 +211,7 @@ def _conv(
             else:
                 H, K = weight.shape
                 fits = letters == "[H,K]" or H == C
-            raw, record = _proven[backend, x.dtype, weight.dtype, x.device, weight.device]
+            raw, record = _proven[name, backend, x.dtype, weight.dtype, x.device, weight.device]
             if padding == "same":
                 left = dilation * (K // 2)
             elif padding == "causal":
@@ -253,7 +253,7 @@ def _general(
     chosen = _choose(name, backend, x.device.type, x.dtype)
     kernels = op.KERNELS[chosen]
     if not transforming:
-        _proven[backend, x.dtype, weight.dtype, x.device, weight.device] = kernels.fast, kernels.record
+        _proven[name, backend, x.dtype, weight.dtype, x.device, weight.device] = kernels.fast, kernels.record
     dropout = float(p) if training else 0.0
     if dropout == 0.0:
         seed = None

@@ -1,0 +1,124 @@
+"""What compiled kernels cost, read from their machine code, and the rules they have to keep."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one kernel takes. spills: bytes of stack per thread. wide and narrow: loads and stores of global memory of
+    16 bytes per thread or more, and of fewer. matrix: matrix instructions."""
+
+    variant: str
+    kernel: str
+    architecture: str
+    registers: int
+    spills: int
+    shared: int
+    wide_loads: int
+    narrow_loads: int
+    wide_stores: int
+    narrow_stores: int
+    matrix: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.variant} / {self.kernel} / sm_{self.architecture}"
+
+
+def tools() -> Path | None:
+    """The folder of cuobjdump and nvdisasm: a CUDA toolkit's, or that of the Triton package; None without either."""
+    homes = [f"{os.environ[name]}/bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    spec = importlib.util.find_spec("triton")
+    packaged = [str(Path(spec.origin).parent / "backends" / "nvidia" / "bin")] if spec and spec.origin else []
+    found = shutil.which("cuobjdump", path=os.pathsep.join([*homes, os.environ.get("PATH", ""), *packaged]))
+    return Path(found).parent if found else None
+
+
+def run_tool(name: str, *arguments: str | Path) -> str:
+    """The output of one of these tools; they find each other on PATH."""
+    folder = tools()
+    if folder is None:
+        raise FileNotFoundError(f"{name} is neither in a CUDA toolkit nor in an installed Triton")
+    path = os.pathsep.join([str(folder), os.environ.get("PATH", "")])
+    command, environment = [folder / name, *arguments], {**os.environ, "PATH": path}
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
+
+def read_usage(usage: str) -> dict[str, int]:
+    """The figures of one kernel in the words of `cuobjdump --dump-resource-usage`."""
+    registers, stack, local, shared = (
+        int(re.search(rf"\b{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK", "LOCAL", "SHARED")
+    )  # fmt: skip
+    return {"registers": registers, "spills": stack + local, "shared": shared}
+
+
+def read_code(code: str) -> dict[str, int]:
+    """The instructions of one kernel that matter here, counted."""
+    loads, stores = (re.findall(rf"\b{name}\b((?:\.\w+)*)", code) for name in ("LDG", "STG"))
+    # Asynchronous copies to shared memory are loads as well; they name their width in the same way.
+    loads += re.findall(r"\bLDGSTS((?:\.\w+)*)", code)
+    wide_loads, wide_stores = (sum(".128" in a or ".256" in a for a in accesses) for accesses in (loads, stores))
+    return {
+        "wide_loads": wide_loads,
+        "narrow_loads": len(loads) - wide_loads,
+        "wide_stores": wide_stores,
+        "narrow_stores": len(stores) - wide_stores,
+        "matrix": len(re.findall(r"\b\w*MMA\.", code)),
+    }
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the kernels of a backend keep to. Budgets are those of one compiler version and hold for no other."""
+
+    budget: Path
+    compiler: str
+    version: str
+    streaming: tuple[str, ...] = ()
+    """Kernels that move whole tensors, 16 bytes at a time."""
+    banded: tuple[str, ...] = ()
+    """Kernels that multiply on matrix units."""
+
+    def limits(self) -> dict[str, dict[str, int]]:
+        """The committed budget by key; empty for another version of the compiler."""
+        budget = json.loads(self.budget.read_text())
+        return budget["limits"] if budget[self.compiler] == self.version else {}
+
+    def violations(self, results: list[Resources]) -> list[str]:
+        """What breaks a rule or takes more registers or shared memory than the committed budget allows."""
+        limits, found = self.limits(), []
+        for result in results:
+            if result.spills:
+                found.append(f"{result.key}: {result.spills} bytes of stack, expected none")
+            if result.kernel in self.streaming and not (result.wide_loads and result.wide_stores):
+                found.append(f"{result.key}: no 16-byte loads and stores")
+            if result.kernel in self.banded and not result.matrix:
+                found.append(f"{result.key}: no matrix instructions")
+            if limits:
+                allowed = limits.get(result.key)
+                if allowed is None:
+                    found.append(f"{result.key}: not in the budget")
+                else:
+                    found += [
+                        f"{result.key}: {name} {getattr(result, name)}, the budget has {allowed[name]}"
+                        for name in ("registers", "shared")
+                        if getattr(result, name) > allowed[name]
+                    ]
+        return found
+
+    def to_budget(self, results: list[Resources]) -> str:
+        """The text of the budget file that these results just meet."""
+        limits = {result.key: {"registers": result.registers, "shared": result.shared} for result in results}
+        return json.dumps({self.compiler: self.version, "limits": limits}, indent=1) + "\n"
+
+    def to_json(self, results: list[Resources]) -> str:
+        """All figures, as benchmarks/report.py reads them."""
+        content = {"compiler": f"{self.compiler} {self.version}", "kernels": [asdict(result) for result in results]}
+        return json.dumps(content, indent=1) + "\n"

@@ -1,0 +1,53 @@
+"""Launch plans of the cuda backend: pure functions of a problem, defined for every one, on any machine."""
+
+import itertools
+
+import pytest
+
+plan = pytest.importorskip("convkernels._C").cuda_plan
+
+SHAPES = [
+    {
+        "batch": 2, "time": time, "channels": heads * head_channels, "heads": heads, "taps": taps, "dilation": dilation,
+        "dtype": dtype, "per_position": per_position, "renormalize": packed, "gate": per_position, "packed": packed,
+        "state": packed != per_position, "channel_vectors": vectors == "channels", "time_vectors": vectors == "time",
+    }
+    for time, (heads, head_channels), taps, dilation, dtype, (per_position, packed), vectors in itertools.product(
+        (1, 33, 4096),
+        ((1, 1), (768, 1), (12, 64), (3, 333)),
+        (1, 2, 17, 18, 66, 255),
+        (1, 3),
+        ("bfloat16", "float16", "float32", "float64"),
+        ((False, False), (True, False), (False, True)),
+        ("channels", "time", "none"),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_every_shape_gets_a_plan(backward):
+    for shape in SHAPES:
+        chosen = plan(backward, **shape)
+        assert chosen == plan(backward, **shape)
+        assert chosen["family"] in {"plain", "stream", "time", "band", "rows"}, shape
+        # No more pieces of work than positions: an empty piece would be work for nothing.
+        assert 1 <= chosen["groups"] <= shape["batch"] * shape["time"], (shape, chosen)
+
+
+def test_any_problem_that_is_hard_to_read_or_exact_is_plain():
+    for shape in SHAPES:
+        if shape["dtype"] == "float64" or not (shape["channel_vectors"] or shape["time_vectors"]):
+            assert plan(False, **shape)["family"] == plan(True, **shape)["family"] == "plain", shape
+
+
+def test_sums_are_cut_to_fill_a_device_and_no_finer():
+    small = plan(True, batch=1, time=64, channels=32, heads=1, taps=3)
+    large = plan(True, batch=8, time=4096, channels=32, heads=1, taps=3)
+    assert small["groups"] == 1 and large["groups"] > 64
+
+
+def test_unknown_facts_are_refused():
+    with pytest.raises(TypeError, match="not a field"):
+        plan(False, lenght=3)
+    with pytest.raises(ValueError, match="argument 'dtype': expected float64, .*, got 'int8'"):
+        plan(False, dtype="int8")
