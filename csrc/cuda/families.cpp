@@ -58,8 +58,10 @@ const char* with_family(const Plan& plan, Dtype dtype, const Run& run) {
         case Family::kPlain: break;
         case Family::kStream: return run(Streaming<T>{});
         case Family::kTime: return run(Timewise<T>{});
+        case Family::kBand:
+          if constexpr (sizeof(T) == 2) return run(Band<T>{});
+          return "the band kernels are for 16-bit types";
         case Family::kRows: return run(PerRow<T>{});
-        case Family::kBand: return "no such family of kernels";
       }
     }
     return run(Plain<T>{});

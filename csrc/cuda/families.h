@@ -33,6 +33,13 @@ struct PerRow {
   static const char* backward(const Backward& p, const Plan& plan, Stream stream);
 };
 
+// bfloat16 and float16.
+template <class T>
+struct Band {
+  static const char* forward(const Forward& p, const Plan& plan, Stream stream);
+  static const char* backward(const Backward& p, const Plan& plan, Stream stream);
+};
+
 // The sums that end every backward pass; C is the accumulation type.
 template <class C>
 struct Reduce {

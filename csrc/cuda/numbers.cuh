@@ -6,6 +6,7 @@
 #include "primitives.cuh"
 
 #if defined(__CUDACC__)
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #else
 #include <bit>
@@ -49,6 +50,22 @@ CK_DEVICE f16 narrow<f16>(float value) {
   return {__half_as_ushort(__float2half_rn(value))};
 #else
   return {std::bit_cast<uint16_t>(static_cast<_Float16>(value))};
+#endif
+}
+
+// Two numbers of a 16-bit type in one word, the first in its low half. One instruction where there is one.
+template <class T>
+CK_DEVICE uint32_t narrow_pair(float low, float high) {
+#if defined(__CUDACC__)
+  if constexpr (std::is_same_v<T, bf16>) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return uint32_t{__bfloat16_as_ushort(pair.x)} | uint32_t{__bfloat16_as_ushort(pair.y)} << 16;
+  } else {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return uint32_t{__half_as_ushort(pair.x)} | uint32_t{__half_as_ushort(pair.y)} << 16;
+  }
+#else
+  return uint32_t{narrow<T>(low).bits} | uint32_t{narrow<T>(high).bits} << 16;
 #endif
 }
 
