@@ -43,7 +43,7 @@ def test_any_problem_that_is_hard_to_read_or_exact_is_plain():
 def test_sums_are_cut_to_fill_a_device_and_no_finer():
     small = plan(True, batch=1, time=64, channels=32, heads=1, taps=3)
     large = plan(True, batch=8, time=4096, channels=32, heads=1, taps=3)
-    assert small["groups"] == 1 and large["groups"] > 64
+    assert small["groups"] <= 2 and large["groups"] > 64
 
 
 def test_unknown_facts_are_refused():

@@ -58,11 +58,13 @@ inline int64_t groups_of(const Facts& f, int64_t rows, int64_t columns) {
 }
 
 // Pieces of work that is `units` long, in each of `columns` columns, for a device that runs `slots` blocks at a time:
-// as many as make the last block end soonest, if a block costs as much as `overhead` units besides its own.
-inline int64_t best_groups(int64_t units, int64_t columns, int64_t slots, int64_t overhead) {
+// as many as make the last block end soonest, if a block costs as much as `overhead` units besides its own, and no more
+// than an owner has positions (phases without any are units as well).
+inline int64_t best_groups(const Facts& f, int64_t units, int64_t columns, int64_t slots, int64_t overhead) {
   int64_t best = 1, least_time = INT64_MAX;
+  const int64_t possible = at_least_one(units < f.owner_rows() ? units : f.owner_rows());
   for (int64_t waves = 1; waves <= 8; ++waves) {
-    const int64_t fit = at_least_one(waves * slots / columns), groups = fit < units ? fit : at_least_one(units);
+    const int64_t fit = at_least_one(waves * slots / columns), groups = fit < possible ? fit : possible;
     const int64_t time = (columns * groups + slots - 1) / slots * ((units + groups - 1) / groups + overhead);
     if (time < least_time) {
       least_time = time;
@@ -144,7 +146,8 @@ constexpr int64_t kForwardBlocks = 3, kBackwardBlocks = 2;
 inline Plan walk_plan(Family family, const Facts& f, int64_t bytes, int64_t blocks) {
   const int64_t columns = (f.channels + kLaneRow - 1) / kLaneRow * f.owners();
   // A block fills its window, makes its filters and adds up its sums besides.
-  return {family, best_groups(stream_chunks(f), columns, slots_of(f, bytes, blocks), stream_window(f.taps) + 1), bytes};
+  return {family, best_groups(f, stream_chunks(f), columns, slots_of(f, bytes, blocks), stream_window(f.taps) + 1),
+          bytes};
 }
 
 // ---- rows: blocks as of the stream kernels, which hold whole heads
@@ -242,7 +245,7 @@ inline Plan band_plan(const Facts& f, bool backward) {
   const int64_t columns = f.heads * band_pieces(R, input.parts) * f.owners(), reach = f.dilation * kBandRows;
   const int64_t chunks = f.batch / f.owners() * f.dilation * ((f.time + reach - 1) / reach);
   // Filters and sums take static memory besides. A block waits for its first rows, and reads a halo.
-  return {Family::kBand, best_groups(chunks, columns, slots_of(f, bytes + kBandStatic, backward ? 3 : 4), 2), bytes};
+  return {Family::kBand, best_groups(f, chunks, columns, slots_of(f, bytes + kBandStatic, backward ? 3 : 4), 2), bytes};
 }
 
 // ---- time: a warp per piece of a few channel rows
