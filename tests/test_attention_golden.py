@@ -51,7 +51,7 @@ def padding(case):
     return None if mask is None else mask.bool()
 
 
-# -- Chang et al. 2021, all variants ------------------------------------------------------------------------------------
+# -- Chang et al. 2021, all variants ----------------------------------------------------------------------------------
 
 
 def authors_options(options):
@@ -127,8 +127,8 @@ def attend_to_padding(module, x, mask):
 
 
 def span_ties(module, x, mask):
-    """The authors' ConvBERT heads for outputs whose whole window is padding: kernel - 10000 inside the window, -10000 for
-    every key beyond it that is real, -20000 for the others."""
+    """The authors' ConvBERT heads for outputs whose whole window is padding: kernel - 10000 inside the window, -10000
+    for every key beyond it that is real, -20000 for the others."""
     x = torch.where(mask[..., None], x, 0.0)
     span, (_, T, C), H = module.span, x.shape, module.heads // 2
     kernels = span.kernel(module.query(x) * span.pointwise(span.depthwise(x))).unflatten(2, (H, -1))
@@ -170,7 +170,7 @@ def test_the_authors_variants_are_complete():
     assert len({case.op for case in golden.cases("bertconv_attention")}) == 28
 
 
-# -- Hugging Face ---------------------------------------------------------------------------------------------------------
+# -- Hugging Face -----------------------------------------------------------------------------------------------------
 
 
 def split(x, heads):

@@ -19,19 +19,19 @@ def _expect(name: str, argument: str, good: bool, expected: str, got) -> None:
 
 
 class SpanDynamicConv(nn.Module):
-    """Span-based dynamic convolution: the kernel at a position is predicted from the query there and a window around it.
+    """Span-based dynamic convolution: the kernel of a position is predicted from the query and a window around it.
 
         kernels[b,t] = kernel(query[b,t] * pointwise(depthwise(x))[b,t]),    [heads, K]
 
     ``predicted_at`` says whose kernel weighs input j of output i:
 
-    * "output" (Jiang et al. 2020, ConvBERT): kernels[b,i], softmax over the K taps; taps outside the sequence read zeros.
-      The values are a linear map ``value`` of x.
+    * "output" (Jiang et al. 2020, ConvBERT): kernels[b,i], softmax over the K taps; taps outside the sequence read
+      zeros. The values are a linear map ``value`` of x.
     * "key" (the comparison in Chang et al. 2021): kernels[b,j], softmax over the taps of output i that lie inside the
       sequence and are not masked. There is no ``value``; the values come from outside, and ``depthwise`` has a bias.
 
-    Parameters: ``depthwise`` [C,1,K], ``pointwise`` C -> inner, ``kernel`` inner -> heads*K, ``value`` C -> inner. They are
-    ``key_conv_attn_layer.depthwise``, ``key_conv_attn_layer.pointwise`` (whose bias stands beside it),
+    Parameters: ``depthwise`` [C,1,K], ``pointwise`` C -> inner, ``kernel`` inner -> heads*K, ``value`` C -> inner. They
+    are ``key_conv_attn_layer.depthwise``, ``key_conv_attn_layer.pointwise`` (whose bias stands beside it),
     ``conv_kernel_layer`` and ``conv_out_layer`` of ConvBERT's checkpoints, and ``convbert_key_depthwise``,
     ``convbert_key_pointwise`` and ``lightweight_kernel`` of the others. Linear weights start N(0, 0.02), biases 0.
     """
@@ -72,8 +72,8 @@ class SpanDynamicConv(nn.Module):
     def forward(self, x: Tensor, query: Tensor, value: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """x [B,T,C], query [B,T,inner] -> [B,T,inner].
 
-        value: [B,T,inner], for "key", and to replace the linear map of x. mask: bool [B,T], False for padding, which then
-        reads as zeros; ConvBERT itself does not mask its convolutions.
+        value: [B,T,inner], for "key", and to replace the linear map of x. mask: bool [B,T], False for padding, which
+        then reads as zeros; ConvBERT itself does not mask its convolutions.
         """
         if value is None:
             _expect(type(self).__name__, "value", self.value is not None, "[B,T,inner], because of 'key'", None)
@@ -86,7 +86,8 @@ class SpanDynamicConv(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, {self.inner}, heads={self.heads}, kernel_size={self.kernel_size}, predicted_at={self.predicted_at!r}"  # noqa: E501
+        sizes = f"{self.channels}, {self.inner}, heads={self.heads}, kernel_size={self.kernel_size}"
+        return f"{sizes}, predicted_at={self.predicted_at!r}"
 
 
 def _seen_from_outputs(kernels: Tensor, mask: Tensor | None) -> Tensor:
@@ -107,9 +108,9 @@ class CompositeAttention(nn.Module):
 
     channels, heads: C and H, heads of C/H channels.
     window: (left, right), or k for (k, k); tables and ``value_conv`` have W = left + right + 1 columns.
-    qk: the product of queries and keys. bias: a bias per head and offset (equation 4). query_rel, key_rel: a
-        kernel predicted by the query, by the key (equation 5; both for equation 6). Without ``qk`` and ``query_rel`` there
-        is no query projection, without ``qk`` and ``key_rel`` no key projection.
+    qk: the product of queries and keys. bias: a bias per head and offset (equation 4; with query_rel equation 6).
+        query_rel, key_rel: a kernel predicted by the query (equation 5), by the key. Without ``qk`` and ``query_rel``
+        there is no query projection, without ``qk`` and ``key_rel`` no key projection.
     value_conv: the depthwise term of equation 7, with a scale per head that is trained only with
         ``value_conv_scale=True``.
     query_key, value: how q and k, and v, are computed. "linear": a linear map. "conv": a convolution and, if depthwise
@@ -120,12 +121,12 @@ class CompositeAttention(nn.Module):
     span: None, "output" or "key": the second half of the heads is a ``SpanDynamicConv`` of ``span_kernel_size`` taps.
     outside, causal, dropout (of the attention weights, in training mode): as in ``composite_attention``.
 
-    If ``query_key``, ``value`` or ``span="key"`` involves a convolution, padded positions of the input are set to 0
+    If ``query_key`` or ``value`` has a convolution, and with ``span="key"``, padded positions of the input are set to 0
     before all projections, as the authors do.
 
     Parameters as in the authors' checkpoints: ``query``, ``key``, ``value`` (N(0, 0.02), bias 0); ``convfixed_param``
-    [1,H,1,W] (zeros), ``convq_param`` and ``convk_param`` [C/H,W] (uniform within 1/sqrt(W)), ``convolution`` [C,1,W] with
-    bias, ``convolution_scalar`` [1,H,1,1] (ones); ``*_conv``, ``*_pointwise`` and ``*_linear`` of convolutional
+    [1,H,1,W] (zeros), ``convq_param`` and ``convk_param`` [C/H,W] (uniform within 1/sqrt(W)), ``convolution`` [C,1,W]
+    with bias, ``convolution_scalar`` [1,H,1,1] (ones); ``*_conv``, ``*_pointwise`` and ``*_linear`` of convolutional
     projections; ``span`` is this package's own.
     """
 
@@ -161,13 +162,12 @@ class CompositeAttention(nn.Module):
         halves = span is not None or "mixed" in (query_key, value)
         divides = heads > 0 and channels % heads == 0 and not (halves and heads % 2)
         _expect(name, "heads", divides, f"{'an even ' if halves else 'a '}divisor of {channels}", heads)
-        _expect(
-            name, "query_key", query_key in (*PROJECTIONS, "identity"), f"one of {PROJECTIONS} or 'identity'", query_key
-        )
+        kinds = (*PROJECTIONS, "identity")
+        _expect(name, "query_key", query_key in kinds, f"one of {kinds}", query_key)
         _expect(name, "value", value in PROJECTIONS, f"one of {PROJECTIONS}", value)
         _expect(name, "span", span in (None, "output", "key"), "None, 'output' or 'key'", span)
         plain = query_key == value == "linear" and qk and not (bias or query_rel or key_rel or value_conv or causal)
-        _expect(name, "span", span is None or plain, "None, because span goes with plain dot-product heads only", span)
+        _expect(name, "span", span is None or plain, "None, because only plain heads go beside it", span)
         self.channels, self.heads, self.head_size = channels, heads, channels // heads
         self.window = (window, window) if isinstance(window, int) else tuple(window)
         self.qk, self.query_key, self.value_kind, self.activation = qk, query_key, value, activation
@@ -249,8 +249,8 @@ class CompositeAttention(nn.Module):
         return torch.cat([z, getattr(self, f"{name}_linear")(x)], 2) if kind == "mixed" else z
 
     def forward(self, x: Tensor, mask: Tensor | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
-        """x [B,T,C] -> [B,T,C], the heads side by side. mask: bool [B,T], False for padding. cu_seqlens: x is [1,T,C] and
-        holds several sequences."""
+        """x [B,T,C] -> [B,T,C], the heads side by side. mask: bool [B,T], False for padding. cu_seqlens: x is [1,T,C]
+        and holds several sequences."""
         if self.zeroes_padding and mask is not None:
             x = torch.where(mask[..., None], x, 0.0)
         q, k = (self._project(name, self.query_key, x, cu_seqlens) for name in ("query", "key"))
