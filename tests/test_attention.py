@@ -320,6 +320,10 @@ def test_queries_that_see_nothing(backend):
     found = torch.autograd.grad(y.sum(), list(inputs.values()))
     assert all(value.isfinite().all() for value in found)
     assert not any(value[1].any() for value in found[:3])
+    _, lse = ck.composite_attention(**inputs, window=(1, 2), key_mask=mask, backend=backend, return_lse=True)
+    found = torch.autograd.grad(lse, list(inputs.values()), torch.where(lse.isfinite(), 1.0, float("nan")).double(),
+                                allow_unused=True)  # fmt: skip
+    assert all(value is None or value.isfinite().all() for value in found)
     taps, bias = leaf("value_conv").detach(), leaf("value_conv_bias").detach()
     y = ck.composite_attention(
         **inputs, value_conv=taps, value_conv_bias=bias, window=(1, 2), key_mask=mask, backend=backend
@@ -408,7 +412,9 @@ def sample(number, requires_grad):
     return problem, t
 
 
-@pytest.mark.parametrize("number", range(7001, 7008))
+@pytest.mark.parametrize(
+    "number", [*range(7001, 7007), pytest.param(OPCHECK_OF_DOUBLE_BACKWARD, marks=pytest.mark.slow)]
+)
 def test_opcheck(number, ops):
     """Schema, fakes, autograd registration and dispatch with dynamic shapes; tracing the double backward takes long."""
     requires_grad = number % 4 == 3

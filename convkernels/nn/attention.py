@@ -118,7 +118,8 @@ class CompositeAttention(nn.Module):
         "linear". query_key="identity": q and k are the input itself.
     conv_kernel_size: taps of these convolutions, by default W. query_key_groups, value_groups: None for a depthwise
         separable convolution, a number for an ordinary grouped one. activation: GELU between the two parts.
-    span: None, "output" or "key": the second half of the heads is a ``SpanDynamicConv`` of ``span_kernel_size`` taps.
+    span: None, "output" or "key": the second half of the heads is a ``SpanDynamicConv`` of ``span_kernel_size`` taps
+        (ConvBERT with a head ratio of 2). "output" does not see the mask, as in ConvBERT.
     outside, causal, dropout (of the attention weights, in training mode): as in ``composite_attention``.
 
     If ``query_key`` or ``value`` has a convolution, and with ``span="key"``, padded positions of the input are set to 0

@@ -272,7 +272,7 @@ def attention_grad(
     g = grad.to(dtype)
     pair = relation(T, S, left, right, outside, causal, cu_seqlens_q, cu_seqlens_k, q.device)
     s = _scores(q, k, pair, W, qk, scale, rel_scale, bias, query_rel, rel_query, key_rel)
-    p, _ = _softmax(s, _visible(pair, key_mask))
+    p, found_lse = _softmax(s, _visible(pair, key_mask))
     multiplier = _dropout(seed, dropout, p) if dropout > 0 else None
     grad_v = torch.einsum("bhts,bthd->bshd", p if multiplier is None else p * multiplier, g)
 
@@ -282,7 +282,8 @@ def attention_grad(
             grad_p = grad_p * multiplier
         delta = (grad_p * p).sum(3, keepdim=True)
         if grad_lse is not None:
-            delta = delta - grad_lse.to(dtype)[..., None]
+            # Whoever merges results of several calls gets NaN for a row of -inf: it passes nothing on.
+            delta = delta - torch.where(found_lse == float("-inf"), 0.0, grad_lse.to(dtype))[..., None]
         grad_s = p * (grad_p - delta)
         grad_q = torch.einsum("bhts,bshd->bthd", grad_s, k) * scale if qk else torch.zeros_like(q)
         grad_k = torch.einsum("bhts,bthd->bshd", grad_s, q) * scale if qk else torch.zeros_like(k)
