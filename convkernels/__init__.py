@@ -1,6 +1,7 @@
 """Fused convolution kernels for sequence models.
 
-Functions: ``depthwise_conv1d``, ``lightweight_conv1d``, ``dynamic_conv1d`` and their ``*_step`` forms for decoding.
+Functions: ``depthwise_conv1d``, ``lightweight_conv1d``, ``dynamic_conv1d`` and their ``*_step`` forms for decoding;
+``composite_attention`` and, for its tables, ``t5_relative_bias``.
 Modules: ``convkernels.nn``. ``why_not(backend, ...)`` lists the reasons a backend cannot be used here (empty: it can);
 ``convkernels.backends`` holds the table of backends. Importing this package loads neither Triton nor transformers.
 """
@@ -9,6 +10,8 @@ from . import backends
 from ._version import __version__
 from .backends import native
 from .ops._select import why_not
+from .ops.attention.api import composite_attention
+from .ops.attention.t5 import t5_relative_bias
 from .ops.tap_conv.api import (
     depthwise_conv1d,
     depthwise_conv1d_step,
@@ -25,11 +28,13 @@ native.load()
 __all__ = [
     "__version__",
     "backends",
+    "composite_attention",
     "depthwise_conv1d",
     "depthwise_conv1d_step",
     "dynamic_conv1d",
     "dynamic_conv1d_step",
     "lightweight_conv1d",
     "lightweight_conv1d_step",
+    "t5_relative_bias",
     "why_not",
 ]

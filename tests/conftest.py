@@ -98,10 +98,11 @@ def simulated(name):
 
 @pytest.fixture(params=list(convkernels.backends.BACKENDS))
 def backend(request):
-    """Name of a backend that runs here; the default device is one that it runs on."""
+    """Name of a backend that runs here; the default device is one that it runs on. A module whose tests need another
+    operator than the convolution names it: OP = "attention_grad"."""
     name = request.param
     device = device_of(name)
-    reasons = convkernels.why_not(name, device=device)
+    reasons = convkernels.why_not(name, op=getattr(request.module, "OP", "tap_conv"), device=device)
     if reasons:
         pytest.skip("; ".join(reasons))
     if device == "cpu":

@@ -161,6 +161,20 @@ def test_every_backend_has_every_op_with_one_schema(op, name):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(overload._schema.name + f".{name}", key)
 
 
+@pytest.mark.parametrize("name", list(backends.BACKENDS))
+@pytest.mark.parametrize("op", ["attention", "attention_grad"])
+def test_every_backend_may_implement_attention(op, name):
+    """The schemas are there, under both names; whether a kernel is, why_not tells."""
+    overloads = [getattr(getattr(torch.ops.convkernels, full), name) for full in (op, f"_{op}")]
+    reference = str(getattr(torch.ops.convkernels, op).reference._schema)
+    texts = {str(overload._schema) for overload in overloads} | {reference}
+    assert len({text[text.index("(") :] for text in texts}) == 1
+    if not ck.why_not(name, op=op):
+        key = "CPU" if name == "cpu" else backends.BACKENDS[name].dispatch_key
+        for overload in overloads:
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{overload._schema.name}.{name}", key)
+
+
 def test_public_names():
     assert set(ck.__all__) <= set(dir(ck))
     for name in ck.__all__:

@@ -74,6 +74,55 @@ def test_auto_steps_down_once_with_the_reason(no_fast_backend):
     assert torch.equal(y, ck.lightweight_conv1d(X, W, backend="reference"))
 
 
+@pytest.fixture
+def lagging(monkeypatch):
+    """A backend that has the convolutions and not yet attention."""
+    without = {"attention", "attention_grad"}
+    monkeypatch.setattr(_select, "_implements", lambda name, op: name == "reference" or op not in without)
+    monkeypatch.setattr(_select, "_load", lambda name: None)
+    _select.reset()
+
+
+Q = torch.randn(1, 5, 2, 4)
+MISSING = "backend 'cpu' does not implement attention yet"
+
+
+def test_an_operator_that_a_backend_does_not_have(lagging):
+    assert ck.why_not("cpu", op="attention") == [MISSING] and ck.why_not("cpu", op="tap_conv") == []
+    assert ck.why_not("reference", op="attention_grad") == []
+    with pytest.raises(RuntimeError, match=f"^composite_attention: {MISSING}"):
+        ck.composite_attention(Q, Q, Q, backend="cpu")
+    ck.composite_attention(Q, Q, Q, backend="reference")
+
+
+def test_auto_steps_down_for_one_operator_alone(lagging):
+    with pytest.warns(RuntimeWarning, match=f"composite_attention .*{MISSING}.*slow reference") as caught:
+        ck.composite_attention(Q, Q, Q)
+        ck.composite_attention(Q, Q, Q)
+    assert len(caught) == 1
+    assert _select.choose("auto", "lightweight_conv1d", "cpu", torch.float32) == "cpu"
+
+
+def test_strict_holds_for_one_operator(lagging, monkeypatch):
+    monkeypatch.setenv("CONVKERNELS_STRICT", "1")
+    with pytest.raises(RuntimeError, match="CONVKERNELS_STRICT=1 forbids"):
+        ck.composite_attention(Q, Q, Q)
+
+
+def test_a_backend_may_have_only_the_forward_pass(lagging, monkeypatch):
+    monkeypatch.setattr(_select, "_implements", lambda name, op: name == "reference" or op != "attention_grad")
+    _select.reset()
+    assert ck.why_not("cpu", op="attention") == []
+    with pytest.raises(RuntimeError, match="backend 'cpu' does not implement attention_grad yet"):
+        ck.composite_attention(Q.clone().requires_grad_(), Q, Q, backend="cpu")
+
+
+def test_what_is_implemented_is_read_from_the_registrations():
+    for name in ck.backends.BACKENDS:
+        assert _select._implements(name, "lightweight_conv1d"), "not the name of an operator"
+    assert _select._implements("reference", "attention") and _select._implements("reference", "tap_step")
+
+
 def test_asking_for_the_reference_does_not_warn(no_fast_backend, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,5 +1,14 @@
 """Modules over the public functions; inputs are [B,T,C]."""
 
+from .attention import CompositeAttention, SpanDynamicConv
 from .conv import DepthwiseConv1d, DynamicConv1d, GatedConv, LightweightConv1d, SeparableConv1d
 
-__all__ = ["DepthwiseConv1d", "DynamicConv1d", "GatedConv", "LightweightConv1d", "SeparableConv1d"]
+__all__ = [
+    "CompositeAttention",
+    "DepthwiseConv1d",
+    "DynamicConv1d",
+    "GatedConv",
+    "LightweightConv1d",
+    "SeparableConv1d",
+    "SpanDynamicConv",
+]

@@ -50,6 +50,15 @@ def _load(name: str) -> str | None:
     return reason
 
 
+def _implements(backend: str, op: str) -> bool:
+    """Whether a loaded backend has a kernel for an operator; True for what is not the name of one."""
+    if op not in _spec.OPERATORS:
+        return True
+    entry = backends.BACKENDS[backend]
+    key = entry.dispatch_key or {"cpu": "CPU", "cuda": "CUDA"}[entry.devices[0]]
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{_spec.NAMESPACE}::_{op}.{backend}", key)
+
+
 def why_not(
     backend: str,
     *,
@@ -60,6 +69,8 @@ def why_not(
 ) -> list[str]:
     """Reasons why ``backend`` cannot run ``op`` on ``device`` with inputs of ``dtype``; an empty list: it can.
 
+    op: the name of an operator ("tap_conv", "attention", ...), which a backend may not have yet, or of a public
+    function.
     Further keyword arguments are facts about the call (for example ``K=31``) for backends with limits of their own.
     ValueError for a backend that does not exist.
     """
@@ -77,6 +88,8 @@ def why_not(
     missing = _load(backend)
     if missing is not None:
         reasons.append(f"backend '{backend}': {missing}")
+    elif not _implements(backend, op):
+        reasons.append(f"backend '{backend}' does not implement {op} yet")
     elif entry.module is not None:
         limits = getattr(importlib.import_module(entry.module), "why_not", None)
         if limits is not None:
@@ -96,18 +109,21 @@ def first_fast(op: str, device_type: str, dtype: torch.dtype) -> tuple[str | Non
 
 
 @cache
-def choose(backend: str, op: str, device_type: str, dtype: torch.dtype) -> str:
-    """The name of the backend that runs the call. ValueError for an unknown name, RuntimeError for an unusable one."""
+def choose(backend: str, op: str, device_type: str, dtype: torch.dtype, operator: str | None = None) -> str:
+    """The name of the backend that runs the call. ValueError for an unknown name, RuntimeError for an unusable one.
+
+    op: the function called, as messages name it.  operator: the operator behind it, where not every backend has it.
+    """
     if backend == AUTO:
         backend = os.environ.get("CONVKERNELS_BACKEND") or AUTO
     if backend != AUTO:
         if backend not in backends.BACKENDS:
             raise ValueError(f"{op}: argument 'backend': expected one of {_known()}, got {backend!r}")
-        reasons = why_not(backend, op=op, device=device_type, dtype=dtype)
+        reasons = why_not(backend, op=operator or op, device=device_type, dtype=dtype)
         if reasons:
             raise RuntimeError(f"{op}: {'; '.join(reasons)}")
         return backend
-    name, passed_over = first_fast(op, device_type, dtype)
+    name, passed_over = first_fast(operator or op, device_type, dtype)
     if name is not None:
         return name
     message = f"{op} on {device_type} in {dtype}: no fast backend is usable ({'; '.join(passed_over)})"

@@ -16,6 +16,8 @@ from ..backends import BACKENDS
 from . import _late
 
 NAMESPACE = "convkernels"
+OPERATORS: set[str] = set()
+"""Names of all operators registered."""
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
@@ -58,6 +60,7 @@ def implement(name: str, backend: str, kernel: Callable) -> None:
 
 def register(spec: OpSpec) -> None:
     """Define the operator for every backend in the table."""
+    OPERATORS.add(spec.name)
     for backend in BACKENDS:
         for full in (spec.name, f"_{spec.name}"):
             _LIBRARY.define(f"{full}.{backend}{spec.schema}")

@@ -1,0 +1,314 @@
+"""Attention modules. Parameter names, shapes and initial values follow the checkpoints of Chang et al. 2021."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.attention.api import composite_attention
+from ..ops.tap_conv import api
+from .conv import DepthwiseConv1d
+
+PROJECTIONS = ("linear", "conv", "mixed")
+
+
+def _expect(name: str, argument: str, good: bool, expected: str, got) -> None:
+    if not good:
+        raise ValueError(f"{name}: argument '{argument}': expected {expected}, got {got!r}")
+
+
+class SpanDynamicConv(nn.Module):
+    """Span-based dynamic convolution: the kernel of a position is predicted from the query and a window around it.
+
+        kernels[b,t] = kernel(query[b,t] * pointwise(depthwise(x))[b,t]),    [heads, K]
+
+    ``predicted_at`` says whose kernel weighs input j of output i:
+
+    * "output" (Jiang et al. 2020, ConvBERT): kernels[b,i], softmax over the K taps; taps outside the sequence read
+      zeros. The values are a linear map ``value`` of x.
+    * "key" (the comparison in Chang et al. 2021): kernels[b,j], softmax over the taps of output i that lie inside the
+      sequence and are not masked. There is no ``value``; the values come from outside, and ``depthwise`` has a bias.
+
+    Parameters: ``depthwise`` [C,1,K], ``pointwise`` C -> inner, ``kernel`` inner -> heads*K, ``value`` C -> inner. They
+    are ``key_conv_attn_layer.depthwise``, ``key_conv_attn_layer.pointwise`` (whose bias stands beside it),
+    ``conv_kernel_layer`` and ``conv_out_layer`` of ConvBERT's checkpoints, and ``convbert_key_depthwise``,
+    ``convbert_key_pointwise`` and ``lightweight_kernel`` of the others. Linear weights start N(0, 0.02), biases 0.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        inner: int,
+        heads: int,
+        kernel_size: int = 9,
+        *,
+        predicted_at: str = "output",
+        backend: str = "auto",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        name = type(self).__name__
+        _expect(name, "heads", heads > 0 and inner % heads == 0, f"a divisor of {inner}", heads)
+        _expect(name, "kernel_size", kernel_size > 0 and kernel_size % 2 == 1, "an odd number", kernel_size)
+        _expect(name, "predicted_at", predicted_at in ("output", "key"), "'output' or 'key'", predicted_at)
+        self.channels, self.inner, self.heads, self.kernel_size = channels, inner, heads, kernel_size
+        self.predicted_at, self.backend = predicted_at, backend
+        at_key = predicted_at == "key"
+        options = dict(device=device, dtype=dtype)
+        self.depthwise = DepthwiseConv1d(channels, kernel_size, bias=at_key, backend=backend, **options)
+        self.pointwise = nn.Linear(channels, inner, **options)
+        self.kernel = nn.Linear(inner, heads * kernel_size, **options)
+        self.value = None if at_key else nn.Linear(channels, inner, **options)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new initial values."""
+        self.depthwise.reset_parameters()
+        for linear in (self.pointwise, self.kernel, self.value):
+            _reset_linear(linear)
+
+    def forward(self, x: Tensor, query: Tensor, value: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """x [B,T,C], query [B,T,inner] -> [B,T,inner].
+
+        value: [B,T,inner], for "key", and to replace the linear map of x. mask: bool [B,T], False for padding, which
+        then reads as zeros; ConvBERT itself does not mask its convolutions.
+        """
+        if value is None:
+            _expect(type(self).__name__, "value", self.value is not None, "[B,T,inner], because of 'key'", None)
+            value = self.value(x)
+        kernels = self.kernel(query * self.pointwise(self.depthwise(x, mask))).unflatten(2, (self.heads, -1))
+        if self.predicted_at == "key":
+            kernels = _seen_from_outputs(kernels, mask)
+        return api.dynamic_conv1d(
+            value, kernels, mask=mask, softmax=self.predicted_at == "output", padding="same", backend=self.backend
+        )
+
+    def extra_repr(self) -> str:
+        sizes = f"{self.channels}, {self.inner}, heads={self.heads}, kernel_size={self.kernel_size}"
+        return f"{sizes}, predicted_at={self.predicted_at!r}"
+
+
+def _seen_from_outputs(kernels: Tensor, mask: Tensor | None) -> Tensor:
+    """Weights of the taps of every output, from what the keys predicted: w[b,i,h,c] is softmaxed kernels[b,j,h,c] with
+    j = i + c - K//2, over the c whose j exists and is not masked."""
+    (B, T, _, K), reach = kernels.shape, kernels.shape[3] // 2
+    real = kernels.new_ones(B, T, dtype=torch.bool) if mask is None else mask
+    padded, real = F.pad(kernels, (0, 0, 0, 0, reach, reach)), F.pad(real, (reach, reach))
+    logits = torch.stack([padded[:, c : c + T, :, c] for c in range(K)], -1)
+    real = torch.stack([real[:, c : c + T] for c in range(K)], -1)[:, :, None]
+    some = real.any(-1, keepdim=True)
+    logits = torch.where(real, logits, torch.where(some, float("-inf"), 0.0).to(logits.dtype))
+    return torch.where(some, torch.softmax(logits, -1), 0.0)
+
+
+class CompositeAttention(nn.Module):
+    """Self-attention whose scores and values have convolutional terms (Chang et al. 2021), without output projection.
+
+    channels, heads: C and H, heads of C/H channels.
+    window: (left, right), or k for (k, k); tables and ``value_conv`` have W = left + right + 1 columns.
+    qk: the product of queries and keys. bias: a bias per head and offset (equation 4; with query_rel equation 6).
+        query_rel, key_rel: a kernel predicted by the query (equation 5), by the key. Without ``qk`` and ``query_rel``
+        there is no query projection, without ``qk`` and ``key_rel`` no key projection.
+    value_conv: the depthwise term of equation 7, with a scale per head that is trained only with
+        ``value_conv_scale=True``.
+    query_key, value: how q and k, and v, are computed. "linear": a linear map. "conv": a convolution and, if depthwise
+        (``groups`` None), a linear map over channels. "mixed": the first half of the heads by "conv", the second by
+        "linear". query_key="identity": q and k are the input itself.
+    conv_kernel_size: taps of these convolutions, by default W. query_key_groups, value_groups: None for a depthwise
+        separable convolution, a number for an ordinary grouped one. activation: GELU between the two parts.
+    span: None, "output" or "key": the second half of the heads is a ``SpanDynamicConv`` of ``span_kernel_size`` taps
+        (ConvBERT with a head ratio of 2). "output" does not see the mask, as in ConvBERT.
+    outside, causal, dropout (of the attention weights, in training mode): as in ``composite_attention``.
+
+    If ``query_key`` or ``value`` has a convolution, and with ``span="key"``, padded positions of the input are set to 0
+    before all projections, as the authors do.
+
+    Parameters as in the authors' checkpoints: ``query``, ``key``, ``value`` (N(0, 0.02), bias 0); ``convfixed_param``
+    [1,H,1,W] (zeros), ``convq_param`` and ``convk_param`` [C/H,W] (uniform within 1/sqrt(W)), ``convolution`` [C,1,W]
+    with bias, ``convolution_scalar`` [1,H,1,1] (ones); ``*_conv``, ``*_pointwise`` and ``*_linear`` of convolutional
+    projections; ``span`` is this package's own.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        window: int | tuple[int, int] = 8,
+        *,
+        qk: bool = True,
+        bias: bool = False,
+        query_rel: bool = False,
+        key_rel: bool = False,
+        value_conv: bool = False,
+        value_conv_scale: bool = False,
+        query_key: str = "linear",
+        value: str = "linear",
+        conv_kernel_size: int | None = None,
+        query_key_groups: int | None = None,
+        value_groups: int | None = None,
+        activation: bool = False,
+        span: str | None = None,
+        span_kernel_size: int = 9,
+        outside: str = "clip",
+        causal: bool = False,
+        dropout: float = 0.0,
+        backend: str = "auto",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        name = type(self).__name__
+        halves = span is not None or "mixed" in (query_key, value)
+        divides = heads > 0 and channels % heads == 0 and not (halves and heads % 2)
+        _expect(name, "heads", divides, f"{'an even ' if halves else 'a '}divisor of {channels}", heads)
+        kinds = (*PROJECTIONS, "identity")
+        _expect(name, "query_key", query_key in kinds, f"one of {kinds}", query_key)
+        _expect(name, "value", value in PROJECTIONS, f"one of {PROJECTIONS}", value)
+        _expect(name, "span", span in (None, "output", "key"), "None, 'output' or 'key'", span)
+        plain = query_key == value == "linear" and qk and not (bias or query_rel or key_rel or value_conv or causal)
+        _expect(name, "span", span is None or plain, "None, because only plain heads go beside it", span)
+        self.channels, self.heads, self.head_size = channels, heads, channels // heads
+        self.window = (window, window) if isinstance(window, int) else tuple(window)
+        self.qk, self.query_key, self.value_kind, self.activation = qk, query_key, value, activation
+        self.outside, self.causal, self.dropout, self.backend = outside, causal, dropout, backend
+        self.zeroes_padding = query_key in ("conv", "mixed") or value != "linear" or span == "key"
+        W, options = sum(self.window) + 1, dict(device=device, dtype=dtype)
+        taps = W if conv_kernel_size is None else conv_kernel_size
+        own = channels // 2 if span is not None else channels
+        if query_key != "identity":
+            for projection, used in (("query", qk or query_rel), ("key", qk or key_rel)):
+                if used:
+                    self._add_projection(projection, query_key, own, taps, query_key_groups, options)
+        self._add_projection("value", value, own if span == "output" else channels, taps, value_groups, options)
+
+        def table(given, *shape):
+            return nn.Parameter(torch.empty(shape, **options)) if given else None
+
+        self.convfixed_param = table(bias, 1, heads, 1, W)
+        self.convq_param = table(query_rel, self.head_size, W)
+        self.convk_param = table(key_rel, self.head_size, W)
+        self.convolution_scalar = table(value_conv, 1, heads, 1, 1)
+        if value_conv:
+            self.convolution_scalar.requires_grad_(value_conv_scale)
+        self.convolution = nn.Conv1d(channels, channels, W, groups=channels, **options) if value_conv else None
+        self.span = None
+        if span is not None:
+            self.span = SpanDynamicConv(
+                channels, own, heads // 2, span_kernel_size, predicted_at=span, backend=backend, **options
+            )
+        self.reset_parameters()
+
+    def _add_projection(self, name: str, kind: str, outputs: int, taps: int, groups: int | None, options: dict) -> None:
+        if kind == "linear":
+            self.add_module(name, nn.Linear(self.channels, outputs, **options))
+            return
+        _expect(type(self).__name__, "conv_kernel_size", taps % 2 == 1, "an odd number", taps)
+        convolved = outputs // 2 if kind == "mixed" else outputs
+        if groups is None:
+            convolution = DepthwiseConv1d(self.channels, taps, bias=True, backend=self.backend, **options)
+            self.add_module(f"{name}_pointwise", nn.Linear(self.channels, convolved, **options))
+        else:
+            convolution = nn.Conv1d(self.channels, convolved, taps, padding=taps // 2, groups=groups, **options)
+        self.add_module(f"{name}_conv", convolution)
+        if kind == "mixed":
+            self.add_module(f"{name}_linear", nn.Linear(self.channels, outputs - convolved, **options))
+
+    def reset_parameters(self) -> None:
+        """Draw new initial values."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                _reset_linear(module)
+            elif name and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        if self.convfixed_param is not None:
+            nn.init.zeros_(self.convfixed_param)
+        for parameter in (self.convq_param, self.convk_param):
+            if parameter is not None:
+                nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+        if self.convolution_scalar is not None:
+            nn.init.ones_(self.convolution_scalar)
+
+    def _project(self, name: str, kind: str, x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
+        """[B,T,C] -> [B,T,outputs]; None without such a projection."""
+        if kind == "identity":
+            return x
+        if kind == "linear":
+            linear = getattr(self, name, None)
+            return None if linear is None else linear(x)
+        convolution = getattr(self, f"{name}_conv", None)
+        if convolution is None:
+            return None
+        if isinstance(convolution, DepthwiseConv1d):
+            z = convolution(x, cu_seqlens=cu_seqlens)
+            z = getattr(self, f"{name}_pointwise")(F.gelu(z) if self.activation else z)
+        else:
+            given = "None, because of a grouped convolution"
+            _expect(type(self).__name__, "cu_seqlens", cu_seqlens is None, given, cu_seqlens)
+            z = convolution(x.transpose(1, 2)).transpose(1, 2)
+        return torch.cat([z, getattr(self, f"{name}_linear")(x)], 2) if kind == "mixed" else z
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """x [B,T,C] -> [B,T,C], the heads side by side. mask: bool [B,T], False for padding. cu_seqlens: x is [1,T,C]
+        and holds several sequences."""
+        if self.zeroes_padding and mask is not None:
+            x = torch.where(mask[..., None], x, 0.0)
+        q, k = (self._project(name, self.query_key, x, cu_seqlens) for name in ("query", "key"))
+        v = self._project("value", self.value_kind, x, cu_seqlens)
+        if self.span is not None:
+            _expect(type(self).__name__, "cu_seqlens", cu_seqlens is None, "None, because of span", cu_seqlens)
+            return self._beside_span(x, mask, q, k, v)
+        H = self.heads
+        scalar, convolution = self.convolution_scalar, self.convolution
+        # Where scores need no queries or no keys, anything of their shape will do.
+        q, k, v = (self._heads(v if value is None else value) for value in (q, k, v))
+        return composite_attention(
+            q,
+            k,
+            v,
+            bias=None if self.convfixed_param is None else self.convfixed_param.view(H, -1),
+            query_rel=self.convq_param,
+            key_rel=self.convk_param,
+            value_conv=None if convolution is None else convolution.weight.view(H, self.head_size, -1),
+            value_conv_bias=None if convolution is None else convolution.bias.view(H, -1),
+            value_conv_scale=None if scalar is None else scalar.view(H),
+            window=self.window,
+            qk=self.qk,
+            key_mask=mask,
+            cu_seqlens_q=cu_seqlens,
+            **self._options(),
+        ).flatten(2)
+
+    def _beside_span(self, x: Tensor, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        own = self.channels // 2
+        y = composite_attention(
+            self._heads(q), self._heads(k), self._heads(v[..., :own]), key_mask=mask, **self._options()
+        ).flatten(2)
+        if self.span.predicted_at == "key":
+            return torch.cat([y, self.span(x, q, v[..., own:], mask)], 2)
+        return torch.cat([y, self.span(x, q)], 2)
+
+    def _options(self) -> dict:
+        return dict(
+            outside=self.outside,
+            causal=self.causal,
+            dropout=self.dropout,
+            training=self.training,
+            backend=self.backend,
+        )
+
+    def _heads(self, value: Tensor) -> Tensor:
+        return value.unflatten(2, (-1, self.head_size))
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.channels}, heads={self.heads}, window={self.window}"]
+        if not self.qk:
+            parts.append("qk=False")
+        return ", ".join(parts)
+
+
+def _reset_linear(linear: nn.Linear | None) -> None:
+    if linear is not None:
+        nn.init.normal_(linear.weight, std=0.02)
+        nn.init.zeros_(linear.bias)

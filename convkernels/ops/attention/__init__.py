@@ -1,0 +1,1 @@
+"""Attention with learnable relative terms, in one operator and its gradient."""

@@ -1,0 +1,180 @@
+"""Checks of the arguments of ``composite_attention``."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .._validate import describe, fail, flag, floating, shape, tensor
+from . import reference
+
+OUTSIDE = {"clip": reference.CLIP, "zero": reference.ZERO, "mask": reference.MASK}
+
+
+def attention(
+    function: str, q, k, v, bias, query_rel, rel_query, key_rel, window, outside, value_conv, value_conv_bias,
+    value_conv_scale, causal, key_mask, cu_seqlens_q, cu_seqlens_k, dropout, training, seed, scale, qk, return_lse, *,
+    read_values: bool,
+) -> tuple[int, int]:  # fmt: skip
+    """All checks; returns how far the window reaches to the left and to the right."""
+    _queries_and_keys(function, q, k, v)
+    (B, T, H, D), S = q.shape, k.shape[1]
+    for argument, value in (("causal", causal), ("qk", qk), ("return_lse", return_lse)):
+        flag(function, argument, value)
+    tables = {"bias": bias, "query_rel": query_rel, "key_rel": key_rel, "value_conv": value_conv}
+    left, right = _window(function, window, outside, tables, q)
+    W = left + right + 1
+    if rel_query is not None:
+        if query_rel is None:
+            fail(function, "rel_query", "None, because query_rel is not given", rel_query)
+        tensor(function, "rel_query", rel_query)
+        if rel_query.dim() != 4:
+            fail(function, "rel_query", "a tensor of 4 dimensions [B,T,H,R]", rel_query)
+        shape(function, "rel_query", rel_query, (B, T, H, rel_query.shape[3]), "[B,T,H,R]")
+        _same(function, "rel_query", rel_query, q, dtype=True)
+    R = D if rel_query is None else rel_query.shape[3]
+    _table(function, "bias", bias, q, (H, W), "[H,W]")
+    for argument, value, rows, letters in (("query_rel", query_rel, R, "R,W"), ("key_rel", key_rel, D, "D,W")):
+        if value is not None and value.dim() == 2:
+            _table(function, argument, value, q, (rows, W), f"[{letters}]")
+        else:
+            _table(function, argument, value, q, (H, rows, W), f"[{letters}] or [H,{letters}]")
+    _table(function, "value_conv", value_conv, q, (H, D, W), "[H,D,W]")
+    for argument, value, size, letters in (
+        ("value_conv_bias", value_conv_bias, (H, D), "[H,D]"),
+        ("value_conv_scale", value_conv_scale, (H,), "[H]"),
+    ):
+        if value is not None and value_conv is None:
+            fail(function, argument, "None, because value_conv is not given", value)
+        _table(function, argument, value, q, size, letters)
+    if not qk and bias is None and query_rel is None and key_rel is None:
+        fail(function, "qk", "True, because there is no bias, query_rel or key_rel", qk)
+    tensor(function, "key_mask", key_mask, optional=True)
+    if key_mask is not None:
+        if key_mask.dtype != torch.bool:
+            fail(function, "key_mask", "a bool tensor (True: real key)", key_mask, TypeError)
+        shape(function, "key_mask", key_mask, (B, S), "[B,S]")
+        _same(function, "key_mask", key_mask, q)
+    _packing(function, q, k, cu_seqlens_q, cu_seqlens_k, read_values)
+    _dropout(function, dropout, training, seed, q)
+    if scale is not None:
+        if isinstance(scale, bool) or not isinstance(scale, int | float):
+            fail(function, "scale", "a number or None", describe(scale), TypeError)
+        if not math.isfinite(scale):
+            fail(function, "scale", "a finite number", scale)
+    return left, right
+
+
+def _same(function: str, argument: str, value: Tensor, q: Tensor, dtype: bool = False) -> None:
+    if dtype and value.dtype != q.dtype:
+        fail(function, argument, f"the dtype of q, {q.dtype}", value, TypeError)
+    if value.device != q.device:
+        fail(function, argument, f"a tensor on {q.device}, where q is", value)
+
+
+def _queries_and_keys(function: str, q, k, v) -> None:
+    for argument, value in (("q", q), ("k", k), ("v", v)):
+        tensor(function, argument, value)
+    floating(function, "q", q)
+    if q.dim() != 4:
+        fail(function, "q", "a tensor of 4 dimensions [B,T,H,D]", q)
+    B, _, H, D = q.shape
+    if H == 0 or D == 0:
+        fail(function, "q", "at least one head and one channel in [B,T,H,D]", q)
+    if k.dim() != 4:
+        fail(function, "k", "a tensor of 4 dimensions [B,S,G,D]", k)
+    _, S, G, _ = k.shape
+    shape(function, "k", k, (B, S, G, D), "[B,S,G,D]")
+    if G == 0 or H % G != 0:
+        fail(function, "k", f"a number of heads G in [B,S,G,D] that divides H = {H}", k)
+    shape(function, "v", v, (B, S, G, D), "[B,S,G,D]")
+    for argument, value in (("k", k), ("v", v)):
+        _same(function, argument, value, q, dtype=True)
+
+
+def _window(function: str, window, outside, tables: dict, q: Tensor) -> tuple[int, int]:
+    for argument, value in tables.items():
+        tensor(function, argument, value, optional=True)
+        if value is not None and (value.dim() < 2 or value.shape[-1] == 0):
+            fail(function, argument, "at least one column, W >= 1, in its last dimension", value)
+    if not isinstance(outside, str):
+        fail(function, "outside", "'clip', 'zero' or 'mask'", describe(outside), TypeError)
+    if outside not in OUTSIDE:
+        fail(function, "outside", "'clip', 'zero' or 'mask'", repr(outside))
+    given = [(argument, value.shape[-1]) for argument, value in tables.items() if value is not None]
+    if window is None:
+        if not given:
+            if outside == "mask":
+                fail(function, "window", "(left, right), because outside='mask'", "None")
+            return 0, 0
+        argument, W = given[0]
+        if W % 2 == 0:
+            fail(function, "window", f"(left, right), because {argument} has an even number of columns, {W}", "None")
+        return W // 2, W // 2
+    expected = "None, k for (k, k), or (left, right), two integers >= 0"
+    pair = (window, window) if isinstance(window, int) and not isinstance(window, bool) else window
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        fail(function, "window", expected, describe(window), TypeError)
+    for side in pair:
+        if isinstance(side, bool) or not isinstance(side, int):
+            fail(function, "window", expected, describe(window), TypeError)
+        if side < 0:
+            fail(function, "window", expected, window)
+    return pair[0], pair[1]
+
+
+def _table(function: str, argument: str, value, q: Tensor, size: tuple, letters: str) -> None:
+    if value is None:
+        return
+    tensor(function, argument, value)
+    shape(function, argument, value, size, letters)
+    floating(function, argument, value)
+    if (value.dtype == torch.float64) != (q.dtype == torch.float64):
+        fail(function, argument, f"{'' if q.dtype == torch.float64 else 'not '}float64, because q is {q.dtype}", value,
+             TypeError)  # fmt: skip
+    _same(function, argument, value, q)
+
+
+def _packing(function: str, q: Tensor, k: Tensor, cu_q, cu_k, read_values: bool) -> None:
+    tensor(function, "cu_seqlens_q", cu_q, optional=True)
+    tensor(function, "cu_seqlens_k", cu_k, optional=True)
+    if cu_q is None:
+        if cu_k is not None:
+            fail(function, "cu_seqlens_q", "boundaries, because cu_seqlens_k is given", "None")
+        return
+    if cu_k is None and k.shape[1] != q.shape[1]:
+        fail(function, "cu_seqlens_k", "boundaries, because q and k differ in length", "None")
+    pairs = [("cu_seqlens_q", cu_q, "T", q)] + ([] if cu_k is None else [("cu_seqlens_k", cu_k, "S", k)])
+    for argument, value, letter, rows in pairs:
+        if value.dtype not in (torch.int32, torch.int64):
+            fail(function, argument, "an int32 or int64 tensor", value, TypeError)
+        if value.dim() != 1 or value.shape[0] < 2:
+            fail(function, argument, "shape [N+1] with N >= 1 sequences", value)
+        _same(function, argument, value, q)
+        if q.shape[0] != 1:
+            fail(function, "q", f"shape [1,T,H,D], one row of packed sequences, because {argument} is given", q)
+        if not read_values or value.device.type != "cpu":
+            continue
+        bounds = value.tolist()
+        if bounds[0] != 0:
+            fail(function, argument, "a first boundary of 0", bounds[0])
+        if bounds[-1] != rows.shape[1]:
+            fail(function, argument, f"a last boundary of {letter} = {rows.shape[1]}", bounds[-1])
+        if any(later < earlier for earlier, later in zip(bounds, bounds[1:], strict=False)):
+            fail(function, argument, "boundaries that never decrease", bounds)
+    if cu_k is not None:
+        shape(function, "cu_seqlens_k", cu_k, tuple(cu_q.shape), "[N+1]")
+
+
+def _dropout(function: str, p, training, seed, q: Tensor) -> None:
+    flag(function, "training", training)
+    if isinstance(p, bool) or not isinstance(p, int | float):
+        fail(function, "dropout", "a probability from 0 to 1", describe(p), TypeError)
+    if not 0 <= p <= 1:
+        fail(function, "dropout", "a probability from 0 to 1", p)
+    tensor(function, "seed", seed, optional=True)
+    if seed is not None:
+        if seed.dtype != torch.int64:
+            fail(function, "seed", "an int64 tensor of shape [1]", seed, TypeError)
+        shape(function, "seed", seed, (1,), "[1]")
+        _same(function, "seed", seed, q)
