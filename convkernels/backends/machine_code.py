@@ -70,7 +70,7 @@ def read_code(code: str) -> dict[str, int]:
         "narrow_loads": len(loads) - wide_loads,
         "wide_stores": wide_stores,
         "narrow_stores": len(stores) - wide_stores,
-        "matrix": len(re.findall(r"\b\w*MMA\b", code)),
+        "matrix": len(re.findall(r"(?<!\.)\b\w*MMA\b", code)),
     }
 
 
