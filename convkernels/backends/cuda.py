@@ -7,7 +7,8 @@ import torch
 
 from .library import load_library
 
-OLDEST = (8, 0)
+# Major compute capabilities the library has kernels for.
+GENERATIONS = (8, 9, 10)
 
 
 def simulating() -> bool:
@@ -24,7 +25,8 @@ def load() -> str | None:
         return "this PyTorch was built without CUDA, and CONVKERNELS_SIMT=1 is not set"
     if not torch.cuda.is_available():
         return "PyTorch finds no NVIDIA GPU"
-    capability = torch.cuda.get_device_capability()
-    if capability < OLDEST:
-        return f"this GPU's compute capability is {'.'.join(map(str, capability))}, expected at least 8.0"
+    major, minor = torch.cuda.get_device_capability()
+    if major not in GENERATIONS:
+        expected = " or ".join(f"{known}.x" for known in GENERATIONS)
+        return f"this GPU's compute capability is {major}.{minor}, expected {expected}"
     return load_library("libconvkernels_cuda.so", "CONVKERNELS_BUILD=cpu, or no nvcc at build time")
