@@ -1,5 +1,7 @@
 """Hypothesis strategies for the problems of convkernels.testing.inputs."""
 
+import random
+
 import torch
 from hypothesis import strategies as st
 
@@ -84,6 +86,41 @@ def large_problems(draw):
         left=draw(st.sampled_from((span // 2, span, 0))),
         heads=heads,
         head_size=head_size,
+    )
+
+
+@st.composite
+def wide_problems(draw):
+    """Tensors that can be read in whole vectors, along channels or along positions: what the fast kernels of the GPU
+    backends serve, around their numbers of channels, positions and taps.
+    """
+    problem = draw(problems())
+    # Hypothesis likes to repeat what it has drawn; these are to be met evenly.
+    choose = random.Random(draw(st.integers(0, 2**60))).choice
+    heads, head_size = choose(
+        ((1, 8), (2, 8), (8, 1), (3, 16), (16, 1), (2, 64), (260, 1), (2, 4), (4, 2), (40, 5), (2, 72), (16, 16))
+    )
+    taps = choose((1, 2, 3, 4, 7, 8, 9, 12, 15, 17, 31, 33, 63))
+    span = (taps - 1) * problem.dilation
+    dtype = choose(LOW)
+    kind = choose(("light", "light", "row", "dynamic", "dynamic"))
+    layout = choose(("contiguous", "contiguous", "swap_last"))
+    return problem.with_(
+        batch=choose((1, 2, 3)),
+        length=choose((8, 16, 32, 40, 64, 136, 264)),
+        lengths=choose(((64, 3, 0, 5), (1, 7), (17, 40, 31))) if problem.lengths else (),
+        heads=heads,
+        head_size=head_size,
+        taps=taps,
+        left=choose((span // 2, span, 0, span // 3)),
+        kind=kind,
+        renormalize=problem.renormalize and kind == "dynamic",
+        state=problem.state and choose((False, True)),
+        dtype=dtype,
+        weight_dtype=choose((dtype, torch.float32)),
+        bias_dtype=None,
+        layout=layout,
+        grad_layout=layout,
     )
 
 

@@ -1,8 +1,11 @@
 """Launch plans of the cuda backend: pure functions of a problem, defined for every one, on any machine."""
 
+import collections
 import itertools
 
+import hypothesis
 import pytest
+from strategies import wide_problems
 
 plan = pytest.importorskip("convkernels._C").cuda_plan
 
@@ -32,6 +35,34 @@ def test_every_shape_gets_a_plan(backward):
         assert chosen["family"] in {"plain", "stream", "time", "band", "rows"}, shape
         # No more pieces of work than positions: an empty piece would be work for nothing.
         assert 1 <= chosen["groups"] <= shape["batch"] * shape["time"], (shape, chosen)
+
+
+def facts_of(problem):
+    """What a call with the tensors of a test problem looks like to the library."""
+    whole = problem.heads * problem.head_size * problem.dtype.itemsize % 16 == 0
+    return {
+        "batch": problem.batch, "time": sum(problem.lengths) or problem.length,
+        "channels": problem.heads * problem.head_size, "heads": problem.heads, "taps": problem.taps,
+        "dilation": problem.dilation, "dtype": str(problem.dtype).removeprefix("torch."),
+        "per_position": problem.kind == "dynamic", "renormalize": problem.renormalize,
+        "per_batch": problem.kind != "light", "gate": problem.gate, "packed": bool(problem.lengths),
+        "state": problem.state, "channel_vectors": problem.layout == "contiguous" and whole,
+        "time_vectors": problem.layout == "swap_last",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_random_problems_reach_every_family(backward):
+    """What tests/test_fuzz.py draws for whole vectors is not all served by the kernels for any problem."""
+    families = collections.Counter()
+
+    @hypothesis.settings(max_examples=300)
+    @hypothesis.given(problem=wide_problems())
+    def count(problem):
+        families[plan(backward, **facts_of(problem))["family"]] += 1
+
+    count()
+    assert min(families[name] for name in ("stream", "time", "band", "rows")) >= 12, families
 
 
 def test_any_problem_that_is_hard_to_read_or_exact_is_plain():

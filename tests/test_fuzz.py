@@ -7,15 +7,15 @@ A failing problem is printed as a constructor call; paste it into `Problem(...)`
 import pytest
 import torch
 from hypothesis import given, settings
-from strategies import large_problems, problems, step_problems
+from strategies import large_problems, problems, step_problems, wide_problems
 
 from convkernels.testing.bounds import Bounds, StepBounds
 
-FULL, QUICK, LARGE = 10_000, 300, 240
+FULL, QUICK, LARGE, WIDE = 10_000, 300, 240, 300
 # The reference is slower than the oracle and simpler than a kernel, CUDA kernels on a CPU are slow: they get fewer.
 FULL_OF_SLOW = 3_000
 # Triton's interpreter takes half a second for a case.
-INTERPRETED, INTERPRETED_LARGE = 170, 2
+INTERPRETED, INTERPRETED_LARGE, INTERPRETED_WIDE = 170, 2, 4
 NEEDS = {"x": 1, "weight": 2, "bias": 4, "gate": 8, "initial_state": 16}
 
 
@@ -101,6 +101,12 @@ def test_gradients_quick(ops):
 
 def test_step_quick(ops):
     run(check_step, step_problems(), ops, QUICK)
+
+
+@pytest.mark.parametrize("check", [check_forward, check_gradients])
+def test_wide_quick(check, ops):
+    """Tensors that are read in whole vectors."""
+    run(check, wide_problems(), ops, WIDE if ops.backend != "reference" else WIDE // 4, INTERPRETED_WIDE)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
