@@ -5,7 +5,7 @@ namespace ck::cuda {
 
 int64_t multiprocessors() {
 #if defined(CK_SIMT)
-  return Facts{}.multiprocessors;
+  return 1;  // so that blocks walk far, as they do in problems of real size
 #else
   int device = 0, count = 0;
   const bool known = cudaGetDevice(&device) == cudaSuccess &&
