@@ -115,7 +115,7 @@ mutants: install
 	$(BIN)/python scripts/mutations.py --backend cuda
 
 # The tests of the triton backend in Triton's interpreter: all sizes of problem, one in EVERY of each test's cases.
-EVERY ?= 24
+EVERY ?= 32
 interpreted: install
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -k triton -m "not slow" --every $(EVERY) $(PYTEST_FLAGS)
 
@@ -128,7 +128,7 @@ simulated: install simt-build
 	$(BIN)/python -m pytest -n $(WORKERS) -k cuda -m "not slow and not gpu" --every $(SIMULATED_EVERY) \
 	    --ignore tests/test_golden.py $(PYTEST_FLAGS)
 	for seed in 1 2 3 4 5; do CONVKERNELS_SIMT_SEED=$$seed \
-	    $(BIN)/python -m pytest -q -n $(WORKERS) -k "cuda and quick" tests/test_fuzz.py $(PYTEST_FLAGS) || exit 1; done
+	    $(BIN)/python -m pytest -q -n $(WORKERS) -k "cuda and wide" tests/test_fuzz.py $(PYTEST_FLAGS) || exit 1; done
 
 # The full run comes last, so that its summary closes the output.
 test: lint install ctest abi asan interpreted simulated
