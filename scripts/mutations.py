@@ -211,12 +211,6 @@ CUDA_MUTATIONS = [
         "      cp_async_wait<kAhead - 1>();",
     ),
     Mutation(
-        "filters overwritten while they are read",
-        "csrc/cuda/rows.cuh",
-        "      __syncwarp();  // the filters have been read",
-        "",
-    ),
-    Mutation(
         "halves exchanged with the wrong lane",
         "csrc/cuda/quads.cuh",
         "__shfl_xor_sync(kAllLanes, give.x, 1)",
