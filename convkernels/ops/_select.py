@@ -135,5 +135,14 @@ def choose(backend: str, op: str, device_type: str, dtype: torch.dtype, operator
     return "reference"
 
 
+def pick(backend: str, op: str, device_type: str, dtype: torch.dtype, operator: str | None = None) -> str:
+    """``choose``, for code that may be compiled: a constant there."""
+    return choose(backend, op, device_type, dtype, operator)
+
+
+# What torch.compiler.assume_constant_result does; calling it would import the compiler (1.3 s) along with this package.
+pick._dynamo_marked_constant = True
+
+
 def _known() -> str:
     return ", ".join(repr(name) for name in (AUTO, *backends.BACKENDS))

@@ -49,24 +49,37 @@ def shape(function: str, argument: str, value: Tensor, expected: tuple, letters:
         fail(function, argument, f"shape {letters} = {[_size(n) for n in expected]}", value)
 
 
-def same_device(function: str, argument: str, value: Tensor, x: Tensor) -> None:
+# `name` is what the input x, which decides for the others, is called in messages.
+
+
+def same_device(function: str, argument: str, value: Tensor, x: Tensor, name: str = "x") -> None:
     if value.device != x.device:
-        fail(function, argument, f"a tensor on {x.device}, where x is", value)
+        fail(function, argument, f"a tensor on {x.device}, where {name} is", value)
 
 
-def same_dtype(function: str, argument: str, value: Tensor, x: Tensor) -> None:
+def same_dtype(function: str, argument: str, value: Tensor, x: Tensor, name: str = "x") -> None:
     if value.dtype != x.dtype:
-        fail(function, argument, f"the dtype of x, {x.dtype}", value, TypeError)
+        fail(function, argument, f"the dtype of {name}, {x.dtype}", value, TypeError)
 
 
-def parameter_dtype(function: str, argument: str, value: Tensor, x: Tensor) -> None:
+def parameter_dtype(function: str, argument: str, value: Tensor, x: Tensor, name: str = "x") -> None:
     """Weights may be of another float type than x, but double precision is all or nothing."""
     floating(function, argument, value)
     if (value.dtype == torch.float64) != (x.dtype == torch.float64):
-        expected = (
-            "float64, because x is float64" if x.dtype == torch.float64 else f"not float64, because x is {x.dtype}"
-        )
+        whole = x.dtype == torch.float64
+        expected = f"float64, because {name} is float64" if whole else f"not float64, because {name} is {x.dtype}"
         fail(function, argument, expected, value, TypeError)
+
+
+def autocast(x: Any, *others: Any) -> tuple:
+    """x and what shares its dtype, in the dtype of an active autocast region; double precision is left alone."""
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type) and x.dtype in FLOATS[1:]:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return tuple(
+            value.to(dtype) if isinstance(value, Tensor) and value.dtype in FLOATS[1:] else value
+            for value in (x, *others)
+        )
+    return x, *others
 
 
 def flag(function: str, argument: str, value: Any) -> None:
@@ -149,41 +162,47 @@ def mask(function: str, value: Any, x: Tensor) -> None:
         same_device(function, "mask", value, x)
 
 
-def dropout(function: str, p: Any, training: Any, seed: Any, x: Tensor) -> None:
+def dropout(function: str, argument: str, p: Any, training: Any, seed: Any, x: Tensor, name: str = "x") -> None:
     flag(function, "training", training)
     if isinstance(p, bool) or not isinstance(p, int | float):
-        fail(function, "weight_dropout", "a probability from 0 to 1", describe(p), TypeError)
+        fail(function, argument, "a probability from 0 to 1", describe(p), TypeError)
     if not 0 <= p <= 1:
-        fail(function, "weight_dropout", "a probability from 0 to 1", p)
+        fail(function, argument, "a probability from 0 to 1", p)
     tensor(function, "seed", seed, optional=True)
     if seed is not None:
         if seed.dtype != torch.int64:
             fail(function, "seed", "an int64 tensor of shape [1]", seed, TypeError)
         shape(function, "seed", seed, (1,), "[1]")
-        same_device(function, "seed", seed, x)
+        same_device(function, "seed", seed, x, name)
 
 
 def cu_seqlens(function: str, value: Any, x: Tensor, read_values: bool) -> None:
-    """Boundaries of packed sequences. Their values are read only where that costs no device synchronisation."""
     tensor(function, "cu_seqlens", value, optional=True)
-    if value is None:
-        return
+    if value is not None:
+        boundaries(function, "cu_seqlens", value, x, x.shape[1], read_values)
+
+
+def boundaries(
+    function: str, argument: str, value: Tensor, x: Tensor, length: int, read_values: bool, name: str = "x",
+    letters: str = "[1,T,C]", letter: str = "T",
+) -> None:  # fmt: skip
+    """Boundaries of packed sequences. Their values are read only where that costs no device synchronisation."""
     if value.dtype not in _INTEGERS:
-        fail(function, "cu_seqlens", "an int32 or int64 tensor", value, TypeError)
+        fail(function, argument, "an int32 or int64 tensor", value, TypeError)
     if value.dim() != 1 or value.shape[0] < 2:
-        fail(function, "cu_seqlens", "shape [N+1] with N >= 1 sequences", value)
-    same_device(function, "cu_seqlens", value, x)
+        fail(function, argument, "shape [N+1] with N >= 1 sequences", value)
+    same_device(function, argument, value, x, name)
     if x.shape[0] != 1:
-        fail(function, "x", "shape [1,T,C], one row of packed sequences, because cu_seqlens is given", x)
+        fail(function, name, f"shape {letters}, one row of packed sequences, because {argument} is given", x)
     if not read_values or value.device.type != "cpu":
         return
     bounds = value.tolist()
     if bounds[0] != 0:
-        fail(function, "cu_seqlens", "a first boundary of 0", bounds[0])
-    if bounds[-1] != x.shape[1]:
-        fail(function, "cu_seqlens", f"a last boundary of T = {x.shape[1]}", bounds[-1])
+        fail(function, argument, "a first boundary of 0", bounds[0])
+    if bounds[-1] != length:
+        fail(function, argument, f"a last boundary of {letter} = {length}", bounds[-1])
     if any(later < earlier for earlier, later in zip(bounds, bounds[1:], strict=False)):
-        fail(function, "cu_seqlens", "boundaries that never decrease", bounds)
+        fail(function, argument, "boundaries that never decrease", bounds)
 
 
 def initial_state(function: str, value: Any, x: Tensor, rows: int, cu: Tensor | None) -> None:
@@ -213,7 +232,7 @@ def convolution(
         fail(function, "renormalize", "False, because without softmax there is nothing to renormalize", renormalize)
     positive(function, "dilation", dilation)
     left = padding_left(function, padding, K, dilation)
-    dropout(function, p, training, seed, x)
+    dropout(function, "weight_dropout", p, training, seed, x)
     gate(function, gate_, x)
     mask(function, mask_, x)
     cu_seqlens(function, cu, x, read_values)

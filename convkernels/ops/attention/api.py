@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import _select, _validate
+from .. import _functorch, _select, _validate
 from . import checks, op
 
 
@@ -77,8 +77,8 @@ def composite_attention(
     language models", equations 4 to 7; Shaw et al. 2018 (query_rel); T5 (bias, see ``t5_relative_bias``).
     """
     name = "composite_attention"
-    transforming = op.transforming()
-    q, k, v, rel_query = _autocast(q, k, v, rel_query)
+    transforming = _functorch.transforming()
+    q, k, v, rel_query = _validate.autocast(q, k, v, rel_query)
     left, right = checks.attention(
         name, q, k, v, bias, query_rel, rel_query, key_rel, window, outside, value_conv, value_conv_bias,
         value_conv_scale, causal, key_mask, cu_seqlens_q, cu_seqlens_k, dropout, training, seed, scale, qk, return_lse,
@@ -86,7 +86,8 @@ def composite_attention(
     )  # fmt: skip
     inputs = (q, k, v, bias, query_rel, rel_query, key_rel, value_conv, value_conv_bias, value_conv_scale)
     recorded = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in inputs)
-    chosen = _choose(name, backend, q.device.type, q.dtype, recorded or transforming)
+    operator = "attention_grad" if recorded or transforming else "attention"
+    chosen = _select.pick(backend, name, q.device.type, q.dtype, operator)
     dropout = float(dropout) if training else 0.0
     if dropout == 0.0:
         seed = None
@@ -106,22 +107,3 @@ def composite_attention(
         kernels = op.KERNELS[chosen]
         out, lse = (kernels.record if recorded else kernels.raw)(*args)
     return (out, lse) if return_lse else out
-
-
-def _choose(name: str, backend: str, device_type: str, dtype: torch.dtype, gradients: bool) -> str:
-    return _select.choose(backend, name, device_type, dtype, "attention_grad" if gradients else "attention")
-
-
-# What torch.compiler.assume_constant_result does; calling it would import the compiler (1.3 s) along with this package.
-_choose._dynamo_marked_constant = True
-
-
-def _autocast(q, *others):
-    """Queries and what shares their dtype, in the dtype of an active autocast region; float64 is left alone."""
-    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type) and q.dtype in _validate.FLOATS[1:]:
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, *others = (
-            value.to(dtype) if isinstance(value, Tensor) and value.dtype in _validate.FLOATS[1:] else value
-            for value in (q, *others)
-        )
-    return q, *others

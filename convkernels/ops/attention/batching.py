@@ -6,9 +6,9 @@ boundaries of packed sequences, and a mapped padding mask together with tables t
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
+from .._functorch import fold, loop, mapped
 from .._numbers import accumulate_dtype
 from .composite import INPUTS
 
@@ -17,24 +17,11 @@ _TABLES = INPUTS[3:5] + INPUTS[6:]
 _TABLE_BITS = 8 | 16 | 64 | 128 | 256 | 512
 
 
-def _loop(function: Callable, size: int, dims: tuple, args: tuple):
-    """One call per element of the mapped dimension, results stacked at 0."""
-    results = [
-        function(*(a if d is None else a.select(d, i) for a, d in zip(args, dims, strict=True))) for i in range(size)
-    ]
-    return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
-
-
-def _mapped(value: Tensor, dim: int | None, size: int) -> Tensor:
-    """[N, ...], repeated where it is not mapped."""
-    return value.movedim(dim, 0) if dim is not None else value.expand(size, *value.shape)
-
-
 def _fold_heads(value: Tensor | None, dim: int | None, size: int) -> Tensor | None:
     """N times [B,T,H,D] -> [B,T,N*H,D]."""
     if value is None:
         return None
-    value = _mapped(value, dim, size).movedim(0, 2)
+    value = mapped(value, dim, size).movedim(0, 2)
     return value.reshape(*value.shape[:2], size * value.shape[3], value.shape[4])
 
 
@@ -52,18 +39,10 @@ def _fold_table(value: Tensor | None, dim: int | None, size: int, heads: int, sh
     """N times [H, ...] -> [N*H, ...]; a table with ``shared`` dimensions has no heads yet and gets them."""
     if value is None:
         return None
-    value = _mapped(value, dim, size)
+    value = mapped(value, dim, size)
     if value.dim() - 1 == shared:
         value = value[:, None].expand(size, heads, *value.shape[1:])
     return value.reshape(size * heads, *value.shape[2:])
-
-
-def _fold_rows(value: Tensor | None, dim: int | None, size: int) -> Tensor | None:
-    """N times [B, ...] -> [N*B, ...]."""
-    if value is None:
-        return None
-    value = _mapped(value, dim, size)
-    return value.reshape(size * value.shape[1], *value.shape[2:])
 
 
 def _looks_at_rows(dims: tuple, args: tuple, tables: bool) -> bool | None:
@@ -83,9 +62,9 @@ def _fold(rows: bool, size: int, dims: tuple, args: tuple) -> list:
     values = list(args)
     heads = args[0].shape[2] if dims[0] is None else args[0].movedim(dims[0], 0).shape[3]
     for index in (0, 1, 2, 14):
-        values[index] = (_fold_rows if rows else _fold_heads)(args[index], dims[index], size)
+        values[index] = (fold if rows else _fold_heads)(args[index], dims[index], size)
     if rows:
-        values[KEY_MASK] = _fold_rows(args[KEY_MASK], dims[KEY_MASK], size)
+        values[KEY_MASK] = fold(args[KEY_MASK], dims[KEY_MASK], size)
     else:
         for index in _TABLES:
             values[index] = _fold_table(args[index], dims[index], size, heads, 2 if index in (13, 15) else 0)
@@ -96,7 +75,7 @@ def forward(function: Callable, size: int, dims: tuple, args: tuple):
     """vmap of ``attention``: function(*args) with args as in the op's schema."""
     rows = _looks_at_rows(dims, args, False)
     if rows is None:
-        return _loop(function, size, dims, args)
+        return loop(function, size, dims, args)
     out, lse = function(*_fold(rows, size, dims, args))
     if rows:
         return (_split(out, 0, size), _split(lse, 0, size)), (0, 0)
@@ -110,24 +89,24 @@ def grad(function: Callable, size: int, dims: tuple, args: tuple):
     tables = any(there and _TABLE_BITS & 1 << bit for bit, there in enumerate(given))
     rows = _looks_at_rows(dims[4:-1], inner, tables)
     if rows is None:
-        return _loop(function, size, dims, args)
+        return loop(function, size, dims, args)
     # Gradients of tables that heads share are added up below; keep them in the accumulation type until then.
     inner = tuple(
         value.to(accumulate_dtype(value.dtype)) if index in (13, 15) and value is not None else value
         for index, value in enumerate(inner)
     )
-    fold = _fold_rows if rows else _fold_heads
+    fold_all = fold if rows else _fold_heads
     folded_lse = []
     for value, dim in zip((to_lse, lse), (dims[1], dims[3]), strict=True):
         if rows or value is None:
-            folded_lse.append(_fold_rows(value, dim, size))
+            folded_lse.append(fold(value, dim, size))
         else:
-            value = _mapped(value, dim, size).movedim(0, 1)
+            value = mapped(value, dim, size).movedim(0, 1)
             folded_lse.append(value.reshape(value.shape[0], size * value.shape[2], value.shape[3]))
     found = function(
-        fold(to_out, dims[0], size),
+        fold_all(to_out, dims[0], size),
         folded_lse[0],
-        fold(out, dims[2], size),
+        fold_all(out, dims[2], size),
         folded_lse[1],
         *_fold(rows, size, dims[4:-1], inner),
         needs,

@@ -5,7 +5,19 @@ import math
 import torch
 from torch import Tensor
 
-from .._validate import describe, fail, flag, floating, shape, tensor
+from .. import _validate
+from .._validate import (
+    boundaries,
+    describe,
+    fail,
+    flag,
+    floating,
+    parameter_dtype,
+    same_device,
+    same_dtype,
+    shape,
+    tensor,
+)  # fmt: skip
 from . import reference
 
 OUTSIDE = {"clip": reference.CLIP, "zero": reference.ZERO, "mask": reference.MASK}
@@ -31,7 +43,8 @@ def attention(
         if rel_query.dim() != 4:
             fail(function, "rel_query", "a tensor of 4 dimensions [B,T,H,R]", rel_query)
         shape(function, "rel_query", rel_query, (B, T, H, rel_query.shape[3]), "[B,T,H,R]")
-        _same(function, "rel_query", rel_query, q, dtype=True)
+        same_dtype(function, "rel_query", rel_query, q, "q")
+        same_device(function, "rel_query", rel_query, q, "q")
     R = D if rel_query is None else rel_query.shape[3]
     _table(function, "bias", bias, q, (H, W), "[H,W]")
     for argument, value, rows, letters in (("query_rel", query_rel, R, "R,W"), ("key_rel", key_rel, D, "D,W")):
@@ -54,22 +67,15 @@ def attention(
         if key_mask.dtype != torch.bool:
             fail(function, "key_mask", "a bool tensor (True: real key)", key_mask, TypeError)
         shape(function, "key_mask", key_mask, (B, S), "[B,S]")
-        _same(function, "key_mask", key_mask, q)
+        same_device(function, "key_mask", key_mask, q, "q")
     _packing(function, q, k, cu_seqlens_q, cu_seqlens_k, read_values)
-    _dropout(function, dropout, training, seed, q)
+    _validate.dropout(function, "dropout", dropout, training, seed, q, "q")
     if scale is not None:
         if isinstance(scale, bool) or not isinstance(scale, int | float):
             fail(function, "scale", "a number or None", describe(scale), TypeError)
         if not math.isfinite(scale):
             fail(function, "scale", "a finite number", scale)
     return left, right
-
-
-def _same(function: str, argument: str, value: Tensor, q: Tensor, dtype: bool = False) -> None:
-    if dtype and value.dtype != q.dtype:
-        fail(function, argument, f"the dtype of q, {q.dtype}", value, TypeError)
-    if value.device != q.device:
-        fail(function, argument, f"a tensor on {q.device}, where q is", value)
 
 
 def _queries_and_keys(function: str, q, k, v) -> None:
@@ -89,7 +95,8 @@ def _queries_and_keys(function: str, q, k, v) -> None:
         fail(function, "k", f"a number of heads G in [B,S,G,D] that divides H = {H}", k)
     shape(function, "v", v, (B, S, G, D), "[B,S,G,D]")
     for argument, value in (("k", k), ("v", v)):
-        _same(function, argument, value, q, dtype=True)
+        same_dtype(function, argument, value, q, "q")
+        same_device(function, argument, value, q, "q")
 
 
 def _window(function: str, window, outside, tables: dict, q: Tensor) -> tuple[int, int]:
@@ -128,11 +135,8 @@ def _table(function: str, argument: str, value, q: Tensor, size: tuple, letters:
         return
     tensor(function, argument, value)
     shape(function, argument, value, size, letters)
-    floating(function, argument, value)
-    if (value.dtype == torch.float64) != (q.dtype == torch.float64):
-        fail(function, argument, f"{'' if q.dtype == torch.float64 else 'not '}float64, because q is {q.dtype}", value,
-             TypeError)  # fmt: skip
-    _same(function, argument, value, q)
+    parameter_dtype(function, argument, value, q, "q")
+    same_device(function, argument, value, q, "q")
 
 
 def _packing(function: str, q: Tensor, k: Tensor, cu_q, cu_k, read_values: bool) -> None:
@@ -146,35 +150,6 @@ def _packing(function: str, q: Tensor, k: Tensor, cu_q, cu_k, read_values: bool)
         fail(function, "cu_seqlens_k", "boundaries, because q and k differ in length", "None")
     pairs = [("cu_seqlens_q", cu_q, "T", q)] + ([] if cu_k is None else [("cu_seqlens_k", cu_k, "S", k)])
     for argument, value, letter, rows in pairs:
-        if value.dtype not in (torch.int32, torch.int64):
-            fail(function, argument, "an int32 or int64 tensor", value, TypeError)
-        if value.dim() != 1 or value.shape[0] < 2:
-            fail(function, argument, "shape [N+1] with N >= 1 sequences", value)
-        _same(function, argument, value, q)
-        if q.shape[0] != 1:
-            fail(function, "q", f"shape [1,T,H,D], one row of packed sequences, because {argument} is given", q)
-        if not read_values or value.device.type != "cpu":
-            continue
-        bounds = value.tolist()
-        if bounds[0] != 0:
-            fail(function, argument, "a first boundary of 0", bounds[0])
-        if bounds[-1] != rows.shape[1]:
-            fail(function, argument, f"a last boundary of {letter} = {rows.shape[1]}", bounds[-1])
-        if any(later < earlier for earlier, later in zip(bounds, bounds[1:], strict=False)):
-            fail(function, argument, "boundaries that never decrease", bounds)
+        boundaries(function, argument, value, q, rows.shape[1], read_values, "q", "[1,T,H,D]", letter)
     if cu_k is not None:
         shape(function, "cu_seqlens_k", cu_k, tuple(cu_q.shape), "[N+1]")
-
-
-def _dropout(function: str, p, training, seed, q: Tensor) -> None:
-    flag(function, "training", training)
-    if isinstance(p, bool) or not isinstance(p, int | float):
-        fail(function, "dropout", "a probability from 0 to 1", describe(p), TypeError)
-    if not 0 <= p <= 1:
-        fail(function, "dropout", "a probability from 0 to 1", p)
-    tensor(function, "seed", seed, optional=True)
-    if seed is not None:
-        if seed.dtype != torch.int64:
-            fail(function, "seed", "an int64 tensor of shape [1]", seed, TypeError)
-        shape(function, "seed", seed, (1,), "[1]")
-        _same(function, "seed", seed, q)

@@ -13,6 +13,7 @@ from torch.autograd import Function
 
 from ...backends import BACKENDS
 from .. import _late
+from .._functorch import transforming
 from .._numbers import accumulate_dtype
 from .._spec import Autograd, OpSpec, overload, register
 from . import batching, composite, cost, reference
@@ -78,14 +79,6 @@ def _backward(ctx, grad, grad_lse, backend) -> tuple:
         if needs & 1 << bit:
             result[index] = found[bit]
     return tuple(result)
-
-
-def transforming() -> bool:
-    """Whether a torch.func transform or a compiler is looking at the code that runs now."""
-    return torch.compiler.is_compiling() or _transforms_active()
-
-
-_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
 def _grad_save(ctx, args: tuple, output: tuple) -> None:

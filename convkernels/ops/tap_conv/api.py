@@ -8,11 +8,11 @@ checks everything.
 import torch
 from torch import Tensor
 
-from .. import _select, _validate
+from .. import _functorch, _select, _validate
 from . import op, reference
 
 _autocast_somewhere = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
-_transforms_active = op._transforms_active
+_transforms_active = _functorch.transforms_active
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _STRIDED = torch.strided
@@ -244,13 +244,13 @@ def _general(
     initial_state, return_state, backend,
 ):  # fmt: skip
     """Every check and every feature."""
-    transforming = op.transforming()
-    x, gate, initial_state = _autocast(x, gate, initial_state)
+    transforming = _functorch.transforming()
+    x, gate, initial_state = _validate.autocast(x, gate, initial_state)
     left = _validate.convolution(
         name, x, weight, bias, softmax, renormalize, padding, dilation, p, training, seed, gate, mask, cu_seqlens,
         initial_state, return_state, letters=letters, read_values=not transforming,
     )  # fmt: skip
-    chosen = _choose(name, backend, x.device.type, x.dtype)
+    chosen = _select.pick(backend, name, x.device.type, x.dtype)
     kernels = op.KERNELS[chosen]
     if not transforming:
         _proven[name, backend, x.dtype, weight.dtype, x.device, weight.device] = kernels.fast, kernels.record
@@ -276,26 +276,6 @@ def _general(
     if not return_state:
         return y
     return y, _final_state(x, gate, mask, cu_seqlens, initial_state, left)
-
-
-def _choose(name: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
-    return _select.choose(backend, name, device_type, dtype)
-
-
-# What torch.compiler.assume_constant_result does; calling it would import the compiler (1.3 s) along with this package.
-_choose._dynamo_marked_constant = True
-
-
-def _autocast(x, *others):
-    """x and what shares its dtype, in the dtype of an active autocast region; double precision is left alone."""
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type) and x.dtype in _validate.FLOATS[1:]:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x = x.to(dtype)
-        others = [
-            value.to(dtype) if isinstance(value, Tensor) and value.dtype in _validate.FLOATS[1:] else value
-            for value in others
-        ]
-    return x, *others
 
 
 def _final_state(x, gate, mask, cu_seqlens, initial_state, S: int) -> Tensor:
@@ -460,12 +440,12 @@ def _step(
         # The state outlives the autocast region, so it decides the dtype.
         x = x.to(state.dtype)
         gate = gate.to(state.dtype) if isinstance(gate, Tensor) else gate
-    transforming = op.transforming()
+    transforming = _functorch.transforming()
     _validate.step(
         name, x, state, weight, bias, softmax, renormalize, dilation, gate, state_index, position,
         letters=letters, eager=not transforming,
     )  # fmt: skip
-    chosen = _choose(name, backend, x.device.type, x.dtype)
+    chosen = _select.pick(backend, name, x.device.type, x.dtype)
     y = op.KERNELS[chosen].step(x, state, weight, dilation, softmax, renormalize, bias, gate, state_index, position)
     if not transforming and not state.is_inference():
         torch.autograd.graph.increment_version(state)

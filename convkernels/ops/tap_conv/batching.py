@@ -7,48 +7,30 @@ and mapped sequence boundaries, which the op shares between batch rows.
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
+from .._functorch import fold, loop, mapped
 from . import reference
-
-
-def _fold(value: Tensor | None, dim: int | None, size: int) -> Tensor | None:
-    """[N, B, ...] (or unmapped [B, ...], repeated) -> [N*B, ...]."""
-    if value is None:
-        return None
-    mapped = value.movedim(dim, 0) if dim is not None else value.expand(size, *value.shape)
-    return mapped.reshape(size * mapped.shape[1], *mapped.shape[2:])
 
 
 def _fold_weight(weight: Tensor, dim: int | None, size: int, batch: int, separate: bool) -> Tensor:
     """Weight per folded batch row; an unmapped [H,K] stays as it is unless its gradients are needed separately."""
     if dim is None and weight.dim() == 2 and not separate:
         return weight
-    mapped = weight.movedim(dim, 0) if dim is not None else weight.expand(size, *weight.shape)
-    if mapped.dim() == 3:
-        mapped = mapped[:, None, None].expand(size, batch, 1, *mapped.shape[1:])
-    return mapped.reshape(size * batch, *mapped.shape[2:])
-
-
-def _loop(function: Callable, size: int, dims: tuple, args: tuple):
-    """One call per element of the mapped dimension, results stacked at 0."""
-    results = [
-        function(*(a if d is None else a.select(d, i) for a, d in zip(args, dims, strict=True))) for i in range(size)
-    ]
-    if isinstance(results[0], Tensor):
-        return torch.stack(results), 0
-    return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+    weight = mapped(weight, dim, size)
+    if weight.dim() == 3:
+        weight = weight[:, None, None].expand(size, batch, 1, *weight.shape[1:])
+    return weight.reshape(size * batch, *weight.shape[2:])
 
 
 def conv(function: Callable, size: int, dims: tuple, args: tuple):
     """vmap of ``tap_conv``: function(*args) with args as in the op's schema."""
     x, weight, left, dilation, softmax, renormalize, dropout, seed, bias, gate, mask, cu_seqlens, state = args
     if dropout > 0 or dims[11] is not None:
-        return _loop(function, size, dims, args)
+        return loop(function, size, dims, args)
     B = x.shape[0] if dims[0] is None else x.movedim(dims[0], 0).shape[1]
     y = function(
-        _fold(x, dims[0], size),
+        fold(x, dims[0], size),
         _fold_weight(weight, dims[1], size, B, separate=False),
         left,
         dilation,
@@ -57,10 +39,10 @@ def conv(function: Callable, size: int, dims: tuple, args: tuple):
         dropout,
         None,
         bias if dims[8] is None else None,
-        _fold(gate, dims[9], size),
-        _fold(mask, dims[10], size),
+        fold(gate, dims[9], size),
+        fold(mask, dims[10], size),
         cu_seqlens,
-        _fold(state, dims[12], size),
+        fold(state, dims[12], size),
     )
     y = y.reshape(size, B, *y.shape[1:])
     if dims[8] is not None:
@@ -72,16 +54,16 @@ def grad(function: Callable, size: int, dims: tuple, args: tuple):
     """vmap of ``tap_grad``: function(*args) with args as in the op's schema."""
     grad, x, weight, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens, state, needs = args
     if dropout > 0 or dims[11] is not None:
-        return _loop(function, size, dims, args)
+        return loop(function, size, dims, args)
     B = x.shape[0] if dims[1] is None else x.movedim(dims[1], 0).shape[1]
-    folded = _fold(grad, dims[0], size)
+    folded = fold(grad, dims[0], size)
     per_row = _fold_weight(weight, dims[2], size, B, separate=bool(needs & 2))
     if needs & 2:
         # Partial sums over batch rows are added below; keep them in the accumulation type until then.
         per_row = per_row.to(reference.accumulate_dtype(weight.dtype))
     grad_x, grad_weight, grad_bias, grad_gate, grad_state = function(
         folded,
-        _fold(x, dims[1], size),
+        fold(x, dims[1], size),
         per_row,
         left,
         dilation,
@@ -89,10 +71,10 @@ def grad(function: Callable, size: int, dims: tuple, args: tuple):
         renormalize,
         dropout,
         None,
-        _fold(gate, dims[9], size),
-        _fold(mask, dims[10], size),
+        fold(gate, dims[9], size),
+        fold(mask, dims[10], size),
         cu_seqlens,
-        _fold(state, dims[12], size),
+        fold(state, dims[12], size),
         needs & ~4,
     )
     if needs & 2:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .._functorch import double_vjp
 from . import reference
 
 
@@ -111,39 +112,14 @@ def fused_double_backward(
     primals = (x, weight, bias_like, gate, state)
     used = [index for index, value in enumerate(primals) if value is not None and grads[index] is not None]
 
-    def gradient(grad, *inputs):
-        values = list(primals)
-        for index, value in zip(given, inputs, strict=True):
-            values[index] = value
-
-        def function(*chosen):
-            inner = list(values)
-            for index, value in zip(used, chosen, strict=True):
-                inner[index] = value
-            x, weight, bias, gate, state = inner
-            return forward(
-                conv,
-                x,
-                weight,
-                left,
-                dilation,
-                softmax,
-                renormalize,
-                dropout,
-                seed,
-                bias,
-                gate,
-                mask,
-                cu_seqlens,
-                state,
-            )
-
-        return torch.func.vjp(function, *[values[index] for index in used])[1](grad)
-
     if not used:
         return (None,) * 5
-    pull = torch.func.vjp(gradient, grad, *[primals[index] for index in given])[1]
-    results = pull(tuple(grads[index] for index in used))
-    by_input = dict(zip(given, results[1:], strict=True))
-    found = [results[0], by_input[0], by_input[1], by_input.get(3), by_input.get(4)]
+
+    def function(x, weight, bias, gate, state):
+        return forward(
+            conv, x, weight, left, dilation, softmax, renormalize, dropout, seed, bias, gate, mask, cu_seqlens, state
+        )
+
+    to_grad, by_input = double_vjp(function, primals, given, used, grad, tuple(grads[index] for index in used))
+    found = [to_grad, by_input[0], by_input[1], by_input.get(3), by_input.get(4)]
     return tuple(value if want else None for value, want in zip(found, wanted, strict=True))

@@ -15,10 +15,9 @@ from torch.autograd import Function
 
 from ...backends import BACKENDS
 from .. import _cost, _late
+from .._functorch import transforming
 from .._spec import Autograd, OpSpec, overload, register
 from . import batching, composite, reference
-
-_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 _SETTING = "int dilation=1, bool softmax=False, bool renormalize=False"
 _CONV_SCHEMA = (
@@ -53,11 +52,6 @@ class Kernels(NamedTuple):
 
 
 KERNELS: dict[str, Kernels] = {}
-
-
-def transforming() -> bool:
-    """Whether a torch.func transform or a compiler is looking at the code that runs now."""
-    return torch.compiler.is_compiling() or _transforms_active()
 
 
 def differentiable_conv(
