@@ -52,14 +52,34 @@ CK_INLINE C exponentials(C* s, int64_t n, const Rest<C>& rest, C shift) {
   return sum_lanes<C>(sum);
 }
 
+// WordProduct for vectors: words at even and at odd places are multiplied apart, in lanes twice as wide.
+struct VectorProduct {
+  CK_INLINE void operator()(uint32_t factor, Vec<uint32_t> word, Vec<uint32_t>& high, Vec<uint32_t>& low) const {
+    using Wide = Vec<uint64_t>;
+    const Wide lower = splat<uint64_t>(0xffffffffu), upper = ~lower;
+    const Wide even = ((Wide)word & lower) * uint64_t{factor}, odd = ((Wide)word >> 32) * uint64_t{factor};
+    high = (Vec<uint32_t>)((even >> 32) | (odd & upper));
+    low = (Vec<uint32_t>)((even & lower) | (odd << 32));
+  }
+};
+
 // Multipliers 0 or 1 / (1 - dropout) of n elements of a row of p; first and n are multiples of 4.
 template <class C>
 inline void draw(const AttentionProblem& p, int64_t b, int64_t h, int64_t i, int64_t first, int64_t n, C* out) {
+  using Words = Vec<uint32_t>;
+  constexpr int V = kLanes<uint32_t>;
   const uint64_t threshold = drop_threshold(p.dropout);
   const C keep = p.dropout < 1.0 ? static_cast<C>(1.0 / (1.0 - p.dropout)) : C{0};
-  for (int64_t j = 0; j < n; j += 4) {
-    const PhiloxBlock random = tap_words(p.seed, b, i, h, (first + j) / 4);
-    for (int64_t l = 0; l < 4; ++l) out[j + l] = random.word[l] >= threshold ? keep : C{0};
+  Words lane = {};
+  for (int l = 0; l < V; ++l) lane[l] = static_cast<uint32_t>(l);
+  for (int64_t j = 0; j < n; j += 4 * V) {
+    Words c[4] = {splat(static_cast<uint32_t>(i)), splat(static_cast<uint32_t>(b)), splat(static_cast<uint32_t>(h)),
+                  lane + static_cast<uint32_t>((first + j) / 4)};
+    philox_rounds(c[0], c[1], c[2], c[3], static_cast<uint32_t>(p.seed), static_cast<uint32_t>(p.seed >> 32),
+                  VectorProduct{});
+    uint32_t word[4][V];
+    for (int w = 0; w < 4; ++w) store_bytes(word[w], c[w]);
+    for (int64_t l = 0; l < least(4 * V, n - j); ++l) out[j + l] = word[l % 4][l / 4] >= threshold ? keep : C{0};
   }
 }
 
