@@ -13,19 +13,33 @@ struct PhiloxBlock {
   uint32_t word[4];
 };
 
-CK_HD PhiloxBlock philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+// The two halves of factor * word.
+struct WordProduct {
+  CK_HD void operator()(uint32_t factor, uint32_t word, uint32_t& high, uint32_t& low) const {
+    const uint64_t product = uint64_t{factor} * word;
+    high = static_cast<uint32_t>(product >> 32);
+    low = static_cast<uint32_t>(product);
+  }
+};
+
+// Word: uint32_t, or vectors of them, which hold the counters of several blocks.
+template <class Word, class Product>
+CK_HD void philox_rounds(Word& c0, Word& c1, Word& c2, Word& c3, uint32_t k0, uint32_t k1, const Product& product) {
   for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = uint64_t{0xD2511F53u} * c0;
-    const uint64_t p1 = uint64_t{0xCD9E8D57u} * c2;
-    const uint32_t n0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
-    const uint32_t n2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
-    c1 = static_cast<uint32_t>(p1);
-    c3 = static_cast<uint32_t>(p0);
-    c0 = n0;
-    c2 = n2;
+    Word high0, low0, high1, low1;
+    product(0xD2511F53u, c0, high0, low0);
+    product(0xCD9E8D57u, c2, high1, low1);
+    c0 = high1 ^ c1 ^ k0;
+    c1 = low1;
+    c2 = high0 ^ c3 ^ k1;
+    c3 = low0;
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
+}
+
+CK_HD PhiloxBlock philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+  philox_rounds(c0, c1, c2, c3, k0, k1, WordProduct{});
   return {{c0, c1, c2, c3}};
 }
 

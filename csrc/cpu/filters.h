@@ -17,7 +17,7 @@ struct Segment {
 };
 
 template <class Body>
-inline void parallel(const Problem& p, int64_t n, bool worthwhile, const Body& body) {
+inline void parallel(const Workers& p, int64_t n, bool worthwhile, const Body& body) {
   if (!worthwhile || p.threads == 1 || n <= 1) {
     if (n > 0) body(int64_t{0}, n);
     return;

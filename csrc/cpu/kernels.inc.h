@@ -1,6 +1,8 @@
 // What each instruction set exports. Included once by every file of isa/.
 #pragma once
 
+#include "attention.h"
+#include "attention_grad.h"
 #include "tap_conv.h"
 #include "tap_grad.h"
 #include "tap_step.h"
@@ -35,6 +37,14 @@ inline const char* shift_state(const Forward& p, void* state) {
     case Dtype::kFloat16: return shift_state_typed(p, static_cast<f16*>(state));
   }
   return "unknown dtype";
+}
+
+inline const char* attention(const AttentionForward& p) {
+  return p.dtype == Dtype::kFloat64 ? attention_typed<double>(p) : attention_typed<float>(p);
+}
+
+inline const char* attention_grad(const AttentionBackward& p) {
+  return p.dtype == Dtype::kFloat64 ? attention_grad_typed<double>(p) : attention_grad_typed<float>(p);
 }
 
 }  // namespace ck::cpu::CK_ISA

@@ -1,6 +1,7 @@
 // What a CPU kernel is asked to do.
 #pragma once
 
+#include "../common/attention.h"
 #include "../common/poison.h"
 #include "../common/problem.h"
 
@@ -10,13 +11,15 @@ namespace ck::cpu {
 using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t n, ParallelBody body, void* context);
 
-struct Problem : ck::Problem {
+struct Workers {
+  ParallelFor parallel_for = nullptr;
+  int64_t threads = 1;
+};
+
+struct Problem : ck::Problem, Workers {
   const int64_t* offsets = nullptr;  // sequences+1 packed offsets, nullptr: every batch row is one sequence
   uint64_t seed = 0;
   int64_t dropout_batch = 0;  // batch coordinate of the first filter in the dropout counter
-
-  ParallelFor parallel_for = nullptr;
-  int64_t threads = 1;
 };
 
 struct Forward : Problem {
@@ -26,6 +29,19 @@ struct Forward : Problem {
 
 struct Backward : Problem, Gradients {};
 
+struct AttentionProblem : ck::Attention, Workers {
+  // sequences+1 packed offsets of queries and of keys, nullptr: every batch row is one sequence
+  const int64_t *query_offsets = nullptr, *key_offsets = nullptr;
+  uint64_t seed = 0;
+};
+
+struct AttentionForward : AttentionProblem {
+  HeadRows out;
+  HeadScalars lse;
+};
+
+struct AttentionBackward : AttentionProblem, AttentionGradients {};
+
 // Entry points of one instruction set. They return nullptr, or the reason why they could not run.
 struct Kernels {
   const char* name;
@@ -33,6 +49,8 @@ struct Kernels {
   const char* (*backward)(const Backward&);
   // After a step of one position: drops the oldest row of each state and appends the (gated) x.
   const char* (*shift_state)(const Forward&, void* state);
+  const char* (*attention)(const AttentionForward&);
+  const char* (*attention_grad)(const AttentionBackward&);
 };
 
 }  // namespace ck::cpu

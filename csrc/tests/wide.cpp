@@ -7,6 +7,7 @@
 namespace ck::cpu {
 
 extern const Kernels kKernels_wide;
-const Kernels kKernels_wide = {"wide", wide::forward, wide::backward, wide::shift_state};
+const Kernels kKernels_wide = {"wide",          wide::forward,       wide::backward, wide::shift_state,
+                               wide::attention, wide::attention_grad};
 
 }  // namespace ck::cpu

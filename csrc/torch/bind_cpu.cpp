@@ -2,33 +2,48 @@
 #include <type_traits>
 
 #include "csrc/cpu/dispatch.h"
+#include "csrc/torch/attention.h"
 #include "csrc/torch/convolutions.h"
 
 namespace {
 
 using namespace ck::binding;
 
-// Offsets and rows are read here, on the host.
+// Packed offsets, read on the host.
+std::vector<int64_t> read_offsets(const View& cu_seqlens, int64_t end, const char* argument) {
+  require(cu_seqlens.type == ScalarType::Int || cu_seqlens.type == ScalarType::Long, argument, "dtype int32 or int64");
+  std::vector<int64_t> offsets(static_cast<size_t>(cu_seqlens.size[0]));
+  for (size_t i = 0; i < offsets.size(); ++i) {
+    const int64_t at = static_cast<int64_t>(i) * cu_seqlens.stride[0];
+    offsets[i] = cu_seqlens.type == ScalarType::Int ? static_cast<const int32_t*>(cu_seqlens.data)[at]
+                                                    : static_cast<const int64_t*>(cu_seqlens.data)[at];
+  }
+  require(offsets.front() == 0 && offsets.back() == end, argument, "offsets from 0 to the length of the tensor");
+  for (size_t i = 1; i < offsets.size(); ++i)
+    require(offsets[i - 1] <= offsets[i], argument, "offsets that do not decrease");
+  return offsets;
+}
+
+// Offsets, seeds and rows are read here.
 struct Host {
   Place place = Place::cpu();
-  std::vector<int64_t> offsets, state_rows;
+  std::vector<int64_t> offsets, key_offsets, state_rows;
 
-  void set_seed(ck::cpu::Problem& p, const Tensor& seed) const {
+  template <class P>
+  void set_seed(P& p, const Tensor& seed) const {
     p.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
   }
 
   void set_offsets(ck::cpu::Problem& p, const Tensor&, const View& cu_seqlens) {
-    offsets.resize(static_cast<size_t>(p.sequences + 1));
-    for (int64_t i = 0; i <= p.sequences; ++i) {
-      const int64_t at = i * cu_seqlens.stride[0];
-      offsets[static_cast<size_t>(i)] = cu_seqlens.type == ScalarType::Int
-                                            ? static_cast<const int32_t*>(cu_seqlens.data)[at]
-                                            : static_cast<const int64_t*>(cu_seqlens.data)[at];
-    }
-    require(offsets.front() == 0 && offsets.back() == p.time, "cu_seqlens", "offsets from 0 to the length of x");
-    for (size_t i = 1; i < offsets.size(); ++i)
-      require(offsets[i - 1] <= offsets[i], "cu_seqlens", "offsets that do not decrease");
+    offsets = read_offsets(cu_seqlens, p.time, "cu_seqlens");
     p.offsets = offsets.data();
+  }
+
+  void set_offsets(ck::cpu::AttentionProblem& p, const Tensor& of_queries, const Tensor& of_keys) {
+    offsets = read_offsets(View(of_queries), p.queries, "cu_seqlens_q");
+    key_offsets = read_offsets(View(of_keys), p.keys, "cu_seqlens_k");
+    p.query_offsets = offsets.data();
+    p.key_offsets = key_offsets.data();
   }
 };
 
@@ -37,7 +52,7 @@ void run_parallel(int64_t n, ck::cpu::ParallelBody body, void* context) {
     throw std::runtime_error("a worker thread failed (out of memory?)");
 }
 
-void set_threads(ck::cpu::Problem& p) {
+void set_threads(ck::cpu::Workers& p) {
   p.parallel_for = run_parallel;
   p.threads = static_cast<int64_t>(torch::stable::get_num_threads());
 }
@@ -161,6 +176,48 @@ Tensor tap_step(Tensor x, Tensor state, Tensor weight, int64_t dilation, bool so
   return y;
 }
 
+std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, int64_t left, int64_t right, int64_t outside,
+                                     bool causal, bool qk, double scale, double rel_scale, double dropout,
+                                     Optional seed, Optional bias, Optional query_rel, Optional rel_query,
+                                     Optional key_rel, Optional value_conv, Optional value_conv_bias,
+                                     Optional value_conv_scale, Optional key_mask, Optional cu_seqlens_q,
+                                     Optional cu_seqlens_k) {
+  ck::cpu::AttentionForward p;
+  Host host;
+  const AttentionOptions options{seed,     bias,         query_rel,       rel_query,
+                                 key_rel,  value_conv,   value_conv_bias, value_conv_scale,
+                                 key_mask, cu_seqlens_q, cu_seqlens_k};
+  const View query(q);
+  set_attention(p, host, query, View(k), View(v), left, right, outside, causal, qk, scale, rel_scale, dropout, options);
+  set_threads(p);
+  Tensor out = allocate_like(host.place, q, query);
+  Tensor lse = allocate(host.place, {p.batch, p.heads, p.queries},
+                        p.dtype == ck::Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float);
+  p.out = head_rows(View(out), query.type, {p.batch, p.queries, p.heads, p.channels}, "out", "the shape of q");
+  p.lse = head_scalars(View(lse), p, "lse");
+  check_status(ck::cpu::kernels().attention(p));
+  return {out, lse};
+}
+
+TenTensors attention_grad(Tensor grad, Optional grad_lse, Tensor, Tensor lse, Tensor q, Tensor k, Tensor v,
+                          int64_t left, int64_t right, int64_t outside, bool causal, bool qk, double scale,
+                          double rel_scale, double dropout, Optional seed, Optional bias, Optional query_rel,
+                          Optional rel_query, Optional key_rel, Optional value_conv, Optional value_conv_bias,
+                          Optional value_conv_scale, Optional key_mask, Optional cu_seqlens_q, Optional cu_seqlens_k,
+                          int64_t needs) {
+  ck::cpu::AttentionBackward p;
+  Host host;
+  const AttentionOptions options{seed,     bias,         query_rel,       rel_query,
+                                 key_rel,  value_conv,   value_conv_bias, value_conv_scale,
+                                 key_mask, cu_seqlens_q, cu_seqlens_k};
+  set_attention(p, host, View(q), View(k), View(v), left, right, outside, causal, qk, scale, rel_scale, dropout,
+                options);
+  set_threads(p);
+  TenTensors results = set_attention_gradients(p, host.place, grad, grad_lse, lse, q, k, v, options, needs);
+  check_status(ck::cpu::kernels().attention_grad(p));
+  return results;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(convkernels, CPU, m) {
@@ -170,4 +227,8 @@ STABLE_TORCH_LIBRARY_IMPL(convkernels, CPU, m) {
   m.impl("_tap_grad.cpu", TORCH_BOX(&tap_grad));
   m.impl("tap_step.cpu", TORCH_BOX(&tap_step));
   m.impl("_tap_step.cpu", TORCH_BOX(&tap_step));
+  m.impl("attention.cpu", TORCH_BOX(&attention));
+  m.impl("_attention.cpu", TORCH_BOX(&attention));
+  m.impl("attention_grad.cpu", TORCH_BOX(&attention_grad));
+  m.impl("_attention_grad.cpu", TORCH_BOX(&attention_grad));
 }

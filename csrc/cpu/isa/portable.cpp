@@ -5,6 +5,8 @@
 namespace ck::cpu {
 
 extern const Kernels kKernels_portable;
-const Kernels kKernels_portable = {"portable", portable::forward, portable::backward, portable::shift_state};
+const Kernels kKernels_portable = {"portable",          portable::forward,
+                                   portable::backward,  portable::shift_state,
+                                   portable::attention, portable::attention_grad};
 
 }  // namespace ck::cpu

@@ -1,0 +1,94 @@
+// attention: the forward pass. Each block of queries walks over the keys once, keeping the largest score, the sum of
+// the exponentials and the unnormalised result of each row.
+#pragma once
+
+#include "attention_block.h"
+
+namespace ck::cpu::CK_ISA {
+
+template <class C>
+class AttentionTask {
+ public:
+  AttentionTask(const AttentionForward& p, const AttentionData<C>& data)
+      : p_(p),
+        d_(data),
+        block_(data),
+        s_(kQueryRows * kKeyColumns),
+        keep_(p.dropout > 0.0 ? kKeyColumns : 0),
+        out_(kQueryRows * data.pitch),
+        taps_(p.value_conv.data != nullptr ? data.pitch : 0) {}
+
+  void run(int64_t b, int64_t h, int64_t block) {
+    block_.load(b, h, block);
+    const int64_t rows = block_.rows();
+    clear(out_.get(), rows * d_.pitch);
+    for (int64_t r = 0; r < rows; ++r) {
+      top_[r] = static_cast<C>(-__builtin_inf());
+      sum_[r] = 0;
+    }
+    block_.each_key_block([&](int64_t first, int64_t n) {
+      block_.multiply_keys(first, n, s_.get());
+      for (int64_t r = 0; r < rows; ++r) absorb(r, first, n);
+      multiply<true>(rows, d_.pitch, n, Factor<C>{s_.get(), kKeyColumns, 1}, d_.v.row(b, block_.group(), first),
+                     d_.pitch, out_.get(), d_.pitch);
+    });
+    for (int64_t r = 0; r < rows; ++r) write(r);
+  }
+
+ private:
+  // Takes a row of products into the sums of its query, and leaves the weights of the values.
+  void absorb(int64_t r, int64_t first, int64_t n) {
+    C* const s = s_.get() + r * kKeyColumns;
+    const Rest<C> rest = block_.finish(r, first, n, s);
+    const C before = top_[r], now = vmax_of(before, largest(s, n, rest));
+    const C sum = exponentials(s, n, rest, now);
+    top_[r] = now;
+    // Nothing has been summed where there was no largest score yet.
+    const C factor = before == now || sum_[r] == C{0} ? C{1} : vexp(splat(before - now))[0];
+    sum_[r] = sum_[r] * factor + sum;
+    if (factor != C{1}) {
+      C* const out = out_.get() + r * d_.pitch;
+      for (int64_t c = 0; c < d_.pitch; c += kLanes<C>) store_bytes(out + c, load_bytes<Vec<C>>(out + c) * factor);
+    }
+    if (p_.dropout > 0.0) {
+      draw(p_, block_.batch(), block_.head(), block_.query(r), first, n, keep_.get());
+      for (int64_t j = 0; j < n; j += kLanes<C>)
+        store_bytes(s + j, load_bytes<Vec<C>>(s + j) * load_bytes<Vec<C>>(keep_.get() + j));
+    }
+  }
+
+  void write(int64_t r) {
+    const int64_t b = block_.batch(), h = block_.head(), i = block_.query(r);
+    C* const out = out_.get() + r * d_.pitch;
+    const bool sees = sum_[r] != C{0};
+    scalar<C>(p_.lse, b, h, i) = sees ? static_cast<C>(::log(sum_[r])) + top_[r] : static_cast<C>(-__builtin_inf());
+    const C factor = sees ? C{1} / sum_[r] : C{0};
+    for (int64_t c = 0; c < d_.pitch; c += kLanes<C>) store_bytes(out + c, load_bytes<Vec<C>>(out + c) * factor);
+    if (p_.value_conv.data != nullptr) {
+      d_.convolve(b, h, block_.place(r), taps_.get());
+      add_to(out, taps_.get(), d_.pitch, d_.conv_scale(h));
+    }
+    write_row(p_, p_.out, b, i, h, p_.channels, out);
+  }
+
+  static C vmax_of(C a, C b) { return a > b ? a : b; }
+
+  const AttentionForward& p_;
+  const AttentionData<C>& d_;
+  QueryBlock<C> block_;
+  Scratch<C> s_, keep_, out_, taps_;
+  C top_[kQueryRows], sum_[kQueryRows];
+};
+
+template <class C>
+inline const char* attention_typed(const AttentionForward& p) {
+  const AttentionData<C> data(p, false);
+  const int64_t blocks = ceil_div(p.queries, kQueryRows);
+  parallel(p, p.batch * p.heads * blocks, data.threads, [&](int64_t begin, int64_t end) {
+    AttentionTask<C> task(p, data);
+    for (int64_t n = begin; n < end; ++n) task.run(n / blocks / p.heads, n / blocks % p.heads, n % blocks);
+  });
+  return nullptr;
+}
+
+}  // namespace ck::cpu::CK_ISA

@@ -1,0 +1,78 @@
+// Gradients of tables: sums over batch rows and positions. Every task adds into a part of its own, and the parts are
+// added in a fixed order; how many there are depends on the problem alone. So the results are the same bits on any
+// number of threads.
+#pragma once
+
+#include "attention_pack.h"
+
+namespace ck::cpu::CK_ISA {
+
+// How the work of `units` (batch row and head) is cut into tasks: each unit into `parts` of its blocks.
+struct Parts {
+  static constexpr int64_t kTasks = 256;
+
+  Parts(int64_t unit_count, int64_t block_count)
+      : units(unit_count), blocks(block_count), parts(units == 0 ? 0 : least(blocks, ceil_div(kTasks, units))) {}
+
+  int64_t tasks() const { return units * parts; }
+  Range of(int64_t task) const {
+    const int64_t part = task % parts;
+    return {blocks * part / parts, blocks * (part + 1) / parts};
+  }
+
+  int64_t units, blocks, parts;
+};
+
+// One table's sums.
+template <class C>
+class TableSums {
+ public:
+  // rows, pitch: of what each task leaves behind for each of `heads` heads.
+  TableSums(bool wanted, const Parts& parts, int64_t heads, int64_t rows, int64_t pitch)
+      : parts_(parts), heads_(heads), size_(rows * pitch), data_(wanted ? parts.tasks() * heads * size_ : 0) {}
+
+  C* of(int64_t task, int64_t head) const { return data_.get() + (task * heads_ + head) * size_; }
+  C* open(int64_t task, int64_t head) const {
+    C* const sums = of(task, head);
+    clear(sums, size_);
+    return sums;
+  }
+
+  // Writes the gradient of `t`, [heads][rows.size][columns.size] contiguous; the axes say where its elements lie in a
+  // part, from `start` on.
+  void finish(const Attention& p, const HeadTable& t, void* out, int64_t start, Axis rows, Axis columns,
+              C factor) const {
+    if (out == nullptr) return;
+    const int64_t units = p.heads / heads_;  // of one batch row
+    const auto sum_of = [&](int64_t h, int64_t element) {
+      C sum = 0;
+      for (int64_t b = 0; b < p.batch; ++b)
+        for (int64_t part = 0; part < parts_.parts; ++part) {
+          const int64_t task = (b * units + h / heads_) * parts_.parts + part;
+          sum += data_[(task * heads_ + h % heads_) * size_ + element];
+        }
+      return sum;
+    };
+    with_dtype(t.dtype, [&](auto* tag) {
+      using T = __typeof__(*tag);
+      if constexpr (std::is_same_v<Compute<T>, C>) {
+        T* to = static_cast<T*>(out);
+        for (int64_t h = 0; h < (t.per_head ? p.heads : 1); ++h)
+          for (int64_t r = 0; r < rows.size; ++r)
+            for (int64_t c = 0; c < columns.size; ++c, ++to) {
+              const int64_t element = start + r * rows.stride + c * columns.stride;
+              C sum = 0;
+              for (int64_t head = h; head < (t.per_head ? h + 1 : p.heads); ++head) sum += sum_of(head, element);
+              from_float(sum * factor, *to);
+            }
+      }
+    });
+  }
+
+ private:
+  Parts parts_;
+  int64_t heads_, size_;
+  Scratch<C> data_;
+};
+
+}  // namespace ck::cpu::CK_ISA
