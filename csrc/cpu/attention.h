@@ -12,14 +12,25 @@ class AttentionTask {
   AttentionTask(const AttentionForward& p, const AttentionData<C>& data)
       : p_(p),
         d_(data),
-        block_(data),
-        s_(kQueryRows * kKeyColumns),
+        keys_(data, false),
+        block_(data, keys_),
+        s_(kQueryRows * kScorePitch<C>),
         keep_(p.dropout > 0.0 ? kKeyColumns : 0),
         out_(kQueryRows * data.pitch),
-        taps_(p.value_conv.data != nullptr ? data.pitch : 0) {}
+        taps_(p.value_conv.data != nullptr ? data.width : 0) {}
 
-  void run(int64_t b, int64_t h, int64_t block) {
-    block_.load(b, h, block);
+  // Blocks `range` of the heads of one group, which follow each other.
+  void run(int64_t b, int64_t g, Range range) {
+    keys_.load(b, g);
+    for (int64_t n = range.first; n < range.end; ++n) {
+      keys_.choose_head(g * p_.sharing() + n / d_.blocks());
+      run_block(n % d_.blocks());
+    }
+  }
+
+ private:
+  void run_block(int64_t block) {
+    block_.load(block);
     const int64_t rows = block_.rows();
     clear(out_.get(), rows * d_.pitch);
     for (int64_t r = 0; r < rows; ++r) {
@@ -29,27 +40,23 @@ class AttentionTask {
     block_.each_key_block([&](int64_t first, int64_t n) {
       block_.multiply_keys(first, n, s_.get());
       for (int64_t r = 0; r < rows; ++r) absorb(r, first, n);
-      multiply<true>(rows, d_.pitch, n, Factor<C>{s_.get(), kKeyColumns, 1}, d_.v.row(b, block_.group(), first),
-                     d_.pitch, out_.get(), d_.pitch);
+      multiply<true>(rows, d_.width, n, Factor<C>{s_.get(), kScorePitch<C>, 1}, keys_.v.row(first), d_.pitch,
+                     out_.get(), d_.pitch);
     });
     for (int64_t r = 0; r < rows; ++r) write(r);
   }
 
- private:
   // Takes a row of products into the sums of its query, and leaves the weights of the values.
   void absorb(int64_t r, int64_t first, int64_t n) {
-    C* const s = s_.get() + r * kKeyColumns;
-    const Rest<C> rest = block_.finish(r, first, n, s);
+    C* const s = s_.get() + r * kScorePitch<C>;
+    const Rest<C> rest = block_.finish(r, block_.cut(r, first, n), first, n, s);
     const C before = top_[r], now = vmax_of(before, largest(s, n, rest));
-    const C sum = exponentials(s, n, rest, now);
+    const C sum = exponentials(s, n, rest, shift_of(now));
     top_[r] = now;
     // Nothing has been summed where there was no largest score yet.
-    const C factor = before == now || sum_[r] == C{0} ? C{1} : vexp(splat(before - now))[0];
+    const C factor = before == now || sum_[r] == C{0} ? C{1} : vexp2<C>(splat(before - now))[0];
     sum_[r] = sum_[r] * factor + sum;
-    if (factor != C{1}) {
-      C* const out = out_.get() + r * d_.pitch;
-      for (int64_t c = 0; c < d_.pitch; c += kLanes<C>) store_bytes(out + c, load_bytes<Vec<C>>(out + c) * factor);
-    }
+    if (factor != C{1}) multiply_by(out_.get() + r * d_.pitch, d_.width, factor);
     if (p_.dropout > 0.0) {
       draw(p_, block_.batch(), block_.head(), block_.query(r), first, n, keep_.get());
       for (int64_t j = 0; j < n; j += kLanes<C>)
@@ -61,12 +68,13 @@ class AttentionTask {
     const int64_t b = block_.batch(), h = block_.head(), i = block_.query(r);
     C* const out = out_.get() + r * d_.pitch;
     const bool sees = sum_[r] != C{0};
-    scalar<C>(p_.lse, b, h, i) = sees ? static_cast<C>(::log(sum_[r])) + top_[r] : static_cast<C>(-__builtin_inf());
+    scalar<C>(p_.lse, b, h, i) =
+        sees ? static_cast<C>(::log(sum_[r]) + static_cast<C>(kLn2) * top_[r]) : static_cast<C>(-__builtin_inf());
     const C factor = sees ? C{1} / sum_[r] : C{0};
-    for (int64_t c = 0; c < d_.pitch; c += kLanes<C>) store_bytes(out + c, load_bytes<Vec<C>>(out + c) * factor);
+    multiply_by(out, d_.width, factor);
     if (p_.value_conv.data != nullptr) {
-      d_.convolve(b, h, block_.place(r), taps_.get());
-      add_to(out, taps_.get(), d_.pitch, d_.conv_scale(h));
+      keys_.convolve(block_.place(r), taps_.get());
+      add_to(out, taps_.get(), d_.width, d_.conv_scale(h));
     }
     write_row(p_, p_.out, b, i, h, p_.channels, out);
   }
@@ -75,6 +83,7 @@ class AttentionTask {
 
   const AttentionForward& p_;
   const AttentionData<C>& d_;
+  Keys<C> keys_;
   QueryBlock<C> block_;
   Scratch<C> s_, keep_, out_, taps_;
   C top_[kQueryRows], sum_[kQueryRows];
@@ -83,10 +92,10 @@ class AttentionTask {
 template <class C>
 inline const char* attention_typed(const AttentionForward& p) {
   const AttentionData<C> data(p, false);
-  const int64_t blocks = ceil_div(p.queries, kQueryRows);
-  parallel(p, p.batch * p.heads * blocks, data.threads, [&](int64_t begin, int64_t end) {
+  const Parts parts(p.batch * p.groups, p.sharing() * data.blocks(), 128, 4);
+  parallel(p, parts.tasks(), data.threads, [&](int64_t begin, int64_t end) {
     AttentionTask<C> task(p, data);
-    for (int64_t n = begin; n < end; ++n) task.run(n / blocks / p.heads, n / blocks % p.heads, n % blocks);
+    for (int64_t n = begin; n < end; ++n) task.run(n / parts.parts / p.groups, n / parts.parts % p.groups, parts.of(n));
   });
   return nullptr;
 }

@@ -20,9 +20,9 @@ struct Rest {
 
 template <class C, class Body>
 CK_INLINE void each_part(const Rest<C>& rest, int64_t n, const Body& body) {
-  body(int64_t{0}, rest.begin, rest.left);
-  body(rest.begin, rest.end, C{0});
-  body(rest.end, n, rest.right);
+  body(0, int64_t{0}, rest.begin, rest.left);
+  body(1, rest.begin, rest.end, C{0});
+  body(2, rest.end, n, rest.right);
 }
 
 // The largest of a row.
@@ -30,21 +30,26 @@ template <class C>
 CK_INLINE C largest(const C* s, int64_t n, const Rest<C>& rest) {
   constexpr int V = kLanes<C>;
   Vec<C> top = splat(static_cast<C>(-__builtin_inf()));
-  each_part(rest, n, [&](int64_t from, int64_t to, C constant) CK_INLINE_LAMBDA {
+  each_part(rest, n, [&](int, int64_t from, int64_t to, C constant) CK_INLINE_LAMBDA {
     for (int64_t j = from; j < to; j += V) top = vmax<C>(top, load_bytes<Vec<C>>(s + j) + constant);
   });
   return max_lanes<C>(top);
 }
 
-// s = exp(s - shift), and the sum of the row. A shift of -inf is that of a row without keys, which becomes 0.
+// What is subtracted from scores. A shift of -inf is that of a row without keys, whose scores are all -inf.
+template <class C>
+CK_INLINE C shift_of(C top) {
+  return top == static_cast<C>(-__builtin_inf()) ? C{0} : top;
+}
+
+// s = 2^(s - shift), and the sum of the row.
 template <class C>
 CK_INLINE C exponentials(C* s, int64_t n, const Rest<C>& rest, C shift) {
   constexpr int V = kLanes<C>;
-  const C less = shift == static_cast<C>(-__builtin_inf()) ? C{0} : shift;
   Vec<C> sum = {};
-  each_part(rest, n, [&](int64_t from, int64_t to, C constant) CK_INLINE_LAMBDA {
+  each_part(rest, n, [&](int, int64_t from, int64_t to, C constant) CK_INLINE_LAMBDA {
     for (int64_t j = from; j < to; j += V) {
-      const Vec<C> e = vexp(load_bytes<Vec<C>>(s + j) + (constant - less));
+      const Vec<C> e = vexp2<C>(load_bytes<Vec<C>>(s + j) + (constant - shift));
       store_bytes(s + j, e);
       sum += e;
     }
@@ -63,11 +68,22 @@ struct VectorProduct {
   }
 };
 
-// Multipliers 0 or 1 / (1 - dropout) of n elements of a row of p; first and n are multiples of 4.
+// The even lanes of the result come from a, the odd ones from b: a[0] b[0] a[1] b[1], and so on.
+template <class S, int... kLane>
+CK_INLINE void interleave(Vec<S> a, Vec<S> b, Vec<S>& low, Vec<S>& high, std::integer_sequence<int, kLane...>) {
+  constexpr int V = kLanes<S>;
+  using Index = Vec<int32_t>;
+  low = __builtin_shuffle(a, b, Index{(kLane % 2 * V + kLane / 2)...});
+  high = __builtin_shuffle(a, b, Index{(kLane % 2 * V + kLane / 2 + V / 2)...});
+}
+
+// Multipliers 0 or 1 / (1 - dropout) of n elements of a row of p; first and n are multiples of 4. Whole vectors are
+// written.
 template <class C>
 inline void draw(const AttentionProblem& p, int64_t b, int64_t h, int64_t i, int64_t first, int64_t n, C* out) {
   using Words = Vec<uint32_t>;
   constexpr int V = kLanes<uint32_t>;
+  constexpr auto kAll = std::make_integer_sequence<int, V>();
   const uint64_t threshold = drop_threshold(p.dropout);
   const C keep = p.dropout < 1.0 ? static_cast<C>(1.0 / (1.0 - p.dropout)) : C{0};
   Words lane = {};
@@ -77,11 +93,40 @@ inline void draw(const AttentionProblem& p, int64_t b, int64_t h, int64_t i, int
                   lane + static_cast<uint32_t>((first + j) / 4)};
     philox_rounds(c[0], c[1], c[2], c[3], static_cast<uint32_t>(p.seed), static_cast<uint32_t>(p.seed >> 32),
                   VectorProduct{});
-    uint32_t word[4][V];
-    for (int w = 0; w < 4; ++w) store_bytes(word[w], c[w]);
-    for (int64_t l = 0; l < least(4 * V, n - j); ++l) out[j + l] = word[l % 4][l / 4] >= threshold ? keep : C{0};
+    // Element 4 * l + w belongs to word w of block l.
+    Words even[2], odd[2], word[4];
+    interleave<uint32_t>(c[0], c[2], even[0], even[1], kAll);
+    interleave<uint32_t>(c[1], c[3], odd[0], odd[1], kAll);
+    CK_UNROLL for (int w = 0; w < 2; ++w) interleave<uint32_t>(even[w], odd[w], word[2 * w], word[2 * w + 1], kAll);
+    for (int64_t w = 0; w < 4 && j + w * V < n; ++w) {
+      C* const to = out + j + w * V;
+      if constexpr (sizeof(C) == 4) {
+        // The threshold of p = 1 does not fit; then both results are 0.
+        store_bytes(to, word[w] >= static_cast<uint32_t>(threshold) ? splat(keep) : Vec<C>{});
+      } else {
+        for (int l = 0; l < V; ++l) to[l] = word[w][l] >= threshold ? keep : C{0};
+      }
+    }
   }
 }
+
+// How the work of `units` (a group of heads in a batch row) is cut into tasks: each into `parts` of its blocks of
+// queries. The problem alone decides, so that results are the same bits on any number of threads.
+struct Parts {
+  // tasks: as many as would do. least_blocks: of a part, to be worth packing the keys again.
+  Parts(int64_t unit_count, int64_t block_count, int64_t tasks, int64_t least_blocks)
+      : units(unit_count),
+        blocks(block_count),
+        parts(units == 0 ? 0 : most(1, least(blocks / least_blocks, ceil_div(tasks, units)))) {}
+
+  int64_t tasks() const { return units * parts; }
+  Range of(int64_t task) const {
+    const int64_t part = task % parts;
+    return {blocks * part / parts, blocks * (part + 1) / parts};
+  }
+
+  int64_t units, blocks, parts;
+};
 
 // Up to kQueryRows queries of one head.
 template <class C>
@@ -89,48 +134,52 @@ class QueryBlock {
  public:
   static constexpr int V = kLanes<C>;
 
-  explicit QueryBlock(const AttentionData<C>& data)
+  QueryBlock(const AttentionData<C>& data, const Keys<C>& keys)
       : d_(data),
         p_(data.p),
+        keys_(keys),
         q_(kQueryRows * data.pitch),
-        r_(p_.query_rel.data != nullptr ? kQueryRows * data.rank_pitch : 0),
+        r_(p_.rel_query.data != nullptr ? kQueryRows * data.rank_pitch : 0),
         window_(p_.has_columns() ? kQueryRows * data.window_pitch : 0),
         near_(p_.key_rel.data != nullptr ? (kQueryRows + p_.window()) * data.window_pitch : 0) {}
 
-  void load(int64_t b, int64_t h, int64_t block) {
-    b_ = b;
-    h_ = h;
+  // Of the head that the keys have chosen.
+  void load(int64_t block) {
     first_ = block * kQueryRows;
     rows_ = least(kQueryRows, p_.queries - first_);
-    keys_ = d_.places.seen_by(block);
-    for (int64_t r = 0; r < rows_; ++r)
-      read_row<C>(p_, p_.q, b, first_ + r, h, p_.channels, d_.scale(), q_.get() + r * d_.pitch);
+    seen_ = d_.places.seen_by(block);
+    read(p_.q, p_.channels, q_.get(), d_.pitch);
+    if (p_.rel_query.data != nullptr) read(p_.rel_query, p_.rank, r_.get(), d_.rank_pitch);
     if (p_.has_columns()) fill_window();
   }
 
-  int64_t batch() const { return b_; }
-  int64_t head() const { return h_; }
-  int64_t group() const { return h_ / p_.sharing(); }
+  // The block's rows of a tensor.
+  void read(const HeadRows& source, int64_t n, C* to, int64_t pitch) const {
+    for (int64_t r = 0; r < rows_; ++r) read_row<C>(p_, source, batch(), query(r), head(), n, 1, to + r * pitch);
+  }
+
+  int64_t batch() const { return keys_.batch; }
+  int64_t head() const { return keys_.head; }
   int64_t query(int64_t r) const { return first_ + r; }
   int64_t rows() const { return rows_; }
   const Place& place(int64_t r) const { return d_.places.of(first_)[r]; }
-  const C* q() const { return q_.get(); }  // times scale
-  const C* r() const { return r_.get(); }  // what meets query_rel, times rel_scale
+  const C* q() const { return q_.get(); }
+  const C* r() const { return p_.rel_query.data != nullptr ? r_.get() : q_.get(); }  // what meets query_rel
 
   // Calls body(first, n) for the blocks of keys that some query sees.
   template <class Body>
   void each_key_block(const Body& body) const {
-    const int64_t end = least(d_.padded, round_up(keys_.end, kPanel<C>));
-    for (int64_t j = keys_.first / kPanel<C> * kPanel<C>; j < end; j += kKeyColumns)
+    const int64_t end = least(d_.padded, round_up(seen_.end, kPanel<C>));
+    for (int64_t j = seen_.first / kPanel<C> * kPanel<C>; j < end; j += kKeyColumns)
       body(j, least(kKeyColumns, end - j));
   }
 
-  // Products of queries and keys, [rows][kKeyColumns].
+  // Products of queries and keys, in rows of kScorePitch.
   void multiply_keys(int64_t first, int64_t n, C* s) const {
     if (p_.qk)
-      d_.k.meet(b_, group(), first, n, rows_, q_.get(), s);
+      keys_.k.meet(first, n, rows_, q_.get(), s);
     else
-      clear(s, rows_ * kKeyColumns);
+      clear(s, rows_ * kScorePitch<C>);
   }
 
   Cut cut(int64_t r, int64_t first, int64_t n) const {
@@ -149,18 +198,17 @@ class QueryBlock {
 
   // Adds everything else to a row of products; keys that the query does not see get -inf. A query without keys may hold
   // anything.
-  Rest<C> finish(int64_t r, int64_t first, int64_t n, C* s) const {
+  Rest<C> finish(int64_t r, const Cut& c, int64_t first, int64_t n, C* s) const {
     const C none = static_cast<C>(-__builtin_inf());
-    const Cut c = cut(r, first, n);
     Rest<C> rest{0, 0, 0, 0};
-    if (c.first == c.end || !d_.sees_something(b_, place(r).visible)) {
+    if (c.first == c.end || !d_.sees_something(batch(), place(r).visible)) {
       for (int64_t j = 0; j < n; j += V) store_bytes(s + j, splat(none));
       return rest;
     }
     if (p_.has_columns()) {
       if (d_.has_edges()) {
-        add_to(s + c.first, d_.edge(b_, h_, 0) + first + c.first, c.window - c.first);
-        add_to(s + c.beyond, d_.edge(b_, h_, 1) + first + c.beyond, c.end - c.beyond);
+        add_to(s + c.first, keys_.edge(0) + first + c.first, c.window - c.first);
+        add_to(s + c.beyond, keys_.edge(1) + first + c.beyond, c.end - c.beyond);
       }
       add_to(s + c.window, window_.get() + r * d_.window_pitch + column(r, first + c.window), c.beyond - c.window);
       rest = {c.window / V * V, round_up(c.beyond, V), left_[r], right_[r]};
@@ -169,8 +217,8 @@ class QueryBlock {
     }
     for (int64_t j = 0; j < c.first; ++j) s[j] = none;
     for (int64_t j = c.end; j < n; ++j) s[j] = none;
-    if (p_.key_mask != nullptr) {
-      const C* const hidden = d_.hidden.get() + b_ * d_.padded + first;
+    if (d_.count_real(batch(), first + c.first, first + c.end) < c.end - c.first) {
+      const C* const hidden = d_.hidden.get() + batch() * d_.padded + first;
       for (int64_t j = c.first / V * V; j < c.end; j += V)
         store_bytes(s + j, load_bytes<Vec<C>>(hidden + j) == Vec<C>{} ? load_bytes<Vec<C>>(s + j) : splat(none));
     }
@@ -182,19 +230,14 @@ class QueryBlock {
   void fill_window() {
     const int64_t W = p_.window(), pitch = d_.window_pitch;
     C* const window = window_.get();
-    if (p_.query_rel.data != nullptr) {
-      const HeadRows& source = p_.rel_query.data != nullptr ? p_.rel_query : p_.q;
-      for (int64_t r = 0; r < rows_; ++r)
-        read_row<C>(p_, source, b_, first_ + r, h_, p_.rank, static_cast<C>(p_.rel_scale),
-                    r_.get() + r * d_.rank_pitch);
-      multiply<false>(rows_, pitch, p_.rank, Factor<C>{r_.get(), d_.rank_pitch, 1}, d_.query_rel.of(h_), pitch, window,
+    if (p_.query_rel.data != nullptr)
+      multiply<false>(rows_, pitch, p_.rank, Factor<C>{r(), d_.rank_pitch, 1}, d_.query_rel.of(head()), pitch, window,
                       pitch);
-    } else {
+    else
       clear(window, rows_ * pitch);
-    }
     for (int64_t r = 0; r < rows_; ++r) {
       C* const row = window + r * pitch;
-      if (p_.bias.data != nullptr) add_to(row, d_.bias.of(h_), pitch);
+      if (p_.bias.data != nullptr) add_to(row, d_.bias.of(head()), pitch);
       left_[r] = p_.clips() ? row[0] : C{0};
       right_[r] = p_.clips() ? row[W - 1] : C{0};
     }
@@ -215,8 +258,8 @@ class QueryBlock {
     const int64_t first = most(sequence.first, place(from).at - p_.left);
     const int64_t end = least(sequence.end, place(to - 1).at + p_.right + 1);
     if (first >= end) return;
-    multiply<false>(end - first, pitch, p_.channels, Factor<C>{d_.k.row(b_, group(), first), d_.pitch, 1},
-                    d_.key_rel.of(h_), pitch, near_.get(), pitch);
+    multiply<false>(end - first, pitch, p_.channels, Factor<C>{keys_.k.row(first), d_.pitch, 1}, d_.key_rel.of(head()),
+                    pitch, near_.get(), pitch);
     for (int64_t r = from; r < to; ++r) {
       const int64_t start = place(r).at - p_.left;
       for (int64_t c = most(0, first - start); c < least(W, end - start); ++c)
@@ -226,8 +269,9 @@ class QueryBlock {
 
   const AttentionData<C>& d_;
   const AttentionProblem& p_;
-  int64_t b_ = 0, h_ = 0, first_ = 0, rows_ = 0;
-  Range keys_{};
+  const Keys<C>& keys_;
+  int64_t first_ = 0, rows_ = 0;
+  Range seen_{};
   Scratch<C> q_, r_, window_, near_;
   C left_[kQueryRows], right_[kQueryRows];
 };

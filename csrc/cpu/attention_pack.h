@@ -85,14 +85,8 @@ CK_INLINE C dot(const C* a, const C* b, int64_t n) {
 }
 
 template <class C>
-CK_INLINE C total(const C* a, int64_t n) {
-  constexpr int V = kLanes<C>;
-  Vec<C> sum = {};
-  int64_t i = 0;
-  for (; i + V <= n; i += V) sum += load_bytes<Vec<C>>(a + i);
-  C result = sum_lanes<C>(sum);
-  for (; i < n; ++i) result += a[i];
-  return result;
+CK_INLINE void multiply_by(C* data, int64_t width, C factor) {
+  for (int64_t i = 0; i < width; i += kLanes<C>) store_bytes(data + i, load_bytes<Vec<C>>(data + i) * factor);
 }
 
 // Keys that one query may see, or taps that it may read.
@@ -115,10 +109,20 @@ struct Place {
   }
 };
 
-constexpr int64_t kQueryRows = 32;    // queries that are worked on together
-constexpr int64_t kKeyColumns = 128;  // and keys
+constexpr int64_t kQueryRows = 96;    // queries that are worked on together
+constexpr int64_t kKeyColumns = 256;  // and keys
 template <class C>
 constexpr int64_t kPanel = 2 * kLanes<C>;  // keys of a panel, [channels][kPanel]
+
+// Distance of rows of so many elements: an odd number of cache lines, so that a column of rows does not crowd into few
+// sets of the first cache.
+template <class C>
+constexpr int64_t row_pitch(int64_t width) {
+  constexpr int64_t kLine = 64 / sizeof(C);
+  return ((width + kLine - 1) / kLine | 1) * kLine;
+}
+template <class C>
+constexpr int64_t kScorePitch = row_pitch<C>(kKeyColumns);
 
 class Places {
  public:
@@ -185,122 +189,129 @@ class PackedTable {
   Scratch<C> data_;
 };
 
-// The keys or the values of all groups, padding replaced by zeros. Behind the last one zeros fill a panel.
+// The keys or the values of one group, padding replaced by zeros, which also fill the last panel.
 template <class C>
-class PackedKeys {
+class PackedRows {
  public:
-  PackedKeys(const AttentionProblem& p, const HeadRows& t, bool rows, bool panels, bool threads)
-      : groups_(p.groups),
-        channels_(p.channels),
-        pitch_(round_up(p.channels, kLanes<C>)),
+  // factor: of what lies in panels.
+  PackedRows(const Attention& p, const HeadRows& source, bool rows, bool panels, C factor)
+      : p_(p),
+        source_(source),
+        width_(round_up(p.channels, V)),
+        pitch_(row_pitch<C>(width_)),
         padded_(round_up(p.keys, P)),
-        rows_(rows ? p.batch * p.groups * padded_ * pitch_ : 0),
-        panels_(panels ? p.batch * p.groups * padded_ * channels_ : 0) {
-    const int64_t pieces = padded_ / P;
-    parallel(p, p.batch * p.groups * pieces, threads, [&](int64_t begin, int64_t end) {
-      Scratch<C> own(pitch_);
-      for (int64_t piece = begin; piece < end; ++piece) {
-        const int64_t b = piece / pieces / groups_, g = piece / pieces % groups_;
-        for (int64_t n = 0; n < P; ++n) {
-          const int64_t j = piece % pieces * P + n;
-          C* const row = rows ? rows_.get() + (piece * P + n) * pitch_ : own.get();
-          const bool real = j < p.keys && (p.key_mask == nullptr || p.key_mask[b * p.mask_batch + j * p.mask_key]);
-          if (real)
-            read_row<C>(p, t, b, j, g, channels_, 1, row);
-          else
-            clear(row, pitch_);
-          if (panels)
-            for (int64_t d = 0; d < channels_; ++d) panels_[(piece * channels_ + d) * P + n] = row[d];
-        }
+        factor_(factor),
+        rows_((rows ? padded_ : P) * pitch_),
+        panels_(panels ? padded_ * width_ : 0),
+        keep_rows_(rows),
+        fill_panels_(panels) {}
+
+  void load(int64_t b, int64_t g) {
+    for (int64_t j = 0; j < padded_; j += P) {
+      C* const rows = rows_.get() + (keep_rows_ ? j * pitch_ : 0);
+      for (int64_t n = 0; n < P; ++n) {
+        const bool real =
+            j + n < p_.keys && (p_.key_mask == nullptr || p_.key_mask[b * p_.mask_batch + (j + n) * p_.mask_key]);
+        if (real)
+          read_row<C>(p_, source_, b, j + n, g, p_.channels, 1, rows + n * pitch_);
+        else
+          clear(rows + n * pitch_, width_);
       }
-    });
+      if (fill_panels_) fill_panel(rows, panels_.get() + j * width_);
+    }
   }
 
-  const C* row(int64_t b, int64_t g, int64_t j) const {
-    return rows_.get() + ((b * groups_ + g) * padded_ + j) * pitch_;
-  }
+  const C* row(int64_t j) const { return rows_.get() + j * pitch_; }
 
-  // s[r][n] = rows of a times keys first .. first+n, where both are whole panels.
-  void meet(int64_t b, int64_t g, int64_t first, int64_t n, int64_t rows, const C* a, C* s) const {
+  // s[r][n] = rows of a times the panels of rows first .. first+n; both are whole panels.
+  void meet(int64_t first, int64_t n, int64_t rows, const C* a, C* s) const {
     for (int64_t j = 0; j < n; j += P)
-      multiply<false>(rows, P, channels_, Factor<C>{a, pitch_, 1},
-                      panels_.get() + ((b * groups_ + g) * padded_ + first + j) * channels_, P, s + j, kKeyColumns);
+      multiply<false>(rows, P, p_.channels, Factor<C>{a, pitch_, 1}, panels_.get() + (first + j) * width_, P, s + j,
+                      kScorePitch<C>);
   }
 
  private:
-  static constexpr int64_t P = kPanel<C>;
-  int64_t groups_, channels_, pitch_, padded_;
+  static constexpr int64_t V = kLanes<C>, P = kPanel<C>;
+
+  void fill_panel(const C* rows, C* panel) const {
+    for (int64_t n = 0; n < P; n += V)
+      for (int64_t d = 0; d < width_; d += V) {
+        Vec<C> square[V];
+        CK_UNROLL for (int64_t i = 0; i < V; ++i) square[i] = load_bytes<Vec<C>>(rows + (n + i) * pitch_ + d) * factor_;
+        transpose<C>(square);
+        CK_UNROLL for (int64_t i = 0; i < V; ++i) store_bytes(panel + (d + i) * P + n, square[i]);
+      }
+  }
+
+  const Attention& p_;
+  const HeadRows& source_;
+  int64_t width_, pitch_, padded_;
+  C factor_;
   Scratch<C> rows_, panels_;
+  bool keep_rows_, fill_panels_;
 };
 
-// All inputs but what belongs to a query.
+// Scores and their exponentials are taken to base 2: what makes scores carries this factor.
+constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
+
+// Tables, places and masks, which all tasks share.
 template <class C>
 struct AttentionData {
   const AttentionProblem& p;
   bool threads;
-  int64_t pitch, rank_pitch, window_pitch;  // rows of channels, of rel_query and of columns, in whole vectors
-  int64_t padded;                           // keys, in whole panels
+  int64_t width, pitch;  // of a row of channels: whole vectors, and the distance to the next
+  int64_t rank_pitch;    // rows of rel_query (of q, where there is none)
+  int64_t window_pitch;  // rows of columns, in whole vectors
+  int64_t padded;        // keys, in whole panels
   Places places;
-  PackedTable<C> bias, query_rel, key_rel;    // the latter two by channel; key_rel with its columns reversed
-  PackedTable<C> query_columns, key_columns;  // the same by column, for gradients
+  PackedTable<C> bias, query_rel, key_rel;    // base 2; the latter two by channel; key_rel with its columns reversed
+  PackedTable<C> query_columns, key_columns;  // by column, for gradients; the first times rel_scale
   PackedTable<C> value_conv, value_conv_bias, value_conv_scale;  // by tap
-  PackedKeys<C> k, v;
-  Scratch<C> hidden;      // [batch][padded]: not 0 where the mask hides a key
+  Scratch<C> hidden;                                             // [batch][padded]: not 0 where the mask hides a key
   Scratch<int64_t> real;  // [batch][keys + 1]: how many keys before a position the mask does not hide
-  Scratch<C> edges;       // [batch][heads][2][padded]: what key_rel adds left and right of the window
 
   AttentionData(const AttentionProblem& problem, bool gradients)
       : p(problem),
         threads(p.batch * p.heads * p.queries * p.keys * p.channels >= 1 << 15),
-        pitch(round_up(p.channels, kLanes<C>)),
-        rank_pitch(round_up(p.rank, kLanes<C>)),
+        width(round_up(p.channels, kLanes<C>)),
+        pitch(row_pitch<C>(width)),
+        rank_pitch(p.rel_query.data != nullptr ? row_pitch<C>(p.rank) : pitch),
         window_pitch(round_up(p.window(), kLanes<C>)),
         padded(round_up(p.keys, kPanel<C>)),
         places(p),
-        bias(p, p.bias, 0, {1, 0}, columns(p.bias), 1),
-        query_rel(p, p.query_rel, 0, {p.rank, p.query_rel.row}, columns(p.query_rel), 1),
-        key_rel(p, p.key_rel, last_column(), {p.channels, p.key_rel.row}, reversed(), scale()),
+        bias(p, p.bias, 0, {1, 0}, columns(p.bias), static_cast<C>(kLog2e)),
+        query_rel(p, p.query_rel, 0, {p.rank, p.query_rel.row}, columns(p.query_rel),
+                  static_cast<C>(p.rel_scale * kLog2e)),
+        key_rel(p, p.key_rel, last_column(), {p.channels, p.key_rel.row}, reversed(), score_scale()),
         query_columns(p, when(gradients, p.query_rel), 0, columns(p.query_rel), {p.rank, p.query_rel.row},
                       static_cast<C>(p.rel_scale)),
-        key_columns(p, when(gradients, p.key_rel), last_column(), reversed(), {p.channels, p.key_rel.row}, scale()),
+        key_columns(p, when(gradients, p.key_rel), last_column(), reversed(), {p.channels, p.key_rel.row}, 1),
         value_conv(p, p.value_conv, 0, columns(p.value_conv), {p.channels, p.value_conv.row}, 1),
         value_conv_bias(p, p.value_conv_bias, 0, {1, 0}, {p.channels, p.value_conv_bias.row}, 1),
         value_conv_scale(p, p.value_conv_scale, 0, {1, 0}, {1, 0}, 1),
-        k(p, p.k, gradients || p.key_rel.data != nullptr, true, threads),
-        v(p, p.v, !gradients || p.value_conv.data != nullptr, gradients, threads),
         hidden(p.key_mask != nullptr ? p.batch * padded : 0),
-        real(p.key_mask != nullptr ? p.batch * (p.keys + 1) : 0),
-        edges(has_edges() ? p.batch * p.heads * 2 * padded : 0) {
+        real(p.key_mask != nullptr ? p.batch * (p.keys + 1) : 0) {
     if (p.key_mask != nullptr) read_mask();
-    if (has_edges()) find_edges();
   }
 
-  bool sees_something(int64_t b, const Range& visible) const {
-    if (visible.empty() || p.key_mask == nullptr) return !visible.empty();
+  // How many of the keys from first to end the mask does not hide.
+  int64_t count_real(int64_t b, int64_t first, int64_t end) const {
+    if (p.key_mask == nullptr) return end - first;
     const int64_t* const before = real.get() + b * (p.keys + 1);
-    return before[visible.end] > before[visible.first];
+    return before[end] - before[first];
   }
-  C scale() const { return static_cast<C>(p.scale); }
+  bool sees_something(int64_t b, const Range& visible) const {
+    return !visible.empty() && count_real(b, visible.first, visible.end) > 0;
+  }
+  C score_scale() const { return static_cast<C>(p.scale * kLog2e); }
   bool has_edges() const { return p.key_rel.data != nullptr && p.clips(); }
-  const C* edge(int64_t b, int64_t h, int64_t side) const {
-    return edges.get() + ((b * p.heads + h) * 2 + side) * padded;
-  }
   C conv_scale(int64_t h) const { return p.value_conv_scale.data == nullptr ? C{1} : value_conv_scale.of(h)[0]; }
-
-  // u = value_conv_bias + sum over the taps of value_conv * v, before its scale.
-  void convolve(int64_t b, int64_t h, const Place& place, C* u) const {
-    if (p.value_conv_bias.data != nullptr)
-      memcpy(static_cast<void*>(u), value_conv_bias.of(h), static_cast<size_t>(pitch) * sizeof(C));
-    else
-      clear(u, pitch);
-    const Range taps = place.taps(p);
-    for (int64_t c = taps.first; c < taps.end; ++c)
-      multiply_add(u, value_conv.of(h) + c * pitch, v.row(b, h / p.sharing(), place.at - p.left + c));
-  }
+  // Blocks of queries of one head.
+  int64_t blocks() const { return ceil_div(p.queries, kQueryRows); }
 
   // to += a * b, element by element
   void multiply_add(C* to, const C* a, const C* b) const {
-    for (int64_t i = 0; i < pitch; i += kLanes<C>)
+    for (int64_t i = 0; i < width; i += kLanes<C>)
       store_bytes(to + i, load_bytes<Vec<C>>(to + i) + load_bytes<Vec<C>>(a + i) * load_bytes<Vec<C>>(b + i));
   }
 
@@ -321,22 +332,57 @@ struct AttentionData {
       }
     }
   }
+};
 
-  void find_edges() {
-    parallel(p, p.batch * p.heads, threads, [&](int64_t begin, int64_t end) {
-      Scratch<C> outer(2 * pitch);
-      for (int64_t n = begin; n < end; ++n) {
-        const int64_t b = n / p.heads, h = n % p.heads;
-        clear(outer.get(), 2 * pitch);
-        for (int64_t d = 0; d < p.channels; ++d) {
-          outer[d] = key_rel.of(h)[d * window_pitch];
-          outer[pitch + d] = key_rel.of(h)[d * window_pitch + p.window() - 1];
-        }
-        for (int64_t side = 0; side < 2; ++side)
-          for (int64_t j = 0; j < padded; ++j)
-            edges[(n * 2 + side) * padded + j] = dot(k.row(b, h / p.sharing(), j), outer.get() + side * pitch, pitch);
-      }
-    });
+// The keys and values of one group of heads, and what key_rel adds to the scores of one of its heads outside the
+// window.
+template <class C>
+struct Keys {
+  const AttentionData<C>& d;
+  PackedRows<C> k, v;
+  Scratch<C> edges;  // [2][padded]: left and right of the window
+  int64_t batch = 0, group = 0, head = -1;
+
+  Keys(const AttentionData<C>& data, bool gradients)
+      : d(data),
+        k(d.p, d.p.k, gradients || d.p.key_rel.data != nullptr, d.p.qk, d.score_scale()),
+        v(d.p, d.p.v, !gradients || d.p.value_conv.data != nullptr, gradients, 1),
+        edges(d.has_edges() ? 2 * d.padded : 0) {}
+
+  void load(int64_t b, int64_t g) {
+    batch = b;
+    group = g;
+    head = -1;
+    k.load(b, g);
+    v.load(b, g);
+  }
+
+  void choose_head(int64_t h) {
+    if (h == head) return;
+    head = h;
+    if (!d.has_edges()) return;
+    Scratch<C> outer(2 * d.width);
+    clear(outer.get(), 2 * d.width);
+    for (int64_t c = 0; c < d.p.channels; ++c) {
+      outer[c] = d.key_rel.of(h)[c * d.window_pitch];
+      outer[d.width + c] = d.key_rel.of(h)[c * d.window_pitch + d.p.window() - 1];
+    }
+    for (int64_t side = 0; side < 2; ++side)
+      for (int64_t j = 0; j < d.padded; ++j)
+        edges[side * d.padded + j] = dot(k.row(j), outer.get() + side * d.width, d.width);
+  }
+
+  const C* edge(int64_t side) const { return edges.get() + side * d.padded; }
+
+  // u = value_conv_bias + sum over the taps of value_conv * v, before its scale.
+  void convolve(const Place& place, C* u) const {
+    if (d.p.value_conv_bias.data != nullptr)
+      memcpy(static_cast<void*>(u), d.value_conv_bias.of(head), static_cast<size_t>(d.width) * sizeof(C));
+    else
+      clear(u, d.width);
+    const Range taps = place.taps(d.p);
+    for (int64_t c = taps.first; c < taps.end; ++c)
+      d.multiply_add(u, d.value_conv.of(head) + c * d.width, v.row(place.at - d.p.left + c));
   }
 };
 

@@ -3,25 +3,9 @@
 // number of threads.
 #pragma once
 
-#include "attention_pack.h"
+#include "attention_block.h"
 
 namespace ck::cpu::CK_ISA {
-
-// How the work of `units` (batch row and head) is cut into tasks: each unit into `parts` of its blocks.
-struct Parts {
-  static constexpr int64_t kTasks = 256;
-
-  Parts(int64_t unit_count, int64_t block_count)
-      : units(unit_count), blocks(block_count), parts(units == 0 ? 0 : least(blocks, ceil_div(kTasks, units))) {}
-
-  int64_t tasks() const { return units * parts; }
-  Range of(int64_t task) const {
-    const int64_t part = task % parts;
-    return {blocks * part / parts, blocks * (part + 1) / parts};
-  }
-
-  int64_t units, blocks, parts;
-};
 
 // One table's sums.
 template <class C>
@@ -29,20 +13,23 @@ class TableSums {
  public:
   // rows, pitch: of what each task leaves behind for each of `heads` heads.
   TableSums(bool wanted, const Parts& parts, int64_t heads, int64_t rows, int64_t pitch)
-      : parts_(parts), heads_(heads), size_(rows * pitch), data_(wanted ? parts.tasks() * heads * size_ : 0) {}
+      : wanted_(wanted),
+        parts_(parts),
+        heads_(heads),
+        size_(rows * pitch),
+        data_(wanted ? parts.tasks() * heads * size_ : 0) {}
 
-  C* of(int64_t task, int64_t head) const { return data_.get() + (task * heads_ + head) * size_; }
-  C* open(int64_t task, int64_t head) const {
-    C* const sums = of(task, head);
-    clear(sums, size_);
-    return sums;
+  void open(int64_t task) const {
+    if (wanted_) clear(data_.get() + task * heads_ * size_, heads_ * size_);
   }
+  // nullptr: not wanted.
+  C* of(int64_t task, int64_t head) const { return wanted_ ? data_.get() + (task * heads_ + head) * size_ : nullptr; }
 
   // Writes the gradient of `t`, [heads][rows.size][columns.size] contiguous; the axes say where its elements lie in a
   // part, from `start` on.
   void finish(const Attention& p, const HeadTable& t, void* out, int64_t start, Axis rows, Axis columns,
               C factor) const {
-    if (out == nullptr) return;
+    if (!wanted_) return;
     const int64_t units = p.heads / heads_;  // of one batch row
     const auto sum_of = [&](int64_t h, int64_t element) {
       C sum = 0;
@@ -70,6 +57,7 @@ class TableSums {
   }
 
  private:
+  bool wanted_;
   Parts parts_;
   int64_t heads_, size_;
   Scratch<C> data_;

@@ -42,7 +42,7 @@ CK_INLINE void multiply_tile(Factor<C> a, const C* b, int64_t b_row, int64_t dep
   }
 }
 
-// As many rows as fill tiles, the rest by lower tiles: of 2 rows and of 1.
+// As many rows as fill tiles, then one lower tile.
 template <class C, int kRows, int kVectors, bool kAdd>
 inline void multiply_rows(int64_t rows, Factor<C> a, const C* b, int64_t b_row, int64_t depth, C* c, int64_t c_row) {
   for (; rows >= kRows; rows -= kRows) {
@@ -51,7 +51,7 @@ inline void multiply_rows(int64_t rows, Factor<C> a, const C* b, int64_t b_row, 
     c += kRows * c_row;
   }
   if constexpr (kRows > 1) {
-    if (rows > 0) multiply_rows<C, kRows == 2 ? 1 : 2, kVectors, kAdd>(rows, a, b, b_row, depth, c, c_row);
+    if (rows > 0) multiply_rows<C, kRows - 1, kVectors, kAdd>(rows, a, b, b_row, depth, c, c_row);
   }
 }
 
