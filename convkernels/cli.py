@@ -172,11 +172,11 @@ def _save(path: Path, section: str, content: dict[str, Any]) -> None:
     say(f"wrote {path}")
 
 
-def _draw(section: dict[str, Any], folder: Path, dtypes: list[str] | None) -> int:
+def _draw(suite: str, section: dict[str, Any], folder: Path, dtypes: list[str] | None) -> int:
     try:
         from ._bench import figures
 
-        for path in figures.draw(section, folder, dtypes):
+        for path in figures.draw(suite, section, folder, dtypes):
             say(f"wrote {path}")
     except ModuleNotFoundError as error:
         print(NEEDS_EXTRA.format("plotting", error.name), file=sys.stderr)
@@ -193,9 +193,8 @@ def bench(arguments: argparse.Namespace) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     path = arguments.output / f"{environment.file_stem(environment.describe(device))}.json"
-    return {"acceptance": _acceptance, "streaming": _streaming, "sweep": _sweep}[arguments.suite](
-        arguments, device, path
-    )
+    suites = {"acceptance": _acceptance, "attention": _attention, "streaming": _streaming, "sweep": _sweep}
+    return suites[arguments.suite](arguments, device, path)
 
 
 def _lengths(arguments: argparse.Namespace, default: tuple[int, ...]) -> tuple[int, ...]:
@@ -228,7 +227,33 @@ def _sweep(arguments: argparse.Namespace, device: torch.device, path: Path) -> i
     section = sweep.Sweep(settings, device).run()
     sweep.print_tables(section)
     _save(path, "sweep", section)
-    return _draw(section, arguments.output, None)
+    return _draw("sweep", section, arguments.output, None)
+
+
+def _attention(arguments: argparse.Namespace, device: torch.device, path: Path) -> int:
+    from ._bench import attention
+
+    defaults = attention.Settings()
+    settings = attention.Settings(
+        lengths=_lengths(arguments, defaults.lengths),
+        dtypes=tuple(arguments.dtypes),
+        batch=arguments.batch or defaults.batch,
+        heads=arguments.heads,
+        head_size=arguments.channels // arguments.heads,
+        compiled=arguments.compile_seconds != 0,
+        seconds=arguments.seconds or defaults.seconds,
+        slow_call=arguments.slow_call or defaults.slow_call,
+        backend=arguments.backend,
+    )
+    for dtype in settings.dtypes:
+        reasons = convkernels.why_not(settings.backend, op="attention_grad", device=device, dtype=FLOATS[dtype])
+        if reasons:
+            print(f"bench: --backend {settings.backend}: {'; '.join(reasons)}", file=sys.stderr)
+            return 2
+    section = attention.Suite(settings, device).run()
+    attention.print_tables(section)
+    _save(path, "attention" if settings.backend == "auto" else f"attention {settings.backend}", section)
+    return _draw("attention", section, arguments.output, None)
 
 
 def _acceptance(arguments: argparse.Namespace, device: torch.device, path: Path) -> int:
@@ -282,11 +307,15 @@ def _streaming(arguments: argparse.Namespace, device: torch.device, path: Path) 
 
 def plot(arguments: argparse.Namespace) -> int:
     """Draw the plots of a results file again."""
-    section = json.loads(arguments.results.read_text()).get("sweep")
-    if section is None:
+    from ._bench import figures
+
+    results = json.loads(arguments.results.read_text())
+    suites = [suite for suite in figures.PLOTS if suite in results]
+    if not suites:
         print(f"plot: {arguments.results} holds no sweep; run `convkernels bench` first", file=sys.stderr)
         return 2
-    return _draw(section, arguments.output or arguments.results.parent, arguments.dtypes)
+    folder = arguments.output or arguments.results.parent
+    return max(_draw(suite, results[suite], folder, arguments.dtypes) for suite in suites)
 
 
 def _positive(value: str) -> int:
@@ -309,7 +338,9 @@ def _numbers(value: str) -> list[int]:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="convkernels", description="Fused sequence convolutions for PyTorch.")
+    top = argparse.ArgumentParser(
+        prog="convkernels", description="Fused sequence convolutions and composite attention for PyTorch."
+    )
     top.add_argument("--version", action="version", version=convkernels.__version__)
     commands = top.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help=info.__doc__).set_defaults(run=info)
@@ -333,24 +364,25 @@ def parser() -> argparse.ArgumentParser:
     add = command.add_argument
     add(
         "--suite",
-        choices=("sweep", "acceptance", "streaming"),
+        choices=("sweep", "attention", "acceptance", "streaming"),
         default="sweep",
-        help="speed against length, the target table, or the fraction of memory speed on tensors of 64 MB and more",
+        help="speed against length of convolutions or of attention, the target table, or the fraction of memory speed "
+        "on tensors of 64 MB and more",
     )
     add(
         "--backend",
         choices=("auto", *convkernels.backends.names()),
         default="auto",
-        help="of the streaming suite; its results are kept apart (default: auto)",
+        help="of the streaming and attention suites; its results are kept apart (default: auto)",
     )
-    add("--batch", type=_positive, help="rows of the batch in the streaming suite (default: 16)")
+    add("--batch", type=_positive, help="rows of the batch in the streaming (default: 16) and attention (4) suites")
     add("--output", type=Path, default=Path("convkernels-bench"), help="folder for JSON, PNG and Markdown files")
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     add("--threads", type=_positive, help="CPU threads (default: what torch takes)")
     add("--lengths", type=_numbers, help="sequence lengths, e.g. 64,512,4096")
     add("--max-length", type=_positive, help="go on doubling up to this length, or stop before the default's end")
     add("--dtypes", type=_names, default=["float32", "bfloat16"], help="default: float32,bfloat16")
-    add("--seconds", type=float, help="time for timed repeats: of the whole sweep, or of each acceptance group")
+    add("--seconds", type=float, help="time for timed repeats: of the whole sweep, or of each group of another suite")
     add("--slow-call", type=float, help="seconds; a slower call is not repeated")
     add("--stop-call", type=float, help="seconds; a peer with a slower call is not run at longer sequences")
     add("--compile-seconds", type=float, help="time for torch.compile (0: without; acceptance: no limit)")

@@ -32,6 +32,8 @@ TESTS = [
     "tests/test_philox.py",
     "tests/test_decoding.py",
     "tests/test_golden.py",
+    "tests/test_attention_fuzz.py",
+    "tests/test_attention_blocks.py",
 ]
 
 
@@ -128,6 +130,48 @@ CPU_MUTATIONS = [
         "csrc/cpu/rows.h",
         "xv[part] * (sig * (splat(C{1}) - sig));",
         "xv[part] * sig;",
+    ),
+    Mutation(
+        "attention: edge not repeated left of the window",
+        "csrc/cpu/attention_block.h",
+        "round_up(c.beyond, V), left_[r], right_[r]};",
+        "round_up(c.beyond, V), C{0}, right_[r]};",
+    ),
+    Mutation(
+        "attention: sum of a row not rescaled",
+        "csrc/cpu/attention.h",
+        "sum_[r] = sum_[r] * factor + sum;",
+        "sum_[r] = sum_[r] + sum;",
+    ),
+    Mutation(
+        "attention: the next key is seen",
+        "csrc/cpu/attention_pack.h",
+        "visible.end = least(visible.end, place.at + 1);",
+        "visible.end = least(visible.end, place.at + 2);",
+    ),
+    Mutation(
+        "attention: padding is seen",
+        "csrc/cpu/attention_block.h",
+        "if (d_.count_real(batch(), first + c.first, first + c.end) < c.end - c.first) {",
+        "if (d_.count_real(batch(), first + c.first, first + c.end) < 0) {",
+    ),
+    Mutation(
+        "attention: delta with the depthwise term",
+        "csrc/cpu/attention_grad.h",
+        "delta -= dot(grad, row_.get(), d_.width) * d_.conv_scale(h);",
+        "delta -= dot(grad, row_.get(), d_.width) * C{0};",
+    ),
+    Mutation(
+        "attention: dropout of another block of words",
+        "csrc/cpu/attention_block.h",
+        "static_cast<uint32_t>((first + j) / 4)};",
+        "static_cast<uint32_t>(j / 4)};",
+    ),
+    Mutation(
+        "attention: parts of d(k) and d(v) not added",
+        "csrc/cpu/attention_grad.h",
+        "for (int64_t n = 1; n < count; ++n) add_to(row,",
+        "for (int64_t n = 2; n < count; ++n) add_to(row,",
     ),
 ]
 

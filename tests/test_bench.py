@@ -1,12 +1,13 @@
 """The benchmark's own claims: real lengths, equal results of all forms, byte and FLOP counts, files it writes."""
 
+import itertools
 import json
 
 import pytest
 import torch
 
 from convkernels import cli
-from convkernels._bench import acceptance, peers, sweep, text, timing
+from convkernels._bench import acceptance, attention, peers, sweep, text, timing
 
 CPU = torch.device("cpu")
 
@@ -182,3 +183,50 @@ def test_streaming_suite(tmp_path, capsys):
     rho = 31 * 16 / 1024
     assert passes["dynamic K=31", "backward"] == pytest.approx(3 + 2 * rho)
     assert "fraction of a copy" in capsys.readouterr().out
+
+
+def test_attention_suite(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    options = "--lengths 8,16 --batch 2 --channels 32 --heads 2 --seconds 0.01 --compile-seconds 0"
+    assert cli.main(["bench", "--suite", "attention", "--output", str(tmp_path), *options.split()]) == 0
+    (results,) = tmp_path.glob("*.json")
+    section = json.loads(results.read_text())["attention"]
+    assert not section["notes"]
+    lines = {(r["line"], r["direction"]) for r in section["records"]}
+    assert lines == set(itertools.product(attention.FORMS, (attention.FORWARD, attention.BACKWARD, attention.BOTH)))
+    products = 2 * 2 * 2 * 16 * 16 * 16
+    work = {(r["line"], r["direction"]): r["flops"] for r in section["records"] if r["length"] == 16}
+    assert work[attention.PLAIN, attention.FORWARD] == work[attention.SDPA, attention.FORWARD] == 2 * products
+    assert work[attention.COMPOSITE, attention.FORWARD] == 2 * products + 2 * 2 * 2 * 16 * 16 * 17
+    plots = {"attention-speed.png", "attention-flops.png", "attention-memory.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == plots
+    assert "FlexAttention with the same terms" in capsys.readouterr().out
+
+
+def test_attention_forms_agree():
+    settings = attention.Settings(batch=2, heads=2, head_size=8, window=3)
+    inputs = attention.make_inputs(settings, 20, torch.float64, CPU)
+    composite, plain, sdpa, eager = (
+        attention.FORMS[name](inputs, *inputs.leaves)
+        for name in (attention.COMPOSITE, attention.PLAIN, attention.SDPA, attention.EAGER)
+    )
+    torch.testing.assert_close(composite, eager)
+    torch.testing.assert_close(plain, sdpa)
+    no_query = torch.zeros_like(inputs.query_rel)
+    with_bias = attention.FORMS[attention.SDPA_BIAS](inputs, *inputs.leaves)
+    torch.testing.assert_close(with_bias, attention.eager(inputs, *inputs.leaves[:4], no_query))
+
+
+def test_attention_targets_say_pass_miss_and_not_measured():
+    def record(line, seconds, dtype):
+        shape = {"direction": attention.FORWARD, "length": 512, "dtype": dtype}
+        return shape | {"line": line, "seconds": seconds}
+
+    section = {"records": [record(attention.COMPOSITE, 0.8, "float32"), record(attention.SDPA, 1.0, "float32"),
+                           record(attention.COMPOSITE, 0.8, "bfloat16"), record(attention.SDPA, 1.0, "bfloat16"),
+                           record(attention.FLEX, 4.0, "float32")]}  # fmt: skip
+    rows = {row[:2]: row[2:] for row in attention.target_rows(section)}
+    expected = ("<= 0.85", "0.80", "PASS", "<= 0.72", "0.80", "miss")
+    assert rows["forward with relative terms / SDPA without positions", "512"] == expected
+    expected = (">= 4.00", "5.00", "PASS", ">= 5.50", "-", "not measured")
+    assert rows["FlexAttention with the same terms / ours, forward", "512"] == expected

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import convkernels
 
 from . import environment, timing
-from .console import progress, quantity, say, table
+from .console import markdown_table, progress, quantity, say, table
 from .peers import DYNAMIC, LIGHTWEIGHT, PEERS, TOLERANCE, Problem, channels_first, disagreement, ours
 
 OURS, COPY = "convkernels", "copy"
@@ -441,11 +441,6 @@ def print_tables(section: dict[str, Any]) -> None:
     say(f"{len(section['skipped'])} measurements skipped ({len(reasons)} reasons, in the JSON file)")
 
 
-def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def markdown(section: dict[str, Any]) -> str:
     """The tables as Markdown, for docs/performance.md."""
     heads = " / ".join(str(h) for h in section["shape"]["heads"])
@@ -454,10 +449,10 @@ def markdown(section: dict[str, Any]) -> str:
         (
             f"Measured on {environment.title(section['environment'])}; B={BATCH}, C={CHANNELS}, T={TABLE_LENGTH} "
             f"unless stated. Values for H = {heads} (dynamic: H = 12); a line passes when every value does.",
-            _markdown_table(TARGET_COLUMNS, target_rows(section)),
+            markdown_table(TARGET_COLUMNS, target_rows(section)),
             "B=1, T=4, C=64, K=7, float32, microseconds per call:",
-            _markdown_table(OVERHEAD_COLUMNS, overhead_rows(section)),
+            markdown_table(OVERHEAD_COLUMNS, overhead_rows(section)),
             "Microseconds of every form (a dash: skipped, the reasons are in the results file):",
-            _markdown_table(columns, rows),
+            markdown_table(columns, rows),
         )
     )

@@ -7,10 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import environment
+from . import attention, environment
 from .sweep import BOTH, FORWARD, LINES, MORE_LINES, OURS
 
-_OURS = {"lightweight": "#0b6fb8", "dynamic": "#d1570c", "depthwise": "#2a8f3c"}
+_OURS = {
+    "lightweight": "#0b6fb8",
+    "dynamic": "#d1570c",
+    "depthwise": "#2a8f3c",
+    attention.COMPOSITE: "#c2185b",
+    attention.PLAIN: "#5c6bc0",
+}
 _PEERS = ("#7a7a7a", "#8d5bb5", "#c2185b", "#a08000", "#00838f", "#5d4037", "#9e9d24", "#455a64", "#ad1457", "#6a1b9a")
 _MARKERS = "sD^vPX*<>h"
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
@@ -20,6 +26,7 @@ def _style(label: str) -> dict[str, Any]:
     if label in _OURS:
         return {"color": _OURS[label], "marker": "o", "linewidth": 2.4, "markersize": 5.5, "zorder": 3}
     others = [line.label for line in LINES + MORE_LINES if line.form != OURS]
+    others += [attention.SDPA, attention.SDPA_BIAS, attention.FLEX, attention.EAGER]
     i = others.index(label) if label in others else 0
     return {
         "color": _PEERS[i % len(_PEERS)],
@@ -75,6 +82,17 @@ WORK = Plot(
     by_dtype=False,
 )
 
+MEMORY = Plot(
+    "records",
+    "Memory against sequence length",
+    "extra memory at the peak of a call [MB]",
+    lambda r: r["peak_extra_bytes"] and r["peak_extra_bytes"] / 1e6,
+)
+PLOTS = {
+    "sweep": {"speed.png": SPEED, "flops.png": WORK},
+    "attention": {"attention-speed.png": SPEED, "attention-flops.png": WORK, "attention-memory.png": MEMORY},
+}
+
 _HEADER, _PANEL, _LEGEND_ROW = 0.85, 3.1, 0.26
 
 
@@ -102,10 +120,7 @@ def _save(plot: Plot, section: dict[str, Any], dtypes: list[str], path: Path) ->
     for axes in grid.flat:
         entries.update({name: handle for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)})
     figure.legend(entries.values(), entries.keys(), loc="lower center", ncols=3, frameon=False, fontsize=9.5)
-    shape = (
-        f"C={settings['channels']}, H={settings['heads']}, K={settings['taps']}, {settings['tokens']} tokens per batch"
-    )
-    under = f"{environment.title(section['environment'])}; {shape}, of real text"
+    under = f"{environment.title(section['environment'])}; {_shape(settings)}"
     figure.text(0.5, 1 - 0.3 / height, plot.heading, ha="center", fontsize=13, fontweight="bold")
     figure.text(0.5, 1 - 0.55 / height, under, ha="center", fontsize=9)
     figure.tight_layout(rect=(0, footer / height, 1, 1 - (_HEADER - 0.2) / height))
@@ -114,10 +129,17 @@ def _save(plot: Plot, section: dict[str, Any], dtypes: list[str], path: Path) ->
     return path
 
 
-def draw(section: dict[str, Any], folder: Path, dtypes: list[str] | None = None) -> list[Path]:
-    """Write speed.png and flops.png from the results of a sweep; `dtypes` limits the rows of panels."""
+def _shape(settings: dict[str, Any]) -> str:
+    if "window" in settings:
+        return attention.shape(settings)
+    shape = f"C={settings['channels']}, H={settings['heads']}, K={settings['taps']}"
+    return f"{shape}, {settings['tokens']} tokens per batch, of real text"
+
+
+def draw(suite: str, section: dict[str, Any], folder: Path, dtypes: list[str] | None = None) -> list[Path]:
+    """Write the plots of a suite's results; `dtypes` limits the rows of panels."""
     folder.mkdir(parents=True, exist_ok=True)
     chosen = [dtype for dtype in section["settings"]["dtypes"] if dtypes is None or dtype in dtypes]
     if not chosen:
         raise ValueError(f"dtypes: expected some of {section['settings']['dtypes']}, got {dtypes}")
-    return [_save(plot, section, chosen, folder / name) for plot, name in ((SPEED, "speed.png"), (WORK, "flops.png"))]
+    return [_save(plot, section, chosen, folder / name) for name, plot in PLOTS[suite].items()]

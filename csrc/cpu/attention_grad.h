@@ -3,10 +3,10 @@
 // keeps for all keys, to d(q), which they keep for themselves, and to the tables.
 //
 // With dP the gradient of p, the gradient of a score is p (dP - delta), where delta = sum of p dP over the row, less
-// grad_lse. The sum is that of grad * out over the channels, once the depthwise term is taken out of out. Where out has
-// been rounded to 16 bits, what follows from it is off by the same factor of p in the whole row. A table's column that
-// sums over far keys would gather that, so the columns of p are summed too and take it out again: the gradients of a
-// row's scores must sum to grad_lse.
+// grad_lse. The sum is that of grad * out over the channels, once the depthwise term is taken out of out. It is off by
+// the rounding of out, and so is the gradient of each score of the row, by p times that. A table's column that sums
+// over far keys would gather it; so the columns of p are summed too and take it out again: the gradients of a row's
+// scores must sum to grad_lse.
 #pragma once
 
 #include "attention_sums.h"
@@ -59,7 +59,6 @@ class GradientTask {
         scores_(needs_scores(p)),
         folds_(scores_ && p.has_query_columns()),
         folds_keys_(scores_ && p.key_rel.data != nullptr),
-        corrects_(folds_ && size_of(p.dtype) < static_cast<int64_t>(sizeof(C))),
         keys_(data, true),
         block_(data, keys_),
         grad_(kQueryRows * data.pitch),
@@ -68,9 +67,10 @@ class GradientTask {
         keep_(p.dropout > 0.0 ? kKeyColumns : 0),
         grad_q_(kQueryRows * data.pitch),
         columns_(folds_ ? kQueryRows * data.window_pitch : 0),
-        p_columns_(corrects_ ? kQueryRows * data.window_pitch : 0),
+        p_columns_(folds_ ? kQueryRows * data.window_pitch : 0),
         rel_(folds_ ? kQueryRows * round_up(p.rank, kLanes<C>) : 0),
         row_(data.width),
+        taps_(p.grad_value_conv != nullptr ? p.window() * data.width : 0),
         key_columns_(folds_keys_ ? data.padded * data.window_pitch : 0),
         key_edges_(folds_keys_ ? 2 * data.padded : 0) {}
 
@@ -116,15 +116,20 @@ class GradientTask {
       if (scores_) delta_[r] = find_delta(r);
     }
     clear(grad_q_.get(), rows * d_.pitch);
-    if (folds_) clear(columns_.get(), rows * d_.window_pitch);
-    if (corrects_) clear(p_columns_.get(), rows * d_.window_pitch);
-    if (corrects_) clear(excess_, kQueryRows);
+    if (folds_) {
+      clear(columns_.get(), rows * d_.window_pitch);
+      clear(p_columns_.get(), rows * d_.window_pitch);
+      clear(excess_, kQueryRows);
+    }
     if (scores_ || p_.grad_v.data != nullptr)
       block_.each_key_block([&](int64_t first, int64_t n) { add_keys(first, n); });
     if (folds_) finish_columns();
     if (p_.grad_q.data != nullptr) write_queries();
-    if (p_.value_conv.data != nullptr)
-      for (int64_t r = 0; r < rows; ++r) add_taps(r);
+    if (p_.value_conv.data == nullptr) return;
+    // Summed by blocks first: fewer roundings meet in one sum.
+    if (value_conv_ != nullptr) clear(taps_.get(), p_.window() * d_.width);
+    for (int64_t r = 0; r < rows; ++r) add_taps(r);
+    if (value_conv_ != nullptr) add_to(value_conv_, taps_.get(), p_.window() * d_.width);
   }
 
   C find_delta(int64_t r) {
@@ -211,8 +216,8 @@ class GradientTask {
     } else {
       differentiate(std::false_type());
     }
-    if (folds_) fold(columns_, r, cut, rest, first, ds_row, sums);
-    if (corrects_) {
+    if (folds_) {
+      fold(columns_, r, cut, rest, first, ds_row, sums);
       fold(p_columns_, r, cut, rest, first, p_.dropout > 0.0 ? keep_.get() : p_row, p_sums);
       excess_[r] += sum_lanes<C>(sums[0] + sums[1] + sums[2]);
     }
@@ -245,7 +250,7 @@ class GradientTask {
 
   void finish_columns() {
     const int64_t rows = block_.rows(), pitch = d_.window_pitch;
-    for (int64_t r = 0; r < rows && corrects_; ++r) {
+    for (int64_t r = 0; r < rows; ++r) {
       const C excess = excess_[r] - grad_lse(r);
       add_to(columns_.get() + r * pitch, p_columns_.get() + r * pitch, pitch, -excess);
     }
@@ -303,17 +308,18 @@ class GradientTask {
     for (int64_t c = taps.first; c < taps.end; ++c) {
       const int64_t j = place.at - p_.left + c;
       d_.multiply_add(own_.v + j * d_.pitch, grad, d_.value_conv.of(h) + c * d_.width);
-      if (value_conv_ != nullptr) d_.multiply_add(value_conv_ + c * d_.width, grad, keys_.v.row(j));
+      if (value_conv_ != nullptr) d_.multiply_add(taps_.get() + c * d_.width, grad, keys_.v.row(j));
     }
   }
 
   const AttentionBackward& p_;
   const AttentionData<C>& d_;
-  const bool scores_, folds_, folds_keys_, corrects_;
+  const bool scores_, folds_, folds_keys_;
   Keys<C> keys_;
   QueryBlock<C> block_;
   KeyGradients<C> own_{};
-  Scratch<C> grad_, p_rows_, ds_rows_, keep_, grad_q_, columns_, p_columns_, rel_, row_, key_columns_, key_edges_;
+  Scratch<C> grad_, p_rows_, ds_rows_, keep_, grad_q_, columns_, p_columns_, rel_, row_, taps_, key_columns_,
+      key_edges_;
   C shift_[kQueryRows], delta_[kQueryRows], excess_[kQueryRows];
   C *bias_ = nullptr, *query_rel_ = nullptr, *value_conv_ = nullptr, *value_conv_bias_ = nullptr,
     *value_conv_scale_ = nullptr;
@@ -340,7 +346,8 @@ inline void write_keys(const AttentionBackward& p, const AttentionData<C>& d, in
 template <class C>
 inline const char* attention_grad_typed(const AttentionBackward& p) {
   const AttentionData<C> data(p, true);
-  const Parts parts(p.batch * p.groups, p.sharing() * data.blocks(), 32, 4);
+  // Each part takes memory for all keys; so they are few, however long the sequence.
+  const Parts parts(p.batch * p.groups, p.sharing() * data.blocks(), least(32, 4 * p.batch * p.groups), 2);
   const GradientSums<C> sums(p, data, parts);
   const int64_t size = 2 * data.padded * data.pitch;  // of what a task leaves for the keys
   const bool whole = parts.parts <= 1;                // then the task writes them itself

@@ -91,6 +91,27 @@ CK_TEST(loads_and_stores_are_inverse) {
   for (int i = 0; i < Lanes<bf16>::kUnit; ++i) CK_EQUAL(to[i].bits, from[i].bits);
 }
 
+template <class S>
+void check_exp2(S low, S step, double limit) {
+  constexpr S kInf = std::numeric_limits<S>::infinity();
+  double worst = 0.0;
+  for (S x = low; x < -low; x += step) {
+    const long double expected = std::exp2(static_cast<long double>(x));
+    worst = std::max(worst, static_cast<double>(std::abs(vexp2<S>(splat(x))[0] - expected) / expected));
+  }
+  CK_EQUAL(worst < limit, true);
+  CK_EQUAL(vexp2<S>(splat(-kInf))[0], S{0});
+  CK_EQUAL(vexp2<S>(splat(low - 2))[0], S{0});
+  CK_EQUAL(vexp2<S>(splat(S{0}))[0], S{1});
+  CK_EQUAL(vexp2<S>(splat(S{-3}))[0], S{0.125});
+  CK_EQUAL(std::isnan(vexp2<S>(splat(std::numeric_limits<S>::quiet_NaN()))[0]), true);
+}
+
+CK_TEST(exp2_is_accurate) {
+  check_exp2<float>(-125.9f, 0.0037f, 1.2e-7);
+  check_exp2<double>(-1021.9, 0.0271, 2.3e-16);
+}
+
 CK_TEST(exp_is_accurate) {
   double worst = 0;
   for (double x = -86.9; x < 88.0; x += 0.00173) {
