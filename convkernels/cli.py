@@ -243,6 +243,7 @@ def _attention(arguments: argparse.Namespace, device: torch.device, path: Path) 
         compiled=arguments.compile_seconds != 0,
         seconds=arguments.seconds or defaults.seconds,
         slow_call=arguments.slow_call or defaults.slow_call,
+        stop_call=arguments.stop_call or defaults.stop_call,
         backend=arguments.backend,
     )
     for dtype in settings.dtypes:

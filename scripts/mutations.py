@@ -290,7 +290,8 @@ class Library:
 
 
 def cpu_units(root):
-    return [root / "csrc" / name for name in ("cpu/isa/portable.cpp", "cpu/dispatch.cpp", "torch/bind_cpu.cpp")]
+    names = ("cpu/isa/portable.cpp", "cpu/dispatch.cpp", "common/poison.cpp", "torch/bind_cpu.cpp")
+    return [root / "csrc" / name for name in names]
 
 
 def cuda_units(root):

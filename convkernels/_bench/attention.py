@@ -32,7 +32,8 @@ FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 @dataclass(frozen=True)
 class Settings:
     """`seconds`: for the timed repeats of one length, dtype and direction. A form whose call takes longer than
-    `slow_call` is not repeated."""
+    `slow_call` is not repeated; one that is expected to take longer than `stop_call`, as the square of the length, is not
+    run."""
 
     lengths: tuple[int, ...] = (128, 512, 2048)
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
@@ -43,6 +44,7 @@ class Settings:
     compiled: bool = True
     seconds: float = 6.0
     slow_call: float = 4.0
+    stop_call: float = 20.0
     backend: str = "auto"
 
 
@@ -143,6 +145,16 @@ class Suite:
         self.records: list[dict[str, Any]] = []
         self.work: list[dict[str, Any]] = []
         self.notes: list[str] = []
+        self.seconds: dict[tuple[str, str, str], tuple[int, float]] = {}  # of the last length that was measured
+
+    def _too_slow(self, name: str, direction: str, dtype: str, length: int) -> bool:
+        before, seconds = self.seconds.get((name, direction, dtype), (length, 0.0))
+        expected = seconds * (length / before) ** 2
+        if expected > self.settings.stop_call:
+            self.notes.append(
+                f"{name}, {direction}, T={length} {dtype}: not run, it would take {quantity(expected, 's')}"
+            )
+        return expected > self.settings.stop_call
 
     def _directions(self, name: str) -> tuple[str, ...]:
         # On CPUs FlexAttention has no backward pass.
@@ -170,6 +182,8 @@ class Suite:
         found: dict[str, Tensor] = {}
         with torch.no_grad():
             for name, form in forms.items():
+                if self._too_slow(name, FORWARD, str(inputs.q.dtype)[6:], inputs.q.shape[1]):
+                    continue
                 try:
                     result = form(inputs, *inputs.leaves)[:1].clone()
                 except Exception as error:
@@ -229,7 +243,8 @@ class Suite:
         forms = self._agreeing(self._forms(length, dtype), inputs, subject)
         for direction in (FORWARD, BACKWARD, BOTH):
             step(f"{direction}, {subject}", 0)
-            calls = self._calls(forms, inputs, direction)
+            quick = {n: f for n, f in forms.items() if not self._too_slow(n, direction, dtype_name, length)}
+            calls = self._calls(quick, inputs, direction)
             memory: dict[str, int | None] = {}
 
             def first_call(name: str, calls=calls, memory=memory) -> None:
@@ -238,6 +253,7 @@ class Suite:
 
             times = timing.interleaved(calls, clock, settings.seconds, settings.slow_call, first_call=first_call)
             for name, t in times.items():
+                self.seconds[name, direction, dtype_name] = length, t.median
                 shape = {"line": name, "direction": direction, "dtype": dtype_name, "length": length,
                          "batch": settings.batch}  # fmt: skip
                 count = None if direction == BACKWARD else self._flops(name, forms[name], inputs, direction)
