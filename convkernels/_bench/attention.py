@@ -32,7 +32,7 @@ FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 @dataclass(frozen=True)
 class Settings:
     """`seconds`: for the timed repeats of one length, dtype and direction. A form whose call takes longer than
-    `slow_call` is not repeated; one that would take longer than `stop_call`, by the square of the length, is not run."""
+    `slow_call` is not repeated; one that would take longer than `stop_call` (with T squared) is not run."""
 
     lengths: tuple[int, ...] = (128, 512, 2048)
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
