@@ -35,12 +35,14 @@ class ConvMixer(GatedConv):
         super().__init__(config.d_model, conv, bias=config.mixer_bias, glu=config.glu, pointwise=config.pointwise)
         self.input_dropout = config.input_dropout
 
-    def mix(self, x: Tensor, mask: Tensor | None, bias: None, cache: ConvState | None) -> Tensor:
-        """x [B,T,d_model] -> the same."""
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, bias: None = None, cache: ConvState | None = None
+    ) -> Tensor:
+        """x [B,T,d_model] -> the same; ``bias`` is for mixers that attend."""
         x = F.dropout(x, self.input_dropout, self.training)
         if cache is None:
-            return self(x, mask)
-        return cache.step(self, x) if may_step(x) else cache.forward(self, x, mask)
+            return super().forward(x, mask)
+        return cache.step(self, x) if may_step(x) else cache.extend(super().forward, x, mask)
 
 
 class Attention(nn.Module):
@@ -68,7 +70,7 @@ class SelfAttention(Attention):
         self.causal = causal
         self.window = relative_window(config, causal)
 
-    def mix(self, x: Tensor, mask: Tensor | None, bias: Tensor, cache=None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, bias: Tensor, cache=None) -> Tensor:
         """x [B,T,d_model] -> the same; mask bool [B,S], S counts what the cache holds too."""
         q, k, v = (self._heads(linear(x)) for linear in (self.q, self.k, self.v))
         k, v = attention_update(cache, k, v)

@@ -28,10 +28,9 @@ class ConvState(CacheLayerMixin):
         self.rows, self.length = None, self.length + 1
         return y[:, None]
 
-    def forward(self, block, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Several positions through ``block``, x [B,T,C]."""
-        state = self._select()
-        y, state = block(x, mask, initial_state=state, return_state=True)
+    def extend(self, forward, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Several positions through a block's ``forward``, x [B,T,C]."""
+        y, state = forward(x, mask, initial_state=self._select(), return_state=True)
         self.state, self.length = state.contiguous(), self.length + x.shape[1]
         return y
 

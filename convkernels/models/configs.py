@@ -52,7 +52,8 @@ class ConvSeq2SeqConfig(PreTrainedConfig):
     positions: None, "learned" or "sinusoidal", added to the embeddings; position_offset: the row of the first position.
     relative_buckets, relative_max_distance: of T5's bias. head_dim: by default d_model / num_heads.
     scale_attention: divide scores by sqrt(head_dim); T5 does not. scale_embedding: multiply embeddings by
-        sqrt(d_model). scale_output: divide the states before a tied output layer by it, as T5 does.
+        sqrt(d_model). scale_output: divide the states before the output layer by it, as T5 does where that is
+        tied to the embeddings (the default).
     pair_attention: the number of the encoder layer behind which one layer of full self-attention stands, the paper's
         remedy for tasks on pairs of sentences given as one sequence (section 6.1).
     dual_encoder: the classifier takes two sequences, encoded apart.
@@ -102,7 +103,7 @@ class ConvSeq2SeqConfig(PreTrainedConfig):
     relative_max_distance: int = 128
     scale_attention: bool = False
     scale_embedding: bool = False
-    scale_output: bool = True
+    scale_output: bool | None = None
     pair_attention: int | None = None
     dual_encoder: bool = False
     dropout: float = 0.1
@@ -135,6 +136,8 @@ class ConvSeq2SeqConfig(PreTrainedConfig):
             self.conv_dim = self.d_model
         if self.mixer_bias is None:
             self.mixer_bias = self.use_bias
+        if self.scale_output is None:
+            self.scale_output = self.tie_word_embeddings
         if self.decoder_kernel_size is None:
             self.decoder_kernel_size = self.encoder_kernel_size
         for argument, layers in (

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import PreTrainedModel
 
 # Of the modules in whose name a word occurs as a part, the first word decides.
@@ -16,10 +16,20 @@ PARTS = (
     ("head", ("lm_head", "cls", "dense", "classifier", "pooler")),
 )
 
+aten = torch.ops.aten
+# The cross-attention's kernel on the CPU; PyTorch's table has only those for GPUs.
+CPU_ATTENTION = {
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
+
 
 @dataclass(frozen=True)
 class Summary:
-    """Parameters (those that are trained; tied ones once) and FLOPs by part of a model; ``str`` makes a table."""
+    """Parameters (those that are trained; tied ones once) and FLOPs by part of a model; ``str`` makes a table. The
+    backward pass is one part."""
 
     parameters: dict[str, int]
     flops: dict[str, int]
@@ -41,7 +51,7 @@ class Summary:
 
 
 def _parts(result: Summary) -> list[str]:
-    names = [*(part for part, _ in PARTS), "norm"]
+    names = [*(part for part, _ in PARTS), "norm", "backward"]
     return [name for name in names if name in result.parameters or name in result.flops]
 
 
@@ -67,7 +77,7 @@ def summary(
 
     FLOPs are those of ``torch.utils.flop_counter``, two for a multiply and an add: products of matrices, attention and
     convolutions, the operators of this package by the formulas in docs/semantics.md; element-wise work is not counted.
-    target_length: of the decoder, by default ``length``. training: count the backward pass, too.
+    target_length: of the decoder, by default ``length``. training: count the backward pass, too, as one number.
 
     Nothing is computed and no memory taken for weights or activations, so any size can be asked for on any machine.
     """
@@ -87,12 +97,14 @@ def summary(
             shape += f", {decoded} in the decoder"
         if getattr(config, "dual_encoder", False):
             inputs |= {"pair_input_ids": ids, "pair_attention_mask": inputs["attention_mask"]}
-        with FlopCounterMode(made, display=False, depth=64) as counter:
-            with torch.set_grad_enabled(training):
-                output = made(**inputs, return_dict=True)
-                if training:
-                    next(iter(output.values())).float().sum().backward()
-    return Summary(parameters, _by_part(counter, type(made).__name__), shape + (", training" if training else ""))
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter, torch.set_grad_enabled(training):
+            output = made(**inputs, return_dict=True)
+            flops = _by_part(counter, type(made).__name__)
+            if training:
+                forward = counter.get_total_flops()
+                next(iter(output.values())).float().sum().backward()
+                flops["backward"] = counter.get_total_flops() - forward
+    return Summary(parameters, flops, shape + (", training" if training else ""))
 
 
 def _by_part(counter: FlopCounterMode, root: str) -> dict[str, int]:

@@ -65,9 +65,9 @@ class EncoderLayer(_Layer):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """x [B,T,C], mask bool [B,T], bias [H,W] of attention."""
-        x = self._add(self.mixer_norm, x, self.mixer.mix, mask, bias, None)
+        x = self._add(self.mixer_norm, x, self.mixer, mask, bias, None)
         if self.pair_attention is not None:
-            x = self._add(self.pair_attention_norm, x, self.pair_attention.mix, mask, bias)
+            x = self._add(self.pair_attention_norm, x, self.pair_attention, mask, bias)
         return self._add(self.feed_forward_norm, x, self.feed_forward)
 
 
@@ -97,7 +97,7 @@ class DecoderLayer(_Layer):
             while len(cross.layers) <= self.layer:
                 cross.layers.append(cross.layer_class_to_replicate())
             cross = cross.layers[self.layer]
-        x = self._add(self.mixer_norm, x, self.mixer.mix, mask, bias, own)
+        x = self._add(self.mixer_norm, x, self.mixer, mask, bias, own)
         if self.cross_attention is not None:
             x = self._add(self.cross_attention_norm, x, self.cross_attention, states, states_mask, cross)
         return self._add(self.feed_forward_norm, x, self.feed_forward)
@@ -365,7 +365,7 @@ class ConvSeq2SeqForConditionalGeneration(_PreTrained, GenerationMixin):
             inputs_embeds, decoder_inputs_embeds, use_cache=use_cache and labels is None, return_dict=True,
         )  # fmt: skip
         x = outputs.last_hidden_state
-        if self.config.scale_output and self.config.tie_word_embeddings:
+        if self.config.scale_output:
             x = x * self.config.d_model**-0.5
         logits = self.lm_head(x)
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
