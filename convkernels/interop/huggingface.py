@@ -264,7 +264,7 @@ def convert(model: PreTrainedModel, **changes) -> PreTrainedModel:
         config = _bert_config(model.config, convolutional, changes)
         more = {"add_pooling_layer": True} if name == "BertModel" and model.pooler is not None else {}
         made = _BERTS[name](config, **more)
-        state = _convbert_state(model) if convolutional else model.state_dict()
+        state = convbert_names(model.state_dict()) if convolutional else model.state_dict()
     else:
         raise ValueError(f"convert: argument 'model': expected T5ForConditionalGeneration or one of {tuple(_BERTS)}, got {name}")
     made = made.to(model.dtype)
@@ -360,17 +360,16 @@ _CONVBERT = {
 }
 
 
-def _convbert_state(model: PreTrainedModel) -> dict[str, Tensor]:
+def convbert_names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters of a ConvBertSelfAttention, or of a model of them, under the names they have here."""
     state = {}
-    for name, value in model.state_dict().items():
-        for theirs, ours in _CONVBERT.items():
-            if theirs in name:
-                name = name.replace(theirs, ours)
-                break
-        name = name.replace("convbert.", "bert.", 1) if name.startswith("convbert.") else name
-        if ".span.pointwise." in name:
+    for name, value in theirs.items():
+        old = next((old for old in _CONVBERT if old in name), None)
+        if old is not None:
+            name = name.replace(old, _CONVBERT[old])
+        if "span.pointwise." in name:
             value = value.squeeze(-1)
-        state[name] = value
+        state["bert." + name.removeprefix("convbert.") if name.startswith("convbert.") else name] = value
     if "cls.predictions.decoder.bias" in state:
         state["cls.predictions.bias"] = state["cls.predictions.decoder.bias"]
     return state

@@ -2,7 +2,6 @@
 checkpoints."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 from transformers import PreTrainedModel
@@ -14,7 +13,7 @@ from transformers.utils import can_return_tuple
 
 from ..nn import CompositeAttention
 from .configs import CompositeBertConfig
-from .seq2seq import classification_loss
+from .seq2seq import classification_loss, token_loss
 
 
 class _Embeddings(nn.Module):
@@ -242,7 +241,7 @@ class CompositeBertForMaskedLM(_PreTrained):
         """logits [B,T,vocab_size]; labels [B,T], -100 where there is nothing to predict."""
         x = self.bert(input_ids, attention_mask, token_type_ids, inputs_embeds, return_dict=True).last_hidden_state
         logits = self.cls.predictions(x)
-        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        loss = None if labels is None else token_loss(logits, labels)
         return MaskedLMOutput(loss=loss, logits=logits)
 
 

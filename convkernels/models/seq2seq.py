@@ -368,7 +368,7 @@ class ConvSeq2SeqForConditionalGeneration(_PreTrained, GenerationMixin):
         if self.config.scale_output:
             x = x * self.config.d_model**-0.5
         logits = self.lm_head(x)
-        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        loss = None if labels is None else token_loss(logits, labels)
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
@@ -423,13 +423,23 @@ class ConvSeq2SeqForSequenceClassification(_PreTrained):
         return SequenceClassifierOutput(loss=classification_loss(logits, labels), logits=logits)
 
 
+def _precise(x: Tensor) -> Tensor:
+    """In float32, or float64 if it is that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy of logits [B,T,V] over the labels [B,T] that are not -100."""
+    return F.cross_entropy(_precise(logits.flatten(0, 1)), labels.flatten())
+
+
 def classification_loss(logits: Tensor, labels: Tensor | None) -> Tensor | None:
     """Cross entropy, or squared error where there is one output."""
     if labels is None:
         return None
     if logits.shape[1] == 1:
-        return F.mse_loss(logits[:, 0].float(), labels.float())
-    return F.cross_entropy(logits.float(), labels)
+        return F.mse_loss(_precise(logits[:, 0]), labels.to(_precise(logits).dtype))
+    return F.cross_entropy(_precise(logits), labels)
 
 
 AutoConfig.register(ConvSeq2SeqConfig.model_type, ConvSeq2SeqConfig)
