@@ -1,5 +1,6 @@
 """How many parameters a model has, and how many FLOPs a pass takes."""
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -91,7 +92,7 @@ def summary(
         ids = torch.zeros(batch, length, dtype=torch.int64)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         shape = f"batch {batch}, {length} tokens"
-        if hasattr(made, "get_decoder") and config.is_encoder_decoder and model.__name__ != "ConvSeq2SeqEncoderModel":
+        if "decoder_input_ids" in inspect.signature(made.forward).parameters:
             decoded = length if target_length is None else target_length
             inputs |= {"decoder_input_ids": torch.zeros(batch, decoded, dtype=torch.int64), "use_cache": False}
             shape += f", {decoded} in the decoder"
