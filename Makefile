@@ -3,7 +3,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.9.0
-EXTRAS ?= bench,test,dev
+EXTRAS ?= bench,hf,test,dev
 RESULTS ?= results
 WORKERS ?= 2
 

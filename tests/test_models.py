@@ -290,12 +290,12 @@ def test_a_classifier_takes_the_encoder_of_a_pretrained_model(tmp_path):
     )
     assert {key.split(".")[0] for key in report["missing_keys"]} == {"dense", "classifier"}
     pretrained = ConvSeq2SeqModel.from_pretrained(tmp_path / "seq2seq")
-    assert torch.equal(model.model.encoder.layers[0].mixer.linear1.weight, pretrained.encoder.layers[0].mixer.linear1.weight)
+    assert torch.equal(
+        model.model.encoder.layers[0].mixer.linear1.weight, pretrained.encoder.layers[0].mixer.linear1.weight
+    )
     assert model(text(2, 9)).logits.shape == (2, 3)
     bert("composite", noise=0.1).save_pretrained(tmp_path / "bert")
-    model, report = CompositeBertForSequenceClassification.from_pretrained(
-        tmp_path / "bert", output_loading_info=True
-    )
+    model, report = CompositeBertForSequenceClassification.from_pretrained(tmp_path / "bert", output_loading_info=True)
     assert {key.split(".")[0] for key in report["missing_keys"]} == {"bert", "classifier"}
     assert all("pooler" in key or "classifier" in key for key in report["missing_keys"])
 

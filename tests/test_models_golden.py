@@ -176,9 +176,7 @@ def test_bert_convolutions(case, backend, dtype):
     state = {n: v.to(dtype) if v.is_floating_point() else v for n, v in state.items()}
     model = bert_convolutions.load_checkpoint(state, case.options, backend=backend)
     assert model.dtype == dtype and not model.training
-    output = model(
-        case["in.input_ids"], padding(case), case["in.token_type_ids"], labels=case["in.labels"]
-    )
+    output = model(case["in.input_ids"], padding(case), case["in.token_type_ids"], labels=case["in.labels"])
     logits, expected, real = output.logits, case["out.logits"], padding(case)
     if case.options["attention_kernel"] == "convbert":
         # An output whose whole window is padding attends to padding in the authors' code; nothing depends on it.

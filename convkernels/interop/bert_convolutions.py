@@ -25,7 +25,9 @@ def attention_options(options: dict) -> dict:
     words = set(kernel.split("_"))
     known = {"qk", "dot", "product", "convfixed", "convq", "convk", "convolution", "scaled", "convbert"}
     if words - known:
-        raise ValueError(f"attention_options: argument 'attention_kernel': expected words of {sorted(known)}, got {kernel!r}")
+        raise ValueError(
+            f"attention_options: argument 'attention_kernel': expected words of {sorted(known)}, got {kernel!r}"
+        )
     result = dict(
         bias="convfixed" in words,
         query_rel="convq" in words,

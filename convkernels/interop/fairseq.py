@@ -50,7 +50,9 @@ class _Stepping:
         if incremental_state is None:
             return super().forward(x.transpose(0, 1), **query).transpose(0, 1)
         if x.shape[0] != 1:
-            raise ValueError(f"{type(self).__name__}: argument 'x': expected one position with incremental_state, got {x.shape[0]}")
+            raise ValueError(
+                f"{type(self).__name__}: argument 'x': expected one position with incremental_state, got {x.shape[0]}"
+            )
         state, position = incremental_state.get(self._key(), (None, 0))
         if state is None:
             state = self.init_state(x.shape[1], dtype=x.dtype, device=x.device)
@@ -198,7 +200,9 @@ def config_from_args(args, state: dict[str, Tensor], *, padding_index: int = 1, 
         encoder, decoder = get(f"encoder_{name}", default), get(f"decoder_{name}", None)
         decoder = encoder if decoder is None else decoder
         if encoder != decoder:
-            raise ValueError(f"config_from_args: argument '{name}': expected one value for both stacks, got {encoder} and {decoder}")
+            raise ValueError(
+                f"config_from_args: argument '{name}': expected one value for both stacks, got {encoder} and {decoder}"
+            )
         return encoder
 
     for name in ("adaptive_softmax_cutoff", "tie_adaptive_weights"):

@@ -93,10 +93,20 @@ def attention_forward(
         options = dict(bias=_by_distance(module, position_bias[..., :S]), window=(S - 1, T - 1))
     if sliding_window is not None:
         if options:
-            raise NotImplementedError(f"attn_implementation={NAME!r}: expected position_bias or sliding_window, got both")
+            raise NotImplementedError(
+                f"attn_implementation={NAME!r}: expected position_bias or sliding_window, got both"
+            )
         options = dict(window=(sliding_window - 1, 0 if causal else sliding_window - 1), outside="mask")
     y = composite_attention(
-        q, k, v, causal=causal, key_mask=attention_mask, scale=scaling, dropout=dropout, training=dropout > 0.0, **options
+        q,
+        k,
+        v,
+        causal=causal,
+        key_mask=attention_mask,
+        scale=scaling,
+        dropout=dropout,
+        training=dropout > 0.0,
+        **options,
     )
     return y, None
 
@@ -113,7 +123,9 @@ def _by_distance(module: nn.Module, bias: Tensor) -> Tensor:
     """A bias [1,H,T,S] that depends on the distance alone, as a table [H, S-1 + 1 + T-1]."""
     kind = getattr(getattr(module, "config", None), "model_type", None)
     if kind not in _RELATIVE or bias.shape[0] != 1:
-        raise NotImplementedError(f"attn_implementation={NAME!r}: expected position_bias of one of {_RELATIVE}, got {kind}'s")
+        raise NotImplementedError(
+            f"attn_implementation={NAME!r}: expected position_bias of one of {_RELATIVE}, got {kind}'s"
+        )
     T, S = bias.shape[2:]
     return torch.cat([bias[0, :, -1], bias[0, :, 0, S - T + 1 :]], 1)
 
@@ -236,7 +248,9 @@ def replace_attention(
         )
     wanted = range(len(found)) if layers is None else list(layers)
     if any(not 0 <= layer < len(found) for layer in wanted):
-        raise ValueError(f"replace_attention: argument 'layers': expected numbers from 0 to {len(found) - 1}, got {wanted}")
+        raise ValueError(
+            f"replace_attention: argument 'layers': expected numbers from 0 to {len(found) - 1}, got {wanted}"
+        )
     register()
     for layer in wanted:
         old = model.get_submodule(found[layer])
@@ -266,7 +280,9 @@ def convert(model: PreTrainedModel, **changes) -> PreTrainedModel:
         made = _BERTS[name](config, **more)
         state = convbert_names(model.state_dict()) if convolutional else model.state_dict()
     else:
-        raise ValueError(f"convert: argument 'model': expected T5ForConditionalGeneration or one of {tuple(_BERTS)}, got {name}")
+        raise ValueError(
+            f"convert: argument 'model': expected T5ForConditionalGeneration or one of {tuple(_BERTS)}, got {name}"
+        )
     made = made.to(model.dtype)
     made.load_state_dict(state, strict=True)
     return made.to(model.device).train(model.training)
@@ -283,7 +299,9 @@ _BERTS = {
 
 def _t5_config(theirs, changes: dict) -> ConvSeq2SeqConfig:
     if theirs.feed_forward_proj not in ("relu", "gated-gelu"):
-        raise ValueError(f"convert: expected feed_forward_proj 'relu' or 'gated-gelu', got {theirs.feed_forward_proj!r}")
+        raise ValueError(
+            f"convert: expected feed_forward_proj 'relu' or 'gated-gelu', got {theirs.feed_forward_proj!r}"
+        )
     options = dict(
         mixer="transformer", vocab_size=theirs.vocab_size, d_model=theirs.d_model, d_ff=theirs.d_ff,
         num_heads=theirs.num_heads, head_dim=theirs.d_kv, encoder_layers=theirs.num_layers,

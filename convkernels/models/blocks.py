@@ -116,9 +116,7 @@ class RelativeBias(nn.Module):
 
     def forward(self) -> Tensor:
         """[H, W]"""
-        return t5_relative_bias(
-            self.weight, self.window, bidirectional=not self.causal, max_distance=self.max_distance
-        )
+        return t5_relative_bias(self.weight, self.window, bidirectional=not self.causal, max_distance=self.max_distance)
 
 
 class FeedForward(nn.Module):

@@ -113,9 +113,7 @@ def _by_part(counter: FlopCounterMode, root: str) -> dict[str, int]:
     own = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items() if name.startswith(root)}
     flops: dict[str, int] = {}
     for name, count in own.items():
-        inside = sum(
-            other for key, other in own.items() if key.startswith(f"{name}.") and _parent(key, own) == name
-        )
+        inside = sum(other for key, other in own.items() if key.startswith(f"{name}.") and _parent(key, own) == name)
         if count != inside:
             part = _part(name.partition(".")[2])
             flops[part] = flops.get(part, 0) + count - inside

@@ -337,7 +337,9 @@ class ConvSeq2SeqForConditionalGeneration(_PreTrained, GenerationMixin):
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
             wanted = generation_config.cache_implementation
             if wanted not in (None, "dynamic"):
-                raise ValueError(f"generate: argument 'cache_implementation': expected None or 'dynamic', got {wanted!r}")
+                raise ValueError(
+                    f"generate: argument 'cache_implementation': expected None or 'dynamic', got {wanted!r}"
+                )
             model_kwargs["past_key_values"] = decoder_cache(self.config)
 
     @can_return_tuple
