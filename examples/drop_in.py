@@ -1,8 +1,8 @@
 """Convolutional attention in a stock BERT, in three lines; needs `pip install 'convkernels[hf]'`.
 
-Makes a small BERT from transformers with random weights (put ``from_pretrained`` there for real ones), adds the terms of
-Chang et al. 2021 to its self-attention in place, shows that its outputs are what they were, trains the new terms for a few
-steps on a real sentence, and compares speed. No downloads.
+Makes a small BERT from transformers with random weights (put ``from_pretrained`` there for real ones), adds the terms
+of Chang et al. 2021 to its self-attention in place, shows that its outputs are what they were, trains the new terms
+for a few steps on a real sentence, and compares speed. No downloads.
 """
 
 import time
@@ -44,7 +44,8 @@ def main():
     print(f"convkernels                {milliseconds(model, inputs):6.1f} ms")
     torch.testing.assert_close(model(**inputs).logits[real], before, rtol=1e-4, atol=1e-4)
 
-    # 2. Composite attention: biases per distance, kernels predicted by the query, a depthwise convolution of the values.
+    # 2. Composite attention: biases per distance, kernels predicted by the query, a depthwise convolution of the
+    # values.
     replace_attention(model, "composite", window=8, bias=True, query_rel=True, value_conv=True)
     print(f"composite attention        {milliseconds(model, inputs):6.1f} ms")
     torch.testing.assert_close(model(**inputs).logits[real], before, rtol=1e-4, atol=1e-4)

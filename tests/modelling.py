@@ -1,5 +1,6 @@
 """What the tests of the models share: small models, real text as bytes, all kinds of both."""
 
+import pytest
 import torch
 
 from convkernels._bench.text import paragraphs
@@ -36,6 +37,11 @@ def _stirred(made, config, seed, noise):
         for parameter in model.parameters() if noise else ():
             parameter.add_(torch.randn_like(parameter), alpha=noise)
     return model.eval()
+
+
+def quick(names, some):
+    """Names as parameters of a test, all but some of them marked slow."""
+    return [pytest.param(name, marks=() if name in some else pytest.mark.slow) for name in names]
 
 
 def text(count, length, skip=0):

@@ -1,5 +1,6 @@
-"""The models as models: sizes, padding, decoding, storage, precision, compilation, cost. Training: test_models_training.py;
-numbers of other implementations: test_models_golden.py and test_models_interop.py."""
+"""The models as models: sizes, padding, decoding, storage, precision, compilation, cost.
+
+Training: test_models_training.py. Numbers of other implementations: test_models_golden.py, test_models_interop.py."""
 
 import copy
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from modelling import MIXERS, VARIANTS, bert, masked, ragged, seq2seq, text
+from modelling import MIXERS, VARIANTS, bert, masked, quick, ragged, seq2seq, text
 from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 from transformers.cache_utils import DynamicLayer
 
@@ -58,7 +59,7 @@ BERTS = {
 }
 
 
-@pytest.mark.parametrize("variant", BERTS)
+@pytest.mark.parametrize("variant", quick(BERTS, ("absolute", "composite-conv-qkv", "convbert")))
 def test_parameters_of_the_berts(variant):
     sizes = [count(CompositeBertForMaskedLM, CompositeBertConfig.preset(variant, size)) for size in ("small", "base")]
     assert tuple(sizes) == BERTS[variant]
@@ -268,7 +269,10 @@ def examples(name):
     return seq2seq(name, noise=0.1), (ids, mask, text(3, 20, skip=3))
 
 
-EXAMPLES = [f"seq2seq:{mixer}" for mixer in MIXERS] + [f"bert:{variant}" for variant in VARIANTS]
+EXAMPLES = quick(
+    [f"seq2seq:{mixer}" for mixer in MIXERS] + [f"bert:{variant}" for variant in VARIANTS],
+    ("seq2seq:transformer", "seq2seq:dynamic", "bert:composite-conv-qkv", "bert:convbert-output"),
+)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -290,9 +294,8 @@ def test_a_classifier_takes_the_encoder_of_a_pretrained_model(tmp_path):
     )
     assert {key.split(".")[0] for key in report["missing_keys"]} == {"dense", "classifier"}
     pretrained = ConvSeq2SeqModel.from_pretrained(tmp_path / "seq2seq")
-    assert torch.equal(
-        model.model.encoder.layers[0].mixer.linear1.weight, pretrained.encoder.layers[0].mixer.linear1.weight
-    )
+    first, second = (encoder.layers[0].mixer.linear1.weight for encoder in (model.model.encoder, pretrained.encoder))
+    assert torch.equal(first, second)
     assert model(text(2, 9)).logits.shape == (2, 3)
     bert("composite", noise=0.1).save_pretrained(tmp_path / "bert")
     model, report = CompositeBertForSequenceClassification.from_pretrained(tmp_path / "bert", output_loading_info=True)
@@ -398,7 +401,7 @@ def test_summary_of_an_encoder_decoder():
 def test_summary_of_a_bert_and_of_its_training():
     config = CompositeBertConfig.preset("composite", "small")
     found = summary(CompositeBertForMaskedLM, config, batch=2, length=128, training=True)
-    B, T, C, H, W = 2, 128, 256, 4, 17
+    B, T, C, W = 2, 128, 256, 17
     attention = 2 * 2 * T * C + 2 * C * W  # q·k and p·v, and the kernel predicted by the query
     assert found.flops["mixer"] == 12 * B * T * (4 * 2 * C * C + attention)
     assert found.total_parameters == BERTS["composite"][0]
@@ -450,6 +453,7 @@ def test_bad_presets_and_inputs():
         model(text(1, 4))
 
 
+@pytest.mark.slow
 def test_without_transformers():
     """The package says which extra is missing; the rest of it does not care."""
     code = """

@@ -1,5 +1,6 @@
 """Blocks and models against results recorded from the original implementations, outputs and all gradients: 1e-9 in
-float64 relative to the largest value, 1e-5 in float32, relative where that is more than 1. All parameters are loaded with strict=True."""
+float64 relative to the largest value, 1e-5 in float32, relative where that is more than 1. All parameters are loaded
+with strict=True."""
 
 import pytest
 import torch
@@ -240,7 +241,8 @@ def test_t5_attention(case, backend, dtype):
     o, run = case.options, Recorded(case, dtype)
     config = ConvSeq2SeqConfig(
         mixer="transformer", d_model=case["in.hidden_states"].shape[2], num_heads=o["num_heads"],
-        head_dim=case["param.q.weight"].shape[0] // o["num_heads"], relative_max_distance=o["relative_attention_max_distance"],
+        head_dim=case["param.q.weight"].shape[0] // o["num_heads"],
+        relative_max_distance=o["relative_attention_max_distance"],
         relative_buckets=case["param.relative_attention_bias.weight"].shape[0], backend=backend,
     )  # fmt: skip
     causal = not o["bidirectional"]

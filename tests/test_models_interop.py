@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 import convkernels as ck
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
+import transformers
 from modelling import ragged, text
 
 from convkernels.interop import bert_convolutions, fairseq, huggingface
@@ -100,9 +101,11 @@ def test_bert_and_convbert(name, dtype):
 def test_what_cannot_be_converted():
     with pytest.raises(ValueError, match="convert: argument 'model': expected T5ForCond.*, got RobertaForMaskedLM"):
         huggingface.convert(bert("RobertaForMaskedLM"))
-    with pytest.raises(ValueError, match="expected head_ratio = 2, got 1"):
+    with pytest.raises(ValueError, match="argument 'head_ratio': expected 2, got 1"):
         huggingface.convert(bert("ConvBertForMaskedLM", head_ratio=1))
-    with pytest.raises(ValueError, match="expected feed_forward_proj 'relu' or 'gated-gelu', got 'gated-silu'"):
+    with pytest.raises(
+        ValueError, match="argument 'feed_forward_proj': expected 'relu' or 'gated-gelu', got 'gated-silu'"
+    ):
         huggingface.convert(t5(feed_forward_proj="gated-silu"))
 
 
@@ -165,16 +168,16 @@ def test_what_the_interface_refuses():
     huggingface.register()
     q = torch.randn(1, 2, 4, 8)
     module = torch.nn.Module()
-    with pytest.raises(NotImplementedError, match="argument 'softcap': expected None"):
+    with pytest.raises(NotImplementedError, match="argument 'softcap': expected None, got 30.0"):
         huggingface.attention_forward(module, q, q, q, None, softcap=30.0)
-    with pytest.raises(ValueError, match="expected a bool tensor \\[B,S\\], got torch.float32 \\[1, 1, 4, 4\\]"):
+    with pytest.raises(ValueError, match="argument 'attention_mask': expected a bool tensor.* \\[1, 1, 4, 4\\]"):
         huggingface.attention_forward(module, q, q, q, torch.zeros(1, 1, 4, 4))
-    with pytest.raises(NotImplementedError, match="expected position_bias of one of"):
+    with pytest.raises(NotImplementedError, match="argument 'position_bias': expected that of one of"):
         huggingface.attention_forward(module, q, q, q, None, position_bias=torch.zeros(1, 2, 4, 4))
     model = llama(attn_implementation="convkernels")
     ids = text(1, 8)
     packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
-    with pytest.raises(NotImplementedError, match="expected a causal, bidirectional or sliding-window mask"):
+    with pytest.raises(NotImplementedError, match="argument 'mask_function': expected the causal"):
         model(ids, position_ids=packed, use_cache=False)
 
 
@@ -222,13 +225,9 @@ def test_replaced_projections_keep_the_linear_half():
 
 
 def test_bad_replacements():
-    with pytest.raises(
-        ValueError, match="argument 'kind': expected 'composite', 'lightweight' or 'dynamic', got 'rnn'"
-    ):
+    with pytest.raises(ValueError, match="argument 'kind': expected 'composite', 'light.*', got 'rnn'"):
         huggingface.replace_attention(bert(), "rnn")
-    with pytest.raises(
-        ValueError, match="argument 'model': expected a model with self-attention .*, got LlamaForCausalLM"
-    ):
+    with pytest.raises(ValueError, match="argument 'model': expected self-attention .*, got LlamaForCausalLM"):
         huggingface.replace_attention(llama())
     with pytest.raises(ValueError, match="argument 'layers': expected numbers from 0 to 1, got \\[2\\]"):
         huggingface.replace_attention(bert(), layers=[2])
@@ -380,8 +379,10 @@ def fairseq_forward(args, state, source, target, pad=1):
 
 CHECKPOINTS = {
     "dynamic, one vocabulary": dict(),
-    "lightweight, two vocabularies": dict(encoder_conv_type="lightweight", share_all_embeddings=False, encoder_glu=False,
-                                          share_decoder_input_output_embed=False),
+    "lightweight, two vocabularies": dict(
+        encoder_conv_type="lightweight", share_all_embeddings=False, encoder_glu=False,
+        share_decoder_input_output_embed=False,
+    ),
     "old names, norm first": dict(old_names=True, encoder_normalize_before=True),
 }  # fmt: skip
 
@@ -392,7 +393,8 @@ def test_fairseq_checkpoints(name, tmp_path):
     old_names = changes.pop("old_names", False)
     options = dict(
         encoder_embed_dim=16, encoder_ffn_embed_dim=24, encoder_attention_heads=4, encoder_normalize_before=False,
-        encoder_conv_type="dynamic", encoder_glu=True, encoder_kernel_size_list=[3, 7], decoder_kernel_size_list=[3, 5, 7],
+        encoder_conv_type="dynamic", encoder_glu=True, encoder_kernel_size_list=[3, 7],
+        decoder_kernel_size_list=[3, 5, 7],
         share_all_embeddings=True, share_decoder_input_output_embed=True, weight_softmax=True, dropout=0.1,
         max_source_positions=64, max_target_positions=64,
     ) | changes  # fmt: skip

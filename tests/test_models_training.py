@@ -5,9 +5,10 @@ import socket
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-from modelling import MIXERS, VARIANTS, bert, masked, seq2seq, text
+import transformers
+from modelling import MIXERS, VARIANTS, bert, masked, quick, seq2seq, text
 
 from convkernels.models import CompositeBertForSequenceClassification, ConvSeq2SeqForSequenceClassification
 
@@ -30,7 +31,8 @@ class Rows(torch.utils.data.Dataset):
 def train(model, rows, folder):
     """The losses of 30 steps of 8 rows."""
     arguments = transformers.TrainingArguments(
-        folder, max_steps=STEPS, per_device_train_batch_size=8, learning_rate=6e-3, lr_scheduler_type="constant", logging_steps=1, report_to="none",
+        folder, max_steps=STEPS, per_device_train_batch_size=8, learning_rate=6e-3,
+        lr_scheduler_type="constant", logging_steps=1, report_to="none",
         save_strategy="no", use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, seed=1,
     )  # fmt: skip
     trainer = transformers.Trainer(model, arguments, train_dataset=rows)
@@ -59,10 +61,6 @@ def hidden_bytes(count=64):
     ids = text(count, 32)
     inputs, labels = masked(ids)
     return Rows(input_ids=inputs, attention_mask=(ids != 0).long(), labels=labels)
-
-
-def quick(names, some):
-    return [pytest.param(name, marks=() if name in some else pytest.mark.slow) for name in names]
 
 
 @pytest.mark.parametrize("mixer", quick(MIXERS, ("dynamic",)))
@@ -129,8 +127,8 @@ def one_of_two(rank, port, folder):
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
-    """Gradients that DistributedDataParallel averages over two processes are those of the two halves in one process, and
-    the same in both."""
+    """Gradients that DistributedDataParallel averages over two processes are those of the two halves in one process,
+    and the same in both."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..ops._validate import fail
+
 # In every checkpoint, and tables of indices, not parameters.
 _INDICES = ("position_ids", "relative_positions_mat")
 _SPAN = {
@@ -25,9 +27,7 @@ def attention_options(options: dict) -> dict:
     words = set(kernel.split("_"))
     known = {"qk", "dot", "product", "convfixed", "convq", "convk", "convolution", "scaled", "convbert"}
     if words - known:
-        raise ValueError(
-            f"attention_options: argument 'attention_kernel': expected words of {sorted(known)}, got {kernel!r}"
-        )
+        fail("attention_options", "attention_kernel", f"words of {sorted(known)}", repr(kernel))
     result = dict(
         bias="convfixed" in words,
         query_rel="convq" in words,
@@ -95,8 +95,8 @@ def model_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def load_checkpoint(checkpoint: str | Path | dict, options: dict | None = None, **changes):
     """A ``CompositeBertForMaskedLM`` with the parameters of one of the authors' checkpoints.
 
-    checkpoint: a directory with config.json and pytorch_model.bin, or the parameters, and then ``options`` is what config.json
-    holds. changes: fields of the configuration to set otherwise.
+    checkpoint: a directory with config.json and pytorch_model.bin, or the parameters, and then ``options`` is what
+    config.json holds. changes: fields of the configuration to set otherwise.
     """
     from ..models import CompositeBertForMaskedLM
 
@@ -105,7 +105,7 @@ def load_checkpoint(checkpoint: str | Path | dict, options: dict | None = None, 
         options = options or json.loads((directory / "config.json").read_text())
         checkpoint = torch.load(directory / "pytorch_model.bin", map_location="cpu", weights_only=True)
     elif options is None:
-        raise ValueError("load_checkpoint: argument 'options': expected the configuration beside a dict, got None")
+        fail("load_checkpoint", "options", "the configuration, because checkpoint is a dict", None)
     state = model_state(checkpoint)
     model = CompositeBertForMaskedLM(config_from_options(options, **changes)).to(next(iter(state.values())).dtype)
     model.load_state_dict(state, strict=True)

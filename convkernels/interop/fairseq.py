@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..nn import DynamicConv1d, LightweightConv1d
+from ..ops._validate import fail
 
 _names = itertools.count()
 
@@ -50,9 +51,7 @@ class _Stepping:
         if incremental_state is None:
             return super().forward(x.transpose(0, 1), **query).transpose(0, 1)
         if x.shape[0] != 1:
-            raise ValueError(
-                f"{type(self).__name__}: argument 'x': expected one position with incremental_state, got {x.shape[0]}"
-            )
+            fail(type(self).__name__, "x", "one position, because of incremental_state", x.shape[0])
         state, position = incremental_state.get(self._key(), (None, 0))
         if state is None:
             state = self.init_state(x.shape[1], dtype=x.dtype, device=x.device)
@@ -74,8 +73,7 @@ def _left(name: str, kernel_size: int, padding_l: int | None) -> int:
     if padding_l is None:
         return kernel_size // 2
     if not isinstance(padding_l, int) or not 0 <= padding_l < kernel_size:
-        expected = f"None or an integer from 0 to {kernel_size - 1}"
-        raise ValueError(f"{name}: argument 'padding_l': expected {expected}, got {padding_l!r}")
+        fail(name, "padding_l", f"None or an integer from 0 to {kernel_size - 1}", repr(padding_l))
     return padding_l
 
 
@@ -104,8 +102,8 @@ class LightweightConv1dTBC(_Stepping, LightweightConv1d):
 class DynamicConv1dTBC(_Stepping, DynamicConv1d):
     """fairseq's module of that name: the same arguments, the same names in state_dict, inputs T x B x C.
 
-    It computes what ``dynamic_conv1d`` computes; where T < K and the padding is causal fairseq's unfolded form takes the
-    softmax over fewer taps while training than while decoding, and this module over all of them always.
+    It computes what ``dynamic_conv1d`` computes; where T < K and the padding is causal fairseq's unfolded form takes
+    the softmax over fewer taps while training than while decoding, and this module over all of them always.
     """
 
     def __init__(
@@ -200,14 +198,12 @@ def config_from_args(args, state: dict[str, Tensor], *, padding_index: int = 1, 
         encoder, decoder = get(f"encoder_{name}", default), get(f"decoder_{name}", None)
         decoder = encoder if decoder is None else decoder
         if encoder != decoder:
-            raise ValueError(
-                f"config_from_args: argument '{name}': expected one value for both stacks, got {encoder} and {decoder}"
-            )
+            fail("config_from_args", name, "one value for both stacks", f"{encoder} and {decoder}")
         return encoder
 
     for name in ("adaptive_softmax_cutoff", "tie_adaptive_weights"):
         if get(name):
-            raise ValueError(f"config_from_args: argument '{name}': expected None, got {get(name)!r}")
+            fail("config_from_args", name, "None", repr(get(name)))
     kernels = {}
     for stack in ("encoder", "decoder"):
         numbers = {int(n.split(".")[2]) for n in state if n.startswith(f"{stack}.layers.")}
@@ -217,7 +213,7 @@ def config_from_args(args, state: dict[str, Tensor], *, padding_index: int = 1, 
     width = both("embed_dim", 512)
     for name in ("decoder_input_dim", "decoder_output_dim"):
         if get(name, width) != width:
-            raise ValueError(f"config_from_args: argument '{name}': expected {width}, got {get(name)}")
+            fail("config_from_args", name, str(width), get(name))
     heads, pre = both("attention_heads", 8), both("normalize_before", False)
     source = state["encoder.embed_tokens.weight"]
     target = state["decoder.embed_tokens.weight"]
@@ -235,7 +231,8 @@ def config_from_args(args, state: dict[str, Tensor], *, padding_index: int = 1, 
         d_ff=both("ffn_embed_dim", 2048), num_heads=heads, num_filters=heads, conv_dim=both("conv_dim", width),
         encoder_layers=kernels["encoder"][0], encoder_kernel_size=kernels["encoder"][1],
         decoder_layers=kernels["decoder"][0], decoder_kernel_size=kernels["decoder"][1],
-        mixer=both("conv_type", "dynamic"), glu=bool(both("glu", True)), kernel_softmax=bool(get("weight_softmax", True)),
+        mixer=both("conv_type", "dynamic"), glu=bool(both("glu", True)),
+        kernel_softmax=bool(get("weight_softmax", True)),
         mask_query=True, use_bias=True, norm="layer", norm_eps=1e-5, norm_placement="pre" if pre else "post",
         final_norm=bool(pre), positions=positions, position_offset=offset, max_positions=length, scale_attention=True,
         scale_embedding=True, scale_output=False, tie_word_embeddings=not untied, dropout=get("dropout", 0.1),
@@ -255,8 +252,8 @@ def _max_positions(state: dict[str, Tensor], get, offset: int) -> int:
 def load_checkpoint(checkpoint: str | Path | dict, **changes):
     """A ``ConvSeq2SeqForConditionalGeneration`` with the parameters of a fairseq LightConv or DynamicConv checkpoint.
 
-    checkpoint: a file written by fairseq, or its contents: the parameters under "model", the arguments under "args" or, in
-    newer ones, "cfg". changes: fields of the configuration to set otherwise, as for ``config_from_args``.
+    checkpoint: a file written by fairseq, or its contents: the parameters under "model", the arguments under "args"
+    or, in newer ones, "cfg". changes: fields of the configuration to set otherwise, as for ``config_from_args``.
     """
     from ..models import ConvSeq2SeqForConditionalGeneration
 

@@ -1,7 +1,7 @@
 """Hugging Face transformers: this package's attention in its models, and its models' weights in this package's.
 
-``register`` makes ``attn_implementation="convkernels"`` known; ``replace_attention`` swaps the self-attention modules of
-a model in place; ``convert`` makes a model of this package from a T5, BERT or ConvBERT.
+``register`` makes ``attn_implementation="convkernels"`` known; ``replace_attention`` swaps the self-attention modules
+of a model in place; ``convert`` makes a model of this package from a T5, BERT or ConvBERT.
 """
 
 from collections.abc import Iterable
@@ -20,9 +20,11 @@ from ..models import (
     ConvSeq2SeqForConditionalGeneration,
 )
 from ..nn import CompositeAttention, DynamicConv1d, LightweightConv1d
+from ..ops._validate import fail
 from ..ops.attention.api import composite_attention
 
 NAME = "convkernels"
+_CALL = f"attn_implementation={NAME!r}"
 # Models whose position_bias is a function of the distance alone.
 _RELATIVE = ("t5", "mt5", "umt5")
 
@@ -30,8 +32,8 @@ _RELATIVE = ("t5", "mt5", "umt5")
 def register(name: str = NAME) -> None:
     """Make this package's attention known to transformers, as ``attn_implementation=name``.
 
-    Models then call ``composite_attention``: padding and causality without a mask of T x T, sliding windows, shared key heads,
-    T5's relative bias. Calling it again does no harm.
+    Models then call ``composite_attention``: padding and causality without a mask of T x T, sliding windows, shared
+    key heads, T5's relative bias. Calling it again does no harm.
     """
     AttentionInterface.register(name, attention_forward)
     AttentionMaskInterface.register(name, padding_mask)
@@ -51,10 +53,8 @@ def padding_mask(
     """transformers' mask for this attention: bool [B,S], or None. What else a mask can say comes as an argument of
     ``attention_forward``; NotImplementedError for what cannot (packed sequences, chunks, masks of a model's own)."""
     if local_size is None and mask_function not in (causal_mask_function, bidirectional_mask_function):
-        raise NotImplementedError(
-            f"attn_implementation={NAME!r}: expected a causal, bidirectional or sliding-window mask, got another one; "
-            "use 'sdpa' or 'eager' for this model"
-        )
+        expected = "the causal, bidirectional or sliding-window one (use 'sdpa' for this model)"
+        fail(_CALL, "mask_function", expected, mask_function, NotImplementedError)
     if attention_mask is None:
         return None
     return attention_mask[:, -kv_length:].bool()
@@ -75,12 +75,12 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query [B,H,T,D], key and value [B,G,S,D] -> [B,T,H,D], and no weights.
 
-    attention_mask: bool [B,S] as made by ``padding_mask``. NotImplementedError for what ``composite_attention`` does not do:
-    soft caps, attention sinks, a position_bias that is not T5's.
+    attention_mask: bool [B,S] as made by ``padding_mask``. NotImplementedError for what ``composite_attention`` does
+    not do: soft caps, attention sinks, a position_bias that is not T5's.
     """
     for argument in ("softcap", "s_aux"):
         if kwargs.get(argument) is not None:
-            raise NotImplementedError(f"attn_implementation={NAME!r}: argument {argument!r}: expected None")
+            fail(_CALL, argument, "None", kwargs[argument], NotImplementedError)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if attention_mask is not None:
         _check_mask(attention_mask)
@@ -93,9 +93,7 @@ def attention_forward(
         options = dict(bias=_by_distance(module, position_bias[..., :S]), window=(S - 1, T - 1))
     if sliding_window is not None:
         if options:
-            raise NotImplementedError(
-                f"attn_implementation={NAME!r}: expected position_bias or sliding_window, got both"
-            )
+            fail(_CALL, "sliding_window", "None, because of position_bias", sliding_window, NotImplementedError)
         options = dict(window=(sliding_window - 1, 0 if causal else sliding_window - 1), outside="mask")
     y = composite_attention(
         q,
@@ -113,19 +111,14 @@ def attention_forward(
 
 def _check_mask(mask: Tensor) -> None:
     if mask.dim() != 2 or mask.dtype != torch.bool:
-        raise ValueError(
-            f"attention mask: expected a bool tensor [B,S], got {mask.dtype} {list(mask.shape)}; was the model made with "
-            f"attn_implementation={NAME!r}?"
-        )
+        fail(_CALL, "attention_mask", "a bool tensor [B,S], which register() makes models give", mask)
 
 
 def _by_distance(module: nn.Module, bias: Tensor) -> Tensor:
     """A bias [1,H,T,S] that depends on the distance alone, as a table [H, S-1 + 1 + T-1]."""
     kind = getattr(getattr(module, "config", None), "model_type", None)
     if kind not in _RELATIVE or bias.shape[0] != 1:
-        raise NotImplementedError(
-            f"attn_implementation={NAME!r}: expected position_bias of one of {_RELATIVE}, got {kind}'s"
-        )
+        fail(_CALL, "position_bias", f"that of one of {_RELATIVE}", f"that of {kind}", NotImplementedError)
     T, S = bias.shape[2:]
     return torch.cat([bias[0, :, -1], bias[0, :, 0, S - T + 1 :]], 1)
 
@@ -180,7 +173,7 @@ class _ConvSelfAttention(nn.Module):
 
 def _check_call(attention_mask, past_key_values) -> None:
     if past_key_values is not None:
-        raise NotImplementedError("replace_attention: expected use_cache=False, the replaced modules keep no cache")
+        fail("replace_attention", "past_key_values", "None, the new modules keep none", "a cache", NotImplementedError)
     if attention_mask is not None:
         _check_mask(attention_mask)
 
@@ -225,32 +218,26 @@ def replace_attention(
 ) -> PreTrainedModel:
     """Swap the self-attention modules of a BERT, RoBERTa, ELECTRA or another model with modules of that form, in place.
 
-    kind: "composite": ``nn.CompositeAttention`` with ``options`` as its arguments (window, bias, query_rel, key_rel, value_conv,
-        query_key, value, ...). It takes over queries, keys and values, and its new terms start at zero, so unless ``query_key``
-        or ``value`` changes the projections the model computes what it did until it is trained. "lightweight", "dynamic": a
-        gated convolution of ``kernel_size`` taps with ``filters`` filters (by default as many as heads), whose input is the old
-        value map; ``options`` are arguments of the convolution.
+    kind: "composite": ``nn.CompositeAttention`` with ``options`` as its arguments (window, bias, query_rel, key_rel,
+        value_conv, query_key, value, ...). It takes over queries, keys and values, and its new terms start at zero, so
+        unless ``query_key`` or ``value`` changes the projections the model computes what it did until it is trained.
+        "lightweight", "dynamic": a gated convolution of ``kernel_size`` taps with ``filters`` filters (by default as
+        many as heads), whose input is the old value map; ``options`` are arguments of the convolution.
     layers: which ones, counted from 0; by default all.
 
-    The model's attention implementation becomes "convkernels", so that the new modules are given the padding mask as it is.
-    Returns the model. To load such a model from a checkpoint make it again in this way and use load_state_dict.
+    The model's attention implementation becomes "convkernels", so that the new modules are given the padding mask as
+    it is. Returns the model. To load such a model from a checkpoint make it again in this way and use load_state_dict.
     ValueError if there is nothing to replace.
     """
     if kind not in ("composite", "lightweight", "dynamic"):
-        raise ValueError(
-            f"replace_attention: argument 'kind': expected 'composite', 'lightweight' or 'dynamic', got {kind!r}"
-        )
+        fail("replace_attention", "kind", "'composite', 'lightweight' or 'dynamic'", repr(kind))
     found = _self_attention(model)
     if not found:
-        raise ValueError(
-            f"replace_attention: argument 'model': expected a model with self-attention over query, key and value maps of equal size, "
-            f"got {type(model).__name__}"
-        )
+        expected = "self-attention with maps query, key and value of equal sizes in it"
+        fail("replace_attention", "model", expected, type(model).__name__)
     wanted = range(len(found)) if layers is None else list(layers)
     if any(not 0 <= layer < len(found) for layer in wanted):
-        raise ValueError(
-            f"replace_attention: argument 'layers': expected numbers from 0 to {len(found) - 1}, got {wanted}"
-        )
+        fail("replace_attention", "layers", f"numbers from 0 to {len(found) - 1}", wanted)
     register()
     for layer in wanted:
         old = model.get_submodule(found[layer])
@@ -267,8 +254,8 @@ def convert(model: PreTrainedModel, **changes) -> PreTrainedModel:
     """A model of this package with the weights of a Hugging Face one, which computes the same.
 
     T5ForConditionalGeneration becomes ``ConvSeq2SeqForConditionalGeneration`` with the transformer mixer; BertModel,
-    BertForMaskedLM and BertForSequenceClassification, ConvBertModel and ConvBertForMaskedLM become their ``CompositeBert``
-    namesakes. changes: fields of the configuration to set otherwise. ValueError for another model.
+    BertForMaskedLM and BertForSequenceClassification, ConvBertModel and ConvBertForMaskedLM become their
+    ``CompositeBert`` namesakes. changes: fields of the configuration to set otherwise. ValueError for another model.
     """
     name = type(model).__name__
     if name == "T5ForConditionalGeneration":
@@ -280,9 +267,7 @@ def convert(model: PreTrainedModel, **changes) -> PreTrainedModel:
         made = _BERTS[name](config, **more)
         state = convbert_names(model.state_dict()) if convolutional else model.state_dict()
     else:
-        raise ValueError(
-            f"convert: argument 'model': expected T5ForConditionalGeneration or one of {tuple(_BERTS)}, got {name}"
-        )
+        fail("convert", "model", f"T5ForConditionalGeneration or one of {tuple(_BERTS)}", name)
     made = made.to(model.dtype)
     made.load_state_dict(state, strict=True)
     return made.to(model.device).train(model.training)
@@ -299,9 +284,7 @@ _BERTS = {
 
 def _t5_config(theirs, changes: dict) -> ConvSeq2SeqConfig:
     if theirs.feed_forward_proj not in ("relu", "gated-gelu"):
-        raise ValueError(
-            f"convert: expected feed_forward_proj 'relu' or 'gated-gelu', got {theirs.feed_forward_proj!r}"
-        )
+        fail("convert", "feed_forward_proj", "'relu' or 'gated-gelu'", repr(theirs.feed_forward_proj))
     options = dict(
         mixer="transformer", vocab_size=theirs.vocab_size, d_model=theirs.d_model, d_ff=theirs.d_ff,
         num_heads=theirs.num_heads, head_dim=theirs.d_kv, encoder_layers=theirs.num_layers,
@@ -346,7 +329,7 @@ def _t5_state(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def _bert_config(theirs, convolutional: bool, changes: dict) -> CompositeBertConfig:
     if getattr(theirs, "is_decoder", False):
-        raise ValueError("convert: expected an encoder, got a model with is_decoder=True")
+        fail("convert", "is_decoder", "False", True)
     same = (
         "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
         "max_position_embeddings", "type_vocab_size", "layer_norm_eps", "hidden_dropout_prob", "classifier_dropout",
@@ -357,7 +340,7 @@ def _bert_config(theirs, convolutional: bool, changes: dict) -> CompositeBertCon
     if convolutional:
         for name, expected in (("head_ratio", 2), ("num_groups", 1)):
             if getattr(theirs, name) != expected:
-                raise ValueError(f"convert: expected {name} = {expected}, got {getattr(theirs, name)}")
+                fail("convert", name, str(expected), getattr(theirs, name))
         attention = dict(span="output", span_kernel_size=theirs.conv_kernel_size)
     fields |= dict(
         embedding_size=getattr(theirs, "embedding_size", theirs.hidden_size),

@@ -1,9 +1,9 @@
 """Sequence models over this package's convolutions and attention, as models of Hugging Face transformers.
 
 ``ConvSeq2Seq*``: the encoder-decoders of Tay et al. 2021, attention replaced by lightweight, dynamic or dilated
-convolutions. ``CompositeBert*``: the BERTs of Chang et al. 2021, attention combined with convolutions. ``summary`` counts
-parameters and FLOPs. Everything needs transformers (``pip install 'convkernels[hf]'``), which is imported when one of
-these names is first used.
+convolutions. ``CompositeBert*``: the BERTs of Chang et al. 2021, attention combined with convolutions. ``summary``
+counts parameters and FLOPs. Everything needs transformers (``pip install 'convkernels[hf]'``), which is imported when
+one of these names is first used.
 """
 
 import importlib

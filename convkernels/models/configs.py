@@ -23,7 +23,8 @@ SEQ2SEQ_STYLES = {
         scale_embedding=True, scale_output=False, mask_query=True,
     ),
     "released": dict(
-        norm_placement="pre", mixer_bias=True, pointwise=True, depthwise_bias=True, kernel_bias=True, positions="learned",
+        norm_placement="pre", mixer_bias=True, pointwise=True, depthwise_bias=True, kernel_bias=True,
+        positions="learned",
     ),
 }  # fmt: skip
 
@@ -165,11 +166,11 @@ class ConvSeq2SeqConfig(PreTrainedConfig):
         """A named configuration.
 
         mixer: "transformer" (T5), "lightweight", "dynamic", or "dilated" (lightweight with the paper's windows).
-        size: "base" (12 + 12 layers of 768 channels, 3072 inside the feed-forward blocks, 12 heads), "small" (6 + 6 of 512),
-            "tiny" (2 + 2 of 32, for tests).
+        size: "base" (12 + 12 layers of 768 channels, 3072 inside the feed-forward blocks, 12 heads), "small" (6 + 6 of
+            512), "tiny" (2 + 2 of 32, for tests).
         style: "paper" (its equations: norm on the branch, no biases, 7 taps, 2 filters), "fairseq" (Wu et al.'s block:
-            LayerNorm behind each residual sum, biases) or "released" (the code published with the paper: pre-norm, 9 taps, a
-            filter for each channel, another linear map behind the convolution, learned positions).
+            LayerNorm behind each residual sum, biases) or "released" (the code published with the paper: pre-norm, 9
+            taps, a filter for each channel, another linear map behind the convolution, learned positions).
         changes: fields to set otherwise.
         """
         for argument, value, choices in (
@@ -260,13 +261,13 @@ class CompositeBertConfig(PreTrainedConfig):
 
     @classmethod
     def preset(cls, variant: str = "composite", size: str = "small", **changes):
-        """A named configuration: ``variant`` is a row of the paper's tables 1 to 3, ``size`` "small" or "base" (table 4) or
-        "tiny", for tests.
+        """A named configuration: ``variant`` is a row of the paper's tables 1 to 3, ``size`` "small" or "base"
+        (table 4) or "tiny", for tests.
 
         Variants: none, absolute (BERT's own positions), fixed, dynamic, composite, composite-key, depthwise,
-        composite-depthwise; conv-qk, conv-v, conv-qkv (half of the heads), each also composite-...; convbert (the paper's
-        re-implementation, which predicts kernels at the key), convbert-absolute, and convbert-output (as published by
-        Jiang et al. 2020, but blind to padding). changes: fields to set otherwise.
+        composite-depthwise; conv-qk, conv-v, conv-qkv (half of the heads), each also composite-...; convbert (the
+        paper's re-implementation, which predicts kernels at the key), convbert-absolute, and convbert-output (as
+        published by Jiang et al. 2020, but blind to padding). changes: fields to set otherwise.
         """
         for argument, value, choices in (("variant", variant, BERT_VARIANTS), ("size", size, BERT_SIZES)):
             if value not in choices:

@@ -3,8 +3,14 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -17,6 +23,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from .. import nn as cknn
+from ..ops._validate import fail
 from .blocks import (
     Attention,
     ConvMixer,
@@ -337,9 +344,7 @@ class ConvSeq2SeqForConditionalGeneration(_PreTrained, GenerationMixin):
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
             wanted = generation_config.cache_implementation
             if wanted not in (None, "dynamic"):
-                raise ValueError(
-                    f"generate: argument 'cache_implementation': expected None or 'dynamic', got {wanted!r}"
-                )
+                fail("generate", "cache_implementation", "None or 'dynamic'", repr(wanted))
             model_kwargs["past_key_values"] = decoder_cache(self.config)
 
     @can_return_tuple
@@ -382,8 +387,8 @@ class ConvSeq2SeqForConditionalGeneration(_PreTrained, GenerationMixin):
 class ConvSeq2SeqForSequenceClassification(_PreTrained):
     """The encoder, the mean over real tokens, and a classifier: one hidden layer with tanh.
 
-    With ``config.dual_encoder`` it takes two sequences, encoded apart to u and v, and classifies [u, v, |u - v|, u * v].
-    Otherwise pairs come as one sequence; what convolutions miss there, ``config.pair_attention`` adds.
+    With ``config.dual_encoder`` it takes two sequences, encoded apart to u and v, and classifies [u, v, |u - v|,
+    u * v]. Otherwise pairs come as one sequence; what convolutions miss there, ``config.pair_attention`` adds.
     """
 
     _keys_to_ignore_on_load_unexpected = [r"decoder\.", "lm_head"]
@@ -415,7 +420,7 @@ class ConvSeq2SeqForSequenceClassification(_PreTrained):
         """input_ids [B,T] and, for a dual encoder, pair_input_ids [B,S]; labels [B], floats for one output."""
         if (pair_input_ids is not None) != self.config.dual_encoder:
             expected = "token ids, because of dual_encoder" if self.config.dual_encoder else "None without dual_encoder"
-            raise ValueError(f"{type(self).__name__}: argument 'pair_input_ids': expected {expected}")
+            fail(type(self).__name__, "pair_input_ids", expected, pair_input_ids)
         x = self._pool(input_ids, attention_mask)
         if self.config.dual_encoder:
             other = self._pool(pair_input_ids, pair_attention_mask)

@@ -382,9 +382,9 @@ class GatedConv(nn.Module):
     ``linear1`` holds W_I and W_S in one matrix with 2*inner outputs, value first, gate second; ``linear2`` is W_O. The
     product is taken inside the convolution kernel, except for a dynamic one, whose kernels are predicted from it.
     ``conv`` is any module with the ``forward`` and ``step`` of this package's convolutions over ``inner`` channels.
-    ``glu=False`` leaves the gate out: linear1 has ``inner`` outputs (Wu et al. 2019 have both forms). ``pointwise=True``
-    puts another linear map over ``inner`` channels, with bias, behind the convolution (the code released by Tay et
-    al.). Linear maps start Xavier uniform with zero bias.
+    ``glu=False`` leaves the gate out: linear1 has ``inner`` outputs (Wu et al. 2019 have both forms).
+    ``pointwise=True`` puts another linear map over ``inner`` channels, with bias, behind the convolution (the code
+    released by Tay et al.). Linear maps start Xavier uniform with zero bias.
     """
 
     def __init__(
