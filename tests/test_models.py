@@ -215,6 +215,23 @@ def test_beam_search_equals_the_full_forward(name):
     assert not torch.equal(tokens[::2], model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False))
 
 
+@pytest.mark.parametrize("name", ["transformer", "dynamic", "dynamic-released", "lightweight-fairseq"])
+def test_prompts_of_different_lengths(name):
+    """Padded to the left, each goes on as it does alone."""
+    model, (ids, mask), lengths = decoder(name), prompt(), (9, 4, 1)
+    given = text(3, 9, skip=9)
+    decoder_mask = torch.stack([torch.arange(9) >= 9 - length for length in lengths]).long()
+    given[torch.arange(3), 9 - torch.tensor(lengths)] = model.config.decoder_start_token_id
+    search = dict(max_new_tokens=NEW, do_sample=False)
+    together = model.generate(
+        ids, attention_mask=mask, decoder_input_ids=given, decoder_attention_mask=decoder_mask, **search
+    )
+    for row, length in enumerate(lengths):
+        one = slice(row, row + 1)
+        alone = model.generate(ids[one], attention_mask=mask[one], decoder_input_ids=given[one, 9 - length :], **search)
+        assert torch.equal(together[one, -NEW:], alone[:, -NEW:])
+
+
 def test_reordering_costs_no_copy_and_adds_up():
     """Two reorders before a step are one permutation; the state itself stays where it is."""
     model = decoder("lightweight")
@@ -342,6 +359,20 @@ def test_bf16_autocast(name):
     assert found.keys() == gradients.keys()
     whole = [torch.cat([g.flatten() for g in each.values()]) for each in (found, gradients)]
     assert torch.cosine_similarity(*whole, dim=0) > 0.98
+
+
+@pytest.mark.parametrize("name", ["seq2seq:transformer", "seq2seq:lightweight", "seq2seq:dynamic", "bert:composite"])
+def test_weights_in_bfloat16(name):
+    model, inputs = examples(name)
+    expected = model(*inputs).logits
+    model.to(torch.bfloat16)
+    logits = model(*inputs).logits
+    assert logits.dtype == torch.bfloat16
+    whole = torch.cosine_similarity(logits.float().flatten(), expected.flatten(), dim=0)
+    assert whole > 0.99
+    if name.startswith("seq2seq"):
+        tokens = model.generate(inputs[0], attention_mask=inputs[1], max_new_tokens=20, num_beams=2)
+        assert tokens.shape[0] == 3
 
 
 @pytest.mark.parametrize("name", ["seq2seq:transformer", "seq2seq:dynamic", "bert:composite-conv-qkv"])

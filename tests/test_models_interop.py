@@ -460,7 +460,7 @@ def test_fairseq_modules_step_by_step(name, backend):
         if t >= 9:
             torch.testing.assert_close(y[0], expected[t], rtol=1e-5, atol=1e-5)
         other(x[t : t + 1], state, **{k: v[t : t + 1] for k, v in query.items()})  # another module's state is its own
-    with pytest.raises(ValueError, match="argument 'x': expected one position with incremental_state, got 2"):
+    with pytest.raises(ValueError, match="argument 'x': expected one position, because of incremental_state, got 2"):
         module(x[:2], state)
 
 

@@ -9,6 +9,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 import transformers
 from modelling import MIXERS, VARIANTS, bert, masked, quick, seq2seq, text
+from torch.distributed.fsdp import fully_shard
 
 from convkernels.models import CompositeBertForSequenceClassification, ConvSeq2SeqForSequenceClassification
 
@@ -122,21 +123,30 @@ def one_of_two(rank, port, folder):
         parallel = torch.nn.parallel.DistributedDataParallel(model)
         parallel(**half(rows, rank)).loss.backward()
         torch.save({n: p.grad for n, p in model.named_parameters() if p.requires_grad}, f"{folder}/{name}{rank}")
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    for name, (model, rows) in distributed_models().items():
+        for module in model.modules():
+            if type(module).__name__ in model._no_split_modules:
+                fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        model(**half(rows, rank)).loss.backward()
+        whole = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.requires_grad}
+        torch.save(whole, f"{folder}/{name}-sharded{rank}")
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
-    """Gradients that DistributedDataParallel averages over two processes are those of the two halves in one process,
-    and the same in both."""
+    """Gradients that DistributedDataParallel or FSDP average over two processes are those of the two halves in one
+    process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     torch.multiprocessing.start_processes(one_of_two, (port, str(tmp_path)), nprocs=2, start_method="spawn")
     for name, (model, rows) in distributed_models().items():
-        first, second = (torch.load(tmp_path / f"{name}{rank}") for rank in range(2))
+        found = [torch.load(tmp_path / f"{name}{kind}{rank}") for kind in ("", "-sharded") for rank in range(2)]
         (sum(model(**half(rows, rank)).loss for rank in range(2)) / 2).backward()
         for parameter, value in model.named_parameters():
             if value.requires_grad:
-                assert torch.equal(first[parameter], second[parameter]), parameter
-                torch.testing.assert_close(first[parameter], value.grad, rtol=1e-5, atol=1e-7, msg=parameter)
+                for gradients in found:
+                    torch.testing.assert_close(gradients[parameter], value.grad, rtol=1e-5, atol=1e-7, msg=parameter)
