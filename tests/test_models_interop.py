@@ -15,6 +15,7 @@ import convkernels as ck
 pytest.importorskip("transformers")
 import transformers
 from modelling import ragged, text
+from transformers.masking_utils import chunked_causal_mask_function, sliding_window_bidirectional_mask_function
 
 from convkernels.interop import bert_convolutions, fairseq, huggingface
 from convkernels.models import CompositeBertForMaskedLM
@@ -164,6 +165,17 @@ def test_generation_under_the_attention_interface(name):
     assert torch.equal(model.generate(ids, **search), expected)
 
 
+def test_a_static_cache_under_the_attention_interface():
+    model, ids = llama(), text(2, 6)
+    huggingface.register()
+    search = dict(max_new_tokens=9, do_sample=False, pad_token_id=0)
+    expected = model.generate(ids, **search)
+    model.set_attn_implementation("convkernels")
+    for mask in (None, torch.ones_like(ids)):
+        found = model.generate(ids, attention_mask=mask, cache_implementation="static", **search)
+        assert torch.equal(found, expected)
+
+
 def test_what_the_interface_refuses():
     huggingface.register()
     q = torch.randn(1, 2, 4, 8)
@@ -179,6 +191,9 @@ def test_what_the_interface_refuses():
     packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
     with pytest.raises(NotImplementedError, match="argument 'mask_function': expected the causal"):
         model(ids, position_ids=packed, use_cache=False)
+    for mask in (chunked_causal_mask_function(4, torch.zeros(1)), sliding_window_bidirectional_mask_function(4)):
+        with pytest.raises(NotImplementedError, match="argument 'mask_function': expected the causal"):
+            huggingface.padding_mask(1, 8, 8, mask_function=mask)
 
 
 # -- replacement ------------------------------------------------------------------------------------------------------

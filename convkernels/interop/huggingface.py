@@ -9,7 +9,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    sliding_window_causal_mask_function,
+    sliding_window_overlay,
+)
 
 from ..models import (
     CompositeBertConfig,
@@ -47,17 +52,33 @@ def padding_mask(
     kv_offset: int = 0,
     mask_function=causal_mask_function,
     attention_mask: Tensor | None = None,
-    local_size: int | None = None,
+    device=None,
     **unused,
 ) -> Tensor | None:
-    """transformers' mask for this attention: bool [B,S], or None. What else a mask can say comes as an argument of
-    ``attention_forward``; NotImplementedError for what cannot (packed sequences, chunks, masks of a model's own)."""
-    if local_size is None and mask_function not in (causal_mask_function, bidirectional_mask_function):
-        expected = "the causal, bidirectional or sliding-window one (use 'sdpa' for this model)"
+    """transformers' mask for this attention: bool [B,S], or None. Causality and sliding windows come as arguments of
+    ``attention_forward``; NotImplementedError for what a mask can say beyond that: packed sequences, chunks, windows to
+    both sides, masks of a model's own."""
+    if mask_function not in (causal_mask_function, bidirectional_mask_function) and not _slides(mask_function):
+        expected = "the causal or bidirectional one or a causal sliding window (use 'sdpa' for this model)"
         fail(_CALL, "mask_function", expected, mask_function, NotImplementedError)
-    if attention_mask is None:
+    if attention_mask is not None:
+        return attention_mask[:, -kv_length:].bool()
+    written = int(q_offset) + q_length
+    if mask_function is bidirectional_mask_function or written - kv_offset == kv_length:
         return None
-    return attention_mask[:, -kv_length:].bool()
+    # A static cache, whose places beyond what was written hold nothing.
+    if kv_offset:
+        fail(_CALL, "cache_implementation", "a dynamic one, because of the window", "a static one", NotImplementedError)
+    return torch.ones(batch_size, written, dtype=torch.bool, device=device)
+
+
+def _slides(mask_function) -> bool:
+    """Whether it is transformers' sliding window under a causal mask, and nothing else."""
+    if getattr(mask_function, "__qualname__", "") != sliding_window_causal_mask_function(1).__qualname__:
+        return False
+    parts = mask_function.__closure__[0].cell_contents
+    overlay = sliding_window_overlay(1).__qualname__
+    return len(parts) == 2 and parts[0].__qualname__ == overlay and parts[1] is causal_mask_function
 
 
 def attention_forward(
@@ -87,14 +108,14 @@ def attention_forward(
         # A static cache is longer than what has been written to it.
         k, v = k[:, : attention_mask.shape[1]], v[:, : attention_mask.shape[1]]
     T, S = q.shape[1], k.shape[1]
-    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)  # as transformers has it
     options = {}
     if position_bias is not None:
         options = dict(bias=_by_distance(module, position_bias[..., :S]), window=(S - 1, T - 1))
     if sliding_window is not None:
         if options:
             fail(_CALL, "sliding_window", "None, because of position_bias", sliding_window, NotImplementedError)
-        options = dict(window=(sliding_window - 1, 0 if causal else sliding_window - 1), outside="mask")
+        options = dict(window=(sliding_window - 1, 0), outside="mask")
     y = composite_attention(
         q,
         k,
