@@ -14,7 +14,7 @@ from convkernels.interop import bert_convolutions, fairseq, huggingface
 from convkernels.models import ConvSeq2SeqConfig
 from convkernels.models.blocks import ConvMixer, RelativeBias, SelfAttention
 from convkernels.models.cache import decoder_cache
-from convkernels.models.seq2seq import DecoderLayer, EncoderLayer
+from convkernels.models.layers import DecoderLayer, EncoderLayer
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 

@@ -1,4 +1,4 @@
-"""The parts of a ConvSeq2Seq layer; what is between them is in seq2seq.py."""
+"""The parts of a ConvSeq2Seq layer; what is between them is in layers.py."""
 
 import torch
 import torch.nn.functional as F
