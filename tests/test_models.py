@@ -258,6 +258,23 @@ def test_reordering_costs_no_copy_and_adds_up():
     assert cache.get_seq_length() == 0 and layer.state is None
 
 
+def test_a_cache_is_kept_only_to_go_on():
+    model, ids = decoder("dynamic"), text(2, 9)
+    assert model(ids, None, ids).past_key_values.get_seq_length() == 9
+    assert model(ids, None, ids, use_cache=False).past_key_values is None
+    assert model(ids, labels=ids).past_key_values is None
+    assert model.train()(ids, None, ids).past_key_values is None
+
+
+def test_labels_become_the_input_of_the_decoder():
+    model, ids, labels = decoder("dynamic"), text(2, 9), text(2, 6, skip=2)
+    labels[0, 4:] = -100
+    given = torch.cat([torch.zeros(2, 1, dtype=torch.int64), labels[:, :-1].clamp(min=0)], 1)
+    logits = model(ids, None, given).logits
+    expected = torch.nn.functional.cross_entropy(logits[labels != -100], labels[labels != -100])
+    torch.testing.assert_close(model(ids, labels=labels).loss, expected)
+
+
 def test_the_cache_of_a_convolution_keeps_its_size():
     for mixer, kind in (("dynamic", ConvState), ("transformer", DynamicLayer)):
         cache = decoder_cache(ConvSeq2SeqConfig.preset(mixer, "tiny"))

@@ -190,9 +190,7 @@ def config_from_args(args, state: dict[str, Tensor], *, padding_index: int = 1, 
     """
     from ..models import ConvSeq2SeqConfig
 
-    get = (lambda name, default=None: args.get(name, default)) if isinstance(args, dict) else (
-        lambda name, default=None: getattr(args, name, default)
-    )  # fmt: skip
+    get = (args if isinstance(args, dict) else vars(args)).get
 
     def both(name: str, default):
         encoder, decoder = get(f"encoder_{name}", default), get(f"decoder_{name}", None)

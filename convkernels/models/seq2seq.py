@@ -212,7 +212,8 @@ class ConvSeq2SeqModel(_Embedded):
         decoder_inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
     ) -> Seq2SeqModelOutput:
-        """input_ids [B,S], decoder_input_ids [B,T]; masks are 0 for padding; encoder_outputs: of an earlier call."""
+        """input_ids [B,S], decoder_input_ids [B,T]; masks are 0 for padding; encoder_outputs: of an earlier call.
+        use_cache: keep what decoding needs to go on (by default as the configuration says, never while training)."""
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if encoder_outputs is None:
             encoder_outputs = self.encoder(input_ids, attention_mask, inputs_embeds)
@@ -255,9 +256,8 @@ class ConvSeq2SeqForConditionalGeneration(_PreTrained, GenerationMixin):
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """The labels one position later, behind the start token; ignored ones (-100) become padding."""
         first = labels.new_full((labels.shape[0], 1), self.config.decoder_start_token_id)
-        return torch.cat([first, labels[:, :-1]], 1).masked_fill(
-            torch.cat([torch.zeros_like(first), labels[:, :-1]], 1) == -100, self.config.pad_token_id
-        )
+        shifted = torch.cat([first, labels[:, :-1]], 1)
+        return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
@@ -288,7 +288,7 @@ class ConvSeq2SeqForConditionalGeneration(_PreTrained, GenerationMixin):
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         outputs = self.model(
             input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, past_key_values,
-            inputs_embeds, decoder_inputs_embeds, use_cache=use_cache and labels is None, return_dict=True,
+            inputs_embeds, decoder_inputs_embeds, use_cache=use_cache if labels is None else False, return_dict=True,
         )  # fmt: skip
         x = outputs.last_hidden_state
         if self.config.scale_output:
