@@ -100,6 +100,31 @@ def test_parameters_with_other_windows(mixer, style, changes, expected):
     assert count(ConvSeq2SeqForConditionalGeneration, config) == expected
 
 
+def test_initial_values():
+    """Those of T5 and BERT, and of the modules for what these do not have."""
+
+    def spread(parameter, expected):
+        assert 0.9 < parameter.std() / expected < 1.1
+
+    torch.manual_seed(0)
+    model = ConvSeq2SeqModel(ConvSeq2SeqConfig.preset("transformer", "tiny", d_model=64, d_ff=256))
+    layer = model.decoder.layers[0]
+    spread(model.shared.weight, 1.0)
+    spread(layer.mixer.q.weight, (64 * 32) ** -0.5)
+    spread(layer.cross_attention.k.weight, 64**-0.5)
+    spread(layer.feed_forward.wo.weight, 256**-0.5)
+    assert (layer.mixer_norm.weight == 1).all()
+    model = ConvSeq2SeqModel(ConvSeq2SeqConfig.preset("lightweight", "tiny", num_filters=32))
+    weight = model.encoder.layers[0].mixer.conv.weight
+    assert 0.9 < weight.abs().max() / (6 / (7 + 32 * 7)) ** 0.5 <= 1  # Xavier uniform over [32,1,7]
+    model = CompositeBertForMaskedLM(CompositeBertConfig.preset("composite-depthwise", "tiny", hidden_size=64))
+    attention = model.bert.encoder.layer[0].attention.self
+    spread(model.bert.embeddings.word_embeddings.weight, 0.02)
+    spread(attention.query.weight, 0.02)
+    assert not attention.convfixed_param.any() and 0.9 < attention.convq_param.abs().max() * 17**0.5 <= 1
+    assert (attention.convolution_scalar == 1).all() and not attention.convolution_scalar.requires_grad
+
+
 # -- padding ----------------------------------------------------------------------------------------------------------
 
 
@@ -330,6 +355,7 @@ def test_a_classifier_takes_the_encoder_of_a_pretrained_model(tmp_path):
     pretrained = ConvSeq2SeqModel.from_pretrained(tmp_path / "seq2seq")
     first, second = (encoder.layers[0].mixer.linear1.weight for encoder in (model.model.encoder, pretrained.encoder))
     assert torch.equal(first, second)
+    assert 0.8 < model.dense.weight.std() * 32**0.5 < 1.2 and not model.dense.bias.any()
     assert model(text(2, 9)).logits.shape == (2, 3)
     bert("composite", noise=0.1).save_pretrained(tmp_path / "bert")
     model, report = CompositeBertForSequenceClassification.from_pretrained(tmp_path / "bert", output_loading_info=True)

@@ -168,9 +168,10 @@ class ConvSeq2SeqConfig(PreTrainedConfig):
         mixer: "transformer" (T5), "lightweight", "dynamic", or "dilated" (lightweight with the paper's windows).
         size: "base" (12 + 12 layers of 768 channels, 3072 inside the feed-forward blocks, 12 heads), "small" (6 + 6 of
             512), "tiny" (2 + 2 of 32, for tests).
-        style: "paper" (its equations: norm on the branch, no biases, 7 taps, 2 filters), "fairseq" (Wu et al.'s block:
-            LayerNorm behind each residual sum, biases) or "released" (the code published with the paper: pre-norm, 9
-            taps, a filter for each channel, another linear map behind the convolution, learned positions).
+        style: "paper" (its equations: norm on the branch, no biases, 7 taps, 2 filters; the transformer is T5),
+            "fairseq" (Wu et al.'s block: LayerNorm behind each residual sum, biases) or "released" (the code published
+            with the paper: pre-norm, 9 taps, a filter for each channel, another linear map behind the convolution,
+            learned positions).
         changes: fields to set otherwise.
         """
         for argument, value, choices in (
@@ -182,7 +183,9 @@ class ConvSeq2SeqConfig(PreTrainedConfig):
                 fail(f"{cls.__name__}.preset", argument, f"one of {choices}", repr(value))
         options = {**SEQ2SEQ_SIZES[size], **SEQ2SEQ_STYLES[style], "mixer": mixer}
         if mixer == "transformer":
-            options |= dict(norm_placement="pre", mixer_bias=None, positions=None)
+            options |= dict(mixer_bias=None, positions=None)
+        if mixer == "transformer" and style == "paper":
+            options |= dict(norm_placement="pre")
         if style == "released":
             options |= dict(num_filters=options["d_model"], encoder_kernel_size=9)
         if mixer == "dilated":

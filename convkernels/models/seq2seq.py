@@ -37,6 +37,12 @@ class _PreTrained(PreTrainedModel):
     _can_compile_fullgraph = True
     accepts_loss_kwargs = False
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False, so that transformers calls ``_init_weights`` for modules without parameters of their own, too: it
+        writes only to parameters that have not been loaded."""
+        return False
+
     @torch.no_grad()
     def _init_weights(self, module):
         """T5's initial values for what T5 has; the convolutions' modules know their own."""
