@@ -75,11 +75,17 @@ $(VENV)/.triton: $(VENV)/.requirements
 	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet --no-compile "$(TRITON)"
 	@touch $@
 
+# The models, which the benchmark does not need.
+$(VENV)/.hf: $(VENV)/.requirements
+	$(BIN)/python -m pip install --quiet --no-compile $$($(BIN)/python -c \
+	    'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["hf"])')
+	@touch $@
+
 build: $(NATIVE)/.built
 
 simt-build: $(NATIVE)/.simt
 
-install: build $(VENV)/.triton
+install: build $(VENV)/.triton $(VENV)/.hf
 
 # ---- the main job
 

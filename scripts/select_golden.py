@@ -19,6 +19,8 @@ BUDGET = {
     "mesh_paper1": 250_000,
     "bertconv_attention": 1_680_000,
     "hf": 280_000,
+    "fairseq_block": 500_000,
+    "bertconv_model": 480_000,
 }
 MANY_MODULES = ("bertconv_attention", "hf")
 

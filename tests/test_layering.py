@@ -23,7 +23,7 @@ ALLOWED = {
     "convkernels.ops": {"convkernels.backends"},
     "convkernels.nn": {"convkernels.ops"},
     "convkernels.models": {"convkernels.nn", "convkernels.ops", "transformers"},
-    "convkernels.interop": {"convkernels.models", "convkernels.nn", "transformers"},
+    "convkernels.interop": {"convkernels.models", "convkernels.nn", "convkernels.ops", "transformers"},
 }
 FREE = ("convkernels._bench", "convkernels.cli", "convkernels.__main__")
 
@@ -95,7 +95,7 @@ def test_cold_import():
     loaded = python(f"""
 import sys, torch
 before = set(sys.modules)
-import convkernels, convkernels.nn
+import convkernels, convkernels.nn, convkernels.models, convkernels.interop.fairseq
 y = convkernels.lightweight_conv1d(torch.randn(1, 4, 4), torch.randn(2, 3), backend="reference")
 new = set(sys.modules) - before
 print([m for m in {HEAVY!r} if any(n == m or n.startswith(m + ".") for n in new)])
@@ -111,7 +111,7 @@ import sys
 for name in ("triton", "transformers", "matplotlib", "rich", "safetensors", "hypothesis", "pytest", "numpy",
 "pybind11"):
     sys.modules[name] = None
-import torch, convkernels, convkernels.nn
+import torch, convkernels, convkernels.nn, convkernels.models, convkernels.interop.fairseq
 print(tuple(convkernels.nn.LightweightConv1d(4, 3, 2, backend="reference")(torch.randn(1, 5, 4)).shape))
 """)
         == "(1, 5, 4)"

@@ -119,7 +119,7 @@ class CompositeAttention(nn.Module):
     conv_kernel_size: taps of these convolutions, by default W. query_key_groups, value_groups: None for a depthwise
         separable convolution, a number for an ordinary grouped one. activation: GELU between the two parts.
     span: None, "output" or "key": the second half of the heads is a ``SpanDynamicConv`` of ``span_kernel_size`` taps
-        (ConvBERT with a head ratio of 2). "output" does not see the mask, as in ConvBERT.
+        (ConvBERT with a head ratio of 2). "output" sees the mask only with span_mask=True; in ConvBERT it does not.
     outside, causal, dropout (of the attention weights, in training mode): as in ``composite_attention``.
 
     If ``query_key`` or ``value`` has a convolution, and with ``span="key"``, padded positions of the input are set to 0
@@ -151,6 +151,7 @@ class CompositeAttention(nn.Module):
         activation: bool = False,
         span: str | None = None,
         span_kernel_size: int = 9,
+        span_mask: bool = False,
         outside: str = "clip",
         causal: bool = False,
         dropout: float = 0.0,
@@ -173,6 +174,7 @@ class CompositeAttention(nn.Module):
         self.window = (window, window) if isinstance(window, int) else tuple(window)
         self.qk, self.query_key, self.value_kind, self.activation = qk, query_key, value, activation
         self.outside, self.causal, self.dropout, self.backend = outside, causal, dropout, backend
+        self.span_mask = span_mask
         self.zeroes_padding = query_key in ("conv", "mixed") or value != "linear" or span == "key"
         W, options = sum(self.window) + 1, dict(device=device, dtype=dtype)
         taps = W if conv_kernel_size is None else conv_kernel_size
@@ -287,7 +289,7 @@ class CompositeAttention(nn.Module):
         ).flatten(2)
         if self.span.predicted_at == "key":
             return torch.cat([y, self.span(x, q, v[..., own:], mask)], 2)
-        return torch.cat([y, self.span(x, q)], 2)
+        return torch.cat([y, self.span(x, q, mask=mask if self.span_mask else None)], 2)
 
     def _options(self) -> dict:
         return dict(

@@ -139,7 +139,9 @@ class DynamicConv1d(_Conv):
     ``weight_linear`` maps the query (by default the convolution's input) at an output position to that position's H*K
     taps. Parameters: ``weight_linear.weight`` [H*K, query_size], ``weight_linear.bias`` if ``bias=True``, ``conv_bias``
     [C], zeros, if ``conv_bias=True``. With ``in_proj=True`` weight_linear has C + H*K outputs and a bias, and the
-    first C replace x. Options as in ``dynamic_conv1d``; ``weight_dropout`` is active in training mode.
+    first C replace x. ``mask_query=True`` takes the query as 0 where ``mask`` is False, as a block does that zeroes
+    padding before it predicts kernels (fairseq); this matters to outputs at padding alone. Options as in
+    ``dynamic_conv1d``; ``weight_dropout`` is active in training mode.
     """
 
     def __init__(
@@ -157,6 +159,7 @@ class DynamicConv1d(_Conv):
         weight_dropout: float = 0.0,
         bias: bool = False,
         conv_bias: bool = False,
+        mask_query: bool = False,
         backend: str = "auto",
         device=None,
         dtype=None,
@@ -166,7 +169,7 @@ class DynamicConv1d(_Conv):
             raise ValueError(
                 f"DynamicConv1d: argument 'query_size': expected {channels} with in_proj, got {query_size}"
             )
-        self.query_size, self.in_proj = query_size or channels, in_proj
+        self.query_size, self.in_proj, self.mask_query = query_size or channels, in_proj, mask_query
         outputs = heads * kernel_size + (channels if in_proj else 0)
         self.weight_linear = nn.Linear(self.query_size, outputs, bias=bias or in_proj, device=device, dtype=dtype)
         self.conv_bias = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype)) if conv_bias else None
@@ -177,13 +180,17 @@ class DynamicConv1d(_Conv):
         if self.conv_bias is not None:
             nn.init.zeros_(self.conv_bias)
 
-    def _predict(self, x: Tensor, gate: Tensor | None, query: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _predict(
+        self, x: Tensor, gate: Tensor | None, query: Tensor | None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The convolution's input, its gate, and the kernels [..., H, K]."""
         if query is None:
             if gate is not None:
                 # The product is needed for the kernels anyway, so the convolution gets it ready-made.
                 x, gate = x * torch.sigmoid(gate), None
             query = x
+        if self.mask_query and mask is not None:
+            query = torch.where(mask[..., None], query, 0.0)
         taps = self.weight_linear(query)
         if self.in_proj:
             x, taps = taps.split([self.channels, self.heads * self.kernel_size], dim=-1)
@@ -201,7 +208,7 @@ class DynamicConv1d(_Conv):
         return_state: bool = False,
     ):
         """x [B,T,C] -> [B,T,C]; ``query`` [B,T,query_size] predicts the kernels instead of x."""
-        x, gate, weight = self._predict(x, gate, query)
+        x, gate, weight = self._predict(x, gate, query, mask)
         return api.dynamic_conv1d(
             x,
             weight,
@@ -375,23 +382,46 @@ class GatedConv(nn.Module):
     ``linear1`` holds W_I and W_S in one matrix with 2*inner outputs, value first, gate second; ``linear2`` is W_O. The
     product is taken inside the convolution kernel, except for a dynamic one, whose kernels are predicted from it.
     ``conv`` is any module with the ``forward`` and ``step`` of this package's convolutions over ``inner`` channels.
-    Linear maps start Xavier uniform with zero bias.
+    ``glu=False`` leaves the gate out: linear1 has ``inner`` outputs (Wu et al. 2019 have both forms).
+    ``pointwise=True`` puts another linear map over ``inner`` channels, with bias, behind the convolution (the code
+    released by Tay et al.). Linear maps start Xavier uniform with zero bias.
     """
 
-    def __init__(self, channels: int, conv: nn.Module, *, bias: bool = True, device=None, dtype=None):
+    def __init__(
+        self,
+        channels: int,
+        conv: nn.Module,
+        *,
+        bias: bool = True,
+        glu: bool = True,
+        pointwise: bool = False,
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
-        self.channels, self.inner = channels, conv.channels
-        self.linear1 = nn.Linear(channels, 2 * self.inner, bias=bias, device=device, dtype=dtype)
+        self.channels, self.inner, self.glu = channels, conv.channels, glu
+        options = dict(device=device, dtype=dtype)
+        self.linear1 = nn.Linear(channels, (2 if glu else 1) * self.inner, bias=bias, **options)
         self.conv = conv
-        self.linear2 = nn.Linear(self.inner, channels, bias=bias, device=device, dtype=dtype)
+        self.pointwise = nn.Linear(self.inner, self.inner, **options) if pointwise else None
+        self.linear2 = nn.Linear(self.inner, channels, bias=bias, **options)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw new initial values for the linear maps."""
-        for linear in (self.linear1, self.linear2):
-            nn.init.xavier_uniform_(linear.weight)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+        for linear in (self.linear1, self.pointwise, self.linear2):
+            if linear is not None:
+                nn.init.xavier_uniform_(linear.weight)
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The convolution's input and its gate."""
+        x = self.linear1(x)
+        return tuple(x.chunk(2, dim=-1)) if self.glu else (x, None)
+
+    def _join(self, y: Tensor) -> Tensor:
+        return self.linear2(y if self.pointwise is None else self.pointwise(y))
 
     def forward(
         self,
@@ -403,14 +433,14 @@ class GatedConv(nn.Module):
         return_state: bool = False,
     ):
         """x [B,T,C] -> [B,T,C]; with ``return_state`` also the convolution's state after the last position."""
-        value, gate = self.linear1(x).chunk(2, dim=-1)
+        value, gate = self._split(x)
         y = self.conv(
             value, mask, gate=gate, cu_seqlens=cu_seqlens, initial_state=initial_state, return_state=return_state
         )
         if return_state:
             y, state = y
-            return self.linear2(y), state
-        return self.linear2(y)
+            return self._join(y), state
+        return self._join(y)
 
     def init_state(self, batch: int, *, dtype: torch.dtype | None = None, device=None) -> Tensor:
         """The state before the first position."""
@@ -418,5 +448,5 @@ class GatedConv(nn.Module):
 
     def step(self, x: Tensor, state: Tensor, **options) -> Tensor:
         """One position, x [B,C] -> [B,C], without gradient; ``state`` is updated in place; options of ``conv.step``."""
-        value, gate = self.linear1(x).chunk(2, dim=-1)
-        return self.linear2(self.conv.step(value, state, gate=gate, **options))
+        value, gate = self._split(x)
+        return self._join(self.conv.step(value, state, gate=gate, **options))

@@ -1,0 +1,397 @@
+"""Hugging Face transformers: this package's attention in its models, and its models' weights in this package's.
+
+``register`` makes ``attn_implementation="convkernels"`` known; ``replace_attention`` swaps the self-attention modules
+of a model in place; ``convert`` makes a model of this package from a T5, BERT or ConvBERT.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    sliding_window_causal_mask_function,
+    sliding_window_overlay,
+)
+
+from ..models import (
+    CompositeBertConfig,
+    CompositeBertForMaskedLM,
+    CompositeBertForSequenceClassification,
+    CompositeBertModel,
+    ConvSeq2SeqConfig,
+    ConvSeq2SeqForConditionalGeneration,
+)
+from ..nn import CompositeAttention, DynamicConv1d, LightweightConv1d
+from ..ops._validate import fail
+from ..ops.attention.api import composite_attention
+
+NAME = "convkernels"
+_CALL = f"attn_implementation={NAME!r}"
+# Models whose position_bias is a function of the distance alone.
+_RELATIVE = ("t5", "mt5", "umt5")
+
+
+def register(name: str = NAME) -> None:
+    """Make this package's attention known to transformers, as ``attn_implementation=name``.
+
+    Models then call ``composite_attention``: padding and causality without a mask of T x T, sliding windows, shared
+    key heads, T5's relative bias. Calling it again does no harm.
+    """
+    AttentionInterface.register(name, attention_forward)
+    AttentionMaskInterface.register(name, padding_mask)
+
+
+def padding_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function=causal_mask_function,
+    attention_mask: Tensor | None = None,
+    device=None,
+    **unused,
+) -> Tensor | None:
+    """transformers' mask for this attention: bool [B,S], or None. Causality and sliding windows come as arguments of
+    ``attention_forward``; NotImplementedError for what a mask can say beyond that: packed sequences, chunks, windows to
+    both sides, masks of a model's own."""
+    if mask_function not in (causal_mask_function, bidirectional_mask_function) and not _slides(mask_function):
+        expected = "the causal or bidirectional one or a causal sliding window (use 'sdpa' for this model)"
+        fail(_CALL, "mask_function", expected, mask_function, NotImplementedError)
+    if attention_mask is not None:
+        return attention_mask[:, -kv_length:].bool()
+    written = int(q_offset) + q_length
+    if mask_function is bidirectional_mask_function or written - kv_offset == kv_length:
+        return None
+    # A static cache, whose places beyond what was written hold nothing.
+    if kv_offset:
+        fail(_CALL, "cache_implementation", "a dynamic one, because of the window", "a static one", NotImplementedError)
+    return torch.ones(batch_size, written, dtype=torch.bool, device=device)
+
+
+def _slides(mask_function) -> bool:
+    """Whether it is transformers' sliding window under a causal mask, and nothing else."""
+    if getattr(mask_function, "__qualname__", "") != sliding_window_causal_mask_function(1).__qualname__:
+        return False
+    parts = mask_function.__closure__[0].cell_contents
+    overlay = sliding_window_overlay(1).__qualname__
+    return len(parts) == 2 and parts[0].__qualname__ == overlay and parts[1] is causal_mask_function
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: query [B,H,T,D], key and value [B,G,S,D] -> [B,T,H,D], and no weights.
+
+    attention_mask: bool [B,S] as made by ``padding_mask``. NotImplementedError for what ``composite_attention`` does
+    not do: soft caps, attention sinks, a position_bias that is not T5's.
+    """
+    for argument in ("softcap", "s_aux"):
+        if kwargs.get(argument) is not None:
+            fail(_CALL, argument, "None", kwargs[argument], NotImplementedError)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if attention_mask is not None:
+        _check_mask(attention_mask)
+        # A static cache is longer than what has been written to it.
+        k, v = k[:, : attention_mask.shape[1]], v[:, : attention_mask.shape[1]]
+    T, S = q.shape[1], k.shape[1]
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)  # as transformers has it
+    options = {}
+    if position_bias is not None:
+        options = dict(bias=_by_distance(module, position_bias[..., :S]), window=(S - 1, T - 1))
+    if sliding_window is not None:
+        if options:
+            fail(_CALL, "sliding_window", "None, because of position_bias", sliding_window, NotImplementedError)
+        options = dict(window=(sliding_window - 1, 0), outside="mask")
+    y = composite_attention(
+        q,
+        k,
+        v,
+        causal=causal,
+        key_mask=attention_mask,
+        scale=scaling,
+        dropout=dropout,
+        training=dropout > 0.0,
+        **options,
+    )
+    return y, None
+
+
+def _check_mask(mask: Tensor) -> None:
+    if mask.dim() != 2 or mask.dtype != torch.bool:
+        fail(_CALL, "attention_mask", "a bool tensor [B,S], which register() makes models give", mask)
+
+
+def _by_distance(module: nn.Module, bias: Tensor) -> Tensor:
+    """A bias [1,H,T,S] that depends on the distance alone, as a table [H, S-1 + 1 + T-1]."""
+    kind = getattr(getattr(module, "config", None), "model_type", None)
+    if kind not in _RELATIVE or bias.shape[0] != 1:
+        fail(_CALL, "position_bias", f"that of one of {_RELATIVE}", f"that of {kind}", NotImplementedError)
+    T, S = bias.shape[2:]
+    return torch.cat([bias[0, :, -1], bias[0, :, 0, S - T + 1 :]], 1)
+
+
+class _CompositeSelfAttention(nn.Module):
+    """``CompositeAttention`` in the place of a BERT-like self-attention module."""
+
+    def __init__(self, old: nn.Module, **options):
+        super().__init__()
+        linear = old.query
+        self.attention = CompositeAttention(
+            linear.in_features, old.num_attention_heads, dropout=_dropout(old), causal=_causal(old),
+            device=linear.weight.device, dtype=linear.weight.dtype, **options,
+        )  # fmt: skip
+        with torch.no_grad():
+            for name in ("query", "key", "value"):
+                _take_over(self.attention, name, getattr(old, name))
+            # The new terms start at zero, so that the model computes what it did.
+            new = self.attention
+            for parameter in (new.convfixed_param, new.convq_param, new.convk_param):
+                if parameter is not None:
+                    parameter.zero_()
+            if new.convolution is not None:
+                new.convolution.weight.zero_()
+                new.convolution.bias.zero_()
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, past_key_values=None, **unused):
+        _check_call(attention_mask, past_key_values)
+        return self.attention(hidden_states, attention_mask), None
+
+
+class _ConvSelfAttention(nn.Module):
+    """A gated convolution in the place of a BERT-like self-attention module: conv(value(x) * sigmoid(gate(x)))."""
+
+    def __init__(self, old: nn.Module, kind: str, kernel_size: int, filters: int | None, **options):
+        super().__init__()
+        channels = old.value.in_features
+        placed = dict(device=old.value.weight.device, dtype=old.value.weight.dtype)
+        made = LightweightConv1d if kind == "lightweight" else DynamicConv1d
+        self.value = old.value
+        self.gate = nn.Linear(channels, channels, **placed)
+        padding = "causal" if _causal(old) else "same"
+        self.conv = made(
+            channels, kernel_size, filters or old.num_attention_heads, padding=padding, weight_dropout=_dropout(old),
+            **placed, **options,
+        )  # fmt: skip
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, past_key_values=None, **unused):
+        _check_call(attention_mask, past_key_values)
+        return self.conv(self.value(hidden_states), attention_mask, gate=self.gate(hidden_states)), None
+
+
+def _check_call(attention_mask, past_key_values) -> None:
+    if past_key_values is not None:
+        fail("replace_attention", "past_key_values", "None, the new modules keep none", "a cache", NotImplementedError)
+    if attention_mask is not None:
+        _check_mask(attention_mask)
+
+
+def _dropout(old: nn.Module) -> float:
+    return float(getattr(getattr(old, "dropout", None), "p", 0.0))
+
+
+def _causal(old: nn.Module) -> bool:
+    return bool(getattr(old, "is_causal", False))
+
+
+def _take_over(new: CompositeAttention, name: str, old: nn.Linear) -> None:
+    """The old linear map where the new module has one, as a whole or for the second half of the heads."""
+    linear = getattr(new, name, None) or getattr(new, f"{name}_linear", None)
+    if linear is not None:
+        rows = linear.out_features
+        linear.weight.copy_(old.weight[-rows:])
+        linear.bias.copy_(old.bias[-rows:])
+
+
+def _self_attention(model: nn.Module) -> list[str]:
+    """Names of the self-attention modules of BERT and its relatives."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module).__name__.endswith("SelfAttention")
+        and all(isinstance(getattr(module, part, None), nn.Linear) for part in ("query", "key", "value"))
+        and isinstance(getattr(module, "num_attention_heads", None), int)
+        and module.query.in_features == module.query.out_features == module.value.out_features
+    ]
+
+
+def replace_attention(
+    model: PreTrainedModel,
+    kind: str = "composite",
+    *,
+    layers: Iterable[int] | None = None,
+    kernel_size: int = 7,
+    filters: int | None = None,
+    **options,
+) -> PreTrainedModel:
+    """Swap the self-attention modules of a BERT, RoBERTa, ELECTRA or another model with modules of that form, in place.
+
+    kind: "composite": ``nn.CompositeAttention`` with ``options`` as its arguments (window, bias, query_rel, key_rel,
+        value_conv, query_key, value, ...). It takes over queries, keys and values, and its new terms start at zero, so
+        unless ``query_key`` or ``value`` changes the projections the model computes what it did until it is trained.
+        "lightweight", "dynamic": a gated convolution of ``kernel_size`` taps with ``filters`` filters (by default as
+        many as heads), whose input is the old value map; ``options`` are arguments of the convolution.
+    layers: which ones, counted from 0; by default all.
+
+    The model's attention implementation becomes "convkernels", so that the new modules are given the padding mask as
+    it is. Returns the model. To load such a model from a checkpoint make it again in this way and use load_state_dict.
+    ValueError if there is nothing to replace.
+    """
+    if kind not in ("composite", "lightweight", "dynamic"):
+        fail("replace_attention", "kind", "'composite', 'lightweight' or 'dynamic'", repr(kind))
+    found = _self_attention(model)
+    if not found:
+        expected = "self-attention with maps query, key and value of equal sizes in it"
+        fail("replace_attention", "model", expected, type(model).__name__)
+    wanted = range(len(found)) if layers is None else list(layers)
+    if any(not 0 <= layer < len(found) for layer in wanted):
+        fail("replace_attention", "layers", f"numbers from 0 to {len(found) - 1}", wanted)
+    register()
+    for layer in wanted:
+        old = model.get_submodule(found[layer])
+        if kind == "composite":
+            new = _CompositeSelfAttention(old, **options)
+        else:
+            new = _ConvSelfAttention(old, kind, kernel_size, filters, **options)
+        model.set_submodule(found[layer], new.train(old.training))
+    model.set_attn_implementation(NAME)
+    return model
+
+
+def convert(model: PreTrainedModel, **changes) -> PreTrainedModel:
+    """A model of this package with the weights of a Hugging Face one, which computes the same.
+
+    T5ForConditionalGeneration becomes ``ConvSeq2SeqForConditionalGeneration`` with the transformer mixer; BertModel,
+    BertForMaskedLM and BertForSequenceClassification, ConvBertModel and ConvBertForMaskedLM become their
+    ``CompositeBert`` namesakes. changes: fields of the configuration to set otherwise. ValueError for another model.
+    """
+    name = type(model).__name__
+    if name == "T5ForConditionalGeneration":
+        made, state = ConvSeq2SeqForConditionalGeneration(_t5_config(model.config, changes)), _t5_state(model)
+    elif name in _BERTS:
+        convolutional = name.startswith("ConvBert")
+        config = _bert_config(model.config, convolutional, changes)
+        more = {"add_pooling_layer": True} if name == "BertModel" and model.pooler is not None else {}
+        made = _BERTS[name](config, **more)
+        state = convbert_names(model.state_dict()) if convolutional else model.state_dict()
+    else:
+        fail("convert", "model", f"T5ForConditionalGeneration or one of {tuple(_BERTS)}", name)
+    made = made.to(model.dtype)
+    made.load_state_dict(state, strict=True)
+    return made.to(model.device).train(model.training)
+
+
+_BERTS = {
+    "BertModel": CompositeBertModel,
+    "BertForMaskedLM": CompositeBertForMaskedLM,
+    "BertForSequenceClassification": CompositeBertForSequenceClassification,
+    "ConvBertModel": CompositeBertModel,
+    "ConvBertForMaskedLM": CompositeBertForMaskedLM,
+}
+
+
+def _t5_config(theirs, changes: dict) -> ConvSeq2SeqConfig:
+    if theirs.feed_forward_proj not in ("relu", "gated-gelu"):
+        fail("convert", "feed_forward_proj", "'relu' or 'gated-gelu'", repr(theirs.feed_forward_proj))
+    options = dict(
+        mixer="transformer", vocab_size=theirs.vocab_size, d_model=theirs.d_model, d_ff=theirs.d_ff,
+        num_heads=theirs.num_heads, head_dim=theirs.d_kv, encoder_layers=theirs.num_layers,
+        decoder_layers=theirs.num_decoder_layers, norm_eps=theirs.layer_norm_epsilon, norm_placement="pre",
+        feed_forward=theirs.feed_forward_proj, relative_buckets=theirs.relative_attention_num_buckets,
+        relative_max_distance=theirs.relative_attention_max_distance, dropout=theirs.dropout_rate,
+        attention_dropout=theirs.dropout_rate, activation_dropout=theirs.dropout_rate,
+        scale_output=theirs.scale_decoder_outputs, tie_word_embeddings=theirs.tie_word_embeddings,
+        pad_token_id=theirs.pad_token_id, eos_token_id=theirs.eos_token_id,
+        decoder_start_token_id=0 if theirs.decoder_start_token_id is None else theirs.decoder_start_token_id,
+    )  # fmt: skip
+    return ConvSeq2SeqConfig(**(options | changes))
+
+
+_T5_BLOCK = {
+    "SelfAttention": "mixer",
+    "EncDecAttention": "cross_attention",
+    "DenseReluDense": "feed_forward",
+}
+
+
+def _t5_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    state = {"model.shared.weight": model.shared.weight, "lm_head.weight": model.lm_head.weight}
+    for name, value in model.state_dict().items():
+        parts = name.split(".")
+        if parts[0] not in ("encoder", "decoder") or parts[1] == "embed_tokens":
+            continue
+        if parts[1] == "final_layer_norm":
+            state[f"model.{parts[0]}.norm.weight"] = value
+            continue
+        stack, layer, part, leaf = parts[0], parts[2], parts[4], ".".join(parts[5:])
+        if leaf == "relative_attention_bias.weight" or parts[6:7] == ["relative_attention_bias"]:
+            state[f"model.{stack}.relative_bias.weight"] = value
+        elif parts[5] == "layer_norm":
+            inside = ("mixer", "cross_attention", "feed_forward") if stack == "decoder" else ("mixer", "feed_forward")
+            state[f"model.{stack}.layers.{layer}.{inside[int(part)]}_norm.weight"] = value
+        else:
+            inner = {"wi_0": "wi", "wi_1": "gate"}.get(parts[6], parts[6])
+            state[f"model.{stack}.layers.{layer}.{_T5_BLOCK[parts[5]]}.{inner}.weight"] = value
+    return state
+
+
+def _bert_config(theirs, convolutional: bool, changes: dict) -> CompositeBertConfig:
+    if getattr(theirs, "is_decoder", False):
+        fail("convert", "is_decoder", "False", True)
+    same = (
+        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+        "max_position_embeddings", "type_vocab_size", "layer_norm_eps", "hidden_dropout_prob", "classifier_dropout",
+        "attention_probs_dropout_prob", "initializer_range", "pad_token_id", "num_labels", "tie_word_embeddings",
+    )  # fmt: skip
+    fields = {name: getattr(theirs, name) for name in same}
+    attention = {}
+    if convolutional:
+        for name, expected in (("head_ratio", 2), ("num_groups", 1)):
+            if getattr(theirs, name) != expected:
+                fail("convert", name, str(expected), getattr(theirs, name))
+        attention = dict(span="output", span_kernel_size=theirs.conv_kernel_size)
+    fields |= dict(
+        embedding_size=getattr(theirs, "embedding_size", theirs.hidden_size),
+        absolute_positions=True,
+        attention=attention,
+    )
+    return CompositeBertConfig(**(fields | changes))
+
+
+_CONVBERT = {
+    "key_conv_attn_layer.depthwise": "span.depthwise",
+    "key_conv_attn_layer.pointwise": "span.pointwise",
+    "key_conv_attn_layer": "span.pointwise",  # its bias
+    "conv_kernel_layer": "span.kernel",
+    "conv_out_layer": "span.value",
+    "generator_predictions": "cls.predictions.transform",
+    "generator_lm_head": "cls.predictions.decoder",
+}
+
+
+def convbert_names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters of a ConvBertSelfAttention, or of a model of them, under the names they have here."""
+    state = {}
+    for name, value in theirs.items():
+        old = next((old for old in _CONVBERT if old in name), None)
+        if old is not None:
+            name = name.replace(old, _CONVBERT[old])
+        if "span.pointwise." in name:
+            value = value.squeeze(-1)
+        state["bert." + name.removeprefix("convbert.") if name.startswith("convbert.") else name] = value
+    if "cls.predictions.decoder.bias" in state:
+        state["cls.predictions.bias"] = state["cls.predictions.decoder.bias"]
+    return state

@@ -1,0 +1,80 @@
+"""The layers of ConvSeq2Seq: mixer, attention to the encoder, feed-forward block, with residual sums and norms."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .blocks import ConvMixer, CrossAttention, FeedForward, SelfAttention, make_norm
+from .configs import ConvSeq2SeqConfig
+
+
+class _Layer(GradientCheckpointingLayer):
+    """A mixer and a feed-forward block, each with its residual sum and norm."""
+
+    def __init__(self, config: ConvSeq2SeqConfig, stack: str, layer: int):
+        super().__init__()
+        self.placement, self.dropout = config.norm_placement, config.dropout
+        if config.mixer == "transformer":
+            self.mixer = SelfAttention(config, causal=stack == "decoder")
+        else:
+            self.mixer = ConvMixer(config, stack, layer)
+        self.mixer_norm = make_norm(config)
+        self.feed_forward = FeedForward(config)
+        self.feed_forward_norm = make_norm(config)
+
+    def _add(self, norm: nn.Module, x: Tensor, branch, *args) -> Tensor:
+        """x plus the branch, the norm where the configuration has it."""
+        y = branch(norm(x) if self.placement == "pre" else x, *args)
+        if self.placement == "res_post":
+            y = norm(y.to(x.dtype))  # the residual stream keeps its precision under autocast
+        x = x + F.dropout(y, self.dropout, self.training)
+        return norm(x) if self.placement == "post" else x
+
+
+class EncoderLayer(_Layer):
+    """One layer of the encoder; the one numbered ``pair_attention`` has full self-attention behind its convolution."""
+
+    def __init__(self, config: ConvSeq2SeqConfig, layer: int):
+        super().__init__(config, "encoder", layer)
+        paired = config.pair_attention == layer + 1
+        self.pair_attention = SelfAttention(config, causal=False) if paired else None
+        self.pair_attention_norm = make_norm(config) if paired else None
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """x [B,T,C], mask bool [B,T], bias [H,W] of attention."""
+        x = self._add(self.mixer_norm, x, self.mixer, mask, bias, None)
+        if self.pair_attention is not None:
+            x = self._add(self.pair_attention_norm, x, self.pair_attention, mask, bias)
+        return self._add(self.feed_forward_norm, x, self.feed_forward)
+
+
+class DecoderLayer(_Layer):
+    """One layer of the decoder: causal mixer, attention to the encoder, feed-forward block."""
+
+    def __init__(self, config: ConvSeq2SeqConfig, layer: int, cross_attention: bool = True):
+        super().__init__(config, "decoder", layer)
+        self.layer = layer
+        self.cross_attention = CrossAttention(config) if cross_attention else None
+        self.cross_attention_norm = make_norm(config) if cross_attention else None
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+        states: Tensor | None = None,
+        states_mask: Tensor | None = None,
+        past_key_values=None,
+    ) -> Tensor:
+        """x [B,T,C], states [B,S,C] of the encoder; masks bool, ``mask`` as long as the mixer looks back."""
+        own = cross = None
+        if past_key_values is not None:
+            own = past_key_values.self_attention_cache.layers[self.layer]
+            cross = past_key_values.cross_attention_cache
+            while len(cross.layers) <= self.layer:
+                cross.layers.append(cross.layer_class_to_replicate())
+            cross = cross.layers[self.layer]
+        x = self._add(self.mixer_norm, x, self.mixer, mask, bias, own)
+        if self.cross_attention is not None:
+            x = self._add(self.cross_attention_norm, x, self.cross_attention, states, states_mask, cross)
+        return self._add(self.feed_forward_norm, x, self.feed_forward)

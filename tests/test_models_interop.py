@@ -1,0 +1,513 @@
+"""Models and modules of other libraries: the same numbers after conversion, under the attention interface, and after
+replacement of their attention; fairseq's checkpoints and modules."""
+
+import argparse
+import math
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import convkernels as ck
+
+pytest.importorskip("transformers")
+import transformers
+from modelling import ragged, text
+from transformers.masking_utils import chunked_causal_mask_function, sliding_window_bidirectional_mask_function
+
+from convkernels.interop import bert_convolutions, fairseq, huggingface
+from convkernels.models import CompositeBertForMaskedLM
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def stirred(made, config):
+    """A model of transformers with random parameters, norms and biases too."""
+    torch.manual_seed(1)
+    model = made(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def t5(**changes):
+    options = dict(vocab_size=256, d_model=32, d_kv=12, d_ff=64, num_layers=2, num_heads=3, decoder_start_token_id=0)
+    return stirred(transformers.T5ForConditionalGeneration, transformers.T5Config(**(options | changes)))
+
+
+def bert(made="BertForMaskedLM", **changes):
+    options = dict(
+        vocab_size=256, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    made = getattr(transformers, made)
+    return stirred(made, made.config_class(**(options | changes)))
+
+
+def inputs():
+    ids, mask = ragged(text(3, 24), [24, 15, 3])
+    return dict(input_ids=ids, attention_mask=mask)
+
+
+def equal_where_real(actual, expected, mask, tolerance=1e-5):
+    real = mask.bool()
+    size = max(expected[real].abs().max().item(), 1.0)
+    torch.testing.assert_close(actual[real], expected[real], rtol=0, atol=tolerance * size)
+
+
+# -- weights of Hugging Face models -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["relu", "gated-gelu"])
+def test_t5(kind):
+    theirs = t5(feed_forward_proj=kind)
+    ours = huggingface.convert(theirs)
+    given, targets = inputs(), text(3, 9, skip=3)
+    with torch.no_grad():
+        expected = theirs(**given, decoder_input_ids=targets).logits
+        actual = ours(**given, decoder_input_ids=targets).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    search = dict(max_new_tokens=20, num_beams=3, do_sample=False)
+    assert torch.equal(theirs.generate(**given, **search), ours.generate(**given, **search))
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+
+
+BERTS = ["BertModel", "BertForMaskedLM", "BertForSequenceClassification"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", [*BERTS, "ConvBertModel", "ConvBertForMaskedLM"])
+def test_bert_and_convbert(name, dtype):
+    more = dict(embedding_size=16, conv_kernel_size=5) if name.startswith("Conv") else {}
+    theirs = bert(name, **more).to(dtype)
+    ours = huggingface.convert(theirs)
+    assert ours.dtype == dtype and not ours.training
+    given = inputs()
+    with torch.no_grad():
+        expected, actual = theirs(**given), ours(**given)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-9
+    if name == "BertForSequenceClassification":
+        torch.testing.assert_close(actual.logits, expected.logits, rtol=0, atol=tolerance)
+    else:
+        equal_where_real(actual[0], expected[0], given["attention_mask"], tolerance)
+    if name == "BertModel":
+        torch.testing.assert_close(actual.pooler_output, expected.pooler_output, rtol=0, atol=tolerance)
+    different = sum(p.numel() for p in ours.parameters()) - sum(p.numel() for p in theirs.parameters())
+    assert different == 0
+
+
+def test_what_cannot_be_converted():
+    with pytest.raises(ValueError, match="convert: argument 'model': expected T5ForCond.*, got RobertaForMaskedLM"):
+        huggingface.convert(bert("RobertaForMaskedLM"))
+    with pytest.raises(ValueError, match="argument 'head_ratio': expected 2, got 1"):
+        huggingface.convert(bert("ConvBertForMaskedLM", head_ratio=1))
+    with pytest.raises(
+        ValueError, match="argument 'feed_forward_proj': expected 'relu' or 'gated-gelu', got 'gated-silu'"
+    ):
+        huggingface.convert(t5(feed_forward_proj="gated-silu"))
+
+
+# -- the attention interface ------------------------------------------------------------------------------------------
+
+
+def llama(made="LlamaForCausalLM", **changes):
+    options = dict(
+        vocab_size=256, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=64,
+    )  # fmt: skip
+    made = getattr(transformers, made)
+    return stirred(made, made.config_class(**(options | changes)))
+
+
+REGISTERED = {
+    "bert": bert,
+    "roberta": lambda: bert("RobertaForMaskedLM"),
+    "t5": t5,
+    "llama": llama,
+    "mistral": lambda: llama("MistralForCausalLM", sliding_window=5),
+}
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_under_the_attention_interface(name):
+    model, given = REGISTERED[name](), inputs()
+    mask = given["attention_mask"]
+    if name == "t5":
+        given["decoder_input_ids"], mask = text(3, 9, skip=3), torch.ones(3, 9)
+    results = []
+    huggingface.register()
+    for implementation in ("eager", "convkernels"):
+        model.set_attn_implementation(implementation)
+        model.zero_grad()
+        logits = model(**given).logits
+        logits[mask.bool()].square().mean().backward()
+        results.append((logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (expected, gradients), (actual, found) = results
+    equal_where_real(actual, expected, mask)
+    assert found.keys() == gradients.keys()
+    for parameter, gradient in gradients.items():
+        size = max(gradient.abs().max().item(), 1e-2)
+        torch.testing.assert_close(found[parameter], gradient, rtol=0, atol=1e-4 * size, msg=parameter)
+
+
+@pytest.mark.parametrize("name", ["t5", "llama", "mistral"])
+def test_generation_under_the_attention_interface(name):
+    """Prompts padded to the left, as generation wants them."""
+    model = REGISTERED[name]()
+    ids, mask = (value.flip(1) for value in ragged(text(3, 12), [12, 7, 3]))
+    search = dict(attention_mask=mask, max_new_tokens=12, num_beams=2, do_sample=False, pad_token_id=0)
+    huggingface.register()
+    expected = model.generate(ids, **search)
+    model.set_attn_implementation("convkernels")
+    assert torch.equal(model.generate(ids, **search), expected)
+
+
+def test_a_static_cache_under_the_attention_interface():
+    model, ids = llama(), text(2, 6)
+    huggingface.register()
+    search = dict(max_new_tokens=9, do_sample=False, pad_token_id=0)
+    expected = model.generate(ids, **search)
+    model.set_attn_implementation("convkernels")
+    for mask in (None, torch.ones_like(ids)):
+        found = model.generate(ids, attention_mask=mask, cache_implementation="static", **search)
+        assert torch.equal(found, expected)
+
+
+def test_what_the_interface_refuses():
+    huggingface.register()
+    q = torch.randn(1, 2, 4, 8)
+    module = torch.nn.Module()
+    with pytest.raises(NotImplementedError, match="argument 'softcap': expected None, got 30.0"):
+        huggingface.attention_forward(module, q, q, q, None, softcap=30.0)
+    with pytest.raises(ValueError, match="argument 'attention_mask': expected a bool tensor.* \\[1, 1, 4, 4\\]"):
+        huggingface.attention_forward(module, q, q, q, torch.zeros(1, 1, 4, 4))
+    with pytest.raises(NotImplementedError, match="argument 'position_bias': expected that of one of"):
+        huggingface.attention_forward(module, q, q, q, None, position_bias=torch.zeros(1, 2, 4, 4))
+    model = llama(attn_implementation="convkernels")
+    ids = text(1, 8)
+    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    with pytest.raises(NotImplementedError, match="argument 'mask_function': expected the causal"):
+        model(ids, position_ids=packed, use_cache=False)
+    for mask in (chunked_causal_mask_function(4, torch.zeros(1)), sliding_window_bidirectional_mask_function(4)):
+        with pytest.raises(NotImplementedError, match="argument 'mask_function': expected the causal"):
+            huggingface.padding_mask(1, 8, 8, mask_function=mask)
+
+
+# -- replacement ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "RobertaForMaskedLM", "ElectraForMaskedLM"])
+def test_replaced_attention_computes_the_same_until_it_is_trained(name):
+    model, given = bert(name), inputs()
+    expected = model(**given).logits.detach()
+    terms = dict(window=3, bias=True, query_rel=True, key_rel=True, value_conv=True)
+    assert huggingface.replace_attention(model, **terms) is model
+    equal_where_real(model(**given).logits, expected, given["attention_mask"])
+    new = {n: p for n, p in model.named_parameters() if ".attention.conv" in n and p.requires_grad}
+    assert len(new) == 2 * 5
+    model(**given, labels=given["input_ids"]).loss.backward()
+    torch.optim.SGD(new.values(), lr=1.0).step()
+    assert all(parameter.grad.any() for parameter in new.values())
+    assert (model(**given).logits - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["lightweight", "dynamic"])
+def test_replaced_by_a_convolution(kind):
+    model, given = bert(), inputs()
+    old = model.bert.encoder.layer[1].attention.self
+    huggingface.replace_attention(model, kind, layers=[1], kernel_size=5, filters=2)
+    new = model.bert.encoder.layer[1].attention.self
+    assert new.value is old.value and new.conv.heads == 2 and new.conv.kernel_size == 5
+    assert type(model.bert.encoder.layer[0].attention.self) is type(old)
+    wide = {name: F.pad(value, (0, 5)) for name, value in given.items()}
+    with torch.no_grad():
+        logits, padded = model(**given).logits, model(**wide).logits
+    equal_where_real(padded[:, :24], logits, given["attention_mask"], 1e-6)
+    model(**given, labels=given["input_ids"]).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in new.parameters())
+
+
+def test_replaced_projections_keep_the_linear_half():
+    model, given = bert(), inputs()
+    old = model.bert.encoder.layer[0].attention.self.query.weight.detach().clone()
+    huggingface.replace_attention(model, query_key="mixed", value="mixed", bias=True)
+    new = model.bert.encoder.layer[0].attention.self.attention
+    assert torch.equal(new.query_linear.weight, old[16:])
+    assert model(**given).logits.isfinite().all()
+
+
+def test_bad_replacements():
+    with pytest.raises(ValueError, match="argument 'kind': expected 'composite', 'light.*', got 'rnn'"):
+        huggingface.replace_attention(bert(), "rnn")
+    with pytest.raises(ValueError, match="argument 'model': expected self-attention .*, got LlamaForCausalLM"):
+        huggingface.replace_attention(llama())
+    with pytest.raises(ValueError, match="argument 'layers': expected numbers from 0 to 1, got \\[2\\]"):
+        huggingface.replace_attention(bert(), layers=[2])
+
+
+def test_the_example(capsys):
+    runpy.run_path(str(ROOT / "examples" / "drop_in.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    first, last = (float(line.rpartition(" ")[2]) for line in lines[-2:])
+    assert last < first
+    readme = (ROOT / "README.md").read_text()
+    assert "examples/drop_in.py" in readme
+
+
+# -- fairseq ----------------------------------------------------------------------------------------------------------
+
+
+def fairseq_state(args, sizes, old_names=False):
+    """Random parameters under fairseq's names."""
+    torch.manual_seed(2)
+    C, F_, H = args.encoder_embed_dim, args.encoder_ffn_embed_dim, args.encoder_attention_heads
+    state = {}
+
+    def linear(name, outputs, inputs):
+        state[f"{name}.weight"] = torch.randn(outputs, inputs, dtype=torch.float64) * inputs**-0.5
+        state[f"{name}.bias"] = torch.randn(outputs, dtype=torch.float64) * 0.1
+
+    def norm(name):
+        state[f"{name}.weight"] = 1 + 0.1 * torch.randn(C, dtype=torch.float64)
+        state[f"{name}.bias"] = 0.1 * torch.randn(C, dtype=torch.float64)
+
+    for stack, taps in (("encoder", args.encoder_kernel_size_list), ("decoder", args.decoder_kernel_size_list)):
+        table = torch.randn(sizes[stack], C, dtype=torch.float64) * C**-0.5
+        if args.share_all_embeddings and stack == "decoder":
+            table = state["encoder.embed_tokens.weight"]
+        state[f"{stack}.embed_tokens.weight"] = table
+        state[f"{stack}.embed_positions._float_tensor"] = torch.zeros(1)
+        state[f"{stack}.version"] = torch.tensor([2.0])
+        for i, K in enumerate(taps):
+            prefix = f"{stack}.layers.{i}."
+            linear(prefix + "linear1", 2 * C if args.encoder_glu else C, C)
+            linear(prefix + "linear2", C, C)
+            linear(prefix + "fc1", F_, C)
+            linear(prefix + "fc2", C, F_)
+            if args.encoder_conv_type == "lightweight":
+                state[prefix + "conv.weight"] = torch.randn(H, 1, K, dtype=torch.float64)
+            else:
+                state[prefix + "conv.weight_linear.weight"] = torch.randn(H * K, C, dtype=torch.float64) * 0.3
+                state[prefix + "conv.conv_bias"] = torch.randn(1, 1, C, dtype=torch.float64)
+            if stack == "encoder":
+                for number in (1, 2):
+                    norm(prefix + (f"layer_norms.{number - 1}" if old_names else f"layer_norm{number}"))
+                continue
+            for name in ("conv_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"):
+                norm(prefix + name)
+            if old_names:
+                state[prefix + "encoder_attn.in_proj_weight"] = torch.randn(3 * C, C, dtype=torch.float64) * C**-0.5
+                state[prefix + "encoder_attn.in_proj_bias"] = torch.randn(3 * C, dtype=torch.float64)
+                linear(prefix + "encoder_attn.out_proj", C, C)
+            else:
+                for name in "qkv":
+                    linear(prefix + f"encoder_attn.{name}_proj", C, C)
+                linear(prefix + "encoder_attn.out_proj", C, C)
+        if args.encoder_normalize_before:
+            norm(f"{stack}.layer_norm")
+    if not args.share_decoder_input_output_embed:
+        state["decoder.embed_out"] = torch.randn(sizes["decoder"], C, dtype=torch.float64) * C**-0.5
+    return state
+
+
+def fairseq_forward(args, state, source, target, pad=1):
+    """fairseq's model written out: one convolution tap after the other, positions as sines beside cosines."""
+    C, H = args.encoder_embed_dim, args.encoder_attention_heads
+    pre = args.encoder_normalize_before
+
+    def linear(name, x):
+        return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def norm(name, x):
+        return F.layer_norm(x, (C,), state[f"{name}.weight"], state[f"{name}.bias"], 1e-5)
+
+    def add(name, x, branch):
+        return x + branch(norm(name, x)) if pre else norm(name, x + branch(x))
+
+    def embed(stack, ids):
+        place = (ids != pad).long().cumsum(1) * (ids != pad) + pad
+        rates = torch.exp(torch.arange(C // 2) * -(math.log(10000) / (C // 2 - 1)))
+        angles = place[..., None].float() * rates
+        positions = torch.cat([angles.sin(), angles.cos()], 2) * (ids != pad)[..., None]
+        return C**0.5 * state[f"{stack}.embed_tokens.weight"][ids] + positions
+
+    def convolve(prefix, x, K, left, padding):
+        x = linear(prefix + "linear1", x)
+        if args.encoder_glu:
+            x = F.glu(x, -1)
+        if padding is not None:
+            x = x.masked_fill(padding[..., None], 0)
+        if args.encoder_conv_type == "lightweight":
+            taps = state[prefix + "conv.weight"].view(H, K).expand(*x.shape[:2], H, K)
+        else:
+            taps = F.linear(x, state[prefix + "conv.weight_linear.weight"]).unflatten(2, (H, K))
+        taps = taps.softmax(-1)
+        y = torch.zeros_like(x).unflatten(2, (H, -1))
+        for t in range(x.shape[1]):
+            for j in range(K):
+                if 0 <= t + j - left < x.shape[1]:
+                    y[:, t] += taps[:, t, :, j, None] * x[:, t + j - left].unflatten(1, (H, -1))
+        return linear(prefix + "linear2", y.flatten(2))
+
+    def feed_forward(prefix, x):
+        return linear(prefix + "fc2", linear(prefix + "fc1", x).relu())
+
+    def attend(prefix, x, states, padding):
+        if prefix + "encoder_attn.in_proj_weight" in state:
+            weights = state[prefix + "encoder_attn.in_proj_weight"].chunk(3)
+            biases = state[prefix + "encoder_attn.in_proj_bias"].chunk(3)
+            q, k, v = (F.linear(z, w, b) for z, w, b in zip((x, states, states), weights, biases, strict=True))
+        else:
+            q, k, v = (
+                linear(f"{prefix}encoder_attn.{n}_proj", z) for n, z in zip("qkv", (x, states, states), strict=True)
+            )
+        q, k, v = (z.unflatten(2, (H, -1)).transpose(1, 2) for z in (q, k, v))
+        scores = (q * (C // H) ** -0.5) @ k.transpose(2, 3)
+        scores = scores.masked_fill(padding[:, None, None], -math.inf)
+        return linear(prefix + "encoder_attn.out_proj", (scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    padding = source == pad
+    x = embed("encoder", source)
+    for i, K in enumerate(args.encoder_kernel_size_list):
+        prefix = f"encoder.layers.{i}."
+        names = [
+            prefix + n
+            for n in (("layer_norms.0", "layer_norms.1"), ("layer_norm1", "layer_norm2"))[
+                prefix + "layer_norm1.weight" in state
+            ]
+        ]
+        x = add(names[0], x, lambda z, p=prefix, K=K: convolve(p, z, K, K // 2, padding))
+        x = add(names[1], x, lambda z, p=prefix: feed_forward(p, z))
+    states = norm("encoder.layer_norm", x) if pre else x
+    x = embed("decoder", target)
+    for i, K in enumerate(args.decoder_kernel_size_list):
+        prefix = f"decoder.layers.{i}."
+        x = add(prefix + "conv_layer_norm", x, lambda z, p=prefix, K=K: convolve(p, z, K, K - 1, None))
+        x = add(prefix + "encoder_attn_layer_norm", x, lambda z, p=prefix: attend(p, z, states, padding))
+        x = add(prefix + "final_layer_norm", x, lambda z, p=prefix: feed_forward(p, z))
+    x = norm("decoder.layer_norm", x) if pre else x
+    return x @ state.get("decoder.embed_out", state["decoder.embed_tokens.weight"]).T
+
+
+CHECKPOINTS = {
+    "dynamic, one vocabulary": dict(),
+    "lightweight, two vocabularies": dict(
+        encoder_conv_type="lightweight", share_all_embeddings=False, encoder_glu=False,
+        share_decoder_input_output_embed=False,
+    ),
+    "old names, norm first": dict(old_names=True, encoder_normalize_before=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_fairseq_checkpoints(name, tmp_path):
+    changes = dict(CHECKPOINTS[name])
+    old_names = changes.pop("old_names", False)
+    options = dict(
+        encoder_embed_dim=16, encoder_ffn_embed_dim=24, encoder_attention_heads=4, encoder_normalize_before=False,
+        encoder_conv_type="dynamic", encoder_glu=True, encoder_kernel_size_list=[3, 7],
+        decoder_kernel_size_list=[3, 5, 7],
+        share_all_embeddings=True, share_decoder_input_output_embed=True, weight_softmax=True, dropout=0.1,
+        max_source_positions=64, max_target_positions=64,
+    ) | changes  # fmt: skip
+    options |= {
+        n.replace("encoder", "decoder"): v for n, v in options.items() if n.startswith("encoder") and "kernel" not in n
+    }
+    args = argparse.Namespace(**options)
+    sizes = {"encoder": 50, "decoder": 50 if options["share_all_embeddings"] else 40}
+    state = fairseq_state(args, sizes, old_names)
+    torch.save({"args": args, "model": state}, tmp_path / "checkpoint.pt")
+    model = fairseq.load_checkpoint(tmp_path / "checkpoint.pt")
+    source = torch.randint(4, 50, (2, 9))
+    source[1, 6:] = 1
+    target = torch.randint(4, 40, (2, 8))
+    target[:, 0] = 2
+    expected = fairseq_forward(args, state, source, target)
+    with torch.no_grad():
+        actual = model(source, (source != 1).long(), target).logits
+        again = fairseq.load_checkpoint({"cfg": {"model": vars(args)}, "model": state}, backend="reference")
+        assert torch.allclose(again(source, source != 1, target).logits, actual)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)  # the sines are float32
+    search = dict(attention_mask=(source != 1).long(), max_new_tokens=20, num_beams=3, do_sample=False)
+    tokens = model.generate(source, **search)
+    assert tokens[0, 0] == 2 and torch.equal(tokens, model.generate(source, use_cache=False, **search))
+
+
+def test_fairseq_checkpoints_that_cannot_be_loaded():
+    args = dict(encoder_embed_dim=16, encoder_attention_heads=4, adaptive_softmax_cutoff="10,20")
+    with pytest.raises(ValueError, match="argument 'adaptive_softmax_cutoff': expected None, got '10,20'"):
+        fairseq.config_from_args(args, {})
+    args = dict(encoder_embed_dim=16, decoder_embed_dim=32)
+    with pytest.raises(ValueError, match="argument 'embed_dim': expected one value for both stacks, got 16 and 32"):
+        fairseq.config_from_args(args, {})
+    with pytest.raises(ValueError, match="'self_attn.weight' is no parameter of a LightConv encoder layer"):
+        fairseq.layer_state({"self_attn.weight": torch.zeros(1)}, "encoder")
+
+
+MODULES = {
+    "light": lambda **o: fairseq.LightweightConv1dTBC(16, 7, 6, 4, weight_softmax=True, bias=True, **o),
+    "dynamic": lambda **o: fairseq.DynamicConv1dTBC(16, 7, 6, 4, weight_softmax=True, bias=True, conv_bias=True, **o),
+    "renormalized": lambda **o: fairseq.DynamicConv1dTBC(16, 7, 6, 4, weight_softmax=True, renorm_padding=True, **o),
+    "query": lambda **o: fairseq.DynamicConv1dTBC(16, 7, 6, 4, weight_softmax=True, query_size=8, **o),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_fairseq_modules_step_by_step(name, backend):
+    """With incremental_state, beams reordered on the way, as with the whole sequence at once."""
+    if ck.why_not(backend):
+        pytest.skip("; ".join(ck.why_not(backend)))
+    module = MODULES[name](backend=backend)
+    x, order = torch.randn(17, 3, 16), torch.tensor([2, 0, 0])
+    query = {"query": torch.randn(17, 3, 8)} if name == "query" else {}
+    rows = torch.cat([x[:9, order], x[9:]])
+    queries = {k: torch.cat([v[:9, order], v[9:]]) for k, v in query.items()}
+    expected = module(rows, **queries)
+    state, other = {}, MODULES[name](backend=backend)
+    for t in range(17):
+        if t == 9:
+            module.reorder_incremental_state(state, order)
+        y = module(x[t : t + 1], state, **{k: v[t : t + 1] for k, v in query.items()})
+        if t >= 9:
+            torch.testing.assert_close(y[0], expected[t], rtol=1e-5, atol=1e-5)
+        other(x[t : t + 1], state, **{k: v[t : t + 1] for k, v in query.items()})  # another module's state is its own
+    with pytest.raises(ValueError, match="argument 'x': expected one position, because of incremental_state, got 2"):
+        module(x[:2], state)
+
+
+def test_fairseq_modules_refuse_other_paddings():
+    with pytest.raises(
+        ValueError,
+        match="LightweightConv1dTBC: argument 'padding_l': expected None or an integer from 0 to 3, got \\(1, 2\\)",
+    ):
+        fairseq.LightweightConv1dTBC(8, 4, (1, 2))
+    assert fairseq.LightweightConv1dTBC(8, 7).padding == 3
+
+
+# -- Chang et al. 2021 ------------------------------------------------------------------------------------------------
+
+
+def test_bert_convolutions_from_a_directory(tmp_path):
+    import json
+
+    options = dict(
+        attention_kernel="qk_convfixed_convq 3", vocab_size=256, hidden_size=32, embedding_size=16, num_hidden_layers=2,
+        num_attention_heads=2, intermediate_size=64, max_position_embeddings=32, remove_position_embeddings=True,
+        value_forward="convolution_depth_mixed 3 1",
+    )  # fmt: skip
+    config = bert_convolutions.config_from_options(options)
+    assert config.attention == dict(bias=True, query_rel=True, key_rel=False, value_conv=False, value_conv_scale=False,
+                                    qk=True, window=3, value="mixed", conv_kernel_size=7, activation=True)  # fmt: skip
+    model = CompositeBertForMaskedLM(config).eval()
+    (tmp_path / "config.json").write_text(json.dumps(options))
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    again = bert_convolutions.load_checkpoint(tmp_path)
+    assert torch.equal(again(**inputs()).logits, model(**inputs()).logits)
+    with pytest.raises(ValueError, match="argument 'attention_kernel': expected words of .*, got 'fourier'"):
+        bert_convolutions.attention_options({"attention_kernel": "fourier 8"})
+    with pytest.raises(ValueError, match="argument 'options'"):
+        bert_convolutions.load_checkpoint({})
