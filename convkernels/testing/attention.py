@@ -316,13 +316,14 @@ class Elements:
         scale = t["value_conv_scale"]
         return total if scale is None else total * scale.detach().abs()[:, None]
 
-    def check_gradients(self, found):
-        """AssertionError where a gradient (by name) is further off than the bound."""
-        expected, sizes = self.gradients(), self._absolute_gradients()
+    def check_gradients(self, found, through_out=False):
+        """AssertionError where a gradient (by name) is further off than the bound. through_out: of a backend that finds
+        delta as grad·(out less the depthwise term), with all the rounding of out."""
+        expected, sizes = self.gradients(), self._absolute_gradients(through_out)
         for name, value in found.items():
             _check(f"grad of {name}", value, expected[name], sizes[name] * self._relative() * 4, self.dtypes[name])
 
-    def _absolute_gradients(self):
+    def _absolute_gradients(self, through_out=False):
         """Each gradient's expression over absolute values."""
         p, (B, _, S), H = self.problem, self.problem.sizes, self.problem.heads
         W = p.left + p.right + 1
@@ -334,7 +335,11 @@ class Elements:
         g = t["grad"]
         grad_p = torch.einsum("bthd,bshd->bhts", g, v) * self.multiplier
         lse = 0.0 if t["grad_lse"] is None else t["grad_lse"][..., None]
-        ds = self.p * (grad_p + (self.p * grad_p).sum(3, keepdim=True) + lse)
+        delta = (self.p * grad_p).sum(3, keepdim=True) + lse
+        if through_out:
+            out = torch.einsum("bhts,bshd->bthd", self.p * self.multiplier, v) + self._absolute_taps(v)
+            delta = delta + (g * out).sum(3).transpose(1, 2)[..., None]
+        ds = self.p * (grad_p + delta)
         column = self.offset.clamp(-p.left, p.right) + p.left
         inside = (self.offset >= -p.left) & (self.offset <= p.right)
         hot = torch.nn.functional.one_hot(column, W).double()
