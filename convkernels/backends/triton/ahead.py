@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..machine_code import Resources, Rules, read_code, read_usage, run_tool
-from . import configs, launch
+from . import attention_launch, configs, launch
 
 ARCHITECTURES = (80, 90, 100)
 RULES = Rules(
@@ -116,6 +116,78 @@ VARIANTS = (
 )
 
 
+@dataclass(frozen=True)
+class AttentionVariant:
+    """A problem of attention with contiguous tensors, as models have it. rank: R of a separate rel_query."""
+
+    name: str
+    channels: int = 64
+    heads: int = 16
+    shared: int = 16
+    left: int = 0
+    right: int = 0
+    outside: int = 0
+    causal: bool = False
+    dropout: float = 0.0
+    bias: bool = False
+    query_rel: bool = False
+    rank: int = 0
+    key_rel: bool = False
+    value_conv: bool = False
+    mask: bool = False
+    packed: bool = False
+    dtype: torch.dtype = torch.bfloat16
+
+    def launches(self) -> Iterator[tuple]:
+        """(kernel, arguments) of the forward and the backward pass; of equal kernels the first."""
+        batch, time, H, D, W = 1 if self.packed else 8, 4096, self.heads, self.channels, self.left + self.right + 1
+
+        def empty(*shape, given=True, dtype=self.dtype):
+            return torch.empty(shape, dtype=dtype, device="meta") if given else None
+
+        q, k, v = empty(batch, time, H, D), empty(batch, time, self.shared, D), empty(batch, time, self.shared, D)
+        cu_seqlens = empty(9, given=self.packed, dtype=torch.int32)
+        call = attention_launch.Call(
+            q, k, v, self.left, self.right, self.outside, self.causal, True, D**-0.5,
+            1.0 if self.rank else D**-0.5, self.dropout, empty(1, dtype=torch.int64), empty(H, W, given=self.bias),
+            empty(self.rank or D, W, given=self.query_rel), empty(batch, time, H, self.rank, given=self.rank > 0),
+            empty(D, W, given=self.key_rel), empty(H, D, W, given=self.value_conv),
+            empty(H, D, given=self.value_conv), empty(H, given=self.value_conv),
+            empty(batch, time, given=self.mask, dtype=torch.bool), cu_seqlens, cu_seqlens,
+        )  # fmt: skip
+        out, lse = torch.empty_like(q), empty(batch, H, time, dtype=torch.float32)
+        results = {}
+        for name in attention_launch.INPUTS:
+            value = getattr(call, name)
+            results[name] = empty(0) if value is None else empty(*value.shape)
+        seen = set()
+        for launches in (
+            attention_launch.forward_launches(call, out, lse),
+            attention_launch.gradient_launches(call, out, None, out, lse, results),
+        ):
+            for kernel, _, arguments in launches:
+                if kernel.__name__ not in seen:
+                    seen.add(kernel.__name__)
+                    yield kernel, arguments
+
+
+ATTENTION_VARIANTS = (
+    AttentionVariant("attention D=64"),
+    AttentionVariant("attention relative D=64", left=8, right=8, bias=True, query_rel=True),
+    AttentionVariant("attention relative D=128", channels=128, left=8, right=8, bias=True, query_rel=True),
+    AttentionVariant(
+        "attention everything D=64", left=8, right=8, bias=True, query_rel=True, key_rel=True, value_conv=True,
+        mask=True, dropout=0.1,
+    ),
+    AttentionVariant(
+        "attention banded D=128", channels=128, heads=64, shared=8, left=1023, outside=1, causal=True, query_rel=True,
+        rank=16,
+    ),
+    AttentionVariant("attention packed causal D=128", channels=128, bias=True, causal=True, packed=True, left=64),
+    AttentionVariant("attention float32 D=64", left=8, right=8, bias=True, query_rel=True, dtype=torch.float32),
+)  # fmt: skip
+
+
 def source(kernel, arguments: dict) -> tuple[ASTSource, dict]:
     """What the compiler gets for a launch, specialised as a launch would be: integers that are 1 become constants,
     divisibility by 16 is passed on."""
@@ -124,7 +196,8 @@ def source(kernel, arguments: dict) -> tuple[ASTSource, dict]:
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value = rest.pop(parameter.name)
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+        varies = parameter.do_not_specialize
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and not varies):
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value
         elif isinstance(value, torch.Tensor):
@@ -132,7 +205,7 @@ def source(kernel, arguments: dict) -> tuple[ASTSource, dict]:
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not varies:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     if rest:
         raise TypeError(f"{kernel.__name__}: no parameters for {sorted(rest)}")
@@ -152,7 +225,7 @@ def measure(variant: str, kernel, arguments: dict, architecture: int) -> Resourc
     return Resources(variant, kernel.__name__, str(architecture), **figures)
 
 
-def measure_all(variant: Variant, architectures=ARCHITECTURES) -> list[Resources]:
+def measure_all(variant: Variant | AttentionVariant, architectures=ARCHITECTURES) -> list[Resources]:
     """Every launch of a variant for every architecture."""
     return [
         measure(variant.name, kernel, arguments, architecture)

@@ -143,7 +143,7 @@ def grad_queries(
     HAS_REL_QUERY: tl.constexpr, HAS_KEY_REL: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
     DROPOUT: tl.constexpr, NEED_QUERY: tl.constexpr, NEED_REL_QUERY: tl.constexpr, NEED_TABLE: tl.constexpr,
     NEED_BIAS: tl.constexpr, DTYPE: tl.constexpr, SLIDING: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr,
+    BN: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
     """grad_q and grad_rel_query for every ``groups``-th tile of BM queries of a head, and the sums over these for
     query_rel, query_sums[h, b, group, R, W], and bias, bias_sums[h, b, group, W]."""
@@ -168,7 +168,7 @@ def grad_queries(
     mask_at = key_mask + b.to(tl.int64) * mask_batch
     row_at = constants + (b.to(tl.int64) * H + h) * T
     edges_at = key_edges + (b.to(tl.int64) * H + h) * S
-    for step in tl.range(group, slots, groups):
+    for step in tl.range(group, slots, groups, disable_licm=True):
         slot = step
         if CAUSAL:
             slot = slots - 1 - step
@@ -184,15 +184,15 @@ def grad_queries(
         sum_before, sum_after = tl.zeros([BM], DTYPE), tl.zeros([BM], DTYPE)
         t0, t1, t2, t3, t4, t5 = tile_ranges(
             first, begin, end, k_begin, k_end, shift, left, right, 1 if CAUSAL else 0, OUTSIDE,
-            QUERY_TERMS or HAS_KEY_REL, BM, BN,
+            QUERY_TERMS or HAS_KEY_REL, BM, BN, NEAR,
         )  # fmt: skip
 
         before, after = start, start
         if QUERY_TERMS and EDGES:
             before = tl.load(row_at + 2 * plane + i, mask=rows, other=float("inf"))
             after = tl.load(row_at + 3 * plane + i, mask=rows, other=float("inf"))
-        for n in tl.range(0, t2 - t1 + t4 - t3):
-            tile, is_before = far_tile(n, t1, t2, t3)
+        for n in tl.range(0, (t2 - t1 + t4 - t3) // (BN // NEAR)):
+            tile, is_before = far_tile(n, t1, t2, t3, BN // NEAR)
             j = tile * BN + tl.arange(0, BN)
             keep = j >= 0
             if HAS_MASK:
@@ -232,11 +232,11 @@ def grad_queries(
         columns = tl.zeros([BM, WIDTH], DTYPE)
         if HAS_QUERY_REL and not SLIDING:
             by_query = query_columns(r, query_table, bias_row, column, valid, W, by_table, R, HAS_BIAS, False, DTYPE)
-        for n in tl.range(0, t1 - t0 + t3 - t2 + t5 - t4):
+        for n in tl.range(0, t1 - t0 + t3 - t2 + t5 - t4, disable_licm=True):
             tile = near_tile(n, t0, t1, t2, t3, t4)
-            j = tile * BN + tl.arange(0, BN)
+            j = tile * NEAR + tl.arange(0, NEAR)
             keep = real_keys(mask_at, j, k_begin, k_end, mask_time, HAS_MASK)
-            scores = tl.zeros([BM, BN], DTYPE)
+            scores = tl.zeros([BM, NEAR], DTYPE)
             if QK or HAS_KEY_REL:
                 keys = load_tile(k_at, j, d, keep, k_time, k_channel, D, False)
             if QK:
@@ -244,7 +244,7 @@ def grad_queries(
             offset = j[None, :] - place[:, None]
             seen = visible_pairs(offset, left, right, CAUSAL, OUTSIDE) & keep[None, :]
             if SLIDING:
-                base = first_offset(first, tile * BN, shift, left, BM, True)
+                base = first_offset(first, tile * NEAR, shift, left, BM, True)
                 column, valid = table_columns(base, left, right, WIDTH, True, OUTSIDE)
             at, inside = tile_column(offset, base, left, right, SLIDING, OUTSIDE)
             if HAS_QUERY_REL:
@@ -260,9 +260,9 @@ def grad_queries(
                 scores += take(by_key, at, inside, 0)
             power = tl.exp2(tl.where(seen, scores, float("-inf")) - start[:, None])
             values = load_tile(v_at, j, d, keep, v_time, v_channel, D, False)
-            found = matrix(dy, tl.trans(values), tl.zeros([BM, BN], DTYPE))
+            found = matrix(dy, tl.trans(values), tl.zeros([BM, NEAR], DTYPE))
             if DROPOUT:
-                kept = kept_pairs(seed, b, h, i, tile * BN, threshold, BN, False)
+                kept = kept_pairs(seed, b, h, i, tile * NEAR, threshold, NEAR, False)
                 found = tl.where(kept, found * keep_factor, 0.0)
             found = power * (found - delta[:, None])
             if NEED_QUERY and QK:
@@ -272,8 +272,8 @@ def grad_queries(
                     sum_before += tl.sum(tl.where(offset < -left, found, 0.0), 1)
                     sum_after += tl.sum(tl.where(offset > right, found, 0.0), 1)
                 strict_column, strict = table_columns(base, left, right, WIDTH, SLIDING, ZERO)
-                back = base + tl.arange(0, WIDTH)[None, :] + place[:, None] - tile * BN
-                met = take(found, back, strict[None, :] & (back >= 0) & (back < BN))
+                back = base + tl.arange(0, WIDTH)[None, :] + place[:, None] - tile * NEAR
+                met = take(found, back, strict[None, :] & (back >= 0) & (back < NEAR))
                 if SLIDING:
                     if NEED_BIAS:
                         add_to_bias(row_sums, strict_column, tl.sum(met, 0), strict)
@@ -340,7 +340,7 @@ def grad_keys(
     HAS_REL_QUERY: tl.constexpr, HAS_KEY_REL: tl.constexpr, HAS_CONV: tl.constexpr, HAS_CONV_SCALE: tl.constexpr,
     HAS_MASK: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, NEED_KEY: tl.constexpr,
     NEED_VALUE: tl.constexpr, NEED_TABLE: tl.constexpr, DTYPE: tl.constexpr, SLIDING: tl.constexpr,
-    WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
     """grad_k and grad_v for every ``groups``-th tile of BN keys, over all query heads that share them, and the sums
     over these for key_rel, key_sums[h, b, group, D, W]. Tiles of pairs are [keys, queries] here."""
@@ -358,7 +358,7 @@ def grad_keys(
     positive = -key_scale if NEGATIVE else key_scale
     keep_factor = number_from_bits(keep_scale, DTYPE)
     mask_at = key_mask + b.to(tl.int64) * mask_batch
-    for slot in tl.range(group, slots, groups):
+    for slot in tl.range(group, slots, groups, disable_licm=True):
         first, begin, end, q_begin, q_end = sequence_tile(slot, S, T, cu_k, cu_q, sequences, search_steps, PACKED, BN)
         shift = end - q_end
         j = first + tl.arange(0, BN)
@@ -369,9 +369,9 @@ def grad_keys(
         # Seen from the keys the window is mirrored, and what is causal is what comes after.
         t0, t1, t2, t3, t4, t5 = tile_ranges(
             first, begin, end, q_begin, q_end, -shift, right, left, -1 if CAUSAL else 0, OUTSIDE,
-            QUERY_TERMS or HAS_KEY_REL, BN, BM,
+            QUERY_TERMS or HAS_KEY_REL, BN, BM, NEAR,
         )  # fmt: skip
-        for head in tl.range(0, sharing):
+        for head in tl.range(0, sharing, disable_licm=True):
             h = g * sharing + head
             query_table, bias_row = query_rel + h.to(tl.int64) * query_rel_head, bias + h.to(tl.int64) * W
             key_table = key_rel + h.to(tl.int64) * key_rel_head
@@ -389,18 +389,18 @@ def grad_keys(
                 edge_after = tl.load(at + edge_plane, mask=keep, other=0.0)
             if HAS_KEY_REL and not SLIDING:
                 by_key = key_columns(keys, key_table, column, valid, W, key_scale, D, False, DTYPE)
-            for n in tl.range(0, t1 - t0 + t3 - t2 + t5 - t4):
+            for n in tl.range(0, t1 - t0 + t3 - t2 + t5 - t4, disable_licm=True):
                 tile = near_tile(n, t0, t1, t2, t3, t4)
-                i = tile * BM + tl.arange(0, BM)
+                i = tile * NEAR + tl.arange(0, NEAR)
                 rows = (i >= q_begin) & (i < q_end)
                 queries = load_tile(q_at, i, d, rows, q_time, q_channel, D, False)
-                scores = tl.zeros([BN, BM], DTYPE)
+                scores = tl.zeros([BN, NEAR], DTYPE)
                 if QK:
                     scores = matrix(keys, tl.trans(queries), scores) * key_scale
                 offset = j[:, None] - (i + shift)[None, :]
                 seen = visible_pairs(offset, left, right, CAUSAL, OUTSIDE) & rows[None, :]
                 if SLIDING:
-                    base = first_offset(tile * BM, first, shift, left, BM, True)
+                    base = first_offset(tile * NEAR, first, shift, left, NEAR, True)
                     column, valid = table_columns(base, left, right, WIDTH, True, OUTSIDE)
                 at, inside = tile_column(offset, base, left, right, SLIDING, OUTSIDE)
                 if HAS_QUERY_REL:
@@ -430,7 +430,7 @@ def grad_keys(
                         weights = tl.where(kept, power * keep_factor, 0.0)
                     value_total = matrix(narrow(weights, dy.dtype), dy, value_total)
                 if SCORES:
-                    found = matrix(values, tl.trans(dy), tl.zeros([BN, BM], DTYPE))
+                    found = matrix(values, tl.trans(dy), tl.zeros([BN, NEAR], DTYPE))
                     if DROPOUT:
                         found = tl.where(kept, found * keep_factor, 0.0)
                     found = power * (found - tl.load(row_at + i, mask=rows, other=0.0)[None, :])
@@ -442,8 +442,8 @@ def grad_keys(
                         sum_before += tl.sum(tl.where(offset < -left, found, 0.0), 1)
                         sum_after += tl.sum(tl.where(offset > right, found, 0.0), 1)
                     strict_column, strict = table_columns(base, left, right, WIDTH, SLIDING, ZERO)
-                    back = j[:, None] - base - tl.arange(0, WIDTH)[None, :] - shift - tile * BM
-                    met = take(found, back, strict[None, :] & (back >= 0) & (back < BM))
+                    back = j[:, None] - base - tl.arange(0, WIDTH)[None, :] - shift - tile * NEAR
+                    met = take(found, back, strict[None, :] & (back >= 0) & (back < NEAR))
                     if SLIDING:
                         key_total = key_columns_back(
                             met, keys, key_table, key_sums, strict_column, strict, key_total, h, b, group, B, groups,
@@ -452,8 +452,8 @@ def grad_keys(
                     else:
                         columns += met
 
-            for n in tl.range(0, t2 - t1 + t4 - t3):
-                tile, is_before = far_tile(n, t1, t2, t3)
+            for n in tl.range(0, (t2 - t1 + t4 - t3) // (BM // NEAR)):
+                tile, is_before = far_tile(n, t1, t2, t3, BM // NEAR)
                 i = tile * BM + tl.arange(0, BM)
                 rows = i >= 0
                 queries = load_tile(q_at, i, d, rows, q_time, q_channel, D, True)
@@ -552,7 +552,7 @@ def convolved_back(
     them."""
     d = tl.arange(0, DP)
     total = tl.zeros([place.shape[0], DP], DTYPE)
-    for head in tl.range(0, sharing):
+    for head in tl.range(0, sharing, disable_licm=True):
         h = g * sharing + head
         taps = value_conv + h.to(tl.int64) * D * W
         factor = widen(tl.load(conv_scale + h), DTYPE) if HAS_CONV_SCALE else 1.0

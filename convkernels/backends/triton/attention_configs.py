@@ -37,40 +37,45 @@ class Shape:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Tiles of BM queries by BN keys."""
+    """Tiles of BM queries by BN keys; a program keeps one of the two and walks over the other, NEAR at a time where
+    pairs look up their columns, which takes many registers."""
 
     BM: int
     BN: int
+    NEAR: int
     num_warps: int
     num_stages: int = 2
 
 
-def width(shape: Shape, pairs: Pairs) -> int:
-    """Columns of a tile of relative terms: the whole table's, or those of all offsets in a tile of pairs."""
-    return power_of_2(pairs.BM + pairs.BN) if shape.sliding else max(MATRIX, power_of_2(shape.window))
+def width(shape: Shape, pairs: Pairs, kept: int) -> int:
+    """Columns of a tile of relative terms: the whole table's, or those of all offsets between the rows that a program
+    keeps and NEAR others."""
+    return power_of_2(kept + pairs.NEAR) if shape.sliding else max(MATRIX, power_of_2(shape.window))
 
 
 def forward(shape: Shape) -> Pairs:
     if shape.small:
-        return Pairs(16, 16, 4)
+        return Pairs(16, 16, 16, 4)
     if shape.dtype in ("float32", "float64"):
-        return Pairs(32, 32, 4)
+        return Pairs(32, 32, 32, 4)
     if shape.padded > 128:
-        return Pairs(64, 32, 8)
+        return Pairs(64, 32, 32, 8)
     if shape.sliding and shape.products:
-        return Pairs(64, 64, 4 if shape.padded <= 64 else 8)
-    return Pairs(128, 64, 4 if shape.padded <= 64 else 8, 3)
+        return Pairs(64, 64, 32, 4 if shape.padded <= 64 else 8)
+    return Pairs(128, 64, 32, 8, 3)
 
 
 def backward(shape: Shape, keys: bool) -> Pairs:
     """keys: for the pass that keeps tiles of keys."""
     if shape.small:
-        return Pairs(16, 16, 4)
+        return Pairs(16, 16, 16, 4)
     if shape.dtype in ("float32", "float64"):
-        return Pairs(32, 32, 8)
+        return Pairs(32, 32, 32, 8)
     if shape.padded > 128:
-        return Pairs(32, 64, 8) if keys else Pairs(64, 32, 8)
-    return Pairs(64, 64, 4 if shape.padded <= 64 and not (shape.sliding and shape.products) else 8)
+        return Pairs(32, 64, 32, 8) if keys else Pairs(64, 32, 32, 8)
+    if keys:
+        return Pairs(64 if shape.padded <= 64 else 32, 64, 32, 8)
+    return Pairs(64, 64, 32, 4 if shape.padded <= 64 and not (shape.sliding and shape.products) else 8)
 
 
 def groups(tiles: int, units: int, elements: int) -> int:

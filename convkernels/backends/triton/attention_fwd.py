@@ -58,6 +58,7 @@ def attention_forward(
     HAS_REL_QUERY: tl.constexpr, HAS_KEY_REL: tl.constexpr, HAS_CONV: tl.constexpr, HAS_CONV_BIAS: tl.constexpr,
     HAS_CONV_SCALE: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
     DTYPE: tl.constexpr, SLIDING: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    NEAR: tl.constexpr,
 ):  # fmt: skip
     """out[b, i, h] and lse[b, h, i] for BM queries of one head."""
     QUERY_TERMS: tl.constexpr = HAS_BIAS or HAS_QUERY_REL
@@ -89,18 +90,18 @@ def attention_forward(
     none = tl.zeros([BM], DTYPE)
     t0, t1, t2, t3, t4, t5 = tile_ranges(
         first, begin, end, k_begin, k_end, shift, left, right, 1 if CAUSAL else 0, OUTSIDE,
-        QUERY_TERMS or HAS_KEY_REL, BM, BN,
+        QUERY_TERMS or HAS_KEY_REL, BM, BN, NEAR,
     )  # fmt: skip
 
     base = first_offset(first, 0, shift, left, BM, False)
     column, valid = table_columns(base, left, right, WIDTH, False, OUTSIDE)
     if HAS_QUERY_REL and not SLIDING:
         by_query = query_columns(r, query_table, bias_row, column, valid, W, rel_scale, R, HAS_BIAS, False, DTYPE)
-    for n in tl.range(0, t1 - t0 + t3 - t2 + t5 - t4):
+    for n in tl.range(0, t1 - t0 + t3 - t2 + t5 - t4, disable_licm=True):
         tile = near_tile(n, t0, t1, t2, t3, t4)
-        j = tile * BN + tl.arange(0, BN)
+        j = tile * NEAR + tl.arange(0, NEAR)
         keep = real_keys(mask_at, j, k_begin, k_end, mask_time, HAS_MASK)
-        scores = tl.zeros([BM, BN], DTYPE)
+        scores = tl.zeros([BM, NEAR], DTYPE)
         if QK or HAS_KEY_REL:
             keys = load_tile(k_at, j, d, keep, k_time, k_channel, D, False)
         if QK:
@@ -108,7 +109,7 @@ def attention_forward(
         offset = j[None, :] - place[:, None]
         seen = visible_pairs(offset, left, right, CAUSAL, OUTSIDE) & keep[None, :]
         if SLIDING:
-            base = first_offset(first, tile * BN, shift, left, BM, True)
+            base = first_offset(first, tile * NEAR, shift, left, BM, True)
             column, valid = table_columns(base, left, right, WIDTH, True, OUTSIDE)
         at, inside = tile_column(offset, base, left, right, SLIDING, OUTSIDE)
         if HAS_QUERY_REL:
@@ -125,7 +126,7 @@ def attention_forward(
         scores = tl.where(seen, scores, float("-inf"))
         power, factor, top, total = add_scores(scores, tl.max(scores, 1), none, top, total)
         if DROPOUT:
-            power = tl.where(kept_pairs(seed, b, h, i, tile * BN, threshold, BN, False), power, 0.0)
+            power = tl.where(kept_pairs(seed, b, h, i, tile * NEAR, threshold, NEAR, False), power, 0.0)
         values = load_tile(v_at, j, d, keep, v_time, v_channel, D, False)
         result = matrix(narrow(power, values.dtype), values, result * factor[:, None])
 
@@ -134,8 +135,8 @@ def attention_forward(
         before = query_edge(r, query_table, bias_row, 0, W, rel_scale, R, HAS_BIAS, HAS_QUERY_REL, DTYPE)
         after = query_edge(r, query_table, bias_row, W - 1, W, rel_scale, R, HAS_BIAS, HAS_QUERY_REL, DTYPE)
     edges_at = key_edges + (b.to(tl.int64) * H + h) * S
-    for n in tl.range(0, t2 - t1 + t4 - t3):
-        tile, is_before = far_tile(n, t1, t2, t3)
+    for n in tl.range(0, (t2 - t1 + t4 - t3) // (BN // NEAR)):
+        tile, is_before = far_tile(n, t1, t2, t3, BN // NEAR)
         j = tile * BN + tl.arange(0, BN)
         keep = j >= 0
         if HAS_MASK:

@@ -80,7 +80,7 @@ class Call:
         value = getattr(self, name)
         return self.q if value is None else value.contiguous()
 
-    def arguments(self, names: tuple[str, ...], pairs: configs.Pairs | None = None) -> dict:
+    def arguments(self, names: list[str], pairs: configs.Pairs | None = None, kept: int = 0) -> dict:
         """What kernels have in common; ``names``: those of the parameters that one of them has."""
         cu_k = self.cu_seqlens_q if self.cu_seqlens_k is None else self.cu_seqlens_k
         r = self.q if self.rel_query is None else self.rel_query
@@ -111,7 +111,7 @@ class Call:
             "DROPOUT": self.dropout > 0, "DTYPE": self.accumulator, "SLIDING": self.shape.sliding,
         }  # fmt: skip
         if pairs is not None:
-            values |= asdict(pairs) | {"WIDTH": configs.width(self.shape, pairs)}
+            values |= asdict(pairs) | {"WIDTH": configs.width(self.shape, pairs, kept)}
         wanted = {*names, "num_warps", "num_stages"}
         return {name: value for name, value in values.items() if name in wanted}
 
@@ -160,7 +160,7 @@ def forward_launches(call: Call, out: Tensor, lse: Tensor) -> Iterator[tuple]:
     kernel, pairs = forward_kernels.attention_forward, configs.forward(call.shape)
     slots = configs.tiles(call.T, pairs.BM, call.sequences)
     own = {"key_edges": call.found_edges, "out": out, "lse": lse, "slots": slots, **strides("o", out)}
-    yield kernel, (call.B * call.H * slots,), call.arguments(kernel.arg_names, pairs) | own
+    yield kernel, (call.B * call.H * slots,), call.arguments(kernel.arg_names, pairs, pairs.BM) | own
 
 
 INPUTS = (
@@ -234,7 +234,7 @@ def _query_pass(call: Call, grad, constants, results: dict, wanted: set):
         **strides("dq", dq), **strides("dr", dr), "NEED_QUERY": "q" in wanted,
         "NEED_REL_QUERY": "rel_query" in wanted, "NEED_TABLE": table, "NEED_BIAS": bias,
     }  # fmt: skip
-    yield kernel, (call.B * call.H * groups,), call.arguments(kernel.arg_names, pairs) | own
+    yield kernel, (call.B * call.H * groups,), call.arguments(kernel.arg_names, pairs, pairs.BM) | own
     if table:
         yield _sum_partials(call, query_sums, results["query_rel"], size, call.rel_scale)
     if bias:
@@ -257,7 +257,7 @@ def _key_pass(call: Call, grad, constants, results: dict, wanted: set):
         "key_sums": key_sums, "slots": slots, "groups": groups, **strides("g", grad), **strides("dk", dk),
         **strides("dv", dv), "NEED_KEY": "k" in wanted, "NEED_VALUE": "v" in wanted, "NEED_TABLE": table,
     }  # fmt: skip
-    yield kernel, (call.B * call.G * groups,), call.arguments(kernel.arg_names, pairs) | own
+    yield kernel, (call.B * call.G * groups,), call.arguments(kernel.arg_names, pairs, pairs.BN) | own
     if table:
         yield _sum_partials(call, key_sums, results["key_rel"], size, call.scale)
 

@@ -110,9 +110,11 @@ def clamp_tile(tile, least, most):
 def tile_ranges(
     first, begin, end, other_begin, other_end, shift, before, after,
     CAUSAL: tl.constexpr, OUTSIDE: tl.constexpr, RELATIVE: tl.constexpr, BLOCK: tl.constexpr, OTHER: tl.constexpr,
+    NEAR: tl.constexpr,
 ):  # fmt: skip
-    """The tiles that an owner of BLOCK rows meets, as six ends of ranges a <= b <= c <= d <= e <= f of tile numbers:
-    [b, c) and [d, e) are far, before and after the window; [a, b), [c, d) and [e, f) are near.
+    """The tiles that an owner of BLOCK rows meets, as six ends of ranges a <= b <= c <= d <= e <= f: [b, c) and [d, e)
+    are far, before and after the window; [a, b), [c, d) and [e, f) are near. All count in tiles of NEAR rows; far ones
+    have OTHER.
 
     Row n of the owner is at place n + shift among the other kind, and its window reaches from ``before`` places before
     it to ``after`` places behind it. CAUSAL: 1 if it sees nothing behind its place, -1 if nothing before it.
@@ -137,21 +139,23 @@ def tile_ranges(
     if RELATIVE:
         c = clamp_tile(tl.maximum(low - before, 0) // OTHER, b, e)
         d = clamp_tile(tl.cdiv(tl.maximum(high + after + 1, 0), OTHER), c, e)
-    return a, b, c, d, e, f
+    SPLIT: tl.constexpr = OTHER // NEAR
+    last = tl.maximum(tl.cdiv(some_end, NEAR), e * SPLIT)
+    return some_begin // NEAR, b * SPLIT, c * SPLIT, d * SPLIT, e * SPLIT, last
 
 
 @triton.jit
 def near_tile(n, a, b, c, d, e):
-    """The n-th near tile."""
+    """The n-th near tile, of NEAR rows."""
     head, middle = b - a, b - a + d - c
     return tl.where(n < head, a + n, tl.where(n < middle, c + n - head, e + n - middle))
 
 
 @triton.jit
-def far_tile(n, b, c, d):
-    """The n-th far tile, and whether it lies before the window."""
-    head = c - b
-    return tl.where(n < head, b + n, d + n - head), n < head
+def far_tile(n, b, c, d, SPLIT: tl.constexpr):
+    """The n-th far tile, of SPLIT * NEAR rows, and whether it lies before the window."""
+    head = (c - b) // SPLIT
+    return tl.where(n < head, b // SPLIT + n, d // SPLIT + n - head), n < head
 
 
 # -- pairs; ``offset`` is the place of the key less that of the query ---
