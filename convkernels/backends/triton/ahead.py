@@ -172,9 +172,11 @@ class AttentionVariant:
 
 
 ATTENTION_VARIANTS = (
-    AttentionVariant("attention D=64"),
-    AttentionVariant("attention relative D=64", left=8, right=8, bias=True, query_rel=True),
-    AttentionVariant("attention relative D=128", channels=128, left=8, right=8, bias=True, query_rel=True),
+    AttentionVariant("attention D=64", left=8, right=8, bias=True, query_rel=True),
+    AttentionVariant(
+        "attention packed causal D=128", channels=128, left=8, right=8, bias=True, query_rel=True, causal=True,
+        packed=True,
+    ),
     AttentionVariant(
         "attention everything D=64", left=8, right=8, bias=True, query_rel=True, key_rel=True, value_conv=True,
         mask=True, dropout=0.1,
@@ -183,7 +185,6 @@ ATTENTION_VARIANTS = (
         "attention banded D=128", channels=128, heads=64, shared=8, left=1023, outside=1, causal=True, query_rel=True,
         rank=16,
     ),
-    AttentionVariant("attention packed causal D=128", channels=128, bias=True, causal=True, packed=True, left=64),
     AttentionVariant("attention float32 D=64", left=8, right=8, bias=True, query_rel=True, dtype=torch.float32),
 )  # fmt: skip
 

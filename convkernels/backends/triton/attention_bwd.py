@@ -45,7 +45,7 @@ def prepare_rows(
     g_batch, g_time, g_head, g_channel, o_batch, o_time, o_head, o_channel, q_batch, q_time, q_head, q_channel,
     v_batch, v_time, v_head, v_channel, r_batch, r_time, r_head, r_channel, query_rel_head, mask_batch, mask_time,
     D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, CAUSAL: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_QUERY_REL: tl.constexpr, HAS_REL_QUERY: tl.constexpr, HAS_CONV: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_QUERY_REL: tl.constexpr, HAS_CONV: tl.constexpr,
     HAS_CONV_BIAS: tl.constexpr, HAS_CONV_SCALE: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
     HAS_GRAD_LSE: tl.constexpr, EDGES: tl.constexpr, DTYPE: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
@@ -79,11 +79,8 @@ def prepare_rows(
     start = tl.where(empty, float("inf"), found * LOG2E)
     tl.store(constants + plane + row, start, mask=rows)
     if EDGES:
-        if HAS_REL_QUERY:
-            at = head_at(rel_query, b, h, r_batch, r_head)
-            r = load_tile(at, i, tl.arange(0, RP), rows, r_time, r_channel, R, False)
-        else:
-            r = load_tile(head_at(q, b, h, q_batch, q_head), i, d, rows, q_time, q_channel, D, False)
+        at = head_at(rel_query, b, h, r_batch, r_head)
+        r = load_tile(at, i, tl.arange(0, RP), rows, r_time, r_channel, R, False)
         table, bias_row = query_rel + h.to(tl.int64) * query_rel_head, bias + h.to(tl.int64) * W
         rel_scale = number_from_bits(table_scale, DTYPE)
         edge = query_edge(r, table, bias_row, 0, W, rel_scale, R, HAS_BIAS, HAS_QUERY_REL, DTYPE)
@@ -143,7 +140,7 @@ def grad_queries(
     HAS_REL_QUERY: tl.constexpr, HAS_KEY_REL: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
     DROPOUT: tl.constexpr, NEED_QUERY: tl.constexpr, NEED_REL_QUERY: tl.constexpr, NEED_TABLE: tl.constexpr,
     NEED_BIAS: tl.constexpr, DTYPE: tl.constexpr, SLIDING: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, NEAR: tl.constexpr,
+    BN: tl.constexpr, NEAR: tl.constexpr, NEAR_STAGES: tl.constexpr,
 ):  # fmt: skip
     """grad_q and grad_rel_query for every ``groups``-th tile of BM queries of a head, and the sums over these for
     query_rel, query_sums[h, b, group, R, W], and bias, bias_sums[h, b, group, W]."""
@@ -176,8 +173,10 @@ def grad_queries(
         shift = k_end - end
         i = first + tl.arange(0, BM)
         rows, place = (i >= begin) & (i < end), i + shift
-        queries = load_tile(head_at(q, b, h, q_batch, q_head), i, d, rows, q_time, q_channel, D, False)
-        dy = load_tile(head_at(grad, b, h, g_batch, g_head), i, d, rows, g_time, g_channel, D, False)
+        q_at, g_at = head_at(q, b, h, q_batch, q_head), head_at(grad, b, h, g_batch, g_head)
+        r_at = head_at(rel_query, b, h, r_batch, r_head)
+        queries = load_tile(q_at, i, d, rows, q_time, q_channel, D, False)
+        dy = load_tile(g_at, i, d, rows, g_time, g_channel, D, False)
         delta = tl.load(row_at + i, mask=rows, other=0.0)
         start = tl.load(row_at + plane + i, mask=rows, other=float("inf"))
         total = tl.zeros([BM, DP], DTYPE)
@@ -222,17 +221,20 @@ def grad_queries(
             if NEED_QUERY and QK:
                 total = matrix(narrow(found, keys.dtype), keys, total)
 
+        # Operands of other shapes of product are other registers: read again, they are not held through the first loop.
+        tl.debug_barrier()
+        queries = load_tile(q_at, i, d, rows, q_time, q_channel, D, False)
+        dy = load_tile(g_at, i, d, rows, g_time, g_channel, D, False)
         r = queries
-        if HAS_REL_QUERY:
-            at = head_at(rel_query, b, h, r_batch, r_head)
-            r = load_tile(at, i, x, rows, r_time, r_channel, R, False)
+        if HAS_QUERY_REL:
+            r = load_tile(r_at, i, x, rows, r_time, r_channel, R, False)
         r_total = tl.zeros([BM, RP], DTYPE)
         base = first_offset(first, 0, shift, left, BM, False)
         column, valid = table_columns(base, left, right, WIDTH, False, OUTSIDE)
         columns = tl.zeros([BM, WIDTH], DTYPE)
         if HAS_QUERY_REL and not SLIDING:
             by_query = query_columns(r, query_table, bias_row, column, valid, W, by_table, R, HAS_BIAS, False, DTYPE)
-        for n in tl.range(0, t1 - t0 + t3 - t2 + t5 - t4, disable_licm=True):
+        for n in tl.range(0, t1 - t0 + t3 - t2 + t5 - t4, num_stages=NEAR_STAGES, disable_licm=True):
             tile = near_tile(n, t0, t1, t2, t3, t4)
             j = tile * NEAR + tl.arange(0, NEAR)
             keep = real_keys(mask_at, j, k_begin, k_end, mask_time, HAS_MASK)
@@ -246,18 +248,18 @@ def grad_queries(
             if SLIDING:
                 base = first_offset(first, tile * NEAR, shift, left, BM, True)
                 column, valid = table_columns(base, left, right, WIDTH, True, OUTSIDE)
-            at, inside = tile_column(offset, base, left, right, SLIDING, OUTSIDE)
+            spot, inside = tile_column(offset, base, left, right, SLIDING, OUTSIDE)
             if HAS_QUERY_REL:
                 if SLIDING:
                     by_query = query_columns(
                         r, query_table, bias_row, column, valid, W, by_table, R, HAS_BIAS, False, DTYPE
                     )
-                scores += take(by_query, at, inside)
+                scores += take(by_query, spot, inside)
             elif HAS_BIAS:
                 scores += bias_of_pairs(bias_row, offset, seen, left, right, OUTSIDE, DTYPE)
             if HAS_KEY_REL:
                 by_key = key_columns(keys, key_table, column, valid, W, key_scale, D, True, DTYPE)
-                scores += take(by_key, at, inside, 0)
+                scores += take(by_key, spot, inside, 0)
             power = tl.exp2(tl.where(seen, scores, float("-inf")) - start[:, None])
             values = load_tile(v_at, j, d, keep, v_time, v_channel, D, False)
             found = matrix(dy, tl.trans(values), tl.zeros([BM, NEAR], DTYPE))
@@ -286,6 +288,9 @@ def grad_queries(
                 else:
                     columns += met
         if COLUMNS and not SLIDING:
+            tl.debug_barrier()
+            if HAS_QUERY_REL:
+                r = load_tile(r_at, i, x, rows, r_time, r_channel, R, False)
             if EDGES:
                 columns = with_edges(columns, sum_before, sum_after, W)
             if NEED_BIAS:
@@ -337,10 +342,11 @@ def grad_keys(
     dv_batch, dv_time, dv_head, dv_channel, query_rel_head, key_rel_head, mask_batch, mask_time,
     D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, QK: tl.constexpr, NEGATIVE: tl.constexpr,
     CAUSAL: tl.constexpr, OUTSIDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_QUERY_REL: tl.constexpr,
-    HAS_REL_QUERY: tl.constexpr, HAS_KEY_REL: tl.constexpr, HAS_CONV: tl.constexpr, HAS_CONV_SCALE: tl.constexpr,
+    HAS_KEY_REL: tl.constexpr, HAS_CONV: tl.constexpr, HAS_CONV_SCALE: tl.constexpr,
     HAS_MASK: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, NEED_KEY: tl.constexpr,
     NEED_VALUE: tl.constexpr, NEED_TABLE: tl.constexpr, DTYPE: tl.constexpr, SLIDING: tl.constexpr,
     WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, NEAR: tl.constexpr,
+    NEAR_STAGES: tl.constexpr,
 ):  # fmt: skip
     """grad_k and grad_v for every ``groups``-th tile of BN keys, over all query heads that share them, and the sums
     over these for key_rel, key_sums[h, b, group, D, W]. Tiles of pairs are [keys, queries] here."""
@@ -363,8 +369,7 @@ def grad_keys(
         shift = end - q_end
         j = first + tl.arange(0, BN)
         keep = real_keys(mask_at, j, begin, end, mask_time, HAS_MASK)
-        keys = load_tile(head_at(k, b, g, k_batch, k_head), j, d, keep, k_time, k_channel, D, False)
-        values = load_tile(head_at(v, b, g, v_batch, v_head), j, d, keep, v_time, v_channel, D, False)
+        k_at, v_at = head_at(k, b, g, k_batch, k_head), head_at(v, b, g, v_batch, v_head)
         key_total, value_total = tl.zeros([BN, DP], DTYPE), tl.zeros([BN, DP], DTYPE)
         # Seen from the keys the window is mirrored, and what is causal is what comes after.
         t0, t1, t2, t3, t4, t5 = tile_ranges(
@@ -387,9 +392,11 @@ def grad_keys(
                 at = key_edges + (b.to(tl.int64) * H + h) * S + j
                 edge_before = tl.load(at, mask=keep, other=0.0)
                 edge_after = tl.load(at + edge_plane, mask=keep, other=0.0)
+            keys = load_tile(k_at, j, d, keep, k_time, k_channel, D, False)
+            values = load_tile(v_at, j, d, keep, v_time, v_channel, D, False)
             if HAS_KEY_REL and not SLIDING:
                 by_key = key_columns(keys, key_table, column, valid, W, key_scale, D, False, DTYPE)
-            for n in tl.range(0, t1 - t0 + t3 - t2 + t5 - t4, disable_licm=True):
+            for n in tl.range(0, t1 - t0 + t3 - t2 + t5 - t4, num_stages=NEAR_STAGES, disable_licm=True):
                 tile = near_tile(n, t0, t1, t2, t3, t4)
                 i = tile * NEAR + tl.arange(0, NEAR)
                 rows = (i >= q_begin) & (i < q_end)
@@ -402,26 +409,23 @@ def grad_keys(
                 if SLIDING:
                     base = first_offset(tile * NEAR, first, shift, left, NEAR, True)
                     column, valid = table_columns(base, left, right, WIDTH, True, OUTSIDE)
-                at, inside = tile_column(offset, base, left, right, SLIDING, OUTSIDE)
+                spot, inside = tile_column(offset, base, left, right, SLIDING, OUTSIDE)
                 if HAS_QUERY_REL:
-                    r = queries
-                    if HAS_REL_QUERY:
-                        r_at = head_at(rel_query, b, h, r_batch, r_head)
-                        r = load_tile(r_at, i, x, rows, r_time, r_channel, R, False)
+                    r_at = head_at(rel_query, b, h, r_batch, r_head)
+                    r = load_tile(r_at, i, x, rows, r_time, r_channel, R, False)
                     by_query = query_columns(
                         r, query_table, bias_row, column, valid, W, by_table, R, HAS_BIAS, True, DTYPE
                     )
-                    scores += take(by_query, at, inside, 0)
+                    scores += take(by_query, spot, inside, 0)
                 elif HAS_BIAS:
                     scores += bias_of_pairs(bias_row, offset, seen, left, right, OUTSIDE, DTYPE)
                 if HAS_KEY_REL:
                     if SLIDING:
                         by_key = key_columns(keys, key_table, column, valid, W, key_scale, D, False, DTYPE)
-                    scores += take(by_key, at, inside)
+                    scores += take(by_key, spot, inside)
                 start = tl.load(row_at + plane + i, mask=rows, other=float("inf"))
                 power = tl.exp2(tl.where(seen, scores, float("-inf")) - start[None, :])
                 dy = load_tile(g_at, i, d, rows, g_time, g_channel, D, False)
-                kept = seen
                 if DROPOUT:
                     kept = kept_pairs(seed, b, h, i, first, threshold, BN, True)
                 if NEED_VALUE:
@@ -452,6 +456,10 @@ def grad_keys(
                     else:
                         columns += met
 
+            # As for queries, so that operands of two shapes of product are not held together.
+            tl.debug_barrier()
+            keys = load_tile(k_at, j, d, keep, k_time, k_channel, D, False)
+            values = load_tile(v_at, j, d, keep, v_time, v_channel, D, False)
             for n in tl.range(0, (t2 - t1 + t4 - t3) // (BM // NEAR)):
                 tile, is_before = far_tile(n, t1, t2, t3, BM // NEAR)
                 i = tile * BM + tl.arange(0, BM)
@@ -491,6 +499,8 @@ def grad_keys(
                         key_total = matrix(narrow(found, queries.dtype), queries, key_total)
 
             if COLUMNS and not SLIDING:
+                tl.debug_barrier()
+                keys = load_tile(k_at, j, d, keep, k_time, k_channel, D, False)
                 if EDGES:
                     columns = with_edges(columns, tl.where(keep, sum_before, 0.0), tl.where(keep, sum_after, 0.0), W)
                 key_total = key_columns_back(

@@ -38,13 +38,15 @@ class Shape:
 @dataclass(frozen=True)
 class Pairs:
     """Tiles of BM queries by BN keys; a program keeps one of the two and walks over the other, NEAR at a time where
-    pairs look up their columns, which takes many registers."""
+    pairs look up their columns, which takes many registers. maxnreg: without it the assembler spills a few of them to
+    fit one more block of threads."""
 
     BM: int
     BN: int
     NEAR: int
     num_warps: int
     num_stages: int = 2
+    maxnreg: int = 255
 
 
 def width(shape: Shape, pairs: Pairs, kept: int) -> int:
@@ -57,12 +59,12 @@ def forward(shape: Shape) -> Pairs:
     if shape.small:
         return Pairs(16, 16, 16, 4)
     if shape.dtype in ("float32", "float64"):
-        return Pairs(32, 32, 32, 4)
+        return Pairs(32, 32, 32, 8)
     if shape.padded > 128:
-        return Pairs(64, 32, 32, 8)
+        return Pairs(64, 32, 16, 8)
     if shape.sliding and shape.products:
         return Pairs(64, 64, 32, 4 if shape.padded <= 64 else 8)
-    return Pairs(128, 64, 32, 8, 3)
+    return Pairs(128, 64, 32, 8, 3) if shape.padded <= 64 else Pairs(128, 64, 16, 8)
 
 
 def backward(shape: Shape, keys: bool) -> Pairs:
@@ -72,10 +74,8 @@ def backward(shape: Shape, keys: bool) -> Pairs:
     if shape.dtype in ("float32", "float64"):
         return Pairs(32, 32, 32, 8)
     if shape.padded > 128:
-        return Pairs(32, 64, 32, 8) if keys else Pairs(64, 32, 32, 8)
-    if keys:
-        return Pairs(64 if shape.padded <= 64 else 32, 64, 32, 8)
-    return Pairs(64, 64, 32, 4 if shape.padded <= 64 and not (shape.sliding and shape.products) else 8)
+        return Pairs(32, 64, 16, 8) if keys else Pairs(64, 32, 16, 8)
+    return Pairs(64, 64, 16, 8)
 
 
 def groups(tiles: int, units: int, elements: int) -> int:

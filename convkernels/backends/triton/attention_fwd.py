@@ -55,10 +55,10 @@ def attention_forward(
     mask_batch, mask_time, edge_plane,
     D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, QK: tl.constexpr, NEGATIVE: tl.constexpr,
     CAUSAL: tl.constexpr, OUTSIDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_QUERY_REL: tl.constexpr,
-    HAS_REL_QUERY: tl.constexpr, HAS_KEY_REL: tl.constexpr, HAS_CONV: tl.constexpr, HAS_CONV_BIAS: tl.constexpr,
+    HAS_KEY_REL: tl.constexpr, HAS_CONV: tl.constexpr, HAS_CONV_BIAS: tl.constexpr,
     HAS_CONV_SCALE: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
     DTYPE: tl.constexpr, SLIDING: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    NEAR: tl.constexpr,
+    NEAR: tl.constexpr, NEAR_STAGES: tl.constexpr,
 ):  # fmt: skip
     """out[b, i, h] and lse[b, h, i] for BM queries of one head."""
     QUERY_TERMS: tl.constexpr = HAS_BIAS or HAS_QUERY_REL
@@ -74,11 +74,11 @@ def attention_forward(
     rows, place, d = (i >= begin) & (i < end), i + shift, tl.arange(0, DP)
     key_scale, rel_scale = number_from_bits(score_scale, DTYPE), number_from_bits(table_scale, DTYPE)
     positive = -key_scale if NEGATIVE else key_scale
-    queries = load_tile(head_at(q, b, h, q_batch, q_head), i, d, rows, q_time, q_channel, D, False)
+    q_at, r_at = head_at(q, b, h, q_batch, q_head), head_at(rel_query, b, h, r_batch, r_head)
+    queries = load_tile(q_at, i, d, rows, q_time, q_channel, D, False)
     r = queries
-    if HAS_REL_QUERY:
-        at = head_at(rel_query, b, h, r_batch, r_head)
-        r = load_tile(at, i, tl.arange(0, RP), rows, r_time, r_channel, R, False)
+    if HAS_QUERY_REL:
+        r = load_tile(r_at, i, tl.arange(0, RP), rows, r_time, r_channel, R, False)
     query_table, bias_row = query_rel + h.to(tl.int64) * query_rel_head, bias + h.to(tl.int64) * W
     key_table = key_rel + h.to(tl.int64) * key_rel_head
     k_at = head_at(k, b, h // sharing, k_batch, k_head)
@@ -97,7 +97,7 @@ def attention_forward(
     column, valid = table_columns(base, left, right, WIDTH, False, OUTSIDE)
     if HAS_QUERY_REL and not SLIDING:
         by_query = query_columns(r, query_table, bias_row, column, valid, W, rel_scale, R, HAS_BIAS, False, DTYPE)
-    for n in tl.range(0, t1 - t0 + t3 - t2 + t5 - t4, disable_licm=True):
+    for n in tl.range(0, t1 - t0 + t3 - t2 + t5 - t4, num_stages=NEAR_STAGES, disable_licm=True):
         tile = near_tile(n, t0, t1, t2, t3, t4)
         j = tile * NEAR + tl.arange(0, NEAR)
         keep = real_keys(mask_at, j, k_begin, k_end, mask_time, HAS_MASK)
@@ -111,18 +111,18 @@ def attention_forward(
         if SLIDING:
             base = first_offset(first, tile * NEAR, shift, left, BM, True)
             column, valid = table_columns(base, left, right, WIDTH, True, OUTSIDE)
-        at, inside = tile_column(offset, base, left, right, SLIDING, OUTSIDE)
+        spot, inside = tile_column(offset, base, left, right, SLIDING, OUTSIDE)
         if HAS_QUERY_REL:
             if SLIDING:
                 by_query = query_columns(
                     r, query_table, bias_row, column, valid, W, rel_scale, R, HAS_BIAS, False, DTYPE
                 )
-            scores += take(by_query, at, inside)
+            scores += take(by_query, spot, inside)
         elif HAS_BIAS:
             scores += bias_of_pairs(bias_row, offset, seen, left, right, OUTSIDE, DTYPE)
         if HAS_KEY_REL:
             by_key = key_columns(keys, key_table, column, valid, W, key_scale, D, True, DTYPE)
-            scores += take(by_key, at, inside, 0)
+            scores += take(by_key, spot, inside, 0)
         scores = tl.where(seen, scores, float("-inf"))
         power, factor, top, total = add_scores(scores, tl.max(scores, 1), none, top, total)
         if DROPOUT:
@@ -130,6 +130,12 @@ def attention_forward(
         values = load_tile(v_at, j, d, keep, v_time, v_channel, D, False)
         result = matrix(narrow(power, values.dtype), values, result * factor[:, None])
 
+    # Operands of other shapes of product are other registers: read again, they are not held through the first loop.
+    tl.debug_barrier()
+    queries = load_tile(q_at, i, d, rows, q_time, q_channel, D, False)
+    r = queries
+    if HAS_QUERY_REL and EDGES:
+        r = load_tile(r_at, i, tl.arange(0, RP), rows, r_time, r_channel, R, False)
     before, after = none, none
     if QUERY_TERMS and EDGES:
         before = query_edge(r, query_table, bias_row, 0, W, rel_scale, R, HAS_BIAS, HAS_QUERY_REL, DTYPE)

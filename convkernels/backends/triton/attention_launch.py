@@ -111,8 +111,10 @@ class Call:
             "DROPOUT": self.dropout > 0, "DTYPE": self.accumulator, "SLIDING": self.shape.sliding,
         }  # fmt: skip
         if pairs is not None:
-            values |= asdict(pairs) | {"WIDTH": configs.width(self.shape, pairs, kept)}
-        wanted = {*names, "num_warps", "num_stages"}
+            values |= asdict(pairs) | {
+                "WIDTH": configs.width(self.shape, pairs, kept), "NEAR_STAGES": 2 if self.shape.sliding else 1,
+            }  # fmt: skip
+        wanted = {*names, "num_warps", "num_stages", "maxnreg"}
         return {name: value for name, value in values.items() if name in wanted}
 
     def _head(self, table: Tensor | None, rows: int) -> int:

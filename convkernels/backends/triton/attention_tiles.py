@@ -189,8 +189,10 @@ def kept_pairs(seed, b, h, i, j_first, threshold, COLUMNS: tl.constexpr, TRANSPO
     keep = tl.join(even, tl.join(keeps(word2, threshold), keeps(word3, threshold)))
     # keep[..., low, high] is word 2 * high + low.
     if TRANSPOSED:
-        return tl.reshape(tl.permute(keep, (0, 3, 2, 1)), (COLUMNS, ROWS)) != 0
-    return tl.reshape(tl.permute(keep, (0, 1, 3, 2)), (ROWS, COLUMNS)) != 0
+        keep = tl.reshape(tl.permute(keep, (0, 3, 2, 1)), (COLUMNS, ROWS))
+    else:
+        keep = tl.reshape(tl.permute(keep, (0, 1, 3, 2)), (ROWS, COLUMNS))
+    return keep != 0
 
 
 @triton.jit
