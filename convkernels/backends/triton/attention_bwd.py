@@ -58,13 +58,13 @@ def prepare_rows(
     i, d = first + tl.arange(0, BM), tl.arange(0, DP)
     rows = (i >= begin) & (i < end)
     W = left + right + 1
-    result = load_tile(head_at(out, b, h, o_batch, o_head), i, d, rows, o_time, o_channel, D, False)
-    dy = load_tile(head_at(grad, b, h, g_batch, g_head), i, d, rows, g_time, g_channel, D, False)
+    result = load_tile(head_at(out, b, h, o_batch, o_head), first, d, rows, o_time, o_channel, D, False)
+    dy = load_tile(head_at(grad, b, h, g_batch, g_head), first, d, rows, g_time, g_channel, D, False)
     attended = widen(result, DTYPE)
     if HAS_CONV:
         attended -= convolved(
             head_at(v, b, h // sharing, v_batch, v_head), key_mask + b.to(tl.int64) * mask_batch,
-            value_conv + h.to(tl.int64) * D * W, conv_bias + h * D, conv_scale + h, i + k_end - end, rows,
+            value_conv + h.to(tl.int64) * D * W, conv_bias + h * D, conv_scale + h, first + k_end - end, rows,
             k_begin, k_end, left, W, v_time, v_channel, mask_time,
             D, DP, CAUSAL, HAS_MASK, HAS_CONV_BIAS, HAS_CONV_SCALE, DTYPE,
         )  # fmt: skip
@@ -80,7 +80,7 @@ def prepare_rows(
     tl.store(constants + plane + row, start, mask=rows)
     if EDGES:
         at = head_at(rel_query, b, h, r_batch, r_head)
-        r = load_tile(at, i, tl.arange(0, RP), rows, r_time, r_channel, R, False)
+        r = load_tile(at, first, tl.arange(0, RP), rows, r_time, r_channel, R, False)
         table, bias_row = query_rel + h.to(tl.int64) * query_rel_head, bias + h.to(tl.int64) * W
         rel_scale = number_from_bits(table_scale, DTYPE)
         edge = query_edge(r, table, bias_row, 0, W, rel_scale, R, HAS_BIAS, HAS_QUERY_REL, DTYPE)
@@ -175,8 +175,8 @@ def grad_queries(
         rows, place = (i >= begin) & (i < end), i + shift
         q_at, g_at = head_at(q, b, h, q_batch, q_head), head_at(grad, b, h, g_batch, g_head)
         r_at = head_at(rel_query, b, h, r_batch, r_head)
-        queries = load_tile(q_at, i, d, rows, q_time, q_channel, D, False)
-        dy = load_tile(g_at, i, d, rows, g_time, g_channel, D, False)
+        queries = load_tile(q_at, first, d, rows, q_time, q_channel, D, False)
+        dy = load_tile(g_at, first, d, rows, g_time, g_channel, D, False)
         delta = tl.load(row_at + i, mask=rows, other=0.0)
         start = tl.load(row_at + plane + i, mask=rows, other=float("inf"))
         total = tl.zeros([BM, DP], DTYPE)
@@ -198,7 +198,7 @@ def grad_queries(
                 keep = real_keys(mask_at, j, k_begin, k_end, mask_time, True)
             scores = tl.zeros([BM, BN], DTYPE)
             if QK:
-                keys = load_tile(k_at, j, d, keep, k_time, k_channel, D, not HAS_MASK)
+                keys = load_tile(k_at, tile * BN, d, keep, k_time, k_channel, D, not HAS_MASK)
                 scores = matrix(queries, tl.trans(keys), scores)
                 if NEGATIVE:
                     scores = -scores
@@ -208,7 +208,7 @@ def grad_queries(
             power = tl.exp2(scores - tl.where(is_before, before, after)[:, None])
             if HAS_MASK:
                 power = tl.where(keep[None, :], power, 0.0)
-            values = load_tile(v_at, j, d, keep, v_time, v_channel, D, not HAS_MASK)
+            values = load_tile(v_at, tile * BN, d, keep, v_time, v_channel, D, not HAS_MASK)
             found = matrix(dy, tl.trans(values), tl.zeros([BM, BN], DTYPE))
             if DROPOUT:
                 kept = kept_pairs(seed, b, h, i, tile * BN, threshold, BN, False)
@@ -223,11 +223,11 @@ def grad_queries(
 
         # Operands of other shapes of product are other registers: read again, they are not held through the first loop.
         tl.debug_barrier()
-        queries = load_tile(q_at, i, d, rows, q_time, q_channel, D, False)
-        dy = load_tile(g_at, i, d, rows, g_time, g_channel, D, False)
+        queries = load_tile(q_at, first, d, rows, q_time, q_channel, D, False)
+        dy = load_tile(g_at, first, d, rows, g_time, g_channel, D, False)
         r = queries
         if HAS_QUERY_REL:
-            r = load_tile(r_at, i, x, rows, r_time, r_channel, R, False)
+            r = load_tile(r_at, first, x, rows, r_time, r_channel, R, False)
         r_total = tl.zeros([BM, RP], DTYPE)
         base = first_offset(first, 0, shift, left, BM, False)
         column, valid = table_columns(base, left, right, WIDTH, False, OUTSIDE)
@@ -240,7 +240,7 @@ def grad_queries(
             keep = real_keys(mask_at, j, k_begin, k_end, mask_time, HAS_MASK)
             scores = tl.zeros([BM, NEAR], DTYPE)
             if QK or HAS_KEY_REL:
-                keys = load_tile(k_at, j, d, keep, k_time, k_channel, D, False)
+                keys = load_tile(k_at, tile * NEAR, d, keep, k_time, k_channel, D, False)
             if QK:
                 scores = matrix(queries, tl.trans(keys), scores) * key_scale
             offset = j[None, :] - place[:, None]
@@ -261,7 +261,7 @@ def grad_queries(
                 by_key = key_columns(keys, key_table, column, valid, W, key_scale, D, True, DTYPE)
                 scores += take(by_key, spot, inside, 0)
             power = tl.exp2(tl.where(seen, scores, float("-inf")) - start[:, None])
-            values = load_tile(v_at, j, d, keep, v_time, v_channel, D, False)
+            values = load_tile(v_at, tile * NEAR, d, keep, v_time, v_channel, D, False)
             found = matrix(dy, tl.trans(values), tl.zeros([BM, NEAR], DTYPE))
             if DROPOUT:
                 kept = kept_pairs(seed, b, h, i, tile * NEAR, threshold, NEAR, False)
@@ -290,17 +290,22 @@ def grad_queries(
         if COLUMNS and not SLIDING:
             tl.debug_barrier()
             if HAS_QUERY_REL:
-                r = load_tile(r_at, i, x, rows, r_time, r_channel, R, False)
+                r = load_tile(r_at, first, x, rows, r_time, r_channel, R, False)
             if EDGES:
                 columns = with_edges(columns, sum_before, sum_after, W)
             if NEED_BIAS:
                 add_to_bias(row_sums, column, tl.sum(columns, 0), valid)
-            if NEED_R:
-                weights = load_columns(query_table, x, column, valid, W, R)
-                r_total = exact_matrix(narrow(columns, r.dtype), tl.trans(weights), r_total)
             if NEED_TABLE:
                 met = matrix(tl.trans(r), narrow(columns, r.dtype), tl.zeros([RP, WIDTH], DTYPE))
                 add_to_columns(table_sums, x, column, met, valid, W, R)
+            if NEED_R:
+                weights = tl.trans(load_columns(query_table, x, column, valid, W, R))
+                if HAS_REL_QUERY:
+                    r_total = exact_matrix(narrow(columns, r.dtype), weights, r_total)
+                else:
+                    columns *= number_from_bits(rel_scale, DTYPE)
+                    total *= number_from_bits(scale, DTYPE)
+                    total = exact_matrix(narrow(columns, r.dtype), weights, total)
         if COLUMNS and SLIDING and EDGES:
             for side in tl.static_range(2):
                 outermost = W - 1 if side else 0
@@ -314,15 +319,16 @@ def grad_queries(
                 if NEED_TABLE:
                     met = tl.sum(widen(r, DTYPE) * sums[:, None], 0)
                     add_to_edge(table_sums, x, outermost, met, W, R)
-        if NEED_R:
+        if NEED_R and (HAS_REL_QUERY or SLIDING):
             r_total *= number_from_bits(rel_scale, DTYPE)
         if HAS_REL_QUERY and NEED_REL_QUERY:
             at = head_at(grad_rel_query, b, h, dr_batch, dr_head)
             at += i.to(tl.int64)[:, None] * dr_time + x[None, :] * dr_channel
             tl.store(at, narrow(r_total, grad_rel_query.dtype.element_ty), mask=rows[:, None] & (x < R)[None, :])
         if NEED_QUERY:
-            total *= number_from_bits(scale, DTYPE)
-            if NEED_R and not HAS_REL_QUERY:
+            if SLIDING or HAS_REL_QUERY or not NEED_R:
+                total *= number_from_bits(scale, DTYPE)
+            if SLIDING and NEED_R and not HAS_REL_QUERY:
                 total += r_total
             at = head_at(grad_q, b, h, dq_batch, dq_head) + i.to(tl.int64)[:, None] * dq_time + d[None, :] * dq_channel
             tl.store(at, narrow(total, grad_q.dtype.element_ty), mask=rows[:, None] & (d < D)[None, :])
@@ -392,15 +398,15 @@ def grad_keys(
                 at = key_edges + (b.to(tl.int64) * H + h) * S + j
                 edge_before = tl.load(at, mask=keep, other=0.0)
                 edge_after = tl.load(at + edge_plane, mask=keep, other=0.0)
-            keys = load_tile(k_at, j, d, keep, k_time, k_channel, D, False)
-            values = load_tile(v_at, j, d, keep, v_time, v_channel, D, False)
+            keys = load_tile(k_at, first, d, keep, k_time, k_channel, D, False)
+            values = load_tile(v_at, first, d, keep, v_time, v_channel, D, False)
             if HAS_KEY_REL and not SLIDING:
                 by_key = key_columns(keys, key_table, column, valid, W, key_scale, D, False, DTYPE)
             for n in tl.range(0, t1 - t0 + t3 - t2 + t5 - t4, num_stages=NEAR_STAGES, disable_licm=True):
                 tile = near_tile(n, t0, t1, t2, t3, t4)
                 i = tile * NEAR + tl.arange(0, NEAR)
                 rows = (i >= q_begin) & (i < q_end)
-                queries = load_tile(q_at, i, d, rows, q_time, q_channel, D, False)
+                queries = load_tile(q_at, tile * NEAR, d, rows, q_time, q_channel, D, False)
                 scores = tl.zeros([BN, NEAR], DTYPE)
                 if QK:
                     scores = matrix(keys, tl.trans(queries), scores) * key_scale
@@ -412,7 +418,7 @@ def grad_keys(
                 spot, inside = tile_column(offset, base, left, right, SLIDING, OUTSIDE)
                 if HAS_QUERY_REL:
                     r_at = head_at(rel_query, b, h, r_batch, r_head)
-                    r = load_tile(r_at, i, x, rows, r_time, r_channel, R, False)
+                    r = load_tile(r_at, tile * NEAR, x, rows, r_time, r_channel, R, False)
                     by_query = query_columns(
                         r, query_table, bias_row, column, valid, W, by_table, R, HAS_BIAS, True, DTYPE
                     )
@@ -425,7 +431,7 @@ def grad_keys(
                     scores += take(by_key, spot, inside)
                 start = tl.load(row_at + plane + i, mask=rows, other=float("inf"))
                 power = tl.exp2(tl.where(seen, scores, float("-inf")) - start[None, :])
-                dy = load_tile(g_at, i, d, rows, g_time, g_channel, D, False)
+                dy = load_tile(g_at, tile * NEAR, d, rows, g_time, g_channel, D, False)
                 if DROPOUT:
                     kept = kept_pairs(seed, b, h, i, first, threshold, BN, True)
                 if NEED_VALUE:
@@ -458,13 +464,13 @@ def grad_keys(
 
             # As for queries, so that operands of two shapes of product are not held together.
             tl.debug_barrier()
-            keys = load_tile(k_at, j, d, keep, k_time, k_channel, D, False)
-            values = load_tile(v_at, j, d, keep, v_time, v_channel, D, False)
+            keys = load_tile(k_at, first, d, keep, k_time, k_channel, D, False)
+            values = load_tile(v_at, first, d, keep, v_time, v_channel, D, False)
             for n in tl.range(0, (t2 - t1 + t4 - t3) // (BM // NEAR)):
                 tile, is_before = far_tile(n, t1, t2, t3, BM // NEAR)
                 i = tile * BM + tl.arange(0, BM)
                 rows = i >= 0
-                queries = load_tile(q_at, i, d, rows, q_time, q_channel, D, True)
+                queries = load_tile(q_at, tile * BM, d, rows, q_time, q_channel, D, True)
                 scores = tl.zeros([BN, BM], DTYPE)
                 if QK:
                     scores = matrix(keys, tl.trans(queries), scores)
@@ -478,7 +484,7 @@ def grad_keys(
                 if QUERY_TERMS and EDGES:
                     which = tl.where(is_before, 3, 2) * plane
                 power = tl.exp2(scores - tl.load(row_at + which + i)[None, :])
-                dy = load_tile(g_at, i, d, rows, g_time, g_channel, D, True)
+                dy = load_tile(g_at, tile * BM, d, rows, g_time, g_channel, D, True)
                 if DROPOUT:
                     kept = kept_pairs(seed, b, h, i, first, threshold, BN, True)
                 if NEED_VALUE:
@@ -500,7 +506,7 @@ def grad_keys(
 
             if COLUMNS and not SLIDING:
                 tl.debug_barrier()
-                keys = load_tile(k_at, j, d, keep, k_time, k_channel, D, False)
+                keys = load_tile(k_at, first, d, keep, k_time, k_channel, D, False)
                 if EDGES:
                     columns = with_edges(columns, tl.where(keep, sum_before, 0.0), tl.where(keep, sum_after, 0.0), W)
                 key_total = key_columns_back(
@@ -527,7 +533,7 @@ def grad_keys(
         if NEED_VALUE:
             if HAS_CONV:
                 value_total += convolved_back(
-                    grad, value_conv, conv_scale, b, g, j - shift, q_begin, q_end, left, W, sharing,
+                    grad, value_conv, conv_scale, b, g, first - shift, keep, q_begin, q_end, left, W, sharing,
                     g_batch, g_time, g_head, g_channel, D, DP, CAUSAL, HAS_CONV_SCALE, DTYPE,
                 )  # fmt: skip
             value_total = tl.where(keep[:, None], value_total, 0.0)
@@ -555,21 +561,22 @@ def key_columns_back(
 
 @triton.jit
 def convolved_back(
-    grad, value_conv, conv_scale, b, g, place, begin, end, left, W, sharing, g_batch, g_time, g_head, g_channel,
+    grad, value_conv, conv_scale, b, g, first_place, keep, begin, end, left, W, sharing, g_batch, g_time, g_head, g_channel,
     D: tl.constexpr, DP: tl.constexpr, CAUSAL: tl.constexpr, HAS_CONV_SCALE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient that values at ``place`` among the queries get from the depthwise terms of all heads that share
+    """The gradient that values at the places from ``first_place`` on among the queries get from the depthwise terms of all heads that share
     them."""
     d = tl.arange(0, DP)
-    total = tl.zeros([place.shape[0], DP], DTYPE)
+    total = tl.zeros([keep.shape[0], DP], DTYPE)
     for head in tl.range(0, sharing, disable_licm=True):
         h = g * sharing + head
         taps = value_conv + h.to(tl.int64) * D * W
         factor = widen(tl.load(conv_scale + h), DTYPE) if HAS_CONV_SCALE else 1.0
         for c in tl.range(0, left + 1 if CAUSAL else W):
-            i = place - c + left
+            i_first = first_place - c + left
+            i = i_first + tl.arange(0, keep.shape[0])
             at = head_at(grad, b, h, g_batch, g_head)
-            dy = load_tile(at, i, d, (i >= begin) & (i < end), g_time, g_channel, D, False)
+            dy = load_tile(at, i_first, d, (i >= begin) & (i < end), g_time, g_channel, D, False)
             tap = widen(tl.load(taps + d * W + c, mask=d < D, other=0.0), DTYPE) * factor
             total += tap[None, :] * widen(dy, DTYPE)
     return total
@@ -599,16 +606,17 @@ def sum_taps(
         slot, b = item % slots, item // slots
         first, begin, end, k_begin, k_end = sequence_tile(slot, T, S, cu_q, cu_k, sequences, search_steps, PACKED, BM)
         i = first + tl.arange(0, BM)
-        rows, place = (i >= begin) & (i < end), i + k_end - end
+        rows = (i >= begin) & (i < end)
         at = head_at(grad, b, h, g_batch, g_head)
-        dy = widen(load_tile(at, i, d, rows, g_time, g_channel, D, False), DTYPE)
+        dy = widen(load_tile(at, first, d, rows, g_time, g_channel, D, False), DTYPE)
         sums += tl.sum(dy, 0)
         if NEED_TAPS:
             v_at, mask_at = head_at(v, b, h // sharing, v_batch, v_head), key_mask + b.to(tl.int64) * mask_batch
             for c in tl.range(first_tap, last_tap):
-                j = place + c - left
+                j_first = first + k_end - end + c - left
+                j = j_first + tl.arange(0, BM)
                 keep = rows & real_keys(mask_at, j, k_begin, k_end, mask_time, HAS_MASK)
-                value = widen(load_tile(v_at, j, d, keep, v_time, v_channel, D, False), DTYPE)
+                value = widen(load_tile(v_at, j_first, d, keep, v_time, v_channel, D, False), DTYPE)
                 taps += tl.where(tap == c, 1.0, 0.0).to(DTYPE)[None, :] * tl.sum(dy * value, 0)[:, None]
     row = (h.to(tl.int64) * groups + group) * D + d
     tl.store(grad_sums + row, sums, mask=d < tl.where(first_tap == 0, D, 0))

@@ -75,10 +75,10 @@ def attention_forward(
     key_scale, rel_scale = number_from_bits(score_scale, DTYPE), number_from_bits(table_scale, DTYPE)
     positive = -key_scale if NEGATIVE else key_scale
     q_at, r_at = head_at(q, b, h, q_batch, q_head), head_at(rel_query, b, h, r_batch, r_head)
-    queries = load_tile(q_at, i, d, rows, q_time, q_channel, D, False)
+    queries = load_tile(q_at, first, d, rows, q_time, q_channel, D, False)
     r = queries
     if HAS_QUERY_REL:
-        r = load_tile(r_at, i, tl.arange(0, RP), rows, r_time, r_channel, R, False)
+        r = load_tile(r_at, first, tl.arange(0, RP), rows, r_time, r_channel, R, False)
     query_table, bias_row = query_rel + h.to(tl.int64) * query_rel_head, bias + h.to(tl.int64) * W
     key_table = key_rel + h.to(tl.int64) * key_rel_head
     k_at = head_at(k, b, h // sharing, k_batch, k_head)
@@ -103,7 +103,7 @@ def attention_forward(
         keep = real_keys(mask_at, j, k_begin, k_end, mask_time, HAS_MASK)
         scores = tl.zeros([BM, NEAR], DTYPE)
         if QK or HAS_KEY_REL:
-            keys = load_tile(k_at, j, d, keep, k_time, k_channel, D, False)
+            keys = load_tile(k_at, tile * NEAR, d, keep, k_time, k_channel, D, False)
         if QK:
             scores = matrix(queries, tl.trans(keys), scores) * key_scale
         offset = j[None, :] - place[:, None]
@@ -127,15 +127,15 @@ def attention_forward(
         power, factor, top, total = add_scores(scores, tl.max(scores, 1), none, top, total)
         if DROPOUT:
             power = tl.where(kept_pairs(seed, b, h, i, tile * NEAR, threshold, NEAR, False), power, 0.0)
-        values = load_tile(v_at, j, d, keep, v_time, v_channel, D, False)
+        values = load_tile(v_at, tile * NEAR, d, keep, v_time, v_channel, D, False)
         result = matrix(narrow(power, values.dtype), values, result * factor[:, None])
 
     # Operands of other shapes of product are other registers: read again, they are not held through the first loop.
     tl.debug_barrier()
-    queries = load_tile(q_at, i, d, rows, q_time, q_channel, D, False)
+    queries = load_tile(q_at, first, d, rows, q_time, q_channel, D, False)
     r = queries
     if HAS_QUERY_REL and EDGES:
-        r = load_tile(r_at, i, tl.arange(0, RP), rows, r_time, r_channel, R, False)
+        r = load_tile(r_at, first, tl.arange(0, RP), rows, r_time, r_channel, R, False)
     before, after = none, none
     if QUERY_TERMS and EDGES:
         before = query_edge(r, query_table, bias_row, 0, W, rel_scale, R, HAS_BIAS, HAS_QUERY_REL, DTYPE)
@@ -152,7 +152,7 @@ def attention_forward(
             edge = tl.where(is_before, before, after)
         scores = tl.zeros([BM, BN], DTYPE)
         if QK:
-            keys = load_tile(k_at, j, d, keep, k_time, k_channel, D, not HAS_MASK)
+            keys = load_tile(k_at, tile * BN, d, keep, k_time, k_channel, D, not HAS_MASK)
             scores = matrix(queries, tl.trans(keys), scores)
             if NEGATIVE:
                 scores = -scores
@@ -167,7 +167,7 @@ def attention_forward(
         power, factor, top, total = add_scores(scores, largest, edge, top, total)
         if DROPOUT:
             power = tl.where(kept_pairs(seed, b, h, i, tile * BN, threshold, BN, False), power, 0.0)
-        values = load_tile(v_at, j, d, keep, v_time, v_channel, D, not HAS_MASK)
+        values = load_tile(v_at, tile * BN, d, keep, v_time, v_channel, D, not HAS_MASK)
         result = matrix(narrow(power, values.dtype), values, result * factor[:, None])
 
     empty = total == 0.0
@@ -179,7 +179,7 @@ def attention_forward(
     tl.store(lse + (b.to(tl.int64) * H + h) * T + i, found, mask=rows)
     if HAS_CONV:
         result += convolved(
-            v_at, mask_at, value_conv + h.to(tl.int64) * D * W, conv_bias + h * D, conv_scale + h, place, rows,
+            v_at, mask_at, value_conv + h.to(tl.int64) * D * W, conv_bias + h * D, conv_scale + h, first + shift, rows,
             k_begin, k_end, left, W, v_time, v_channel, mask_time,
             D, DP, CAUSAL, HAS_MASK, HAS_CONV_BIAS, HAS_CONV_SCALE, DTYPE,
         )  # fmt: skip
@@ -200,7 +200,7 @@ def find_key_edges(
     W = left + right + 1
     j, d = slot * BN + tl.arange(0, BN), tl.arange(0, DP)
     keep = real_keys(key_mask + b.to(tl.int64) * mask_batch, j, 0, S, mask_time, HAS_MASK)
-    keys = load_tile(head_at(k, b, h // sharing, k_batch, k_head), j, d, keep, k_time, k_channel, D, False)
+    keys = load_tile(head_at(k, b, h // sharing, k_batch, k_head), slot * BN, d, keep, k_time, k_channel, D, False)
     table, scale = key_rel + h.to(tl.int64) * key_rel_head, number_from_bits(score_scale, DTYPE)
     at = key_edges + (b.to(tl.int64) * H + h) * S + j
     tl.store(at, edge_of_rows(keys, table, d, W - 1, W, scale, D, DTYPE), mask=j < S)

@@ -50,6 +50,7 @@ class Call:
     cu_seqlens_k: Tensor | None = None
 
     def __post_init__(self):
+        self.q, self.k, self.v, self.rel_query = (near_rows(x) for x in (self.q, self.k, self.v, self.rel_query))
         self.B, self.T, self.H, self.D = self.q.shape
         self.S, self.G = self.k.shape[1:3]
         self.W = self.left + self.right + 1
@@ -141,6 +142,12 @@ def strides(name: str, tensor: Tensor) -> dict:
     return {f"{name}_batch": batch, f"{name}_time": time, f"{name}_head": head, f"{name}_channel": channel}
 
 
+def near_rows(x: Tensor | None) -> Tensor | None:
+    """x, or a copy if the elements of a tile lie so far apart that kernels, which count in 32 bits there, would not
+    reach them all."""
+    return x.contiguous() if x is not None and max(x.stride(1), x.stride(3)) >= 2**31 // 1024 else x
+
+
 def attention(*arguments) -> tuple[Tensor, Tensor]:
     """The operator ``attention``."""
     call = Call(*arguments)
@@ -185,7 +192,7 @@ def attention_grad(grad, grad_lse, out, lse, *arguments) -> tuple[Tensor, ...]:
     if call.q.numel() == 0 or call.S == 0:
         for value in results.values():
             value.zero_()
-    launch(call, gradient_launches(call, grad, grad_lse, out, lse, results))
+    launch(call, gradient_launches(call, near_rows(grad), grad_lse, near_rows(out), lse, results))
     return tuple(results.values())
 
 

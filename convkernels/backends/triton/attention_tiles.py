@@ -54,9 +54,12 @@ def head_at(x, b, h, batch_stride, head_stride):
 
 
 @triton.jit
-def load_tile(at, row, column, keep, row_stride, column_stride, D: tl.constexpr, ALL: tl.constexpr):
-    """x[row, column] as it is stored; 0 where not ``keep`` (a column; with ALL every row is kept) or beyond D."""
-    at = at + row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
+def load_tile(at, first, column, keep, row_stride, column_stride, D: tl.constexpr, ALL: tl.constexpr):
+    """Rows of x from ``first`` on, as they are stored; 0 where not ``keep`` (with ALL every row is kept) or beyond D.
+    Only the first row's place takes 64 bits; within a tile 32 are enough (the host sees to it) and leave registers to
+    other things."""
+    at += tl.cast(first, tl.int64) * row_stride
+    at = at + (tl.arange(0, keep.shape[0])[:, None] * row_stride + column[None, :] * column_stride)
     if D == column.shape[0]:
         if ALL:
             return tl.load(at)
@@ -306,17 +309,18 @@ def bias_of_pairs(bias, offset, seen, left, right, OUTSIDE: tl.constexpr, DTYPE:
 
 @triton.jit
 def convolved(
-    v_at, mask_at, taps, conv_bias, conv_scale, place, rows, begin, end, left, W, v_time, v_channel, mask_time,
+    v_at, mask_at, taps, conv_bias, conv_scale, first_place, rows, begin, end, left, W, v_time, v_channel, mask_time,
     D: tl.constexpr, DP: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_CONV_BIAS: tl.constexpr,
     HAS_CONV_SCALE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """conv_scale * (conv_bias + the taps of one head on the values around ``place``), [queries, DP]."""
+    """conv_scale * (conv_bias + the taps of one head on the values around the places from ``first_place`` on), [queries, DP]."""
     d = tl.arange(0, DP)
-    total = tl.zeros([place.shape[0], DP], DTYPE)
+    total = tl.zeros([rows.shape[0], DP], DTYPE)
     for c in tl.range(0, left + 1 if CAUSAL else W):
-        j = place + c - left
+        j_first = first_place + c - left
+        j = j_first + tl.arange(0, rows.shape[0])
         keep = rows & real_keys(mask_at, j, begin, end, mask_time, HAS_MASK)
-        value = widen(load_tile(v_at, j, d, keep, v_time, v_channel, D, False), DTYPE)
+        value = widen(load_tile(v_at, j_first, d, keep, v_time, v_channel, D, False), DTYPE)
         total += widen(tl.load(taps + d * W + c, mask=d < D, other=0.0), DTYPE)[None, :] * value
     if HAS_CONV_BIAS:
         total += widen(tl.load(conv_bias + d, mask=d < D, other=0.0), DTYPE)[None, :]
