@@ -16,7 +16,7 @@ from convkernels.testing.attention import INPUTS, AttentionProblem
 from convkernels.testing.inputs import LAYOUTS
 
 OP = "attention_grad"
-COUNT, INTERPRETED = 160, 32
+COUNT, INTERPRETED = 160, 12
 LIMITS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 SMALL = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,13 +29,13 @@ def random_problem(number):
         return rng.choice(options)
 
     dtype = choose(torch.float64, *SMALL)
-    length = choose(18, 33, 48, 70)
+    length = choose(18, 33, 48, 61)
     bias, query_rel, key_rel = choose(False, True), choose(0, 1, 2), choose(0, 0, 1, 2)
     groups, sharing = choose((1, 1), (2, 1), (1, 2))
     return AttentionProblem(
         batch=1,
         length=length,
-        keys=choose(length, length, 1, 37, 64),
+        keys=choose(length, length, 1, 37, 50),
         groups=groups,
         sharing=sharing,
         head_size=choose(3, 16, 17, 24),
@@ -78,6 +78,8 @@ def compare(ops, problem):
     expected_out, expected_lse = reference.attention(*in_double(problem.op_arguments(t)))
     expected = reference.attention_grad(*in_double(problem.grad_arguments(t, expected_out, expected_lse)))
     limit = LIMITS[problem.dtype]
+    # delta may carry the rounding of out, and with it that of the depthwise term.
+    backward = limit * (3 if problem.value_conv and problem.dtype in SMALL[1:] else 1)
     near("out", out, expected_out, limit, 0.0)
     seen = expected_lse.isfinite()
     assert torch.equal(seen, lse.isfinite())
@@ -85,7 +87,7 @@ def compare(ops, problem):
     size = t["grad"].double().norm() * problem.head_size**-0.5
     for name, a, b in zip(INPUTS, found, expected, strict=True):
         if t[name] is not None:
-            near(f"grad of {name}", a, b, max(limit, LIMITS[t[name].dtype]), size)
+            near(f"grad of {name}", a, b, max(backward, LIMITS[t[name].dtype]), size)
 
 
 def test_many_tiles(ops):
@@ -105,7 +107,7 @@ EDGES = {
     "window of one": dict(length=40, keys=40, left=0, right=0),
     "window behind all keys": dict(length=20, keys=20, left=0, right=40, causal=True),
     "table of many parts": dict(length=33, keys=33, left=60, right=3),
-    "negative scores": dict(length=33, keys=33, qk=False),
+    "no product of queries and keys": dict(length=33, keys=33, qk=False),
 }
 
 

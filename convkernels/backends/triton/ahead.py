@@ -174,8 +174,7 @@ class AttentionVariant:
 ATTENTION_VARIANTS = (
     AttentionVariant("attention D=64", left=8, right=8, bias=True, query_rel=True),
     AttentionVariant(
-        "attention packed causal D=128", channels=128, left=8, right=8, bias=True, query_rel=True, causal=True,
-        packed=True,
+        "attention packed causal D=128", channels=128, left=8, right=8, bias=True, causal=True, packed=True,
     ),
     AttentionVariant(
         "attention everything D=64", left=8, right=8, bias=True, query_rel=True, key_rel=True, value_conv=True,
