@@ -17,12 +17,16 @@ from ..machine_code import Resources, Rules, read_code, read_usage, run_tool
 from . import attention_launch, configs, launch
 
 ARCHITECTURES = (80, 90, 100)
+# The instruction by which each architecture's matrix unit multiplies at its full speed.
+MATRIX_UNITS = {"100": "tcgen05.mma", "90": "wgmma.mma_async", "80": "mma.sync"}
 RULES = Rules(
     Path(__file__).parent / "budget.json",
     "triton",
     triton.__version__,
     streaming=("conv_tile", "conv_band", "grad_tile", "grad_band", "grad_window"),
     banded=("conv_band", "grad_band"),
+    multiplying=("attention_forward", "grad_queries", "grad_keys"),
+    units=MATRIX_UNITS,
 )
 _TYPES = {
     torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64",
@@ -176,15 +180,6 @@ ATTENTION_VARIANTS = (
     AttentionVariant(
         "attention packed causal D=128", channels=128, left=8, right=8, bias=True, causal=True, packed=True,
     ),
-    AttentionVariant(
-        "attention everything D=64", left=8, right=8, bias=True, query_rel=True, key_rel=True, value_conv=True,
-        mask=True, dropout=0.1,
-    ),
-    AttentionVariant(
-        "attention banded D=128", channels=128, heads=64, shared=8, left=1023, outside=1, causal=True, query_rel=True,
-        rank=16,
-    ),
-    AttentionVariant("attention float32 D=64", left=8, right=8, bias=True, query_rel=True, dtype=torch.float32),
 )  # fmt: skip
 
 
@@ -216,12 +211,13 @@ def measure(variant: str, kernel, arguments: dict, architecture: int) -> Resourc
     """Compile one launch for one architecture and read its machine code."""
     what, options = source(kernel, arguments)
     compiled = triton.compile(what, target=GPUTarget("cuda", architecture, 32), options=options)
+    unit = next((name for name in MATRIX_UNITS.values() if name in compiled.asm["ptx"]), "")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = run_tool("cuobjdump", "--dump-resource-usage", file.name)
         code = run_tool("nvdisasm", "-c", file.name)
-    figures = read_usage(usage) | read_code(code) | {"shared": compiled.metadata.shared}
+    figures = read_usage(usage) | read_code(code) | {"shared": compiled.metadata.shared, "unit": unit}
     return Resources(variant, kernel.__name__, str(architecture), **figures)
 
 

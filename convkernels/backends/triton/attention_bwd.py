@@ -375,7 +375,8 @@ def grad_keys(
         shift = end - q_end
         j = first + tl.arange(0, BN)
         keep = real_keys(mask_at, j, begin, end, mask_time, HAS_MASK)
-        k_at, v_at = head_at(k, b, g, k_batch, k_head), head_at(v, b, g, v_batch, v_head)
+        keys = load_tile(head_at(k, b, g, k_batch, k_head), first, d, keep, k_time, k_channel, D, False)
+        values = load_tile(head_at(v, b, g, v_batch, v_head), first, d, keep, v_time, v_channel, D, False)
         key_total, value_total = tl.zeros([BN, DP], DTYPE), tl.zeros([BN, DP], DTYPE)
         # Seen from the keys the window is mirrored, and what is causal is what comes after.
         t0, t1, t2, t3, t4, t5 = tile_ranges(
@@ -398,8 +399,6 @@ def grad_keys(
                 at = key_edges + (b.to(tl.int64) * H + h) * S + j
                 edge_before = tl.load(at, mask=keep, other=0.0)
                 edge_after = tl.load(at + edge_plane, mask=keep, other=0.0)
-            keys = load_tile(k_at, first, d, keep, k_time, k_channel, D, False)
-            values = load_tile(v_at, first, d, keep, v_time, v_channel, D, False)
             if HAS_KEY_REL and not SLIDING:
                 by_key = key_columns(keys, key_table, column, valid, W, key_scale, D, False, DTYPE)
             for n in tl.range(0, t1 - t0 + t3 - t2 + t5 - t4, num_stages=NEAR_STAGES, disable_licm=True):
@@ -462,10 +461,6 @@ def grad_keys(
                     else:
                         columns += met
 
-            # As for queries, so that operands of two shapes of product are not held together.
-            tl.debug_barrier()
-            keys = load_tile(k_at, first, d, keep, k_time, k_channel, D, False)
-            values = load_tile(v_at, first, d, keep, v_time, v_channel, D, False)
             for n in tl.range(0, (t2 - t1 + t4 - t3) // (BM // NEAR)):
                 tile, is_before = far_tile(n, t1, t2, t3, BM // NEAR)
                 i = tile * BM + tl.arange(0, BM)
@@ -505,8 +500,6 @@ def grad_keys(
                         key_total = matrix(narrow(found, queries.dtype), queries, key_total)
 
             if COLUMNS and not SLIDING:
-                tl.debug_barrier()
-                keys = load_tile(k_at, first, d, keep, k_time, k_channel, D, False)
                 if EDGES:
                     columns = with_edges(columns, tl.where(keep, sum_before, 0.0), tl.where(keep, sum_after, 0.0), W)
                 key_total = key_columns_back(

@@ -66,7 +66,7 @@ def forward(shape: Shape) -> Pairs:
         return Pairs(64, 64, 32, 4 if shape.padded <= 64 else 8)
     if shape.padded <= 64:
         return Pairs(128, 64, 32, 8, 3)
-    return Pairs(64, 64, 16, 8, 3) if shape.products else Pairs(128, 64, 16, 8)
+    return Pairs(64, 64, 16, 8, 3)
 
 
 def backward(shape: Shape, keys: bool) -> Pairs:
