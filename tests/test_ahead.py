@@ -4,6 +4,7 @@ import dataclasses
 import os
 
 import pytest
+import torch
 
 from convkernels.backends import cuda_ahead, machine_code
 
@@ -17,12 +18,12 @@ def triton_ahead():
     return ahead
 
 
-def variants():
+def variants(name="VARIANTS"):
     try:
-        from convkernels.backends.triton.ahead import VARIANTS
+        from convkernels.backends.triton import ahead
     except ImportError:
         return []
-    return VARIANTS
+    return getattr(ahead, name)
 
 
 @pytest.mark.slow
@@ -38,12 +39,63 @@ def test_triton_budget(variant):
         assert (result.matrix > 0) == result.kernel.endswith("_band"), result
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", variants("ATTENTION_VARIANTS"), ids=lambda v: v.name)
+def test_triton_budget_of_attention(variant):
+    """On the matrix unit of the architecture, without spilling; the older ones for the kernels that do the work."""
+    ahead = triton_ahead()
+    results = ahead.measure_all(variant, (90,))
+    for kernel, arguments in variant.launches():
+        if kernel.__name__ == "attention_forward":
+            results.append(ahead.measure(variant.name, kernel, arguments, 80))
+    assert not ahead.RULES.violations(results)
+    units = {(result.kernel, result.architecture): result.unit for result in results}
+    assert units["attention_forward", "80"] == "mma.sync"
+    for kernel in ("attention_forward", "grad_queries", "grad_keys"):
+        assert units[kernel, "90"] == "wgmma.mma_async"
+
+
+def test_attention_is_compiled_once_for_all_lengths():
+    """What a launch is specialised for does not depend on the length, the window within its width, or the scale."""
+    ahead = triton_ahead()
+    from convkernels.backends.triton import attention_launch
+
+    def specialisations(length, left, scale, cu_seqlens=None):
+        q = torch.empty(2 if cu_seqlens is None else 1, length, 4, 64, dtype=torch.bfloat16, device="meta")
+        empty = q.new_empty
+        call = attention_launch.Call(
+            q, q, q, left, 3, 0, True, True, scale, scale, 0.1, torch.empty(1, dtype=torch.int64, device="meta"),
+            empty(4, left + 4), empty(64, left + 4), None, empty(64, left + 4), empty(4, 64, left + 4), None, None,
+            empty(q.shape[0], length, dtype=torch.bool), cu_seqlens, cu_seqlens,
+        )  # fmt: skip
+        lse = empty(q.shape[0], 4, length, dtype=torch.float32)
+        given = {name: getattr(call, name) for name in attention_launch.INPUTS}
+        results = {name: empty(0) if value is None else empty(value.shape) for name, value in given.items()}
+        launches = [
+            *attention_launch.forward_launches(call, q, lse),
+            *attention_launch.gradient_launches(call, q, None, q, lse, results),
+        ]
+        found = []
+        for kernel, _, arguments in launches:
+            what, options = ahead.source(kernel, arguments)
+            found.append((kernel.__name__, what.signature, what.constants, what.attrs, options))
+        return found
+
+    first = specialisations(512, 12, 0.125)
+    assert {name for name, *_ in first} >= {"attention_forward", "grad_queries", "grad_keys", "sum_taps"}
+    for length, left, scale in ((1, 12, 0.125), (129, 12, 0.125), (8192, 12, 0.125), (512, 9, 0.3)):
+        assert specialisations(length, left, scale) == first
+    boundaries = [torch.empty(n, dtype=torch.int32, device="meta") for n in (2, 9, 18)]
+    packed = [specialisations(500 * n, 12, 0.125, cu) for n, cu in zip((1, 3, 7), boundaries, strict=True)]
+    assert packed[0] == packed[1] == packed[2] != first
+
+
 def test_every_variant_has_a_budget():
     ahead = triton_ahead()
     budgeted = set(ahead.RULES.limits())
     if not budgeted:
         pytest.skip("the budget is that of another version of Triton")
-    for variant in ahead.VARIANTS:
+    for variant in (*ahead.VARIANTS, *ahead.ATTENTION_VARIANTS):
         for architecture in ahead.ARCHITECTURES:
             assert any(key.startswith(f"{variant.name} /") and key.endswith(f"sm_{architecture}") for key in budgeted)
 
@@ -74,6 +126,9 @@ def test_what_breaks_a_rule_is_found(tmp_path):
     assert "8 bytes of stack" in found(good, spills=8)
     assert "no 16-byte" in found(good, wide_stores=0)
     assert "no matrix instructions" in found(band, matrix=0)
+    newest = dataclasses.replace(rules, multiplying=("stream",), units={"90": "wgmma"})
+    assert newest.violations([dataclasses.replace(good, unit="wgmma")]) == []
+    assert "multiplies by mma, not" in newest.violations([dataclasses.replace(good, unit="mma")])[0]
     assert "registers 65, the budget has 64" in found(good, registers=65)
     assert "not in the budget" in found(good, variant="f16")
     # The figures of another compiler are not comparable.

@@ -111,3 +111,83 @@ def test_more_elements_than_32_bits_count(backend):
         y = ck.depthwise_conv1d(x, weight, padding="causal", backend=backend)[:, -40:]
         expected = ck.depthwise_conv1d(x[:, -60:], weight, padding="causal", backend="reference")[:, -40:]
     torch.testing.assert_close(y, expected)
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+ATTENDING = [name for name in BACKENDS if not ck.why_not(name, op="attention_grad", device="cuda")]
+attending = pytest.mark.parametrize(
+    "attending", ATTENDING or [pytest.param(None, marks=pytest.mark.skip("no backend for GPUs has attention yet"))]
+)
+
+
+def attention_inputs(length, heads=4, head_size=64, window=8, dtype=torch.bfloat16, batch=2):
+    shapes = {name: (batch, length, heads, head_size) for name in "qkv"}
+    shapes |= {"bias": (heads, 2 * window + 1), "query_rel": (head_size, 2 * window + 1)}
+    return {
+        name: values(shape, dtype, salt).cuda().requires_grad_() for salt, (name, shape) in enumerate(shapes.items())
+    }
+
+
+def attend(name, inputs, **options):
+    y = ck.composite_attention(**inputs, backend=name, **options)
+    return (y, *torch.autograd.grad(y, list(inputs.values()), torch.ones_like(y)))
+
+
+@attending
+@pytest.mark.parametrize("head_size", [64, 96, 128])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 2e-2), (torch.float16, 5e-3), (torch.float32, 1e-5)])
+def test_attention_agrees_with_float64(dtype, limit, causal, head_size, attending):
+    inputs = attention_inputs(1000, head_size=head_size, dtype=dtype)
+    exact = {name: value.detach().double().requires_grad_() for name, value in inputs.items()}
+    found = attend(attending, inputs, causal=causal)
+    for a, b in zip(found, attend("reference", exact, causal=causal), strict=True):
+        assert (a.double() - b).norm() <= limit * b.norm()
+
+
+@attending
+def test_attention_memory_is_linear(attending):
+    def peak(length):
+        inputs = attention_inputs(length)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        attend(attending, inputs)
+        return torch.cuda.max_memory_allocated() - before
+
+    peak(512)
+    assert peak(16384) <= 2.1 * peak(8192)
+
+
+@attending
+def test_attention_waits_for_nothing_and_is_compiled_once(attending):
+    mask = torch.ones(2, 512, dtype=torch.bool, device="cuda")
+    attend(attending, attention_inputs(512), key_mask=mask)
+    torch.cuda.synchronize()
+    compiled = []
+    if attending == "triton":
+        import triton
+
+        triton.knobs.runtime.jit_post_compile_hook = lambda **facts: compiled.append(facts) and None
+    calls = [(attention_inputs(n), torch.ones(2, n, dtype=torch.bool, device="cuda")) for n in (512, 300, 1, 1024)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for inputs, mask in calls:
+            attend(attending, inputs, key_mask=mask)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        if attending == "triton":
+            triton.knobs.runtime.jit_post_compile_hook = None
+    assert not compiled
+
+
+@attending
+def test_attention_over_a_long_sequence_is_deterministic(attending):
+    inputs = attention_inputs(32768, heads=2, batch=1)
+    first = attend(attending, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(attend(attending, inputs), first, strict=True))
+    # Its last queries see what a short call with only them sees.
+    tail = {name: value[:, -64:] if name == "q" else value for name, value in inputs.items()}
+    with torch.no_grad():
+        y = ck.composite_attention(**tail, backend="reference")
+    torch.testing.assert_close(first[0][:, -64:], y, rtol=2e-2, atol=2e-2)

@@ -6,14 +6,15 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 
 @dataclass(frozen=True)
 class Resources:
     """What one kernel takes. spills: bytes of stack per thread. wide and narrow: loads and stores of global memory of
-    16 bytes per thread or more, and of fewer. matrix: matrix instructions."""
+    16 bytes per thread or more, and of fewer. matrix: matrix instructions. unit: the matrix unit they are for, by the
+    name of its instruction in PTX, where that is known."""
 
     variant: str
     kernel: str
@@ -26,6 +27,7 @@ class Resources:
     wide_stores: int
     narrow_stores: int
     matrix: int
+    unit: str = ""
 
     @property
     def key(self) -> str:
@@ -85,6 +87,9 @@ class Rules:
     """Kernels that move whole tensors, 16 bytes at a time."""
     banded: tuple[str, ...] = ()
     """Kernels that multiply on matrix units."""
+    multiplying: tuple[str, ...] = ()
+    """Kernels that multiply on the newest matrix unit of their architecture, one of ``units``."""
+    units: dict[str, str] = field(default_factory=dict)
 
     def limits(self) -> dict[str, dict[str, int]]:
         """The committed budget by key; empty for another version of the compiler."""
@@ -101,6 +106,8 @@ class Rules:
                 found.append(f"{result.key}: no 16-byte loads and stores")
             if result.kernel in self.banded and not result.matrix:
                 found.append(f"{result.key}: no matrix instructions")
+            if result.kernel in self.multiplying and result.unit != self.units[result.architecture]:
+                found.append(f"{result.key}: multiplies by {result.unit or 'nothing'}, not on its matrix unit")
             if limits:
                 allowed = limits.get(result.key)
                 if allowed is None:

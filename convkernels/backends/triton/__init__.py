@@ -28,7 +28,8 @@ def load() -> str | None:
         return f"Triton does not import: {error}"
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
         return f"Triton {triton.__version__} is older than {'.'.join(map(str, OLDEST))}"
-    from . import launch
+    from . import attention_launch, launch
 
     KERNELS.update(tap_conv=launch.tap_conv, tap_grad=launch.tap_grad, tap_step=launch.tap_step)
+    KERNELS.update(attention=attention_launch.attention, attention_grad=attention_launch.attention_grad)
     return None

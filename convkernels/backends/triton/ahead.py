@@ -14,15 +14,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..machine_code import Resources, Rules, read_code, read_usage, run_tool
-from . import configs, launch
+from . import attention_launch, configs, launch
 
 ARCHITECTURES = (80, 90, 100)
+# The instruction by which each architecture's matrix unit multiplies at its full speed.
+MATRIX_UNITS = {"100": "tcgen05.mma", "90": "wgmma.mma_async", "80": "mma.sync"}
 RULES = Rules(
     Path(__file__).parent / "budget.json",
     "triton",
     triton.__version__,
     streaming=("conv_tile", "conv_band", "grad_tile", "grad_band", "grad_window"),
     banded=("conv_band", "grad_band"),
+    multiplying=("attention_forward", "grad_queries", "grad_keys"),
+    units=MATRIX_UNITS,
 )
 _TYPES = {
     torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64",
@@ -116,6 +120,69 @@ VARIANTS = (
 )
 
 
+@dataclass(frozen=True)
+class AttentionVariant:
+    """A problem of attention with contiguous tensors, as models have it. rank: R of a separate rel_query."""
+
+    name: str
+    channels: int = 64
+    heads: int = 16
+    shared: int = 16
+    left: int = 0
+    right: int = 0
+    outside: int = 0
+    causal: bool = False
+    dropout: float = 0.0
+    bias: bool = False
+    query_rel: bool = False
+    rank: int = 0
+    key_rel: bool = False
+    value_conv: bool = False
+    mask: bool = False
+    packed: bool = False
+    dtype: torch.dtype = torch.bfloat16
+
+    def launches(self) -> Iterator[tuple]:
+        """(kernel, arguments) of the forward and the backward pass; of equal kernels the first."""
+        batch, time, H, D, W = 1 if self.packed else 8, 4096, self.heads, self.channels, self.left + self.right + 1
+
+        def empty(*shape, given=True, dtype=self.dtype):
+            return torch.empty(shape, dtype=dtype, device="meta") if given else None
+
+        q, k, v = empty(batch, time, H, D), empty(batch, time, self.shared, D), empty(batch, time, self.shared, D)
+        cu_seqlens = empty(9, given=self.packed, dtype=torch.int32)
+        call = attention_launch.Call(
+            q, k, v, self.left, self.right, self.outside, self.causal, True, D**-0.5,
+            1.0 if self.rank else D**-0.5, self.dropout, empty(1, dtype=torch.int64), empty(H, W, given=self.bias),
+            empty(self.rank or D, W, given=self.query_rel), empty(batch, time, H, self.rank, given=self.rank > 0),
+            empty(D, W, given=self.key_rel), empty(H, D, W, given=self.value_conv),
+            empty(H, D, given=self.value_conv), empty(H, given=self.value_conv),
+            empty(batch, time, given=self.mask, dtype=torch.bool), cu_seqlens, cu_seqlens,
+        )  # fmt: skip
+        out, lse = torch.empty_like(q), empty(batch, H, time, dtype=torch.float32)
+        results = {}
+        for name in attention_launch.INPUTS:
+            value = getattr(call, name)
+            results[name] = empty(0) if value is None else empty(*value.shape)
+        seen = set()
+        for launches in (
+            attention_launch.forward_launches(call, out, lse),
+            attention_launch.gradient_launches(call, out, None, out, lse, results),
+        ):
+            for kernel, _, arguments in launches:
+                if kernel.__name__ not in seen:
+                    seen.add(kernel.__name__)
+                    yield kernel, arguments
+
+
+ATTENTION_VARIANTS = (
+    AttentionVariant("attention D=64", left=8, right=8, bias=True, query_rel=True),
+    AttentionVariant(
+        "attention packed causal D=128", channels=128, left=8, right=8, bias=True, causal=True, packed=True,
+    ),
+)  # fmt: skip
+
+
 def source(kernel, arguments: dict) -> tuple[ASTSource, dict]:
     """What the compiler gets for a launch, specialised as a launch would be: integers that are 1 become constants,
     divisibility by 16 is passed on."""
@@ -124,7 +191,8 @@ def source(kernel, arguments: dict) -> tuple[ASTSource, dict]:
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value = rest.pop(parameter.name)
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+        varies = parameter.do_not_specialize
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and not varies):
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value
         elif isinstance(value, torch.Tensor):
@@ -132,7 +200,7 @@ def source(kernel, arguments: dict) -> tuple[ASTSource, dict]:
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not varies:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     if rest:
         raise TypeError(f"{kernel.__name__}: no parameters for {sorted(rest)}")
@@ -143,16 +211,17 @@ def measure(variant: str, kernel, arguments: dict, architecture: int) -> Resourc
     """Compile one launch for one architecture and read its machine code."""
     what, options = source(kernel, arguments)
     compiled = triton.compile(what, target=GPUTarget("cuda", architecture, 32), options=options)
+    unit = next((name for name in MATRIX_UNITS.values() if name in compiled.asm["ptx"]), "")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = run_tool("cuobjdump", "--dump-resource-usage", file.name)
         code = run_tool("nvdisasm", "-c", file.name)
-    figures = read_usage(usage) | read_code(code) | {"shared": compiled.metadata.shared}
+    figures = read_usage(usage) | read_code(code) | {"shared": compiled.metadata.shared, "unit": unit}
     return Resources(variant, kernel.__name__, str(architecture), **figures)
 
 
-def measure_all(variant: Variant, architectures=ARCHITECTURES) -> list[Resources]:
+def measure_all(variant: Variant | AttentionVariant, architectures=ARCHITECTURES) -> list[Resources]:
     """Every launch of a variant for every architecture."""
     return [
         measure(variant.name, kernel, arguments, architecture)
