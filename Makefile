@@ -121,13 +121,13 @@ mutants: install
 	$(BIN)/python scripts/mutations.py --backend cuda
 
 # The tests of the triton backend in Triton's interpreter: all sizes of problem, one in EVERY of each test's cases.
-EVERY ?= 32
+EVERY ?= 48
 interpreted: install
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -k triton -m "not slow" --every $(EVERY) $(PYTEST_FLAGS)
 
 # The tests of the cuda backend, its kernels on this CPU: all recorded results, one in SIMULATED_EVERY of each other
 # test's cases, and random problems with the threads of a block in five other orders.
-SIMULATED_EVERY ?= 3
+SIMULATED_EVERY ?= 6
 simulated: export CONVKERNELS_SIMT = 1
 simulated: install simt-build
 	$(BIN)/python -m pytest -n $(WORKERS) -k cuda tests/test_golden.py $(PYTEST_FLAGS)
