@@ -1,0 +1,34 @@
+// Host entry points of the kernels of attention. Each returns nullptr, or the reason why it could not run.
+#pragma once
+
+#include "attention_config.h"
+#include "attention_problem.h"
+
+namespace ck::cuda {
+
+// One template per family, instantiated per type in instantiate/.
+template <class T>
+struct PlainAttention {
+  static const char* forward(const AttentionForward& p, Stream stream);
+  static const char* queries(const AttentionBackward& p, Stream stream);
+  static const char* keys(const AttentionBackward& p, Stream stream);
+  static const char* taps(const AttentionBackward& p, Stream stream);
+};
+
+// The sums that end every backward pass; C is the accumulation type.
+template <class C>
+struct ReduceAttention {
+  static const char* tables(const AttentionBackward& p, Stream stream);
+};
+
+// What the choice of kernels depends on.
+AttentionFacts facts_of(const AttentionForward& p);
+AttentionFacts facts_of(const AttentionBackward& p);
+
+// Bytes that a pass needs besides its arguments.
+int64_t workspace_bytes(const AttentionForward& p);
+const char* attention(AttentionForward p, void* workspace, Stream stream);
+int64_t workspace_bytes(const AttentionBackward& p);
+const char* attention_grad(AttentionBackward p, void* workspace, Stream stream);
+
+}  // namespace ck::cuda
