@@ -17,14 +17,17 @@ inline const char* name_of(AttentionFamily family) { return family == AttentionF
 struct AttentionFacts {
   int64_t batch = 1, queries = 1, keys = 1, heads = 1, groups = 1, channels = 64, rank = 64, window = 1, sequences = 1;
   Dtype dtype = Dtype::kBFloat16;
-  bool packed = false, query_rel = false, key_rel = false, bias = false, dropout = false;
-  bool channel_vectors = true;  // every tensor like q can be read 16 bytes at a time along its channels
+  bool packed = false, relative = false, low_rank = false;  // relative: some relative term, low_rank: rel_query
+  bool positive_scale = true;
   int64_t multiprocessors = 132;
 };
 
 struct AttentionPlan {
   AttentionFamily family = AttentionFamily::kPlain;
-  int64_t channels = 0;                    // of the tensor kernels, padded
+  int64_t channels = 0;      // of the tensor kernels, padded
+  bool resident = false;     // the forward pass keeps all keys and values in shared memory
+  int64_t shared_bytes = 0;  // of a block of the tensor kernels' forward pass
+  int64_t strip_pitch = 0;
   int64_t query_parts = 1, key_parts = 1;  // pieces of a head's tiles; their sums for tables are added at the end
   int64_t tap_parts = 1;
 };
@@ -51,6 +54,46 @@ constexpr int64_t kPlainQueryRoom = kPlainPairs + kPlainWeights + 2 * kPlainTile
 constexpr int64_t kPlainKeyRoom =
     kPlainPairs + 2 * kPlainWeights + 2 * kPlainTileThreads + 2 * kPlainTileKeys * kPlainSlice;
 
+// ---- tensor: tiles of 64 or 128 queries
+
+constexpr int kTensorWarps = 4, kTensorThreads = 32 * kTensorWarps;
+constexpr int64_t kTensorChannels = 128;  // at most
+constexpr int64_t kResidentKeys = 256;    // at most
+// What a multiprocessor has, on every architecture served.
+constexpr int64_t kTensorSharedMemory = 160 << 10;
+
+constexpr int kForwardKeys = 32;  // of a tile
+// Fragments of 16 queries of a warp: more share what is read of the keys, and take registers.
+template <int D>
+constexpr int kForwardFragments = D <= 96 ? 2 : 1;
+template <int D>
+constexpr int kForwardRows = 16 * kForwardFragments<D> * kTensorWarps;
+
+inline int64_t forward_rows(int64_t channels) { return channels <= 96 ? kForwardRows<96> : kForwardRows<128>; }
+
+constexpr int64_t round_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Columns that 16 queries and a tile of keys meet, in whole fragments; from row to row an odd number.
+inline int64_t strip_pitch_of(int64_t window, int64_t keys) {
+  return round_to(window < keys + 15 ? window : keys + 15, 8) + 1;
+}
+
+inline int64_t padded_rank(const AttentionFacts& f, int64_t channels) {
+  return f.low_rank ? round_to(f.rank, 16) : channels;
+}
+
+inline int64_t forward_bytes(const AttentionFacts& f, const AttentionPlan& plan, int64_t stages) {
+  const int64_t pitch = plan.channels + 8, rows = forward_rows(plan.channels), keys = kForwardKeys;
+  return 2 * (rows * (pitch + (f.low_rank ? padded_rank(f, plan.channels) + 8 : 0)) + stages * 2 * keys * pitch) +
+         4 * kTensorWarps * 16 * plan.strip_pitch;
+}
+
+inline bool tensor_possible(const AttentionFacts& f) {
+  const bool narrow = f.dtype == Dtype::kBFloat16 || f.dtype == Dtype::kFloat16;
+  // The largest score is found before the scale is applied.
+  return narrow && f.channels <= kTensorChannels && f.rank <= kTensorChannels && f.positive_scale && f.queries > 0;
+}
+
 // ---- sums over positions
 
 constexpr int kTapRows = 64;  // queries of a tile of the kernel for the depthwise term's tables
@@ -66,14 +109,27 @@ inline int64_t parts_of(int64_t units, int64_t tiles, int64_t multiprocessors) {
 inline AttentionPlan plan_attention(const AttentionFacts& f, bool backward) {
   AttentionPlan plan;
   const int64_t units = f.batch * f.heads;
-  if (backward) {
-    const auto parts = [&](int64_t heads, int64_t positions, int64_t size) {
-      return parts_of(heads, attention_tiles(positions, f.sequences, f.packed, size), f.multiprocessors);
-    };
-    plan.query_parts = parts(units, f.queries, kPlainTileRows);
-    plan.key_parts = parts(f.batch * f.groups, f.keys, kPlainTileKeys);
-    plan.tap_parts = parts(units, f.queries, kTapRows);
+  const auto tiles = [&](int64_t positions, int64_t size) {
+    return attention_tiles(positions, f.sequences, f.packed, size);
+  };
+  if (!backward) {
+    if (!tensor_possible(f)) return plan;
+    plan.family = AttentionFamily::kTensor;
+    plan.channels = round_to(f.channels, 32);
+    constexpr int64_t keys = kForwardKeys;
+    plan.strip_pitch = f.relative ? strip_pitch_of(f.window, keys) : 0;
+    const int64_t all = (f.keys + keys - 1) / keys;
+    plan.resident =
+        !f.packed && f.keys <= kResidentKeys && f.keys > 0 && forward_bytes(f, plan, all) <= kTensorSharedMemory;
+    plan.shared_bytes = forward_bytes(f, plan, plan.resident ? all : 2);
+    // Who keeps the keys may as well serve several tiles of queries.
+    plan.query_parts = tiles(f.queries, forward_rows(plan.channels));
+    if (plan.resident) plan.query_parts = parts_of(units, plan.query_parts, f.multiprocessors);
+    return plan;
   }
+  plan.query_parts = parts_of(units, tiles(f.queries, kPlainTileRows), f.multiprocessors);
+  plan.key_parts = parts_of(f.batch * f.groups, tiles(f.keys, kPlainTileKeys), f.multiprocessors);
+  plan.tap_parts = parts_of(units, tiles(f.queries, kTapRows), f.multiprocessors);
   return plan;
 }
 

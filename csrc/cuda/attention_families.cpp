@@ -1,7 +1,6 @@
 // From an attention to the launches that compute it. No device code.
 #include "attention_families.h"
 
-#include <initializer_list>
 #include <type_traits>
 
 #include "../common/switch.h"
@@ -13,38 +12,12 @@ int64_t multiprocessors();
 
 namespace {
 
-constexpr int64_t kVectorBytes = 16;
-
-void look_at(AttentionFacts& f, const HeadRows& rows, int64_t channels) {
-  if (rows.data == nullptr) return;
-  const int64_t size = size_of(f.dtype);
-  const auto whole = [&](int64_t stride) { return stride * size % kVectorBytes == 0; };
-  f.channel_vectors = f.channel_vectors && rows.channel == 1 && whole(channels) && whole(rows.batch) &&
-                      whole(rows.time) && whole(rows.head) &&
-                      reinterpret_cast<uintptr_t>(rows.data) % kVectorBytes == 0;
-}
-
-AttentionFacts common_facts(const Attention& p) {
-  AttentionFacts f;
-  f.batch = p.batch;
-  f.queries = p.queries;
-  f.keys = p.keys;
-  f.heads = p.heads;
-  f.groups = p.groups;
-  f.channels = p.channels;
-  f.rank = p.rank;
-  f.window = p.window();
-  f.sequences = p.sequences;
-  f.dtype = p.dtype;
-  f.packed = p.query_offsets != nullptr;
-  f.query_rel = p.query_rel.data != nullptr;
-  f.key_rel = p.key_rel.data != nullptr;
-  f.bias = p.bias.data != nullptr;
-  f.dropout = p.seed != nullptr;
-  f.multiprocessors = multiprocessors();
-  for (const HeadRows* rows : {&p.q, &p.k, &p.v}) look_at(f, *rows, p.channels);
-  look_at(f, p.rel_query, p.rank);
-  return f;
+// Whether a tensor can be read 16 bytes at a time along its channels.
+bool whole_vectors(const HeadRows& rows, int64_t channels, Dtype dtype) {
+  constexpr int64_t kVectorBytes = 16;
+  const auto whole = [&](int64_t elements) { return elements * size_of(dtype) % kVectorBytes == 0; };
+  return rows.data == nullptr || (rows.channel == 1 && whole(channels) && whole(rows.batch) && whole(rows.time) &&
+                                  whole(rows.head) && reinterpret_cast<uintptr_t>(rows.data) % kVectorBytes == 0);
 }
 
 // Positions are counted in 32 bits.
@@ -53,6 +26,30 @@ const char* check_size(const Attention& p) {
   return p.queries < kMost && p.keys < kMost && p.left < kMost && p.right < kMost
              ? nullptr
              : "attention: expected fewer than 2^28 queries, keys and columns";
+}
+
+// Enters where the tensor kernels' tables go, and how they are cut. Returns the bytes they take.
+int64_t assign(TensorTables& t, const Attention& p, const AttentionPlan& plan, Rooms rooms) {
+  if (plan.family != AttentionFamily::kTensor) return rooms.used();
+  const int64_t W = p.window();
+  t.channel_pitch = plan.channels;
+  t.rank_pitch = p.rel_query.data != nullptr ? round_to(p.rank, 16) : plan.channels;
+  t.strip_pitch = plan.strip_pitch;
+  t.query_terms = p.query_rel.dtype == p.dtype ? 1 : 2;
+  t.key_terms = p.key_rel.dtype == p.dtype ? 1 : 2;
+  const auto heads = [&](const HeadTable& table) { return table.per_head ? p.heads : 1; };
+  // Rooms are counted in float32.
+  if (p.query_rel.data != nullptr)
+    t.query_rel = rooms.take(heads(p.query_rel) * t.query_terms * W * t.rank_pitch / 2);
+  if (p.key_rel.data != nullptr) t.key_rel = rooms.take(heads(p.key_rel) * t.key_terms * W * t.channel_pitch / 2);
+  if (p.bias.data != nullptr) t.bias = static_cast<float*>(rooms.take(p.heads * W));
+  if (p.value_conv.data != nullptr) t.taps = static_cast<float*>(rooms.take(p.heads * W * t.channel_pitch));
+  if (p.key_rel.data != nullptr && p.clips())
+    t.key_edges = static_cast<float*>(rooms.take(p.batch * p.heads * 2 * p.keys));
+  t.vectors = whole_vectors(p.q, p.channels, p.dtype) && whole_vectors(p.k, p.channels, p.dtype) &&
+              whole_vectors(p.v, p.channels, p.dtype);
+  t.rank_vectors = whole_vectors(p.rel_query, p.rank, p.dtype);
+  return rooms.used();
 }
 
 // Enters where partial sums go. Returns the bytes they take.
@@ -72,25 +69,43 @@ int64_t assign(AttentionBackward& p, const AttentionPlan& plan, void* workspace)
 
 }  // namespace
 
-AttentionFacts facts_of(const AttentionForward& p) {
-  AttentionFacts f = common_facts(p);
-  look_at(f, p.out, p.channels);
+AttentionFacts facts_of(const Attention& p) {
+  AttentionFacts f;
+  f.batch = p.batch;
+  f.queries = p.queries;
+  f.keys = p.keys;
+  f.heads = p.heads;
+  f.groups = p.groups;
+  f.channels = p.channels;
+  f.rank = p.rank;
+  f.window = p.window();
+  f.sequences = p.sequences;
+  f.dtype = p.dtype;
+  f.packed = p.query_offsets != nullptr;
+  f.relative = p.has_columns();
+  f.low_rank = p.rel_query.data != nullptr;
+  f.positive_scale = p.scale > 0;
+  f.multiprocessors = multiprocessors();
   return f;
 }
 
-AttentionFacts facts_of(const AttentionBackward& p) {
-  AttentionFacts f = common_facts(p);
-  for (const HeadRows* rows : {&p.out, &p.grad, &p.grad_q, &p.grad_k, &p.grad_v}) look_at(f, *rows, p.channels);
-  look_at(f, p.grad_rel_query, p.rank);
-  return f;
+int64_t workspace_bytes(const AttentionForward& p) {
+  TensorTables tables;
+  return assign(tables, p, plan_attention(facts_of(p), false), Rooms(nullptr, p.dtype));
 }
 
-int64_t workspace_bytes(const AttentionForward&) { return 0; }
-
-const char* attention(AttentionForward p, void*, Stream stream) {
+const char* attention(const AttentionForward& p, void* workspace, Stream stream) {
   if (const char* reason = check_size(p)) return reason;
+  const AttentionPlan plan = plan_attention(facts_of(p), false);
   return with_dtype(p.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
+    if constexpr (sizeof(T) == 2)
+      if (plan.family == AttentionFamily::kTensor) {
+        TensorTables tables;
+        assign(tables, p, plan, Rooms(workspace, p.dtype));
+        tables.vectors = tables.vectors && whole_vectors(p.out, p.channels, p.dtype);
+        return TensorAttention<T>::forward(p, tables, plan, stream);
+      }
     return PlainAttention<T>::forward(p, stream);
   });
 }

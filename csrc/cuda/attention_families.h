@@ -15,6 +15,13 @@ struct PlainAttention {
   static const char* taps(const AttentionBackward& p, Stream stream);
 };
 
+// bfloat16 and float16.
+template <class T>
+struct TensorAttention {
+  static const char* forward(const AttentionForward& p, const TensorTables& t, const AttentionPlan& plan,
+                             Stream stream);
+};
+
 // The sums that end every backward pass; C is the accumulation type.
 template <class C>
 struct ReduceAttention {
@@ -22,12 +29,11 @@ struct ReduceAttention {
 };
 
 // What the choice of kernels depends on.
-AttentionFacts facts_of(const AttentionForward& p);
-AttentionFacts facts_of(const AttentionBackward& p);
+AttentionFacts facts_of(const Attention& p);
 
 // Bytes that a pass needs besides its arguments.
 int64_t workspace_bytes(const AttentionForward& p);
-const char* attention(AttentionForward p, void* workspace, Stream stream);
+const char* attention(const AttentionForward& p, void* workspace, Stream stream);
 int64_t workspace_bytes(const AttentionBackward& p);
 const char* attention_grad(AttentionBackward p, void* workspace, Stream stream);
 

@@ -99,7 +99,7 @@ class PlainPairs {
     if (p_.qk) multiply(s, p_.q, p_.k);
     const int j = key_ + lane, W = static_cast<int>(p_.window());
     const bool real = j < keys_end_ && real_key(p_, b_, j);
-#pragma unroll 1
+#pragma unroll
     for (int r = 0; r < kOwn; ++r) {
       s[r] *= static_cast<C>(p_.scale);
       const int i = query_ + row(r);
@@ -125,7 +125,9 @@ class PlainPairs {
       if (p_.seed == nullptr) continue;
       const int64_t i = query_ + row(r), j = key_ + lane;
       const PhiloxBlock words = pair_words(static_cast<uint64_t>(*p_.seed), b_, h_, i, j / 4);
-      keep[r] = words.word[j % 4] >= p_.drop_below ? static_cast<C>(p_.keep_scale) : C{0};
+      const uint32_t low = j % 2 == 0 ? words.word[0] : words.word[1];
+      const uint32_t high = j % 2 == 0 ? words.word[2] : words.word[3];
+      keep[r] = (j % 4 < 2 ? low : high) >= p_.drop_below ? static_cast<C>(p_.keep_scale) : C{0};
     }
   }
 
@@ -265,6 +267,7 @@ void attention_plain_queries(const CK_PARAM AttentionBackward p, int64_t tiles, 
     if (tile.count <= 0) continue;
     pairs.set_queries(tile.first, tile.count);
     C lse[kOwn], delta[kOwn], outer[kOwn][2];
+#pragma unroll
     for (int r = 0; r < kOwn; ++r) {
       const int i = tile.first + pairs.row(r);
       lse[r] = pairs.row(r) < tile.count ? at<C>(p.lse, b, h, i) : C{0};
@@ -284,6 +287,7 @@ void attention_plain_queries(const CK_PARAM AttentionBackward p, int64_t tiles, 
         pairs.scores(s, sees, tile);
         pairs.multiply(dp, p.grad, p.v);
         pairs.draw(keep);
+#pragma unroll
         for (int r = 0; r < kOwn; ++r) {
           const C probable = probability(sees[r], s[r], lse[r]);
           if (pass == 0) {
@@ -300,6 +304,7 @@ void attention_plain_queries(const CK_PARAM AttentionBackward p, int64_t tiles, 
         for (int c = 0; c < channels && p.qk; c += 32) {
           pairs.stage_keys(p.k, d0 + c);
           __syncthreads();
+#pragma unroll
           for (int r = 0; r < kOwn; ++r) {
             C sum = 0;
             for (int n = 0; n < Pairs::kKeys; ++n)
@@ -310,6 +315,7 @@ void attention_plain_queries(const CK_PARAM AttentionBackward p, int64_t tiles, 
         }
         if (!folds) continue;
         __syncthreads();
+#pragma unroll
         for (int r = 0; r < kOwn; ++r) {
           const int first = tap_of_pair(p, tile, tile.first + pairs.row(r), j0);  // of lane 0
           for (int d = lane; d < rank; d += 32) {
@@ -342,6 +348,7 @@ void attention_plain_queries(const CK_PARAM AttentionBackward p, int64_t tiles, 
         __syncthreads();
       }
       if (pass == 0) {
+#pragma unroll
         for (int r = 0; r < kOwn; ++r) {
           delta[r] = warp_sum(delta[r]);
           const int i = tile.first + pairs.row(r);
@@ -354,7 +361,9 @@ void attention_plain_queries(const CK_PARAM AttentionBackward p, int64_t tiles, 
     }
     if (!p.needs_queries()) continue;
     if (folds && p.clips()) {
+#pragma unroll
       for (int r = 0; r < kOwn; ++r)
+#pragma unroll
         for (int side = 0; side < 2; ++side) {
           outer[r][side] = warp_sum(outer[r][side]);
           const int64_t c = side == 0 ? 0 : W - 1;
@@ -377,6 +386,7 @@ void attention_plain_queries(const CK_PARAM AttentionBackward p, int64_t tiles, 
         __syncthreads();
       }
     }
+#pragma unroll
     for (int r = 0; r < kOwn; ++r) {
       if (pairs.row(r) >= tile.count) continue;
       const int i = tile.first + pairs.row(r);

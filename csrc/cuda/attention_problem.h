@@ -18,6 +18,19 @@ struct Attention : ck::Attention {
   double keep_scale = 1.0;  // and multiplies the others by this
 };
 
+// The tables as the tensor kernels read them, made by a kernel of their own: as sums of one or two numbers of q's type,
+// [heads or 1][terms][window][pitch], key_rel with its columns reversed; the others in float32.
+struct TensorTables {
+  void *query_rel = nullptr, *key_rel = nullptr;
+  int64_t query_terms = 1, key_terms = 1;
+  int64_t rank_pitch = 0, channel_pitch = 0;  // zeros fill it up
+  float* bias = nullptr;       // [heads][window], times log2(e)
+  float* taps = nullptr;       // [heads][window][channel_pitch], times value_conv_scale
+  float* key_edges = nullptr;  // [batch][heads][2][keys]: what key_rel adds left and right of the window
+  int64_t strip_pitch = 0;     // of what relative terms add to 16 queries, in shared memory
+  bool vectors = false, rank_vectors = false;  // tensors like q, and rel_query, can be read 16 bytes at a time
+};
+
 struct AttentionForward : Attention {
   HeadRows out;
   HeadScalars lse;

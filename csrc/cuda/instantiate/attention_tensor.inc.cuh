@@ -1,0 +1,50 @@
+// Included once per type, with CK_TYPE defined.
+#include "../attention_families.h"
+#include "../attention_fwd.cuh"
+#include "attention_launch.cuh"
+
+namespace ck::cuda {
+
+// Calls body with the padded number of channels as a constant.
+template <class Body>
+const char* with_channels(int64_t channels, const Body& body) {
+  switch (channels) {
+    case 32: return body(std::integral_constant<int, 32>{});
+    case 64: return body(std::integral_constant<int, 64>{});
+    case 96: return body(std::integral_constant<int, 96>{});
+    case 128: return body(std::integral_constant<int, 128>{});
+    default: return "attention: the tensor kernels are for up to 128 channels";
+  }
+}
+
+// The tables, where there are any.
+template <class T>
+const char* prepare(const Attention& p, const TensorTables& t, Stream stream) {
+  const char* status = nullptr;
+  if (t.query_rel != nullptr || t.key_rel != nullptr || t.bias != nullptr || t.taps != nullptr) {
+    const int64_t elements = p.heads * p.window() * most(t.rank_pitch, t.channel_pitch);
+    status = launch_blocks(attention_tables<T>, least(ceil_div(elements, kTensorThreads), int64_t{1024}),
+                           kTensorThreads, 0, stream, p, t);
+  }
+  if (status == nullptr && t.key_edges != nullptr)
+    status = launch_blocks(attention_key_edges<T>, ceil_div(p.batch * p.heads * p.keys, kTensorWarps), kTensorThreads, 0,
+                           stream, p, t);
+  return status;
+}
+
+template <class T>
+const char* TensorAttention<T>::forward(const AttentionForward& p, const TensorTables& t, const AttentionPlan& plan,
+                                        Stream stream) {
+  if (const char* status = prepare<T>(p, t, stream)) return status;
+  return with_channels(plan.channels, [&](auto d) {
+    constexpr int kChannels = decltype(d)::value;
+    const int64_t tiles =
+        attention_tiles(p.queries, p.sequences, p.query_offsets != nullptr, kForwardRows<kChannels>);
+    return launch_blocks(attention_forward<T, kChannels>, plan.query_parts * p.batch * p.heads, kTensorThreads,
+                         plan.shared_bytes, stream, p, t, tiles, plan.query_parts, plan.resident);
+  });
+}
+
+template struct TensorAttention<CK_TYPE>;
+
+}  // namespace ck::cuda
