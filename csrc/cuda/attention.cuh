@@ -14,8 +14,9 @@ struct AttentionTile {
   int query_begin, query_end, key_begin, key_end;  // the sequence
   int shift;                                       // query i stands at i + shift among the keys
 
-  // Number `tile` of those that attention_tiles() counts; `keys`: of keys, not of queries.
-  CK_DEVICE AttentionTile(const Attention& p, int64_t tile, int size, bool keys) {
+  // Number `tile` of those that attention_tiles() counts; `keys`: of keys, not of queries. `aligned`: it begins at a
+  // multiple of its size, which may lie before its sequence.
+  CK_DEVICE AttentionTile(const Attention& p, int64_t tile, int size, bool keys, bool aligned = false) {
     query_begin = key_begin = 0;
     query_end = static_cast<int>(p.queries);
     key_end = static_cast<int>(p.keys);
@@ -31,7 +32,7 @@ struct AttentionTile {
       query_begin = offset(p, low, false), query_end = offset(p, low + 1, false);
       key_begin = offset(p, low, true), key_end = offset(p, low + 1, true);
       const int begin = keys ? key_begin : query_begin;
-      first = begin + (static_cast<int>(tile) - begin / size - low) * size;
+      first = (static_cast<int>(tile) - low) * size + (aligned ? 0 : begin % size);
     }
     count = least(size, (keys ? key_end : query_end) - first);
     shift = key_end - query_end;

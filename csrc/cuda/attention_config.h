@@ -26,8 +26,9 @@ struct AttentionPlan {
   AttentionFamily family = AttentionFamily::kPlain;
   int64_t channels = 0;      // of the tensor kernels, padded
   bool resident = false;     // the forward pass keeps all keys and values in shared memory
-  int64_t shared_bytes = 0;  // of a block of the tensor kernels' forward pass
-  int64_t strip_pitch = 0;
+  int64_t shared_bytes = 0;  // of a block of the tensor kernels
+  int64_t strip_pitch = 0, grad_pitch = 0;
+  int64_t key_shared_bytes = 0;            // of the pass over the keys; shared_bytes is that of the queries
   int64_t query_parts = 1, key_parts = 1;  // pieces of a head's tiles; their sums for tables are added at the end
   int64_t tap_parts = 1;
 };
@@ -78,6 +79,16 @@ inline int64_t strip_pitch_of(int64_t window, int64_t keys) {
   return round_to(window < keys + 15 ? window : keys + 15, 8) + 1;
 }
 
+// The backward passes: tiles of 64 queries that meet 32 keys at a time, and the other way round.
+constexpr int kGradRows = 16 * kTensorWarps, kGradOthers = 32;
+// Gradients of windows up to this size stay in shared memory until all keys, or queries, have been met.
+constexpr int64_t kWholeStrip = 64;
+
+inline int64_t grad_pitch_of(int64_t window) {
+  const int64_t met = kGradOthers + 15;
+  return round_to(window <= kWholeStrip || window < met ? window : met, 16) + 1;
+}
+
 inline int64_t padded_rank(const AttentionFacts& f, int64_t channels) {
   return f.low_rank ? round_to(f.rank, 16) : channels;
 }
@@ -88,10 +99,19 @@ inline int64_t forward_bytes(const AttentionFacts& f, const AttentionPlan& plan,
          4 * kTensorWarps * 16 * plan.strip_pitch;
 }
 
+inline int64_t backward_bytes(const AttentionFacts& f, const AttentionPlan& plan, bool keys) {
+  const int64_t pitch = plan.channels + 8, rank = padded_rank(f, plan.channels), rel = f.low_rank ? rank + 8 : 0;
+  const int64_t own = kGradRows * (2 * pitch + (keys ? 0 : rel));
+  const int64_t others = 2 * kGradOthers * (2 * pitch + (keys ? rel : 0));
+  const int64_t sums = (keys || rank < plan.channels ? plan.channels : rank) + 4;
+  return 2 * (own + others) + (keys ? 4 * 2 * 4 * kGradOthers : 0) +
+         4 * kTensorWarps * 16 * (plan.strip_pitch + plan.grad_pitch + sums);
+}
+
 inline bool tensor_possible(const AttentionFacts& f) {
   const bool narrow = f.dtype == Dtype::kBFloat16 || f.dtype == Dtype::kFloat16;
   // The largest score is found before the scale is applied.
-  return narrow && f.channels <= kTensorChannels && f.rank <= kTensorChannels && f.positive_scale && f.queries > 0;
+  return narrow && f.channels <= kTensorChannels && f.rank <= kTensorChannels && f.positive_scale;
 }
 
 // ---- sums over positions
@@ -112,10 +132,12 @@ inline AttentionPlan plan_attention(const AttentionFacts& f, bool backward) {
   const auto tiles = [&](int64_t positions, int64_t size) {
     return attention_tiles(positions, f.sequences, f.packed, size);
   };
-  if (!backward) {
-    if (!tensor_possible(f)) return plan;
+  if (tensor_possible(f)) {
     plan.family = AttentionFamily::kTensor;
     plan.channels = round_to(f.channels, 32);
+  }
+  if (!backward) {
+    if (plan.family == AttentionFamily::kPlain) return plan;
     constexpr int64_t keys = kForwardKeys;
     plan.strip_pitch = f.relative ? strip_pitch_of(f.window, keys) : 0;
     const int64_t all = (f.keys + keys - 1) / keys;
@@ -127,8 +149,18 @@ inline AttentionPlan plan_attention(const AttentionFacts& f, bool backward) {
     if (plan.resident) plan.query_parts = parts_of(units, plan.query_parts, f.multiprocessors);
     return plan;
   }
-  plan.query_parts = parts_of(units, tiles(f.queries, kPlainTileRows), f.multiprocessors);
-  plan.key_parts = parts_of(f.batch * f.groups, tiles(f.keys, kPlainTileKeys), f.multiprocessors);
+  const bool plain = plan.family == AttentionFamily::kPlain;
+  plan.query_parts = parts_of(units, tiles(f.queries, plain ? kPlainTileRows : kGradRows), f.multiprocessors);
+  plan.key_parts = parts_of(f.batch * f.groups, tiles(f.keys, plain ? kPlainTileKeys : kGradRows), f.multiprocessors);
+  if (!plain) {
+    // Each warp makes sums of its own.
+    plan.query_parts *= kTensorWarps;
+    plan.key_parts *= kTensorWarps;
+    plan.strip_pitch = f.relative ? strip_pitch_of(f.window, kGradOthers) : 0;
+    plan.grad_pitch = f.relative ? grad_pitch_of(f.window) : 0;
+    plan.shared_bytes = backward_bytes(f, plan, false);
+    plan.key_shared_bytes = backward_bytes(f, plan, true);
+  }
   plan.tap_parts = parts_of(units, tiles(f.queries, kTapRows), f.multiprocessors);
   return plan;
 }

@@ -20,6 +20,9 @@ template <class T>
 struct TensorAttention {
   static const char* forward(const AttentionForward& p, const TensorTables& t, const AttentionPlan& plan,
                              Stream stream);
+  // The passes over the queries and over the keys, or one of them.
+  static const char* backward(const AttentionBackward& p, const TensorTables& t, const AttentionPlan& plan,
+                              bool queries, bool keys, Stream stream);
 };
 
 // The sums that end every backward pass; C is the accumulation type.

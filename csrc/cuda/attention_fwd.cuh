@@ -17,17 +17,10 @@ CK_DEVICE void add_taps(float (&value)[8], const AttentionForward& p, const Tens
   for (int c = range.first; c < range.end; ++c) {
     if (!real_key(p, b, start + c)) continue;
     const float* const tap = taps + c * t.channel_pitch;
-    const T* const v = at<T>(p.v, b, start + c, g) + d * p.v.channel;
-    if (t.vectors) {
-      const uint4 bits = *reinterpret_cast<const uint4*>(v);
-      const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+    float v[8];
+    load_channels(v, at<T>(p.v, b, start + c, g) + d * p.v.channel, p.v.channel, count, t.vectors);
 #pragma unroll
-      for (int e = 0; e < 8; ++e) value[e] += tap[e] * widen(T{static_cast<uint16_t>(words[e / 2] >> e % 2 * 16)});
-    } else {
-#pragma unroll
-      for (int e = 0; e < 8; ++e)
-        if (e < count) value[e] += tap[e] * widen(v[e * p.v.channel]);
-    }
+    for (int e = 0; e < 8; ++e) value[e] += tap[e] * v[e];
   }
   if (p.value_conv_bias.data == nullptr) return;
   const float scale = tap_scale<float>(p, h);
@@ -50,7 +43,8 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
   const int channels = static_cast<int>(p.channels);
   const bool low_rank = p.rel_query.data != nullptr;
   const int rel_pitch = low_rank ? static_cast<int>(t.rank_pitch) + 8 : kPitch;
-  const Relative<T> rel(p, t, b, h, lane);
+  const Relative<T> rel(p, t, h, lane);
+  const float* const edges = t.key_edges == nullptr ? nullptr : t.key_edges + unit * 2 * p.keys;
 
   T* const q_rows = reinterpret_cast<T*>(shared_memory());
   T* const r_rows = low_rank ? q_rows + kRows * kPitch : q_rows;
@@ -142,24 +136,23 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
             }
           }
         }
-        const RealKeys real(p, b, j0, lane);
+        const unsigned real = real_keys(p, b, j0, lane);
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
           const int i0 = tile.first + own + 16 * m;
+          const Meeting<Own::kQueries, kKeys> pairs(i0, j0);
           float factor = rel.factor, added[2] = {};
-          const FarTile far(p, tile, i0, j0, kKeys, real);
-          if (far.plain(p)) {
-            for (int half = 0; half < 2; ++half)
-              added[half] = !p.has_columns() ? 0.0f : far.left ? left[m][half] : right[m][half];
+          if (edges == nullptr && pairs.far(p, tile, real)) {
+            const bool is_left = pairs.is_left(p, tile);
+            for (int half = 0; half < 2; ++half) added[half] = is_left ? left[m][half] : right[m][half];
           } else {
-            int first = 0;
+            Span columns{0, 0};
             if (p.has_columns()) {
-              first = most(0, tap_of_pair(p, tile, i0 + 15, j0));
-              const int end = least(rel.W, tap_of_pair(p, tile, i0, j0 + kKeys - 1) + 1);
-              rel.fill_strip(strip, strip_pitch, i0 + tile.shift, j0, kKeys, first, end,
-                             r_rows + (own + 16 * m) * rel_pitch, rel_pitch, k_rows, kPitch);
+              columns = pairs.columns(p, tile);
+              rel.fill_strip(strip, strip_pitch, pairs, tile, columns, r_rows + (own + 16 * m) * rel_pitch, rel_pitch,
+                             k_rows, kPitch);
             }
-            finish_scores<T, kKeys>(s[m], rel, tile, i0, j0, real, left[m], right[m], strip, strip_pitch, first);
+            finish_scores(s[m], rel, pairs, tile, real, left[m], right[m], edges, strip, strip_pitch, columns.first);
             factor = 1;
           }
 #pragma unroll
@@ -190,7 +183,7 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
           }
           if (p.seed != nullptr)
 #pragma unroll
-            for (int x = 0; x < kKeys / 8; ++x) drop(s[m][x], p, seed, b, h, i0, j0 + 8 * x, lane);
+            for (int x = 0; x < kKeys / 8; ++x) drop_keys(s[m][x], p, seed, b, h, i0, j0 + 8 * x, lane);
         }
 #pragma unroll
         for (int k = 0; k < kKeys / 16; ++k) {
@@ -248,14 +241,7 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
         float value[8];
         for (int e = 0; e < 8; ++e) value[e] = stage[r * kFloats + c + e];
         if (t.taps != nullptr) add_taps<T>(value, p, t, tile, b, h, i, d);
-        T* const to = at<T>(p.out, b, i, h) + d * p.out.channel;
-        if (t.vectors) {
-          *reinterpret_cast<uint4*>(to) = {narrow_pair<T>(value[0], value[1]), narrow_pair<T>(value[2], value[3]),
-                                           narrow_pair<T>(value[4], value[5]), narrow_pair<T>(value[6], value[7])};
-        } else {
-          for (int e = 0; e < 8; ++e)
-            if (d + e < channels) to[e * p.out.channel] = narrow<T>(value[e]);
-        }
+        store_channels(at<T>(p.out, b, i, h) + d * p.out.channel, p.out.channel, channels - d, t.vectors, value);
       }
     }
   }

@@ -24,10 +24,13 @@ struct TensorTables {
   void *query_rel = nullptr, *key_rel = nullptr;
   int64_t query_terms = 1, key_terms = 1;
   int64_t rank_pitch = 0, channel_pitch = 0;  // zeros fill it up
-  float* bias = nullptr;       // [heads][window], times log2(e)
-  float* taps = nullptr;       // [heads][window][channel_pitch], times value_conv_scale
-  float* key_edges = nullptr;  // [batch][heads][2][keys]: what key_rel adds left and right of the window
-  int64_t strip_pitch = 0;     // of what relative terms add to 16 queries, in shared memory
+  float* bias = nullptr;                      // [heads][window], times log2(e)
+  float* taps = nullptr;                      // [heads][window][channel_pitch], times value_conv_scale
+  float* key_edges = nullptr;                 // [batch][heads][2][keys]: what key_rel adds left and right of the window
+  float* query_edges = nullptr;               // [batch][heads][2][queries]: what the terms of queries add there
+  int64_t strip_pitch = 0;                    // of what relative terms add to 16 queries, in shared memory
+  int64_t grad_pitch = 0;                     // of the gradients of these
+  bool whole_strips = false;                  // which then have all columns
   bool vectors = false, rank_vectors = false;  // tensors like q, and rel_query, can be read 16 bytes at a time
 };
 

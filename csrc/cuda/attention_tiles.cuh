@@ -35,8 +35,7 @@ void attention_tables(const CK_PARAM Attention p, const CK_PARAM TensorTables t)
   split(p.query_rel, t.query_rel, t.query_terms, p.rank, t.rank_pitch, false);
   split(p.key_rel, t.key_rel, t.key_terms, p.channels, t.channel_pitch, true);
   if (t.bias != nullptr)
-    for (int64_t e = begin; e < p.heads * W; e += step)
-      t.bias[e] = table_at<float>(p.bias, e / W, 0, e % W) * kLog2e;
+    for (int64_t e = begin; e < p.heads * W; e += step) t.bias[e] = table_at<float>(p.bias, e / W, 0, e % W) * kLog2e;
   if (t.taps != nullptr)
     for (int64_t e = begin; e < p.heads * W * t.channel_pitch; e += step) {
       const int64_t d = e % t.channel_pitch, c = e / t.channel_pitch % W, h = e / t.channel_pitch / W;
@@ -44,27 +43,35 @@ void attention_tables(const CK_PARAM Attention p, const CK_PARAM TensorTables t)
     }
 }
 
-// key_edges [batch, heads, 2, keys]: what key_rel adds left and right of the window, times log2(e). A warp per key.
+// key_edges, or query_edges [batch, heads, 2, positions]: what the relative terms of each key, or query, add left and
+// right of the window, times log2(e). A warp per position.
 template <class T>
 CK_GLOBAL(kTensorThreads, 2)
-void attention_key_edges(const CK_PARAM Attention p, const CK_PARAM TensorTables t) {
+void attention_edges(const CK_PARAM Attention p, float* edges, bool keys) {
   const int lane = threadIdx.x % 32;
   const int64_t n = int64_t{blockIdx.x} * (kTensorThreads / 32) + threadIdx.x / 32;
-  if (n >= p.batch * p.heads * p.keys) return;
-  const int64_t j = n % p.keys, unit = n / p.keys, b = unit / p.heads, h = unit % p.heads;
+  const int64_t positions = keys ? p.keys : p.queries, W = p.window();
+  if (n >= p.batch * p.heads * positions) return;
+  const int64_t i = n % positions, unit = n / positions, b = unit / p.heads, h = unit % p.heads;
+  const HeadTable& table = keys ? p.key_rel : p.query_rel;
+  const HeadRows& rows = keys ? p.k : relative_rows(p);
   float left = 0, right = 0;
-  if (real_key(p, b, j))
-    for (int64_t d = lane; d < p.channels; d += 32) {
-      const float k = widen(at<T>(p.k, b, j, h / p.sharing())[d * p.k.channel]);
-      left += k * table_at<float>(p.key_rel, h, d, p.window() - 1);
-      right += k * table_at<float>(p.key_rel, h, d, 0);
+  if (table.data != nullptr && (!keys || real_key(p, b, i)))
+    for (int64_t d = lane; d < (keys ? p.channels : p.rank); d += 32) {
+      const float x = widen(at<T>(rows, b, i, keys ? h / p.sharing() : h)[d * rows.channel]);
+      left += x * table_at<float>(table, h, d, keys ? W - 1 : 0);
+      right += x * table_at<float>(table, h, d, keys ? 0 : W - 1);
     }
-  left = warp_sum(left);
-  right = warp_sum(right);
-  const float factor = static_cast<float>(p.scale) * kLog2e;
+  const float factor = static_cast<float>(keys ? p.scale : p.rel_scale);
+  left = warp_sum(left) * factor;
+  right = warp_sum(right) * factor;
+  if (!keys && p.bias.data != nullptr) {
+    left += table_at<float>(p.bias, h, 0, 0);
+    right += table_at<float>(p.bias, h, 0, W - 1);
+  }
   if (lane == 0) {
-    t.key_edges[unit * 2 * p.keys + j] = left * factor;
-    t.key_edges[(unit * 2 + 1) * p.keys + j] = right * factor;
+    edges[unit * 2 * positions + i] = left * kLog2e;
+    edges[(unit * 2 + 1) * positions + i] = right * kLog2e;
   }
 }
 
@@ -88,15 +95,37 @@ CK_DEVICE void copy_tile(T* to, int pitch, const Attention& p, const HeadRows& t
   }
 }
 
+// 8 channels of a row, zeros beyond `count`.
+template <class T>
+CK_DEVICE void load_channels(float (&value)[8], const T* from, int64_t stride, int count, bool vectors) {
+  if (vectors) {
+    const uint4 bits = *reinterpret_cast<const uint4*>(from);
+    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+    for (int e = 0; e < 8; ++e) value[e] = widen(T{static_cast<uint16_t>(words[e / 2] >> e % 2 * 16)});
+  } else {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) value[e] = e < count ? widen(from[e * stride]) : 0.0f;
+  }
+}
+
+// Writes them.
+template <class T>
+CK_DEVICE void store_channels(T* to, int64_t stride, int count, bool vectors, const float (&value)[8]) {
+  if (vectors) {
+    *reinterpret_cast<uint4*>(to) = {narrow_pair<T>(value[0], value[1]), narrow_pair<T>(value[2], value[3]),
+                                     narrow_pair<T>(value[4], value[5]), narrow_pair<T>(value[6], value[7])};
+  } else {
+#pragma unroll
+    for (int e = 0; e < 8; ++e)
+      if (e < count) to[e * stride] = narrow<T>(value[e]);
+  }
+}
+
 // The 16 x 16 matrix at `tile`, as the left factor of a product.
 template <class T>
 CK_DEVICE void load_left(uint32_t (&a)[4], const T* tile, int pitch, int lane) {
   ldmatrix_x4(a, tile + lane % 16 * pitch + lane / 16 * 8);
-}
-// The transpose of the 16 x 16 matrix at `tile`, as the left factor.
-template <class T>
-CK_DEVICE void load_left_transposed(uint32_t (&a)[4], const T* tile, int pitch, int lane) {
-  ldmatrix_x4_trans(a, tile + (lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 8);
 }
 // 16 rows of 16 numbers at `tile` as two right factors whose columns are these rows.
 template <class T>
@@ -116,8 +145,8 @@ CK_DEVICE void load_right(uint32_t (&b)[2][2], const T* tile, int pitch, int lan
 // out += the 16 rows at `rows` (shared memory) times columns of a table [terms][window][pitch] (global memory), which
 // lane / 4 says: `column`.
 template <class T>
-CK_DEVICE void multiply_table(float (&out)[4], const T* rows, int row_pitch, const void* table, int64_t terms, int64_t W,
-                              int64_t pitch, int column, int lane) {
+CK_DEVICE void multiply_table(float (&out)[4], const T* rows, int row_pitch, const void* table, int64_t terms,
+                              int64_t W, int64_t pitch, int column, int lane) {
   const T* const first = static_cast<const T*>(table) + column * pitch + lane % 4 * 2;
 #pragma unroll 1
   for (int k = 0; k < pitch; k += 16) {
@@ -132,18 +161,57 @@ CK_DEVICE void multiply_table(float (&out)[4], const T* rows, int row_pitch, con
   }
 }
 
-// Which of 64 keys from `first` on the mask leaves, as bits; by a warp.
-struct RealKeys {
-  unsigned low = ~0u, high = ~0u;
+// Which of the keys first .. first + 31 the mask leaves, as bits; by a warp.
+CK_DEVICE unsigned real_keys(const Attention& p, int64_t b, int first, int lane) {
+  if (p.key_mask == nullptr) return ~0u;
+  const int j = first + lane;
+  return __ballot_sync(kEveryLane, j < p.keys && real_key(p, b, j));
+}
 
-  CK_DEVICE RealKeys(const Attention& p, int64_t b, int first, int lane) {
-    if (p.key_mask == nullptr) return;
-    const auto real = [&](int j) { return j >= 0 && j < p.keys && real_key(p, b, j); };
-    low = __ballot_sync(kEveryLane, real(first + lane));
-    high = __ballot_sync(kEveryLane, real(first + 32 + lane));
+// A side of the pairs: 16 queries that meet other keys, or 16 keys that meet other queries.
+enum class Own { kQueries, kKeys };
+
+// A warp's 16 own positions and the others it meets at a time.
+template <Own kOwn, int kOther>
+struct Meeting {
+  int own, other;  // the first of each
+  int first_query, first_key;
+
+  CK_DEVICE Meeting(int own, int other)
+      : own(own),
+        other(other),
+        first_query(kOwn == Own::kQueries ? own : other),
+        first_key(kOwn == Own::kQueries ? other : own) {}
+
+  static constexpr int kQueries = kOwn == Own::kQueries ? 16 : kOther, kKeys = kOwn == Own::kQueries ? kOther : 16;
+
+  // The columns that any pair has lie from lowest to highest.
+  CK_DEVICE int lowest(const Attention& p, const AttentionTile& tile) const {
+    return tap_of_pair(p, tile, first_query + kQueries - 1, first_key);
   }
-  CK_DEVICE bool all(int keys) const { return low == ~0u && (keys <= 32 || high == ~0u); }
-  CK_DEVICE bool of(int n) const { return ((n < 32 ? low : high) >> (n & 31) & 1u) != 0; }
+  CK_DEVICE int highest(const Attention& p, const AttentionTile& tile) const {
+    return tap_of_pair(p, tile, first_query, first_key + kKeys - 1);
+  }
+  // Of those, the ones that tables have.
+  CK_DEVICE Span columns(const Attention& p, const AttentionTile& tile) const {
+    return {most(0, lowest(p, tile)), least(static_cast<int>(p.window()), highest(p, tile) + 1)};
+  }
+  // The others that an own position attends to, or that attend to it.
+  static CK_DEVICE Span partners(const Attention& p, const AttentionTile& tile, int position) {
+    if constexpr (kOwn == Own::kQueries) return visible_keys(p, tile, position);
+    const Span none{0, 0};
+    return position >= tile.key_begin && position < tile.key_end ? seeing_queries(p, tile, position, position + 1)
+                                                                 : none;
+  }
+  // Whether all pairs attend and lie on one side of the window, if there is one. `real`: of the keys.
+  CK_DEVICE bool far(const Attention& p, const AttentionTile& tile, unsigned real) const {
+    const Span first = partners(p, tile, own);
+    const Span last = partners(p, tile, kOwn == Own::kQueries ? least(own + 15, tile.query_end - 1) : own + 15);
+    constexpr unsigned kAll = kKeys == 32 ? ~0u : (1u << kKeys % 32) - 1;
+    const bool seen = other >= most(first.first, last.first) && other + kOther <= least(first.end, last.end);
+    return seen && (real & kAll) == kAll && (!p.has_columns() || is_left(p, tile) || lowest(p, tile) >= p.window());
+  }
+  CK_DEVICE bool is_left(const Attention& p, const AttentionTile& tile) const { return highest(p, tile) < 0; }
 };
 
 // Everything that relative terms need to know of a call and a head.
@@ -151,23 +219,19 @@ template <class T>
 struct Relative {
   const Attention& p;
   const TensorTables& t;
-  const int64_t b, h;
-  const T *query_rel, *key_rel;        // of this head
-  const float *bias, *edges;           // of this head; edges: left ones, then right ones
+  const T *query_rel, *key_rel;  // of this head
+  const float* bias;
   int W, lane;
   float rel_factor, factor;  // of products, with log2(e)
 
-  CK_DEVICE Relative(const Attention& p, const TensorTables& t, int64_t b, int64_t h, int lane)
+  CK_DEVICE Relative(const Attention& p, const TensorTables& t, int64_t h, int lane)
       : p(p),
         t(t),
-        b(b),
-        h(h),
         query_rel(static_cast<const T*>(t.query_rel) +
                   (p.query_rel.per_head ? h * t.query_terms * p.window() * t.rank_pitch : 0)),
         key_rel(static_cast<const T*>(t.key_rel) +
                 (p.key_rel.per_head ? h * t.key_terms * p.window() * t.channel_pitch : 0)),
         bias(t.bias == nullptr ? nullptr : t.bias + h * p.window()),
-        edges(t.key_edges == nullptr ? nullptr : t.key_edges + (b * p.heads + h) * 2 * p.keys),
         W(static_cast<int>(p.window())),
         lane(lane),
         rel_factor(static_cast<float>(p.rel_scale) * kLog2e),
@@ -188,40 +252,51 @@ struct Relative {
     }
   }
 
-  // Fills the strip of 16 queries from i0 on (place of i0: `place`) for the keys from j0 to before j0 + keys: what the
-  // terms add at columns `first` .. `end` - 1. query_rows, key_rows: in shared memory, key_rows from j0 on.
-  CK_DEVICE void fill_strip(float* strip, int pitch, int place, int j0, int keys, int first, int end,
-                            const T* query_rows, int query_pitch, const T* key_rows, int key_pitch) const {
+  // Fills the strip of 16 own positions: what all terms add at the `columns` of each. The rows lie in shared memory,
+  // each from the first one of the meeting on.
+  template <Own kOwn, int kOther>
+  CK_DEVICE void fill_strip(float* strip, int pitch, const Meeting<kOwn, kOther>& pairs, const AttentionTile& tile,
+                            Span columns, const T* query_rows, int query_pitch, const T* key_rows,
+                            int key_pitch) const {
+    constexpr bool kQueries = kOwn == Own::kQueries;
     const int row = lane / 4, pair = lane % 4 * 2;
+    // out += 16 rows, n from the first on, times the columns from c on.
+    const auto multiply = [&](float (&out)[4], bool queries, int n, int c) {
+      const int column = least(c + row, W - 1);
+      if (queries && p.query_rel.data != nullptr)
+        multiply_table(out, query_rows + n * query_pitch, query_pitch, query_rel, t.query_terms, W, t.rank_pitch,
+                       column, lane);
+      if (!queries && p.key_rel.data != nullptr)
+        multiply_table(out, key_rows + n * key_pitch, key_pitch, key_rel, t.key_terms, W, t.channel_pitch, column,
+                       lane);
+    };
     __syncwarp();
 #pragma unroll 1
-    for (int c = first; c < end; c += 8) {
+    for (int c = columns.first; c < columns.end; c += 8) {
       float out[4] = {};
-      if (p.query_rel.data != nullptr)
-        multiply_table(out, query_rows, query_pitch, query_rel, t.query_terms, W, t.rank_pitch,
-                       least(c + row, W - 1), lane);
+      multiply(out, kQueries, 0, c);
       for (int e = 0; e < 4; ++e) {
         const int column = c + pair + e % 2;
         const float added = bias == nullptr || column >= W ? 0.0f : bias[column];
-        strip[(row + e / 2 * 8) * pitch + column - first] = out[e] * rel_factor + added;
+        strip[(row + e / 2 * 8) * pitch + column - columns.first] = out[e] * (kQueries ? rel_factor : factor) + added;
       }
     }
     __syncwarp();
-    if (p.key_rel.data == nullptr) return;
-    const int left = static_cast<int>(p.left);
+    if ((kQueries ? p.key_rel : p.query_rel).data == nullptr) return;
+    // Own position r and the other m have column base + m - r, or base + r - m.
+    const int base = tap_of_pair(p, tile, pairs.first_query, pairs.first_key);
 #pragma unroll 1
-    for (int n = 0; n < keys; n += 16) {
-      // Key j0 + n + m and column c belong to query row j0 + n + m - c + left - place.
-      const int base = j0 + n + left - place;
+    for (int n = 0; n < kOther; n += 16) {
 #pragma unroll 1
-      for (int c = first; c < end; c += 8) {
-        if (base + 15 - c < 0 || base - (c + 7) > 15) continue;
+      for (int c = columns.first; c < columns.end; c += 8) {
+        const int nearest = kQueries ? base + n - c : c - base + n;  // own position of the first of both
+        if (kQueries ? nearest + 15 < 0 || nearest - 7 > 15 : nearest + 22 < 0 || nearest > 15) continue;
         float out[4] = {};
-        multiply_table(out, key_rows + n * key_pitch, key_pitch, key_rel, t.key_terms, W, t.channel_pitch,
-                       least(c + row, W - 1), lane);
+        multiply(out, !kQueries, n, c);
         for (int e = 0; e < 4; ++e) {
-          const int column = c + pair + e % 2, query = base + row + e / 2 * 8 - column;
-          if (query >= 0 && query < 16 && column < end) strip[query * pitch + column - first] += out[e] * factor;
+          const int by = pair + e % 2, m = row + e / 2 * 8, own = kQueries ? nearest + m - by : nearest + m + by;
+          if (own >= 0 && own < 16 && c + by < columns.end)
+            strip[own * pitch + c + by - columns.first] += out[e] * (kQueries ? factor : rel_factor);
         }
       }
     }
@@ -229,69 +304,49 @@ struct Relative {
   }
 };
 
-// Turns raw products of 16 queries from i0 on and kKeys keys from j0 on into scores times log2(e), in place; pairs that
-// do not attend get -inf. rows: the number of queries.
-template <class T, int kKeys>
-CK_DEVICE void finish_scores(float (&s)[kKeys / 8][4], const Relative<T>& rel, const AttentionTile& tile, int i0, int j0,
-                             const RealKeys& real, const float (&left)[2], const float (&right)[2], const float* strip,
-                             int pitch, int strip_first) {
+// Turns raw products of 16 own positions and others into scores times log2(e), in place; pairs that do not attend get
+// -inf. left, right: what the own positions add outside the window, edges: [2][positions], what the others do.
+template <class T, Own kOwn, int kOther>
+CK_DEVICE void finish_scores(float (&s)[kOther / 8][4], const Relative<T>& rel, const Meeting<kOwn, kOther>& pairs,
+                             const AttentionTile& tile, unsigned real, const float (&left)[2], const float (&right)[2],
+                             const float* edges, const float* strip, int pitch, int strip_first) {
+  constexpr bool kQueries = kOwn == Own::kQueries;
   const Attention& p = rel.p;
   const int row = rel.lane / 4, pair = rel.lane % 4 * 2, W = rel.W;
+  const int positions = static_cast<int>(kQueries ? p.keys : p.queries);
   const bool columns = p.has_columns();
-  Span keys[2];
-  for (int half = 0; half < 2; ++half) keys[half] = visible_keys(p, tile, i0 + row + 8 * half);
+  Span partners[2];
+  for (int half = 0; half < 2; ++half) partners[half] = pairs.partners(p, tile, pairs.own + row + 8 * half);
 #pragma unroll
-  for (int n = 0; n < kKeys / 8; ++n) {
-    const int base = tap_of_pair(p, tile, i0, j0 + 8 * n);
-    const bool all_left = base + 7 < 0, all_right = base - 15 >= W;
+  for (int n = 0; n < kOther / 8; ++n) {
+    const Meeting<kOwn, 8> fragment(pairs.own, pairs.other + 8 * n);
+    const int base = tap_of_pair(p, tile, fragment.first_query, fragment.first_key);
+    // Only fragments that meet the window pay for it.
+    const bool all_left = fragment.highest(p, tile) < 0, all_right = fragment.lowest(p, tile) >= W;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const int half = e / 2, col = pair + e % 2, j = j0 + 8 * n + col, r = row + 8 * half;
+      const int half = e / 2, col = pair + e % 2, other = fragment.other + col, r = row + 8 * half;
       float value = s[n][e] * rel.factor;
       if (columns) {
-        if (all_left) {
-          value += left[half];
-        } else if (all_right) {
-          value += right[half];
-        } else {
-          const int c = base + col - r;
-          value += c < 0 ? left[half] : c >= W ? right[half] : strip[r * pitch + c - strip_first];
-        }
-        if (rel.edges != nullptr && j >= 0 && j < p.keys) {
-          const int c = base + col - r;
-          if (c < 0) value += rel.edges[j];
-          if (c >= W) value += rel.edges[p.keys + j];
-        }
+        const int c = kQueries ? base + col - r : base + r - col;
+        const bool is_left = all_left || c < 0, is_right = all_right || c >= W;
+        value += is_left ? left[half] : is_right ? right[half] : strip[r * pitch + c - strip_first];
+        if (edges != nullptr && (is_left || is_right) && other >= 0 && other < positions)
+          value += edges[(is_left ? 0 : positions) + other];
       }
-      const bool sees = j >= keys[half].first && j < keys[half].end && real.of(8 * n + col);
+      const bool there = (real >> (kQueries ? 8 * n + col : r) & 1u) != 0;
+      const bool sees = there && other >= partners[half].first && other < partners[half].end;
       s[n][e] = sees ? value : -infinity<float>();
     }
   }
 }
 
-// Whether the keys j0 .. j0 + keys - 1 are all seen by all 16 queries from i0 on, and lie left, or right, of all their
-// windows (or there is nothing to add).
-struct FarTile {
-  bool seen, left, right;
-
-  CK_DEVICE FarTile(const Attention& p, const AttentionTile& tile, int i0, int j0, int keys, const RealKeys& real) {
-    const int last = least(i0 + 15, tile.query_end - 1);
-    const Span first = visible_keys(p, tile, i0), end = visible_keys(p, tile, last);
-    seen = j0 >= end.first && j0 + keys <= first.end && real.all(keys);
-    left = tap_of_pair(p, tile, i0, j0 + keys - 1) < 0;
-    right = tap_of_pair(p, tile, i0 + 15, j0) >= p.window();
-  }
-  CK_DEVICE bool plain(const Attention& p) const {
-    return seen && (!p.has_columns() || left || right) && (p.key_rel.data == nullptr || !p.clips());
-  }
-};
-
 // Sets the weights of what dropout drops to 0, in a fragment of 16 queries from i0 on and 8 keys from j0 on, a multiple
 // of 4. Each lane draws for one of its two rows, the other lane of its pair for the other.
-CK_DEVICE void drop(float (&w)[4], const Attention& p, uint64_t seed, int64_t b, int64_t h, int i0, int j0, int lane) {
+CK_DEVICE void drop_keys(float (&w)[4], const Attention& p, uint64_t seed, int64_t b, int64_t h, int i0, int j0,
+                         int lane) {
   const bool odd = (lane & 1) != 0;
-  const PhiloxBlock words =
-      pair_words(seed, b, h, i0 + lane / 4 + (odd ? 8 : 0), j0 / 4 + (lane % 4) / 2);
+  const PhiloxBlock words = pair_words(seed, b, h, i0 + lane / 4 + (odd ? 8 : 0), j0 / 4 + (lane % 4) / 2);
   // The even lane has the first two keys of the four, in both rows.
   const uint32_t low = __shfl_xor_sync(kEveryLane, odd ? words.word[0] : words.word[2], 1);
   const uint32_t high = __shfl_xor_sync(kEveryLane, odd ? words.word[1] : words.word[3], 1);
@@ -299,6 +354,25 @@ CK_DEVICE void drop(float (&w)[4], const Attention& p, uint64_t seed, int64_t b,
                             odd ? words.word[3] : high};
   for (int e = 0; e < 4; ++e)
     if (mine[e] < p.drop_below) w[e] = 0;
+}
+
+// The same for a fragment of 16 keys from j0 on, a multiple of 4, and 8 queries from i0 on. Four lanes have the keys of
+// one draw: each draws for one row of keys and one query, and gets what the others drew for its own.
+CK_DEVICE void drop_queries(float (&w)[4], const Attention& p, uint64_t seed, int64_t b, int64_t h, int i0, int j0,
+                            int lane) {
+  const int mine = lane / 4 % 4;  // bit 0: which query, bit 1: which half of the keys
+  const PhiloxBlock words =
+      pair_words(seed, b, h, i0 + lane % 4 * 2 + mine % 2, (j0 + lane / 4 / 4 * 4 + mine / 2 * 8) / 4);
+  const auto pick = [](const uint32_t (&from)[4], int which) {
+    const uint32_t low = which % 2 == 0 ? from[0] : from[1], high = which % 2 == 0 ? from[2] : from[3];
+    return which < 2 ? low : high;
+  };
+  uint32_t got[4];  // [x]: drawn by the lane whose number differs by x
+#pragma unroll
+  for (int x = 0; x < 4; ++x) got[x] = __shfl_xor_sync(kEveryLane, pick(words.word, mine ^ x), x * 4);
+#pragma unroll
+  for (int e = 0; e < 4; ++e)
+    if (pick(got, e ^ mine) < p.drop_below) w[e] = 0;
 }
 
 }  // namespace ck::cuda
