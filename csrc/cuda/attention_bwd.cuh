@@ -236,6 +236,7 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
   if (partial_bias != nullptr)
     for (int64_t e = lane; e < W; e += 32) partial_bias[e] = 0;
   const uint64_t seed = p.seed == nullptr ? 0 : static_cast<uint64_t>(*p.seed);
+  const float keep_scale = static_cast<float>(p.keep_scale);
   const int own = warp * 16;
   const GradientStrip<T> folded{grad_strip,
                                 grad_pitch,
@@ -346,19 +347,17 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
             finish_scores(s, rel, pairs, tile, real, left, right, edges, strip, strip_pitch, columns.first);
             factor = 1;
           }
+          const uint32_t kept = p.seed == nullptr ? ~0u : draw_fragments(p, seed, b, h, pairs, lane);
 #pragma unroll
           for (int x = 0; x < kKeys / 8; ++x) {
-            if (p.seed != nullptr) {
-              drop_keys(ds[x], p, seed, b, h, i0, j0 + 8 * x, lane);
-              for (int e = 0; e < 4; ++e) ds[x][e] *= static_cast<float>(p.keep_scale);
-            }
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
               const float probable = fast_exp2(s[x][e] * factor + (added[e / 2] - lse[e / 2]));
+              const float grad = (kept >> (4 * x + e) & 1u) != 0 ? ds[x][e] * keep_scale : 0.0f;
               if (walk == 0)
-                delta[e / 2] += probable * ds[x][e];
+                delta[e / 2] += probable * grad;
               else
-                ds[x][e] = probable * (ds[x][e] - delta[e / 2]);
+                ds[x][e] = probable * (grad - delta[e / 2]);
             }
           }
           if (walk == 1) {
@@ -450,6 +449,7 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
     for (int64_t n = 0; n < p.sharing(); ++n)
       for (int64_t e = lane; e < W * channels; e += 32) partial_of(g * p.sharing() + n)[e] = 0;
   const uint64_t seed = p.seed == nullptr ? 0 : static_cast<uint64_t>(*p.seed);
+  const float keep_scale = static_cast<float>(p.keep_scale);
   const int own = warp * 16, row = lane / 4, pair = lane % 4 * 2;
 
 #pragma unroll 1
@@ -558,18 +558,17 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
             finish_scores(s, rel, pairs, tile, real, left, right, edges, strip, strip_pitch, columns.first);
             factor = 1;
           }
+          const uint32_t kept = p.seed == nullptr ? ~0u : draw_fragments(p, seed, b, h, pairs, lane);
 #pragma unroll
           for (int x = 0; x < kQueries / 8; ++x) {
-            float keep[4];
-            for (int e = 0; e < 4; ++e) keep[e] = static_cast<float>(p.keep_scale);
-            if (p.seed != nullptr) drop_queries(keep, p, seed, b, h, i0 + 8 * x, j0, lane);
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
               const float* const query = of_queries + 8 * x + pair + e % 2;
               const float constant = (side < 0 ? 0.0f : query[(2 + side) * kQueries]) + added[e / 2] - query[0];
               const float probable = fast_exp2(s[x][e] * factor + constant);
-              ds[x][e] = probable * (ds[x][e] * keep[e] - query[kQueries]);
-              s[x][e] = probable * keep[e];
+              const float keep = (kept >> (4 * x + e) & 1u) != 0 ? keep_scale : 0.0f;
+              ds[x][e] = probable * (ds[x][e] * keep - query[kQueries]);
+              s[x][e] = probable * keep;
             }
           }
           multiply_rows<T, D, kQueries>(grad_v, s, g_rows, kPitch, lane);
@@ -578,9 +577,11 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
         }
         __syncthreads();
       }
-      if (folds && works) folded.finish(outer, p.clips());
-      // The next head's first rows may go where others still read.
+      // Without a query that meets them the keys are still on their way. The next head's first rows may go where others
+      // still read.
+      cp_async_wait<0>();
       __syncthreads();
+      if (folds && works) folded.finish(outer, p.clips());
     }
     if (!works) continue;
     const auto write = [&](const HeadRows& to, bool taps) {

@@ -181,9 +181,12 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
               out[m][c][2 * half + 1] *= shrink;
             }
           }
-          if (p.seed != nullptr)
+          if (p.seed != nullptr) {
+            const uint32_t kept = draw_fragments(p, seed, b, h, pairs, lane);
 #pragma unroll
-            for (int x = 0; x < kKeys / 8; ++x) drop_keys(s[m][x], p, seed, b, h, i0, j0 + 8 * x, lane);
+            for (int x = 0; x < kKeys / 8; ++x)
+              for (int e = 0; e < 4; ++e) s[m][x][e] = (kept >> (4 * x + e) & 1u) != 0 ? s[m][x][e] : 0.0f;
+          }
         }
 #pragma unroll
         for (int k = 0; k < kKeys / 16; ++k) {

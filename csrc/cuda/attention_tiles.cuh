@@ -341,38 +341,42 @@ CK_DEVICE void finish_scores(float (&s)[kOther / 8][4], const Relative<T>& rel, 
   }
 }
 
-// Sets the weights of what dropout drops to 0, in a fragment of 16 queries from i0 on and 8 keys from j0 on, a multiple
-// of 4. Each lane draws for one of its two rows, the other lane of its pair for the other.
-CK_DEVICE void drop_keys(float (&w)[4], const Attention& p, uint64_t seed, int64_t b, int64_t h, int i0, int j0,
-                         int lane) {
-  const bool odd = (lane & 1) != 0;
-  const PhiloxBlock words = pair_words(seed, b, h, i0 + lane / 4 + (odd ? 8 : 0), j0 / 4 + (lane % 4) / 2);
-  // The even lane has the first two keys of the four, in both rows.
-  const uint32_t low = __shfl_xor_sync(kEveryLane, odd ? words.word[0] : words.word[2], 1);
-  const uint32_t high = __shfl_xor_sync(kEveryLane, odd ? words.word[1] : words.word[3], 1);
-  const uint32_t mine[4] = {odd ? low : words.word[0], odd ? high : words.word[1], odd ? words.word[2] : low,
-                            odd ? words.word[3] : high};
-  for (int e = 0; e < 4; ++e)
-    if (mine[e] < p.drop_below) w[e] = 0;
-}
-
-// The same for a fragment of 16 keys from j0 on, a multiple of 4, and 8 queries from i0 on. Four lanes have the keys of
-// one draw: each draws for one row of keys and one query, and gets what the others drew for its own.
-CK_DEVICE void drop_queries(float (&w)[4], const Attention& p, uint64_t seed, int64_t b, int64_t h, int i0, int j0,
-                            int lane) {
-  const int mine = lane / 4 % 4;  // bit 0: which query, bit 1: which half of the keys
-  const PhiloxBlock words =
-      pair_words(seed, b, h, i0 + lane % 4 * 2 + mine % 2, (j0 + lane / 4 / 4 * 4 + mine / 2 * 8) / 4);
-  const auto pick = [](const uint32_t (&from)[4], int which) {
-    const uint32_t low = which % 2 == 0 ? from[0] : from[1], high = which % 2 == 0 ? from[2] : from[3];
-    return which < 2 ? low : high;
-  };
-  uint32_t got[4];  // [x]: drawn by the lane whose number differs by x
+// Bit 4 n + e: whether dropout keeps element e of fragment n, of kOther / 8. Blocks of keys begin at multiples of 4.
+template <Own kOwn, int kOther>
+CK_DEVICE uint32_t draw_fragments(const Attention& p, uint64_t seed, int64_t b, int64_t h,
+                                  const Meeting<kOwn, kOther>& pairs, int lane) {
+  static_assert(kOther <= 64 / 2);
+  uint32_t kept = 0;
+#pragma unroll 1
+  for (int n = 0; n < kOther / 8; ++n) {
+    const int other = pairs.other + 8 * n;
+    uint32_t mine[4];
+    if constexpr (kOwn == Own::kQueries) {
+      // Two lanes have the keys of one draw, in the same two rows: each draws for one of the rows.
+      const bool odd = (lane & 1) != 0;
+      const PhiloxBlock words = pair_words(seed, b, h, pairs.own + lane / 4 + (odd ? 8 : 0), other / 4 + lane % 4 / 2);
+      const uint32_t low = __shfl_xor_sync(kEveryLane, odd ? words.word[0] : words.word[2], 1);
+      const uint32_t high = __shfl_xor_sync(kEveryLane, odd ? words.word[1] : words.word[3], 1);
+      mine[0] = odd ? low : words.word[0], mine[1] = odd ? high : words.word[1];
+      mine[2] = odd ? words.word[2] : low, mine[3] = odd ? words.word[3] : high;
+    } else {
+      // Four lanes have the keys of one draw: each draws for one row of keys and one query.
+      const int which = lane / 4 % 4;  // bit 0: the query, bit 1: the half of the keys
+      const PhiloxBlock words =
+          pair_words(seed, b, h, other + lane % 4 * 2 + which % 2, (pairs.own + lane / 16 * 4 + which / 2 * 8) / 4);
+      const auto pick = [](const uint32_t (&from)[4], int at) {
+        const uint32_t low = at % 2 == 0 ? from[0] : from[1], high = at % 2 == 0 ? from[2] : from[3];
+        return at < 2 ? low : high;
+      };
+      uint32_t got[4];  // [x]: drawn by the lane whose number differs by x
 #pragma unroll
-  for (int x = 0; x < 4; ++x) got[x] = __shfl_xor_sync(kEveryLane, pick(words.word, mine ^ x), x * 4);
+      for (int x = 0; x < 4; ++x) got[x] = __shfl_xor_sync(kEveryLane, pick(words.word, which ^ x), x * 4);
 #pragma unroll
-  for (int e = 0; e < 4; ++e)
-    if (pick(got, e ^ mine) < p.drop_below) w[e] = 0;
+      for (int e = 0; e < 4; ++e) mine[e] = pick(got, e ^ which);
+    }
+    for (int e = 0; e < 4; ++e) kept |= uint32_t{mine[e] >= p.drop_below} << (4 * n + e);
+  }
+  return kept;
 }
 
 }  // namespace ck::cuda
