@@ -103,27 +103,22 @@ struct GradientStrip {
   CK_DEVICE void finish(float (&outer)[2][2], bool clips) const {
     const auto add = [&](int side, int column) {
       for (int half = 0; half < 2; ++half) {
-        float sum = outer[side][half];
+        float sum = side == 0 ? outer[0][half] : outer[1][half];
         sum += __shfl_xor_sync(kEveryLane, sum, 1);
         sum += __shfl_xor_sync(kEveryLane, sum, 2);
         if (lane % 4 == 0) strip[(lane / 4 + 8 * half) * pitch + column] += sum;
       }
     };
-    if (whole) {
+    // Column 0 and column W - 1, of the whole strip or of one that has nothing else.
+#pragma unroll 1
+    for (int side = 0; side < 2; ++side) {
+      const int column = side == 0 ? 0 : W - 1;
       __syncwarp();
-      if (clips) {
-        add(0, 0);
-        __syncwarp();
-        add(1, W - 1);
-      }
-      fold({0, W});
-    } else if (clips) {
-      clear();
-      add(0, 0);
-      fold({0, 1});
-      clear();
-      add(1, 0);
-      fold({W - 1, W});
+      if (!whole) clear();
+      if (clips) add(side, whole ? column : 0);
+      if (whole && side == 0) continue;
+      const Span columns{whole ? 0 : column, whole ? W : column + 1};
+      if (whole || clips) fold(columns);
     }
   }
 };
@@ -133,7 +128,7 @@ template <class T, Own kOwn, int kOther>
 CK_DEVICE void scatter_gradients(const float (&ds)[kOther / 8][4], const GradientStrip<T>& to,
                                  const Meeting<kOwn, kOther>& pairs, const AttentionTile& tile, const Attention& p,
                                  float (&outer)[2][2]) {
-  const int row = to.lane / 4, pair = to.lane % 4 * 2;
+  const int lane = opaque(to.lane), row = lane / 4, pair = lane % 4 * 2;
   const Span columns = pairs.columns(p, tile);
   const bool meets = columns.first < columns.end;
   if (meets && !to.whole) to.clear();
@@ -158,29 +153,28 @@ CK_DEVICE void scatter_gradients(const float (&ds)[kOther / 8][4], const Gradien
 // acc += the 16 x kOther matrix of `values`, rounded to T, times the rows at `rows`, [kOther][channels].
 template <class T, int D, int kOther>
 CK_DEVICE void multiply_rows(float (&acc)[D / 8][4], const float (&values)[kOther / 8][4], const T* rows, int pitch,
-                             int lane) {
+                             bool all, int lane) {
 #pragma unroll
   for (int k = 0; k < kOther / 16; ++k) {
     uint32_t a[4];
     for (int e = 0; e < 4; ++e)
       a[e] = narrow_pair<T>(values[2 * k + e / 2][e % 2 * 2], values[2 * k + e / 2][e % 2 * 2 + 1]);
-#pragma unroll
-    for (int c = 0; c < D / 16; ++c) {
+    each_piece<D, D / 16>(all, [&](int c) {
       uint32_t b[2][2];
       load_right(b, rows + 16 * k * pitch + 16 * c, pitch, lane);
       for (int y = 0; y < 2; ++y) mma_m16n8k16<T>(acc[2 * c + y], a, b[y]);
-    }
+    });
   }
 }
 
-// acc = 16 rows at `own` times kOther rows at `others`, both [..][D] in shared memory.
+// acc = 16 rows at `own` times kOther rows at `others`, both [..][channels] in shared memory.
 template <class T, int D, int kOther>
-CK_DEVICE void multiply_pairs(float (&acc)[kOther / 8][4], const T* own, const T* others, int pitch, int lane) {
+CK_DEVICE void multiply_pairs(float (&acc)[kOther / 8][4], const T* own, const T* others, int pitch, bool all,
+                              int lane) {
 #pragma unroll
   for (int n = 0; n < kOther / 8; ++n)
     for (int e = 0; e < 4; ++e) acc[n][e] = 0;
-#pragma unroll
-  for (int k = 0; k < D / 16; ++k) {
+  each_piece<D, D / 16>(all, [&](int k) {
     uint32_t a[4];
     load_left(a, own + 16 * k, pitch, lane);
 #pragma unroll
@@ -189,16 +183,16 @@ CK_DEVICE void multiply_pairs(float (&acc)[kOther / 8][4], const T* own, const T
       load_right_rows(b, others + 16 * x * pitch + 16 * k, pitch, lane);
       for (int y = 0; y < 2; ++y) mma_m16n8k16<T>(acc[2 * x + y], a, b[y]);
     }
-  }
+  });
 }
 
 // Adds a warp's accumulators times `factor` to its 16 rows of sums in shared memory.
 template <int D>
-CK_DEVICE void add_rows(float* sums, int pitch, const float (&acc)[D / 8][4], float factor, int lane) {
-#pragma unroll
-  for (int c = 0; c < D / 8; ++c)
+CK_DEVICE void add_rows(float* sums, int pitch, const float (&acc)[D / 8][4], float factor, bool all, int lane) {
+  each_piece<D, D / 8>(all, [&](int c) {
     for (int e = 0; e < 4; ++e)
       sums[(lane / 4 + e / 2 * 8) * pitch + 8 * c + lane % 4 * 2 + e % 2] += acc[c][e] * factor;
+  });
 }
 
 // Blocks: parts, heads, batch rows; a block takes every blocks-th tile of 64 queries. p.query_parts counts warps.
@@ -213,6 +207,8 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
   const bool folds = p.has_query_columns() && p.needs_queries();
   const int rank = static_cast<int>(p.rank);
   const int rel_pitch = low_rank ? static_cast<int>(t.rank_pitch) + 8 : kPitch;
+  const bool all = t.channel_pitch == D;
+  const int padded = static_cast<int>(t.channel_pitch);
   const Relative<T> rel(p, t, h, lane);
   const float* const edges = t.key_edges == nullptr ? nullptr : t.key_edges + unit * 2 * p.keys;
 
@@ -255,8 +251,9 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
                                 lane};
   const auto copy_keys = [&](int stage, int j0, Span keys) {
     T* const to = ring + stage * 2 * kKeys * kPitch;
-    copy_tile(to, kPitch, p, p.k, b, g, j0, kKeys, keys.first, keys.end, channels, D, true, t.vectors);
-    copy_tile(to + kKeys * kPitch, kPitch, p, p.v, b, g, j0, kKeys, keys.first, keys.end, channels, D, true, t.vectors);
+    copy_tile(to, kPitch, p, p.k, b, g, j0, kKeys, keys.first, keys.end, channels, padded, true, t.vectors);
+    copy_tile(to + kKeys * kPitch, kPitch, p, p.v, b, g, j0, kKeys, keys.first, keys.end, channels, padded, true,
+              t.vectors);
   };
 
 #pragma unroll 1
@@ -266,8 +263,8 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
     const Span keys = visible_keys(p, tile, tile.first, tile.first + tile.count);
     const int begin = keys.first >= keys.end ? keys.end : keys.first / 8 * 8, end = tile.first + tile.count;
     __syncthreads();
-    copy_tile(q_rows, kPitch, p, p.q, b, h, tile.first, kGradRows, 0, end, channels, D, false, t.vectors);
-    copy_tile(g_rows, kPitch, p, p.grad, b, h, tile.first, kGradRows, 0, end, channels, D, false, t.vectors);
+    copy_tile(q_rows, kPitch, p, p.q, b, h, tile.first, kGradRows, 0, end, channels, padded, false, t.vectors);
+    copy_tile(g_rows, kPitch, p, p.grad, b, h, tile.first, kGradRows, 0, end, channels, padded, false, t.vectors);
     if (low_rank)
       copy_tile(r_rows, rel_pitch, p, p.rel_query, b, h, tile.first, kGradRows, 0, end, rank,
                 static_cast<int>(t.rank_pitch), false, t.rank_vectors);
@@ -329,8 +326,8 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
         const T* const v_rows = k_rows + kKeys * kPitch;
         if (works) {
           float s[kKeys / 8][4] = {}, ds[kKeys / 8][4];
-          if (p.qk) multiply_pairs<T, D, kKeys>(s, q_rows + own * kPitch, k_rows, kPitch, lane);
-          multiply_pairs<T, D, kKeys>(ds, g_rows + own * kPitch, v_rows, kPitch, lane);
+          if (p.qk) multiply_pairs<T, D, kKeys>(s, q_rows + own * kPitch, k_rows, kPitch, all, lane);
+          multiply_pairs<T, D, kKeys>(ds, g_rows + own * kPitch, v_rows, kPitch, all, lane);
           const unsigned real = real_keys(p, b, j0, lane);
           const Meeting<Own::kQueries, kKeys> pairs(i0, j0);
           float factor = rel.factor, added[2] = {};
@@ -361,7 +358,7 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
             }
           }
           if (walk == 1) {
-            if (p.qk) multiply_rows<T, D, kKeys>(grad_q, ds, k_rows, kPitch, lane);
+            if (p.qk) multiply_rows<T, D, kKeys>(grad_q, ds, k_rows, kPitch, all, lane);
             if (folds) scatter_gradients(ds, folded, pairs, tile, p, outer);
           }
         }
@@ -394,7 +391,7 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
     if (p.grad_q.data == nullptr) continue;
     for (int e = lane; e < 16 * sum_pitch; e += 32) sums[e] *= low_rank ? 0.0f : rel_scale;
     __syncwarp();
-    add_rows<D>(sums, sum_pitch, grad_q, scale, lane);
+    add_rows<D>(sums, sum_pitch, grad_q, scale, all, lane);
     write(p.grad_q, channels, t.vectors, 1);
   }
 }
@@ -427,7 +424,8 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
   const int64_t parts = p.key_parts / kTensorWarps, part = blockIdx.x % parts, unit = blockIdx.x / parts;
   const int64_t b = unit / p.groups, g = unit % p.groups, W = p.window();
   const bool low_rank = p.rel_query.data != nullptr, scores = p.needs_keys();
-  const bool folds = p.key_rel.data != nullptr && scores;
+  const bool folds = p.key_rel.data != nullptr && scores, all = t.channel_pitch == D;
+  const int padded = static_cast<int>(t.channel_pitch);
   const int rel_pitch = low_rank ? static_cast<int>(t.rank_pitch) + 8 : kPitch;
 
   T* const k_rows = reinterpret_cast<T*>(shared_memory());
@@ -504,9 +502,10 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
       if (folds && t.whole_strips) folded.clear();
       const auto copy_queries = [&](int stage, int i0) {
         T* const to = ring + stage * stage_size;
-        copy_tile(to, kPitch, p, p.q, b, h, i0, kQueries, queries.first, queries.end, channels, D, false, t.vectors);
+        copy_tile(to, kPitch, p, p.q, b, h, i0, kQueries, queries.first, queries.end, channels, padded, false,
+                  t.vectors);
         copy_tile(to + kQueries * kPitch, kPitch, p, p.grad, b, h, i0, kQueries, queries.first, queries.end, channels,
-                  D, false, t.vectors);
+                  padded, false, t.vectors);
         if (low_rank)
           copy_tile(to + 2 * kQueries * kPitch, rel_pitch, p, p.rel_query, b, h, i0, kQueries, queries.first,
                     queries.end, static_cast<int>(p.rank), static_cast<int>(t.rank_pitch), false, t.rank_vectors);
@@ -540,8 +539,8 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
         const float* const of_queries = scalars + stage * 4 * kQueries;
         if (works) {
           float s[kQueries / 8][4] = {}, ds[kQueries / 8][4] = {};
-          if (p.qk) multiply_pairs<T, D, kQueries>(s, k_rows + own * kPitch, q_rows, kPitch, lane);
-          if (scores) multiply_pairs<T, D, kQueries>(ds, v_rows + own * kPitch, g_rows, kPitch, lane);
+          if (p.qk) multiply_pairs<T, D, kQueries>(s, k_rows + own * kPitch, q_rows, kPitch, all, lane);
+          if (scores) multiply_pairs<T, D, kQueries>(ds, v_rows + own * kPitch, g_rows, kPitch, all, lane);
           const Meeting<Own::kKeys, kQueries> pairs(j0, i0);
           float factor = rel.factor, added[2] = {};
           int side = -1;  // of the window, where all queries have the same
@@ -571,8 +570,8 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
               s[x][e] = probable * keep;
             }
           }
-          multiply_rows<T, D, kQueries>(grad_v, s, g_rows, kPitch, lane);
-          if (scores && p.qk) multiply_rows<T, D, kQueries>(grad_k, ds, q_rows, kPitch, lane);
+          multiply_rows<T, D, kQueries>(grad_v, s, g_rows, kPitch, all, lane);
+          if (scores && p.qk) multiply_rows<T, D, kQueries>(grad_k, ds, q_rows, kPitch, all, lane);
           if (folds) scatter_gradients(ds, folded, pairs, tile, p, outer);
         }
         __syncthreads();
@@ -605,13 +604,13 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
     if (p.grad_k.data != nullptr) {
       for (int e = lane; e < 16 * sum_pitch; e += 32) sums[e] *= scale;
       __syncwarp();
-      add_rows<D>(sums, sum_pitch, grad_k, scale, lane);
+      add_rows<D>(sums, sum_pitch, grad_k, scale, all, lane);
       write(p.grad_k, false);
     }
     if (p.grad_v.data == nullptr) continue;
     for (int e = lane; e < 16 * sum_pitch; e += 32) sums[e] = 0;
     __syncwarp();
-    add_rows<D>(sums, sum_pitch, grad_v, 1, lane);
+    add_rows<D>(sums, sum_pitch, grad_v, 1, all, lane);
     write(p.grad_v, p.value_conv.data != nullptr);
   }
 }

@@ -25,6 +25,7 @@ struct AttentionFacts {
 struct AttentionPlan {
   AttentionFamily family = AttentionFamily::kPlain;
   int64_t channels = 0;      // of the tensor kernels, padded
+  int64_t room = 0;          // the channels that theirs have room for
   bool resident = false;     // the forward pass keeps all keys and values in shared memory
   int64_t shared_bytes = 0;  // of a block of the tensor kernels
   int64_t strip_pitch = 0, grad_pitch = 0;
@@ -66,11 +67,11 @@ constexpr int64_t kTensorSharedMemory = 160 << 10;
 constexpr int kForwardKeys = 32;  // of a tile
 // Fragments of 16 queries of a warp: more share what is read of the keys, and take registers.
 template <int D>
-constexpr int kForwardFragments = D <= 96 ? 2 : 1;
+constexpr int kForwardFragments = D <= 64 ? 2 : 1;
 template <int D>
 constexpr int kForwardRows = 16 * kForwardFragments<D> * kTensorWarps;
 
-inline int64_t forward_rows(int64_t channels) { return channels <= 96 ? kForwardRows<96> : kForwardRows<128>; }
+inline int64_t forward_rows(int64_t channels) { return channels <= 64 ? kForwardRows<64> : kForwardRows<128>; }
 
 constexpr int64_t round_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -94,13 +95,13 @@ inline int64_t padded_rank(const AttentionFacts& f, int64_t channels) {
 }
 
 inline int64_t forward_bytes(const AttentionFacts& f, const AttentionPlan& plan, int64_t stages) {
-  const int64_t pitch = plan.channels + 8, rows = forward_rows(plan.channels), keys = kForwardKeys;
+  const int64_t pitch = plan.room + 8, rows = forward_rows(plan.channels), keys = kForwardKeys;
   return 2 * (rows * (pitch + (f.low_rank ? padded_rank(f, plan.channels) + 8 : 0)) + stages * 2 * keys * pitch) +
          4 * kTensorWarps * 16 * plan.strip_pitch;
 }
 
 inline int64_t backward_bytes(const AttentionFacts& f, const AttentionPlan& plan, bool keys) {
-  const int64_t pitch = plan.channels + 8, rank = padded_rank(f, plan.channels), rel = f.low_rank ? rank + 8 : 0;
+  const int64_t pitch = plan.room + 8, rank = padded_rank(f, plan.channels), rel = f.low_rank ? rank + 8 : 0;
   const int64_t own = kGradRows * (2 * pitch + (keys ? 0 : rel));
   const int64_t others = 2 * kGradOthers * (2 * pitch + (keys ? rel : 0));
   const int64_t sums = (keys || rank < plan.channels ? plan.channels : rank) + 4;
@@ -135,6 +136,7 @@ inline AttentionPlan plan_attention(const AttentionFacts& f, bool backward) {
   if (tensor_possible(f)) {
     plan.family = AttentionFamily::kTensor;
     plan.channels = round_to(f.channels, 32);
+    plan.room = plan.channels <= 64 ? 64 : 128;
   }
   if (!backward) {
     if (plan.family == AttentionFamily::kPlain) return plan;

@@ -43,6 +43,8 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
   const int channels = static_cast<int>(p.channels);
   const bool low_rank = p.rel_query.data != nullptr;
   const int rel_pitch = low_rank ? static_cast<int>(t.rank_pitch) + 8 : kPitch;
+  const bool all = t.channel_pitch == D;
+  const int padded = static_cast<int>(t.channel_pitch);
   const Relative<T> rel(p, t, h, lane);
   const float* const edges = t.key_edges == nullptr ? nullptr : t.key_edges + unit * 2 * p.keys;
 
@@ -55,8 +57,8 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
   float* const strip = strips + warp * 16 * strip_pitch;
   const auto key_rows = [&](int stage) { return ring + stage * 2 * kKeys * kPitch; };
   const auto copy_keys = [&](int stage, int j0, int begin, int end) {
-    copy_tile(key_rows(stage), kPitch, p, p.k, b, g, j0, kKeys, begin, end, channels, D, true, t.vectors);
-    copy_tile(key_rows(stage) + kKeys * kPitch, kPitch, p, p.v, b, g, j0, kKeys, begin, end, channels, D, true,
+    copy_tile(key_rows(stage), kPitch, p, p.k, b, g, j0, kKeys, begin, end, channels, padded, true, t.vectors);
+    copy_tile(key_rows(stage) + kKeys * kPitch, kPitch, p, p.v, b, g, j0, kKeys, begin, end, channels, padded, true,
               t.vectors);
   };
   if (resident) {
@@ -73,7 +75,7 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
     const Span keys = visible_keys(p, tile, tile.first, tile.first + tile.count);
     const int begin = keys.first >= keys.end ? keys.end : keys.first / (resident ? kKeys : 8) * (resident ? kKeys : 8);
     __syncthreads();
-    copy_tile(q_rows, kPitch, p, p.q, b, h, tile.first, kRows, 0, tile.first + tile.count, channels, D, false,
+    copy_tile(q_rows, kPitch, p, p.q, b, h, tile.first, kRows, 0, tile.first + tile.count, channels, padded, false,
               t.vectors);
     if (low_rank)
       copy_tile(r_rows, rel_pitch, p, p.rel_query, b, h, tile.first, kRows, 0, tile.first + tile.count,
@@ -98,7 +100,8 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
         total[m][half] = 0;
       }
       if constexpr (kHold)
-        for (int k = 0; k < D / 16; ++k) load_left(q[m][k], q_rows + (own + 16 * m) * kPitch + 16 * k, kPitch, lane);
+        each_piece<D, D / 16>(
+            all, [&](int k) { load_left(q[m][k], q_rows + (own + 16 * m) * kPitch + 16 * k, kPitch, lane); });
       rel.query_edges(left[m], right[m], r_rows + (own + 16 * m) * rel_pitch, rel_pitch);
     }
 
@@ -115,8 +118,7 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
       if (works) {
         float s[kM][kKeys / 8][4] = {};
         if (p.qk) {
-#pragma unroll
-          for (int k = 0; k < D / 16; ++k) {
+          each_piece<D, D / 16>(all, [&](int k) {
             uint32_t a[kM][4];
 #pragma unroll
             for (int m = 0; m < kM; ++m) {
@@ -134,7 +136,7 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
               for (int m = 0; m < kM; ++m)
                 for (int y = 0; y < 2; ++y) mma_m16n8k16<T>(s[m][2 * x + y], a[m], right_rows[y]);
             }
-          }
+          });
         }
         const unsigned real = real_keys(p, b, j0, lane);
 #pragma unroll
@@ -195,14 +197,13 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
           for (int m = 0; m < kM; ++m)
             for (int e = 0; e < 4; ++e)
               a[m][e] = narrow_pair<T>(s[m][2 * k + e / 2][e % 2 * 2], s[m][2 * k + e / 2][e % 2 * 2 + 1]);
-#pragma unroll
-          for (int c = 0; c < D / 16; ++c) {
+          each_piece<D, D / 16>(all, [&](int c) {
             uint32_t values[2][2];
             load_right(values, v_rows + 16 * k * kPitch + 16 * c, kPitch, lane);
 #pragma unroll
             for (int m = 0; m < kM; ++m)
               for (int y = 0; y < 2; ++y) mma_m16n8k16<T>(out[m][2 * c + y], a[m], values[y]);
-          }
+          });
         }
       }
       __syncthreads();

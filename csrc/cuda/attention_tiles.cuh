@@ -95,6 +95,18 @@ CK_DEVICE void copy_tile(T* to, int pitch, const Attention& p, const HeadRows& t
   }
 }
 
+// step(0) to step(kSteps - 1) for D channels in equal pieces; the last 32 channels may be padding, and take part only
+// if `all`.
+template <int D, int kSteps, class Step>
+CK_DEVICE void each_piece(bool all, const Step& step) {
+  constexpr int kSure = kSteps - kSteps * 32 / D;
+#pragma unroll
+  for (int k = 0; k < kSure; ++k) step(k);
+  if (!all) return;
+#pragma unroll
+  for (int k = kSure; k < kSteps; ++k) step(k);
+}
+
 // 8 channels of a row, zeros beyond `count`.
 template <class T>
 CK_DEVICE void load_channels(float (&value)[8], const T* from, int64_t stride, int count, bool vectors) {
@@ -259,7 +271,7 @@ struct Relative {
                             Span columns, const T* query_rows, int query_pitch, const T* key_rows,
                             int key_pitch) const {
     constexpr bool kQueries = kOwn == Own::kQueries;
-    const int row = lane / 4, pair = lane % 4 * 2;
+    const int lane = opaque(this->lane), row = lane / 4, pair = lane % 4 * 2;
     // out += 16 rows, n from the first on, times the columns from c on.
     const auto multiply = [&](float (&out)[4], bool queries, int n, int c) {
       const int column = least(c + row, W - 1);
@@ -312,14 +324,15 @@ CK_DEVICE void finish_scores(float (&s)[kOther / 8][4], const Relative<T>& rel, 
                              const float* edges, const float* strip, int pitch, int strip_first) {
   constexpr bool kQueries = kOwn == Own::kQueries;
   const Attention& p = rel.p;
-  const int row = rel.lane / 4, pair = rel.lane % 4 * 2, W = rel.W;
+  const int lane = opaque(rel.lane), row = lane / 4, pair = lane % 4 * 2, W = rel.W;
   const int positions = static_cast<int>(kQueries ? p.keys : p.queries);
   const bool columns = p.has_columns();
   Span partners[2];
-  for (int half = 0; half < 2; ++half) partners[half] = pairs.partners(p, tile, pairs.own + row + 8 * half);
+  const int own = opaque(pairs.own);
+  for (int half = 0; half < 2; ++half) partners[half] = pairs.partners(p, tile, own + row + 8 * half);
 #pragma unroll
   for (int n = 0; n < kOther / 8; ++n) {
-    const Meeting<kOwn, 8> fragment(pairs.own, pairs.other + 8 * n);
+    const Meeting<kOwn, 8> fragment(own, pairs.other + 8 * n);
     const int base = tap_of_pair(p, tile, fragment.first_query, fragment.first_key);
     // Only fragments that meet the window pay for it.
     const bool all_left = fragment.highest(p, tile) < 0, all_right = fragment.lowest(p, tile) >= W;
@@ -347,6 +360,7 @@ CK_DEVICE uint32_t draw_fragments(const Attention& p, uint64_t seed, int64_t b, 
                                   const Meeting<kOwn, kOther>& pairs, int lane) {
   static_assert(kOther <= 64 / 2);
   uint32_t kept = 0;
+  lane = opaque(lane);
 #pragma unroll 1
   for (int n = 0; n < kOther / 8; ++n) {
     const int other = pairs.other + 8 * n;

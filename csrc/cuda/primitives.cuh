@@ -93,6 +93,13 @@ CK_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
                : "memory");
 }
 
+// x, of which the compiler does not see that it is the same: what follows from it is not computed before a loop, to be
+// kept in registers all the while.
+CK_DEVICE int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // 2^x to within 2 units in the last place; subnormal results are 0.
 CK_DEVICE float fast_exp2(float x) {
   float y;

@@ -6,16 +6,10 @@
 
 namespace ck::cuda {
 
-// Calls body with the padded number of channels as a constant.
+// Calls body with the number of channels that a kernel has room for.
 template <class Body>
 const char* with_channels(int64_t channels, const Body& body) {
-  switch (channels) {
-    case 32: return body(std::integral_constant<int, 32>{});
-    case 64: return body(std::integral_constant<int, 64>{});
-    case 96: return body(std::integral_constant<int, 96>{});
-    case 128: return body(std::integral_constant<int, 128>{});
-    default: return "attention: the tensor kernels are for up to 128 channels";
-  }
+  return channels <= 64 ? body(std::integral_constant<int, 64>{}) : body(std::integral_constant<int, 128>{});
 }
 
 // The tables, where there are any.
