@@ -92,9 +92,17 @@ CK_DEVICE C& at(const HeadScalars& t, int64_t b, int64_t h, int64_t i) {
   return static_cast<C*>(t.data)[b * t.batch + h * t.head + i * t.time];
 }
 
+// Tables are float64 if and only if everything is.
 template <class C>
 CK_DEVICE C table_at(const HeadTable& t, int64_t h, int64_t row, int64_t column) {
-  return load_as<C>(t.data, h * t.head + row * t.row + column * t.column, t.dtype);
+  const int64_t index = h * t.head + row * t.row + column * t.column;
+  if constexpr (sizeof(C) == 8) {
+    return static_cast<const double*>(t.data)[index];
+  } else {
+    if (t.dtype == Dtype::kFloat32) return static_cast<const float*>(t.data)[index];
+    const uint16_t bits = static_cast<const uint16_t*>(t.data)[index];
+    return t.dtype == Dtype::kBFloat16 ? widen(bf16{bits}) : widen(f16{bits});
+  }
 }
 
 CK_DEVICE bool real_key(const Attention& p, int64_t b, int64_t j) {

@@ -49,7 +49,7 @@ constexpr int kPlainSlice = 128;  // channels of the results that a block makes
 inline int64_t plain_slices(int64_t channels) { return (channels + kPlainSlice - 1) / kPlainSlice; }
 
 // Numbers of the accumulation type in shared memory.
-constexpr int64_t kPlainPairs = (kPlainTileRows + kPlainTileKeys) * (kPlainPitch + 2);
+constexpr int64_t kPlainPairs = (kPlainTileRows + kPlainTileKeys) * (kPlainPitch + 2) + kPlainTileRows * kPlainPitch;
 constexpr int64_t kPlainWeights = kPlainTileRows * kPlainPitch;
 constexpr int64_t kPlainForwardRoom = kPlainPairs + kPlainWeights + kPlainTileRows * kPlainSlice;
 constexpr int64_t kPlainQueryRoom = kPlainPairs + kPlainWeights + 2 * kPlainTileRows * kPlainSlice + 2 * kPlainTileRows;

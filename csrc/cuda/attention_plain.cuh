@@ -27,11 +27,11 @@ class PlainPairs {
         a_(reinterpret_cast<C*>(shared_memory())),
         b_rows_(a_ + kRows * kPitch),
         row_edges_(b_rows_ + kKeys * kPitch),
-        key_edges_(row_edges_ + 2 * kRows) {}
+        key_edges_(row_edges_ + 2 * kRows),
+        terms_(key_edges_ + 2 * kKeys) {}
 
-  static constexpr int kElements = (kRows + kKeys) * kPitch + 2 * (kRows + kKeys);
   // Shared memory that is not used here.
-  CK_DEVICE C* rest() const { return key_edges_ + 2 * kKeys; }
+  CK_DEVICE C* rest() const { return terms_ + kRows * kPitch; }
 
   CK_DEVICE int row(int r) const { return warp * kOwn + r; }
 
@@ -97,25 +97,25 @@ class PlainPairs {
   CK_DEVICE void scores(C (&s)[kOwn], bool (&sees)[kOwn], const AttentionTile& tile) {
     for (int r = 0; r < kOwn; ++r) s[r] = 0;
     if (p_.qk) multiply(s, p_.q, p_.k);
-    const int j = key_ + lane, W = static_cast<int>(p_.window());
+    const int j = key_ + lane;
     const bool real = j < keys_end_ && real_key(p_, b_, j);
 #pragma unroll
     for (int r = 0; r < kOwn; ++r) {
       s[r] *= static_cast<C>(p_.scale);
-      const int i = query_ + row(r);
-      const Span keys = visible_keys(p_, tile, i);
+      const Span keys = visible_keys(p_, tile, query_ + row(r));
       sees[r] = real && row(r) < queries_ && j >= keys.first && j < keys.end;
-      if (!sees[r] || !p_.has_columns()) continue;
-      const int c = tap_of_pair(p_, tile, i, j);
-      if (c >= 0 && c < W) {
-        if (p_.has_query_columns()) s[r] += query_term(i, c);
-        if (p_.key_rel.data != nullptr) s[r] += key_term(j, c);
-      } else if (p_.clips()) {
-        const int side = c < 0 ? 0 : 1;
-        if (p_.has_query_columns()) s[r] += row_edges_[side * kRows + row(r)];
-        if (p_.key_rel.data != nullptr) s[r] += key_edges_[side * kKeys + lane];
-      }
     }
+    if (!p_.has_columns()) return;
+    // By way of shared memory, so that the code for a pair is there once.
+    C* const added = terms_ + lane;
+#pragma unroll 1
+    for (int r = 0; r < kOwn; ++r) {
+      const Span keys = visible_keys(p_, tile, query_ + row(r));
+      const bool seen = real && row(r) < queries_ && j >= keys.first && j < keys.end;
+      added[row(r) * kPitch] = seen ? relative_terms(tile, query_ + row(r), j, row(r)) : C{0};
+    }
+#pragma unroll
+    for (int r = 0; r < kOwn; ++r) s[r] += added[row(r) * kPitch];
   }
 
   // Multipliers of dropout.
@@ -134,6 +134,19 @@ class PlainPairs {
   const int lane, warp;
 
  private:
+  CK_DEVICE C relative_terms(const AttentionTile& tile, int i, int j, int row) const {
+    const int c = tap_of_pair(p_, tile, i, j), W = static_cast<int>(p_.window());
+    C total = 0;
+    if (c >= 0 && c < W) {
+      if (p_.has_query_columns()) total += query_term(i, c);
+      if (p_.key_rel.data != nullptr) total += key_term(j, c);
+    } else if (p_.clips()) {
+      const int side = c < 0 ? 0 : 1;
+      if (p_.has_query_columns()) total += row_edges_[side * kRows + row];
+      if (p_.key_rel.data != nullptr) total += key_edges_[side * kKeys + lane];
+    }
+    return total;
+  }
   CK_DEVICE C query_term(int64_t i, int64_t c) const {
     C total = 0;
     if (p_.query_rel.data != nullptr) {
@@ -156,7 +169,7 @@ class PlainPairs {
 
   const Attention& p_;
   const int64_t b_, h_, g_;
-  C *const a_, *const b_rows_, *const row_edges_, *const key_edges_;
+  C *const a_, *const b_rows_, *const row_edges_, *const key_edges_, *const terms_;
   int query_ = 0, queries_ = 0, key_ = 0, keys_end_ = 0;
 };
 
