@@ -251,7 +251,8 @@ def cpu_units(root):
 
 def cuda_units(root):
     csrc = root / "csrc"
-    host = [csrc / "cuda/families.cpp", csrc / "common/poison.cpp", csrc / "torch/bind_cuda.cpp"]
+    families = [csrc / "cuda/families.cpp", csrc / "cuda/attention_families.cpp"]
+    host = [*families, csrc / "common/poison.cpp", csrc / "torch/bind_cuda.cpp"]
     return [*sorted(csrc.glob("cuda/instantiate/*.cu")), *host, *sorted(csrc.glob("simt/*.cpp"))]
 
 

@@ -57,5 +57,5 @@ fi
 run tests/test_golden.py tests/test_fuzz.py tests/test_memory.py tests/test_decoding.py tests/test_equivalences.py \
     tests/test_instruction_sets.py tests/test_threads.py -k "not reference and not does_not_grow" -n "${WORKERS:-2}" -q
 export CONVKERNELS_SIMT=1
-run tests/test_golden.py tests/test_fuzz.py tests/test_memory.py tests/test_decoding.py \
-    -k "cuda and not does_not_grow" -n "${WORKERS:-2}" --every 8 -q
+run tests/test_golden.py tests/test_fuzz.py tests/test_memory.py tests/test_decoding.py tests/test_attention_fuzz.py \
+    tests/test_attention_tiles.py -k "cuda and not does_not_grow" -n "${WORKERS:-2}" --every 8 -q
