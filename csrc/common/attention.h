@@ -56,7 +56,7 @@ struct HeadScalars {
 
 // Where the gradients go; data == nullptr: not wanted. Those of tables are contiguous, in the table's own type.
 struct AttentionGradients {
-  HeadRows grad;              // d(loss)/d(out), an input
+  HeadRows grad, out;         // d(loss)/d(out) and the result itself, inputs
   HeadScalars grad_lse, lse;  // inputs; grad_lse.data == nullptr: lse was not used
   HeadRows grad_q, grad_k, grad_v, grad_rel_query;
   void *grad_bias = nullptr, *grad_query_rel = nullptr, *grad_key_rel = nullptr, *grad_value_conv = nullptr,

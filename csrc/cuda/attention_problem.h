@@ -40,7 +40,6 @@ struct AttentionForward : Attention {
 };
 
 struct AttentionBackward : Attention, AttentionGradients {
-  HeadRows out;  // the result of the forward pass, an input
   // sum of p dP over each row, less grad_lse; [batch, heads, queries] of the accumulation type.
   void* delta = nullptr;
   // Gradients of tables are sums over batch rows and positions, which blocks make piece by piece in these and which are

@@ -156,11 +156,13 @@ using TenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Te
 // Allocates the gradients that `needs` asks for, and enters them into p.
 template <class P>
 TenTensors set_attention_gradients(P& p, const Place& place, const Tensor& grad, const Optional& grad_lse,
-                                   const Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v,
-                                   const AttentionOptions& o, int64_t needs) {
+                                   const Tensor& out, const Tensor& lse, const Tensor& q, const Tensor& k,
+                                   const Tensor& v, const AttentionOptions& o, int64_t needs) {
   const View query(q);
   p.grad =
       head_rows(View(grad), query.type, {p.batch, p.queries, p.heads, p.channels}, "grad", "the shape and dtype of q");
+  p.out =
+      head_rows(View(out), query.type, {p.batch, p.queries, p.heads, p.channels}, "out", "the shape and dtype of q");
   p.lse = head_scalars(View(lse), p, "lse");
   if (grad_lse) p.grad_lse = head_scalars(View(*grad_lse), p, "grad_lse");
   int64_t bit = 1;

@@ -199,7 +199,7 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, int64_t left,
   return {out, lse};
 }
 
-TenTensors attention_grad(Tensor grad, Optional grad_lse, Tensor, Tensor lse, Tensor q, Tensor k, Tensor v,
+TenTensors attention_grad(Tensor grad, Optional grad_lse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v,
                           int64_t left, int64_t right, int64_t outside, bool causal, bool qk, double scale,
                           double rel_scale, double dropout, Optional seed, Optional bias, Optional query_rel,
                           Optional rel_query, Optional key_rel, Optional value_conv, Optional value_conv_bias,
@@ -213,7 +213,7 @@ TenTensors attention_grad(Tensor grad, Optional grad_lse, Tensor, Tensor lse, Te
   set_attention(p, host, View(q), View(k), View(v), left, right, outside, causal, qk, scale, rel_scale, dropout,
                 options);
   set_threads(p);
-  TenTensors results = set_attention_gradients(p, host.place, grad, grad_lse, lse, q, k, v, options, needs);
+  TenTensors results = set_attention_gradients(p, host.place, grad, grad_lse, out, lse, q, k, v, options, needs);
   check_status(ck::cpu::kernels().attention_grad(p));
   return results;
 }

@@ -165,11 +165,9 @@ TenTensors attention_grad(Tensor grad, Optional grad_lse, Tensor out, Tensor lse
   const AttentionOptions options{seed,     bias,         query_rel,       rel_query,
                                  key_rel,  value_conv,   value_conv_bias, value_conv_scale,
                                  key_mask, cu_seqlens_q, cu_seqlens_k};
-  const View query(q);
-  set_attention(p, device, query, View(k), View(v), left, right, outside, causal, qk, scale, rel_scale, dropout,
+  set_attention(p, device, View(q), View(k), View(v), left, right, outside, causal, qk, scale, rel_scale, dropout,
                 options);
-  p.out = head_rows(View(out), query.type, {p.batch, p.queries, p.heads, p.channels}, "out", "the shape of q");
-  TenTensors results = set_attention_gradients(p, device.place, grad, grad_lse, lse, q, k, v, options, needs);
+  TenTensors results = set_attention_gradients(p, device.place, grad, grad_lse, out, lse, q, k, v, options, needs);
   Tensor workspace = allocate(device.place, {ck::cuda::workspace_bytes(p)}, ScalarType::Byte);
   check_status(ck::cuda::attention_grad(p, workspace.mutable_data_ptr(), device.stream()));
   return results;
