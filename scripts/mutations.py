@@ -34,6 +34,7 @@ TESTS = [
     "tests/test_golden.py",
     "tests/test_attention_fuzz.py",
     "tests/test_attention_blocks.py",
+    "tests/test_attention_fragments.py",
 ]
 
 
@@ -266,6 +267,60 @@ CUDA_MUTATIONS = [
         "step_row<T>(p, row, from, c, scratch);",
         "step_row<T>(p, row, from, c, state);",
     ),
+    Mutation(
+        "attention: keys read before they have come",
+        "csrc/cuda/attention_fwd.cuh",
+        "      cp_async_wait<1>();\n      __syncthreads();\n      const T* const k_rows",
+        "      __syncthreads();\n      const T* const k_rows",
+    ),
+    Mutation(
+        "attention: no barrier before keys are overwritten",
+        "csrc/cuda/attention_fwd.cuh",
+        "      __syncthreads();\n    }\n\n    // Rows go through",
+        "    }\n\n    // Rows go through",
+    ),
+    Mutation(
+        "attention: no barrier before queries are overwritten, backward",
+        "csrc/cuda/attention_bwd.cuh",
+        "      cp_async_wait<0>();\n      __syncthreads();\n      if (folds && works)",
+        "      cp_async_wait<0>();\n      if (folds && works)",
+    ),
+    Mutation(
+        "attention: the last column taken for the edge",
+        "csrc/cuda/attention_tiles.cuh",
+        "is_right = all_right || c >= W;",
+        "is_right = all_right || c >= W - 1;",
+    ),
+    Mutation(
+        "attention: sums of a row not shrunk",
+        "csrc/cuda/attention_fwd.cuh",
+        "total[m][half] = total[m][half] * shrink + sum;",
+        "total[m][half] = total[m][half] + sum;",
+    ),
+    Mutation(
+        "attention: dropout of the wrong row of a pair",
+        "csrc/cuda/attention_tiles.cuh",
+        "pairs.own + lane / 4 + (odd ? 8 : 0)",
+        "pairs.own + lane / 4 + (odd ? 0 : 8)",
+    ),
+    Mutation(
+        "attention: strips of gradients keep an earlier tile",
+        "csrc/cuda/attention_bwd.cuh",
+        "if (meets && !to.whole) to.clear();",
+        "",
+    ),
+    Mutation(
+        "attention: padding is seen",
+        "csrc/cuda/attention_tiles.cuh",
+        "const bool sees = there && other",
+        "const bool sees = other",
+    ),
+    Mutation(
+        "attention: no barrier in the plain products",
+        "csrc/cuda/attention_plain.cuh",
+        "      stage_keys(keys, d0);\n      __syncthreads();",
+        "      stage_keys(keys, d0);",
+    ),
 ]
 
 # The CPU library chooses among instruction sets at run time; a mutant has only one of them.
@@ -296,7 +351,8 @@ def cpu_units(root):
 
 def cuda_units(root):
     csrc = root / "csrc"
-    host = [csrc / "cuda/families.cpp", csrc / "common/poison.cpp", csrc / "torch/bind_cuda.cpp"]
+    families = [csrc / "cuda/families.cpp", csrc / "cuda/attention_families.cpp"]
+    host = [*families, csrc / "common/poison.cpp", csrc / "torch/bind_cuda.cpp"]
     return [*sorted(csrc.glob("cuda/instantiate/*.cu")), *host, *sorted(csrc.glob("simt/*.cpp"))]
 
 

@@ -58,5 +58,5 @@ run tests/test_golden.py tests/test_fuzz.py tests/test_memory.py tests/test_deco
     tests/test_instruction_sets.py tests/test_threads.py tests/test_attention_golden.py tests/test_attention_fuzz.py \
     tests/test_attention_blocks.py -k "not reference and not does_not_grow" -n "${WORKERS:-2}" -q
 export CONVKERNELS_SIMT=1
-run tests/test_golden.py tests/test_fuzz.py tests/test_memory.py tests/test_decoding.py \
-    -k "cuda and not does_not_grow" -n "${WORKERS:-2}" --every 8 -q
+run tests/test_golden.py tests/test_fuzz.py tests/test_memory.py tests/test_decoding.py tests/test_attention_fuzz.py \
+    tests/test_attention_fragments.py -k "cuda and not does_not_grow" -n "${WORKERS:-2}" --every 8 -q

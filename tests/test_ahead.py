@@ -131,6 +131,11 @@ def test_what_breaks_a_rule_is_found(tmp_path):
     assert "multiplies by mma, not" in newest.violations([dataclasses.replace(good, unit="mma")])[0]
     assert "registers 65, the budget has 64" in found(good, registers=65)
     assert "not in the budget" in found(good, variant="f16")
+    budgeted = dataclasses.replace(rules, spilling=("stream",))
+    budget.write_text(budgeted.to_budget([dataclasses.replace(good, spills=8)]))
+    assert budgeted.violations([dataclasses.replace(good, spills=8)]) == []
+    (text,) = budgeted.violations([dataclasses.replace(good, spills=12)])
+    assert "spills 12, the budget has 8" in text
     # The figures of another compiler are not comparable.
     assert dataclasses.replace(rules, version="13.1").violations([dataclasses.replace(good, registers=65)]) == []
 

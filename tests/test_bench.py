@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import pytest
 import torch
@@ -159,6 +160,7 @@ def test_info_names_backends_and_variables(capsys):
     assert cli.main(["info"]) == 0
     printed = capsys.readouterr().out
     assert "reference" in printed and "CONVKERNELS_STRICT" in printed
+    assert re.search(r"attention_grad +cpu +the first usable one", printed)
 
 
 def test_check_passes_here(capsys):

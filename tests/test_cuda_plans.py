@@ -8,6 +8,7 @@ import pytest
 from strategies import wide_problems
 
 plan = pytest.importorskip("convkernels._C").cuda_plan
+attention_plan = pytest.importorskip("convkernels._C").cuda_attention_plan
 
 SHAPES = [
     {
@@ -82,3 +83,31 @@ def test_unknown_facts_are_refused():
         plan(False, lenght=3)
     with pytest.raises(ValueError, match="argument 'dtype': expected float64, .*, got 'int8'"):
         plan(False, dtype="int8")
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_attention_of_every_shape_gets_a_plan(backward):
+    for dtype, channels, keys, window, low_rank, positive, packed in itertools.product(
+        ("bfloat16", "float16", "float32", "float64"), (1, 20, 64, 96, 128, 129), (0, 1, 128, 256, 257, 8192),
+        (1, 17, 1025), (False, True), (False, True), (False, True),
+    ):  # fmt: skip
+        facts = {
+            "batch": 2, "queries": 500, "keys": keys, "heads": 4, "groups": 2, "channels": channels, "dtype": dtype,
+            "rank": 16 if low_rank else channels, "low_rank": low_rank, "window": window, "relative": window > 1,
+            "positive_scale": positive, "packed": packed, "sequences": 3 if packed else 1,
+        }  # fmt: skip
+        chosen = attention_plan(backward, **facts)
+        tensor = dtype.endswith("16") and channels <= 128 and positive
+        assert chosen["family"] == ("tensor" if tensor else "plain"), facts
+        # What every architecture served has.
+        assert max(chosen["shared_bytes"], chosen["key_shared_bytes"]) <= 160 << 10, (facts, chosen)
+        assert chosen["query_parts"] >= 1 and chosen["key_parts"] >= 1
+        assert not chosen["resident"] or (keys <= 256 and not packed and not backward)
+        if tensor:
+            assert channels <= chosen["channels"] < channels + 32 and chosen["channels"] <= chosen["room"]
+    assert attention_plan(False, keys=128, queries=128)["resident"]
+
+
+def test_unknown_facts_of_attention_are_refused():
+    with pytest.raises(TypeError, match="cuda_attention_plan: a fact"):
+        attention_plan(False, taps=3)

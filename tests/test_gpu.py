@@ -191,3 +191,50 @@ def test_attention_over_a_long_sequence_is_deterministic(attending):
     with torch.no_grad():
         y = ck.composite_attention(**tail, backend="reference")
     torch.testing.assert_close(first[0][:, -64:], y, rtol=2e-2, atol=2e-2)
+
+
+ATTENTION_SHAPES = {
+    "paper": dict(B=4, T=128, S=128, H=4, G=4, D=64, k=8, dropout=0.1, padded=True, conv=True),
+    "long": dict(B=1, T=2048, S=2048, H=4, G=4, D=64, k=8),
+    "grouped causal": dict(B=2, T=1000, S=1000, H=8, G=2, D=128, k=16, causal=True),
+    "uneven": dict(B=2, T=257, S=513, H=3, G=3, D=96, k=64),
+    "wide window": dict(B=1, T=1024, S=1024, H=2, G=1, D=32, k=300, outside="zero"),
+    "local": dict(B=1, T=4096, S=4096, H=2, G=2, D=64, k=128, outside="mask"),
+}
+
+
+def shaped_inputs(shape, dtype):
+    B, T, S, H, G, D, W = (*(shape[n] for n in "BTSHGD"), 2 * shape["k"] + 1)
+    sizes = {"q": (B, T, H, D), "k": (B, S, G, D), "v": (B, S, G, D), "bias": (H, W), "query_rel": (D, W),
+             "key_rel": (D, W)}  # fmt: skip
+    if shape.get("conv"):
+        sizes |= {"value_conv": (H, D, W), "value_conv_bias": (H, D), "value_conv_scale": (H,)}
+    inputs = {n: values(size, dtype, salt + 1).cuda().requires_grad_() for salt, (n, size) in enumerate(sizes.items())}
+    options = {n: shape[n] for n in ("causal", "outside", "dropout") if n in shape}
+    if "dropout" in shape:
+        options |= {"training": True, "seed": torch.tensor([77], device="cuda")}
+    if shape.get("padded"):
+        options["key_mask"] = (torch.arange(S) < S - torch.arange(B)[:, None] * S // 6).cuda()
+    return inputs, options
+
+
+def run_attention(backend, inputs, options):
+    y = ck.composite_attention(**inputs, **options, backend=backend)
+    grads = torch.autograd.grad(y, list(inputs.values()), values(y.shape, y.dtype, 99).to(y.device))
+    return dict(zip(("out", *inputs), (y, *grads), strict=True))
+
+
+@attending
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", ATTENTION_SHAPES)
+def test_attention_of_many_shapes(name, dtype, attending):
+    inputs, options = shaped_inputs(ATTENTION_SHAPES[name], dtype)
+    found = run_attention(attending, inputs, options)
+    exact = {n: value.detach().double().requires_grad_() for n, value in inputs.items()}
+    expected = run_attention("reference", exact, options)
+    limit = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-5}[dtype]
+    for n, value in found.items():
+        error = (value.double() - expected[n]).norm() / expected[n].norm()
+        assert error <= limit, f"{n}: {error:.3g}"
+    again = run_attention(attending, inputs, options)
+    assert all(torch.equal(again[n], value) for n, value in found.items())

@@ -96,7 +96,7 @@ def automatic(device: torch.device) -> list[tuple[str, str, str, str, str]]:
     """(device type, dtype, op, backend, reason) of what backend='auto' takes, without CONVKERNELS_BACKEND."""
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
-        for op in ("depthwise_conv1d", "lightweight_conv1d", "dynamic_conv1d"):
+        for op in ("depthwise_conv1d", "lightweight_conv1d", "dynamic_conv1d", "attention", "attention_grad"):
             name, _ = _select.first_fast(op, device.type, dtype)
             fastest = preference.fastest(op, device.type, dtype)
             if name is None:

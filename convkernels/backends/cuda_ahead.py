@@ -9,8 +9,11 @@ from .library import FOLDER
 
 LIBRARY = FOLDER / "libconvkernels_cuda.so"
 # By kernel, without its template arguments: the families that were written to move memory, and to use matrix units.
-BANDED = ("band_forward", "band_backward")
+ATTENTION = ("attention_forward", "attention_backward_queries", "attention_backward_keys")
+BANDED = ("band_forward", "band_backward", *ATTENTION)
 STREAMING = (*(f"{f}_{d}" for f in ("stream", "time", "rows") for d in ("forward", "backward")), *BANDED)
+# Its sums for two gradients of 128 channels do not all fit into registers.
+SPILLING = ("attention_backward_keys",)
 
 
 def compiler_version() -> str:
@@ -33,7 +36,7 @@ def missing() -> str | None:
 
 def rules() -> machine_code.Rules:
     budget = Path(__file__).parent / "cuda_budget.json"
-    return machine_code.Rules(budget, "nvcc", compiler_version(), STREAMING, BANDED)
+    return machine_code.Rules(budget, "nvcc", compiler_version(), STREAMING, BANDED, SPILLING)
 
 
 def _kernels(text: str, marker: str) -> dict[tuple[str, str], str]:

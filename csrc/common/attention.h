@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "dtypes.h"
+#include "taps.h"
 
 namespace ck {
 
@@ -40,11 +41,11 @@ struct Attention {
   int64_t mask_batch = 0, mask_key = 0;
   int64_t sequences = 1;  // packed in the one batch row
 
-  int64_t window() const { return left + right + 1; }
-  int64_t sharing() const { return heads / groups; }
-  bool clips() const { return outside == Outside::kClip; }
-  bool has_query_columns() const { return bias.data != nullptr || query_rel.data != nullptr; }
-  bool has_columns() const { return has_query_columns() || key_rel.data != nullptr; }
+  CK_HD int64_t window() const { return left + right + 1; }
+  CK_HD int64_t sharing() const { return heads / groups; }
+  CK_HD bool clips() const { return outside == Outside::kClip; }
+  CK_HD bool has_query_columns() const { return bias.data != nullptr || query_rel.data != nullptr; }
+  CK_HD bool has_columns() const { return has_query_columns() || key_rel.data != nullptr; }
 };
 
 // A [batch, head, time] tensor in the compute type.

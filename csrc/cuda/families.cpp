@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "../common/switch.h"
+#include "rooms.h"
 
 namespace ck::cuda {
 
@@ -67,23 +68,6 @@ const char* with_family(const Plan& plan, Dtype dtype, const Run& run) {
     return run(Plain<T>{});
   });
 }
-
-// Takes `count` numbers of the accumulation type from a workspace that may not exist yet.
-class Rooms {
- public:
-  Rooms(void* begin, Dtype dtype) : at_(static_cast<char*>(begin)), size_(dtype == Dtype::kFloat64 ? 8 : 4) {}
-
-  void* take(int64_t count) {
-    void* const room = at_ == nullptr ? nullptr : at_ + used_;
-    used_ += (count * size_ + kVectorBytes - 1) / kVectorBytes * kVectorBytes;
-    return room;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* at_;
-  int64_t size_, used_ = 0;
-};
 
 // Enters where partial sums go. Returns the bytes they take.
 int64_t assign(Backward& p, const Plan& plan, void* workspace) {

@@ -93,6 +93,20 @@ CK_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
                : "memory");
 }
 
+// x, of which the compiler does not see that it is the same: what follows from it is not computed before a loop, to be
+// kept in registers all the while.
+CK_DEVICE int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// 2^x to within 2 units in the last place; subnormal results are 0.
+CK_DEVICE float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // d += a b, with a of 16 x 16 and b of 16 x 8 numbers of type T.
 template <class T>
 CK_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

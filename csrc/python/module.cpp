@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "csrc/cpu/dispatch.h"
+#include "csrc/cuda/attention_config.h"
 #include "csrc/cuda/config.h"
 
 namespace py = pybind11;
@@ -73,6 +74,40 @@ void each_field(ck::cuda::Plan& plan, Field&& field) {
   field("shared_bytes", plan.shared_bytes);
 }
 
+template <class Field>
+void each_field(ck::cuda::AttentionFacts& facts, Field&& field) {
+  field("batch", facts.batch);
+  field("queries", facts.queries);
+  field("keys", facts.keys);
+  field("heads", facts.heads);
+  field("groups", facts.groups);
+  field("channels", facts.channels);
+  field("rank", facts.rank);
+  field("window", facts.window);
+  field("sequences", facts.sequences);
+  field("dtype", facts.dtype);
+  field("packed", facts.packed);
+  field("relative", facts.relative);
+  field("low_rank", facts.low_rank);
+  field("positive_scale", facts.positive_scale);
+  field("multiprocessors", facts.multiprocessors);
+}
+
+template <class Field>
+void each_field(ck::cuda::AttentionPlan& plan, Field&& field) {
+  field("family", plan.family);
+  field("channels", plan.channels);
+  field("room", plan.room);
+  field("resident", plan.resident);
+  field("shared_bytes", plan.shared_bytes);
+  field("key_shared_bytes", plan.key_shared_bytes);
+  field("strip_pitch", plan.strip_pitch);
+  field("grad_pitch", plan.grad_pitch);
+  field("query_parts", plan.query_parts);
+  field("key_parts", plan.key_parts);
+  field("tap_parts", plan.tap_parts);
+}
+
 ck::Dtype dtype_of(const std::string& name) {
   if (name == "float64") return ck::Dtype::kFloat64;
   if (name == "float32") return ck::Dtype::kFloat32;
@@ -81,8 +116,10 @@ ck::Dtype dtype_of(const std::string& name) {
   throw py::value_error("argument 'dtype': expected float64, float32, bfloat16 or float16, got '" + name + "'");
 }
 
-py::dict cuda_plan(bool backward, const py::kwargs& given) {
-  ck::cuda::Facts facts;
+// `Facts` from what Python gives by name.
+template <class Facts>
+Facts facts_from(const char* function, const py::kwargs& given) {
+  Facts facts;
   size_t taken = 0;
   each_field(facts, [&](const char* name, auto& value) {
     using Value = std::remove_reference_t<decltype(value)>;
@@ -93,16 +130,31 @@ py::dict cuda_plan(bool backward, const py::kwargs& given) {
     else
       value = given[name].cast<Value>();
   });
-  if (taken != given.size()) throw py::type_error("cuda_plan: a fact that is not a field of Facts in config.h");
-  ck::cuda::Plan plan = backward ? ck::cuda::plan_backward(facts) : ck::cuda::plan_forward(facts);
+  if (taken != given.size())
+    throw py::type_error(std::string(function) + ": a fact that is not a field of the facts in csrc/cuda");
+  return facts;
+}
+
+template <class Plan>
+py::dict to_python(Plan plan) {
   py::dict result;
   each_field(plan, [&](const char* name, auto& value) {
-    if constexpr (std::is_same_v<std::remove_reference_t<decltype(value)>, ck::cuda::Family>)
+    if constexpr (std::is_enum_v<std::remove_reference_t<decltype(value)>>)
       result[name] = ck::cuda::name_of(value);
     else
       result[name] = value;
   });
   return result;
+}
+
+py::dict cuda_plan(bool backward, const py::kwargs& given) {
+  const auto facts = facts_from<ck::cuda::Facts>("cuda_plan", given);
+  return to_python(backward ? ck::cuda::plan_backward(facts) : ck::cuda::plan_forward(facts));
+}
+
+py::dict cuda_attention_plan(bool backward, const py::kwargs& given) {
+  return to_python(
+      ck::cuda::plan_attention(facts_from<ck::cuda::AttentionFacts>("cuda_attention_plan", given), backward));
 }
 
 }  // namespace
@@ -119,4 +171,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "All of the above in one dictionary");
   m.def("cuda_plan", &cuda_plan, py::arg("backward"),
         "The launch plan of the CUDA kernels for a problem, given as the fields of Facts in csrc/cuda/config.h");
+  m.def("cuda_attention_plan", &cuda_attention_plan, py::arg("backward"),
+        "The same for attention: the fields of AttentionFacts in csrc/cuda/attention_config.h");
 }

@@ -131,6 +131,13 @@ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { simt::load_ma
 inline void ldmatrix_x2(uint32_t (&r)[2], const void* row) { simt::load_matrices(r, 2, false, row); }
 inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) { simt::load_matrices(r, 2, true, row); }
 
+inline int opaque(int x) { return x; }
+
+inline float fast_exp2(float x) {
+  const float y = std::exp2(x);
+  return y < 0x1p-126f ? 0.0f : y;  // false for NaN
+}
+
 template <class T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   static_assert(std::same_as<T, bf16> || std::same_as<T, f16>);

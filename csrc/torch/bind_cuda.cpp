@@ -1,6 +1,8 @@
 // The CUDA operators, registered through torch's stable C interface. No device code. With CK_SIMT the same kernels run
 // on the host, and the operators take CPU tensors.
+#include "csrc/cuda/attention_families.h"
 #include "csrc/cuda/families.h"
+#include "csrc/torch/attention.h"
 #include "csrc/torch/convolutions.h"
 
 #if !defined(CK_SIMT)
@@ -29,7 +31,8 @@ class Device {
   }
 #endif
 
-  void set_seed(ck::cuda::Problem& p, const Tensor& seed) const {
+  template <class P>
+  void set_seed(P& p, const Tensor& seed) const {
     p.seed = static_cast<const int64_t*>(seed.const_data_ptr());
     p.drop_below = ck::drop_threshold(p.dropout);
     p.keep_scale = p.dropout < 1.0 ? 1.0 / (1.0 - p.dropout) : 0.0;
@@ -38,6 +41,16 @@ class Device {
   void set_offsets(ck::cuda::Problem& p, const Tensor& tensor, const View& cu_seqlens) {
     p.offsets = offsets_.data(place, tensor);
     p.wide_offsets = cu_seqlens.type == ScalarType::Long;
+  }
+
+  void set_offsets(ck::cuda::Attention& p, const Tensor& of_queries, const Tensor& of_keys) {
+    const ScalarType query_type = View(of_queries).type, key_type = View(of_keys).type;
+    require(query_type == ScalarType::Int || query_type == ScalarType::Long, "cu_seqlens_q", "dtype int32 or int64");
+    require(key_type == ScalarType::Int || key_type == ScalarType::Long, "cu_seqlens_k", "dtype int32 or int64");
+    p.query_offsets = offsets_.data(place, of_queries);
+    p.key_offsets = key_offsets_.data(place, of_keys);
+    p.wide_query_offsets = query_type == ScalarType::Long;
+    p.wide_key_offsets = key_type == ScalarType::Long;
   }
 
   Place place;
@@ -52,7 +65,7 @@ class Device {
 
   torch::stable::accelerator::DeviceGuard guard_;
 #endif
-  Contiguous offsets_;
+  Contiguous offsets_, key_offsets_;
 };
 
 void check_status(const char* status) {
@@ -117,6 +130,49 @@ Tensor tap_step(Tensor x, Tensor state, Tensor weight, int64_t dilation, bool so
   return y;
 }
 
+std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, int64_t left, int64_t right, int64_t outside,
+                                     bool causal, bool qk, double scale, double rel_scale, double dropout,
+                                     Optional seed, Optional bias, Optional query_rel, Optional rel_query,
+                                     Optional key_rel, Optional value_conv, Optional value_conv_bias,
+                                     Optional value_conv_scale, Optional key_mask, Optional cu_seqlens_q,
+                                     Optional cu_seqlens_k) {
+  ck::cuda::AttentionForward p;
+  Device device(q);
+  const AttentionOptions options{seed,     bias,         query_rel,       rel_query,
+                                 key_rel,  value_conv,   value_conv_bias, value_conv_scale,
+                                 key_mask, cu_seqlens_q, cu_seqlens_k};
+  const View query(q);
+  set_attention(p, device, query, View(k), View(v), left, right, outside, causal, qk, scale, rel_scale, dropout,
+                options);
+  Tensor out = allocate_like(device.place, q, query);
+  Tensor lse = allocate(device.place, {p.batch, p.heads, p.queries},
+                        p.dtype == ck::Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float);
+  p.out = head_rows(View(out), query.type, {p.batch, p.queries, p.heads, p.channels}, "out", "the shape of q");
+  p.lse = head_scalars(View(lse), p, "lse");
+  Tensor workspace = allocate(device.place, {ck::cuda::workspace_bytes(p)}, ScalarType::Byte);
+  check_status(ck::cuda::attention(p, workspace.mutable_data_ptr(), device.stream()));
+  return {out, lse};
+}
+
+TenTensors attention_grad(Tensor grad, Optional grad_lse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v,
+                          int64_t left, int64_t right, int64_t outside, bool causal, bool qk, double scale,
+                          double rel_scale, double dropout, Optional seed, Optional bias, Optional query_rel,
+                          Optional rel_query, Optional key_rel, Optional value_conv, Optional value_conv_bias,
+                          Optional value_conv_scale, Optional key_mask, Optional cu_seqlens_q, Optional cu_seqlens_k,
+                          int64_t needs) {
+  ck::cuda::AttentionBackward p;
+  Device device(q);
+  const AttentionOptions options{seed,     bias,         query_rel,       rel_query,
+                                 key_rel,  value_conv,   value_conv_bias, value_conv_scale,
+                                 key_mask, cu_seqlens_q, cu_seqlens_k};
+  set_attention(p, device, View(q), View(k), View(v), left, right, outside, causal, qk, scale, rel_scale, dropout,
+                options);
+  TenTensors results = set_attention_gradients(p, device.place, grad, grad_lse, out, lse, q, k, v, options, needs);
+  Tensor workspace = allocate(device.place, {ck::cuda::workspace_bytes(p)}, ScalarType::Byte);
+  check_status(ck::cuda::attention_grad(p, workspace.mutable_data_ptr(), device.stream()));
+  return results;
+}
+
 }  // namespace
 
 #if defined(CK_SIMT)
@@ -130,4 +186,8 @@ STABLE_TORCH_LIBRARY_IMPL(convkernels, CUDA, m) {
   m.impl("_tap_grad.cuda", TORCH_BOX(&tap_grad));
   m.impl("tap_step.cuda", TORCH_BOX(&tap_step));
   m.impl("_tap_step.cuda", TORCH_BOX(&tap_step));
+  m.impl("attention.cuda", TORCH_BOX(&attention));
+  m.impl("_attention.cuda", TORCH_BOX(&attention));
+  m.impl("attention_grad.cuda", TORCH_BOX(&attention_grad));
+  m.impl("_attention_grad.cuda", TORCH_BOX(&attention_grad));
 }

@@ -1,0 +1,2 @@
+#define CK_TYPE ck::f16
+#include "attention_tensor.inc.cuh"

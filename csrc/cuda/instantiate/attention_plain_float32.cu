@@ -1,0 +1,2 @@
+#define CK_TYPE float
+#include "attention_plain.inc.cuh"

@@ -1,0 +1,2 @@
+#define CK_TYPE double
+#include "attention_plain.inc.cuh"
