@@ -131,9 +131,7 @@ def attention_inputs(shape, dtype):
              "key_rel": (D, W)}  # fmt: skip
     if shape.get("conv"):
         sizes |= {"value_conv": (H, D, W), "value_conv_bias": (H, D), "value_conv_scale": (H,)}
-    inputs = {
-        n: values(size, dtype, salt + 1).cuda().requires_grad_(grad) for salt, (n, size) in enumerate(sizes.items())
-    }
+    inputs = {n: values(size, dtype, salt + 1).cuda().requires_grad_() for salt, (n, size) in enumerate(sizes.items())}
     options = {n: shape[n] for n in ("causal", "outside", "dropout") if n in shape}
     if "dropout" in shape:
         options |= {"training": True, "seed": torch.tensor([77], device="cuda")}
