@@ -108,6 +108,18 @@ def test_attention_of_every_shape_gets_a_plan(backward):
     assert attention_plan(False, keys=128, queries=128)["resident"]
 
 
+def test_sums_of_attention_stay_small():
+    """However long the sequences are and however wide the window is."""
+    for heads, window, rank in ((4, 17, 64), (64, 1024, 16), (64, 4097, 128)):
+        facts = {"heads": heads, "groups": heads, "window": window, "rank": rank, "relative": True, "query_rel": True}
+        parts = {
+            length: attention_plan(True, queries=length, keys=length, **facts)["query_parts"]
+            for length in (1 << 17, 1 << 20)
+        }
+        assert parts[1 << 17] == parts[1 << 20]
+        assert parts[1 << 20] == 4 or heads * parts[1 << 20] * window * rank * 4 <= 64 << 20
+
+
 def test_unknown_facts_of_attention_are_refused():
     with pytest.raises(TypeError, match="cuda_attention_plan: a fact"):
         attention_plan(False, taps=3)

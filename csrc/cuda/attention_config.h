@@ -17,7 +17,8 @@ inline const char* name_of(AttentionFamily family) { return family == AttentionF
 struct AttentionFacts {
   int64_t batch = 1, queries = 1, keys = 1, heads = 1, groups = 1, channels = 64, rank = 64, window = 1, sequences = 1;
   Dtype dtype = Dtype::kBFloat16;
-  bool packed = false, relative = false, low_rank = false;  // relative: some relative term, low_rank: rel_query
+  // relative: some relative term, low_rank: rel_query
+  bool packed = false, relative = false, query_rel = false, key_rel = false, low_rank = false;
   bool positive_scale = true;
   int64_t multiprocessors = 132;
 };
@@ -119,12 +120,17 @@ inline bool tensor_possible(const AttentionFacts& f) {
 
 constexpr int kTapRows = 64;  // queries of a tile of the kernel for the depthwise term's tables
 
-// Pieces of the `tiles` of each of `units` heads, as blocks that make one piece of a table's sums each: few enough for
-// the sums to stay small, and enough to fill a device. No piece without a tile.
-inline int64_t parts_of(int64_t units, int64_t tiles, int64_t multiprocessors) {
-  const int64_t wanted = (8 * multiprocessors + units - 1) / (units < 1 ? 1 : units);
-  const int64_t most = tiles < 1 ? 1 : tiles;
-  return wanted < most ? wanted : most;
+// Bytes that all sums of pieces of one table may take, unless a single piece per head takes more.
+constexpr int64_t kPieceBytes = 64 << 20;
+
+// Pieces of the `tiles` of each of `units` heads, as blocks that make one piece of a table's sums each, of `numbers`
+// numbers: few enough for the sums to stay small, and enough to fill a device. No piece without a tile.
+inline int64_t parts_of(int64_t units, int64_t tiles, int64_t numbers, int64_t multiprocessors) {
+  units = units < 1 ? 1 : units;
+  const int64_t wanted = (8 * multiprocessors + units - 1) / units;
+  const int64_t room = numbers == 0 ? wanted : kPieceBytes / (4 * numbers * units);
+  const int64_t fewest = wanted < room ? wanted : room, parts = tiles < fewest ? tiles : fewest;
+  return parts < 1 ? 1 : parts;
 }
 
 inline AttentionPlan plan_attention(const AttentionFacts& f, bool backward) {
@@ -148,12 +154,16 @@ inline AttentionPlan plan_attention(const AttentionFacts& f, bool backward) {
     plan.shared_bytes = forward_bytes(f, plan, plan.resident ? all : 2);
     // Who keeps the keys may as well serve several tiles of queries.
     plan.query_parts = tiles(f.queries, forward_rows(plan.channels));
-    if (plan.resident) plan.query_parts = parts_of(units, plan.query_parts, f.multiprocessors);
+    if (plan.resident) plan.query_parts = parts_of(units, plan.query_parts, 0, f.multiprocessors);
     return plan;
   }
   const bool plain = plan.family == AttentionFamily::kPlain;
-  plan.query_parts = parts_of(units, tiles(f.queries, plain ? kPlainTileRows : kGradRows), f.multiprocessors);
-  plan.key_parts = parts_of(f.batch * f.groups, tiles(f.keys, plain ? kPlainTileKeys : kGradRows), f.multiprocessors);
+  const int64_t columns = f.relative ? f.window * (plain ? 1 : kTensorWarps) : 0;
+  plan.query_parts = parts_of(units, tiles(f.queries, plain ? kPlainTileRows : kGradRows),
+                              columns * (f.query_rel ? f.rank : 1), f.multiprocessors);
+  plan.key_parts = parts_of(f.batch * f.groups, tiles(f.keys, plain ? kPlainTileKeys : kGradRows),
+                            f.key_rel ? columns * f.channels * (f.heads / f.groups) : 0, f.multiprocessors);
+  plan.tap_parts = parts_of(units, tiles(f.queries, kTapRows), (f.window + 1) * f.channels, f.multiprocessors);
   if (!plain) {
     // Each warp makes sums of its own.
     plan.query_parts *= kTensorWarps;
@@ -163,7 +173,6 @@ inline AttentionPlan plan_attention(const AttentionFacts& f, bool backward) {
     plan.shared_bytes = backward_bytes(f, plan, false);
     plan.key_shared_bytes = backward_bytes(f, plan, true);
   }
-  plan.tap_parts = parts_of(units, tiles(f.queries, kTapRows), f.multiprocessors);
   return plan;
 }
 

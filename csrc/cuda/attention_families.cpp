@@ -85,6 +85,8 @@ AttentionFacts facts_of(const Attention& p) {
   f.dtype = p.dtype;
   f.packed = p.query_offsets != nullptr;
   f.relative = p.has_columns();
+  f.query_rel = p.query_rel.data != nullptr;
+  f.key_rel = p.key_rel.data != nullptr;
   f.low_rank = p.rel_query.data != nullptr;
   f.positive_scale = p.scale > 0;
   f.multiprocessors = multiprocessors();

@@ -88,6 +88,8 @@ void each_field(ck::cuda::AttentionFacts& facts, Field&& field) {
   field("dtype", facts.dtype);
   field("packed", facts.packed);
   field("relative", facts.relative);
+  field("query_rel", facts.query_rel);
+  field("key_rel", facts.key_rel);
   field("low_rank", facts.low_rank);
   field("positive_scale", facts.positive_scale);
   field("multiprocessors", facts.multiprocessors);
