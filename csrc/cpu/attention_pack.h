@@ -109,6 +109,7 @@ struct Place {
   }
 };
 
+constexpr int64_t kFewQueries = 4;    // are not worth panels of the keys: decoding
 constexpr int64_t kQueryRows = 96;    // queries that are worked on together
 constexpr int64_t kKeyColumns = 256;  // and keys
 template <class C>
@@ -223,8 +224,14 @@ class PackedRows {
 
   const C* row(int64_t j) const { return rows_.get() + j * pitch_; }
 
-  // s[r][n] = rows of a times the panels of rows first .. first+n; both are whole panels.
+  // s[r][n] = rows of a times rows first .. first+n, both whole panels, times the factor.
   void meet(int64_t first, int64_t n, int64_t rows, const C* a, C* s) const {
+    if (!fill_panels_) {
+      for (int64_t j = 0; j < n; ++j)
+        for (int64_t r = 0; r < rows; ++r)
+          s[r * kScorePitch<C> + j] = dot(a + r * pitch_, row(first + j), width_) * factor_;
+      return;
+    }
     for (int64_t j = 0; j < n; j += P)
       multiply<false>(rows, P, p_.channels, Factor<C>{a, pitch_, 1}, panels_.get() + (first + j) * width_, P, s + j,
                       kScorePitch<C>);
@@ -345,7 +352,8 @@ struct Keys {
 
   Keys(const AttentionData<C>& data, bool gradients)
       : d(data),
-        k(d.p, d.p.k, gradients || d.p.key_rel.data != nullptr, d.p.qk, d.score_scale()),
+        k(d.p, d.p.k, gradients || d.p.key_rel.data != nullptr || few(d.p), d.p.qk && (gradients || !few(d.p)),
+          d.score_scale()),
         v(d.p, d.p.v, !gradients || d.p.value_conv.data != nullptr, gradients, 1),
         edges(d.has_edges() ? 2 * d.padded : 0) {}
 
@@ -372,6 +380,7 @@ struct Keys {
         edges[side * d.padded + j] = dot(k.row(j), outer.get() + side * d.width, d.width);
   }
 
+  static bool few(const Attention& p) { return p.queries <= kFewQueries; }
   const C* edge(int64_t side) const { return edges.get() + side * d.padded; }
 
   // u = value_conv_bias + sum over the taps of value_conv * v, before its scale.
