@@ -60,7 +60,9 @@ def _triton_kernels(arguments: argparse.Namespace) -> tuple | str:
         from .backends.triton import ahead
     except ImportError as error:
         return f"needs {error.name}: pip install 'convkernels[triton]'"
-    variants = [v for v in (*ahead.VARIANTS, *ahead.ATTENTION_VARIANTS) if not arguments.only or arguments.only in v.name]
+    variants = [
+        v for v in (*ahead.VARIANTS, *ahead.ATTENTION_VARIANTS) if not arguments.only or arguments.only in v.name
+    ]
     results = []
     with progress(len(variants)) as step:
         for variant in variants:

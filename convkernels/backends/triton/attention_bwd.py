@@ -652,7 +652,9 @@ def finish_taps(
                 tl.store(at, narrow(total * factor, grad_conv_bias.dtype.element_ty), mask=e < D)
     if NEED_SCALE:
         one = h + tl.arange(0, 1)
-        tl.store(grad_conv_scale + one, narrow(tl.sum(scale, 0) + tl.zeros([1], DTYPE), grad_conv_scale.dtype.element_ty))
+        tl.store(
+            grad_conv_scale + one, narrow(tl.sum(scale, 0) + tl.zeros([1], DTYPE), grad_conv_scale.dtype.element_ty)
+        )
 
 
 @triton.jit(do_not_specialize=[*VARYING, "size"])

@@ -34,6 +34,7 @@ from .attention_tiles import (
 )
 from .taps import narrow, number_from_bits, take
 
+
 @triton.jit
 def add_scores(scores, largest, edge, top, total):
     """A tile of scores and the largest of each row, still without ``edge``: their powers relative to the largest score

@@ -209,9 +209,7 @@ def keeps(word, threshold):
 
 
 @triton.jit
-def first_offset(
-    query_first, key_first, shift, left, QUERIES: tl.constexpr, SLIDING: tl.constexpr
-):
+def first_offset(query_first, key_first, shift, left, QUERIES: tl.constexpr, SLIDING: tl.constexpr):
     """``base`` for the tile of QUERIES queries and any keys that begins there."""
     if SLIDING:
         return key_first - (query_first + QUERIES - 1 + shift)
@@ -286,9 +284,7 @@ def query_columns(
 
 
 @triton.jit
-def key_columns(
-    k, key_rel, column, valid, W, scale, D: tl.constexpr, TRANSPOSED: tl.constexpr, DTYPE: tl.constexpr
-):
+def key_columns(k, key_rel, column, valid, W, scale, D: tl.constexpr, TRANSPOSED: tl.constexpr, DTYPE: tl.constexpr):
     """What key_rel adds to the scores of each key: [keys, columns], or [columns, keys] if TRANSPOSED. ``column`` counts
     as for queries; the key looks back at them."""
     weights = load_columns(key_rel, tl.arange(0, k.shape[1]), W - 1 - column, valid, W, D)
