@@ -558,8 +558,8 @@ def convolved_back(
     g_batch, g_time, g_head, g_channel,
     D: tl.constexpr, DP: tl.constexpr, CAUSAL: tl.constexpr, HAS_CONV_SCALE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient that values, whose places among the queries begin at ``first_place``, get from the depthwise terms of
-    all heads that share them."""
+    """The gradient that values, whose places among the queries begin at ``first_place``, get from the depthwise terms
+    of all heads that share them."""
     d = tl.arange(0, DP)
     total = tl.zeros([keep.shape[0], DP], DTYPE)
     for head in tl.range(0, sharing, disable_licm=True):
