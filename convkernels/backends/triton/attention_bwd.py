@@ -554,11 +554,12 @@ def key_columns_back(
 
 @triton.jit
 def convolved_back(
-    grad, value_conv, conv_scale, b, g, first_place, keep, begin, end, left, W, sharing, g_batch, g_time, g_head, g_channel,
+    grad, value_conv, conv_scale, b, g, first_place, keep, begin, end, left, W, sharing,
+    g_batch, g_time, g_head, g_channel,
     D: tl.constexpr, DP: tl.constexpr, CAUSAL: tl.constexpr, HAS_CONV_SCALE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient that values at the places from ``first_place`` on among the queries get from the depthwise terms of all heads that share
-    them."""
+    """The gradient that values, whose places among the queries begin at ``first_place``, get from the depthwise terms
+    of all heads that share them."""
     d = tl.arange(0, DP)
     total = tl.zeros([keep.shape[0], DP], DTYPE)
     for head in tl.range(0, sharing, disable_licm=True):

@@ -77,7 +77,7 @@ def backward(shape: Shape, keys: bool) -> Pairs:
         return Pairs(32, 32, 32, 8)
     if shape.padded > 128:
         return Pairs(32, 64, 16, 8) if keys else Pairs(64, 32, 16, 8)
-    return Pairs(64, 64, 16, 8)
+    return Pairs(32 if keys and shape.padded <= 64 else 64, 64, 16, 8)
 
 
 def groups(tiles: int, units: int, elements: int) -> int:

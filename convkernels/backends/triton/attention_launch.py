@@ -5,7 +5,8 @@ No launch waits for the device: shapes and strides decide everything, ``cu_seqle
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from math import log2, e as euler
+from math import e as euler
+from math import log2
 
 import torch
 import triton.language as tl
@@ -20,6 +21,7 @@ from .launch import _bits, _name, _on
 
 CLIP = 0
 LOG2E = log2(euler)
+MIN_ROWS = configs.MATRIX
 
 
 @dataclass
@@ -132,9 +134,6 @@ class Call:
         own = {"key_edges": self.found_edges, "slots": slots, "BN": height, "num_warps": 4}
         if slots:
             yield kernel, (self.B * self.H * slots,), self.arguments(kernel.arg_names) | own
-
-
-MIN_ROWS = 16
 
 
 def strides(name: str, tensor: Tensor) -> dict:

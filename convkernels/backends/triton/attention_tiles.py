@@ -309,7 +309,8 @@ def convolved(
     D: tl.constexpr, DP: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_CONV_BIAS: tl.constexpr,
     HAS_CONV_SCALE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """conv_scale * (conv_bias + the taps of one head on the values around the places from ``first_place`` on), [queries, DP]."""
+    """conv_scale * (conv_bias + the taps of one head on the values around the places from ``first_place`` on), as a
+    tile [queries, DP]."""
     d = tl.arange(0, DP)
     total = tl.zeros([rows.shape[0], DP], DTYPE)
     for c in tl.range(0, left + 1 if CAUSAL else W):
