@@ -36,7 +36,6 @@ CK_GLOBAL(kTensorThreads, 2)
 void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorTables t, int64_t tiles, int64_t parts,
                        bool resident) {
   constexpr int kM = kForwardFragments<D>, kKeys = kForwardKeys, kPitch = D + 8, kRows = kForwardRows<D>;
-  constexpr bool kHold = D <= 64;  // the queries' fragments in registers
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t part = blockIdx.x % parts, unit = blockIdx.x / parts;
   const int64_t b = unit / p.heads, h = unit % p.heads, g = h / p.sharing();
@@ -88,7 +87,6 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
 
     const int own = warp * 16 * kM;  // first row of the warp
     const bool works = own < tile.count;
-    uint32_t q[kHold ? kM : 1][kHold ? D / 16 : 1][4];
     float left[kM][2], right[kM][2], top[kM][2], total[kM][2], out[kM][D / 8][4];
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
@@ -99,9 +97,6 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
         top[m][half] = -infinity<float>();
         total[m][half] = 0;
       }
-      if constexpr (kHold)
-        each_piece<D, D / 16>(
-            all, [&](int k) { load_left(q[m][k], q_rows + (own + 16 * m) * kPitch + 16 * k, kPitch, lane); });
       rel.query_edges(left[m], right[m], r_rows + (own + 16 * m) * rel_pitch, rel_pitch);
     }
 
@@ -121,13 +116,7 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
           each_piece<D, D / 16>(all, [&](int k) {
             uint32_t a[kM][4];
 #pragma unroll
-            for (int m = 0; m < kM; ++m) {
-              if constexpr (kHold) {
-                for (int e = 0; e < 4; ++e) a[m][e] = q[m][k][e];
-              } else {
-                load_left(a[m], q_rows + (own + 16 * m) * kPitch + 16 * k, kPitch, lane);
-              }
-            }
+            for (int m = 0; m < kM; ++m) load_left(a[m], q_rows + (own + 16 * m) * kPitch + 16 * k, kPitch, lane);
 #pragma unroll
             for (int x = 0; x < kKeys / 16; ++x) {
               uint32_t right_rows[2][2];
