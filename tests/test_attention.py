@@ -81,6 +81,13 @@ def build(mode, backend, lse=False):
     return call, tuple(inputs.values())
 
 
+def needs_many_calls(backend):
+    """The interpreter would take minutes. What it runs is compared element by element in tests/test_attention_fuzz.py;
+    second derivatives run no kernel."""
+    if interpreted(backend):
+        pytest.skip("hundreds of calls, each interpreted")
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_gradcheck(mode, backend):
     call, inputs = build(mode, backend)
@@ -92,6 +99,7 @@ def test_gradcheck(mode, backend):
 
 @pytest.mark.parametrize("mode", ["everything", "empty_rows", "packed"])
 def test_gradcheck_of_lse(mode, backend):
+    needs_many_calls(backend)
     call, inputs = build(mode, backend, lse=True)
     assert gradcheck(call, inputs, nondet_tol=0.0, fast_mode=True)
     assert gradgradcheck(call, inputs, nondet_tol=0.0, fast_mode=True)
@@ -99,6 +107,7 @@ def test_gradcheck_of_lse(mode, backend):
 
 @pytest.mark.parametrize("mode", ["plain", "everything"])
 def test_batched_gradients(mode, backend):
+    needs_many_calls(backend)
     call, inputs = build(mode, backend)
     assert gradcheck(call, inputs, nondet_tol=0.0, fast_mode=True, check_batched_grad=False)
     cotangents = values((3, *call(*inputs).shape), DOUBLE, 9)
@@ -113,12 +122,14 @@ def test_batched_gradients(mode, backend):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_gradgradcheck(mode, backend):
+    needs_many_calls(backend)
     call, inputs = build(mode, backend)
     assert gradgradcheck(call, inputs, nondet_tol=0.0, fast_mode=True)
 
 
 def test_second_order_through_the_public_ops(backend):
     """torch.ops called directly differentiates twice as well."""
+    needs_many_calls(backend)
     public = getattr(torch.ops.convkernels.attention, backend)
     inputs = [leaf(name) for name in ("q", "k", "v", "bias")]
 
@@ -130,6 +141,7 @@ def test_second_order_through_the_public_ops(backend):
 
 
 def test_third_derivative(backend):
+    needs_many_calls(backend)
     call, inputs = build("value_conv", backend)
 
     def scalar(*tensors):
