@@ -36,7 +36,7 @@ def missing() -> str | None:
 
 def rules() -> machine_code.Rules:
     budget = Path(__file__).parent / "cuda_budget.json"
-    return machine_code.Rules(budget, "nvcc", compiler_version(), STREAMING, BANDED, SPILLING)
+    return machine_code.Rules(budget, "nvcc", compiler_version(), STREAMING, BANDED, spilling=SPILLING)
 
 
 def _kernels(text: str, marker: str) -> dict[tuple[str, str], str]:
