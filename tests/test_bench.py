@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from convkernels import cli
-from convkernels._bench import acceptance, attention, peers, sweep, text, timing
+from convkernels._bench import acceptance, attention, attention_targets, peers, sweep, text, timing
 
 CPU = torch.device("cpu")
 
@@ -220,15 +220,40 @@ def test_attention_forms_agree():
 
 
 def test_attention_targets_say_pass_miss_and_not_measured():
-    def record(line, seconds, dtype):
-        shape = {"direction": attention.FORWARD, "length": 512, "dtype": dtype}
-        return shape | {"line": line, "seconds": seconds}
+    def section(backend, device, *records):
+        lines = [
+            {"direction": attention.FORWARD, "length": 512, "dtype": dtype, "line": line, "seconds": seconds}
+            for line, seconds, dtype in records
+        ]
+        workloads = [{"workload": attention.BANDED, "line": line, "seconds": seconds}
+                     for line, seconds in ((attention.FORWARD, 2e-3), (attention.BACKWARD, 7e-3))]  # fmt: skip
+        settings = {"backend": backend, "device": device}
+        return {"settings": settings, "records": lines, "workloads": workloads if device == "cuda" else []}
 
-    section = {"records": [record(attention.COMPOSITE, 0.8, "float32"), record(attention.SDPA, 1.0, "float32"),
-                           record(attention.COMPOSITE, 0.8, "bfloat16"), record(attention.SDPA, 1.0, "bfloat16"),
-                           record(attention.FLEX, 4.0, "float32")]}  # fmt: skip
-    rows = {row[:2]: row[2:] for row in attention.target_rows(section)}
+    def rows(*arguments):
+        columns, found = attention_targets.rows(section(*arguments))
+        assert all(len(row) == len(columns) for row in found)
+        return {row[:2]: row[2:] for row in found}
+
+    both = [(line, seconds, dtype) for line, seconds in ((attention.COMPOSITE, 0.8), (attention.SDPA, 1.0))
+            for dtype in ("float32", "bfloat16")]  # fmt: skip
+    found = rows("auto", "cpu", *both, (attention.FLEX, 4.0, "float32"))
     expected = ("<= 0.85", "0.80", "PASS", "<= 0.72", "0.80", "miss")
-    assert rows["forward with relative terms / SDPA without positions", "512"] == expected
+    assert found["forward with relative terms / SDPA without positions", "512"] == expected
     expected = (">= 4.00", "5.00", "PASS", ">= 5.50", "-", "not measured")
-    assert rows["FlexAttention with the same terms / ours, forward", "512"] == expected
+    assert found["FlexAttention with the same terms / ours, forward", "512"] == expected
+    records = [(attention.COMPOSITE, 1.1, "bfloat16"), (attention.PLAIN, 1.0, "bfloat16")]
+    own = "forward with relative terms / own forward without", "512"
+    assert rows("triton", "cuda", *records)[own] == ("<= 1.15", "1.10", "PASS")
+    assert rows("cuda", "cuda", *records)[own] == ("<= 1.08", "1.10", "miss")
+    assert rows("cuda", "cuda")[f"{attention.BANDED}: forward [ms]", ""] == ("<= 2.40", "2.00", "PASS")
+    assert rows("cuda", "cuda")[f"{attention.BANDED}: backward / forward", ""] == ("<= 2.80", "3.50", "miss")
+
+
+def test_attention_workloads_of_the_paper():
+    settings = attention.Settings(backend="cpu")
+    forms, inputs = attention.papers(1, settings, CPU)
+    calls = attention.Suite(settings, CPU)._calls(forms, inputs, attention.BOTH)
+    for name, call in calls.items():
+        found = [g for g in call() if g is not None]
+        assert all(g.isfinite().all() for g in found), name

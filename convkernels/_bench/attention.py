@@ -20,13 +20,22 @@ from torch import Tensor
 
 import convkernels
 
-from . import environment, timing
+from . import attention_targets, environment, timing
+from .attention_targets import (
+    BACKWARD,
+    BANDED,
+    BOTH,
+    COMPOSITE,
+    EAGER,
+    FLEX,
+    FORWARD,
+    PAPER,
+    PLAIN,
+    SDPA,
+    SDPA_BIAS,
+)  # fmt: skip
 from .console import markdown_table, progress, quantity, say, table
 from .peers import TOLERANCE, disagreement
-
-COMPOSITE, PLAIN, SDPA = "composite attention", "attention, no positions", "SDPA, no positions"
-SDPA_BIAS, FLEX, EAGER = "SDPA, materialised bias", "FlexAttention, compiled", "eager formulation"
-FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 
 
 @dataclass(frozen=True)
@@ -103,12 +112,12 @@ def sdpa_bias(n: Inputs, q, k, v, bias, query_rel) -> Tensor:
     return F.scaled_dot_product_attention(*_by_head(q, k, v), attn_mask=scores).transpose(1, 2)
 
 
-def eager(n: Inputs, q, k, v, bias, query_rel) -> Tensor:
+def eager(n: Inputs, q, k, v, bias, query_rel, weigh=lambda scores: scores.softmax(-1)) -> Tensor:
     q, k, v = _by_head(q, k, v)
     scale = q.shape[-1] ** -0.5
     by_column = torch.einsum("bhtd,hdw->bhtw", q, query_rel) * scale + bias[:, None]
     scores = q @ k.transpose(2, 3) * scale + by_column.gather(3, n.index.expand(*q.shape[:2], -1, -1))
-    return (scores.softmax(-1) @ v).transpose(1, 2)
+    return (weigh(scores) @ v).transpose(1, 2)
 
 
 def flex() -> Callable[..., Tensor]:
@@ -138,11 +147,56 @@ FORMS: dict[str, Callable[..., Tensor]] = {
 EQUALS = {EAGER: COMPOSITE, FLEX: COMPOSITE, SDPA: PLAIN}
 
 
+def banded(backend: str, device: torch.device) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], Tensor]:
+    """Causal attention of 64 query and 8 key heads of 128 over 8192 positions, with a term of rank 16 within the last
+    1024: the form, its leaves, a cotangent."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
+
+    leaves = (normal(1, 8192, 64, 128), *(normal(1, 8192, 8, 128) for _ in range(2)), normal(1, 8192, 64, 16),
+              normal(16, 1024) * 0.1)  # fmt: skip
+
+    def form(q, k, v, rel_query, query_rel):
+        return convkernels.composite_attention(
+            q, k, v, rel_query=rel_query, query_rel=query_rel, window=(1023, 0), outside="zero", causal=True,
+            backend=backend,
+        )  # fmt: skip
+
+    return form, leaves, normal(1, 8192, 64, 128)
+
+
+def papers(heads: int, settings: Settings, device: torch.device) -> tuple[dict[str, Callable], Inputs]:
+    """Training at the length of Chang et al. 2021: 32 rows of 128 positions, the last 15 % padding, dropout 0.1."""
+    shaped = replace(settings, batch=32, heads=heads, head_size=64)
+    inputs = make_inputs(shaped, 128, torch.bfloat16, device)
+    mask = (torch.arange(128, device=device) < 109).expand(32, 128)
+    hidden = torch.where(mask, 0.0, -math.inf).to(torch.bfloat16)[:, None, None]
+    seed = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def ours(n, q, k, v, bias, query_rel):
+        return convkernels.composite_attention(
+            q, k, v, bias=bias, query_rel=query_rel, window=(n.window, n.window), key_mask=mask, dropout=0.1,
+            training=True, seed=seed, backend=n.backend,
+        )  # fmt: skip
+
+    def materialised(n, q, k, v, bias, query_rel):
+        scores = F.embedding(n.index, bias.T).permute(2, 0, 1)[None] + hidden
+        return F.scaled_dot_product_attention(*_by_head(q, k, v), attn_mask=scores, dropout_p=0.1).transpose(1, 2)
+
+    def published(n, q, k, v, bias, query_rel):
+        return eager(n, q, k, v, bias, query_rel, lambda scores: F.dropout((scores + hidden).softmax(-1), 0.1))
+
+    return {COMPOSITE: ours, SDPA_BIAS: materialised, EAGER: published}, inputs
+
+
 class Suite:
     def __init__(self, settings: Settings, device: torch.device) -> None:
         self.settings, self.device = settings, device
         self.records: list[dict[str, Any]] = []
         self.work: list[dict[str, Any]] = []
+        self.workloads: list[dict[str, Any]] = []
         self.notes: list[str] = []
         self.seconds: dict[tuple[str, str, str], tuple[int, float]] = {}  # of the last length that was measured
 
@@ -270,6 +324,27 @@ class Suite:
                 )
             step(f"{direction}, {subject}", 1)
 
+    def measure_workloads(self, clock: timing.Clock) -> None:
+        """What targets for GPUs ask for beside the lengths: long banded attention, and the length of the paper."""
+
+        def record(name: str, calls: dict[str, Callable]) -> None:
+            for line, t in timing.interleaved(calls, clock, self.settings.seconds).items():
+                self.workloads.append({"workload": name, "line": line, "seconds": t.median,
+                                       "quartiles": [t.low, t.high]})  # fmt: skip
+
+        form, leaves, grad = banded(self.settings.backend, self.device)
+        grads = tuple(t.detach().requires_grad_() for t in leaves)
+        out = form(*grads)
+
+        def forward():
+            with torch.no_grad():
+                return form(*leaves)
+
+        record(BANDED, {FORWARD: forward, BACKWARD: lambda: torch.autograd.grad(out, grads, grad, retain_graph=True)})
+        for heads in (4, 12):
+            forms, inputs = papers(heads, self.settings, self.device)
+            record(PAPER.format(heads), self._calls(forms, inputs, BOTH))
+
     def run(self) -> dict[str, Any]:
         import torch._functorch.config as functorch_config
 
@@ -278,73 +353,21 @@ class Suite:
             for dtype in s.dtypes:
                 for length in s.lengths:
                     self.measure(length, dtype, clock, step)
+            if self.device.type == "cuda":
+                self.measure_workloads(clock)
         return {
             "environment": environment.describe(self.device),
             "settings": {"lengths": list(s.lengths), "dtypes": list(s.dtypes), "batch": s.batch, "heads": s.heads,
-                         "head_size": s.head_size, "window": s.window, "backend": s.backend},
+                         "head_size": s.head_size, "window": s.window, "backend": s.backend,
+                         "device": self.device.type},
             "records": self.records,
             "work": self.work,
+            "workloads": self.workloads,
             "notes": self.notes,
         }  # fmt: skip
 
 
-# ---- the table of targets
-
-
-@dataclass(frozen=True)
-class Target:
-    """A ratio of two lines' times, and per length its bound in fp32 and bf16, from above or (`least`) from below."""
-
-    text: str
-    direction: str
-    over: str
-    under: str
-    bounds: dict[int, tuple[float, float]]
-    least: bool = False
-
-
-TARGETS = (
-    Target(
-        "forward with relative terms / SDPA without positions", FORWARD, COMPOSITE, SDPA,
-        {128: (0.85, 0.80), 512: (0.85, 0.72), 2048: (0.87, 0.75)},
-    ),
-    Target(
-        "forward with relative terms / own forward without", FORWARD, COMPOSITE, PLAIN,
-        {128: (1.10, 1.12), 512: (1.04, 1.06), 2048: (1.02, 1.04)},
-    ),
-    Target(
-        "backward with all tables / SDPA's without positions", BACKWARD, COMPOSITE, SDPA,
-        dict.fromkeys((128, 512, 2048), (0.95, 0.85)),
-    ),
-    Target(
-        "FlexAttention with the same terms / ours, forward", FORWARD, FLEX, COMPOSITE,
-        {512: (4.0, 5.5), 2048: (4.5, 6.5)}, least=True,
-    ),
-    Target(
-        "SDPA with a materialised learnable bias / ours, training", BOTH, SDPA_BIAS, COMPOSITE, {2048: (2.5, 9.0)},
-        least=True,
-    ),
-)  # fmt: skip
-TARGET_COLUMNS = ("ratio", "T", "fp32 target", "fp32", "verdict", "bf16 target", "bf16", "verdict")
-
-
-def target_rows(section: dict[str, Any]) -> list[tuple[str, ...]]:
-    times = {(r["line"], r["direction"], r["dtype"], r["length"]): r["seconds"] for r in section["records"]}
-    rows = []
-    for target in TARGETS:
-        for length, bounds in target.bounds.items():
-            row = [target.text, str(length)]
-            for dtype, bound in zip(("float32", "bfloat16"), bounds, strict=True):
-                over, under = (
-                    times.get((n, target.direction, dtype, length), math.nan) for n in (target.over, target.under)
-                )
-                value = over / under
-                met = value >= bound if target.least else value <= bound
-                verdict = "not measured" if math.isnan(value) else "PASS" if met else "miss"
-                shown = "-" if math.isnan(value) else f"{value:.2f}"
-                row += [f"{'>=' if target.least else '<='} {bound:.2f}", shown, verdict]
-            rows.append(tuple(row))
-    return rows
+# ---- tables
 
 
 def shape(settings: dict[str, Any]) -> str:
@@ -379,7 +402,10 @@ def print_tables(section: dict[str, Any]) -> None:
                 COLUMNS,
                 _rows(section, dtype, direction),
             )
-    table("targets", TARGET_COLUMNS, target_rows(section))
+    if section["workloads"]:
+        rows = [(w["workload"], w["line"], quantity(w["seconds"], "s")) for w in section["workloads"]]
+        table("workloads", ("workload", "form", "time"), rows)
+    table("targets", *attention_targets.rows(section))
     for note in section["notes"]:
         say(f"note: {note}")
 
@@ -388,7 +414,7 @@ def markdown(section: dict[str, Any]) -> str:
     """The targets and the times, for docs/performance.md."""
     parts = [
         f"{environment.title(section['environment'])}; {shape(section['settings'])}.",
-        markdown_table(TARGET_COLUMNS, target_rows(section)),
+        markdown_table(*attention_targets.rows(section)),
     ]
     for dtype in section["settings"]["dtypes"]:
         for direction in (FORWARD, BACKWARD, BOTH):
