@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from conftest import interpreted, simulated
 from test_instruction_sets import isa, run  # noqa: F401
 
 import convkernels as ck
@@ -29,6 +30,12 @@ PROBLEMS = {
     "long_queries": {"length": 301, "keys": 75, "bias": True, "query_rel": 1, "key_rel": 1, "value_conv": 3},
     "one_query": {"length": 1, "keys": 400, "bias": True, "query_rel": 1, "key_rel": 1, "value_conv": 3},
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def not_interpreted(request):
+    if "backend" in request.fixturenames and interpreted(request.getfixturevalue("backend")):
+        pytest.skip("these sizes take the interpreter minutes; tests/test_attention_tiles.py has some for it")
 
 
 def results(backend, problem, tensors):
@@ -80,6 +87,8 @@ def test_other_types(name, dtype, backend):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["clip", "padding", "dropout", "packed"])
 def test_any_number_of_threads(name, dtype, backend):
+    if simulated(backend):
+        pytest.skip("threads of the CPU do nothing here")
     problem = BASE.with_(**PROBLEMS[name]).with_(dtype=dtype, table_dtype=dtype)
     tensors = problem.tensors()
     threads = torch.get_num_threads()
