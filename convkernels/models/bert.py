@@ -8,7 +8,6 @@ from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
-    PreTrainedModel,
 )
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -17,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOu
 from transformers.utils import can_return_tuple
 
 from ..nn import CompositeAttention
+from .base import PreTrained
 from .configs import CompositeBertConfig
 from .seq2seq import classification_loss, token_loss
 
@@ -115,19 +115,10 @@ class _Encoder(nn.Module):
         return x
 
 
-class _PreTrained(PreTrainedModel):
+class _PreTrained(PreTrained):
     config_class = CompositeBertConfig
     base_model_prefix = "bert"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["CompositeBertLayer"]
-    _can_compile_fullgraph = True
-    accepts_loss_kwargs = False
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """False, so that transformers calls ``_init_weights`` for modules without parameters of their own, too: it
-        writes only to parameters that have not been loaded."""
-        return False
 
     @torch.no_grad()
     def _init_weights(self, module):

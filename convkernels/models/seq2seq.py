@@ -9,7 +9,6 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     GenerationMixin,
-    PreTrainedModel,
 )
 from transformers import initialization as init
 from transformers.modeling_outputs import (
@@ -23,25 +22,17 @@ from transformers.utils import can_return_tuple
 
 from .. import nn as cknn
 from ..ops._validate import fail
+from .base import PreTrained
 from .blocks import Attention, FeedForward, Positions, RelativeBias, make_norm
 from .cache import decoder_cache
 from .configs import ConvSeq2SeqConfig
 from .layers import DecoderLayer, EncoderLayer
 
 
-class _PreTrained(PreTrainedModel):
+class _PreTrained(PreTrained):
     config_class = ConvSeq2SeqConfig
     base_model_prefix = "model"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["EncoderLayer", "DecoderLayer"]
-    _can_compile_fullgraph = True
-    accepts_loss_kwargs = False
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """False, so that transformers calls ``_init_weights`` for modules without parameters of their own, too: it
-        writes only to parameters that have not been loaded."""
-        return False
 
     @torch.no_grad()
     def _init_weights(self, module):

@@ -57,11 +57,7 @@ class AttentionTask {
     const C factor = before == now || sum_[r] == C{0} ? C{1} : vexp2<C>(splat(before - now))[0];
     sum_[r] = sum_[r] * factor + sum;
     if (factor != C{1}) multiply_by(out_.get() + r * d_.pitch, d_.width, factor);
-    if (p_.dropout > 0.0) {
-      draw(p_, block_.batch(), block_.head(), block_.query(r), first, n, keep_.get());
-      for (int64_t j = 0; j < n; j += kLanes<C>)
-        store_bytes(s + j, load_bytes<Vec<C>>(s + j) * load_bytes<Vec<C>>(keep_.get() + j));
-    }
+    if (p_.dropout > 0.0) block_.drop(r, first, n, s, keep_.get());
   }
 
   void write(int64_t r) {

@@ -182,6 +182,16 @@ class QueryBlock {
       clear(s, rows_ * kScorePitch<C>);
   }
 
+  // Dropout's multipliers of a row of weights.
+  void draw_keep(int64_t r, int64_t first, int64_t n, C* keep) const {
+    draw(p_, batch(), head(), query(r), first, n, keep);
+  }
+  // Multiplies a row of weights by them; keep: room for them.
+  void drop(int64_t r, int64_t first, int64_t n, C* row, C* keep) const {
+    draw_keep(r, first, n, keep);
+    for (int64_t j = 0; j < n; j += V) store_bytes(row + j, load_bytes<Vec<C>>(row + j) * load_bytes<Vec<C>>(keep + j));
+  }
+
   Cut cut(int64_t r, int64_t first, int64_t n) const {
     const Place& at = place(r);
     const auto within = [&](int64_t j, int64_t low) { return most(low, least(j - first, n)); };

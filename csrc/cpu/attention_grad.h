@@ -177,11 +177,7 @@ class GradientTask {
     const Rest<C> rest = block_.finish(r, cut, first, n, p_row);
     if (!scores_) {
       exponentials(p_row, n, rest, shift_[r]);
-      if (p_.dropout > 0.0) {
-        draw(p_, block_.batch(), block_.head(), block_.query(r), first, n, keep_.get());
-        for (int64_t j = 0; j < n; j += V)
-          store_bytes(p_row + j, load_bytes<Vec<C>>(p_row + j) * load_bytes<Vec<C>>(keep_.get() + j));
-      }
+      if (p_.dropout > 0.0) block_.drop(r, first, n, p_row, keep_.get());
       return;
     }
     C* const ds_row = ds_rows_.get() + r * kScorePitch<C>;
@@ -211,7 +207,7 @@ class GradientTask {
       });
     };
     if (p_.dropout > 0.0) {
-      draw(p_, block_.batch(), block_.head(), block_.query(r), first, n, keep_.get());
+      block_.draw_keep(r, first, n, keep_.get());
       differentiate(std::true_type());
     } else {
       differentiate(std::false_type());

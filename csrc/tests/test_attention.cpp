@@ -4,34 +4,20 @@
 #include <random>
 #include <vector>
 
-#include "csrc/cpu/dispatch.h"
 #include "csrc/tests/check.h"
-
-namespace ck::cpu {
-extern const Kernels kKernels_wide;
-}
+#include "csrc/tests/kernel_sets.h"
 
 namespace {
 
 using ck::HeadRows;
 using ck::HeadTable;
 using ck::Outside;
+using ck::cpu::all_kernels;
 using ck::cpu::AttentionBackward;
 using ck::cpu::AttentionForward;
 using ck::cpu::AttentionProblem;
 using ck::cpu::Kernels;
-
-std::vector<const Kernels*> others() {
-  std::vector<const Kernels*> list = {&ck::cpu::kKernels_wide};
-  for (const std::string& name : ck::cpu::compiled_isas())
-    if (name != "portable" && ck::cpu::isa_supported(name)) list.push_back(&ck::cpu::kernels_of(name));
-  return list;
-}
-
-// Cuts the work into single pieces, last first: nothing may depend on their order.
-void scattered(int64_t n, ck::cpu::ParallelBody body, void* context) {
-  for (int64_t i = n - 1; i >= 0; --i) body(i, i + 1, context);
-}
+using ck::cpu::scattered;
 
 template <class S>
 struct Case {
@@ -175,7 +161,7 @@ std::vector<S> results(const Kernels& kernels, const Case<S>& c) {
 template <class S>
 void compare(int cases, double tolerance) {
   const Kernels& portable = ck::cpu::kernels_of("portable");
-  for (const Kernels* kernels : others()) {
+  for (const Kernels* kernels : all_kernels()) {
     std::mt19937 random(3);
     for (int n = 0; n < cases; ++n) {
       const Case<S> c(random);

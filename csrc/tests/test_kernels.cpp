@@ -7,33 +7,19 @@
 #include <vector>
 
 #include "csrc/common/philox.h"
-#include "csrc/cpu/dispatch.h"
 #include "csrc/tests/check.h"
-
-namespace ck::cpu {
-extern const Kernels kKernels_wide;
-}
+#include "csrc/tests/kernel_sets.h"
 
 namespace {
 
+using ck::cpu::all_kernels;
 using ck::cpu::Backward;
 using ck::cpu::Forward;
 using ck::cpu::Kernels;
 using ck::cpu::Problem;
-
-std::vector<const Kernels*> all_kernels() {
-  std::vector<const Kernels*> list = {&ck::cpu::kKernels_wide};
-  for (const std::string& name : ck::cpu::compiled_isas())
-    if (ck::cpu::isa_supported(name)) list.push_back(&ck::cpu::kernels_of(name));
-  return list;
-}
+using ck::cpu::scattered;
 
 void serial(int64_t n, ck::cpu::ParallelBody body, void* context) { body(0, n, context); }
-
-// Cuts the work into single pieces, last first: nothing may depend on their order.
-void scattered(int64_t n, ck::cpu::ParallelBody body, void* context) {
-  for (int64_t i = n - 1; i >= 0; --i) body(i, i + 1, context);
-}
 
 double number(double v) { return v; }
 double number(float v) { return v; }

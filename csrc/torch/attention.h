@@ -151,6 +151,17 @@ void set_attention(P& p, Side& side, const View& q, const View& k, const View& v
   }
 }
 
+// Allocates out and lse, and enters them into p.
+template <class P>
+std::tuple<Tensor, Tensor> set_attention_results(P& p, const Place& place, const Tensor& q, const View& query) {
+  Tensor out = allocate_like(place, q, query);
+  Tensor lse = allocate(place, {p.batch, p.heads, p.queries},
+                        p.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float);
+  p.out = head_rows(View(out), query.type, {p.batch, p.queries, p.heads, p.channels}, "out", "the shape of q");
+  p.lse = head_scalars(View(lse), p, "lse");
+  return {out, lse};
+}
+
 using TenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Allocates the gradients that `needs` asks for, and enters them into p.

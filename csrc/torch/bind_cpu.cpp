@@ -190,13 +190,9 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, int64_t left,
   const View query(q);
   set_attention(p, host, query, View(k), View(v), left, right, outside, causal, qk, scale, rel_scale, dropout, options);
   set_threads(p);
-  Tensor out = allocate_like(host.place, q, query);
-  Tensor lse = allocate(host.place, {p.batch, p.heads, p.queries},
-                        p.dtype == ck::Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float);
-  p.out = head_rows(View(out), query.type, {p.batch, p.queries, p.heads, p.channels}, "out", "the shape of q");
-  p.lse = head_scalars(View(lse), p, "lse");
+  std::tuple<Tensor, Tensor> results = set_attention_results(p, host.place, q, query);
   check_status(ck::cpu::kernels().attention(p));
-  return {out, lse};
+  return results;
 }
 
 TenTensors attention_grad(Tensor grad, Optional grad_lse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v,

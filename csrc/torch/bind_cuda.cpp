@@ -144,14 +144,10 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, int64_t left,
   const View query(q);
   set_attention(p, device, query, View(k), View(v), left, right, outside, causal, qk, scale, rel_scale, dropout,
                 options);
-  Tensor out = allocate_like(device.place, q, query);
-  Tensor lse = allocate(device.place, {p.batch, p.heads, p.queries},
-                        p.dtype == ck::Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float);
-  p.out = head_rows(View(out), query.type, {p.batch, p.queries, p.heads, p.channels}, "out", "the shape of q");
-  p.lse = head_scalars(View(lse), p, "lse");
+  std::tuple<Tensor, Tensor> results = set_attention_results(p, device.place, q, query);
   Tensor workspace = allocate(device.place, {ck::cuda::workspace_bytes(p)}, ScalarType::Byte);
   check_status(ck::cuda::attention(p, workspace.mutable_data_ptr(), device.stream()));
-  return {out, lse};
+  return results;
 }
 
 TenTensors attention_grad(Tensor grad, Optional grad_lse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v,
