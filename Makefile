@@ -133,8 +133,8 @@ simulated: install simt-build
 	$(BIN)/python -m pytest -n $(WORKERS) -k cuda tests/test_golden.py $(PYTEST_FLAGS)
 	$(BIN)/python -m pytest -n $(WORKERS) -k cuda -m "not slow and not gpu" --every $(SIMULATED_EVERY) \
 	    --ignore tests/test_golden.py $(PYTEST_FLAGS)
-	for seed in 1 2 3 4 5; do CONVKERNELS_SIMT_SEED=$$seed \
-	    $(BIN)/python -m pytest -q -n $(WORKERS) -k "cuda and wide" tests/test_fuzz.py tests/test_attention_fragments.py $(PYTEST_FLAGS) || exit 1; done
+	printf '%s\n' 1 2 3 4 5 | xargs -P $(WORKERS) -I SEED env CONVKERNELS_SIMT_SEED=SEED \
+	    $(BIN)/python -m pytest -q -k "cuda and wide" tests/test_fuzz.py tests/test_attention_fragments.py $(PYTEST_FLAGS)
 
 # The full run comes last, so that its summary closes the output.
 test: lint install ctest abi asan interpreted simulated

@@ -45,7 +45,7 @@ def test_triton_budget_of_attention(variant):
     """On the matrix unit of the architecture, without spilling; the older ones for the kernels that do the work."""
     ahead = triton_ahead()
     results = ahead.measure_all(variant, (90,))
-    for kernel, arguments in variant.launches():
+    for kernel, arguments in variant.launches(80):
         if kernel.__name__ == "attention_forward":
             results.append(ahead.measure(variant.name, kernel, arguments, 80))
     assert not ahead.RULES.violations(results)

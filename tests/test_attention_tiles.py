@@ -100,6 +100,19 @@ def test_many_tiles(ops):
             raise AssertionError(f"problem {number}: {problem!r}") from error
 
 
+def test_tiles_of_older_gpus(ops, monkeypatch):
+    """Matrix units that read registers walk the same tiles in another way."""
+    if not ops.interpreted:
+        pytest.skip("on a GPU the tiles are those of its architecture")
+    from convkernels.backends.triton import attention_launch
+
+    asked = []
+    monkeypatch.setattr(attention_launch, "architecture", lambda device: asked.append(device) or 80)
+    for number in range(2):
+        compare(ops, random_problem(number))
+    assert asked
+
+
 EDGES = {
     "one query": dict(length=1, keys=50),
     "one key": dict(length=50, keys=1),

@@ -63,16 +63,16 @@ def read_usage(usage: str) -> dict[str, int]:
 
 def read_code(code: str) -> dict[str, int]:
     """The instructions of one kernel that matter here, counted."""
-    loads, stores = (re.findall(rf"\b{name}\b((?:\.\w+)*)", code) for name in ("LDG", "STG"))
-    # Asynchronous copies to shared memory are loads as well; they name their width in the same way.
-    loads += re.findall(r"\bLDGSTS((?:\.\w+)*)", code)
+    # Asynchronous copies to shared memory (LDGSTS) are loads as well; they name their width in the same way.
+    loads, stores = (re.findall(rf"{name}\b((?:\.\w+)*)", code) for name in ("LDG(?:STS)?", "STG"))
     wide_loads, wide_stores = (sum(".128" in a or ".256" in a for a in accesses) for accesses in (loads, stores))
     return {
         "wide_loads": wide_loads,
         "narrow_loads": len(loads) - wide_loads,
         "wide_stores": wide_stores,
         "narrow_stores": len(stores) - wide_stores,
-        "matrix": len(re.findall(r"(?<!\.)\b\w*MMA\b", code)),
+        # By its end, since a pattern that begins with a literal is found many times faster.
+        "matrix": sum(code[found.start() - 1].isalnum() for found in re.finditer(r"MMA\b", code)),
     }
 
 

@@ -239,7 +239,7 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
                                 t.whole_strips,
                                 r_rows + own * rel_pitch,
                                 rel_pitch,
-                                rel.query_rel,
+                                rel.query_rel(),
                                 t.query_terms,
                                 rel.W,
                                 relative ? t.rank_pitch : 0,
@@ -330,7 +330,7 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
           multiply_pairs<T, D, kKeys>(ds, g_rows + own * kPitch, v_rows, kPitch, all, lane);
           const unsigned real = real_keys(p, b, j0, lane);
           const Meeting<Own::kQueries, kKeys> pairs(i0, j0);
-          float factor = rel.factor, added[2] = {};
+          float factor = t.score_factor, added[2] = {};
           if (edges == nullptr && pairs.far(p, tile, real)) {
             const bool is_left = pairs.is_left(p, tile);
             for (int half = 0; half < 2; ++half) added[half] = is_left ? left[half] : right[half];
@@ -481,7 +481,7 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
                                     t.whole_strips,
                                     k_rows + own * kPitch,
                                     kPitch,
-                                    rel.key_rel,
+                                    rel.key_rel(),
                                     t.key_terms,
                                     rel.W,
                                     t.channel_pitch,
@@ -542,7 +542,7 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
           if (p.qk) multiply_pairs<T, D, kQueries>(s, k_rows + own * kPitch, q_rows, kPitch, all, lane);
           if (scores) multiply_pairs<T, D, kQueries>(ds, v_rows + own * kPitch, g_rows, kPitch, all, lane);
           const Meeting<Own::kKeys, kQueries> pairs(j0, i0);
-          float factor = rel.factor, added[2] = {};
+          float factor = t.score_factor, added[2] = {};
           int side = -1;  // of the window, where all queries have the same
           if (pairs.far(p, tile, real)) {
             if (p.has_columns()) side = pairs.is_left(p, tile) ? 0 : 1;

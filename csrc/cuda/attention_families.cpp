@@ -37,6 +37,8 @@ int64_t assign(TensorTables& t, const Attention& p, const AttentionPlan& plan, b
   t.rank_pitch = p.rel_query.data != nullptr ? round_to(p.rank, 16) : plan.channels;
   t.strip_pitch = plan.strip_pitch;
   t.grad_pitch = plan.grad_pitch;
+  t.score_factor = static_cast<float>(p.scale) * kLog2e;
+  t.rel_factor = static_cast<float>(p.rel_scale) * kLog2e;
   t.whole_strips = W <= kWholeStrip;
   t.query_terms = p.query_rel.dtype == p.dtype ? 1 : 2;
   t.key_terms = p.key_rel.dtype == p.dtype ? 1 : 2;

@@ -37,15 +37,17 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
                        bool resident) {
   constexpr int kM = kForwardFragments<D>, kKeys = kForwardKeys, kPitch = D + 8, kRows = kForwardRows<D>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t part = blockIdx.x % parts, unit = blockIdx.x / parts;
-  const int64_t b = unit / p.heads, h = unit % p.heads, g = h / p.sharing();
+  // 32 bits are enough for numbers of blocks, and leave registers to other things.
+  const int part = static_cast<int>(blockIdx.x % parts), unit = static_cast<int>(blockIdx.x / parts);
+  const int b = unit / static_cast<int>(p.heads), h = unit % static_cast<int>(p.heads);
+  const int g = h / static_cast<int>(p.sharing());
   const int channels = static_cast<int>(p.channels);
   const bool low_rank = p.rel_query.data != nullptr;
   const int rel_pitch = low_rank ? static_cast<int>(t.rank_pitch) + 8 : kPitch;
   const bool all = t.channel_pitch == D;
   const int padded = static_cast<int>(t.channel_pitch);
   const Relative<T> rel(p, t, h, lane);
-  const float* const edges = t.key_edges == nullptr ? nullptr : t.key_edges + unit * 2 * p.keys;
+  const float* const edges = t.key_edges == nullptr ? nullptr : t.key_edges + int64_t{unit} * 2 * p.keys;
 
   T* const q_rows = reinterpret_cast<T*>(shared_memory());
   T* const r_rows = low_rank ? q_rows + kRows * kPitch : q_rows;
@@ -64,10 +66,9 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
     for (int n = 0; n < stages; ++n) copy_keys(n, n * kKeys, 0, static_cast<int>(p.keys));
     cp_async_commit();
   }
-  const uint64_t seed = p.seed == nullptr ? 0 : static_cast<uint64_t>(*p.seed);
 
 #pragma unroll 1
-  for (int64_t n = part; n < tiles; n += parts) {
+  for (int n = part; n < tiles; n += static_cast<int>(parts)) {
     // With `causal` the longest tiles are the last ones.
     const AttentionTile tile(p, tiles - 1 - n, kRows, false);
     if (tile.count <= 0) continue;
@@ -100,10 +101,9 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
       rel.query_edges(left[m], right[m], r_rows + (own + 16 * m) * rel_pitch, rel_pitch);
     }
 
-    int at_tile = 0;
 #pragma unroll 1
-    for (int j0 = begin; j0 < keys.end; j0 += kKeys, ++at_tile) {
-      const int stage = resident ? j0 / kKeys : at_tile % 2;
+    for (int j0 = begin; j0 < keys.end; j0 += kKeys) {
+      const int stage = resident ? j0 / kKeys : (j0 - begin) / kKeys % 2;
       if (!resident && j0 + kKeys < keys.end) copy_keys(1 - stage, j0 + kKeys, keys.first, keys.end);
       cp_async_commit();
       cp_async_wait<1>();
@@ -127,12 +127,12 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
             }
           });
         }
-        const unsigned real = real_keys(p, b, j0, lane);
+        const unsigned real = real_keys(p, opaque(b), j0, opaque(lane));
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
           const int i0 = tile.first + own + 16 * m;
           const Meeting<Own::kQueries, kKeys> pairs(i0, j0);
-          float factor = rel.factor, added[2] = {};
+          float factor = t.score_factor, added[2] = {};
           if (edges == nullptr && pairs.far(p, tile, real)) {
             const bool is_left = pairs.is_left(p, tile);
             for (int half = 0; half < 2; ++half) added[half] = is_left ? left[m][half] : right[m][half];
@@ -173,7 +173,7 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
             }
           }
           if (p.seed != nullptr) {
-            const uint32_t kept = draw_fragments(p, seed, b, h, pairs, lane);
+            const uint32_t kept = draw_fragments(p, static_cast<uint64_t>(*p.seed), b, h, pairs, lane);
 #pragma unroll
             for (int x = 0; x < kKeys / 8; ++x)
               for (int e = 0; e < 4; ++e) s[m][x][e] = (kept >> (4 * x + e) & 1u) != 0 ? s[m][x][e] : 0.0f;

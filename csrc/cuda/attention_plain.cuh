@@ -189,6 +189,7 @@ void attention_plain(const CK_PARAM AttentionForward p, int64_t tiles, int64_t s
   C* const sums = weights + Pairs::kRows * kPlainPitch;  // [rows][slice]
   const int lane = pairs.lane;
   C top[Pairs::kOwn], total[Pairs::kOwn];
+#pragma unroll
   for (int r = 0; r < Pairs::kOwn; ++r) {
     top[r] = -infinity<C>();
     total[r] = 0;
@@ -203,6 +204,7 @@ void attention_plain(const CK_PARAM AttentionForward p, int64_t tiles, int64_t s
     bool sees[Pairs::kOwn];
     pairs.scores(s, sees, tile);
     pairs.draw(keep);
+#pragma unroll
     for (int r = 0; r < Pairs::kOwn; ++r) {
       const C now = most(top[r], warp_largest(sees[r] ? s[r] : -infinity<C>()));
       const bool counts = sees[r] && (now > -infinity<C>() || s[r] != s[r]);
@@ -225,6 +227,7 @@ void attention_plain(const CK_PARAM AttentionForward p, int64_t tiles, int64_t s
       __syncthreads();
     }
   }
+#pragma unroll
   for (int r = 0; r < Pairs::kOwn; ++r) {
     if (pairs.row(r) >= tile.count) continue;
     const int i = tile.first + pairs.row(r);

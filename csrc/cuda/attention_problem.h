@@ -30,6 +30,7 @@ struct TensorTables {
   float* query_edges = nullptr;               // [batch][heads][2][queries]: what the terms of queries add there
   int64_t strip_pitch = 0;                    // of what relative terms add to 16 queries, in shared memory
   int64_t grad_pitch = 0;                     // of the gradients of these
+  float score_factor = 1, rel_factor = 1;     // p.scale and p.rel_scale, times log2(e)
   bool whole_strips = false;                  // which then have all columns
   bool vectors = false, rank_vectors = false;  // tensors like q, and rel_query, can be read 16 bytes at a time
 };

@@ -231,23 +231,21 @@ template <class T>
 struct Relative {
   const Attention& p;
   const TensorTables& t;
-  const T *query_rel, *key_rel;  // of this head
-  const float* bias;
-  int W, lane;
-  float rel_factor, factor;  // of products, with log2(e)
+  int h, W, lane;
 
   CK_DEVICE Relative(const Attention& p, const TensorTables& t, int64_t h, int lane)
-      : p(p),
-        t(t),
-        query_rel(static_cast<const T*>(t.query_rel) +
-                  (p.query_rel.per_head ? h * t.query_terms * p.window() * t.rank_pitch : 0)),
-        key_rel(static_cast<const T*>(t.key_rel) +
-                (p.key_rel.per_head ? h * t.key_terms * p.window() * t.channel_pitch : 0)),
-        bias(t.bias == nullptr ? nullptr : t.bias + h * p.window()),
-        W(static_cast<int>(p.window())),
-        lane(lane),
-        rel_factor(static_cast<float>(p.rel_scale) * kLog2e),
-        factor(static_cast<float>(p.scale) * kLog2e) {}
+      : p(p), t(t), h(static_cast<int>(h)), W(static_cast<int>(p.window())), lane(lane) {}
+
+  // The tables of this head, found anew where they are needed.
+  CK_DEVICE const T* query_rel() const {
+    return static_cast<const T*>(t.query_rel) +
+           (p.query_rel.per_head ? opaque(h) * t.query_terms * p.window() * t.rank_pitch : 0);
+  }
+  CK_DEVICE const T* key_rel() const {
+    return static_cast<const T*>(t.key_rel) +
+           (p.key_rel.per_head ? opaque(h) * t.key_terms * p.window() * t.channel_pitch : 0);
+  }
+  CK_DEVICE const float* bias() const { return t.bias == nullptr ? nullptr : t.bias + opaque(h) * p.window(); }
 
   // What the query's terms add left and right of the window: to rows lane / 4 and lane / 4 + 8 of 16. rows: of
   // relative_rows(), in shared memory.
@@ -256,8 +254,9 @@ struct Relative {
     if (!p.clips() || !p.has_query_columns()) return;
     float out[4] = {};
     if (p.query_rel.data != nullptr)
-      multiply_table(out, rows, pitch, query_rel, t.query_terms, W, t.rank_pitch, lane / 4 == 0 ? 0 : W - 1, lane);
-    for (int e = 0; e < 4; ++e) out[e] = __shfl_sync(kEveryLane, out[e], lane & ~3) * rel_factor;
+      multiply_table(out, rows, pitch, query_rel(), t.query_terms, W, t.rank_pitch, lane / 4 == 0 ? 0 : W - 1, lane);
+    for (int e = 0; e < 4; ++e) out[e] = __shfl_sync(kEveryLane, out[e], lane & ~3) * t.rel_factor;
+    const float* const bias = this->bias();
     for (int half = 0; half < 2; ++half) {
       left[half] = out[2 * half] + (bias == nullptr ? 0.0f : bias[0]);
       right[half] = out[2 * half + 1] + (bias == nullptr ? 0.0f : bias[W - 1]);
@@ -272,14 +271,15 @@ struct Relative {
                             int key_pitch) const {
     constexpr bool kQueries = kOwn == Own::kQueries;
     const int lane = opaque(this->lane), row = lane / 4, pair = lane % 4 * 2;
+    const float* const bias = this->bias();
     // out += 16 rows, n from the first on, times the columns from c on.
     const auto multiply = [&](float (&out)[4], bool queries, int n, int c) {
       const int column = least(c + row, W - 1);
       if (queries && p.query_rel.data != nullptr)
-        multiply_table(out, query_rows + n * query_pitch, query_pitch, query_rel, t.query_terms, W, t.rank_pitch,
+        multiply_table(out, query_rows + n * query_pitch, query_pitch, query_rel(), t.query_terms, W, t.rank_pitch,
                        column, lane);
       if (!queries && p.key_rel.data != nullptr)
-        multiply_table(out, key_rows + n * key_pitch, key_pitch, key_rel, t.key_terms, W, t.channel_pitch, column,
+        multiply_table(out, key_rows + n * key_pitch, key_pitch, key_rel(), t.key_terms, W, t.channel_pitch, column,
                        lane);
     };
     __syncwarp();
@@ -290,7 +290,8 @@ struct Relative {
       for (int e = 0; e < 4; ++e) {
         const int column = c + pair + e % 2;
         const float added = bias == nullptr || column >= W ? 0.0f : bias[column];
-        strip[(row + e / 2 * 8) * pitch + column - columns.first] = out[e] * (kQueries ? rel_factor : factor) + added;
+        strip[(row + e / 2 * 8) * pitch + column - columns.first] =
+            out[e] * (kQueries ? t.rel_factor : t.score_factor) + added;
       }
     }
     __syncwarp();
@@ -308,7 +309,7 @@ struct Relative {
         for (int e = 0; e < 4; ++e) {
           const int by = pair + e % 2, m = row + e / 2 * 8, own = kQueries ? nearest + m - by : nearest + m + by;
           if (own >= 0 && own < 16 && c + by < columns.end)
-            strip[own * pitch + c + by - columns.first] += out[e] * (kQueries ? factor : rel_factor);
+            strip[own * pitch + c + by - columns.first] += out[e] * (kQueries ? t.score_factor : t.rel_factor);
         }
       }
     }
@@ -339,7 +340,7 @@ CK_DEVICE void finish_scores(float (&s)[kOther / 8][4], const Relative<T>& rel, 
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int half = e / 2, col = pair + e % 2, other = fragment.other + col, r = row + 8 * half;
-      float value = s[n][e] * rel.factor;
+      float value = s[n][e] * rel.t.score_factor;
       if (columns) {
         const int c = kQueries ? base + col - r : base + r - col;
         const bool is_left = all_left || c < 0, is_right = all_right || c >= W;

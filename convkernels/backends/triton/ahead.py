@@ -54,8 +54,9 @@ class Variant:
     dilation: int = 1
     dtype: torch.dtype = torch.bfloat16
 
-    def launches(self) -> Iterator[tuple]:
-        """(kernel, arguments) of the forward and the backward pass, and of a decoding step."""
+    def launches(self, architecture: int) -> Iterator[tuple]:
+        """(kernel, arguments) of the forward and the backward pass, and of a decoding step; the same for all
+        architectures."""
         batch, time, channels = 1 if self.packed else 8, 4096, self.heads * self.head_channels
 
         def empty(*shape, dtype=self.dtype):
@@ -142,7 +143,7 @@ class AttentionVariant:
     packed: bool = False
     dtype: torch.dtype = torch.bfloat16
 
-    def launches(self) -> Iterator[tuple]:
+    def launches(self, architecture: int) -> Iterator[tuple]:
         """(kernel, arguments) of the forward and the backward pass; of equal kernels the first."""
         batch, time, H, D, W = 1 if self.packed else 8, 4096, self.heads, self.channels, self.left + self.right + 1
 
@@ -157,7 +158,7 @@ class AttentionVariant:
             empty(self.rank or D, W, given=self.query_rel), empty(batch, time, H, self.rank, given=self.rank > 0),
             empty(D, W, given=self.key_rel), empty(H, D, W, given=self.value_conv),
             empty(H, D, given=self.value_conv), empty(H, given=self.value_conv),
-            empty(batch, time, given=self.mask, dtype=torch.bool), cu_seqlens, cu_seqlens,
+            empty(batch, time, given=self.mask, dtype=torch.bool), cu_seqlens, cu_seqlens, architecture,
         )  # fmt: skip
         out, lse = torch.empty_like(q), empty(batch, H, time, dtype=torch.float32)
         results = {}
@@ -177,8 +178,23 @@ class AttentionVariant:
 
 ATTENTION_VARIANTS = (
     AttentionVariant("attention D=64", left=8, right=8, bias=True, query_rel=True),
+    # What BERT with composite attention trains.
+    AttentionVariant(
+        "attention composite dropout mask D=64", left=8, right=8, bias=True, query_rel=True, value_conv=True,
+        dropout=0.1, mask=True,
+    ),
+    AttentionVariant(
+        "attention wide bias dropout mask float16 D=64", left=128, right=128, bias=True, dropout=0.1, mask=True,
+        dtype=torch.float16,
+    ),
+    AttentionVariant("attention D=128", channels=128, left=8, right=8, bias=True, query_rel=True),
+    AttentionVariant("attention causal without terms D=128", channels=128, causal=True),
     AttentionVariant(
         "attention packed causal D=128", channels=128, left=8, right=8, bias=True, causal=True, packed=True,
+    ),
+    AttentionVariant(
+        "attention banded D=128", channels=128, heads=64, shared=8, left=1023, outside=1, causal=True, query_rel=True,
+        rank=16,
     ),
 )  # fmt: skip
 
@@ -225,6 +241,6 @@ def measure_all(variant: Variant | AttentionVariant, architectures=ARCHITECTURES
     """Every launch of a variant for every architecture."""
     return [
         measure(variant.name, kernel, arguments, architecture)
-        for kernel, arguments in variant.launches()
         for architecture in architectures
+        for kernel, arguments in variant.launches(architecture)
     ]

@@ -95,10 +95,28 @@ def prepare_rows(
 @triton.jit
 def add_to_columns(sums, row, column, value, valid, W, ROWS: tl.constexpr):
     """sums[row, column] += value for the rows of a table and the columns that are ``valid``, each of them once."""
-    at = sums + row.to(tl.int64)[:, None] * W + column[None, :]
+    at = sums + (row[:, None] * W + column[None, :])
     inside = (row < ROWS)[:, None] & valid[None, :]
     tl.debug_barrier()  # another thread of the program may have written them
     tl.store(at, tl.load(at, mask=inside, other=0.0) + value, mask=inside)
+
+
+@triton.jit
+def add_products(
+    sums, x, at, first, keep, row_stride, column_stride, columns, column, valid, W,
+    ROWS: tl.constexpr, PIECE: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The same for the product of the transposed tile x, which begins at row ``first``, with its ``columns``; PIECE
+    rows of the table at a time, since those of wide ones do not all fit into registers."""
+    if PIECE >= x.shape[1]:
+        found = matrix(tl.trans(x), columns, tl.zeros([x.shape[1], columns.shape[1]], DTYPE))
+        add_to_columns(sums, tl.arange(0, x.shape[1]), column, found, valid, W, ROWS)
+    else:
+        for first_row in tl.range(0, x.shape[1], PIECE, disable_licm=True):
+            row = first_row + tl.arange(0, PIECE)
+            piece = load_tile(at, first, row, keep, row_stride, column_stride, ROWS, False)
+            found = matrix(tl.trans(piece), columns, tl.zeros([PIECE, columns.shape[1]], DTYPE))
+            add_to_columns(sums, row, column, found, valid, W, ROWS)
 
 
 @triton.jit
@@ -111,7 +129,7 @@ def add_to_bias(sums, column, value, valid):
 @triton.jit
 def add_to_edge(sums, row, column, value, W, ROWS: tl.constexpr):
     """The same for a single column."""
-    at = sums + row.to(tl.int64) * W + column
+    at = sums + (row * W + column)
     tl.debug_barrier()
     tl.store(at, tl.load(at, mask=row < ROWS, other=0.0) + value, mask=row < ROWS)
 
@@ -140,7 +158,7 @@ def grad_queries(
     HAS_REL_QUERY: tl.constexpr, HAS_KEY_REL: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
     DROPOUT: tl.constexpr, NEED_QUERY: tl.constexpr, NEED_REL_QUERY: tl.constexpr, NEED_TABLE: tl.constexpr,
     NEED_BIAS: tl.constexpr, DTYPE: tl.constexpr, SLIDING: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, NEAR: tl.constexpr, NEAR_STAGES: tl.constexpr,
+    BN: tl.constexpr, NEAR: tl.constexpr, NEAR_STAGES: tl.constexpr, IN_REGISTERS: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """grad_q and grad_rel_query for every ``groups``-th tile of BM queries of a head, and the sums over these for
     query_rel, query_sums[h, b, group, R, W], and bias, bias_sums[h, b, group, W]."""
@@ -190,7 +208,7 @@ def grad_queries(
         if QUERY_TERMS and EDGES:
             before = tl.load(row_at + 2 * plane + i, mask=rows, other=float("inf"))
             after = tl.load(row_at + 3 * plane + i, mask=rows, other=float("inf"))
-        for n in tl.range(0, (t2 - t1 + t4 - t3) // (BN // NEAR)):
+        for n in tl.range(0, (t2 - t1 + t4 - t3) // (BN // NEAR), disable_licm=not IN_REGISTERS):
             tile, is_before = far_tile(n, t1, t2, t3, BN // NEAR)
             j = tile * BN + tl.arange(0, BN)
             keep = j >= 0
@@ -221,10 +239,11 @@ def grad_queries(
             if NEED_QUERY and QK:
                 total = matrix(narrow(found, keys.dtype), keys, total)
 
-        # Operands of other shapes of product are other registers: read again, they are not held through the first loop.
-        tl.debug_barrier()
-        queries = load_tile(q_at, first, d, rows, q_time, q_channel, D, False)
-        dy = load_tile(g_at, first, d, rows, g_time, g_channel, D, False)
+        if IN_REGISTERS:
+            # Products of another shape have their operands in other registers: read again, none is held for both loops.
+            tl.debug_barrier()
+            queries = load_tile(q_at, first, d, rows, q_time, q_channel, D, False)
+            dy = load_tile(g_at, first, d, rows, g_time, g_channel, D, False)
         r = queries
         if HAS_QUERY_REL:
             r = load_tile(r_at, first, x, rows, r_time, r_channel, R, False)
@@ -283,8 +302,10 @@ def grad_queries(
                         weights = load_columns(query_table, x, strict_column, strict, W, R)
                         r_total = exact_matrix(narrow(met, r.dtype), tl.trans(weights), r_total)
                     if NEED_TABLE:
-                        met = matrix(tl.trans(r), narrow(met, r.dtype), tl.zeros([RP, WIDTH], DTYPE))
-                        add_to_columns(table_sums, x, strict_column, met, strict, W, R)
+                        add_products(
+                            table_sums, r, r_at, first, rows, r_time, r_channel, narrow(met, r.dtype), strict_column,
+                            strict, W, R, PIECE, DTYPE,
+                        )  # fmt: skip
                 else:
                     columns += met
         if COLUMNS and not SLIDING:
@@ -296,8 +317,10 @@ def grad_queries(
             if NEED_BIAS:
                 add_to_bias(row_sums, column, tl.sum(columns, 0), valid)
             if NEED_TABLE:
-                met = matrix(tl.trans(r), narrow(columns, r.dtype), tl.zeros([RP, WIDTH], DTYPE))
-                add_to_columns(table_sums, x, column, met, valid, W, R)
+                add_products(
+                    table_sums, r, r_at, first, rows, r_time, r_channel, narrow(columns, r.dtype), column, valid, W, R,
+                    PIECE, DTYPE,
+                )  # fmt: skip
             if NEED_R:
                 weights = tl.trans(load_columns(query_table, x, column, valid, W, R))
                 if HAS_REL_QUERY:
@@ -352,7 +375,7 @@ def grad_keys(
     HAS_MASK: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, NEED_KEY: tl.constexpr,
     NEED_VALUE: tl.constexpr, NEED_TABLE: tl.constexpr, DTYPE: tl.constexpr, SLIDING: tl.constexpr,
     WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, NEAR: tl.constexpr,
-    NEAR_STAGES: tl.constexpr,
+    NEAR_STAGES: tl.constexpr, IN_REGISTERS: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """grad_k and grad_v for every ``groups``-th tile of BN keys, over all query heads that share them, and the sums
     over these for key_rel, key_sums[h, b, group, D, W]. Tiles of pairs are [keys, queries] here."""
@@ -375,7 +398,8 @@ def grad_keys(
         shift = end - q_end
         j = first + tl.arange(0, BN)
         keep = real_keys(mask_at, j, begin, end, mask_time, HAS_MASK)
-        keys = load_tile(head_at(k, b, g, k_batch, k_head), first, d, keep, k_time, k_channel, D, False)
+        k_at = head_at(k, b, g, k_batch, k_head)
+        keys = load_tile(k_at, first, d, keep, k_time, k_channel, D, False)
         values = load_tile(head_at(v, b, g, v_batch, v_head), first, d, keep, v_time, v_channel, D, False)
         key_total, value_total = tl.zeros([BN, DP], DTYPE), tl.zeros([BN, DP], DTYPE)
         # Seen from the keys the window is mirrored, and what is causal is what comes after.
@@ -455,13 +479,13 @@ def grad_keys(
                     met = take(found, back, strict[None, :] & (back >= 0) & (back < NEAR))
                     if SLIDING:
                         key_total = key_columns_back(
-                            met, keys, key_table, key_sums, strict_column, strict, key_total, h, b, group, B, groups,
-                            W, D, NEED_KEY, NEED_TABLE, DTYPE,
+                            met, keys, k_at, first, keep, k_time, k_channel, key_table, key_sums, strict_column, strict,
+                            key_total, h, b, group, B, groups, W, D, NEED_KEY, NEED_TABLE, PIECE, DTYPE,
                         )  # fmt: skip
                     else:
                         columns += met
 
-            for n in tl.range(0, (t2 - t1 + t4 - t3) // (BM // NEAR)):
+            for n in tl.range(0, (t2 - t1 + t4 - t3) // (BM // NEAR), disable_licm=not IN_REGISTERS):
                 tile, is_before = far_tile(n, t1, t2, t3, BM // NEAR)
                 i = tile * BM + tl.arange(0, BM)
                 rows = i >= 0
@@ -503,8 +527,8 @@ def grad_keys(
                 if EDGES:
                     columns = with_edges(columns, tl.where(keep, sum_before, 0.0), tl.where(keep, sum_after, 0.0), W)
                 key_total = key_columns_back(
-                    columns, keys, key_table, key_sums, column, valid, key_total, h, b, group, B, groups,
-                    W, D, NEED_KEY, NEED_TABLE, DTYPE,
+                    columns, keys, k_at, first, keep, k_time, k_channel, key_table, key_sums, column, valid,
+                    key_total, h, b, group, B, groups, W, D, NEED_KEY, NEED_TABLE, PIECE, DTYPE,
                 )  # fmt: skip
             if COLUMNS and SLIDING and EDGES:
                 for side in tl.static_range(2):
@@ -536,8 +560,9 @@ def grad_keys(
 
 @triton.jit
 def key_columns_back(
-    columns, keys, key_table, key_sums, column, valid, key_total, h, b, group, B, groups, W,
-    D: tl.constexpr, NEED_KEY: tl.constexpr, NEED_TABLE: tl.constexpr, DTYPE: tl.constexpr,
+    columns, keys, k_at, first, keep, k_time, k_channel, key_table, key_sums, column, valid, key_total, h, b, group, B,
+    groups, W,
+    D: tl.constexpr, NEED_KEY: tl.constexpr, NEED_TABLE: tl.constexpr, PIECE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """From gradients of columns [keys, columns] to those of the keys, returned, and to the sums of key_rel."""
     d = tl.arange(0, keys.shape[1])
@@ -546,9 +571,10 @@ def key_columns_back(
         weights = load_columns(key_table, d, W - 1 - column, valid, W, D)
         key_total = exact_matrix(small, tl.trans(weights), key_total)
     if NEED_TABLE:
-        met = matrix(tl.trans(keys), small, tl.zeros([keys.shape[1], column.shape[0]], DTYPE))
         sums_at = key_sums + ((h.to(tl.int64) * B + b) * groups + group) * D * W
-        add_to_columns(sums_at, d, W - 1 - column, met, valid, W, D)
+        add_products(
+            sums_at, keys, k_at, first, keep, k_time, k_channel, small, W - 1 - column, valid, W, D, PIECE, DTYPE
+        )
     return key_total
 
 

@@ -1,4 +1,4 @@
-"""Tiles of the attention kernels: plain data, chosen by pure functions of the problem, the same on every device."""
+"""Tiles of the attention kernels: plain data, chosen by pure functions of the problem and the architecture."""
 
 from dataclasses import dataclass
 
@@ -12,13 +12,15 @@ SUMS = 1 << 24  # about as many elements as these sums may have in all
 @dataclass(frozen=True)
 class Shape:
     """What the choice depends on. rank: channels of what meets query_rel. window: columns of the tables. products:
-    whether queries or keys are multiplied by tables. small: the least tiles, for tests of many of them."""
+    whether queries or keys are multiplied by tables. architecture: 10 times the major compute capability. small: the
+    least tiles, for tests of many of them."""
 
     channels: int
     rank: int
     window: int
     dtype: str
     products: bool = False
+    architecture: int = 90
     small: bool = False
 
     @property
@@ -38,14 +40,16 @@ class Shape:
 @dataclass(frozen=True)
 class Pairs:
     """Tiles of BM queries by BN keys; a program keeps one of the two and walks over the other, NEAR at a time where
-    pairs look up their columns, which takes many registers. maxnreg: without it the assembler spills a few of them to
-    fit one more block of threads."""
+    pairs look up their columns, which takes many registers. IN_REGISTERS: matrix units read operands from registers,
+    not from shared memory. maxnreg: without it the assembler spills a few of them to fit one more block of threads."""
 
     BM: int
     BN: int
     NEAR: int
     num_warps: int
     num_stages: int = 2
+    NEAR_STAGES: int = 1
+    IN_REGISTERS: bool = False
     maxnreg: int = 255
 
 
@@ -55,29 +59,48 @@ def width(shape: Shape, pairs: Pairs, kept: int) -> int:
     return power_of_2(kept + pairs.NEAR) if shape.sliding else max(MATRIX, power_of_2(shape.window))
 
 
+def piece(shape: Shape, columns: int, kept: int) -> int:
+    """Rows of a table whose sums for so many columns a program that keeps so many rows adds at a time."""
+    return MATRIX if shape.small else max(MATRIX, 64 * kept // columns)
+
+
 def forward(shape: Shape) -> Pairs:
     if shape.small:
-        return Pairs(16, 16, 16, 4)
+        return Pairs(16, 16, 16, 4, IN_REGISTERS=shape.architecture < 90)
     if shape.dtype in ("float32", "float64"):
         return Pairs(32, 32, 32, 8)
+    old = shape.architecture < 90
     if shape.padded > 128:
-        return Pairs(64, 32, 16, 8)
+        return Pairs(64, 32, 16, 8, IN_REGISTERS=old)
     if shape.sliding and shape.products:
-        return Pairs(64, 64, 32, 4 if shape.padded <= 64 else 8)
+        if shape.padded <= 64:
+            return Pairs(32 if old else 64, 64, 32, 8, 2, 2, IN_REGISTERS=old)
+        # Reading ahead takes more registers than the newest has.
+        stages = 2 if shape.architecture < 100 else 1
+        return Pairs(64, 64, 32, 8, stages, stages, IN_REGISTERS=old)
     if shape.padded <= 64:
-        return Pairs(128, 64, 32, 8, 3)
-    return Pairs(64, 64, 16, 8, 3)
+        return Pairs(128, 64, 32, 8, 3, IN_REGISTERS=old)
+    return Pairs(64, 64, 16, 8, 3, IN_REGISTERS=old)
 
 
 def backward(shape: Shape, keys: bool) -> Pairs:
     """keys: for the pass that keeps tiles of keys."""
     if shape.small:
-        return Pairs(16, 16, 16, 4)
+        return Pairs(16, 16, 16, 4, IN_REGISTERS=shape.architecture < 90)
     if shape.dtype in ("float32", "float64"):
         return Pairs(32, 32, 32, 8)
+    old, wide = shape.architecture < 90, shape.padded > 64
     if shape.padded > 128:
-        return Pairs(32, 64, 16, 8) if keys else Pairs(64, 32, 16, 8)
-    return Pairs(32 if keys and shape.padded <= 64 else 64, 64, 16, 8)
+        return Pairs(32, 64, 16, 8, IN_REGISTERS=old) if keys else Pairs(64, 32, 16, 8, IN_REGISTERS=old)
+    if old and keys:
+        return Pairs(64, (16 if shape.products else 64) if wide else 32, 16, 8, IN_REGISTERS=True)
+    if old:
+        return Pairs(32 if shape.products else 64, 64, 16, 8, IN_REGISTERS=True)
+    if keys:
+        return Pairs(64 if wide else 32, 64, 16, 8)
+    if wide and shape.products:
+        return Pairs(64, 64, 32, 8, 1 if shape.sliding else 2)
+    return Pairs(64, 64, 16, 8)
 
 
 def groups(tiles: int, units: int, elements: int) -> int:

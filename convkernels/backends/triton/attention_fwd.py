@@ -59,7 +59,7 @@ def attention_forward(
     HAS_KEY_REL: tl.constexpr, HAS_CONV: tl.constexpr, HAS_CONV_BIAS: tl.constexpr,
     HAS_CONV_SCALE: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
     DTYPE: tl.constexpr, SLIDING: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    NEAR: tl.constexpr, NEAR_STAGES: tl.constexpr,
+    NEAR: tl.constexpr, NEAR_STAGES: tl.constexpr, IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """out[b, i, h] and lse[b, h, i] for BM queries of one head."""
     QUERY_TERMS: tl.constexpr = HAS_BIAS or HAS_QUERY_REL
@@ -131,18 +131,19 @@ def attention_forward(
         values = load_tile(v_at, tile * NEAR, d, keep, v_time, v_channel, D, False)
         result = matrix(narrow(power, values.dtype), values, result * factor[:, None])
 
-    # Operands of other shapes of product are other registers: read again, they are not held through the first loop.
-    tl.debug_barrier()
-    queries = load_tile(q_at, first, d, rows, q_time, q_channel, D, False)
-    r = queries
-    if HAS_QUERY_REL and EDGES:
-        r = load_tile(r_at, first, tl.arange(0, RP), rows, r_time, r_channel, R, False)
+    if IN_REGISTERS:
+        # Products of another shape have their operands in other registers: read again, none is held for both loops.
+        tl.debug_barrier()
+        queries = load_tile(q_at, first, d, rows, q_time, q_channel, D, False)
+        r = queries
+        if HAS_QUERY_REL and EDGES:
+            r = load_tile(r_at, first, tl.arange(0, RP), rows, r_time, r_channel, R, False)
     before, after = none, none
     if QUERY_TERMS and EDGES:
         before = query_edge(r, query_table, bias_row, 0, W, rel_scale, R, HAS_BIAS, HAS_QUERY_REL, DTYPE)
         after = query_edge(r, query_table, bias_row, W - 1, W, rel_scale, R, HAS_BIAS, HAS_QUERY_REL, DTYPE)
     edges_at = key_edges + (b.to(tl.int64) * H + h) * S
-    for n in tl.range(0, (t2 - t1 + t4 - t3) // (BN // NEAR)):
+    for n in tl.range(0, (t2 - t1 + t4 - t3) // (BN // NEAR), disable_licm=not IN_REGISTERS):
         tile, is_before = far_tile(n, t1, t2, t3, BN // NEAR)
         j = tile * BN + tl.arange(0, BN)
         keep = j >= 0

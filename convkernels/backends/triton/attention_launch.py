@@ -50,6 +50,7 @@ class Call:
     key_mask: Tensor | None = None
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
+    architecture: int | None = None  # by default that of q's device
 
     def __post_init__(self):
         self.q, self.k, self.v, self.rel_query = (near_rows(x) for x in (self.q, self.k, self.v, self.rel_query))
@@ -61,8 +62,9 @@ class Call:
         self.sequences = self.cu_seqlens_q.shape[0] - 1 if self.packed else None
         products = self.query_rel is not None or self.key_rel is not None
         self.shape = configs.Shape(
-            self.D, self.R, self.W, _name(self.q.dtype), products, interpreting() and not self.q.is_meta
-        )
+            self.D, self.R, self.W, _name(self.q.dtype), products, self.architecture or architecture(self.q.device),
+            interpreting() and not self.q.is_meta,
+        )  # fmt: skip
         self.accumulator = tl.float64 if self.q.dtype == torch.float64 else tl.float32
         self.edges = self.outside == CLIP
 
@@ -103,7 +105,7 @@ class Call:
             "right": self.right, "sequences": self.sequences or 1,
             "search_steps": max((self.sequences or 1) - 1, 0).bit_length(),
             "scale": _bits(self.scale), "rel_scale": _bits(self.rel_scale), "score_scale": _bits(self.scale * LOG2E),
-            "table_scale": _bits(self.rel_scale * LOG2E), "threshold": int(self.dropout * 2**32),
+            "table_scale": _bits(self.rel_scale * LOG2E), "threshold": _signed(int(self.dropout * 2**32)),
             "keep_scale": _bits(factor), "plane": self.B * self.H * self.T, "edge_plane": self.B * self.H * self.S,
             "D": self.D, "DP": self.shape.padded, "R": self.R, "RP": self.shape.padded_rank, "QK": self.qk,
             "NEGATIVE": self.scale < 0, "CAUSAL": self.causal, "OUTSIDE": self.outside,
@@ -114,8 +116,9 @@ class Call:
             "DROPOUT": self.dropout > 0, "DTYPE": self.accumulator, "SLIDING": self.shape.sliding,
         }  # fmt: skip
         if pairs is not None:
+            width = configs.width(self.shape, pairs, kept)
             values |= asdict(pairs) | {
-                "WIDTH": configs.width(self.shape, pairs, kept), "NEAR_STAGES": 2 if self.shape.sliding else 1,
+                "WIDTH": width, "PIECE": configs.piece(self.shape, width, kept),
             }  # fmt: skip
         wanted = {*names, "num_warps", "num_stages", "maxnreg"}
         return {name: value for name, value in values.items() if name in wanted}
@@ -134,6 +137,17 @@ class Call:
         own = {"key_edges": self.found_edges, "slots": slots, "BN": height, "num_warps": 4}
         if slots:
             yield kernel, (self.B * self.H * slots,), self.arguments(kernel.arg_names) | own
+
+
+def architecture(device: torch.device) -> int:
+    """What tiles are chosen for; without a GPU any will do."""
+    return 10 * torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 90
+
+
+def _signed(word: int) -> int:
+    """The bits of an unsigned 32-bit number as kernels take them; 2**32, beyond all words, counts as the largest."""
+    word = min(word, 2**32 - 1)
+    return word - 2**32 if word >= 2**31 else word
 
 
 def strides(name: str, tensor: Tensor) -> dict:
@@ -222,7 +236,7 @@ def _prepare(call: Call, grad, grad_lse, out, lse, constants):
         "grad": grad, "out": out, "lse": lse.contiguous(), "grad_lse": lse if grad_lse is None else
         grad_lse.contiguous(), "constants": constants, "slots": slots, **strides("g", grad), **strides("o", out),
         "HAS_GRAD_LSE": grad_lse is not None, "EDGES": call.edges and (call.bias is not None or call.query_rel is not
-        None), "BM": height, "num_warps": 8,
+        None), "BM": height, "num_warps": 8, "maxnreg": 255,
     }  # fmt: skip
     return kernel, (call.B * call.H * slots,), call.arguments(kernel.arg_names) | own
 
@@ -293,6 +307,7 @@ def _conv_pass(call: Call, grad, results: dict, wanted: set):
     own = {
         "grad": grad, "tap_sums": tap_sums, "grad_sums": grad_sums, "slots": slots, "groups": groups,
         **strides("g", grad), "NEED_TAPS": need_taps, "BM": height, "BD": channels, "TAPS": taps, "num_warps": 4,
+        "maxnreg": 255,
     }  # fmt: skip
     chunks = ceil_div(call.W, taps) if need_taps else 1
     yield kernel, (call.H * pieces * groups, chunks), call.arguments(kernel.arg_names) | own

@@ -200,7 +200,8 @@ def kept_pairs(seed, b, h, i, j_first, threshold, COLUMNS: tl.constexpr, TRANSPO
 
 @triton.jit
 def keeps(word, threshold):
-    return (word.to(tl.uint64).to(tl.int64) >= threshold).to(tl.int8)
+    """``threshold``: the bits of an unsigned number, so that its size decides no type."""
+    return (word >= threshold.to(tl.uint32, bitcast=True)).to(tl.int8)
 
 
 # -- columns of relative tables. Column number a of a tile belongs to the offset base + a: with a whole table in a tile
@@ -241,14 +242,14 @@ def tile_column(offset, base, left, right, SLIDING: tl.constexpr, OUTSIDE: tl.co
 @triton.jit
 def load_columns(table, row, column, valid, W, ROWS: tl.constexpr):
     """A tile of a table [ROWS, W] as it is stored, 0 where it has no such element."""
-    at = table + row.to(tl.int64)[:, None] * W + column[None, :]
+    at = table + (row[:, None] * W + column[None, :])
     return tl.load(at, mask=(row < ROWS)[:, None] & valid[None, :], other=0.0)
 
 
 @triton.jit
 def edge_of_rows(rows, table, row, column, W, scale, ROWS: tl.constexpr, DTYPE: tl.constexpr):
     """scale * rows @ table[:, column]."""
-    values = widen(tl.load(table + row.to(tl.int64) * W + column, mask=row < ROWS, other=0.0), DTYPE)
+    values = widen(tl.load(table + (row * W + column), mask=row < ROWS, other=0.0), DTYPE)
     return tl.sum(widen(rows, DTYPE) * values[None, :], 1) * scale
 
 
@@ -290,7 +291,8 @@ def key_columns(k, key_rel, column, valid, W, scale, D: tl.constexpr, TRANSPOSED
     weights = load_columns(key_rel, tl.arange(0, k.shape[1]), W - 1 - column, valid, W, D)
     if TRANSPOSED:
         return exact_matrix(tl.trans(weights), tl.trans(k), tl.zeros([column.shape[0], k.shape[0]], DTYPE)) * scale
-    return exact_matrix(k, weights, tl.zeros([k.shape[0], column.shape[0]], DTYPE)) * scale
+    else:  # only the branch taken may decide the result's shape
+        return exact_matrix(k, weights, tl.zeros([k.shape[0], column.shape[0]], DTYPE)) * scale
 
 
 @triton.jit
