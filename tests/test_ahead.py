@@ -55,6 +55,23 @@ def test_triton_budget_of_attention(variant):
         assert units[kernel, "90"] == "wgmma.mma_async"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [(8, 8), (70, 8)], ids=str)
+def test_all_terms_of_attention_at_once(window):
+    """Compiled types are stricter than interpreted ones: tiles that are not square tell the terms' sides apart."""
+    ahead = triton_ahead()
+    left, right = window
+    variant = ahead.AttentionVariant(
+        "everything", left=left, right=right, dropout=0.1, bias=True, query_rel=True, rank=24, key_rel=True,
+        value_conv=True, mask=True, packed=True,
+    )  # fmt: skip
+    results = [ahead.measure(variant.name, *launch, 90) for launch in variant.launches(90)]
+    units = {result.kernel: result.unit for result in results}
+    assert {"find_key_edges", "prepare_rows", "sum_taps", "finish_taps"} <= set(units)
+    for kernel in ("attention_forward", "grad_queries", "grad_keys"):
+        assert units[kernel] == "wgmma.mma_async"
+
+
 def test_attention_is_compiled_once_for_all_lengths():
     """What a launch is specialised for does not depend on the length, the window within its width, or the scale."""
     ahead = triton_ahead()

@@ -6,6 +6,8 @@
 
 namespace ck::cuda {
 
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
 // A cudaStream_t, spelled without CUDA's headers.
 using Stream = void*;
 

@@ -11,8 +11,6 @@
 
 namespace ck::cuda {
 
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-
 // Writes the tables in the form the kernels read, see TensorTables. A thread per element and pass.
 template <class T>
 CK_GLOBAL(kTensorThreads, 2)
