@@ -120,19 +120,23 @@ mutants: install
 	$(BIN)/python scripts/mutations.py --backend cpu
 	$(BIN)/python scripts/mutations.py --backend cuda
 
-# The tests of the triton backend in Triton's interpreter: all sizes of problem, one in EVERY of each test's cases.
+# The tests of the triton backend in Triton's interpreter: all recorded results of attention, and of each other test's
+# cases, which have all sizes, one in EVERY.
 EVERY ?= 48
+interpreted: export TRITON_INTERPRET = 1
 interpreted: install
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -k triton -m "not slow" --every $(EVERY) $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n $(WORKERS) -k triton tests/test_attention_golden.py $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n $(WORKERS) -k triton -m "not slow" --every $(EVERY) --ignore tests/test_attention_golden.py \
+	    $(PYTEST_FLAGS)
 
 # The tests of the cuda backend, its kernels on this CPU: all recorded results, one in SIMULATED_EVERY of each other
 # test's cases, and random problems with the threads of a block in five other orders.
 SIMULATED_EVERY ?= 6
 simulated: export CONVKERNELS_SIMT = 1
 simulated: install simt-build
-	$(BIN)/python -m pytest -n $(WORKERS) -k cuda tests/test_golden.py $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n $(WORKERS) -k cuda tests/test_golden.py tests/test_attention_golden.py $(PYTEST_FLAGS)
 	$(BIN)/python -m pytest -n $(WORKERS) -k cuda -m "not slow and not gpu" --every $(SIMULATED_EVERY) \
-	    --ignore tests/test_golden.py $(PYTEST_FLAGS)
+	    --ignore tests/test_golden.py --ignore tests/test_attention_golden.py $(PYTEST_FLAGS)
 	printf '%s\n' 1 2 3 4 5 | xargs -P $(WORKERS) -I SEED env CONVKERNELS_SIMT_SEED=SEED \
 	    $(BIN)/python -m pytest -q -k "cuda and wide" tests/test_fuzz.py tests/test_attention_fragments.py $(PYTEST_FLAGS)
 
