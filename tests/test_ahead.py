@@ -65,8 +65,7 @@ def test_all_terms_of_attention_at_once(window):
         "everything", left=left, right=right, dropout=0.1, bias=True, query_rel=True, rank=24, key_rel=True,
         value_conv=True, mask=True, packed=True,
     )  # fmt: skip
-    results = [ahead.measure(variant.name, *launch, 90) for launch in variant.launches(90)]
-    units = {result.kernel: result.unit for result in results}
+    units = {result.kernel: result.unit for result in ahead.measure_all(variant, (90,))}
     assert {"find_key_edges", "prepare_rows", "sum_taps", "finish_taps"} <= set(units)
     for kernel in ("attention_forward", "grad_queries", "grad_keys"):
         assert units[kernel] == "wgmma.mma_async"

@@ -107,7 +107,7 @@ def test_tiles_of_older_gpus(ops, monkeypatch):
     from convkernels.backends.triton import attention_launch
 
     asked = []
-    monkeypatch.setattr(attention_launch, "architecture", lambda device: asked.append(device) or 80)
+    monkeypatch.setattr(attention_launch, "architecture_of", lambda device: asked.append(device) or 80)
     for number in range(2):
         compare(ops, random_problem(number))
     assert asked

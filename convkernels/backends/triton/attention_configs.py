@@ -32,6 +32,11 @@ class Shape:
         return max(MATRIX, power_of_2(self.rank))
 
     @property
+    def in_registers(self) -> bool:
+        """Whether matrix units read operands from registers, not from shared memory."""
+        return self.architecture < 90
+
+    @property
     def sliding(self) -> bool:
         """Whether the tables are too wide to be held for a tile of queries: its tiles of pairs make their own."""
         return self.window > (MATRIX if self.small else 64)
@@ -40,8 +45,8 @@ class Shape:
 @dataclass(frozen=True)
 class Pairs:
     """Tiles of BM queries by BN keys; a program keeps one of the two and walks over the other, NEAR at a time where
-    pairs look up their columns, which takes many registers. IN_REGISTERS: matrix units read operands from registers,
-    not from shared memory. maxnreg: without it the assembler spills a few of them to fit one more block of threads."""
+    pairs look up their columns, which takes many registers. maxnreg: without it the assembler spills a few of them to
+    fit one more block of threads."""
 
     BM: int
     BN: int
@@ -49,7 +54,6 @@ class Pairs:
     num_warps: int
     num_stages: int = 2
     NEAR_STAGES: int = 1
-    IN_REGISTERS: bool = False
     maxnreg: int = 255
 
 
@@ -66,36 +70,36 @@ def piece(shape: Shape, columns: int, kept: int) -> int:
 
 def forward(shape: Shape) -> Pairs:
     if shape.small:
-        return Pairs(16, 16, 16, 4, IN_REGISTERS=shape.architecture < 90)
+        return Pairs(16, 16, 16, 4)
     if shape.dtype in ("float32", "float64"):
         return Pairs(32, 32, 32, 8)
-    old = shape.architecture < 90
+    old = shape.in_registers
     if shape.padded > 128:
-        return Pairs(64, 32, 16, 8, IN_REGISTERS=old)
+        return Pairs(64, 32, 16, 8)
     if shape.sliding and shape.products:
         if shape.padded <= 64:
-            return Pairs(32 if old else 64, 64, 32, 8, 2, 2, IN_REGISTERS=old)
+            return Pairs(32 if old else 64, 64, 32, 8, 2, 2)
         # Reading ahead takes more registers than the newest has.
         stages = 2 if shape.architecture < 100 else 1
-        return Pairs(64, 64, 32, 8, stages, stages, IN_REGISTERS=old)
+        return Pairs(64, 64, 32, 8, stages, stages)
     if shape.padded <= 64:
-        return Pairs(128, 64, 32, 8, 3, IN_REGISTERS=old)
-    return Pairs(64, 64, 16, 8, 3, IN_REGISTERS=old)
+        return Pairs(128, 64, 32, 8, 3)
+    return Pairs(64, 64, 16, 8, 3)
 
 
 def backward(shape: Shape, keys: bool) -> Pairs:
     """keys: for the pass that keeps tiles of keys."""
     if shape.small:
-        return Pairs(16, 16, 16, 4, IN_REGISTERS=shape.architecture < 90)
+        return Pairs(16, 16, 16, 4)
     if shape.dtype in ("float32", "float64"):
         return Pairs(32, 32, 32, 8)
-    old, wide = shape.architecture < 90, shape.padded > 64
+    old, wide = shape.in_registers, shape.padded > 64
     if shape.padded > 128:
-        return Pairs(32, 64, 16, 8, IN_REGISTERS=old) if keys else Pairs(64, 32, 16, 8, IN_REGISTERS=old)
+        return Pairs(32, 64, 16, 8) if keys else Pairs(64, 32, 16, 8)
     if old and keys:
-        return Pairs(64, (16 if shape.products else 64) if wide else 32, 16, 8, IN_REGISTERS=True)
+        return Pairs(64, (16 if shape.products else 64) if wide else 32, 16, 8)
     if old:
-        return Pairs(32 if shape.products else 64, 64, 16, 8, IN_REGISTERS=True)
+        return Pairs(32 if shape.products else 64, 64, 16, 8)
     if keys:
         return Pairs(64 if wide else 32, 64, 16, 8)
     if wide and shape.products:

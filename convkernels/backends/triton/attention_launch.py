@@ -5,6 +5,7 @@ No launch waits for the device: shapes and strides decide everything, ``cu_seqle
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from math import e as euler
 from math import log2
 
@@ -17,7 +18,7 @@ from . import attention_configs as configs
 from . import attention_fwd as forward_kernels
 from . import interpreting
 from .configs import ceil_div
-from .launch import _bits, _name, _on
+from .launch import _bits, _name, _on, _threshold
 
 CLIP = 0
 LOG2E = log2(euler)
@@ -62,7 +63,7 @@ class Call:
         self.sequences = self.cu_seqlens_q.shape[0] - 1 if self.packed else None
         products = self.query_rel is not None or self.key_rel is not None
         self.shape = configs.Shape(
-            self.D, self.R, self.W, _name(self.q.dtype), products, self.architecture or architecture(self.q.device),
+            self.D, self.R, self.W, _name(self.q.dtype), products, self.architecture or architecture_of(self.q.device),
             interpreting() and not self.q.is_meta,
         )  # fmt: skip
         self.accumulator = tl.float64 if self.q.dtype == torch.float64 else tl.float32
@@ -105,7 +106,7 @@ class Call:
             "right": self.right, "sequences": self.sequences or 1,
             "search_steps": max((self.sequences or 1) - 1, 0).bit_length(),
             "scale": _bits(self.scale), "rel_scale": _bits(self.rel_scale), "score_scale": _bits(self.scale * LOG2E),
-            "table_scale": _bits(self.rel_scale * LOG2E), "threshold": _signed(int(self.dropout * 2**32)),
+            "table_scale": _bits(self.rel_scale * LOG2E), "threshold": _threshold(self.dropout),
             "keep_scale": _bits(factor), "plane": self.B * self.H * self.T, "edge_plane": self.B * self.H * self.S,
             "D": self.D, "DP": self.shape.padded, "R": self.R, "RP": self.shape.padded_rank, "QK": self.qk,
             "NEGATIVE": self.scale < 0, "CAUSAL": self.causal, "OUTSIDE": self.outside,
@@ -119,6 +120,7 @@ class Call:
             width = configs.width(self.shape, pairs, kept)
             values |= asdict(pairs) | {
                 "WIDTH": width, "PIECE": configs.piece(self.shape, width, kept),
+                "IN_REGISTERS": self.shape.in_registers,
             }  # fmt: skip
         wanted = {*names, "num_warps", "num_stages", "maxnreg"}
         return {name: value for name, value in values.items() if name in wanted}
@@ -139,15 +141,10 @@ class Call:
             yield kernel, (self.B * self.H * slots,), self.arguments(kernel.arg_names) | own
 
 
-def architecture(device: torch.device) -> int:
+@cache
+def architecture_of(device: torch.device) -> int:
     """What tiles are chosen for; without a GPU any will do."""
     return 10 * torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 90
-
-
-def _signed(word: int) -> int:
-    """The bits of an unsigned 32-bit number as kernels take them; 2**32, beyond all words, counts as the largest."""
-    word = min(word, 2**32 - 1)
-    return word - 2**32 if word >= 2**31 else word
 
 
 def strides(name: str, tensor: Tensor) -> dict:

@@ -8,7 +8,7 @@ column of each table serves them. The others are *near*. Scores are in units of 
 import triton
 import triton.language as tl
 
-from .taps import INTERPRETED, product, sequence_bounds, widen
+from .taps import INTERPRETED, keeps, product, sequence_bounds, widen
 
 CLIP, ZERO, MASK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -188,20 +188,14 @@ def kept_pairs(seed, b, h, i, j_first, threshold, COLUMNS: tl.constexpr, TRANSPO
         zero = (i * 0)[:, None] + (quad * 0)[None, :]
         i, quad = zero + i[:, None], zero + quad[None, :]
     word0, word1, word2, word3 = tl.philox(tl.load(seed), i, zero + b, zero + h, quad)
-    even = tl.join(keeps(word0, threshold), keeps(word1, threshold))
-    keep = tl.join(even, tl.join(keeps(word2, threshold), keeps(word3, threshold)))
+    even = tl.join(keeps(word0, threshold).to(tl.int8), keeps(word1, threshold).to(tl.int8))
+    keep = tl.join(even, tl.join(keeps(word2, threshold).to(tl.int8), keeps(word3, threshold).to(tl.int8)))
     # keep[..., low, high] is word 2 * high + low.
     if TRANSPOSED:
         keep = tl.reshape(tl.permute(keep, (0, 3, 2, 1)), (COLUMNS, ROWS))
     else:
         keep = tl.reshape(tl.permute(keep, (0, 1, 3, 2)), (ROWS, COLUMNS))
     return keep != 0
-
-
-@triton.jit
-def keeps(word, threshold):
-    """``threshold``: the bits of an unsigned number, so that its size decides no type."""
-    return (word >= threshold.to(tl.uint32, bitcast=True)).to(tl.int8)
 
 
 # -- columns of relative tables. Column number a of a tile belongs to the offset base + a: with a whole table in a tile

@@ -34,6 +34,13 @@ def _bits(number: float) -> int:
     return struct.unpack("<q", struct.pack("<d", number))[0]
 
 
+def _threshold(dropout: float) -> int:
+    """The least random word that is kept, an unsigned 32-bit number, as the signed one with its bits. That of dropout 1
+    lies beyond all words; the largest has to do."""
+    word = min(int(dropout * 2**32), 2**32 - 1)
+    return word - 2**32 if word >= 2**31 else word
+
+
 @dataclass
 class Call:
     """What forward and gradient share: the problem, its tensors and the arguments that describe them to a kernel."""
@@ -82,7 +89,7 @@ class Call:
     @property
     def dropping(self) -> dict:
         scale = 1.0 / (1.0 - self.dropout) if self.dropout < 1.0 else 0.0
-        return {"threshold": int(self.dropout * 2**32), "scale": _bits(scale)}
+        return {"threshold": _threshold(self.dropout), "scale": _bits(scale)}
 
     @property
     def filters(self) -> dict:

@@ -186,13 +186,20 @@ def number_from_bits(bits, dtype: tl.constexpr):
 
 
 @triton.jit
+def keeps(word, threshold):
+    """Whether dropout keeps what has drawn a word. ``threshold``: the bits of an unsigned number, so that its size
+    decides no type."""
+    return word >= tl.cast(threshold, tl.uint32, bitcast=True)
+
+
+@triton.jit
 def kept(seed, b, t, h, j, threshold):
     """Which elements of the weight dropout keeps: Philox4x32-10 of the coordinates, word j % 4 of block j // 4."""
     zero = t * 0 + h * 0 + j * 0
     word0, word1, word2, word3 = tl.philox(tl.load(seed), zero + t, zero + b, zero + h, zero + j // 4)
     which = zero + j % 4
     word = tl.where(which < 2, tl.where(which == 0, word0, word1), tl.where(which == 2, word2, word3))
-    return word.to(tl.uint64).to(tl.int64) >= threshold
+    return keeps(word, threshold)
 
 
 @triton.jit
