@@ -214,6 +214,7 @@ def test_attention_forms_agree():
     )
     torch.testing.assert_close(composite, eager)
     torch.testing.assert_close(plain, sdpa)
+    torch.testing.assert_close(plain, attention.flash(inputs, *inputs.leaves))
     no_query = torch.zeros_like(inputs.query_rel)
     with_bias = attention.FORMS[attention.SDPA_BIAS](inputs, *inputs.leaves)
     torch.testing.assert_close(with_bias, attention.eager(inputs, *inputs.leaves[:4], no_query))
@@ -246,6 +247,9 @@ def test_attention_targets_say_pass_miss_and_not_measured():
     own = "forward with relative terms / own forward without", "512"
     assert rows("triton", "cuda", *records)[own] == ("<= 1.15", "1.10", "PASS")
     assert rows("cuda", "cuda", *records)[own] == ("<= 1.08", "1.10", "miss")
+    records.append((attention.FLASH, 1.0, "bfloat16"))
+    flash = "forward with relative terms / FlashAttention-2 without positions", "512"
+    assert rows("triton", "cuda", *records)[flash] == ("<= 1.10", "1.10", "PASS")
     assert rows("cuda", "cuda")[f"{attention.BANDED}: forward [ms]", ""] == ("<= 2.40", "2.00", "PASS")
     assert rows("cuda", "cuda")[f"{attention.BANDED}: backward / forward", ""] == ("<= 2.80", "3.50", "miss")
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import convkernels
 
@@ -27,6 +28,7 @@ from .attention_targets import (
     BOTH,
     COMPOSITE,
     EAGER,
+    FLASH,
     FLEX,
     FORWARD,
     PAPER,
@@ -107,6 +109,12 @@ def sdpa(n: Inputs, q, k, v, bias, query_rel) -> Tensor:
     return F.scaled_dot_product_attention(*_by_head(q, k, v)).transpose(1, 2)
 
 
+def flash(n: Inputs, q, k, v, bias, query_rel) -> Tensor:
+    """Which of its implementations torch picks on a GPU depends on the GPU; targets name this one."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return sdpa(n, q, k, v, bias, query_rel)
+
+
 def sdpa_bias(n: Inputs, q, k, v, bias, query_rel) -> Tensor:
     scores = F.embedding(n.index, bias.T).permute(2, 0, 1)[None]
     return F.scaled_dot_product_attention(*_by_head(q, k, v), attn_mask=scores).transpose(1, 2)
@@ -144,7 +152,7 @@ FORMS: dict[str, Callable[..., Tensor]] = {
     COMPOSITE: composite, PLAIN: plain, SDPA: sdpa, SDPA_BIAS: sdpa_bias, EAGER: eager
 }  # fmt: skip
 # Forms that compute the same as another are compared with it before they are timed.
-EQUALS = {EAGER: COMPOSITE, FLEX: COMPOSITE, SDPA: PLAIN}
+EQUALS = {EAGER: COMPOSITE, FLEX: COMPOSITE, SDPA: PLAIN, FLASH: PLAIN}
 
 
 def banded(backend: str, device: torch.device) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], Tensor]:
@@ -220,6 +228,8 @@ class Suite:
 
     def _forms(self, length: int, dtype: torch.dtype) -> dict[str, Callable[..., Tensor]]:
         forms = dict(FORMS)
+        if self.device.type == "cuda":
+            forms[FLASH] = flash
         if self.settings.compiled:
             forms[FLEX] = flex()
         for name in list(forms):

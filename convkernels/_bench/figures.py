@@ -26,7 +26,7 @@ def _style(label: str) -> dict[str, Any]:
     if label in _OURS:
         return {"color": _OURS[label], "marker": "o", "linewidth": 2.4, "markersize": 5.5, "zorder": 3}
     others = [line.label for line in LINES + MORE_LINES if line.form != OURS]
-    others += [attention.SDPA, attention.SDPA_BIAS, attention.FLEX, attention.EAGER]
+    others += [attention.SDPA, attention.SDPA_BIAS, attention.FLEX, attention.EAGER, attention.FLASH]
     i = others.index(label) if label in others else 0
     return {
         "color": _PEERS[i % len(_PEERS)],
