@@ -130,15 +130,17 @@ interpreted: install
 	    $(PYTEST_FLAGS)
 
 # The tests of the cuda backend, its kernels on this CPU: all recorded results, one in SIMULATED_EVERY of each other
-# test's cases, and random problems with the threads of a block in five other orders.
+# test's cases, and random problems with the threads of a block in four other orders, two of them with as little shared
+# memory as GPUs of compute capability 8.6 and 8.9 have.
 SIMULATED_EVERY ?= 6
 simulated: export CONVKERNELS_SIMT = 1
 simulated: install simt-build
 	$(BIN)/python -m pytest -n $(WORKERS) -k cuda tests/test_golden.py tests/test_attention_golden.py $(PYTEST_FLAGS)
 	$(BIN)/python -m pytest -n $(WORKERS) -k cuda -m "not slow and not gpu" --every $(SIMULATED_EVERY) \
 	    --ignore tests/test_golden.py --ignore tests/test_attention_golden.py $(PYTEST_FLAGS)
-	printf '%s\n' 1 2 3 4 5 | xargs -P $(WORKERS) -I SEED env CONVKERNELS_SIMT_SEED=SEED \
-	    $(BIN)/python -m pytest -q -k "cuda and wide" tests/test_fuzz.py tests/test_attention_fragments.py $(PYTEST_FLAGS)
+	printf 'CONVKERNELS_SIMT_SEED=%s CONVKERNELS_SIMT_SHARED=%s\n' 1 232448 2 232448 3 101376 4 101376 | \
+	    xargs -P $(WORKERS) -L 1 sh -c 'env "$$@" $(BIN)/python -m pytest -q -k "cuda and wide" tests/test_fuzz.py \
+	    tests/test_attention_fragments.py $(PYTEST_FLAGS)' sh
 
 # The full run comes last, so that its summary closes the output.
 test: lint install ctest abi asan interpreted simulated

@@ -71,6 +71,21 @@ def test_all_terms_of_attention_at_once(window):
         assert units[kernel] == "wgmma.mma_async"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("channels", "sides", "dtype"), [(256, 128, torch.bfloat16), (128, 32, torch.float32)], ids=str
+)
+def test_attention_fits_into_little_shared_memory(channels, sides, dtype):
+    """A block has 99 KB of it with compute capability 8.6, 8.9 and 12.0."""
+    ahead = triton_ahead()
+    variant = ahead.AttentionVariant(
+        "large", channels=channels, left=sides, right=sides - 1, bias=True, query_rel=True, key_rel=True, dtype=dtype
+    )
+    for kernel, arguments in variant.launches(80):
+        if kernel.__name__ in ("attention_forward", "grad_queries", "grad_keys"):
+            assert ahead.measure(variant.name, kernel, arguments, 80).shared <= 99 << 10, kernel.__name__
+
+
 def test_attention_is_compiled_once_for_all_lengths():
     """What a launch is specialised for does not depend on the length, the window within its width, or the scale."""
     ahead = triton_ahead()

@@ -24,6 +24,7 @@ VARIABLES = {
     "CONVKERNELS_TUNED": "file with the launch configurations to use",
     "CONVKERNELS_SIMT": "1: the cuda backend runs on CPU tensors, for tests",
     "CONVKERNELS_SIMT_SEED": "order in which it runs the threads of a block",
+    "CONVKERNELS_SIMT_SHARED": "bytes of shared memory of a block there",
     "CONVKERNELS_GOLDEN": "folder with the recorded results that the tests compare with",
 }
 

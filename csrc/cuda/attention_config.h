@@ -1,8 +1,9 @@
-// Which kernels run an attention, and how the work is cut: plain data, chosen by pure functions of the problem, the
-// same on every device and testable on any host.
+// Which kernels run an attention, and how the work is cut: plain data, chosen by pure functions of the problem and what
+// they know of the device, testable on any host.
 #pragma once
 
 #include "../common/attention.h"
+#include "device.h"
 
 namespace ck::cuda {
 
@@ -20,7 +21,7 @@ struct AttentionFacts {
   // relative: some relative term, low_rank: rel_query
   bool packed = false, relative = false, query_rel = false, key_rel = false, low_rank = false;
   bool positive_scale = true;
-  int64_t multiprocessors = 132;
+  Device device;
 };
 
 struct AttentionPlan {
@@ -62,8 +63,6 @@ constexpr int64_t kPlainKeyRoom =
 constexpr int kTensorWarps = 4, kTensorThreads = 32 * kTensorWarps;
 constexpr int64_t kTensorChannels = 128;  // at most
 constexpr int64_t kResidentKeys = 256;    // at most
-// What a multiprocessor has, on every architecture served.
-constexpr int64_t kTensorSharedMemory = 160 << 10;
 
 constexpr int kForwardKeys = 32;  // of a tile
 // Fragments of 16 queries of a warp: more share what is read of the keys, and take registers.
@@ -110,10 +109,28 @@ inline int64_t backward_bytes(const AttentionFacts& f, const AttentionPlan& plan
          4 * kTensorWarps * 16 * (plan.strip_pitch + plan.grad_pitch + sums);
 }
 
-inline bool tensor_possible(const AttentionFacts& f) {
+// A plan without pieces, or one for the plain kernels.
+inline AttentionPlan tensor_plan(const AttentionFacts& f, bool backward) {
   const bool narrow = f.dtype == Dtype::kBFloat16 || f.dtype == Dtype::kFloat16;
   // The largest score is found before the scale is applied.
-  return narrow && f.channels <= kTensorChannels && f.rank <= kTensorChannels && f.positive_scale;
+  if (!narrow || f.channels > kTensorChannels || f.rank > kTensorChannels || !f.positive_scale) return {};
+  AttentionPlan plan;
+  plan.family = AttentionFamily::kTensor;
+  plan.channels = round_to(f.channels, 32);
+  plan.room = plan.channels <= 64 ? 64 : 128;
+  const int64_t most = f.device.block_memory;
+  if (backward) {
+    plan.strip_pitch = f.relative ? strip_pitch_of(f.window, kGradOthers) : 0;
+    plan.grad_pitch = f.relative ? grad_pitch_of(f.window) : 0;
+    plan.shared_bytes = backward_bytes(f, plan, false);
+    plan.key_shared_bytes = backward_bytes(f, plan, true);
+  } else {
+    plan.strip_pitch = f.relative ? strip_pitch_of(f.window, kForwardKeys) : 0;
+    const int64_t all = (f.keys + kForwardKeys - 1) / kForwardKeys;
+    plan.resident = !f.packed && f.keys <= kResidentKeys && f.keys > 0 && forward_bytes(f, plan, all) <= most;
+    plan.shared_bytes = forward_bytes(f, plan, plan.resident ? all : 2);
+  }
+  return plan.shared_bytes <= most && plan.key_shared_bytes <= most ? plan : AttentionPlan{};
 }
 
 // ---- sums over positions
@@ -134,44 +151,29 @@ inline int64_t parts_of(int64_t units, int64_t tiles, int64_t numbers, int64_t m
 }
 
 inline AttentionPlan plan_attention(const AttentionFacts& f, bool backward) {
-  AttentionPlan plan;
+  AttentionPlan plan = tensor_plan(f, backward);
+  const bool plain = plan.family == AttentionFamily::kPlain;
   const int64_t units = f.batch * f.heads;
   const auto tiles = [&](int64_t positions, int64_t size) {
     return attention_tiles(positions, f.sequences, f.packed, size);
   };
-  if (tensor_possible(f)) {
-    plan.family = AttentionFamily::kTensor;
-    plan.channels = round_to(f.channels, 32);
-    plan.room = plan.channels <= 64 ? 64 : 128;
-  }
   if (!backward) {
-    if (plan.family == AttentionFamily::kPlain) return plan;
-    constexpr int64_t keys = kForwardKeys;
-    plan.strip_pitch = f.relative ? strip_pitch_of(f.window, keys) : 0;
-    const int64_t all = (f.keys + keys - 1) / keys;
-    plan.resident =
-        !f.packed && f.keys <= kResidentKeys && f.keys > 0 && forward_bytes(f, plan, all) <= kTensorSharedMemory;
-    plan.shared_bytes = forward_bytes(f, plan, plan.resident ? all : 2);
+    if (plain) return plan;
     // Who keeps the keys may as well serve several tiles of queries.
     plan.query_parts = tiles(f.queries, forward_rows(plan.channels));
-    if (plan.resident) plan.query_parts = parts_of(units, plan.query_parts, 0, f.multiprocessors);
+    if (plan.resident) plan.query_parts = parts_of(units, plan.query_parts, 0, f.device.multiprocessors);
     return plan;
   }
-  const bool plain = plan.family == AttentionFamily::kPlain;
   const int64_t columns = f.relative ? f.window * (plain ? 1 : kTensorWarps) : 0;
   plan.query_parts = parts_of(units, tiles(f.queries, plain ? kPlainTileRows : kGradRows),
-                              columns * (f.query_rel ? f.rank : 1), f.multiprocessors);
+                              columns * (f.query_rel ? f.rank : 1), f.device.multiprocessors);
   plan.key_parts = parts_of(f.batch * f.groups, tiles(f.keys, plain ? kPlainTileKeys : kGradRows),
-                            f.key_rel ? columns * f.channels * (f.heads / f.groups) : 0, f.multiprocessors);
-  plan.tap_parts = parts_of(units, tiles(f.queries, kTapRows), (f.window + 1) * f.channels, f.multiprocessors);
+                            f.key_rel ? columns * f.channels * (f.heads / f.groups) : 0, f.device.multiprocessors);
+  plan.tap_parts = parts_of(units, tiles(f.queries, kTapRows), (f.window + 1) * f.channels, f.device.multiprocessors);
   if (!plain) {
     // Each warp makes sums of its own.
     plan.query_parts *= kTensorWarps;
     plan.key_parts *= kTensorWarps;
-    plan.strip_pitch = f.relative ? strip_pitch_of(f.window, kGradOthers) : 0;
-    plan.grad_pitch = f.relative ? grad_pitch_of(f.window) : 0;
-    plan.shared_bytes = backward_bytes(f, plan, false);
-    plan.key_shared_bytes = backward_bytes(f, plan, true);
   }
   return plan;
 }

@@ -9,8 +9,6 @@
 
 namespace ck::cuda {
 
-int64_t multiprocessors();
-
 namespace {
 
 // Whether a tensor can be read 16 bytes at a time along its channels.
@@ -91,7 +89,7 @@ AttentionFacts facts_of(const Attention& p) {
   f.key_rel = p.key_rel.data != nullptr;
   f.low_rank = p.rel_query.data != nullptr;
   f.positive_scale = p.scale > 0;
-  f.multiprocessors = multiprocessors();
+  f.device = current_device();
   return f;
 }
 

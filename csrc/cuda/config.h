@@ -1,7 +1,8 @@
-// Which kernels run a problem, and how the work is cut: plain data, chosen by pure functions of the problem, the same
-// on every device and testable on any host.
+// Which kernels run a problem, and how the work is cut: plain data, chosen by pure functions of the problem and what
+// they know of the device, testable on any host.
 #pragma once
 
+#include "device.h"
 #include "problem.h"
 #include "time_tiles.h"
 
@@ -33,7 +34,7 @@ struct Facts {
   bool per_position = false, renormalize = false, per_batch = false, gate = false, packed = false, state = false;
   // Every tensor like x can be read 16 bytes at a time along its channels, or along its positions.
   bool channel_vectors = true, time_vectors = false;
-  int64_t multiprocessors = 132;
+  Device device;
 
   bool per_row() const { return per_position || renormalize; }
   int64_t head_channels() const { return channels / heads; }
@@ -44,7 +45,7 @@ struct Facts {
 struct Plan {
   Family family = Family::kPlain;
   int64_t groups = 1;        // pieces of an owner's positions, each computed, and summed, by one block
-  int64_t shared_bytes = 0;  // of a block's memory
+  int64_t shared_bytes = 0;  // of a block's memory; of the time family, what its tiles may take
 };
 
 inline int64_t at_least_one(int64_t n) { return n < 1 ? 1 : n; }
@@ -52,7 +53,7 @@ inline int64_t at_least_one(int64_t n) { return n < 1 ? 1 : n; }
 // Pieces for sums over `rows` positions that `columns` blocks share: enough to fill a device, and not below 64
 // positions.
 inline int64_t groups_of(const Facts& f, int64_t rows, int64_t columns) {
-  const int64_t wanted = at_least_one(8 * f.multiprocessors / at_least_one(columns)),
+  const int64_t wanted = at_least_one(8 * f.device.multiprocessors / at_least_one(columns)),
                 possible = at_least_one(rows / 64);
   return wanted < possible ? wanted : possible;
 }
@@ -74,14 +75,11 @@ inline int64_t best_groups(const Facts& f, int64_t units, int64_t columns, int64
   return best;
 }
 
-// What a multiprocessor has, on every architecture served: shared memory of a block, and of all its blocks.
-constexpr int64_t kSharedMemory = 160 << 10, kAllSharedMemory = 164 << 10;
-
 // Blocks that run at a time, each of `bytes` of shared memory, where registers leave room for `most` per
 // multiprocessor.
 inline int64_t slots_of(const Facts& f, int64_t bytes, int64_t most) {
-  const int64_t fit = at_least_one(kAllSharedMemory / (bytes + 1024));  // a block takes 1 KB more than it asks for
-  return f.multiprocessors * (fit < most ? fit : most);
+  const int64_t fit = at_least_one(f.device.memory / (bytes + 1024));  // a block takes 1 KB more than it asks for
+  return f.device.multiprocessors * (fit < most ? fit : most);
 }
 
 // ---- stream: blocks of 128 channels, 32 rows at a time
@@ -137,7 +135,7 @@ inline bool stream_possible(const Facts& f, bool backward) {
   if (!f.channel_vectors || f.dtype == Dtype::kFloat64 || f.per_row()) return false;
   // Rows of the state are neither gated nor in the middle of a row.
   if (f.state && (f.gate || f.packed || backward)) return false;
-  return stream_bytes(f, backward) <= kSharedMemory;
+  return stream_bytes(f, backward) <= f.device.block_memory;
 }
 
 // Blocks that registers leave room for: 128 threads of at most 168, or 255.
@@ -173,7 +171,7 @@ inline bool rows_possible(const Facts& f, bool backward) {
   if (f.state && (f.gate || f.packed || backward)) return false;
   // Gradients of shared filters would have to be summed over positions.
   if (backward && !f.per_position) return false;
-  return rows_bytes(f, backward) <= kSharedMemory;
+  return rows_bytes(f, backward) <= f.device.block_memory;
 }
 
 // ---- band: blocks of 32 or 64 channels of a head, 64 rows at a time
@@ -225,24 +223,30 @@ CK_HD int64_t band_pieces(int64_t R, int parts) {
 // From row to row of shared memory: eight rows begin at different multiples of 16 bytes, modulo 128.
 CK_HD int band_pitch(int width) { return width + 8; }
 
-inline bool band_possible(const Facts& f) {
+inline int64_t band_bytes(const Facts& f, bool backward) {
+  const bool float16 = f.dtype == Dtype::kFloat16;
+  const BandRoom input(float16, f.gate, !backward), grad(float16, false, true);
+  const int64_t row = band_pitch(band_width(f.head_channels(), input.parts)) * 2;
+  return (input.chunks() + (backward ? grad.chunks() : 0)) * kBandRows * row;
+}
+
+inline bool band_possible(const Facts& f, bool backward) {
   const bool narrow = f.dtype == Dtype::kBFloat16 || f.dtype == Dtype::kFloat16;
   const int64_t R = f.head_channels();
   if (!narrow || f.per_row() || !f.channel_vectors || f.taps > kBandMost || R < kBandTile || R % 8 != 0) return false;
   // Positions are counted in 32 bits where there are at least as many as phases.
-  return f.dilation <= f.time && !(f.state && (f.packed || f.gate));
+  return f.dilation <= f.time && !(f.state && (f.packed || f.gate)) &&
+         band_bytes(f, backward) + kBandStatic <= f.device.block_memory;
 }
 
 inline bool band_wanted(const Facts& f, bool backward) {
-  return band_possible(f) && (f.taps >= kBandFewest || !stream_possible(f, backward));
+  return band_possible(f, backward) && (f.taps >= kBandFewest || !stream_possible(f, backward));
 }
 
 inline Plan band_plan(const Facts& f, bool backward) {
-  const bool float16 = f.dtype == Dtype::kFloat16;
-  const BandRoom input(float16, f.gate, !backward), grad(float16, false, true);
-  const int64_t R = f.head_channels(), row = band_pitch(band_width(R, input.parts)) * 2;
-  const int64_t bytes = (input.chunks() + (backward ? grad.chunks() : 0)) * kBandRows * row;
-  const int64_t columns = f.heads * band_pieces(R, input.parts) * f.owners(), reach = f.dilation * kBandRows;
+  const BandRoom input(f.dtype == Dtype::kFloat16, f.gate, !backward);
+  const int64_t bytes = band_bytes(f, backward), reach = f.dilation * kBandRows;
+  const int64_t columns = f.heads * band_pieces(f.head_channels(), input.parts) * f.owners();
   const int64_t chunks = f.batch / f.owners() * f.dilation * ((f.time + reach - 1) / reach);
   // Filters and sums take static memory besides. A block waits for its first rows, and reads a halo.
   return {Family::kBand, best_groups(f, chunks, columns, slots_of(f, bytes + kBandStatic, backward ? 3 : 4), 2), bytes};
@@ -250,25 +254,42 @@ inline Plan band_plan(const Facts& f, bool backward) {
 
 // ---- time: a warp per piece of a few channel rows
 
+constexpr int64_t kTimeWarpRoom = 32 << 10;  // bytes of shared memory at most
+
+// What a warp gets of it; the rest is for masks.
+inline int64_t time_room(const Device& device) {
+  const int64_t room = (device.block_memory - (1 << 10)) / kTimeWarps;
+  return room < kTimeWarpRoom ? room : kTimeWarpRoom;
+}
+
 // Rows of the state have their channels side by side; they are left to the plain family.
-inline bool time_possible(const Facts& f) {
-  return f.time_vectors && f.dtype != Dtype::kFloat64 && !f.per_row() && !f.state &&
-         f.dilation * (f.taps - 1) <= kTimeSpan;
+inline bool time_possible(const Facts& f, bool backward) {
+  if (!f.time_vectors || f.dtype == Dtype::kFloat64 || f.per_row() || f.state) return false;
+  const int64_t room = time_room(f.device), span = f.dilation * (f.taps - 1);
+  const int size = static_cast<int>(size_of(f.dtype));
+  if (span > kTimeSpan) return false;
+  // Of all paddings, the one whose windows reach the most chunks.
+  const Taps taps{f.taps, 1, f.dilation};
+  return backward ? backward_tiles(taps, f.time, f.channels, size, f.gate, room).lanes != 0
+                  : forward_tiles(taps, f.time, f.channels, size, false, room).lanes != 0 &&
+                        forward_tiles(taps, f.time, f.channels, size, true, room).lanes != 0;
 }
 
 inline Plan time_plan(const Facts& f) {
-  const TimeTiles g({f.taps, 0, f.dilation}, f.time, f.channels, static_cast<int>(size_of(f.dtype)), kTimeStages, 0, 0);
+  const int64_t room = time_room(f.device);
+  const Taps taps{f.taps, 0, f.dilation};
+  const TimeTiles g = forward_tiles(taps, f.time, f.channels, static_cast<int>(size_of(f.dtype)), false, room);
   const int64_t warps = g.channel_blocks(f.channels) * f.owners();
   // A warp that has two tiles at least copies one while it computes the other.
   const int64_t possible = at_least_one(f.batch / f.owners() * g.tiles / 2), wanted = (kTimeItems + warps - 1) / warps;
-  return {Family::kTime, wanted < possible ? wanted : possible};
+  return {Family::kTime, wanted < possible ? wanted : possible, kTimeWarps * room};
 }
 
 inline Plan plan_forward(const Facts& f) {
   if (band_wanted(f, false)) return band_plan(f, false);
   if (rows_possible(f, false)) return walk_plan(Family::kRows, f, rows_bytes(f, false), kBackwardBlocks);
   if (stream_possible(f, false)) return walk_plan(Family::kStream, f, stream_bytes(f, false), kForwardBlocks);
-  if (time_possible(f)) return time_plan(f);
+  if (time_possible(f, false)) return time_plan(f);
   return {};
 }
 
@@ -276,7 +297,7 @@ inline Plan plan_backward(const Facts& f) {
   if (band_wanted(f, true)) return band_plan(f, true);
   if (rows_possible(f, true)) return walk_plan(Family::kRows, f, rows_bytes(f, true), kBackwardBlocks);
   if (stream_possible(f, true)) return walk_plan(Family::kStream, f, stream_bytes(f, true), kBackwardBlocks);
-  if (time_possible(f)) return time_plan(f);
+  if (time_possible(f, true)) return time_plan(f);
   const int64_t columns = f.per_row() ? f.heads / 8 : f.channels / 32 * ((f.taps + 7) / 8);
   return {Family::kPlain, groups_of(f, f.owner_rows(), columns)};
 }

@@ -42,7 +42,7 @@ Facts common_facts(const Problem& p) {
   f.packed = p.offsets != nullptr;
   f.state = p.state != nullptr;
   f.channel_vectors = f.time_vectors = true;
-  f.multiprocessors = multiprocessors();
+  f.device = current_device();
   look_at(f, p.x);
   look_at(f, p.gate);
   f.channel_vectors = f.channel_vectors && reinterpret_cast<uintptr_t>(p.state) % kVectorBytes == 0;

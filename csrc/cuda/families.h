@@ -47,9 +47,6 @@ struct Reduce {
   static const char* bias(const Backward& p, int64_t rows, Stream stream);
 };
 
-// Of the current device.
-int64_t multiprocessors();
-
 // What the choice of kernels depends on.
 Facts facts_of(const Forward& p);
 Facts facts_of(const Backward& p);

@@ -5,12 +5,6 @@
 
 namespace ck::cuda {
 
-// Bytes for the sums of a warp, a column per element of the window. The odd pitch lets lanes write and read columns.
-template <int kChunks>
-constexpr int kTimeSumPitch = kChunks * kEight + 1;
-template <int kChunks>
-constexpr int kTimeSumBytes = (32 * kTimeSumPitch<kChunks> * 4 + 15) / 16 * 16;
-
 // A warp has kChunks chunks of the window, whose sums for d(filters) its lanes have in registers; the warp with the
 // first ones also makes everything else. Inputs see d(y) through the transposed relation, g.taps.
 template <class T, bool kPacked, int kChunks>

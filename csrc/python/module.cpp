@@ -64,7 +64,8 @@ void each_field(ck::cuda::Facts& facts, Field&& field) {
   field("state", facts.state);
   field("channel_vectors", facts.channel_vectors);
   field("time_vectors", facts.time_vectors);
-  field("multiprocessors", facts.multiprocessors);
+  field("multiprocessors", facts.device.multiprocessors);
+  field("block_memory", facts.device.block_memory);
 }
 
 template <class Field>
@@ -92,7 +93,8 @@ void each_field(ck::cuda::AttentionFacts& facts, Field&& field) {
   field("key_rel", facts.key_rel);
   field("low_rank", facts.low_rank);
   field("positive_scale", facts.positive_scale);
-  field("multiprocessors", facts.multiprocessors);
+  field("multiprocessors", facts.device.multiprocessors);
+  field("block_memory", facts.device.block_memory);
 }
 
 template <class Field>

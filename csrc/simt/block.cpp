@@ -287,17 +287,20 @@ std::string problem_with(const Launch& launch) {
   return "";
 }
 
-uint64_t seed_from_environment() {
-  const char* text = std::getenv("CONVKERNELS_SIMT_SEED");
-  if (text == nullptr) return 0;
+uint64_t from_environment(const char* name, uint64_t otherwise) {
+  const char* text = std::getenv(name);
+  if (text == nullptr) return otherwise;
   char* end = nullptr;
-  const uint64_t seed = std::strtoull(text, &end, 10);
+  const uint64_t value = std::strtoull(text, &end, 10);
   if (end == text || *end != 0)
-    throw std::runtime_error(std::string("CONVKERNELS_SIMT_SEED: expected a whole number, got '") + text + "'");
-  return seed;
+    throw std::runtime_error(std::string(name) + ": expected a whole number, got '" + text + "'");
+  return value;
 }
 
 }  // namespace
+
+// By default what sm_90 has.
+size_t shared_memory_limit() { return from_environment("CONVKERNELS_SIMT_SHARED", 227 * 1024); }
 
 const char* run(const Launch& launch) {
   thread_local std::unique_ptr<Engine> mine;
@@ -305,13 +308,12 @@ const char* run(const Launch& launch) {
   try {
     if (current != nullptr) throw std::runtime_error("a kernel cannot launch another one");
     if (const std::string why = problem_with(launch); !why.empty()) throw std::runtime_error(why);
-    SharedMemory::require("shared memory", launch.shared_bytes, kMaxShared);
-    const uint64_t seed = seed_from_environment();
+    const uint64_t seed = from_environment("CONVKERNELS_SIMT_SEED", 0);
     if (!mine) mine = std::make_unique<Engine>();
     engine = mine.get();
     engine->launch = &launch;
     engine->failure.clear();
-    engine->shared.begin_launch(launch.shared_bytes);
+    engine->shared.begin_launch(launch.shared_bytes, shared_memory_limit());
     engine->prepare(launch.block.x * launch.block.y * launch.block.z);
     blockDim = launch.block;
     gridDim = launch.grid;

@@ -26,6 +26,9 @@ struct Launch {
 // Runs the grid. nullptr, or what went wrong first; the text is valid until this OS thread launches again.
 const char* run(const Launch& launch);
 
+// Bytes that a block may have: CONVKERNELS_SIMT_SHARED.
+size_t shared_memory_limit();
+
 // Everything below is called by kernels.
 
 // Ends the launch with a status that names the launch, the block and the thread.

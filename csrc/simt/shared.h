@@ -14,8 +14,7 @@
 
 namespace ck::simt {
 
-// What sm_90 has; static arrays may take 48 KB of it.
-inline constexpr size_t kMaxShared = 227 * 1024;
+// What static arrays may take.
 inline constexpr size_t kMaxStatic = 48 * 1024;
 
 class Piece {
@@ -49,7 +48,10 @@ class Piece {
 
 class SharedMemory {
  public:
-  void begin_launch(size_t dynamic_bytes) {
+  // most: what dynamic and static memory may take together.
+  void begin_launch(size_t dynamic_bytes, size_t most) {
+    require("shared memory", dynamic_bytes, most);
+    most_ = most;
     arrays_.clear();
     dynamic_ = Piece(dynamic_bytes, 128);
   }
@@ -69,7 +71,7 @@ class SharedMemory {
       total += array.piece.bytes();
     }
     require("static shared memory", total, kMaxStatic);
-    require("shared memory", total + dynamic_.bytes(), kMaxShared);
+    require("shared memory", total + dynamic_.bytes(), most_);
     arrays_.push_back({site, Piece(bytes, alignment)});
     arrays_.back().piece.spoil();
     return arrays_.back().piece.begin();
@@ -93,6 +95,7 @@ class SharedMemory {
   };
 
   Piece dynamic_;
+  size_t most_ = 0;
   std::vector<Array> arrays_;
 };
 

@@ -7,6 +7,7 @@ from .configs import ceil_div, power_of_2
 MATRIX = 16  # least side of a matrix unit's operand
 PROGRAMS = 2048  # as many as keep the largest device busy, where programs have sums of tables of their own
 SUMS = 1 << 24  # about as many elements as these sums may have in all
+SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,14 @@ class Shape:
         return self.architecture < 90
 
     @property
+    def row(self) -> int:
+        """Bytes of a row of channels."""
+        return self.padded * SIZES[self.dtype]
+
+    @property
     def sliding(self) -> bool:
         """Whether the tables are too wide to be held for a tile of queries: its tiles of pairs make their own."""
-        return self.window > (MATRIX if self.small else 64)
+        return self.window > (MATRIX if self.small or self.row > 512 else 64)
 
 
 @dataclass(frozen=True)
@@ -68,14 +74,21 @@ def piece(shape: Shape, columns: int, kept: int) -> int:
     return MATRIX if shape.small else max(MATRIX, 64 * kept // columns)
 
 
+def exact(shape: Shape) -> Pairs:
+    """For float32 and float64, which matrix units do not serve. Shared memory is what is short."""
+    if shape.row <= 256 or (shape.row <= 512 and (shape.window <= 32 or not shape.products)):
+        return Pairs(32, 32, 32, 8)
+    return Pairs(16, 16, 16, 4, 2 if shape.row <= 1024 else 1)
+
+
 def forward(shape: Shape) -> Pairs:
     if shape.small:
         return Pairs(16, 16, 16, 4)
-    if shape.dtype in ("float32", "float64"):
-        return Pairs(32, 32, 32, 8)
+    if SIZES[shape.dtype] > 2:
+        return exact(shape)
     old = shape.in_registers
     if shape.padded > 128:
-        return Pairs(64, 32, 16, 8)
+        return Pairs(32 if old and shape.products else 64, 32, 16, 8)
     if shape.sliding and shape.products:
         if shape.padded <= 64:
             return Pairs(32 if old else 64, 64, 32, 8, 2, 2)
@@ -91,11 +104,12 @@ def backward(shape: Shape, keys: bool) -> Pairs:
     """keys: for the pass that keeps tiles of keys."""
     if shape.small:
         return Pairs(16, 16, 16, 4)
-    if shape.dtype in ("float32", "float64"):
-        return Pairs(32, 32, 32, 8)
+    if SIZES[shape.dtype] > 2:
+        return exact(shape)
     old, wide = shape.in_registers, shape.padded > 64
     if shape.padded > 128:
-        return Pairs(32, 64, 16, 8) if keys else Pairs(64, 32, 16, 8)
+        kept = 32 if old else 64
+        return Pairs(32, kept, 16, 8) if keys else Pairs(kept, 32, 16, 8)
     if old and keys:
         return Pairs(64, (16 if shape.products else 64) if wide else 32, 16, 8)
     if old:

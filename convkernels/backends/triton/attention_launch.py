@@ -143,8 +143,11 @@ class Call:
 
 @cache
 def architecture_of(device: torch.device) -> int:
-    """What tiles are chosen for; without a GPU any will do."""
-    return 10 * torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 90
+    """What tiles are chosen for. Only sm_90 and sm_100 have matrix units that read shared memory; without a GPU any
+    will do."""
+    if device.type != "cuda":
+        return 90
+    return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(device)[0], 80)
 
 
 def strides(name: str, tensor: Tensor) -> dict:

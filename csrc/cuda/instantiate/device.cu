@@ -1,17 +1,26 @@
-#include "../families.h"
+#include "../device.h"
 #include "../primitives.cuh"
 
 namespace ck::cuda {
 
-int64_t multiprocessors() {
+Device current_device() {
+  Device device;
 #if defined(CK_SIMT)
-  return 1;  // so that blocks walk far, as they do in problems of real size
+  device.multiprocessors = 1;  // so that blocks walk far, as they do in problems of real size
+  device.block_memory = static_cast<int64_t>(simt::shared_memory_limit());
 #else
-  int device = 0, count = 0;
-  const bool known = cudaGetDevice(&device) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
-  return known ? count : Facts{}.multiprocessors;
+  int current = 0;
+  if (cudaGetDevice(&current) != cudaSuccess) return device;
+  const auto look = [&](int64_t& value, cudaDeviceAttr attribute) {
+    int found = 0;
+    if (cudaDeviceGetAttribute(&found, attribute, current) == cudaSuccess) value = found;
+  };
+  look(device.multiprocessors, cudaDevAttrMultiProcessorCount);
+  look(device.block_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  look(device.memory, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
 #endif
+  if (device.block_memory > kBlockMemory) device.block_memory = kBlockMemory;
+  return device;
 }
 
 }  // namespace ck::cuda

@@ -18,7 +18,7 @@ const char* Timewise<T>::forward(const Forward& p, const Plan& plan, Stream stre
   return with_bool(p.gate.data != nullptr || p.mask != nullptr, [&](auto ready) {
     return with_bool(p.offsets != nullptr, [&](auto packed) {
       constexpr bool kReady = decltype(ready)::value, kPacked = decltype(packed)::value;
-      const TimeTiles g(p.taps, p.time, p.channels, kReady ? 4 : sizeof(T), kReady ? 1 : kTimeStages, 0, 0);
+      const TimeTiles g = forward_tiles(p.taps, p.time, p.channels, sizeof(T), kReady, plan.shared_bytes / kTimeWarps);
       const int64_t items = g.channel_blocks(p.channels) * plan.groups * p.owners();
       return launch_time(time_forward<T, kReady, kPacked>, g, items, stream, p, g, plan.groups);
     });
@@ -27,19 +27,18 @@ const char* Timewise<T>::forward(const Forward& p, const Plan& plan, Stream stre
 
 template <class T>
 const char* Timewise<T>::backward(const Backward& p, const Plan& plan, Stream stream) {
-  constexpr int kFew = 2, kMany = 4;
   const Taps taps = p.taps.transposed();
-  const auto run = [&](auto kernel, int chunks, int spare) {
-    const TimeTiles g(taps, p.time, p.channels, sizeof(T), kTimeStages, p.gate.data != nullptr ? 2 : 1, spare);
+  const TimeTiles g =
+      backward_tiles(taps, p.time, p.channels, sizeof(T), p.gate.data != nullptr, plan.shared_bytes / kTimeWarps);
+  const auto run = [&](auto kernel, int chunks) {
     const int64_t windows = p.grad_weight != nullptr ? ceil_div(g.chunks, chunks) : 1;
     const int64_t items = g.channel_blocks(p.channels) * windows * plan.groups * p.owners();
     return launch_time(kernel, g, items, stream, p, g, windows);
   };
-  const bool few = TimeTiles(taps, p.time, p.channels, sizeof(T), kTimeStages, 0, 0).chunks <= kFew;
   const char* status = with_bool(p.offsets != nullptr, [&](auto packed) {
     constexpr bool kPacked = decltype(packed)::value;
-    return few ? run(time_backward<T, kPacked, kFew>, kFew, kTimeSumBytes<kFew>)
-               : run(time_backward<T, kPacked, kMany>, kMany, kTimeSumBytes<kMany>);
+    return few_chunks(taps) ? run(time_backward<T, kPacked, kTimeFewChunks>, kTimeFewChunks)
+                            : run(time_backward<T, kPacked, kTimeManyChunks>, kTimeManyChunks);
   });
   if (status == nullptr && p.grad_weight != nullptr)
     status = Reduce<float>::weight(p, p.head_channels(), false, stream);
