@@ -185,7 +185,7 @@ gpu-bench: gpu-build
 	for backend in triton cuda; do $(PYTHON) -m convkernels.cli bench --suite streaming --device cuda --backend $$backend \
 	    --output benchmarks/results || exit 1; \
 	    $(PYTHON) -m convkernels.cli bench --suite attention --device cuda --backend $$backend --dtypes bfloat16 \
-	    --lengths 512,1024,2048,4096 --batch 8 --seconds 2 --output benchmarks/results || exit 1; done
+	    --lengths 128,512,1024,2048,4096 --batch 8 --seconds 2 --output benchmarks/results || exit 1; done
 	$(PYTHON) -m convkernels.cli bench --device cuda --output benchmarks/results
 	@echo 'To let backend="auto" follow these results: $(PYTHON) -m benchmarks.prefer benchmarks/results/<device>.json'
 

@@ -1,53 +1,92 @@
 """Enter measurements of a GPU into what backend="auto" takes there: python -m benchmarks.prefer FILE.json
 
-FILE holds the results of `convkernels bench --suite streaming --device cuda --backend triton` and of `--backend cuda`.
-For each op the backend with the smaller geometric mean of times, forward and backward, over all cases that both have
-measured is entered, unless it is the one that comes first anyway.
+FILE holds the results of `convkernels bench --device cuda --backend triton` and of `--backend cuda`, of the suites
+streaming and attention. For each op, and for each class of attention problems, the backend with the smaller geometric
+mean of times over all cases that both have measured is entered, unless it is the one that comes first anyway.
 """
 
 import json
 import math
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from convkernels import backends
+from convkernels._bench.attention_targets import BACKWARD, BANDED, BOTH, COMPOSITE, FORWARD, PAPER
 from convkernels._bench.streaming import COPY, OURS
 from convkernels.backends import preference
 
+# (op, dtype, class of problems), a name of the case, a time
+Sample = tuple[tuple[str, str, str | None], tuple, float]
+INFERENCE, TRAINING = "attention", "attention_grad"
 
-def times(section: dict) -> dict[str, dict[tuple[str, str], float]]:
-    """Op -> (case, direction) -> time as a multiple of the copy that ran beside it."""
-    found: dict[str, dict[tuple[str, str], float]] = {}
+
+def of_streaming(section: dict) -> Iterator[Sample]:
+    """Times as multiples of the copy that ran beside them."""
     for r in section["records"]:
         op = f"{r['case'].split()[0]}_conv1d"
-        found.setdefault(op, {})[r["case"], r["direction"]] = r["seconds"][OURS] / r["seconds"][COPY]
-    return found
+        yield (
+            (op, section["shape"]["dtype"], None),
+            (r["case"], r["direction"]),
+            r["seconds"][OURS] / r["seconds"][COPY],
+        )
 
 
-def preferences(content: dict) -> dict[str, str]:
-    """Op -> the fastest backend, by a geometric mean; ops that fewer than two backends have measured are left out."""
-    sections = {name: content[f"streaming {name}"] for name in backends.names() if f"streaming {name}" in content}
-    measured = {name: times(section) for name, section in sections.items()}
+def of_attention(section: dict) -> Iterator[Sample]:
+    """Seconds: of the forward pass alone, and of both passes."""
+    ops = {FORWARD: INFERENCE, BOTH: TRAINING}
+    for r in section["records"]:
+        if r["line"] == COMPOSITE and r["direction"] in ops:
+            problem = preference.problem_of(r["length"], section["settings"]["head_size"])
+            yield (ops[r["direction"]], r["dtype"], problem), (r["length"],), r["seconds"]
+    times = {(w["workload"], w["line"]): w["seconds"] for w in section["workloads"]}
+    if (BANDED, FORWARD) in times:
+        problem, forward = preference.problem_of(8192, 128), times[BANDED, FORWARD]
+        yield (INFERENCE, "bfloat16", problem), (BANDED,), forward
+        yield (TRAINING, "bfloat16", problem), (BANDED,), forward + times[BANDED, BACKWARD]
+    for heads in (4, 12):
+        name = PAPER.format(heads)
+        if (name, COMPOSITE) in times:
+            yield (TRAINING, "bfloat16", preference.problem_of(128, 64)), (name,), times[name, COMPOSITE]
+
+
+SUITES: dict[str, Callable[[dict], Iterator[Sample]]] = {"streaming": of_streaming, "attention": of_attention}
+
+
+def preferences(content: dict) -> dict[tuple[str, str, str | None], str]:
+    """(op, dtype, class of problems) -> the fastest backend, by a geometric mean; what fewer than two backends have
+    measured is left out."""
+    measured: dict[tuple[str, str, str | None], dict[str, dict[tuple, float]]] = {}
+    for suite, samples in SUITES.items():
+        for name in backends.names():
+            for key, case, time in samples(content[f"{suite} {name}"]) if f"{suite} {name}" in content else ():
+                measured.setdefault(key, {}).setdefault(name, {})[case] = time
     chosen = {}
-    for op in sorted(set().union(*measured.values())):
-        both = {name: ops[op] for name, ops in measured.items() if op in ops}
-        cases = set.intersection(*(set(values) for values in both.values()))
-        if len(both) > 1 and cases:
-            chosen[op] = min(both, key=lambda name: sum(math.log(both[name][case]) for case in cases))
+    for key, times in measured.items():
+        cases = set.intersection(*(set(values) for values in times.values()))
+        if len(times) > 1 and cases:
+            chosen[key] = min(times, key=lambda name: sum(math.log(times[name][case]) for case in cases))
     return chosen
 
 
 def main(path: str) -> None:
     content = json.loads(Path(path).read_text())
-    section = next(value for name, value in content.items() if name.startswith("streaming "))
-    device, dtype = section["environment"]["device"], section["shape"]["dtype"]
+    sections = [value for name, value in content.items() if name.split()[0] in SUITES and " " in name]
+    device = sections[0]["environment"]["device"]
     table = dict(preference.measured())
     ops = {op: dict(entries) for op, entries in table.get(device, {}).items()}
-    usual = next(name for name in backends.names() if f"streaming {name}" in content)
-    for op, name in preferences(content).items():
-        entries = {key: value for key, value in ops.get(op, {}).items() if key != dtype}
-        ops[op] = entries if name == usual else entries | {dtype: name}
-        print(f"{device}: {op} in {dtype}: {name}")
+    usual = next(name for name in backends.names() if any(f"{suite} {name}" in content for suite in SUITES))
+    for (op, dtype, problem), name in preferences(content).items():
+        entries = ops.setdefault(op, {})
+        if problem is None:
+            entries.pop(dtype, None)
+            if name != usual:
+                entries[dtype] = name
+        else:
+            others = {key: value for key, value in entries.pop(dtype, {}).items() if key != problem}
+            if of_dtype := others if name == usual else others | {problem: name}:
+                entries[dtype] = dict(sorted(of_dtype.items()))
+        print(f"{device}: {op} in {dtype}{f', {problem}' if problem else ''}: {name}")
     table[device] = {op: entries for op, entries in sorted(ops.items()) if entries}
     table = {name: entries for name, entries in sorted(table.items()) if entries}
     preference.FILE.write_text(json.dumps(table, indent=1) + "\n")

@@ -14,9 +14,9 @@ import torch
 
 import convkernels as ck
 from benchmarks import prefer
-from convkernels._bench import environment
+from convkernels._bench import attention_targets, environment
 from convkernels.backends import preference
-from convkernels.ops import _select
+from convkernels.ops import _select, _spec
 
 ROOT = Path(ck.__file__).parents[1]
 
@@ -165,6 +165,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "X100")
     monkeypatch.setattr(_select, "_load", lambda name: "it is broken" if name in broken else None)
+    monkeypatch.setattr(_select, "_implements", lambda name, op: True)
     monkeypatch.setattr(_select, "importlib", SimpleNamespace(import_module=lambda name: None))
     monkeypatch.setattr(preference, "measured", lambda: table)
     for name in ("triton", "cuda"):
@@ -181,6 +182,10 @@ def test_auto_on_a_gpu_follows_measurements(gpu):
         _select.reset()
         return _select.choose(backend, op, "cuda", dtype)
 
+    def choose_again(op, operator, problem):
+        _select.reset()
+        return _select.choose("auto", op, "cuda", torch.bfloat16, operator, problem)
+
     assert chosen() == "triton"
     table["Y100"] = {"lightweight_conv1d": {"bfloat16": "cuda"}}
     assert chosen() == "triton"
@@ -193,6 +198,18 @@ def test_auto_on_a_gpu_follows_measurements(gpu):
         return next(row[3:] for row in rows if row[:3] == ("cuda", "bfloat16", "lightweight_conv1d"))
 
     assert shown() == ("cuda", "measured to be the fastest on this device")
+    # Problems of attention differ in what is fastest.
+    assert [row[2] for row in environment.automatic(torch.device("cuda"))].count("attention") == 2
+    table["X100"]["attention"] = {"bfloat16": {"short 64": "cuda"}}
+    found = {
+        case: choose_again("composite_attention", "attention", preference.problem_of(*case))
+        for case in ((256, 64), (257, 64), (1, 65), (128, 500))
+    }
+    assert found == {(256, 64): "cuda", (257, 64): "triton", (1, 65): "triton", (128, 500): "triton"}
+    rows = {row[2]: row[3:] for row in environment.automatic(torch.device("cuda")) if row[1] == "bfloat16"}
+    assert rows["attention, short 64"] == ("cuda", "measured to be the fastest on this device")
+    assert rows["attention, long 64"] == ("triton", "the first usable one") and "attention" not in rows
+
     broken.add("cuda")
     assert chosen() == "triton"
     assert "cuda, measured to be faster, is not" in shown()[-1]
@@ -205,9 +222,12 @@ def test_auto_on_a_gpu_follows_measurements(gpu):
 def test_the_committed_preferences_name_what_exists():
     for device, ops in preference.measured().items():
         for op, entries in ops.items():
-            assert callable(getattr(ck, op)), (device, op)
-            for dtype, name in entries.items():
-                assert isinstance(getattr(torch, dtype), torch.dtype) and name in ck.backends.BACKENDS, (device, op)
+            assert op in _spec.OPERATORS or callable(getattr(ck, op)), (device, op)
+            for dtype, entry in entries.items():
+                names = entry if isinstance(entry, dict) else {None: entry}
+                assert isinstance(getattr(torch, dtype), torch.dtype), (device, op)
+                assert set(names) <= {None, *preference.PROBLEMS}, (device, op)
+                assert set(names.values()) <= set(ck.backends.BACKENDS), (device, op)
 
 
 def test_preferences_come_from_results(monkeypatch, tmp_path):
@@ -228,6 +248,46 @@ def test_preferences_come_from_results(monkeypatch, tmp_path):
     assert json.loads(preference.FILE.read_text()) == {
         "X100": {"dynamic_conv1d": {"float32": "cuda"}, "lightweight_conv1d": {"bfloat16": "cuda"}}
     }
+
+
+def test_preferences_for_attention_come_from_results(monkeypatch, tmp_path):
+    targets = attention_targets
+
+    def section(forward, both, banded, paper):
+        """Times of the forward pass at lengths 128, 512 and 1024, of both passes at 512, and of the workloads."""
+        records = [
+            {"line": line, "direction": direction, "dtype": "bfloat16", "length": length, "seconds": seconds * factor}
+            for direction, times in ((targets.FORWARD, forward), (targets.BOTH, both))
+            for length, seconds in times.items()
+            for line, factor in ((targets.COMPOSITE, 1), (targets.SDPA, 1 / seconds))
+        ]
+        workloads = [
+            {"workload": targets.BANDED, "line": targets.FORWARD, "seconds": banded[0]},
+            {"workload": targets.BANDED, "line": targets.BACKWARD, "seconds": banded[1]},
+            {"workload": targets.PAPER.format(4), "line": targets.COMPOSITE, "seconds": paper},
+        ]
+        return {"environment": {"device": "X100"}, "settings": {"head_size": 64}, "records": records,
+                "workloads": workloads}  # fmt: skip
+
+    path = tmp_path / "results.json"
+    triton = section({128: 2.0, 512: 1.0, 1024: 2.0}, {512: 2.0}, (2.0, 4.0), 2.0)
+    cuda = section({128: 1.0, 512: 1.5, 1024: 1.5}, {512: 1.0}, (1.0, 6.0), 1.0)
+    path.write_text(json.dumps({"attention triton": triton, "attention cuda": cuda}))
+    old = {
+        "X100": {"attention": {"bfloat16": {"long 64": "cuda", "short 256": "cuda"}, "float32": {"long 64": "cuda"}}}
+    }
+    monkeypatch.setattr(preference, "FILE", tmp_path / "preference.json")
+    monkeypatch.setattr(preference, "measured", lambda: old)
+    prefer.main(str(path))
+    assert json.loads(preference.FILE.read_text()) == {
+        "X100": {
+            "attention": {
+                "bfloat16": {"long 128": "cuda", "short 256": "cuda", "short 64": "cuda"},
+                "float32": {"long 64": "cuda"},
+            },
+            "attention_grad": {"bfloat16": {"long 64": "cuda", "short 64": "cuda"}},
+        }
+    }  # fmt: skip
 
 
 def run_python(code, **environment):

@@ -98,15 +98,17 @@ def automatic(device: torch.device) -> list[tuple[str, str, str, str, str]]:
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         for op in ("depthwise_conv1d", "lightweight_conv1d", "dynamic_conv1d", "attention", "attention_grad"):
-            name, _ = _select.first_fast(op, device.type, dtype)
-            fastest = preference.fastest(op, device.type, dtype)
-            if name is None:
-                reason = "no fast backend is usable"
-            elif name == fastest:
-                reason = "measured to be the fastest on this device"
-            else:
-                reason = f"the first usable one{f' ({fastest}, measured to be faster, is not)' if fastest else ''}"
-            rows.append((device.type, str(dtype).removeprefix("torch."), op, name or "reference", reason))
+            for problem in preference.problems(op, device.type, dtype):
+                name, _ = _select.first_fast(op, device.type, dtype, problem)
+                fastest = preference.fastest(op, device.type, dtype, problem)
+                if name is None:
+                    reason = "no fast backend is usable"
+                elif name == fastest:
+                    reason = "measured to be the fastest on this device"
+                else:
+                    reason = f"the first usable one{f' ({fastest}, measured to be faster, is not)' if fastest else ''}"
+                case = f"{op}, {problem}" if problem else op
+                rows.append((device.type, str(dtype).removeprefix("torch."), case, name or "reference", reason))
     return rows
 
 

@@ -97,10 +97,12 @@ def why_not(
     return reasons
 
 
-def first_fast(op: str, device_type: str, dtype: torch.dtype) -> tuple[str | None, list[str]]:
+def first_fast(
+    op: str, device_type: str, dtype: torch.dtype, problem: str | None = None
+) -> tuple[str | None, list[str]]:
     """The fast backend that ``auto`` takes, None without one, and the reasons against those before it."""
     passed_over = []
-    for name in preference.order(op, device_type, dtype):
+    for name in preference.order(op, device_type, dtype, problem):
         reasons = why_not(name, op=op, device=device_type, dtype=dtype)
         if not reasons and backends.BACKENDS[name].fast:
             return name, passed_over
@@ -109,10 +111,18 @@ def first_fast(op: str, device_type: str, dtype: torch.dtype) -> tuple[str | Non
 
 
 @cache
-def choose(backend: str, op: str, device_type: str, dtype: torch.dtype, operator: str | None = None) -> str:
+def choose(
+    backend: str,
+    op: str,
+    device_type: str,
+    dtype: torch.dtype,
+    operator: str | None = None,
+    problem: str | None = None,
+) -> str:
     """The name of the backend that runs the call. ValueError for an unknown name, RuntimeError for an unusable one.
 
     op: the function called, as messages name it.  operator: the operator behind it, where not every backend has it.
+    problem: the class of the problem, where measurements tell several apart.
     """
     if backend == AUTO:
         backend = os.environ.get("CONVKERNELS_BACKEND") or AUTO
@@ -123,7 +133,7 @@ def choose(backend: str, op: str, device_type: str, dtype: torch.dtype, operator
         if reasons:
             raise RuntimeError(f"{op}: {'; '.join(reasons)}")
         return backend
-    name, passed_over = first_fast(operator or op, device_type, dtype)
+    name, passed_over = first_fast(operator or op, device_type, dtype, problem)
     if name is not None:
         return name
     message = f"{op} on {device_type} in {dtype}: no fast backend is usable ({'; '.join(passed_over)})"
@@ -135,9 +145,16 @@ def choose(backend: str, op: str, device_type: str, dtype: torch.dtype, operator
     return "reference"
 
 
-def pick(backend: str, op: str, device_type: str, dtype: torch.dtype, operator: str | None = None) -> str:
+def pick(
+    backend: str,
+    op: str,
+    device_type: str,
+    dtype: torch.dtype,
+    operator: str | None = None,
+    problem: str | None = None,
+) -> str:
     """``choose``, for code that may be compiled: a constant there."""
-    return choose(backend, op, device_type, dtype, operator)
+    return choose(backend, op, device_type, dtype, operator, problem)
 
 
 # What torch.compiler.assume_constant_result does; calling it would import the compiler (1.3 s) along with this package.

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ...backends import preference
 from .. import _functorch, _select, _validate
 from . import checks, op
 
@@ -87,7 +88,9 @@ def composite_attention(
     inputs = (q, k, v, bias, query_rel, rel_query, key_rel, value_conv, value_conv_bias, value_conv_scale)
     recorded = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in inputs)
     operator = "attention_grad" if recorded or transforming else "attention"
-    chosen = _select.pick(backend, name, q.device.type, q.dtype, operator)
+    # Only on GPUs is there more than one fast backend, so only there does a compiled graph have to be for one class.
+    problem = preference.problem_of(k.shape[1], q.shape[3]) if q.device.type == "cuda" else None
+    chosen = _select.pick(backend, name, q.device.type, q.dtype, operator, problem)
     dropout = float(dropout) if training else 0.0
     if dropout == 0.0:
         seed = None
