@@ -72,6 +72,8 @@ def preferences(content: dict) -> dict[tuple[str, str, str | None], str]:
 def main(path: str) -> None:
     content = json.loads(Path(path).read_text())
     sections = [value for name, value in content.items() if name.split()[0] in SUITES and " " in name]
+    if not sections:
+        sys.exit(f"{path}: expected results of `convkernels bench --suite streaming` or `attention` with --backend")
     device = sections[0]["environment"]["device"]
     table = dict(preference.measured())
     ops = {op: dict(entries) for op, entries in table.get(device, {}).items()}

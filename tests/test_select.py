@@ -290,6 +290,13 @@ def test_preferences_for_attention_come_from_results(monkeypatch, tmp_path):
     }  # fmt: skip
 
 
+def test_results_without_backends_prefer_nothing(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"attention": {}, "sweep": {}}))
+    with pytest.raises(SystemExit, match="results.json: expected results of"):
+        prefer.main(str(path))
+
+
 def run_python(code, **environment):
     env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
