@@ -4,13 +4,19 @@
 namespace ck::cuda {
 
 Device current_device() {
-  Device device;
 #if defined(CK_SIMT)
+  Device device;
   device.multiprocessors = 1;  // so that blocks walk far, as they do in problems of real size
   device.block_memory = static_cast<int64_t>(simt::shared_memory_limit());
 #else
+  // Every call asks, and mostly for the same one.
+  thread_local Device device;
+  thread_local int known = -1;
   int current = 0;
-  if (cudaGetDevice(&current) != cudaSuccess) return device;
+  if (cudaGetDevice(&current) != cudaSuccess) return {};
+  if (current == known) return device;
+  known = current;
+  device = {};
   const auto look = [&](int64_t& value, cudaDeviceAttr attribute) {
     int found = 0;
     if (cudaDeviceGetAttribute(&found, attribute, current) == cudaSuccess) value = found;
