@@ -5,6 +5,7 @@ streaming and attention. For each op, and for each class of attention problems, 
 mean of times over all cases that both have measured is entered, unless it is the one that comes first anyway.
 """
 
+import copy
 import json
 import math
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from convkernels import backends
-from convkernels._bench.attention_targets import BACKWARD, BANDED, BOTH, COMPOSITE, FORWARD, PAPER
+from convkernels._bench.attention_targets import BACKWARD, BANDED, BOTH, COMPOSITE, FORWARD
 from convkernels._bench.streaming import COPY, OURS
 from convkernels.backends import preference
 
@@ -44,10 +45,9 @@ def of_attention(section: dict) -> Iterator[Sample]:
         problem, forward = preference.problem_of(8192, 128), times[BANDED, FORWARD]
         yield (INFERENCE, "bfloat16", problem), (BANDED,), forward
         yield (TRAINING, "bfloat16", problem), (BANDED,), forward + times[BANDED, BACKWARD]
-    for heads in (4, 12):
-        name = PAPER.format(heads)
-        if (name, COMPOSITE) in times:
-            yield (TRAINING, "bfloat16", preference.problem_of(128, 64)), (name,), times[name, COMPOSITE]
+    for (name, line), seconds in times.items():
+        if line == COMPOSITE:  # the paper's, of both passes
+            yield (TRAINING, "bfloat16", preference.problem_of(128, 64)), (name,), seconds
 
 
 SUITES: dict[str, Callable[[dict], Iterator[Sample]]] = {"streaming": of_streaming, "attention": of_attention}
@@ -69,29 +69,28 @@ def preferences(content: dict) -> dict[tuple[str, str, str | None], str]:
     return chosen
 
 
+def without_empty(table: dict) -> dict:
+    inner = {key: without_empty(value) if isinstance(value, dict) else value for key, value in table.items()}
+    return {key: value for key, value in inner.items() if value}
+
+
 def main(path: str) -> None:
     content = json.loads(Path(path).read_text())
     sections = [value for name, value in content.items() if name.split()[0] in SUITES and " " in name]
     if not sections:
         sys.exit(f"{path}: expected results of `convkernels bench --suite streaming` or `attention` with --backend")
     device = sections[0]["environment"]["device"]
-    table = dict(preference.measured())
-    ops = {op: dict(entries) for op, entries in table.get(device, {}).items()}
+    table = copy.deepcopy(preference.measured())
     usual = next(name for name in backends.names() if any(f"{suite} {name}" in content for suite in SUITES))
     for (op, dtype, problem), name in preferences(content).items():
-        entries = ops.setdefault(op, {})
-        if problem is None:
-            entries.pop(dtype, None)
-            if name != usual:
-                entries[dtype] = name
-        else:
-            others = {key: value for key, value in entries.pop(dtype, {}).items() if key != problem}
-            if of_dtype := others if name == usual else others | {problem: name}:
-                entries[dtype] = dict(sorted(of_dtype.items()))
+        entries, key = table.setdefault(device, {}).setdefault(op, {}), dtype
+        if problem is not None:
+            entries, key = entries.setdefault(dtype, {}), problem
+        entries.pop(key, None)
+        if name != usual:
+            entries[key] = name
         print(f"{device}: {op} in {dtype}{f', {problem}' if problem else ''}: {name}")
-    table[device] = {op: entries for op, entries in sorted(ops.items()) if entries}
-    table = {name: entries for name, entries in sorted(table.items()) if entries}
-    preference.FILE.write_text(json.dumps(table, indent=1) + "\n")
+    preference.FILE.write_text(json.dumps(without_empty(table), indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

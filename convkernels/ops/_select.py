@@ -145,16 +145,9 @@ def choose(
     return "reference"
 
 
-def pick(
-    backend: str,
-    op: str,
-    device_type: str,
-    dtype: torch.dtype,
-    operator: str | None = None,
-    problem: str | None = None,
-) -> str:
+def pick(*call) -> str:
     """``choose``, for code that may be compiled: a constant there."""
-    return choose(backend, op, device_type, dtype, operator, problem)
+    return choose(*call)
 
 
 # What torch.compiler.assume_constant_result does; calling it would import the compiler (1.3 s) along with this package.
