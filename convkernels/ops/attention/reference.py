@@ -130,18 +130,32 @@ def _scores(q, k, relation, W, qk, scale, rel_scale, bias, query_rel, rel_query,
     return s
 
 
-def _softmax(s: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
-    """p and log of the sum of exponentials over the visible j; rows that see nothing get 0 and -inf."""
+def _softmax(s: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """p, log of the sum of exponentials over the visible j, and which pairs these are, [B,H,T,S]. A row whose visible
+    scores are all -inf sees nothing: p is 0 and the logarithm -inf."""
     if s.shape[3] == 0:
-        return s, s.new_full(s.shape[:3], float("-inf"))
+        return s, s.new_full(s.shape[:3], float("-inf")), torch.ones_like(s, dtype=torch.bool)
     top = torch.where(visible, s, float("-inf")).amax(3, keepdim=True).detach()
-    top = torch.where(top == float("-inf"), 0.0, top)
-    e = torch.where(visible, torch.exp(torch.where(visible, s - top, 0.0)), 0.0)
-    total = e.sum(3, keepdim=True)
-    some = visible.any(3, keepdim=True)
-    total = torch.where(some, total, 1.0)
+    some = top != float("-inf")
+    seen = visible & some
+    e = torch.where(seen, torch.exp(torch.where(seen, s - top, 0.0)), 0.0)
+    total = torch.where(some, e.sum(3, keepdim=True), 1.0)
     lse = torch.where(some, torch.log(total) + top, float("-inf"))
-    return e / total, lse.squeeze(3)
+    return torch.where(seen, e / total, 0.0), lse.squeeze(3), seen
+
+
+def _sum_seen(weights: Tensor, seen: Tensor, rows: Tensor) -> Tensor:
+    """[B,T,H,D] from weights [B,H,T,S] and rows [B,S,H,D]: the sums over j of the seen pairs; other weights are 0.
+    Rows that are not finite are added one by one: 0 * NaN would leak."""
+    finite = rows.isfinite().all(3)
+    if finite.all():
+        return torch.einsum("bhts,bshd->bthd", weights, rows)
+    total = torch.einsum("bhts,bshd->bthd", weights, torch.where(finite[..., None], rows, 0.0))
+    for j in (~finite).any(2).any(0).nonzero().flatten().tolist():
+        pairs = (seen[..., j] & ~finite[:, j, :, None]).transpose(1, 2)
+        terms = weights[..., j].transpose(1, 2)[..., None] * rows[:, None, j]
+        total = total + torch.where(pairs[..., None], terms, 0.0)
+    return total
 
 
 def _convolve(v: Tensor, rows: Tensor, value_conv: Tensor, value_conv_bias: Tensor | None) -> Tensor:
@@ -162,9 +176,10 @@ def _visible(relation: Relation, key_mask: Tensor | None) -> Tensor:
 def attend(
     q, k, v, left=0, right=0, outside=CLIP, causal=False, qk=True, scale=1.0, rel_scale=1.0, dropout=0.0, seed=None,
     bias=None, query_rel=None, rel_query=None, key_rel=None, value_conv=None, value_conv_bias=None,
-    value_conv_scale=None, key_mask=None, cu_seqlens_q=None, cu_seqlens_k=None,
+    value_conv_scale=None, key_mask=None, cu_seqlens_q=None, cu_seqlens_k=None, *, sum_seen=None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out and lse in the accumulation type, by differentiable operations only."""
+    """out and lse in the accumulation type, by differentiable operations only. Hidden values that are not finite are
+    kept out by ``sum_seen``, which looks at values, as derivatives of derivatives cannot."""
     dtype = accumulate_dtype(q.dtype)
     (_, T, H, _), S = q.shape, k.shape[1]
     pair = relation(T, S, left, right, outside, causal, cu_seqlens_q, cu_seqlens_k, q.device)
@@ -176,10 +191,10 @@ def attend(
     )  # fmt: skip
     k, v = _per_head(_real(k, key_mask), H), _per_head(_real(v, key_mask), H)
     s = _scores(q, k, pair, left + right + 1, qk, scale, rel_scale, bias, query_rel, rel_query, key_rel)
-    p, lse = _softmax(s, _visible(pair, key_mask))
+    p, lse, seen = _softmax(s, _visible(pair, key_mask))
     if dropout > 0:
         p = p * _dropout(seed, dropout, p)
-    out = torch.einsum("bhts,bshd->bthd", p, v)
+    out = torch.einsum("bhts,bshd->bthd", p, v) if sum_seen is None else sum_seen(p, seen, v)
     if value_conv is not None:
         rows = value_rows(T, S, left, right, causal, cu_seqlens_q, cu_seqlens_k, q.device)
         u = _convolve(v, rows, value_conv, value_conv_bias)
@@ -224,6 +239,7 @@ def attention(
     out, lse = attend(
         q, k, v, left, right, outside, causal, qk, scale, rel_scale, dropout, seed, bias, query_rel, rel_query,
         key_rel, value_conv, value_conv_bias, value_conv_scale, key_mask, cu_seqlens_q, cu_seqlens_k,
+        sum_seen=_sum_seen,
     )  # fmt: skip
     return _like(out, q), lse.contiguous()
 
@@ -272,21 +288,22 @@ def attention_grad(
     g = grad.to(dtype)
     pair = relation(T, S, left, right, outside, causal, cu_seqlens_q, cu_seqlens_k, q.device)
     s = _scores(q, k, pair, W, qk, scale, rel_scale, bias, query_rel, rel_query, key_rel)
-    p, found_lse = _softmax(s, _visible(pair, key_mask))
+    p, found_lse, seen = _softmax(s, _visible(pair, key_mask))
     multiplier = _dropout(seed, dropout, p) if dropout > 0 else None
-    grad_v = torch.einsum("bhts,bthd->bshd", p if multiplier is None else p * multiplier, g)
+    seen_back = seen.transpose(2, 3)
+    grad_v = _sum_seen((p if multiplier is None else p * multiplier).transpose(2, 3), seen_back, g)
 
     if any(asked[:2]) or any(asked[3:7]):
         grad_p = torch.einsum("bthd,bshd->bhts", g, v)
         if multiplier is not None:
             grad_p = grad_p * multiplier
-        delta = (grad_p * p).sum(3, keepdim=True)
+        delta = torch.where(seen, grad_p * p, 0.0).sum(3, keepdim=True)
         if grad_lse is not None:
             # Whoever merges results of several calls gets NaN for a row of -inf: it passes nothing on.
             delta = delta - torch.where(found_lse == float("-inf"), 0.0, grad_lse.to(dtype))[..., None]
-        grad_s = p * (grad_p - delta)
-        grad_q = torch.einsum("bhts,bshd->bthd", grad_s, k) * scale if qk else torch.zeros_like(q)
-        grad_k = torch.einsum("bhts,bthd->bshd", grad_s, q) * scale if qk else torch.zeros_like(k)
+        grad_s = torch.where(seen, p * (grad_p - delta), 0.0)
+        grad_q = _sum_seen(grad_s, seen, k) * scale if qk else torch.zeros_like(q)
+        grad_k = _sum_seen(grad_s.transpose(2, 3), seen_back, q) * scale if qk else torch.zeros_like(k)
         by_pair = torch.where(pair.present, grad_s, 0.0)
         if bias is not None or query_rel is not None:
             rows = q.new_zeros(B, H, T, W).scatter_add_(3, _by_pair(pair, s.shape), by_pair)
@@ -294,6 +311,7 @@ def attention_grad(
                 found[3] = rows.sum((0, 2))
             if query_rel is not None:
                 r = q if rel_query is None else rel_query
+                r = torch.where(seen.any(3).transpose(1, 2)[..., None], r, 0.0)  # 0 * NaN of a query that sees nothing
                 found[4] = torch.einsum("bthr,bhtw->hrw", r, rows) * rel_scale
                 grad_r = torch.einsum("bhtw,hrw->bthr", rows, _tables(query_rel, H)) * rel_scale
                 if rel_query is None:
@@ -303,7 +321,8 @@ def attention_grad(
         if key_rel is not None:
             columns = q.new_zeros(B, H, S, W)
             columns = columns.scatter_add_(3, _by_key(pair, s.shape, W), by_pair.transpose(2, 3))
-            found[6] = torch.einsum("bshd,bhsw->hdw", k, columns) * scale
+            met = torch.where(seen.any(2).transpose(1, 2)[..., None], k, 0.0)  # 0 * NaN of a key that nothing sees
+            found[6] = torch.einsum("bshd,bhsw->hdw", met, columns) * scale
             grad_k = grad_k + torch.einsum("bhsw,hdw->bshd", columns, _tables(key_rel, H)) * scale
         found[0], found[1] = grad_q, _sum_groups(_real(grad_k, key_mask), G)
 

@@ -1,0 +1,163 @@
+"""What is hidden contributes nothing, whatever it holds: a NaN or an infinity in one row of q, k, v or of the incoming
+gradient reaches the rows that see it, and no other, forward and backward. A row whose scores are all -inf sees nothing.
+"""
+
+import pytest
+import torch
+
+import convkernels as ck
+from convkernels.ops.attention.reference import relation
+from convkernels.testing.attention import INPUTS, AttentionProblem
+
+OP = "attention_grad"
+MODES = {
+    "causal": {"causal": True},
+    "mask": {"outside": 2},
+    "packed": {"lengths": True},
+    "packed_causal": {"lengths": True, "causal": True, "outside": 1},
+    "packed_mask": {"lengths": True, "outside": 2, "padding": 1},
+    "padding": {"padding": 1, "causal": True},
+}
+TERMS = {
+    "plain": {},
+    "all": {"bias": True, "query_rel": 2, "key_rel": 1, "value_conv": 3},
+    "rank": {"bias": True, "query_rel": 1, "rank": 5, "dropout": 0.2},
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def problem_of(ops, mode, terms, dtype):
+    small = ops.interpreted
+    lengths = (7, 1, 0, 9, 3) if small else (70, 3, 0, 57, 20)
+    change = {**MODES[mode], **TERMS[terms]}
+    if change.get("lengths"):
+        change["lengths"] = lengths
+    return AttentionProblem(
+        batch=1 if "lengths" in change else 2, length=sum(lengths), keys=sum(lengths), groups=1, sharing=2,
+        head_size=64 if dtype == "bfloat16" else 20, left=4, right=2, dtype=DTYPES[dtype], seed=3,
+    ).with_(**change)  # fmt: skip
+
+
+def results(ops, problem, tensors):
+    """out and lse of one call, and the gradients by name."""
+    out, lse = ops.attention(*problem.op_arguments(tensors))
+    return {"out": out, "lse": lse} | dict(
+        zip(INPUTS, ops.attention_grad(*problem.grad_arguments(tensors, out, lse)), strict=True)
+    )
+
+
+def visible(problem, tensors):
+    """[T,S] of the first row of the batch."""
+    _, T, S = problem.sizes
+    device = tensors["q"].device
+    pair = relation(
+        T, S, problem.left, problem.right, problem.outside, problem.causal, tensors["cu_seqlens_q"],
+        tensors["cu_seqlens_k"], device,
+    )  # fmt: skip
+    return pair.visible if tensors["key_mask"] is None else pair.visible & tensors["key_mask"][0]
+
+
+def reached(name, row, sees):
+    """Rows of the results that may depend on this row of an argument, by result."""
+    if name in ("k", "v"):
+        queries = sees[:, row]
+    else:
+        queries = torch.zeros_like(sees[:, 0])
+        queries[row] = True
+    keys = sees[queries].any(0)
+    return {
+        "out": queries if name != "grad" else torch.zeros_like(queries),
+        "lse": queries if name in ("q", "k") else torch.zeros_like(queries),
+        "q": queries,
+        "k": keys,
+        "v": keys if name != "v" else torch.zeros_like(keys),
+        "rel_query": queries,
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("mode", MODES)
+def test_hidden_rows_reach_nothing(mode, terms, dtype, ops):
+    problem = problem_of(ops, mode, terms, dtype)
+    tensors = problem.tensors()
+    expected = results(ops, problem, tensors)
+    sees = visible(problem, tensors)
+    length = len(sees)
+    for number, name in enumerate(("v", "k", "q", "grad")):
+        row = (length // 3, length // 2, length // 5, length - 12)[number]
+        row += int(name in "kv" and not sees[:, row].any())
+        value = float("nan") if number % 2 else float("inf")
+        poisoned = dict(tensors, **{name: tensors[name].clone()})
+        poisoned[name][0, row, :, 1] = value
+        found = results(ops, problem, poisoned)
+        for result, rows in reached(name, row, sees).items():
+            if tensors.get(result, 0) is None:
+                continue
+            a, b = (x.movedim(2, 1) if result == "lse" else x for x in (found[result], expected[result]))
+            torch.testing.assert_close(a[1:], b[1:], rtol=1e-4, atol=1e-4, msg=f"{name} row {row}: batch of {result}")
+            torch.testing.assert_close(
+                a[0, ~rows], b[0, ~rows], rtol=1e-4, atol=1e-4, msg=f"{value} in row {row} of {name} reaches {result}"
+            )
+        if name == "v":
+            assert not found["out"][0, sees[:, row], :, 1].isfinite().any(), "a visible infinity is no number"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", MODES)
+def test_keys_that_nothing_sees(mode, dtype, ops):
+    """One query fewer than keys in its sequence, or a gap of the mask: their NaN reaches no table either."""
+    problem = problem_of(ops, mode, "all", dtype)
+    if problem.lengths:
+        problem = problem.with_(lengths=(*problem.lengths[:-1], 0), key_lengths=problem.lengths)
+        hidden = slice(sum(problem.lengths), None)
+    else:
+        problem = problem.with_(padding=1)
+        hidden = ~problem.tensors()["key_mask"][0]
+    tensors = problem.tensors()
+    expected = results(ops, problem, tensors)
+    for name in "kv":
+        tensors[name] = tensors[name].clone()
+        tensors[name][0, hidden] = float("nan")
+    found = results(ops, problem, tensors)
+    for name, value in found.items():
+        if tensors.get(name, 0) is not None:
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("outside", ["clip", "zero", "mask"])
+def test_scores_of_minus_infinity(outside, dtype, backend):
+    """A bias of -inf is how people mask: rows with nothing else give 0, lse -inf, and no gradient, even of NaN."""
+    T, D = (21, 16) if backend == "triton" else (150, 64)
+    q, k, v = (torch.randn(1, T, 2, D).to(DTYPES[dtype]).requires_grad_() for _ in range(3))
+    bias = torch.zeros(2, 9)
+    bias[0, :5] = -torch.inf  # head 0 sees what follows its place only: the last query sees nothing
+    bias.requires_grad_()
+    taps = torch.randn(2, D, 9)
+    out, lse = ck.composite_attention(q, k, v, bias=bias, outside=outside, return_lse=True, backend=backend)
+    convolved = ck.composite_attention(q, k, v, bias=bias, outside=outside, value_conv=taps, backend=backend)
+    blind = torch.zeros(2, T, dtype=torch.bool)
+    blind[0, T - 1] = True
+    if outside == "zero":  # all keys further to the left than the window are seen
+        blind[:] = False
+    assert torch.equal(lse[0] == -torch.inf, blind)
+    seen_by = out.transpose(1, 2)[0]
+    assert (seen_by[blind] == 0).all() and seen_by.isfinite().all() and convolved.isfinite().all()
+    cotangent = torch.where(blind, torch.nan, 1.0)  # what merging several results makes of -inf
+    gradients = torch.autograd.grad((out.float().sum(), lse), (q, k, v, bias), (torch.ones(()), cotangent[None]))
+    for gradient in gradients:
+        assert gradient.isfinite().all()
+    assert (gradients[0].transpose(1, 2)[0][blind] == 0).all()
+    assert (gradients[3][0, :5] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_scores_of_minus_infinity(dtype, backend):
+    """Nothing is seen by anyone, and nothing depends on what the keys hold."""
+    q, k, v = (torch.randn(1, 9, 2, 16).to(DTYPES[dtype]).requires_grad_() for _ in range(3))
+    bias = torch.full((2, 1), -torch.inf, requires_grad=True)
+    out, lse = ck.composite_attention(q, k, v, bias=bias, return_lse=True, backend=backend)
+    assert (out == 0).all() and (lse == -torch.inf).all()
+    for gradient in torch.autograd.grad(out.float().sum(), (q, k, v, bias)):
+        assert (gradient == 0).all()
