@@ -171,27 +171,30 @@ CK_INLINE void transpose(Vec<S>* a) {
   if constexpr (2 * kWidth < kLanes<S>) transpose<S, 2 * kWidth>(a);
 }
 
-// exp(x) with relative error below 2e-7; 0 below the smallest normal number, so that no denormals arise.
+// exp(x) with relative error below 2e-7; 0 below about the smallest normal number, so that no denormals arise, and
+// infinity where that is the nearest float.
 CK_INLINE Vec<float> vexp(Vec<float> x) {
   using F = Vec<float>;
   using I = Vec<int32_t>;
   const F magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
-  const F low = splat(-87.0f), high = splat(88.0f);
+  const F low = splat(-87.0f), high = splat(88.7228317f);
   const F clamped = x > high ? high : (x < low ? low : x);
   const F shifted = clamped * 1.44269504088896341f + magic;
   const F n = shifted - magic;
   F r = clamped - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
-  F p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + (r + 1.0f);
-  const I exponent = ((I)shifted - (I)magic + 127) << 23;
+  // Twice the series, for half the power of two: 2^128, which some results need, is no float. At n = -126 half the
+  // power is 0.
+  F p = splat(2 * 1.9875691500e-4f);
+  p = p * r + 2 * 1.3981999507e-3f;
+  p = p * r + 2 * 8.3334519073e-3f;
+  p = p * r + 2 * 4.1665795894e-2f;
+  p = p * r + 2 * 1.6666665459e-1f;
+  p = p * r + 2 * 5.0000001201e-1f;
+  p = p * (r * r) + (r * 2.0f + 2.0f);
+  const I exponent = ((I)shifted - (I)magic + 126) << 23;
   const F value = p * (F)exponent;
-  return x < low ? F{} : value;
+  return x > high ? splat(__builtin_inff()) : value;
 }
 CK_INLINE Vec<double> vexp(Vec<double> x) {
   Vec<double> y = {};
@@ -357,18 +360,28 @@ struct Lanes<bf16> {
     else
       return (Vec<float>)(pair & 0xffff0000u);
   }
+  // Rounded to the nearest, ties to even.
+  static CK_INLINE Vec<uint32_t> round_pairs(const Vec<float>* v) {
+    using U = Vec<uint32_t>;
+    const U even = (U)v[0], odd = (U)v[1];
+    const U even_up = v[0] == v[0] ? even + 0x7fffu + ((even >> 16) & 1u) : even | 0x400000u;
+    const U odd_up = v[1] == v[1] ? odd + 0x7fffu + ((odd >> 16) & 1u) : odd | 0x400000u;
+    return (even_up >> 16) | (odd_up & 0xffff0000u);
+  }
   static CK_INLINE void store(bf16* row, int64_t unit, const Vec<float>* v, bool stream) {
     using U = Vec<uint32_t>;
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
     alignas(64) static const uint16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)v[1], (__m512)v[0]);
-    const U packed = (U)_mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), halves);
+    U packed = (U)_mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), halves);
+    // The instruction takes denormals for zeros.
+    constexpr int kDenormal = 0x20;
+    if (__builtin_expect(
+            _mm512_fpclass_ps_mask((__m512)v[0], kDenormal) | _mm512_fpclass_ps_mask((__m512)v[1], kDenormal), 0))
+      packed = round_pairs(v);
 #else
-    const U even = (U)v[0], odd = (U)v[1];
-    const U even_up = v[0] == v[0] ? even + 0x7fffu + ((even >> 16) & 1u) : even | 0x400000u;
-    const U odd_up = v[1] == v[1] ? odd + 0x7fffu + ((odd >> 16) & 1u) : odd | 0x400000u;
-    const U packed = (even_up >> 16) | (odd_up & 0xffff0000u);
+    const U packed = round_pairs(v);
 #endif
     if (stream)
       stream_bytes(row + unit * kUnit, packed);

@@ -2,6 +2,7 @@
 // random problems in every storage type.
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <map>
 #include <random>
 #include <vector>
@@ -323,6 +324,73 @@ CK_TEST(sixteen_bits_are_close_to_plain_loops) {
 
 CK_TEST(steps_equal_one_causal_pass) {
   for (const Kernels* k : all_kernels()) run_steps(*k);
+}
+
+// One tap of weight 1: the output is the gated input, and so is what comes back.
+template <class S>
+Case<S> identity(std::vector<S> x, std::vector<S> gate) {
+  Case<S> c{};
+  c.B = c.T = c.R = c.K = c.dilation = 1;
+  c.H = static_cast<int64_t>(x.size());
+  c.gated = !gate.empty();
+  c.weight.assign(x.size(), exact<S>(1.0));
+  c.x = c.dy = std::move(x);
+  c.gate = std::move(gate);
+  return c;
+}
+
+template <class S>
+std::pair<std::vector<S>, std::vector<S>> forward_and_back(const Kernels& kernels, Case<S>& c) {
+  std::vector<S> y(c.x.size()), dx(c.x.size());
+  Forward f;
+  fill_problem(f, c);
+  f.y = {y.data(), c.C(), c.C(), 1};
+  CK_EQUAL(kernels.forward(f) == nullptr, true);
+  Backward g;
+  fill_problem(g, c);
+  g.grad = {c.dy.data(), c.C(), c.C(), 1};
+  g.grad_x = {dx.data(), c.C(), c.C(), 1};
+  CK_EQUAL(kernels.backward(g) == nullptr, true);
+  return {y, dx};
+}
+
+CK_TEST(gates_far_from_zero_open_and_close) {
+  const float inf = std::numeric_limits<float>::infinity();
+  const std::vector<float> gates = {-inf,   -1e30f, -104.0f, -89.0f, -88.7f, -88.5f, -88.0f, -87.5f, -87.0f,
+                                    -80.0f, 0.0f,   17.0f,   87.0f,  88.0f,  89.0f,  1e30f,  inf};
+  for (const Kernels* k : all_kernels()) {
+    Case<float> c = identity<float>(std::vector<float>(gates.size(), 1e38f), gates);
+    const auto [y, dx] = forward_and_back(*k, c);
+    for (size_t i = 0; i < gates.size(); ++i) {
+      const double expected = 1e38 * (1.0 / (1.0 + static_cast<double>(std::exp(-gates[i]))));
+      CK_EQUAL(std::abs(y[i] - expected) <= 1e-6 * expected, true);
+      CK_EQUAL(dx[i], y[i]);
+    }
+  }
+}
+
+CK_TEST(denormals_pass_through) {
+  const auto check = [](const auto& all) {
+    using S = std::decay_t<decltype(all[0])>;
+    for (const Kernels* k : all_kernels()) {
+      Case<S> c = identity<S>(all, {});
+      const auto [y, dx] = forward_and_back(*k, c);
+      for (size_t i = 0; i < all.size(); ++i) {
+        CK_EQUAL(number(y[i]), number(all[i]));
+        CK_EQUAL(number(dx[i]), number(all[i]));
+      }
+    }
+  };
+  std::vector<ck::bf16> bfloats;
+  std::vector<ck::f16> halves;
+  for (uint16_t bits = 0; bits < 0x100; ++bits) {  // bfloat16: all denormals, and as many normal numbers
+    bfloats.push_back({bits});
+    bfloats.push_back({static_cast<uint16_t>(bits | 0x8000)});
+  }
+  for (uint16_t bits = 0; bits < 0x800; ++bits) halves.push_back({bits});
+  check(bfloats);
+  check(halves);
+  check(std::vector<float>{1e-45f, -1e-44f, 1e-39f, 1.2e-38f});
 }
 
 CK_TEST(unknown_instruction_sets_are_refused) {

@@ -114,7 +114,7 @@ CK_TEST(exp2_is_accurate) {
 
 CK_TEST(exp_is_accurate) {
   double worst = 0;
-  for (double x = -86.9; x < 88.0; x += 0.00173) {
+  for (double x = -86.9; x < 88.7228; x += 0.00173) {
     const float f = static_cast<float>(x);
     const double got = vexp(splat(f))[0], expected = std::exp(static_cast<double>(f));
     worst = std::max(worst, std::abs(got - expected) / expected);
@@ -122,6 +122,8 @@ CK_TEST(exp_is_accurate) {
   CK_EQUAL(worst < 2e-7, true);
   CK_EQUAL(vexp(splat(-std::numeric_limits<float>::infinity()))[0], 0.0f);
   CK_EQUAL(vexp(splat(-90.0f))[0], 0.0f);
+  CK_EQUAL(vexp(splat(88.722840f))[0], std::numeric_limits<float>::infinity());
+  CK_EQUAL(vexp(splat(std::numeric_limits<float>::infinity()))[0], std::numeric_limits<float>::infinity());
   CK_EQUAL(vexp(splat(0.0f))[0], 1.0f);
   const float nan = vexp(splat(std::numeric_limits<float>::quiet_NaN()))[0];
   CK_EQUAL(nan != nan, true);
