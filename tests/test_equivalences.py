@@ -216,3 +216,43 @@ def test_mixed_dtypes(dtype, backend):
     assert y.dtype == dtype
     found = torch.autograd.grad(y.float().sum(), (x, weight, bias))
     assert [grad.dtype for grad in found] == [dtype, torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("padding", [0, 2**28, 2**30])
+@pytest.mark.parametrize("function", ["lightweight", "dynamic"])
+def test_the_greatest_dilation(function, padding, dtype, backend):
+    """At most one tap of five meets the sequence: the others read zeros, however far they reach."""
+    x = values((2, 6, 32), dtype, 1).clone().requires_grad_()
+    weight = values((2, 5) if function == "lightweight" else (2, 6, 2, 5), dtype, 2).clone().requires_grad_()
+    y = getattr(ck, f"{function}_conv1d")(x, weight, softmax=False, padding=padding, dilation=2**28, backend=backend)
+    expected = (x.float() * weight.float()[..., padding // 2**28].repeat_interleave(16, -1)).to(dtype)
+    torch.testing.assert_close(y, expected)
+    cotangent = values(y.shape, dtype, 3)
+    found = torch.autograd.grad(y, (x, weight), cotangent)
+    for f, e in zip(found, torch.autograd.grad(expected, (x, weight), cotangent), strict=True):
+        torch.testing.assert_close(f, e)
+
+
+def test_gates_far_from_zero(backend):
+    """sigmoid is 1 / (1 + exp(-gate)) in float32 to the ends: 0 where exp is infinite."""
+    inf = float("inf")
+    gates = torch.tensor([-inf, -1e30, -104.0, -89.0, -87.0, -80.0, 0.0, 87.0, 89.0, 1e30, inf])
+    x = torch.full((1, 1, gates.numel()), 1e38)
+    y = ck.depthwise_conv1d(x, torch.ones(gates.numel(), 1), gate=gates.view_as(x), backend=backend)
+    torch.testing.assert_close(y, x * torch.sigmoid(gates), rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_denormals_pass_through(dtype, backend):
+    """As input, as output, as gradient and in a state."""
+    bits = torch.arange(1, 128, dtype=torch.int32 if dtype == torch.float32 else torch.int16)
+    x = torch.cat([bits.view(dtype), -bits.view(dtype)])
+    weight, C = torch.ones(x.numel(), 1, dtype=dtype), x.numel()
+    leaf = x.view(1, 1, C).clone().requires_grad_()
+    y = ck.depthwise_conv1d(leaf, weight, backend=backend)
+    assert torch.equal(y.view(-1), x)
+    assert torch.equal(torch.autograd.grad(y, leaf, leaf.detach())[0].view(-1), x)
+    state = torch.zeros(1, 1, C, dtype=dtype)
+    ck.depthwise_conv1d_step(x[None], state, weight.expand(C, 2), backend=backend)
+    assert torch.equal(state.view(-1), x)

@@ -14,6 +14,9 @@
 
 namespace ck {
 
+// The greatest dilation, and span: positions near them fit into 32 bits.
+constexpr int64_t kFarthest = int64_t{1} << 30;
+
 struct Taps {
   int64_t taps;
   int64_t left;

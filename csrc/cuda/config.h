@@ -132,7 +132,7 @@ inline int64_t stream_bytes(const Facts& f, bool backward) {
 }
 
 inline bool stream_possible(const Facts& f, bool backward) {
-  if (!f.channel_vectors || f.dtype == Dtype::kFloat64 || f.per_row()) return false;
+  if (!f.channel_vectors || f.dtype == Dtype::kFloat64 || f.per_row() || f.dilation > f.time) return false;
   // Rows of the state are neither gated nor in the middle of a row.
   if (f.state && (f.gate || f.packed || backward)) return false;
   return stream_bytes(f, backward) <= f.device.block_memory;
@@ -166,7 +166,7 @@ inline int64_t rows_bytes(const Facts& f, bool backward) {
 }
 
 inline bool rows_possible(const Facts& f, bool backward) {
-  if (!f.channel_vectors || f.dtype == Dtype::kFloat64 || !f.per_row()) return false;
+  if (!f.channel_vectors || f.dtype == Dtype::kFloat64 || !f.per_row() || f.dilation > f.time) return false;
   if (f.head_channels() % kQuad != 0 || kLaneRow % f.head_channels() != 0) return false;
   if (f.state && (f.gate || f.packed || backward)) return false;
   // Gradients of shared filters would have to be summed over positions.

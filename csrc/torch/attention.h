@@ -70,8 +70,8 @@ inline void set_depthwise(Attention& p, const AttentionOptions& o) {
 
 inline void set_window(Attention& p, int64_t left, int64_t right, int64_t outside, const AttentionOptions& o) {
   constexpr int64_t kMost = int64_t{1} << 60;
-  require(left >= 0 && left < kMost, "left", "a number >= 0");
-  require(right >= 0 && right < kMost, "right", "a number >= 0");
+  require(left >= 0 && left < kMost, "left", "a number >= 0 and below 2^60");
+  require(right >= 0 && right < kMost, "right", "a number >= 0 and below 2^60");
   require(outside >= 0 && outside <= 2, "outside", "0, 1 or 2");
   p.outside = static_cast<Outside>(outside);
   p.left = left;

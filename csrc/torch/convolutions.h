@@ -27,7 +27,8 @@ inline void set_taps(Problem& p, int64_t heads, int64_t taps, int64_t left, int6
   p.heads = heads;
   require(heads > 0 && p.channels % heads == 0, "weight", "a number of heads that divides the channels");
   require(taps > 0, "weight", "at least one tap");
-  require(dilation > 0, "dilation", "a positive number");
+  require(dilation > 0 && dilation <= kFarthest && taps - 1 <= kFarthest / dilation, "dilation",
+          "a positive number, at most 2^30, also times taps - 1");
   p.taps = {taps, left, dilation};
   require(left >= 0 && left <= p.taps.span(), "left", "a number between 0 and dilation * (taps - 1)");
 }
@@ -66,7 +67,7 @@ bool set_problem(P& p, Side& side, const View& x, const View& weight, int64_t le
   p.channels = x.size[2];
   p.x = rows_like(x, x, "x");
 
-  p.weight_dtype = p.bias_dtype = parameter_dtype(weight, p.dtype, "weight");
+  p.weight_dtype = parameter_dtype(weight, p.dtype, "weight");
   const bool table = weight.dim == 2;
   require(table || weight.dim == 4, "weight", "two or four dimensions");
   const int64_t first = table ? 0 : 2;
@@ -122,7 +123,10 @@ FiveTensors set_gradients(P& p, const Place& place, const Tensor& grad, const Te
   const bool need_gate = wanted(8) && gate.has_value(), need_state = wanted(16) && state.has_value();
   Tensor grad_x = wanted(1) ? allocate_like(place, x, input) : none(input.type);
   Tensor grad_weight = wanted(2) ? allocate_contiguous(place, weight) : none(weight.type);
-  Tensor grad_bias = wanted(4) ? allocate(place, {p.channels}, weight.type) : none(weight.type);
+  // The dtype of the bias, which is not given, is the caller's business: here the sum is not rounded.
+  p.bias_dtype = p.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+  const ScalarType sum_type = p.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
+  Tensor grad_bias = allocate(place, {wanted(4) ? p.channels : 0}, sum_type);
   Tensor grad_gate = need_gate ? allocate_like(place, *gate, View(*gate)) : none(input.type);
   Tensor grad_state = need_state ? allocate_contiguous(place, View(*state)) : none(input.type);
   // States of empty sequences, whose gradient no piece of work would set.
@@ -157,7 +161,8 @@ void set_step(P& p, const Place& place, const View& x, const Tensor& state, cons
   require(!p.per_position || weight.size[0] == p.batch, "weight", "the batch size of x in dimension 0");
   p.weight_dtype = parameter_dtype(weight, p.dtype, "weight");
   const int64_t head = weight.dim - 2, taps = weight.size[head + 1];
-  set_taps(p, weight.size[head], taps, dilation * (taps - 1), dilation);
+  set_taps(p, weight.size[head], taps, 0, dilation);
+  p.taps.left = p.taps.span();
   p.weight = weight.data;
   p.weight_batch = p.per_position ? weight.stride[0] : 0;
   p.weight_head = weight.stride[head];

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 MATRIX_CHANNELS = 16  # least width of a matrix unit's operand
 MATRIX_TAPS = 65  # filters longer than this need band matrices that no longer fit into the registers
 WINDOW_TAPS = 32  # filters longer than this would leave a window of filters few rows of its own
+FARTHEST = 2**30  # the greatest dilation, and span: positions near them fit into 32 bits
 PROGRAMS = 1024  # about as many programs as keep the largest device busy, where a program may walk many tiles
 
 
@@ -32,6 +33,11 @@ class Shape:
     @property
     def span(self) -> int:
         return (self.taps - 1) * self.dilation
+
+    @property
+    def phased(self) -> bool:
+        """Whether tiles can hold positions a dilation apart: none is empty, and 32 bits count them."""
+        return self.dilation <= self.time and self.time + 512 * self.dilation < 2**31
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,7 @@ def band_possible(shape: Shape) -> bool:
     """Whether the matrix kernels can serve a problem: float64 has no split, a packed state no common window."""
     return (
         shape.dtype != "float64"
+        and shape.phased
         and shape.head_channels >= MATRIX_CHANNELS
         and 1 < shape.taps <= MATRIX_TAPS
         and not (shape.packed and shape.state)
@@ -184,7 +191,12 @@ def window(shape: Shape) -> Window | None:
     tile, twice that where channels share filters, half of it where registers are short; with short filters these are 8
     channels, 16 bytes."""
     KP, RP = power_of_2(shape.taps), power_of_2(shape.head_channels)
-    if not shape.per_row or shape.state or shape.taps > WINDOW_TAPS or shape.head_channels >= MATRIX_CHANNELS:
+    if (
+        not (shape.per_row and shape.phased)
+        or shape.state
+        or shape.taps > WINDOW_TAPS
+        or shape.head_channels >= MATRIX_CHANNELS
+    ):
         return None
     heavy = shape.dropout or shape.packed or shape.dtype == "float64"
     held = (64 if shape.head_channels % 4 == 0 else 32) // (2 if heavy else 1)

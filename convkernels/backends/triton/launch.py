@@ -61,6 +61,9 @@ class Call:
     def __post_init__(self):
         self.B, self.T, self.C = self.x.shape
         self.H, self.K = self.weight.shape[-2:]
+        if not 0 < self.dilation <= configs.FARTHEST // max(self.K - 1, 1):
+            expected = f"a positive number, at most 2^30, also times K - 1 = {self.K - 1}"
+            raise ValueError(f"argument 'dilation': expected {expected}, got {self.dilation}")
         # A kernel gets a pointer for every tensor; what is absent is not looked at.
         self.has_mask, self.packed, self.has_state = (
             value is not None for value in (self.mask, self.cu_seqlens, self.state)
@@ -174,7 +177,7 @@ def tap_grad(
     none = x.new_empty(0)
     grad_x = torch.empty_like(x) if needs & 1 else none
     grad_weight = weight.new_empty(weight.shape) if needs & 2 else weight.new_empty(0)
-    grad_bias = weight.new_empty(x.shape[2]) if needs & 4 else weight.new_empty(0)
+    grad_bias = _partial(x, x.shape[2] if needs & 4 else 0)
     grad_gate = torch.empty_like(gate) if needs & 8 and gate is not None else none
     grad_state = x.new_empty(initial_state.shape) if needs & 16 and initial_state is not None else none
     results = grad_x, grad_weight, grad_bias, grad_gate, grad_state
@@ -216,9 +219,9 @@ def gradient_launches(call: Call, grad: Tensor, results: tuple, config: Config):
         yield from _bias_launches(call, grad, grad_bias)
 
 
-def _partial(call: Call, *shape: int) -> Tensor:
-    dtype = torch.float64 if call.x.dtype == torch.float64 else torch.float32
-    return torch.empty(shape, dtype=dtype, device=call.x.device)
+def _partial(x: Tensor, *shape: int) -> Tensor:
+    """Room for sums, in the accumulation type."""
+    return x.new_empty(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 def _reduce_filters(call: Call, filters: Tensor, grad_weight: Tensor, owners: int, pieces: int, finished: bool):
@@ -245,7 +248,7 @@ def _bias_launches(call: Call, grad: Tensor, grad_bias: Tensor):
     config = configs.tile(call.shape, backward=True)
     c_blocks, row_blocks = ceil_div(call.C, config.BC), call.B * ceil_div(call.T, config.BT)
     groups = configs.groups(row_blocks, c_blocks)
-    biases = _partial(call, groups, call.C)
+    biases = _partial(call.x, groups, call.C)
     arguments = {
         "grad": grad, **_strides("dy", grad), "biases": biases, "T": call.T, "C": call.C, "groups": groups,
         "row_blocks": row_blocks, "c_blocks": c_blocks, "DTYPE": call.accumulator, "BT": config.BT, "BC": config.BC,
@@ -265,7 +268,7 @@ def _tile_plan(call: Call, arguments: dict, outputs: dict, results: tuple, need_
     rows = configs.rows(call.shape)
     statistics = call.x
     if per_row and call.softmax and (grad_x.numel() or grad_gate.numel() or need_state):
-        statistics = _partial(call, call.B, call.T, call.H, 2)
+        statistics = _partial(call.x, call.B, call.T, call.H, 2)
         BH = min(power_of_2(call.H), 32)
         h_blocks = ceil_div(call.H, BH)
         names = "T H left dilation sequences search_steps cu_seqlens K RENORMALIZE PACKED HAS_STATE PER_BATCH PER_TIME"
@@ -281,8 +284,8 @@ def _tile_plan(call: Call, arguments: dict, outputs: dict, results: tuple, need_
     if outputs["NEED_X"] or outputs["NEED_GATE"] or sums or need_bias:
         tiles = ceil_div(call.T, config.BT) * call.B // owners
         groups = configs.groups(tiles, c_blocks, owners)
-        filters = _partial(call, owners, groups, call.C, call.K) if sums else call.x
-        biases = _partial(call, owners * groups, call.C) if need_bias else call.x
+        filters = _partial(call.x, owners, groups, call.C, call.K) if sums else call.x
+        biases = _partial(call.x, owners * groups, call.C) if need_bias else call.x
         own = {**common, "filters": filters, "biases": biases, "t_blocks": tiles, "groups": groups}
         own |= {"NEED_FILTER": sums, "NEED_BIAS": need_bias, "OF_STATE": False}
         chunks = ceil_div(call.K, config.KP) if sums else 1
@@ -298,7 +301,7 @@ def _tile_plan(call: Call, arguments: dict, outputs: dict, results: tuple, need_
         yield gradient_kernels.grad_tile, (c_blocks * tiles * owners, 1), own
     if need_filter and rowwise:
         t_blocks, h_blocks = ceil_div(call.T, rows.BT), ceil_div(call.H, rows.BH)
-        filters = call.x if call.per_time else _partial(call, call.B, t_blocks, call.H, call.K)
+        filters = call.x if call.per_time else _partial(call.x, call.B, t_blocks, call.H, call.K)
         own = {**arguments, "state": call.state, "grad_weight": grad_weight, "filters": filters, "t_blocks": t_blocks}
         own |= {"h_blocks": h_blocks, "r_blocks": ceil_div(call.C // call.H, rows.RP), **asdict(rows)}
         yield gradient_kernels.grad_filter_rows, (call.B * t_blocks * h_blocks,), own
@@ -315,8 +318,8 @@ def _window_plan(call: Call, arguments: dict, outputs: dict, results: tuple, nee
     outputs_of_phase = ceil_div(call.T + call.shape.span - call.left, call.dilation)
     phase_tiles = ceil_div(outputs_of_phase, config.BT - (call.K - 1))
     t_blocks = phase_tiles * call.dilation
-    filters = _partial(call, call.B, t_blocks, call.H, call.K) if need_filter and not call.per_time else call.x
-    biases = _partial(call, call.B * t_blocks, call.C) if need_bias else call.x
+    filters = _partial(call.x, call.B, t_blocks, call.H, call.K) if need_filter and not call.per_time else call.x
+    biases = _partial(call.x, call.B * t_blocks, call.C) if need_bias else call.x
     own = {
         **arguments, **outputs, **asdict(config), "grad_weight": grad_weight, "filters": filters, "biases": biases,
         "phase_tiles": phase_tiles, "t_blocks": t_blocks, "h_blocks": h_blocks, "DTYPE": call.accumulator,
@@ -342,8 +345,8 @@ def _band_plan(call: Call, arguments: dict, outputs: dict, results: tuple, need_
     phase_tiles = ceil_div(phase_rows, config.BT)
     tiles = phase_tiles * call.dilation * call.B // owners
     groups = tiles if per_row else configs.groups(tiles, units, owners)
-    filters = _partial(call, owners, groups, units, call.K) if need_filter and not call.per_time else call.x
-    biases = _partial(call, owners * groups, call.C) if need_bias else call.x
+    filters = _partial(call.x, owners, groups, units, call.K) if need_filter and not call.per_time else call.x
+    biases = _partial(call.x, owners * groups, call.C) if need_bias else call.x
     own = {
         **arguments, **outputs, **asdict(config), "state": call.state, "grad_weight": grad_weight, "filters": filters,
         "biases": biases, "phase_tiles": phase_tiles, "t_blocks": tiles, "groups": groups, "pieces": pieces,
