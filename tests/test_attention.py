@@ -6,14 +6,19 @@ That the numbers are right is shown by tests/test_attention_fuzz.py and tests/te
 import itertools
 import random
 import warnings
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import interpreted
 from test_attention_fuzz import random_problem
-from torch.autograd import gradcheck, gradgradcheck
+from test_errors import nested, quantized
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -534,6 +539,78 @@ def test_vmap_with_dropout_and_packing(backend):
         near(together, torch.stack([ck.composite_attention(q[n], k[n], v[n], **options, **more) for n in range(N)]))
 
 
+def test_tangents_are_refused(backend):
+    inputs = {name: leaf(name).detach() for name in ("q", "k", "v", "rel_query", *TERMS)} | {
+        "query_rel": leaf("query_rel", shape=(H, 2, W)).detach()
+    }
+    call = partial(ck.composite_attention, window=(1, 2), backend=backend)
+    q = leaf("q")
+    y = call(q, inputs["k"], inputs["v"])
+    with forward_ad.dual_level():
+        for name, value in inputs.items():
+            dual = forward_ad.make_dual(value, value)
+            with pytest.raises(NotImplementedError, match=f"argument '{name}': expected no tangent"):
+                call(**{**inputs, name: dual})
+        with pytest.raises(NotImplementedError, match="argument 'grad': expected no tangent"):
+            torch.autograd.grad(y, q, forward_ad.make_dual(inputs["q"], inputs["q"]))
+    with pytest.raises(NotImplementedError, match="argument 'q': expected no tangent"):
+        torch.func.jvp(lambda q: call(q, inputs["k"], inputs["v"]), (inputs["q"],), (inputs["q"],))
+
+
+LOW = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("shift", range(3))
+def test_each_gradient_is_rounded_once_to_its_own_dtype(shift, backend):
+    """Tables of three dtypes, and gradients that float16 cannot hold: only those of float16 tables overflow."""
+    S = 40
+    inputs = {n: leaf(n, dtype=torch.float32, shape=(1, S, heads, D)) for n, heads in (("q", H), ("k", 2), ("v", 2))}
+    for n, (name, shape) in enumerate(TERMS.items()):
+        inputs[name] = (values(shape, DOUBLE, n) / 8).to(LOW[(n + shift) % 3]).requires_grad_()
+
+    def gradients(inputs, backend):
+        y = ck.composite_attention(**inputs, window=(1, 2), backend=backend)
+        weights = torch.linspace(-1, 3, y.numel(), dtype=y.dtype).view_as(y) * 3e4
+        return torch.autograd.grad(y, list(inputs.values()), weights)
+
+    exact = {name: value.detach().double().requires_grad_() for name, value in inputs.items()}
+    expected, found = gradients(exact, "reference"), gradients(inputs, backend)
+    for (name, value), e, f in zip(inputs.items(), expected, found, strict=True):
+        assert f.dtype == value.dtype
+        size = e.abs().max()
+        step = {torch.float32: 1e-4, torch.float16: 2**-11, torch.bfloat16: 2**-8}[f.dtype]
+        fits = e.abs() < torch.finfo(f.dtype).max
+        assert ((f.double() - e).abs()[fits] <= step * size).all(), name
+
+
+@pytest.mark.parametrize("mode", ["fake", "symbolic"])
+def test_boundaries_without_values(mode, backend):
+    """Where sequences' boundaries only stand for others they are not read; in eager code they are."""
+    q, bounds = torch.randn(1, T, H, D), torch.tensor([0, 2, T])
+
+    def call(q, bounds):
+        return ck.composite_attention(q, q, q, cu_seqlens_q=bounds, backend=backend)
+
+    graph = make_fx(call, tracing_mode=mode)(q, bounds)
+    assert torch.equal(graph(q, bounds), call(q, bounds))
+    with FakeTensorMode() as fakes:
+        assert call(*map(fakes.from_tensor, (q, bounds))).shape == q.shape
+    doubled = call(*(TwoTensor(t, t.clone()) for t in (q, bounds)))
+    assert torch.equal(doubled.a, call(q, bounds))
+
+
+def test_meta_tensors(backend):
+    """Shapes, dtypes and strides as on a device, and nothing is computed."""
+    names = ("q", "k", "v", *TERMS)
+    for chosen in (backend, "auto"):
+        inputs = {name: leaf(name).detach().to("meta").requires_grad_() for name in names}
+        out, lse = ck.composite_attention(**inputs, window=(1, 2), return_lse=True, dropout=0.2, training=True,
+                                          backend=chosen)  # fmt: skip
+        assert out.is_meta and out.shape == inputs["q"].shape and lse.shape == (B, H, T)
+        out.sum().backward()
+        assert all(value.grad.shape == value.shape for value in inputs.values())
+
+
 def test_autocast_and_checkpoint(backend):
     q, k, v = (t.requires_grad_() for t in qkv(torch.float32))
     bias = leaf("bias", dtype=torch.float32)
@@ -599,6 +676,12 @@ BAD = [
     ({"value_conv": r(H, D, 3), "value_conv_bias": r(H)}, ValueError, "value_conv_bias", r"\[4, 3\]", r"shape \[4\]"),
     ({"value_conv": r(H, D, 3), "value_conv_scale": r(1, H)}, ValueError, "value_conv_scale", r"\[4\]", r"\[1, 4\]"),
     ({"window": (1, 2, 3)}, TypeError, "window", r"\(left, right\)", r"\(1, 2, 3\)"),
+    ({"window": (2**60, 0), "outside": "mask"}, ValueError, "window", r"below 2\^60", r"\(1152921504606846976, 0\)"),
+    ({"window": 2**64, "outside": "mask"}, ValueError, "window", r"below 2\^60", "18446744073709551616"),
+    ({"q": [0.0] * 10000}, TypeError, "q", "a tensor", r"0.0, \.\.\.\] of type list"),
+    ({"k": nested(torch.strided)}, TypeError, "k", "in one row, with cu_seqlens", "a nested tensor"),
+    ({"k": nested(torch.jagged)}, TypeError, "k", "in one row, with cu_seqlens", "a nested tensor"),
+    ({"v": quantized()}, TypeError, "v", "not quantized", "qint8"),
     ({"window": (1, -1)}, ValueError, "window", "two integers >= 0", r"\(1, -1\)"),
     ({"window": 1.5}, TypeError, "window", r"k for \(k, k\)", "1.5 of type float"),
     ({"window": (True, 1)}, TypeError, "window", "two integers", "True"),

@@ -94,7 +94,7 @@ def test_oracle_equals_autograd_in_float64(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_float32_accumulation_is_within_the_bound(mode, dtype):
     for seed in range(5):
-        problem = BASE.with_(dtype=dtype, weight_dtype=dtype, seed=seed, **MODES[mode])
+        problem = BASE.with_(dtype=dtype, weight_dtype=dtype, bias_dtype=torch.float32, seed=seed, **MODES[mode])
         t, y, grads = results(problem)
         bounds = Bounds(*problem.op_arguments(t))
         bounds.output().check(y, "y")

@@ -5,6 +5,9 @@ import warnings
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 import convkernels as ck
@@ -90,6 +93,57 @@ def test_auto_backend_compiles():
         warnings.simplefilter("ignore")
         torch.testing.assert_close(compiled(x, weight), ck.lightweight_conv1d(x, weight))
     assert compilations(counter) == 1
+
+
+@pytest.mark.parametrize("mode", ["fake", "symbolic"])
+@pytest.mark.parametrize("function", CALLS)
+def test_values_are_not_read_where_there_are_none(function, mode, backend):
+    """Boundaries of sequences and rows of a state under make_fx, FakeTensorMode and in a subclass of tensors."""
+    leaves, options = inputs_of(function, "packed", 9)
+    tensors = [*(v.detach() for v in leaves.values()), options["cu_seqlens"]]
+
+    def call(x, weight, gate, bounds):
+        return CALLS[function](x, weight, gate=gate, cu_seqlens=bounds, backend=backend)
+
+    graph = make_fx(call, tracing_mode=mode)(*tensors)
+    assert torch.equal(graph(*tensors), call(*tensors))
+    with FakeTensorMode() as fakes:
+        assert call(*map(fakes.from_tensor, tensors)).shape == tensors[0].shape
+    doubled = call(*(TwoTensor(t, t.clone()) for t in tensors))
+    assert torch.equal(doubled.a, call(*tensors)) and torch.equal(doubled.b, doubled.a)
+    if function == "lightweight":
+        step = [torch.randn(B, C), torch.zeros(B, K - 1, C), tensors[1], torch.tensor([1, 0])]
+
+        def one(x, state, weight, rows):
+            return ck.lightweight_conv1d_step(x, state, weight, state_index=rows, backend=backend)
+
+        with FakeTensorMode() as fakes:
+            assert one(*map(fakes.from_tensor, step)).shape == (B, C)
+        assert torch.equal(make_fx(one, tracing_mode=mode)(*step)(*step), one(step[0], step[1] * 0, *step[2:]))
+
+
+@pytest.mark.parametrize("function", CALLS)
+def test_meta_tensors(function, backend):
+    """Shapes, strides and dtypes as on a device, gradients too, and nothing is computed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for chosen, mode in ((backend, "everything"), ("auto", "everything"), ("auto", "packed")):
+            leaves, options = inputs_of(function, mode, 9)
+            leaves = {n: v.detach().to("meta").requires_grad_() for n, v in leaves.items()}
+            options = {n: v.to("meta") if isinstance(v, torch.Tensor) else v for n, v in options.items()}
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = CALLS[function](**leaves, **options, backend=chosen)
+            assert y.is_meta and y.stride() == leaves["x"].stride() and y.dtype == torch.float32
+            y.sum().backward()
+            assert all(v.grad.is_meta and v.grad.shape == v.shape for v in leaves.values())
+    with torch.device("meta"):
+        module = cknn.GatedConv(C, cknn.LightweightConv1d(C, K, H, weight_dropout=0.1, backend=backend))
+        assert module(torch.randn(B, 9, C)).shape == (B, 9, C)
+        step = getattr(ck, f"{function}_conv1d_step")
+        weight = torch.randn(*{"depthwise": (C,), "lightweight": (H,), "dynamic": (B, H)}[function], K)
+        rows = torch.zeros(B, dtype=torch.int64)
+        y = step(torch.randn(B, C), torch.zeros(B, K - 1, C), weight, state_index=rows, backend=backend)
+        assert y.is_meta and y.shape == (B, C)
 
 
 def test_explain_reports_no_graph_break(backend):

@@ -3,6 +3,7 @@ was given, before any kernel starts.
 """
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -31,6 +32,30 @@ def overlapping():
     """x is the newest row of the state."""
     state = torch.zeros(B, K - 1, C)
     return {"state": state, "x": state[:, -1]}
+
+
+class Array:
+    """Something like an array of numpy."""
+
+    shape, dtype = (B, T, C), "float32"
+
+    def __repr__(self):
+        return "all its numbers"
+
+
+def unusual(make):
+    """What torch warns of as a prototype, or as deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return make()
+
+
+def nested(layout):
+    return unusual(lambda: torch.nested.nested_tensor([torch.randn(T, C), torch.randn(3, C)], layout=layout))
+
+
+def quantized():
+    return unusual(lambda: torch.quantize_per_tensor(torch.randn(B, T, C), 0.1, 0, torch.qint8))
 
 
 L, D, P = "lightweight_conv1d", "dynamic_conv1d", "depthwise_conv1d"
@@ -68,6 +93,18 @@ TABLE = [
     (L, {"renormalize": "yes"}, TypeError, "renormalize", "True or False", "'yes'"),
     (L, {"renormalize": True, "softmax": False}, ValueError, "renormalize", "False, because without softmax", "True"),
     (L, {"dilation": 0}, ValueError, "dilation", "positive integer", "got 0"),
+    (L, {"dilation": 2**63 - 1}, ValueError, "dilation", r"at most 2\^30, also times K - 1 = 4", "9223372036854775807"),
+    (L, {"dilation": 2**28 + 1}, ValueError, "dilation", r"at most 2\^30, also times K - 1 = 4", "268435457"),
+    (P, {"weight": torch.randn(C, 1), "dilation": 2**30 + 1}, ValueError, "dilation", r"at most 2\^30", "1073741825"),
+    (DS, {"dilation": 2**62}, ValueError, "dilation", r"at most 2\^30", "4611686018427387904"),
+    (LS, {"state": torch._neg_view(torch.zeros(B, K - 1, C))}, ValueError, "state", "resolve_neg", "negated view"),
+    (L, {"x": Array()}, TypeError, "x", "a tensor", r"Array of shape \[2, 7, 12\]$"),
+    (L, {"x": [0.0] * 10000}, TypeError, "x", "a tensor", r"\[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, \.\.\.\] of type list"),
+    (L, {"x": nested(torch.strided)}, TypeError, "x", "one after the other in one row, with cu_seqlens", "nested"),
+    (L, {"x": nested(torch.jagged)}, TypeError, "x", "one after the other in one row, with cu_seqlens", "nested"),
+    (P, {"bias": nested(torch.strided)}, TypeError, "bias", "one after the other", "nested"),
+    (D, {"weight": nested(torch.strided)}, TypeError, "weight", "one after the other", "nested"),
+    (L, {"x": quantized()}, TypeError, "x", "not quantized", "qint8 tensor"),
     (L, {"dilation": -2}, ValueError, "dilation", "positive integer", "-2"),
     (L, {"dilation": 1.0}, TypeError, "dilation", "positive integer", "1.0 of type float"),
     (L, {"dilation": True}, TypeError, "dilation", "positive integer", "True"),
@@ -187,6 +224,8 @@ RAW = [
     ("left", {"left": -1}),
     ("left", {"left": K}),
     ("dilation", {"dilation": 0}),
+    ("dilation", {"dilation": 2**62}),
+    ("dilation", {"dilation": 2**28 + 1}),
     ("dropout", {"dropout": 1.5}),
     ("seed", {"dropout": 0.5}),
     ("bias", {"bias": torch.randn(C + 1)}),
@@ -199,6 +238,14 @@ RAW = [
     ("cu_seqlens", {"cu_seqlens": torch.tensor([0.0, 7.0])}),
     ("initial_state", {"initial_state": torch.zeros(B, K, C)}),
 ]
+
+
+def test_no_backend_takes_a_dilation_that_overflows(ops):
+    """Compiled code and whoever calls the operators get there without the checks of the functions."""
+    for dilation in (2**63 - 1, 2**62, 2**62 + 1, 2**28 + 1):
+        for call in (ops.tap_conv, lambda *a: ops.tap_grad(torch.randn(B, T, C), *a)):
+            with pytest.raises((RuntimeError, ValueError), match="argument 'dilation': expected .* at most 2\\^30"):
+                call(torch.randn(B, T, C), torch.randn(H, K), 0, dilation)
 
 
 @pytest.mark.parametrize("row", range(len(RAW)), ids=lambda i: f"{i}-{RAW[i][0]}")
@@ -220,6 +267,7 @@ def test_the_native_ops_refuse_to_leave_their_memory(row):
     ("argument", "changes"),
     [
         ("state", {"state": torch.zeros(B, K, C)}),
+        ("dilation", {"dilation": 2**62}),
         ("state_index", {"state_index": torch.tensor([0, 2])}),
         ("state_index", {"state_index": torch.tensor([-1, 0])}),
         ("state_index", {"state_index": torch.tensor([0])}),

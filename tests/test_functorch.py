@@ -2,10 +2,12 @@
 
 import itertools
 import warnings
+from functools import partial
 
 import pytest
 import torch
-from torch.func import functional_call, grad, jacrev, vmap
+from torch.autograd import forward_ad
+from torch.func import functional_call, functionalize, grad, jacfwd, jacrev, jvp, vmap
 
 import convkernels as ck
 from convkernels import nn as cknn
@@ -177,3 +179,64 @@ def test_functional_call_of_a_module(backend):
         expected = torch.autograd.grad(module(x[n]).square().sum(), list(parameters.values()))
         for (name, value), e in zip(found.items(), expected, strict=True):
             torch.testing.assert_close(value[n], e, rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+
+
+STEPS = {"depthwise": ck.depthwise_conv1d_step, "lightweight": ck.lightweight_conv1d_step,
+         "dynamic": ck.dynamic_conv1d_step}  # fmt: skip
+
+
+def refuses(call):
+    with pytest.raises(NotImplementedError, match="forward-mode|forward mode"):
+        call()
+
+
+@pytest.mark.parametrize("function", CALLS)
+def test_tangents_are_refused(function, backend):
+    """Forward-mode differentiation is an error, whatever carries the tangent and however the call is made."""
+    x, weight = values((B, T, C), DOUBLE, 1), values(weight_shape(function), DOUBLE, 2)
+    inputs = {"x": x, "weight": weight, "bias": values((C,), DOUBLE, 3), "gate": values((B, T, C), DOUBLE, 4)}
+    inputs["initial_state"] = values((B, K - 1, C), DOUBLE, 5)
+    call = partial(CALLS[function], padding="causal", backend=backend)
+    leaf = x.clone().requires_grad_()
+    y = call(leaf, weight)
+    compiled = torch.compile(lambda v: call(v, weight), backend="aot_eager")
+    torch.testing.assert_close(compiled(x), call(x, weight))
+    with forward_ad.dual_level():
+        for name, value in inputs.items():
+            dual = forward_ad.make_dual(value, value)
+            refuses(lambda name=name, dual=dual: call(**{**inputs, name: dual}))
+        dual = forward_ad.make_dual(x, x)
+        for short in (lambda: call(dual, weight), lambda: call(dual, weight.clone().requires_grad_()),
+                      lambda: compiled(dual), lambda: torch.autograd.grad(y, leaf, dual)):  # fmt: skip
+            refuses(short)
+        assert torch.equal(call(**inputs), call(**inputs))  # what has no tangent is computed as ever
+        first = dual[:, 0].contiguous()
+        row = weight[:, 0].contiguous() if function == "dynamic" else weight
+        refuses(lambda: STEPS[function](first, torch.zeros(B, K - 1, C, dtype=DOUBLE), row, backend=backend))
+    refuses(lambda: jvp(lambda v: call(v, weight), (x,), (x,)))
+    refuses(lambda: jacfwd(jacrev(lambda w: call(x, w).sum()))(weight))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("function", STEPS)
+def test_a_step_under_a_transform_is_refused(function, backend):
+    x, state = torch.randn(N, B, C), torch.zeros(N, B, K - 1, C)
+    weight = torch.randn(N, *({"dynamic": (B, H, K)}.get(function, weight_shape(function))))
+    call = partial(STEPS[function], backend=backend)
+    with pytest.raises(NotImplementedError, match=f"{function}_conv1d_step: expected no torch.func transform"):
+        vmap(call)(x, state, weight)
+    with pytest.raises(NotImplementedError, match=f"{function}_conv1d_step: expected no torch.func transform"):
+        functionalize(call)(x[0], state[0], weight[0])
+    assert not state.any()
+
+
+def test_vmap_with_a_mapped_bias_rounds_once(backend):
+    """As the loop does, bit for bit."""
+    x, weight = values((B, T, C), torch.bfloat16, 1), values((H, K), torch.bfloat16, 2)
+    bias = values((N, C), torch.bfloat16, 3)
+
+    def call(bias):
+        return ck.lightweight_conv1d(x, weight, bias, backend=backend)
+
+    close = dict(rtol=2**-8, atol=0) if backend in ("triton", "cuda") else dict(rtol=0, atol=0)
+    torch.testing.assert_close(vmap(call)(bias), torch.stack([call(b) for b in bias]), **close)

@@ -195,3 +195,35 @@ def test_third_derivative(backend):
         return first
 
     assert gradgradcheck(scalar, inputs, fast_mode=True)
+
+
+LOW = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("bias_dtype", LOW)
+@pytest.mark.parametrize("weight_dtype", LOW)
+def test_each_gradient_is_rounded_once_to_its_own_dtype(function, weight_dtype, bias_dtype, backend):
+    """x, weight and bias of three dtypes, and sums that float16 cannot hold: exact where the dtype has the number."""
+    length, channels, taps = 700, 4, 2
+    rows = {"depthwise": (channels,), "lightweight": (2,), "dynamic": (1, length, 2)}[function]
+    x = torch.zeros(1, length, channels, requires_grad=True)
+    weight = torch.zeros(*rows, taps, dtype=weight_dtype, requires_grad=True)
+    bias = torch.zeros(channels, dtype=bias_dtype, requires_grad=True)
+    expected = torch.full((channels,), 100.125 * length).to(bias_dtype)
+    for mode in ({}, {"gate": torch.zeros(1, length, channels)}):
+        y = FUNCTIONS[function](x, weight, bias, backend=backend, **mode)
+        cotangent = torch.full_like(y, 100.125).requires_grad_()
+        for graph in (False, True):
+            found = torch.autograd.grad(y, (x, weight, bias), cotangent, create_graph=graph, retain_graph=True)
+            assert [g.dtype for g in found] == [x.dtype, weight.dtype, bias.dtype]
+            assert torch.equal(found[2], expected)
+        # The second derivative: that of sum(d(bias)) with respect to the cotangent is 1.
+        assert torch.equal(torch.autograd.grad(found[2].float().sum(), cotangent)[0], torch.ones_like(y))
+
+    def call(bias):
+        y = FUNCTIONS[function](x.detach(), weight.detach(), bias, backend=backend)
+        return (y * 100.125).sum()
+
+    batched = torch.func.vmap(torch.func.grad(call))(bias.detach().expand(2, -1))
+    assert batched.dtype == bias_dtype and torch.equal(batched, expected.expand(2, -1))

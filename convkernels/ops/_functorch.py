@@ -1,10 +1,11 @@
-"""What the operators have in common under torch.func transforms: how to notice one, and pieces of vmap rules and double
-backwards."""
+"""What the operators have in common under torch.func transforms and forward-mode differentiation: how to notice one,
+and pieces of vmap rules and double backwards."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
@@ -12,6 +13,20 @@ transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda
 def transforming() -> bool:
     """Whether a torch.func transform or a compiler is looking at the code that runs now."""
     return torch.compiler.is_compiling() or transforms_active()
+
+
+def refuse_tangents(function: str, **inputs: Tensor | None) -> None:
+    """NotImplementedError for an input that carries a tangent. An operator without an autograd kernel would lose it
+    without a word. Worth a call only where ``forward_ad._current_level`` is not negative. A compiler sees no tangents:
+    it gets the error always, and leaves the call to eager code."""
+    for argument, value in inputs.items():
+        if not isinstance(value, Tensor):
+            continue
+        if torch.compiler.is_compiling() or forward_ad.unpack_dual(value).tangent is not None:
+            raise NotImplementedError(
+                f"{function}: argument '{argument}': expected no tangent, because there are no forward-mode "
+                "derivatives (use torch.func.vjp or jacrev), got a dual tensor"
+            )
 
 
 def mapped(value: Tensor, dim: int | None, size: int) -> Tensor:

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+FARTHEST = 2**30
+"""The greatest dilation, and distance between the first and the last tap: positions near them fit into 32 bits."""
+
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, otherwise float32."""

@@ -81,7 +81,7 @@ def why_not(
     entry = backends.BACKENDS[backend]
     reasons = []
     kind = torch.device(device).type
-    if entry.devices is not None and kind not in entry.devices:
+    if entry.devices is not None and kind not in (*entry.devices, "meta"):  # on "meta" nothing is computed
         reasons.append(f"backend '{backend}' runs on {' or '.join(entry.devices)} tensors, not on {kind}")
     if dtype not in entry.dtypes:
         reasons.append(f"backend '{backend}' does not compute in {dtype}")
@@ -133,6 +133,8 @@ def choose(
         if reasons:
             raise RuntimeError(f"{op}: {'; '.join(reasons)}")
         return backend
+    if device_type == "meta":
+        return "reference"
     name, passed_over = first_fast(operator or op, device_type, dtype, problem)
     if name is not None:
         return name

@@ -5,14 +5,23 @@ are slow and complete; the public functions call them only when a few cheap comp
 call is fine.
 """
 
+import reprlib
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from ._functorch import transforming
+from ._numbers import FARTHEST
+
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FLOAT_NAMES = "float64, float32, bfloat16 or float16"
 _INTEGERS = (torch.int32, torch.int64)
+_PLAIN = (Tensor, torch.nn.Parameter)
+_mode = torch._C._get_dispatch_mode
+_FAKE, _PROXY, _FUNCTIONAL = (
+    torch._C._TorchDispatchModeKey.__members__[name] for name in ("FAKE", "PROXY", "FUNCTIONAL")
+)
 
 
 def fail(function: str, argument: str, expected: str, got: Any, kind: type[Exception] = ValueError) -> NoReturn:
@@ -25,7 +34,23 @@ def describe(value: Any) -> str:
     """A value as error messages show it."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)} on {value.device}"
-    return f"{value!r} of type {type(value).__name__}"
+    kind = type(value).__name__
+    if hasattr(value, "shape") and hasattr(value, "dtype"):  # an array of another package may be large
+        return f"{kind} of shape {list(value.shape)}"
+    return f"{reprlib.repr(value)} of type {kind}"
+
+
+def real(value: Tensor) -> bool:
+    """Whether there is memory behind a tensor that may be looked at: not where it stands for others, as under
+    torch.func, make_fx, FakeTensorMode and for subclasses."""
+    return (
+        type(value) in _PLAIN
+        and value.device.type != "meta"
+        and not transforming()
+        and _mode(_FAKE) is None
+        and _mode(_PROXY) is None
+        and _mode(_FUNCTIONAL) is None
+    )
 
 
 def tensor(function: str, argument: str, value: Any, *, optional: bool = False) -> None:
@@ -34,7 +59,12 @@ def tensor(function: str, argument: str, value: Any, *, optional: bool = False) 
         return
     if not isinstance(value, Tensor):
         fail(function, argument, "a tensor" + (" or None" if optional else ""), describe(value), TypeError)
-    if value.layout is not torch.strided or value.is_quantized:
+    if value.is_nested:
+        expected = "a dense tensor (sequences of several lengths: one after the other in one row, with cu_seqlens)"
+        fail(function, argument, expected, "a nested tensor", TypeError)
+    if value.is_quantized:
+        fail(function, argument, "a dense tensor, not quantized (see Tensor.dequantize)", value, TypeError)
+    if value.layout is not torch.strided:
         fail(function, argument, "a dense tensor", f"layout {value.layout}", TypeError)
 
 
@@ -71,9 +101,17 @@ def parameter_dtype(function: str, argument: str, value: Tensor, x: Tensor, name
         fail(function, argument, expected, value, TypeError)
 
 
+def autocasting(x: Any) -> bool:
+    """Whether x lies on a device with an active autocast region. "meta" knows none."""
+    if not isinstance(x, Tensor):
+        return False
+    kind = x.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
 def autocast(x: Any, *others: Any) -> tuple:
     """x and what shares its dtype, in the dtype of an active autocast region; double precision is left alone."""
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type) and x.dtype in FLOATS[1:]:
+    if autocasting(x) and x.dtype in FLOATS[1:]:
         dtype = torch.get_autocast_dtype(x.device.type)
         return tuple(
             value.to(dtype) if isinstance(value, Tensor) and value.dtype in FLOATS[1:] else value
@@ -97,6 +135,13 @@ def positive(function: str, argument: str, value: Any) -> None:
     integer(function, argument, value, "a positive integer")
     if value < 1:
         fail(function, argument, "a positive integer", value)
+
+
+def reach(function: str, dilation: Any, K: int) -> None:
+    """A dilation, such that no position that K taps read overflows."""
+    positive(function, "dilation", dilation)
+    if dilation > FARTHEST or (isinstance(K, int) and (K - 1) * dilation > FARTHEST):
+        fail(function, "dilation", f"a positive integer, at most 2^30, also times K - 1 = {_size(K - 1)}", dilation)
 
 
 def padding_left(function: str, padding: Any, K: int, dilation: int) -> int:
@@ -176,15 +221,15 @@ def dropout(function: str, argument: str, p: Any, training: Any, seed: Any, x: T
         same_device(function, "seed", seed, x, name)
 
 
-def cu_seqlens(function: str, value: Any, x: Tensor, read_values: bool) -> None:
+def cu_seqlens(function: str, value: Any, x: Tensor) -> None:
     tensor(function, "cu_seqlens", value, optional=True)
     if value is not None:
-        boundaries(function, "cu_seqlens", value, x, x.shape[1], read_values)
+        boundaries(function, "cu_seqlens", value, x, x.shape[1])
 
 
 def boundaries(
-    function: str, argument: str, value: Tensor, x: Tensor, length: int, read_values: bool, name: str = "x",
-    letters: str = "[1,T,C]", letter: str = "T",
+    function: str, argument: str, value: Tensor, x: Tensor, length: int, name: str = "x", letters: str = "[1,T,C]",
+    letter: str = "T",
 ) -> None:  # fmt: skip
     """Boundaries of packed sequences. Their values are read only where that costs no device synchronisation."""
     if value.dtype not in _INTEGERS:
@@ -194,7 +239,7 @@ def boundaries(
     same_device(function, argument, value, x, name)
     if x.shape[0] != 1:
         fail(function, name, f"shape {letters}, one row of packed sequences, because {argument} is given", x)
-    if not read_values or value.device.type != "cpu":
+    if value.device.type != "cpu" or not real(value):
         return
     bounds = value.tolist()
     if bounds[0] != 0:
@@ -216,7 +261,7 @@ def initial_state(function: str, value: Any, x: Tensor, rows: int, cu: Tensor | 
 
 def convolution(
     function: str, x, weight_, bias_, softmax, renormalize, padding, dilation, p, training, seed, gate_, mask_, cu,
-    state, return_state, *, letters: str, read_values: bool,
+    state, return_state, *, letters: str,
 ) -> int:  # fmt: skip
     """All checks of a convolution over a sequence; returns ``left``. letters: [C,K], [H,K] or [B,T,H,K]."""
     tensor(function, "x", x)
@@ -230,12 +275,12 @@ def convolution(
     flag(function, "renormalize", renormalize)
     if renormalize and not softmax:
         fail(function, "renormalize", "False, because without softmax there is nothing to renormalize", renormalize)
-    positive(function, "dilation", dilation)
+    reach(function, dilation, K)
     left = padding_left(function, padding, K, dilation)
     dropout(function, "weight_dropout", p, training, seed, x)
     gate(function, gate_, x)
     mask(function, mask_, x)
-    cu_seqlens(function, cu, x, read_values)
+    cu_seqlens(function, cu, x)
     flag(function, "return_state", return_state)
     rows = (K - 1) * dilation
     initial_state(function, state, x, rows, cu)
@@ -247,9 +292,9 @@ def convolution(
 
 def step(
     function: str, x, state, weight_, bias_, softmax, renormalize, dilation, gate_, state_index, position, *,
-    letters: str, eager: bool,
+    letters: str,
 ) -> None:  # fmt: skip
-    """All checks of a decoding step. letters: [C,K], [H,K] or [B,H,K]. eager: values and addresses may be looked at."""
+    """All checks of a decoding step. letters: [C,K], [H,K] or [B,H,K]."""
     tensor(function, "x", x)
     tensor(function, "state", state)
     tensor(function, "weight", weight_)
@@ -263,7 +308,7 @@ def step(
     flag(function, "renormalize", renormalize)
     if renormalize and not softmax:
         fail(function, "renormalize", "False, because without softmax there is nothing to renormalize", renormalize)
-    positive(function, "dilation", dilation)
+    reach(function, dilation, K)
     shape(function, "state", state, (B, (K - 1) * dilation, C), "[B,S,C], S = (K-1)*dilation,")
     same_dtype(function, "state", state, x)
     same_device(function, "state", state, x)
@@ -277,8 +322,10 @@ def step(
             fail(function, "state_index", "an int64 tensor", state_index, TypeError)
         shape(function, "state_index", state_index, (B,), "[B]")
         same_device(function, "state_index", state_index, x)
-        if eager and state_index.device.type == "cpu" and any(not 0 <= row < B for row in state_index.tolist()):
-            fail(function, "state_index", f"rows of the state, 0 to {B - 1}", state_index.tolist())
+        if state_index.device.type == "cpu" and real(state_index):
+            rows = state_index.tolist()
+            if any(not 0 <= row < B for row in rows):
+                fail(function, "state_index", f"rows of the state, 0 to {B - 1}", rows)
     tensor(function, "position", position, optional=True)
     if position is not None:
         if position.dtype != torch.int64:
@@ -292,9 +339,16 @@ def step(
             fail(
                 function, argument, "no gradient (a step is inference only: use torch.no_grad())", "requires_grad=True"
             )
-    if eager:
+    if real(state):
+        if state.is_neg():
+            fail(
+                function,
+                "state",
+                "memory that holds its values (see Tensor.resolve_neg)",
+                "a negated view of other memory",
+            )
         for argument, value in inputs.items():
-            if value is not None and _overlap(value, state):
+            if type(value) in _PLAIN and _overlap(value, state):
                 fail(
                     function,
                     argument,

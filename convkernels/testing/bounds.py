@@ -85,6 +85,7 @@ class Bounds:
     def __init__(self, x, weight, *args, **kwargs):
         self.exact = Windows(x, weight, *args, **kwargs)
         self.x_dtype, self.weight_dtype = x.dtype, weight.dtype
+        self.sum_dtype = torch.float64 if self.exact.float64 else torch.float32
         self.u = 2.0 * UNIT_ROUNDOFF[torch.float64] if self.exact.float64 else UNIT_ROUNDOFF[torch.float32]
         self.weight_error = self._weight_error()
         self.sigmoid_error = self._sigmoid_error()
@@ -150,7 +151,7 @@ class Bounds:
         """Gradients for the cotangent `grad` [B,T,C]: dict of Expected x, weight, bias, and gate and initial_state
         where present.
 
-        grad_bias is expected in the dtype of the weight, as the op returns it.
+        grad_bias is expected in the accumulation type, as the op returns it.
         """
         exact = self.exact
         g = to_float64(grad)
@@ -161,7 +162,7 @@ class Bounds:
 
     def _bias_gradient(self, g):
         terms = max(g.shape[0] * g.shape[1], 1)
-        return self._rounded(g.sum((0, 1)), terms * self.u * np.abs(g).sum((0, 1)), self.weight_dtype)
+        return self._rounded(g.sum((0, 1)), terms * self.u * np.abs(g).sum((0, 1)), self.sum_dtype)
 
     def _weight_gradient(self, split):
         exact, u = self.exact, self.u

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ...backends import preference
 from .. import _functorch, _select, _validate
@@ -79,11 +80,15 @@ def composite_attention(
     """
     name = "composite_attention"
     transforming = _functorch.transforming()
+    if forward_ad._current_level >= 0:
+        _functorch.refuse_tangents(
+            name, q=q, k=k, v=v, bias=bias, query_rel=query_rel, rel_query=rel_query, key_rel=key_rel,
+            value_conv=value_conv, value_conv_bias=value_conv_bias, value_conv_scale=value_conv_scale,
+        )  # fmt: skip
     q, k, v, rel_query = _validate.autocast(q, k, v, rel_query)
     left, right = checks.attention(
         name, q, k, v, bias, query_rel, rel_query, key_rel, window, outside, value_conv, value_conv_bias,
         value_conv_scale, causal, key_mask, cu_seqlens_q, cu_seqlens_k, dropout, training, seed, scale, qk, return_lse,
-        read_values=not transforming,
     )  # fmt: skip
     inputs = (q, k, v, bias, query_rel, rel_query, key_rel, value_conv, value_conv_bias, value_conv_scale)
     recorded = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in inputs)

@@ -20,13 +20,14 @@ from .._validate import (
 )  # fmt: skip
 from . import reference
 
+FARTHEST = 2**60
+"""What a window's reach is below: places of keys and queries do not overflow."""
 OUTSIDE = {"clip": reference.CLIP, "zero": reference.ZERO, "mask": reference.MASK}
 
 
 def attention(
     function: str, q, k, v, bias, query_rel, rel_query, key_rel, window, outside, value_conv, value_conv_bias,
-    value_conv_scale, causal, key_mask, cu_seqlens_q, cu_seqlens_k, dropout, training, seed, scale, qk, return_lse, *,
-    read_values: bool,
+    value_conv_scale, causal, key_mask, cu_seqlens_q, cu_seqlens_k, dropout, training, seed, scale, qk, return_lse,
 ) -> tuple[int, int]:  # fmt: skip
     """All checks; returns how far the window reaches to the left and to the right."""
     _queries_and_keys(function, q, k, v)
@@ -68,7 +69,7 @@ def attention(
             fail(function, "key_mask", "a bool tensor (True: real key)", key_mask, TypeError)
         shape(function, "key_mask", key_mask, (B, S), "[B,S]")
         same_device(function, "key_mask", key_mask, q, "q")
-    _packing(function, q, k, cu_seqlens_q, cu_seqlens_k, read_values)
+    _packing(function, q, k, cu_seqlens_q, cu_seqlens_k)
     _validate.dropout(function, "dropout", dropout, training, seed, q, "q")
     if scale is not None:
         if isinstance(scale, bool) or not isinstance(scale, int | float):
@@ -118,14 +119,14 @@ def _window(function: str, window, outside, tables: dict, q: Tensor) -> tuple[in
         if W % 2 == 0:
             fail(function, "window", f"(left, right), because {argument} has an even number of columns, {W}", "None")
         return W // 2, W // 2
-    expected = "None, k for (k, k), or (left, right), two integers >= 0"
+    expected = "None, k for (k, k), or (left, right), two integers >= 0 and below 2^60"
     pair = (window, window) if isinstance(window, int) and not isinstance(window, bool) else window
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         fail(function, "window", expected, describe(window), TypeError)
     for side in pair:
         if isinstance(side, bool) or not isinstance(side, int):
             fail(function, "window", expected, describe(window), TypeError)
-        if side < 0:
+        if not 0 <= side < FARTHEST:
             fail(function, "window", expected, window)
     return pair[0], pair[1]
 
@@ -139,7 +140,7 @@ def _table(function: str, argument: str, value, q: Tensor, size: tuple, letters:
     same_device(function, argument, value, q, "q")
 
 
-def _packing(function: str, q: Tensor, k: Tensor, cu_q, cu_k, read_values: bool) -> None:
+def _packing(function: str, q: Tensor, k: Tensor, cu_q, cu_k) -> None:
     tensor(function, "cu_seqlens_q", cu_q, optional=True)
     tensor(function, "cu_seqlens_k", cu_k, optional=True)
     if cu_q is None:
@@ -150,6 +151,6 @@ def _packing(function: str, q: Tensor, k: Tensor, cu_q, cu_k, read_values: bool)
         fail(function, "cu_seqlens_k", "boundaries, because q and k differ in length", "None")
     pairs = [("cu_seqlens_q", cu_q, "T", q)] + ([] if cu_k is None else [("cu_seqlens_k", cu_k, "S", k)])
     for argument, value, letter, rows in pairs:
-        boundaries(function, argument, value, q, rows.shape[1], read_values, "q", "[1,T,H,D]", letter)
+        boundaries(function, argument, value, q, rows.shape[1], "q", "[1,T,H,D]", letter)
     if cu_k is not None:
         shape(function, "cu_seqlens_k", cu_k, tuple(cu_q.shape), "[N+1]")

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from ...backends import BACKENDS
 from .. import _late
-from .._functorch import transforming
+from .._functorch import refuse_tangents, transforming
 from .._numbers import accumulate_dtype
 from .._spec import Autograd, OpSpec, overload, register
 from . import batching, composite, cost, reference
@@ -74,6 +74,8 @@ def _backward(ctx, grad, grad_lse, backend) -> tuple:
     if torch.is_grad_enabled() or transforming():
         found = AttentionGrad.apply(grad, grad_lse, out, lse, *args, needs, backend)
     else:
+        if forward_ad._current_level >= 0:
+            refuse_tangents("the gradient of attention", grad=grad, grad_lse=grad_lse)
         found = KERNELS[backend].raw_grad(grad, grad_lse, out, lse, *args, needs)
     for bit, index in enumerate(INPUTS):
         if needs & 1 << bit:

@@ -7,8 +7,9 @@ checks everything.
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from .. import _functorch, _select, _validate
+from .. import _functorch, _numbers, _select, _validate
 from . import op, reference
 
 _autocast_somewhere = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
@@ -16,6 +17,7 @@ _transforms_active = _functorch.transforms_active
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _STRIDED = torch.strided
+_FARTHEST = _numbers.FARTHEST
 
 # (backend, dtype of x, dtype of weight, device of x, device of weight) of calls that passed all checks -> (raw,
 # record).
@@ -195,12 +197,13 @@ def _conv(
         and (training is False or (training is True and p == 0.0))
         and seed is None
         and dilation.__class__ is int
-        and dilation > 0
+        and 0 < dilation <= _FARTHEST
         and (softmax is True or softmax is False)
         and p.__class__ is float
         and 0.0 <= p <= 1.0
         and not _transforms_active()
         and not _autocast_somewhere()
+        and forward_ad._current_level < 0
     )
     if plain:
         try:
@@ -223,7 +226,7 @@ def _conv(
                 and x.layout is weight.layout is _STRIDED
                 and K > 0
                 and C % H == 0
-                and 0 <= left <= (K - 1) * dilation
+                and 0 <= left <= (K - 1) * dilation <= _FARTHEST
             )
             if fits and bias is None:
                 recorded = _is_grad_enabled() and (x.requires_grad or weight.requires_grad)
@@ -233,6 +236,9 @@ def _conv(
                 return (record if recorded else raw)(x, weight, left, dilation, softmax, False, 0.0, None, bias)
         except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError, ZeroDivisionError):
             pass  # `_general` says what is wrong, if anything is
+        except RuntimeError:
+            if not any(getattr(value, "is_nested", False) for value in (x, weight, bias)):
+                raise
     return _general(
         name, letters, x, weight, bias, softmax, renormalize, padding, dilation, p, training, seed, gate, mask,
         cu_seqlens, initial_state, return_state, backend,
@@ -245,10 +251,12 @@ def _general(
 ):  # fmt: skip
     """Every check and every feature."""
     transforming = _functorch.transforming()
+    if forward_ad._current_level >= 0:
+        _functorch.refuse_tangents(name, x=x, weight=weight, bias=bias, gate=gate, initial_state=initial_state)
     x, gate, initial_state = _validate.autocast(x, gate, initial_state)
     left = _validate.convolution(
         name, x, weight, bias, softmax, renormalize, padding, dilation, p, training, seed, gate, mask, cu_seqlens,
-        initial_state, return_state, letters=letters, read_values=not transforming,
+        initial_state, return_state, letters=letters,
     )  # fmt: skip
     chosen = _select.pick(backend, name, x.device.type, x.dtype)
     kernels = op.KERNELS[chosen]
@@ -436,17 +444,23 @@ def dynamic_conv1d_step(
 def _step(
     name, letters, x, state, weight, bias, softmax, renormalize, dilation, gate, state_index, position, backend
 ) -> Tensor:
-    if isinstance(x, Tensor) and isinstance(state, Tensor) and torch.is_autocast_enabled(x.device.type):
+    if isinstance(state, Tensor) and _validate.autocasting(x):
         # The state outlives the autocast region, so it decides the dtype.
         x = x.to(state.dtype)
         gate = gate.to(state.dtype) if isinstance(gate, Tensor) else gate
-    transforming = _functorch.transforming()
+    compiling = _is_compiling()
+    if not compiling and _transforms_active():
+        raise NotImplementedError(
+            f"{name}: expected no torch.func transform (vmap, functionalize, ...), because the state is updated in "
+            "place; the batch is the first dimension of every argument"
+        )
+    if forward_ad._current_level >= 0:
+        _functorch.refuse_tangents(name, x=x, state=state, weight=weight, bias=bias, gate=gate)
     _validate.step(
-        name, x, state, weight, bias, softmax, renormalize, dilation, gate, state_index, position,
-        letters=letters, eager=not transforming,
-    )  # fmt: skip
+        name, x, state, weight, bias, softmax, renormalize, dilation, gate, state_index, position, letters=letters
+    )
     chosen = _select.pick(backend, name, x.device.type, x.dtype)
     y = op.KERNELS[chosen].step(x, state, weight, dilation, softmax, renormalize, bias, gate, state_index, position)
-    if not transforming and not state.is_inference():
+    if not compiling and not state.is_inference():
         torch.autograd.graph.increment_version(state)
     return y

@@ -29,6 +29,10 @@ def conv(function: Callable, size: int, dims: tuple, args: tuple):
     if dropout > 0 or dims[11] is not None:
         return loop(function, size, dims, args)
     B = x.shape[0] if dims[0] is None else x.movedim(dims[0], 0).shape[1]
+    dtype = x.dtype
+    if dims[8] is not None:
+        # The bias is added below; round once, after that.
+        x, gate, state = (None if v is None else v.to(reference.accumulate_dtype(dtype)) for v in (x, gate, state))
     y = function(
         fold(x, dims[0], size),
         _fold_weight(weight, dims[1], size, B, separate=False),
@@ -46,7 +50,7 @@ def conv(function: Callable, size: int, dims: tuple, args: tuple):
     )
     y = y.reshape(size, B, *y.shape[1:])
     if dims[8] is not None:
-        y = (y + bias.movedim(dims[8], 0)[:, None, None, :]).to(x.dtype)
+        y = (y + bias.movedim(dims[8], 0)[:, None, None, :]).to(dtype)
     return y, 0
 
 
@@ -83,7 +87,7 @@ def grad(function: Callable, size: int, dims: tuple, args: tuple):
         grad_weight = (grad_weight.sum((1, 2)) if rank == 2 else grad_weight).to(weight.dtype)
     if needs & 4:
         dtype = reference.accumulate_dtype(grad.dtype)
-        grad_bias = folded.reshape(size, B, *folded.shape[1:]).sum((1, 2), dtype=dtype).to(weight.dtype)
+        grad_bias = folded.reshape(size, B, *folded.shape[1:]).sum((1, 2), dtype=dtype)
 
     def unfold(value: Tensor, bit: int) -> Tensor:
         return (

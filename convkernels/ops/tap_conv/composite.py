@@ -108,7 +108,7 @@ def fused_double_backward(
 ):
     """Gradients of (grad, x, weight, gate, initial_state); ``grads`` belong to the five outputs of ``tap_grad``."""
     given = [index for index, value in enumerate((x, weight, None, gate, state)) if value is not None]
-    bias_like = x.new_zeros(x.shape[2], dtype=weight.dtype)
+    bias_like = x.new_zeros(x.shape[2], dtype=reference.accumulate_dtype(x.dtype))
     primals = (x, weight, bias_like, gate, state)
     used = [index for index, value in enumerate(primals) if value is not None and grads[index] is not None]
 

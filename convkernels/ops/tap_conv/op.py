@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from ...backends import BACKENDS
 from .. import _cost, _late
-from .._functorch import transforming
+from .._functorch import refuse_tangents, transforming
+from .._numbers import accumulate_dtype
 from .._spec import Autograd, OpSpec, overload, register
 from . import batching, composite, reference
 
@@ -118,6 +119,8 @@ def _conv_backward(ctx, grad, needs_input_grad, backend) -> tuple:
             backend,
         )  # fmt: skip
     else:
+        if forward_ad._current_level >= 0:
+            refuse_tangents("the gradient of tap_conv", grad=grad)
         to_x, to_weight, to_bias, to_gate, to_state = KERNELS[backend].raw_grad(
             grad, x, weight, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens, state, needs
         )
@@ -285,7 +288,7 @@ def _fake_grad(
     return (
         torch.empty_like(x) if needs & 1 else x.new_empty(0),
         weight.new_empty(weight.shape) if needs & 2 else weight.new_empty(0),
-        weight.new_empty(x.shape[2]) if needs & 4 else weight.new_empty(0),
+        x.new_empty(x.shape[2] if needs & 4 else 0, dtype=accumulate_dtype(x.dtype)),
         torch.empty_like(gate) if needs & 8 and gate is not None else x.new_empty(0),
         x.new_empty(initial_state.shape) if needs & 16 and initial_state is not None else x.new_empty(0),
     )

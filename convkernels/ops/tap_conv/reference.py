@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._numbers import accumulate_dtype, dropout_mask
+from .._validate import reach
 
 # -- the pieces of the definition, differentiable; the double backward is built from them too -------------------------
 
@@ -47,6 +48,7 @@ def source_rows(
     Rows are numbered as ``extend`` lays them out: the T inputs, then the ``state_rows`` rows of each sequence's initial
     state (None: there is no state), then one row of zeros, which stands for everything outside.
     """
+    reach("tap_conv", dilation, K)
     sequence, start, end = (bound[:, None] for bound in sequence_bounds(T, cu_seqlens, device))
     position = torch.arange(T, device=device)[:, None] + dilation * torch.arange(K, device=device) - left
     inside = (position >= start) & (position < end)
@@ -154,14 +156,15 @@ def tap_grad(
     initial_state: Tensor | None = None,
     needs: int = 31,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients with respect to x, weight, bias, gate, initial_state; bits 1, 2, 4, 8, 16 of ``needs`` select them."""
+    """Gradients with respect to x, weight, bias, gate, initial_state; bits 1, 2, 4, 8, 16 of ``needs`` select them.
+    Each has the dtype of its input, but that of the bias, which is not given, the accumulation type."""
     (_, T, C), (H, K) = x.shape, weight.shape[-2:]
     dtype, source, inside, rows, w = _setting(
         x, weight, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens, initial_state
     )
     g = grad.to(dtype)
     grad_x, grad_gate, grad_state = x.new_empty(0), x.new_empty(0), x.new_empty(0)
-    grad_weight, grad_bias = weight.new_empty(0), weight.new_empty(0)
+    grad_weight, grad_bias = weight.new_empty(0), x.new_empty(0, dtype=dtype)
 
     if needs & (1 | 8 | 16):
         grad_rows = torch.zeros_like(rows)
@@ -195,7 +198,7 @@ def tap_grad(
             grad_w = grad_w * dropout_mask(seed, dropout, _four(weight.shape), dtype)
         grad_weight = grad_w.sum_to_size(_four(weight.shape)).reshape(weight.shape).to(weight.dtype).contiguous()
     if needs & 4:
-        grad_bias = g.sum((0, 1)).to(weight.dtype)
+        grad_bias = g.sum((0, 1))
     return grad_x, grad_weight, grad_bias, grad_gate, grad_state
 
 
