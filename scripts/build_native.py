@@ -78,8 +78,8 @@ def run(*command: str) -> None:
 def build(folder: Path, prefix: Path, *, tests: bool, module: str) -> None:
     """Configure and build in `folder`, install below `prefix`.
 
-    tests: keep what only the tests use, symbols among it.  module: CK_PYTHON, ON where a build without convkernels._C is
-    a failure, AUTO where it is not.
+    tests: keep what only the tests use, symbols among it.  module: CK_PYTHON, ON where a build without convkernels._C
+    is a failure, AUTO where it is not.
     """
     cmake, mode = tool("cmake"), build_mode()
     options = {

@@ -1,7 +1,7 @@
 """Checks that the bindings compile against a torch, and that this torch has every function they then need.
 
     python scripts/check_headers.py                      # the torch that is installed
-    python scripts/check_headers.py TORCH [TORCH ...]    # folders of unpacked torches, with include/ and lib/, or wheels
+    python scripts/check_headers.py TORCH [TORCH ...]    # wheels, or unpacked: folders with include/ and lib/
 
 Compiles bind_cpu.cpp and bind_cuda.cpp as the build does, for TORCH_TARGET_VERSION 2.10 and the latter with USE_CUDA,
 without nvcc and without linking. What belongs to CUDA is looked for only in a torch that was built with it. Every

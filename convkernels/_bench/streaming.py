@@ -130,9 +130,7 @@ class Streaming:
                 for (direction, calls), passes, aim in zip(
                     self._calls(case), case.passes(self.settings), case.targets, strict=True
                 ):
-                    times = timing.interleaved(
-                        calls, clock, self.settings.seconds, slow_s=0.5, on_error=self._failed
-                    )
+                    times = timing.interleaved(calls, clock, self.settings.seconds, slow_s=0.5, on_error=self._failed)
                     seconds = {name: t.median for name, t in times.items()}
                     record = {"case": case.name, "direction": direction, "passes": passes, "target": aim}
                     record |= {"seconds": seconds, "fraction": passes / 2 * seconds[COPY] / seconds[OURS]}

@@ -22,8 +22,8 @@ def missing(name: str) -> str | None:
     if path_of(name).exists():
         return None
     return (
-        f"{path_of(name).name} is not in {FOLDER}: it was not built ({LEFT_OUT[name]}), or Python imports a source tree "
-        "here and not the installed package"
+        f"{path_of(name).name} is not in {FOLDER}: it was not built ({LEFT_OUT[name]}), or Python imports a source "
+        "tree here and not the installed package"
     )
 
 
