@@ -126,7 +126,9 @@ def test_interrupted_bench_keeps_and_prints_what_it_has(tmp_path):
     (path,) = tmp_path.iterdir()
     section = json.loads(path.read_text())["sweep"]
     assert {record["length"] for record in section["records"]} >= {64}
-    assert re.search(r"^forward, float32, C=768", printed, re.MULTILINE) and re.search(r"^lightweight +64 ", printed, re.M)
+    assert re.search(r"^forward, float32, C=768", printed, re.MULTILINE) and re.search(
+        r"^lightweight +64 ", printed, re.M
+    )
 
 
 def test_a_shorter_sweep_keeps_the_longer_one(capsys, tmp_path):
@@ -154,14 +156,13 @@ def test_a_shorter_sweep_keeps_the_longer_one(capsys, tmp_path):
 
 def test_results_are_written_whole_or_not_at_all(monkeypatch, tmp_path):
     path = tmp_path / "results.json"
-    results.write(path, "old")
+    results.write(path, "{}")
 
     def fail(*rest):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(results.os, "replace", fail)
     store = results.Store(path, "sweep", {}, True)
-    path.write_text("{}")
     store.save({"records": [1]})
     assert "No space left" in store.error
     assert path.read_text() == "{}" and list(tmp_path.iterdir()) == [path]
