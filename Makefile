@@ -111,6 +111,7 @@ ctest: build
 
 abi: build
 	$(BIN)/python scripts/check_abi.py $(NATIVE)/libconvkernels_c*.so
+	$(BIN)/python scripts/check_headers.py
 
 asan: install
 	PYTHON=$(BIN)/python WORKERS=$(WORKERS) scripts/run_asan.sh
@@ -161,7 +162,7 @@ cross:
 # ---- on a machine with a GPU: no network, no .venv, only what $(PYTHON) has
 
 gpu-build:
-	$(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) scripts/build_native.py
 
 # Every combination of options is a Triton kernel of its own to compile, so many processes, and one in GPU_EVERY of the
 # cases.

@@ -1,109 +1,40 @@
-"""Drives CMake, which is the one list of native targets.
+"""Packages convkernels. What is compiled, and how, is in scripts/build_native.py; the rest is in pyproject.toml."""
 
-``CONVKERNELS_BUILD`` chooses what is built: ``cpu``, ``cuda`` (that and the CUDA kernels; needs nvcc, no GPU), ``none``
-for a pure-Python package that works through the reference backend, or ``auto`` (the default: the most that this machine
-has tools for). ``CMAKE_ARGS`` is passed on to CMake.
-
-torch is looked up but never imported: the metadata must be readable without it, and only its headers are needed.
-"""
-
-import os
-import shlex
-import shutil
-import subprocess
+import re
 import sys
-import sysconfig
-from importlib.util import find_spec
 from pathlib import Path
 
-from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
-
 ROOT = Path(__file__).resolve().parent
-MODES = ("auto", "cpu", "cuda", "none")
+sys.path.insert(0, str(ROOT / "scripts"))
 
+from build_native import build, build_in_place, build_mode  # noqa: E402
 
-def build_mode() -> str:
-    """The value of CONVKERNELS_BUILD with ``auto`` resolved for this platform."""
-    mode = os.environ.get("CONVKERNELS_BUILD", "auto")
-    if mode not in MODES:
-        raise SystemExit(f"CONVKERNELS_BUILD: expected one of {', '.join(MODES)}, got {mode!r}")
-    if mode == "cuda" and nvcc() is None:
-        raise SystemExit(
-            "CONVKERNELS_BUILD=cuda: there is no nvcc in the bin folder of CUDA_HOME or CUDA_PATH, nor on PATH; "
-            "install the CUDA toolkit, or use auto, cpu or none instead"
-        )
-    if mode == "auto":
-        return "none" if not sys.platform.startswith("linux") else "cpu" if nvcc() is None else "cuda"
-    return mode
+native = build_mode() != "none"
+try:
+    import setuptools
+except ImportError:
+    setuptools = None
+oldest = re.search(r"setuptools>=(\d+)", (ROOT / "pyproject.toml").read_text()).group(1)
+version = setuptools.__version__ if setuptools else "none"
+if not setuptools or int(version.split(".")[0]) < int(oldest):
+    raise SystemExit(
+        f"convkernels needs setuptools >= {oldest} to be packaged, and {version} is visible to this build: "
+        f"`pip install 'setuptools>={oldest}'` and build again. `python scripts/build_native.py` compiles the kernels "
+        "into a checkout without setuptools"
+    )
 
-
-def nvcc() -> str | None:
-    """The CUDA compiler: that of the toolkit the environment names, or the one on PATH."""
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    return shutil.which("nvcc", path=os.pathsep.join([*(f"{home}/bin" for home in homes), os.environ.get("PATH", "")]))
-
-
-def package_folder(name: str) -> Path | None:
-    """Where an installed package lies, without importing it."""
-    spec = find_spec(name)
-    return Path(spec.origin).parent if spec and spec.origin else None
-
-
-def torch_folder() -> Path:
-    """The installed torch, or one sentence that says what to do."""
-    folder = package_folder("torch")
-    if folder is None:
-        raise SystemExit(
-            "convkernels compiles against the torch you already have, and none is visible to this build: install torch "
-            "first and then run `pip install --no-build-isolation .`, or set CONVKERNELS_BUILD=none for the "
-            "pure-Python package"
-        )
-    return folder
-
-
-def tool(name: str) -> str:
-    """A program on PATH or beside the running interpreter, whose folder need not be on PATH."""
-    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
-    found = shutil.which(name, path=path)
-    if found is None:
-        raise SystemExit(f"convkernels needs {name} to compile its kernels: `pip install {name}` and build again")
-    return found
-
-
-def run(*command: str) -> None:
-    """Runs one build step; the tool has already printed what went wrong when it fails."""
-    if subprocess.run(command).returncode != 0:
-        raise SystemExit(f"native build failed in: {shlex.join(command)}")
+from setuptools.command.build_ext import build_ext  # noqa: E402
 
 
 class CMakeBuild(build_ext):
-    """Configures, builds and installs the native targets into the package."""
+    """Builds the native targets and installs them into the package."""
 
     def run(self) -> None:
-        # An in-place build keeps one folder, whoever asks for it, so that it stays incremental.
-        build = ROOT / "build" / "native" if self.inplace else Path(self.build_temp).resolve()
-        prefix = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "convkernels"
-        cmake = tool("cmake")
-        options = {
-            "CMAKE_BUILD_TYPE": "Release",
-            "CMAKE_MAKE_PROGRAM": tool("ninja"),
-            "Python_EXECUTABLE": sys.executable,
-            "CK_TORCH_DIR": torch_folder(),
-            "CK_CUDA": "ON" if build_mode() == "cuda" else "OFF",
-        }
-        if build_mode() == "cuda":
-            options["CMAKE_CUDA_COMPILER"] = nvcc()
-        pybind11 = package_folder("pybind11")
-        if pybind11 is not None:
-            options["pybind11_DIR"] = pybind11 / "share" / "cmake" / "pybind11"
-        defines = [f"-D{name}={value}" for name, value in options.items()]
-        extra = shlex.split(os.environ.get("CMAKE_ARGS", ""))
-        if not self.inplace:  # what only the tests use is no part of a package
-            extra.append("-DCK_SIMT=OFF")
-        run(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *defines, *extra)
-        run(cmake, "--build", str(build))
-        run(cmake, "--install", str(build), "--prefix", str(prefix), *([] if self.inplace else ["--strip"]))
+        if self.inplace:
+            build_in_place(module="ON")
+        else:
+            prefix = Path(self.build_lib).resolve() / "convkernels"
+            build(Path(self.build_temp).resolve(), prefix, tests=False, module="ON")
 
     # setuptools asks for these to copy or map single extension files; CMake has already put everything in its place.
     def get_source_files(self) -> list[str]:
@@ -117,8 +48,7 @@ class CMakeBuild(build_ext):
 
 
 # The Extension holds no sources: it marks the wheel as one for this platform and interpreter.
-native = build_mode() != "none"
-setup(
-    ext_modules=[Extension("convkernels._C", sources=[])] if native else [],
+setuptools.setup(
+    ext_modules=[setuptools.Extension("convkernels._C", sources=[])] if native else [],
     cmdclass={"build_ext": CMakeBuild} if native else {},
 )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
+import importlib.util
+import math
+import os
 import platform
 import sys
 from pathlib import Path
@@ -15,9 +18,16 @@ import convkernels
 
 from ._bench import environment
 from ._bench.console import progress, say, table
+from ._bench.results import Mistake, Store, is_section, read, writable_folder, write
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-NEEDS_EXTRA = "{} needs {}, which is not installed: pip install 'convkernels[bench]'"
+INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended
+PIPE_CLOSED = 141
+
+
+def _need(module: str, reason: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise Mistake(f"{reason} needs {module}, which is not installed: pip install {module}")
 
 
 def info(arguments: argparse.Namespace) -> int:
@@ -59,15 +69,17 @@ def _triton_kernels(arguments: argparse.Namespace) -> tuple | str:
     try:
         from .backends.triton import ahead
     except ImportError as error:
-        return f"needs {error.name}: pip install 'convkernels[triton]'"
+        return f"needs {error.name}: pip install {error.name}"
     variants = [
         v for v in (*ahead.VARIANTS, *ahead.ATTENTION_VARIANTS) if not arguments.only or arguments.only in v.name
     ]
+    architectures = [a for a in ahead.ARCHITECTURES if a in (arguments.architectures or ahead.ARCHITECTURES)]
     results = []
-    with progress(len(variants)) as step:
-        for variant in variants:
-            results += ahead.measure_all(variant, tuple(arguments.architectures or ahead.ARCHITECTURES))
-            step(variant.name, 1)
+    if variants and architectures:
+        with progress(len(variants)) as step:
+            for variant in variants:
+                results += ahead.measure_all(variant, tuple(architectures))
+                step(variant.name, 1)
     return ahead.RULES, results
 
 
@@ -87,18 +99,27 @@ KERNELS = {"triton": _triton_kernels, "cuda": _cuda_kernels}
 def _check_kernels(arguments: argparse.Namespace) -> int:
     """Show what compiled kernels cost; exit status 1 where they break a rule or exceed their budget."""
     if arguments.update_budget and (arguments.only or arguments.architectures):
-        print("check: --update-budget replaces the whole budget: leave out --only and --architectures", file=sys.stderr)
-        return 2
+        raise Mistake("--update-budget replaces the whole budget: leave out --only and --architectures")
     if (arguments.update_budget or arguments.json) and not arguments.backend:
-        print("check: --update-budget and --json write what one backend's kernels take: add --backend", file=sys.stderr)
-        return 2
+        raise Mistake("--update-budget and --json write what one backend's kernels take: add --backend")
+    if arguments.backend not in (None, *KERNELS):
+        raise Mistake(f"--kernels --backend {arguments.backend}: expected one of {', '.join(KERNELS)}")
+    if arguments.json:
+        writable_folder(arguments.json.parent, "--json: folder")
+        if arguments.json.is_dir():
+            raise Mistake(f"--json {arguments.json}: expected a file, got a folder")
     outcomes = {name: KERNELS[name](arguments) for name in ([arguments.backend] if arguments.backend else KERNELS)}
     measured = {name: outcome for name, outcome in outcomes.items() if not isinstance(outcome, str)}
     for name in outcomes.keys() - measured.keys():
         print(f"convkernels check --kernels: {name}: {outcomes[name]}", file=sys.stderr)
     if not measured:
         return 2
-    return max(_show_kernels(name, *outcome, arguments) for name, outcome in measured.items())
+    found = {name: outcome for name, outcome in measured.items() if outcome[1]}
+    if not found:
+        chosen = [f"--only {arguments.only}"] if arguments.only else []
+        chosen += [f"--architectures {','.join(map(str, arguments.architectures))}"] if arguments.architectures else []
+        raise Mistake(f"{' '.join(chosen)}: no kernel of {' or '.join(measured)} is meant by that")
+    return max(_show_kernels(name, *outcome, arguments) for name, outcome in found.items())
 
 
 def _show_kernels(name: str, rules, results: list, arguments: argparse.Namespace) -> int:
@@ -120,7 +141,7 @@ def _show_kernels(name: str, rules, results: list, arguments: argparse.Namespace
                "stores 16 B / less", "matrix instructions")  # fmt: skip
     table(f"ahead-of-time compiled kernels, {name}", columns, rows)
     if arguments.json:
-        arguments.json.write_text(rules.to_json(results))
+        write(arguments.json, rules.to_json(results))
         say(f"wrote {arguments.json}")
     if arguments.update_budget:
         rules.budget.write_text(rules.to_budget(results))
@@ -132,71 +153,120 @@ def _show_kernels(name: str, rules, results: list, arguments: argparse.Namespace
 
 
 def check(arguments: argparse.Namespace) -> int:
-    """Compare every usable backend with float64; exit status 1 when an error exceeds its bound."""
+    """Compare every usable backend with float64, convolutions, attention and models, on every instruction set of this
+    CPU; exit status 1 when an error exceeds its bound."""
     if arguments.kernels:
         return _check_kernels(arguments)
-    try:
-        from ._bench import selfcheck
-    except ImportError as error:
-        print(NEEDS_EXTRA.format("convkernels check", error.name), file=sys.stderr)
-        return 2
+    for name in ("architectures", "only", "json", "update_budget"):
+        if getattr(arguments, name):
+            raise Mistake(f"--{name.replace('_', '-')} is about compiled kernels: add --kernels")
+    _need("numpy", "check")
+    from ._bench import selfcheck
+
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    outcomes = list(selfcheck.run(devices))
+    if arguments.backend and not selfcheck.dtypes_of(arguments.backend, devices):
+        reasons = {
+            reason: None
+            for device in devices
+            for reason in convkernels.why_not(arguments.backend, device=device, dtype=torch.float32)
+        }
+        raise Mistake(f"--backend {arguments.backend}: {'; '.join(reasons)}")
+    outcomes = []
+    for outcome in selfcheck.run(devices, arguments.backend):
+        print(f"checked {outcome.part}, {outcome.where}, {outcome.dtype}", file=sys.stderr, flush=True)
+        outcomes.append(outcome)
     rows = [
         (
+            o.part,
             o.backend,
-            o.device,
-            str(o.dtype)[6:],
+            o.device if o.device != "cpu" or not o.isa else f"cpu, {o.isa}",
+            o.dtype,
             str(o.checks),
-            f"{o.worst:.2f}",
+            "-" if o.worst is None else f"{o.worst:.2f}",
             f"{o.seconds:.1f}",
             "FAIL" if o.failures else "ok",
         )
         for o in outcomes
     ]
-    columns = ("backend", "device", "dtype", "tensors", "error/bound", "seconds", "result")
+    columns = ("part", "backend", "device", "dtype", "tensors", "error/bound", "seconds", "result")
     table("largest error as a fraction of its a-priori bound", columns, rows)
     failures = [failure for o in outcomes for failure in o.failures]
     for failure in failures[:20]:
         say(failure)
+    isas = dict.fromkeys(o.isa for o in outcomes if o.isa)
+    if isas:
+        say(f"CPU instruction sets checked: {', '.join(isas)}{selfcheck.why_not_all()}")
+    if not selfcheck.models_here():
+        say("not checked: models: transformers is not installed")
     for name, reasons in environment.usable_backends(torch.device("cpu")).items():
-        if reasons:
+        if reasons and name not in {o.backend for o in outcomes} and not arguments.backend:
             say(f"not checked: {name}: {'; '.join(reasons)}")
     return 1 if failures else 0
 
 
-def _save(path: Path, section: str, content: dict[str, Any]) -> None:
-    """Write one section of a results file and keep the others."""
-    results = json.loads(path.read_text()) if path.exists() else {}
-    results[section] = content
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    say(f"wrote {path}")
+def _draw(suite: str, section: dict[str, Any], folder: Path, dtypes: list[str] | None) -> None:
+    from ._bench import figures
+
+    for path in figures.draw(suite, section, folder, dtypes):
+        say(f"wrote {path}")
 
 
-def _draw(suite: str, section: dict[str, Any], folder: Path, dtypes: list[str] | None) -> int:
-    try:
-        from ._bench import figures
-
-        for path in figures.draw(suite, section, folder, dtypes):
-            say(f"wrote {path}")
-    except ModuleNotFoundError as error:
-        print(NEEDS_EXTRA.format("plotting", error.name), file=sys.stderr)
-        return 2
-    return 0
+# What each suite takes of the options that not all take.
+OPTIONS = {
+    "sweep": {"lengths", "max_length", "dtypes", "channels", "heads", "taps", "tokens", "all_peers", "slow_call",
+              "stop_call", "no_plots"},
+    "attention": {"lengths", "max_length", "dtypes", "channels", "heads", "batch", "backend", "slow_call", "stop_call",
+                  "no_plots"},
+    "acceptance": {"lengths", "max_length", "dtypes", "slow_call"},
+    "streaming": {"lengths", "batch", "backend"},
+}  # fmt: skip
 
 
 def bench(arguments: argparse.Namespace) -> int:
-    """Measure, print tables, write JSON and plots."""
-    device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("bench: --device cuda: torch sees no GPU", file=sys.stderr)
-        return 2
+    """Measure, print tables, write JSON and plots. Results are saved as they come, so that Ctrl-C loses only what is
+    being measured. Lengths and dtypes that the file has already are replaced, its others kept."""
+    name, plotted = arguments.suite, "no_plots" in OPTIONS[arguments.suite] and not arguments.no_plots
+    for option in set.union(*OPTIONS.values()) - OPTIONS[name]:
+        if getattr(arguments, option) not in (None, False):
+            takers = ", ".join(suite for suite, options in OPTIONS.items() if option in options)
+            raise Mistake(f"--{option.replace('_', '-')} has no effect on the suite {name}; it is for: {takers}")
+    if name != "sweep" and arguments.compile_seconds:
+        raise Mistake(f"--compile-seconds: the suite {name} takes 0 only, which leaves torch.compile out")
+    if plotted:
+        _need("matplotlib", "plotting (--no-plots does without it)")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    path = arguments.output / f"{environment.file_stem(environment.describe(device))}.json"
-    suites = {"acceptance": _acceptance, "attention": _attention, "streaming": _streaming, "sweep": _sweep}
-    return suites[arguments.suite](arguments, device, path)
+    prepare = {"acceptance": _acceptance, "attention": _attention, "streaming": _streaming, "sweep": _sweep}
+    module, suite = prepare[name](arguments, arguments.device)
+    backend = arguments.backend or "auto"
+    empty = suite.section()
+    path = arguments.output / f"{environment.file_stem(empty['environment'])}.json"
+    store = Store(path, name if backend == "auto" else f"{name} {backend}", empty, arguments.overwrite)
+    try:
+        suite.run(store.save)
+        interrupted = False
+    except KeyboardInterrupt:
+        interrupted = True
+    section = suite.section()
+    if not section["records"]:
+        print("bench: interrupted before anything was measured", file=sys.stderr)
+        return INTERRUPTED
+    module.print_tables(section)
+    store.save(section)
+    if store.error:
+        print(f"bench: {path} could not be written: {store.error}", file=sys.stderr)
+        return INTERRUPTED if interrupted else 1
+    say(f"wrote {path}")
+    saved = read(path)[store.name]
+    if name == "acceptance":
+        report = path.with_suffix(".md")
+        write(report, module.markdown(saved) + "\n")
+        say(f"wrote {report}")
+    if plotted:
+        _draw(name, saved, arguments.output, None)
+    if interrupted:
+        print("bench: interrupted; the tables show what was measured until then", file=sys.stderr)
+    return INTERRUPTED if interrupted else 0
 
 
 def _lengths(arguments: argparse.Namespace, default: tuple[int, ...]) -> tuple[int, ...]:
@@ -205,139 +275,160 @@ def _lengths(arguments: argparse.Namespace, default: tuple[int, ...]) -> tuple[i
         length = max(lengths)
         while (length := 2 * length) <= arguments.max_length:
             lengths.add(length)
-        lengths = {n for n in lengths if n <= arguments.max_length}
+        shortest, lengths = min(lengths), {n for n in lengths if n <= arguments.max_length}
+        if not lengths:
+            raise Mistake(
+                f"--max-length {arguments.max_length}: nothing would be measured, the shortest length is {shortest}; "
+                "--lengths gives others"
+            )
     return tuple(sorted(lengths))
 
 
-def _sweep(arguments: argparse.Namespace, device: torch.device, path: Path) -> int:
+def _settings(kind: type, arguments: argparse.Namespace, **changes) -> Any:
+    """Settings of a suite from the options that were given, and these."""
+    given = {field.name: getattr(arguments, field.name, None) for field in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in given.items() if value is not None} | changes)
+
+
+def _sweep(arguments: argparse.Namespace, device: torch.device) -> tuple:
     from ._bench import sweep
 
-    defaults = sweep.Settings()
-    settings = sweep.Settings(
-        lengths=_lengths(arguments, defaults.lengths),
-        dtypes=tuple(FLOATS[name] for name in arguments.dtypes),
-        channels=arguments.channels,
-        heads=arguments.heads,
-        taps=arguments.taps,
-        tokens=arguments.tokens,
-        seconds=arguments.seconds or defaults.seconds,
-        slow_call=arguments.slow_call or defaults.slow_call,
-        stop_call=arguments.stop_call or defaults.stop_call,
-        compile_seconds=defaults.compile_seconds if arguments.compile_seconds is None else arguments.compile_seconds,
-        all_peers=arguments.all_peers,
-    )
-    section = sweep.Sweep(settings, device).run()
-    sweep.print_tables(section)
-    _save(path, "sweep", section)
-    return _draw("sweep", section, arguments.output, None)
+    dtypes = tuple(FLOATS[name] for name in arguments.dtypes or ("float32", "bfloat16"))
+    lengths = _lengths(arguments, sweep.Settings.lengths)
+    settings = _settings(sweep.Settings, arguments, lengths=lengths, dtypes=dtypes)
+    _divides(settings.heads, settings.channels)
+    return sweep, sweep.Sweep(settings, device)
 
 
-def _attention(arguments: argparse.Namespace, device: torch.device, path: Path) -> int:
+def _divides(heads: int, channels: int) -> None:
+    if channels % heads:
+        raise Mistake(f"--heads {heads}: expected a divisor of the channels, --channels {channels}")
+
+
+def _attention(arguments: argparse.Namespace, device: torch.device) -> tuple:
     from ._bench import attention
 
     defaults = attention.Settings()
-    settings = attention.Settings(
+    heads = arguments.heads or defaults.heads
+    channels = arguments.channels or defaults.heads * defaults.head_size
+    _divides(heads, channels)
+    settings = _settings(
+        attention.Settings,
+        arguments,
         lengths=_lengths(arguments, defaults.lengths),
-        dtypes=tuple(arguments.dtypes),
-        batch=arguments.batch or defaults.batch,
-        heads=arguments.heads,
-        head_size=arguments.channels // arguments.heads,
+        dtypes=tuple(arguments.dtypes or defaults.dtypes),
+        head_size=channels // heads,
         compiled=arguments.compile_seconds != 0,
-        seconds=arguments.seconds or defaults.seconds,
-        slow_call=arguments.slow_call or defaults.slow_call,
-        stop_call=arguments.stop_call or defaults.stop_call,
-        backend=arguments.backend,
     )
     for dtype in settings.dtypes:
-        reasons = convkernels.why_not(settings.backend, op="attention_grad", device=device, dtype=FLOATS[dtype])
-        if reasons:
-            print(f"bench: --backend {settings.backend}: {'; '.join(reasons)}", file=sys.stderr)
-            return 2
-    section = attention.Suite(settings, device).run()
-    attention.print_tables(section)
-    _save(path, "attention" if settings.backend == "auto" else f"attention {settings.backend}", section)
-    return _draw("attention", section, arguments.output, None)
+        _usable(settings.backend, "attention_grad", device, FLOATS[dtype])
+    return attention, attention.Suite(settings, device)
 
 
-def _acceptance(arguments: argparse.Namespace, device: torch.device, path: Path) -> int:
+def _usable(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> None:
+    reasons = convkernels.why_not(backend, op=op, device=device, dtype=dtype)
+    if reasons:
+        raise Mistake(f"--backend {backend}: {'; '.join(reasons)}")
+
+
+def _acceptance(arguments: argparse.Namespace, device: torch.device) -> tuple:
     from ._bench import acceptance
 
-    unknown = [name for name in arguments.dtypes if name not in acceptance.DTYPES]
+    unknown = [name for name in arguments.dtypes or () if name not in acceptance.DTYPES]
     if unknown:
-        print(
-            f"bench: --dtypes {','.join(unknown)}: the targets are for {', '.join(acceptance.DTYPES)}", file=sys.stderr
-        )
-        return 2
+        raise Mistake(f"--dtypes {','.join(unknown)}: the targets are for {', '.join(acceptance.DTYPES)}")
     defaults = acceptance.Settings()
-    settings = acceptance.Settings(
+    settings = _settings(
+        acceptance.Settings,
+        arguments,
         lengths=_lengths(arguments, defaults.lengths),
-        dtypes=tuple(arguments.dtypes),
+        dtypes=tuple(arguments.dtypes or defaults.dtypes),
         compiled=arguments.compile_seconds != 0,
-        seconds=arguments.seconds or defaults.seconds,
-        slow_call=arguments.slow_call or defaults.slow_call,
     )
-    section = acceptance.Acceptance(settings, device).run()
-    acceptance.print_tables(section)
-    _save(path, "acceptance", section)
-    report = path.with_suffix(".md")
-    report.write_text(acceptance.markdown(section) + "\n")
-    say(f"wrote {report}")
-    return 0
+    return acceptance, acceptance.Acceptance(settings, device)
 
 
-def _streaming(arguments: argparse.Namespace, device: torch.device, path: Path) -> int:
+def _streaming(arguments: argparse.Namespace, device: torch.device) -> tuple:
     from ._bench import streaming
 
-    defaults = streaming.Settings()
-    settings = streaming.Settings(
-        batch=arguments.batch or defaults.batch,
-        length=max(arguments.lengths) if arguments.lengths else defaults.length,
-        compiled=arguments.compile_seconds != 0,
-        seconds=arguments.seconds or defaults.seconds,
-        backend=arguments.backend,
-    )
-    reasons = convkernels.why_not(settings.backend, device=device, dtype=settings.dtype)
-    if reasons:
-        print(f"bench: --backend {settings.backend}: {'; '.join(reasons)}", file=sys.stderr)
-        return 2
-    section = streaming.Streaming(settings, device).run()
-    streaming.print_tables(section)
-    for failure in section["failures"]:
-        say(failure)
-    _save(path, "streaming" if settings.backend == "auto" else f"streaming {settings.backend}", section)
-    return 0
+    lengths = arguments.lengths or [streaming.Settings.length]
+    if len(lengths) > 1:
+        raise Mistake("--lengths: the suite streaming measures one length")
+    settings = _settings(streaming.Settings, arguments, length=lengths[0], compiled=arguments.compile_seconds != 0)
+    _usable(settings.backend, "tap_conv", device, settings.dtype)
+    return streaming, streaming.Streaming(settings, device)
 
 
 def plot(arguments: argparse.Namespace) -> int:
     """Draw the plots of a results file again."""
+    results = read(arguments.results)
+    _need("matplotlib", "plot")
     from ._bench import figures
 
-    results = json.loads(arguments.results.read_text())
-    suites = [suite for suite in figures.PLOTS if suite in results]
+    suites = [suite for suite in figures.PLOTS if is_section(results.get(suite))]
     if not suites:
-        print(f"plot: {arguments.results} holds no sweep; run `convkernels bench` first", file=sys.stderr)
-        return 2
+        raise Mistake(f"{arguments.results} holds no measurements to draw: run `convkernels bench` first")
     folder = arguments.output or arguments.results.parent
-    return max(_draw(suite, results[suite], folder, arguments.dtypes) for suite in suites)
+    writable_folder(folder, "--output")
+    for suite in suites:
+        _draw(suite, results[suite], folder, arguments.dtypes)
+    return 0
 
 
 def _positive(value: str) -> int:
-    number = int(value)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {value}")
+    if not value.strip().isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {value!r}")
+    return int(value)
+
+
+def _seconds(value: str, least: float = math.ulp(0.0)) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not least <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds {'from 0 on' if least == 0 else 'above 0'}, "
+                                         f"got {value!r}")  # fmt: skip
     return number
+
+
+def _seconds_or_none(value: str) -> float:
+    return _seconds(value, 0.0)
+
+
+def _device(value: str) -> torch.device:
+    try:
+        device = torch.device(value)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected cpu or cuda, got {value!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"torch sees {torch.cuda.device_count()} GPUs, got {value!r}")
+    return device
+
+
+def _distinct(values: list) -> list:
+    twice = [value for value in values if values.count(value) > 1]
+    if twice:
+        raise argparse.ArgumentTypeError(f"{twice[0]} is given twice")
+    return values
 
 
 def _names(value: str) -> list[str]:
     names = value.split(",")
     unknown = [name for name in names if name not in FLOATS]
     if unknown:
-        raise argparse.ArgumentTypeError(f"expected some of {', '.join(FLOATS)}, got {', '.join(unknown)}")
-    return names
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(FLOATS)}, got {', '.join(unknown) or 'nothing'}")
+    return _distinct(names)
 
 
 def _numbers(value: str) -> list[int]:
-    return [_positive(part) for part in value.split(",")]
+    return _distinct([_positive(part) for part in value.split(",")])
+
+
+def _first_sentence(command) -> str:
+    return " ".join(command.__doc__.split()).split(". ")[0]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -346,9 +437,9 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=convkernels.__version__)
     commands = top.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help=info.__doc__).set_defaults(run=info)
+    commands.add_parser("info", help=_first_sentence(info), description=info.__doc__).set_defaults(run=info)
 
-    command = commands.add_parser("check", help=check.__doc__)
+    command = commands.add_parser("check", help=_first_sentence(check), description=check.__doc__)
     command.set_defaults(run=check)
     add = command.add_argument
     add(
@@ -356,13 +447,13 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="instead show what the kernels for GPUs cost: those of the CUDA library, and Triton's compiled here",
     )
-    add("--backend", choices=KERNELS, help="only the kernels of this one (default: both)")
+    add("--backend", choices=convkernels.backends.names(), help="only this one (default: all that are usable)")
     add("--architectures", type=_numbers, help="compute capabilities (default: 80,90,100)")
     add("--only", help="variants whose name contains this")
     add("--json", type=Path, help="also write the table here")
     add("--update-budget", action="store_true", help="make these figures the committed budget")
 
-    command = commands.add_parser("bench", help=bench.__doc__)
+    command = commands.add_parser("bench", help=_first_sentence(bench), description=bench.__doc__)
     command.set_defaults(run=bench)
     add = command.add_argument
     add(
@@ -375,27 +466,44 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--backend",
         choices=("auto", *convkernels.backends.names()),
-        default="auto",
         help="of the streaming and attention suites; its results are kept apart (default: auto)",
     )
     add("--batch", type=_positive, help="rows of the batch in the streaming (default: 16) and attention (4) suites")
     add("--output", type=Path, default=Path("convkernels-bench"), help="folder for JSON, PNG and Markdown files")
-    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace all of this suite's results in the file; without it, results of other settings are refused and "
+        "other lengths and dtypes kept",
+    )
+    add("--no-plots", action="store_true", help="no PNG files, and no matplotlib needed")
+    add("--device", type=_device, default="cpu", help="cpu or cuda (default: cpu)")
     add("--threads", type=_positive, help="CPU threads (default: what torch takes)")
     add("--lengths", type=_numbers, help="sequence lengths, e.g. 64,512,4096")
     add("--max-length", type=_positive, help="go on doubling up to this length, or stop before the default's end")
-    add("--dtypes", type=_names, default=["float32", "bfloat16"], help="default: float32,bfloat16")
-    add("--seconds", type=float, help="time for timed repeats: of the whole sweep, or of each group of another suite")
-    add("--slow-call", type=float, help="seconds; a slower call is not repeated")
-    add("--stop-call", type=float, help="seconds; a peer with a slower call is not run at longer sequences")
-    add("--compile-seconds", type=float, help="time for torch.compile (0: without; acceptance: no limit)")
-    add("--channels", type=_positive, default=768)
-    add("--heads", type=_positive, default=12, help="distinct filters, and attention heads (default: 12)")
-    add("--taps", type=_positive, default=7, help="filter width (default: 7)")
-    add("--tokens", type=_positive, default=2048, help="tokens per batch (default: 2048)")
-    add("--all-peers", action="store_true", help="also conv2d channels-last, unfold, band matrix, compiled dynamic")
+    add("--dtypes", type=_names, help="default: float32,bfloat16")
+    add(
+        "--seconds", type=_seconds, help="time for timed repeats: of the whole sweep, or of each group of another suite"
+    )
+    add("--slow-call", type=_seconds, help="seconds; a slower call is not repeated")
+    add("--stop-call", type=_seconds, help="seconds; a peer with a slower call is not run at longer sequences")
+    add(
+        "--compile-seconds",
+        type=_seconds_or_none,
+        help="time for torch.compile in the sweep; 0, in every suite: without it",
+    )
+    add("--channels", type=_positive, help="default: 768")
+    add("--heads", type=_positive, help="distinct filters, and attention heads (default: 12)")
+    add("--taps", type=_positive, help="filter width (default: 7)")
+    add("--tokens", type=_positive, help="tokens per batch (default: 2048)")
+    add(
+        "--all-peers",
+        action="store_true",
+        default=None,
+        help="also conv2d channels-last, unfold, band matrix, compiled dynamic",
+    )
 
-    command = commands.add_parser("plot", help=plot.__doc__)
+    command = commands.add_parser("plot", help=_first_sentence(plot), description=plot.__doc__)
     command.set_defaults(run=plot)
     command.add_argument("results", type=Path, help="JSON file written by `convkernels bench`")
     command.add_argument("--output", type=Path, help="folder for the PNG files (default: beside the results)")
@@ -405,7 +513,20 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     parsed = parser().parse_args(arguments)
-    return parsed.run(parsed)
+    try:
+        status = parsed.run(parsed)
+        sys.stdout.flush()
+        return status
+    except Mistake as error:
+        print(f"convkernels {parsed.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"convkernels {parsed.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Python would fail once more, when it closes the stream.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What is built, and what the build promises: metadata without torch, a pure-Python package, honest wheels."""
 
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -15,7 +16,17 @@ import pytest
 import convkernels
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("convkernels", "csrc", "setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "MANIFEST.in")
+COPIED = (
+    "convkernels",
+    "csrc",
+    "scripts/build_native.py",
+    "setup.py",
+    "pyproject.toml",
+    "CMakeLists.txt",
+    "README.md",
+    "LICENSE",
+    "MANIFEST.in",
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +35,15 @@ def project():
 
 
 def test_setup_does_not_import_torch_and_is_short():
-    text = (ROOT / "setup.py").read_text()
+    texts = [(ROOT / name).read_text() for name in ("setup.py", "scripts/build_native.py")]
     imported = set()
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(ast.parse("\n".join(texts))):
         if isinstance(node, ast.Import):
             imported |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add((node.module or "").split(".")[0])
     assert "torch" not in imported
-    assert len(text.splitlines()) <= 150
+    assert all(len(text.splitlines()) <= 150 for text in texts)
 
 
 def test_dependencies(project):
@@ -93,6 +104,76 @@ def test_cuda_is_built_where_nvcc_is(tmp_path):
     compiler.touch(mode=0o755)
     for place in ({"CUDA_HOME": str(tmp_path)}, {"CUDA_PATH": str(tmp_path)}, {"PATH": str(compiler.parent)}):
         assert resolve(**place) == (["none", "cpu", "cuda", "cuda"], "")
+
+
+# Runs setup.py where another setuptools is installed.
+OTHER_SETUPTOOLS = """
+import runpy, setuptools, sys
+setuptools.__version__ = "65.5.0"
+sys.argv = ["setup.py", "--version"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+def test_an_old_setuptools_is_refused_by_its_version():
+    done = run(sys.executable, "-c", OTHER_SETUPTOOLS, cwd=ROOT)
+    assert done.returncode != 0
+    assert done.stderr.startswith("convkernels needs setuptools >= 77 to be packaged, and 65.5.0 is visible")
+    assert "pip install 'setuptools>=77'" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_kernels_are_built_without_setuptools():
+    program = (
+        "import sys\n"
+        "sys.modules['setuptools'] = None\n"
+        "sys.path.insert(0, 'scripts')\n"
+        "import build_native\n"
+        "build_native.run = lambda *command: print(*command)\n"
+        "build_native.build_in_place('AUTO')\n"
+    )
+    done = run(sys.executable, "-c", program, cwd=ROOT, CONVKERNELS_BUILD="cpu")
+    assert re.search(r"cmake -S \S+ -B \S+build/native -G Ninja .*-DCK_PYTHON=AUTO", done.stdout)
+    assert done.returncode == 0, done.stderr
+    recipe = re.search(r"^gpu-build:\n\t(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE).group(1)
+    assert recipe == "$(PYTHON) scripts/build_native.py"
+
+
+def test_a_package_without_its_module_is_refused(tmp_path):
+    """Where pybind11 is missing, a packaged build says what to do; one that needs no packaging warns."""
+    command = [
+        "cmake",
+        "-S",
+        str(ROOT),
+        "-B",
+        str(tmp_path),
+        "-DCK_TORCH=OFF",
+        "-DCMAKE_DISABLE_FIND_PACKAGE_pybind11=ON",
+    ]
+    assert 'module="ON"' in (ROOT / "setup.py").read_text()
+    done = run(*command, "-DCK_PYTHON=ON", cwd=tmp_path)
+    assert done.returncode != 0 and "pip install 'pybind11>=3'" in done.stderr
+    done = run(*command, "-DCK_PYTHON=AUTO", cwd=tmp_path)
+    assert done.returncode == 0 and "convkernels._C is left out" in done.stderr
+
+
+# torch's headers as 2.10 to 2.12 have them, without the newer name of a macro.
+OLDER_TORCH = """
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#undef STABLE_TORCH_ERROR_CODE_CHECK
+"""
+
+
+@pytest.mark.parametrize("source", ["bind_cpu.cpp", "bind_cuda.cpp"])
+def test_bindings_compile_without_the_macros_of_torch_2_13(tmp_path, source):
+    torch = Path(importlib.util.find_spec("torch").origin).parent
+    (tmp_path / "older.h").write_text(OLDER_TORCH)
+    flags = ["-std=c++20", "-fsyntax-only", "-w", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    include = [f"-I{ROOT}", "-isystem", f"{torch}/include", "-include", str(tmp_path / "older.h")]
+    done = run("g++", *flags, *include, str(ROOT / "csrc" / "torch" / source), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 # Runs setup.py with its arguments where torch cannot be found.
@@ -158,4 +239,4 @@ def test_pure_python_wheel_works_through_the_reference(tmp_path):
     assert done.returncode == 0, done.stderr
     where, shape, reasons = json.loads(done.stdout)
     assert where.startswith(str(site)) and shape == [2, 5, 4]
-    assert len(reasons) == 1 and "was not built" in reasons[0]
+    assert len(reasons) == 1 and f"is not in {site}/convkernels/_native: it was not built" in reasons[0]

@@ -139,6 +139,7 @@ class Acceptance:
         self.records: list[dict[str, Any]] = []
         self.skipped: list[dict[str, str]] = []
         self.seconds: dict[tuple, float] = {}
+        self.overheads: dict[str, dict[str, float]] = {}
 
     def _too_slow(self, problem: Problem, direction: str, name: str) -> str | None:
         """Reason not to run a form: too much memory, or hopeless at a shorter sequence and slow at this one."""
@@ -235,7 +236,8 @@ class Acceptance:
             plain = measure(x)
         return {"no-grad": plain, "recording": measure(leaf)}
 
-    def run(self) -> dict[str, Any]:
+    def run(self, saved: Callable[[dict[str, Any]], None] = lambda section: None) -> None:
+        """Measure; `saved` is given the section whenever there is more in it."""
         problems = list(self.settings.problems())
         resident = []
         if self.device.type == "cpu" and LONG_LENGTH in self.settings.lengths:
@@ -245,14 +247,19 @@ class Acceptance:
             functorch_config.patch(donated_buffer=False),
             progress(len(problems) + len(resident) + 1) as step,
         ):
-            overhead = self.overhead()
+            self.overheads = self.overhead()
             step("call overhead", 1)
             for problem in problems:
                 self.measure(problem)
+                saved(self.section())
                 step(_name(problem), 1)
             for problem in resident:
                 self.measure_resident(problem)
+                saved(self.section())
                 step(f"{_name(problem)}, resident output", 1)
+
+    def section(self) -> dict[str, Any]:
+        """What has been measured so far, as the results file holds it."""
         return {
             "environment": environment.describe(self.device),
             "shape": {
@@ -263,7 +270,7 @@ class Acceptance:
             },
             "records": self.records,
             "skipped": self.skipped,
-            "overhead": overhead,
+            "overhead": self.overheads,
         }
 
 

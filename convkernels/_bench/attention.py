@@ -298,7 +298,14 @@ class Suite:
 
         return timing.flops(run, inputs.index, *(t.detach().requires_grad_() for t in inputs.leaves))
 
-    def measure(self, length: int, dtype_name: str, clock: timing.Clock, step: Callable[[str, int], None]) -> None:
+    def measure(
+        self,
+        length: int,
+        dtype_name: str,
+        clock: timing.Clock,
+        step: Callable[[str, int], None],
+        saved: Callable[[dict[str, Any]], None],
+    ) -> None:
         settings, dtype = self.settings, getattr(torch, dtype_name)
         inputs = make_inputs(settings, length, dtype, self.device)
         subject = f"T={length} {dtype_name}"
@@ -332,6 +339,7 @@ class Suite:
                         "peak_extra_bytes": memory[name],
                     }
                 )
+            saved(self.section())
             step(f"{direction}, {subject}", 1)
 
     def measure_workloads(self, clock: timing.Clock) -> None:
@@ -355,16 +363,22 @@ class Suite:
             forms, inputs = papers(heads, self.settings, self.device)
             record(PAPER.format(heads), self._calls(forms, inputs, BOTH))
 
-    def run(self) -> dict[str, Any]:
+    def run(self, saved: Callable[[dict[str, Any]], None] = lambda section: None) -> None:
+        """Measure; `saved` is given the section whenever there is more in it."""
         import torch._functorch.config as functorch_config
 
         s, clock = self.settings, timing.clock_for(self.device)
         with functorch_config.patch(donated_buffer=False), progress(3 * len(s.lengths) * len(s.dtypes)) as step:
             for dtype in s.dtypes:
                 for length in s.lengths:
-                    self.measure(length, dtype, clock, step)
+                    self.measure(length, dtype, clock, step, saved)
             if self.device.type == "cuda":
                 self.measure_workloads(clock)
+                saved(self.section())
+
+    def section(self) -> dict[str, Any]:
+        """What has been measured so far, as the results file holds it."""
+        s = self.settings
         return {
             "environment": environment.describe(self.device),
             "settings": {"lengths": list(s.lengths), "dtypes": list(s.dtypes), "batch": s.batch, "heads": s.heads,

@@ -15,7 +15,9 @@ except ImportError:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; every column but the first is set flush right when it holds numbers."""
+    """Print a table, unless it has no rows; every column but the first is set flush right when it holds numbers."""
+    if not rows:
+        return
     numeric = [all(row[i][:1].isdigit() or row[i] in ("", "-") for row in rows) for i in range(len(columns))]
     if rich is not None and sys.stdout.isatty():
         grid = rich.table.Table(title=title, title_justify="left", title_style="bold")

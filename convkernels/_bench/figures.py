@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import attention, environment
+from .results import Mistake
 from .sweep import BOTH, FORWARD, LINES, MORE_LINES, OURS
 
 _OURS = {
@@ -138,8 +139,9 @@ def _shape(settings: dict[str, Any]) -> str:
 
 def draw(suite: str, section: dict[str, Any], folder: Path, dtypes: list[str] | None = None) -> list[Path]:
     """Write the plots of a suite's results; `dtypes` limits the rows of panels."""
-    folder.mkdir(parents=True, exist_ok=True)
-    chosen = [dtype for dtype in section["settings"]["dtypes"] if dtypes is None or dtype in dtypes]
-    if not chosen:
-        raise ValueError(f"dtypes: expected some of {section['settings']['dtypes']}, got {dtypes}")
+    measured = list(dict.fromkeys(record["dtype"] for record in section["records"]))
+    unknown = [dtype for dtype in dtypes or () if dtype not in measured]
+    if unknown:
+        raise Mistake(f"--dtypes {','.join(unknown)}: the results are for {', '.join(measured)}")
+    chosen = [dtype for dtype in measured if dtypes is None or dtype in dtypes]
     return [_save(plot, section, chosen, folder / name) for name, plot in PLOTS[suite].items()]

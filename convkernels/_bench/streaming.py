@@ -72,6 +72,13 @@ class Streaming:
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
         self.settings, self.device = settings, device
+        self.records: list[dict[str, Any]] = []
+        self.failures: list[str] = []
+
+    def _failed(self, name: str, error: Exception) -> None:
+        if name in (COPY, OURS):
+            raise error
+        self.failures.append(f"{name}: {type(error).__name__}: {error}")
 
     def _calls(self, case: Case) -> Iterator[tuple[str, dict[str, Callable[[], object]]]]:
         s = self.settings
@@ -113,35 +120,34 @@ class Streaming:
         for direction, prepare in (("forward", forward), ("backward", backward)):
             yield direction, {COPY: lambda: target.copy_(x), **{name: prepare(form) for name, form in forms.items()}}
 
-    def run(self) -> dict[str, Any]:
+    def run(self, saved: Callable[[dict[str, Any]], None] = lambda section: None) -> None:
+        """Measure; `saved` is given the section whenever there is more in it."""
         import torch._functorch.config as functorch_config
 
-        clock, records, failures = timing.clock_for(self.device), [], []
+        clock = timing.clock_for(self.device)
         with functorch_config.patch(donated_buffer=False), progress(2 * len(CASES)) as step:
             for case in CASES:
                 for (direction, calls), passes, aim in zip(
                     self._calls(case), case.passes(self.settings), case.targets, strict=True
                 ):
-                    times = timing.interleaved(
-                        calls,
-                        clock,
-                        self.settings.seconds,
-                        slow_s=0.5,
-                        on_error=lambda name, error: failures.append(f"{name}: {type(error).__name__}: {error}"),
-                    )
+                    times = timing.interleaved(calls, clock, self.settings.seconds, slow_s=0.5, on_error=self._failed)
                     seconds = {name: t.median for name, t in times.items()}
                     record = {"case": case.name, "direction": direction, "passes": passes, "target": aim}
                     record |= {"seconds": seconds, "fraction": passes / 2 * seconds[COPY] / seconds[OURS]}
-                    records.append(record)
+                    self.records.append(record)
+                    saved(self.section())
                     step(f"{case.name} {direction}", 1)
+
+    def section(self) -> dict[str, Any]:
+        """What has been measured so far, as the results file holds it."""
         s = self.settings
         return {
             "environment": environment.describe(self.device),
             "backend": s.backend,
             "shape": {"batch": s.batch, "length": s.length, "channels": s.channels, "heads": s.heads,
                       "dtype": str(s.dtype)[6:]},
-            "records": records,
-            "failures": failures,
+            "records": self.records,
+            "failures": self.failures,
         }  # fmt: skip
 
 

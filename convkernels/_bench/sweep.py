@@ -322,18 +322,23 @@ class Sweep:
                 }
             )
 
-    def run(self) -> dict[str, Any]:
-        settings, device = self.settings, self.device
-        clock = timing.clock_for(device)
+    def run(self, saved: Callable[[dict[str, Any]], None] = lambda section: None) -> None:
+        """Measure; `saved` is given the section whenever there is more in it."""
+        settings, clock = self.settings, timing.clock_for(self.device)
         groups = [(length, dtype) for length in settings.lengths for dtype in settings.dtypes]
         with progress(len(groups)) as step:
             self.compile_peers(step)
             for length, dtype in groups:
                 step(f"measure T={length} {_name(dtype)}", 0)
                 self.measure(length, dtype, clock, settings.seconds / len(groups))
+                saved(self.section())
                 step(f"measured T={length} {_name(dtype)}", 1)
+
+    def section(self) -> dict[str, Any]:
+        """What has been measured so far, as the results file holds it."""
+        settings = self.settings
         return {
-            "environment": environment.describe(device),
+            "environment": environment.describe(self.device),
             "settings": {
                 "lengths": list(settings.lengths),
                 "dtypes": [_name(dtype) for dtype in settings.dtypes],

@@ -20,7 +20,7 @@ def simulating() -> bool:
 def load() -> str | None:
     """Load the library; None, or the reason why its kernels cannot run. Only a torch built with CUDA can load it."""
     if simulating():
-        return load_library("libconvkernels_simt.so", "it is made for tests, by `make simt-build`")
+        return load_library("simt")
     if torch.version.cuda is None:
         return "this PyTorch was built without CUDA, and CONVKERNELS_SIMT=1 is not set"
     if not torch.cuda.is_available():
@@ -29,4 +29,4 @@ def load() -> str | None:
     if major not in GENERATIONS:
         expected = " or ".join(f"{known}.x" for known in GENERATIONS)
         return f"this GPU's compute capability is {major}.{minor}, expected {expected}"
-    return load_library("libconvkernels_cuda.so", "CONVKERNELS_BUILD=cpu, or no nvcc at build time")
+    return load_library("cuda")

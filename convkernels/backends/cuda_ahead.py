@@ -4,10 +4,9 @@ import re
 import subprocess
 from pathlib import Path
 
-from . import machine_code
-from .library import FOLDER
+from . import library, machine_code
 
-LIBRARY = FOLDER / "libconvkernels_cuda.so"
+LIBRARY = library.path_of("cuda")
 # By kernel, without its template arguments: the families that were written to move memory, and to use matrix units.
 ATTENTION = ("attention_forward", "attention_backward_queries", "attention_backward_keys")
 BANDED = ("band_forward", "band_backward", *ATTENTION)
@@ -27,11 +26,9 @@ def compiler_version() -> str:
 
 def missing() -> str | None:
     """Why the kernels cannot be read here; None if they can."""
-    if not LIBRARY.exists():
-        return f"{LIBRARY.name} was not built (CONVKERNELS_BUILD=cpu, or no nvcc at build time)"
     if machine_code.tools() is None:
         return "cuobjdump is neither in a CUDA toolkit nor in an installed Triton"
-    return None
+    return library.missing("cuda")
 
 
 def rules() -> machine_code.Rules:
@@ -61,14 +58,21 @@ def measure_all(architectures: tuple[str, ...] = (), only: str | None = None) ->
     """Every kernel of the library; of these architectures if any are given, and with `only` in its key."""
     usage = _kernels(machine_code.run_tool("cuobjdump", "--dump-resource-usage", LIBRARY), r"\n Function ")
     compiled = sorted({architecture for _, architecture in usage}, key=lambda name: int(name.rstrip("af")))
-    names = {mangled: _short_name(mangled) for mangled, _ in usage}
+    names = {mangled: _short_name(mangled) for mangled in {mangled for mangled, _ in usage}}
+
+    def wanted(mangled: str, architecture: str) -> bool:
+        kernel, variant = names[mangled]
+        key = f"{variant} / {kernel} / sm_{architecture}"
+        return (not architectures or architecture.rstrip("af") in architectures) and (not only or only in key)
+
     results = []
     for architecture in compiled:
-        if architectures and architecture.rstrip("af") not in architectures:
-            continue
+        if not any(wanted(*one) for one in usage if one[1] == architecture):
+            continue  # to disassemble takes by far the longest
         code = machine_code.run_tool("cuobjdump", "-sass", "-arch", f"sm_{architecture}", LIBRARY)
         for (mangled, _), instructions in _kernels(code, r"\n\t\tFunction ").items():
-            kernel, variant = names[mangled]
-            figures = machine_code.read_usage(usage[mangled, architecture]) | machine_code.read_code(instructions)
-            results.append(machine_code.Resources(variant, kernel, architecture, **figures))
-    return sorted((r for r in results if not only or only in r.key), key=lambda r: (r.kernel, r.variant))
+            if wanted(mangled, architecture):
+                kernel, variant = names[mangled]
+                figures = machine_code.read_usage(usage[mangled, architecture]) | machine_code.read_code(instructions)
+                results.append(machine_code.Resources(variant, kernel, architecture, **figures))
+    return sorted(results, key=lambda r: (r.kernel, r.variant))

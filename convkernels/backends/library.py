@@ -5,15 +5,35 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).parent.parent / "_native"
+# What leaves each library out.
+LEFT_OUT = {
+    "cpu": "CONVKERNELS_BUILD=none, or no C++ compiler at build time",
+    "cuda": "CONVKERNELS_BUILD=cpu, or no nvcc at build time",
+    "simt": "it is made for tests, by `make simt-build`",
+}
 
 
-def load_library(name: str, needs: str) -> str | None:
-    """Load an operator library of this package; None on success, otherwise the reason. needs: what builds it."""
-    path = FOLDER / name
-    if not path.exists():
-        return f"{name} was not built ({needs})"
+def path_of(name: str) -> Path:
+    return FOLDER / f"libconvkernels_{name}.so"
+
+
+def missing(name: str) -> str | None:
+    """That a library is not where it is looked for, which may be a source tree in front of an installed package."""
+    if path_of(name).exists():
+        return None
+    return (
+        f"{path_of(name).name} is not in {FOLDER}: it was not built ({LEFT_OUT[name]}), or Python imports a source "
+        "tree here and not the installed package"
+    )
+
+
+def load_library(name: str) -> str | None:
+    """Load an operator library of this package; None on success, otherwise the reason."""
+    reason = missing(name)
+    if reason is not None:
+        return reason
     try:
-        torch.ops.load_library(str(path))
+        torch.ops.load_library(str(path_of(name)))
     except (OSError, RuntimeError) as error:
-        return f"the native library {name} does not load: {error}"
+        return f"the native library {path_of(name).name} does not load: {error}"
     return None

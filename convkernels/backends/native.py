@@ -8,4 +8,4 @@ from .library import load_library
 @cache
 def load() -> str | None:
     """Load the CPU library once; return None on success, otherwise the reason."""
-    return load_library("libconvkernels_cpu.so", "CONVKERNELS_BUILD=none, or no C++ compiler at build time")
+    return load_library("cpu")

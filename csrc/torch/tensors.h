@@ -16,6 +16,11 @@
 #include "csrc/common/problem.h"
 #include "csrc/torch/memory.h"
 
+// The name that torch 2.10 to 2.12 have for it.
+#if !defined(STABLE_TORCH_ERROR_CODE_CHECK)
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace ck::binding {
 
 using torch::headeronly::ScalarType;

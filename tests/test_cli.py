@@ -1,0 +1,211 @@
+"""The command line as users meet it: a mistake is one line and costs no measurement, results survive an interruption."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import convkernels
+from convkernels import cli
+from convkernels._bench import results, selfcheck
+
+ROOT = Path(convkernels.__file__).parents[1]
+QUICK = "bench --lengths 8,16 --dtypes float32 --channels 24 --heads 4 --tokens 32 --seconds 0.01 --compile-seconds 0"
+COMMAND = (sys.executable, "-m", "convkernels.cli")
+
+
+def start(*arguments, **options):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT, **options)
+
+
+def refused(capsys, command):
+    """What the command line says on the way to exit status 2, without having printed a result."""
+    try:
+        status = cli.main(command.split(" ") if isinstance(command, str) else command)
+    except SystemExit as error:
+        status = error.code
+    printed = capsys.readouterr()
+    assert status == 2 and not printed.out
+    return printed.err
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch):
+    from convkernels._bench import acceptance, attention, streaming, sweep
+
+    def run(*rest):
+        raise AssertionError("something was measured")
+
+    for suite in (acceptance.Acceptance, attention.Suite, streaming.Streaming, sweep.Sweep):
+        monkeypatch.setattr(suite, "run", run)
+    monkeypatch.setattr(selfcheck, "run", run)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("bench --device nonsense", "--device: expected cpu or cuda, got 'nonsense'"),
+        ("bench --device mps", "expected cpu or cuda, got 'mps'"),
+        ("bench --device meta", "expected cpu or cuda, got 'meta'"),
+        ("bench --heads 7 --no-plots", "--heads 7: expected a divisor of the channels, --channels 768"),
+        ("bench --suite attention --heads 7 --no-plots", "--heads 7: expected a divisor of the channels"),
+        ("bench --seconds -1", "--seconds: expected a number of seconds above 0, got '-1'"),
+        ("bench --slow-call nan", "expected a number of seconds above 0"),
+        ("bench --compile-seconds -1", "expected a number of seconds from 0 on"),
+        ("bench --dtypes float32,float32", "--dtypes: float32 is given twice"),
+        ("bench --dtypes int8", "expected some of float32"),
+        ("bench --lengths ", "--lengths: expected a whole number from 1 on, got ''"),
+        ("bench --lengths 8,8", "8 is given twice"),
+        ("bench --max-length 32 --no-plots", "--max-length 32: nothing would be measured, the shortest length is 64"),
+        ("bench --backend cpu", "--backend has no effect on the suite sweep; it is for: attention, streaming"),
+        ("bench --suite streaming --lengths 8,16", "the suite streaming measures one length"),
+        ("bench --suite streaming --heads 4", "--heads has no effect on the suite streaming"),
+        ("bench --suite acceptance --compile-seconds 5", "takes 0 only"),
+        ("bench --suite acceptance --dtypes float16", "the targets are for float32, bfloat16"),
+        ("check --only x", "--only is about compiled kernels: add --kernels"),
+        ("check --json x.json", "--json is about compiled kernels: add --kernels"),
+        ("check --architectures 80", "add --kernels"),
+        ("check --update-budget", "add --kernels"),
+        ("check --kernels --backend cpu", "expected one of triton, cuda"),
+        ("plot /nonexistent.json", "/nonexistent.json: expected a results file"),
+        (f"plot {ROOT}", "expected a results file"),
+        (f"plot {ROOT}/README.md", "expected a results file"),
+    ],
+)
+def test_mistakes_are_one_line_and_nothing_is_measured(capsys, nothing_runs, command, said):
+    message = refused(capsys, command)
+    assert said in message and "Traceback" not in message
+
+
+def test_bench_checks_where_it_writes_first(capsys, nothing_runs, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    for folder in (file, "/proc/convkernels"):
+        assert "expected a folder that can be written to" in refused(capsys, f"{QUICK} --no-plots --output {folder}")
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_bench_does_not_touch_a_broken_file(capsys, nothing_runs, monkeypatch, tmp_path, content):
+    monkeypatch.setattr(cli.environment, "file_stem", lambda environment: "here")
+    path = tmp_path / "here.json"
+    path.write_text(content)
+    assert "here.json: expected a results file" in refused(capsys, f"{QUICK} --no-plots --output {tmp_path}")
+    assert path.read_text() == content
+
+
+def test_missing_modules_are_said_first(capsys, nothing_runs, monkeypatch, tmp_path):
+    found = cli.importlib.util.find_spec
+    monkeypatch.setattr(
+        cli.importlib.util, "find_spec", lambda name: None if name in ("matplotlib", "numpy") else found(name)
+    )
+    message = refused(capsys, f"{QUICK} --output {tmp_path}")
+    assert "needs matplotlib, which is not installed: pip install matplotlib" in message and "--no-plots" in message
+    assert "check needs numpy" in refused(capsys, "check")
+
+
+def test_interrupted_bench_keeps_and_prints_what_it_has(tmp_path):
+    options = "bench --lengths 64,128 --compile-seconds 0 --seconds 30 --tokens 512 --no-plots --output"
+    process = start(*options.split(), str(tmp_path), stderr=subprocess.PIPE)
+    try:
+        end = time.monotonic() + 300
+        while not list(tmp_path.glob("*.json")) and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        printed, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130, said
+    assert "Traceback" not in said and "interrupted" in said
+    (path,) = tmp_path.iterdir()
+    section = json.loads(path.read_text())["sweep"]
+    assert {record["length"] for record in section["records"]} >= {64}
+    assert re.search(r"^forward, float32, C=768", printed, re.MULTILINE) and re.search(
+        r"^lightweight +64 ", printed, re.M
+    )
+
+
+def test_a_shorter_sweep_keeps_the_longer_one(capsys, tmp_path):
+    def run(options=""):
+        status = cli.main(f"{QUICK} --no-plots --output {tmp_path} {options}".split())
+        (path,) = tmp_path.iterdir()
+        return status, json.loads(path.read_text())["sweep"]
+
+    status, before = run()
+    assert status == 0 and before["settings"]["lengths"] == [8, 16]
+    status, after = run("--lengths 16")
+    assert status == 0 and after["settings"]["lengths"] == [8, 16]
+
+    def of(section, length):
+        return [record for record in section["records"] if record["length"] == length]
+
+    assert of(after, 8) == of(before, 8) and of(after, 16) != of(before, 16)
+    assert len(of(after, 16)) == len(of(before, 16)) and len(after["work"]) == len(before["work"])
+    capsys.readouterr()
+    message = refused(capsys, f"{QUICK} --no-plots --output {tmp_path} --taps 3")
+    assert "taps: 7, not 3" in message and "--overwrite" in message
+    status, after = run("--taps 3 --lengths 16 --overwrite")
+    assert status == 0 and after["settings"]["taps"] == 3 and not of(after, 8)
+
+
+def test_results_are_written_whole_or_not_at_all(monkeypatch, tmp_path):
+    path = tmp_path / "results.json"
+    results.write(path, "{}")
+
+    def fail(*rest):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(results.os, "replace", fail)
+    store = results.Store(path, "sweep", {}, True)
+    store.save({"records": [1]})
+    assert "No space left" in store.error
+    assert path.read_text() == "{}" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("content", [{"sweep": {}}, {}, {"sweep": "x"}])
+def test_plot_of_nothing(capsys, tmp_path, content):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(content))
+    assert "holds no measurements to draw" in refused(capsys, f"plot {path}")
+
+
+def test_plot_of_a_dtype_that_was_not_measured(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    section = {"environment": {}, "settings": {}, "records": [{"dtype": "float32"}]}
+    (tmp_path / "results.json").write_text(json.dumps({"sweep": section}))
+    message = refused(capsys, f"plot {tmp_path / 'results.json'} --dtypes float16")
+    assert "--dtypes float16: the results are for float32" in message
+
+
+def test_a_closed_pipe_is_no_traceback():
+    process = start("info", stderr=subprocess.PIPE)
+    process.stdout.close()
+    said = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(60) == cli.PIPE_CLOSED and not said
+
+
+@pytest.mark.parametrize("backend", cli.KERNELS)
+def test_kernels_that_do_not_exist_are_said_at_once(capsys, backend):
+    begin = time.monotonic()
+    message = refused(capsys, f"check --kernels --backend {backend} --only zzz")
+    assert "--only zzz: no kernel" in message or "not" in message
+    assert time.monotonic() - begin < 60
+
+
+def test_check_names_its_parts_and_instruction_sets(capsys):
+    assert cli.main(["check", "--backend", "cpu"] if not convkernels.why_not("cpu") else ["check"]) == 0
+    printed = capsys.readouterr().out
+    assert "FAIL" not in printed and "convolutions" in printed and "attention" in printed
+    assert "models" in printed
+    native = cli.environment.native_module()
+    if native and "CONVKERNELS_CPU_ISA" not in os.environ:
+        (line,) = re.findall(r"^CPU instruction sets checked: (.*)$", printed, re.MULTILINE)
+        assert set(line.split(", ")) == {name for name in native.compiled_isas() if native.isa_supported(name)}
