@@ -162,6 +162,7 @@ class QueryBlock {
   int64_t head() const { return keys_.head; }
   int64_t query(int64_t r) const { return first_ + r; }
   int64_t rows() const { return rows_; }
+  int64_t first_key() const { return seen_.first / kPanel<C> * kPanel<C>; }  // of those that each_key_block visits
   const Place& place(int64_t r) const { return d_.places.of(first_)[r]; }
   const C* q() const { return q_.get(); }
   const C* r() const { return p_.rel_query.data != nullptr ? r_.get() : q_.get(); }  // what meets query_rel
@@ -170,8 +171,7 @@ class QueryBlock {
   template <class Body>
   void each_key_block(const Body& body) const {
     const int64_t end = least(d_.padded, round_up(seen_.end, kPanel<C>));
-    for (int64_t j = seen_.first / kPanel<C> * kPanel<C>; j < end; j += kKeyColumns)
-      body(j, least(kKeyColumns, end - j));
+    for (int64_t j = first_key(); j < end; j += kKeyColumns) body(j, least(kKeyColumns, end - j));
   }
 
   // Products of queries and keys, in rows of kScorePitch.
@@ -203,6 +203,8 @@ class QueryBlock {
     return c;
   }
 
+  bool sees(int64_t r, int64_t j) const { return place(r).visible.first <= j && j < place(r).visible.end; }
+
   // The column of the tables that belongs to position j.
   int64_t column(int64_t r, int64_t j) const { return j - place(r).at + p_.left; }
 
@@ -221,7 +223,10 @@ class QueryBlock {
         add_to(s + c.beyond, keys_.edge(1) + first + c.beyond, c.end - c.beyond);
       }
       add_to(s + c.window, window_.get() + r * d_.window_pitch + column(r, first + c.window), c.beyond - c.window);
-      rest = {c.window / V * V, round_up(c.beyond, V), left_[r], right_[r]};
+      // A constant of keys that are all hidden may be infinite, and would undo their -inf.
+      rest = {c.window / V * V, round_up(c.beyond, V),
+              d_.count_real(batch(), first + c.first, first + c.window) > 0 ? left_[r] : C{0},
+              d_.count_real(batch(), first + c.beyond, first + c.end) > 0 ? right_[r] : C{0}};
       for (int64_t j = rest.begin; j < c.window; ++j) s[j] += rest.left;
       for (int64_t j = c.beyond; j < rest.end; ++j) s[j] += rest.right;
     }
