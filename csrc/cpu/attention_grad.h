@@ -70,7 +70,7 @@ class GradientTask {
         rel_(folds_ ? kQueryRows * round_up(p.rank, kLanes<C>) : 0),
         row_(data.width),
         taps_(p.grad_value_conv != nullptr ? p.window() * data.width : 0),
-        key_columns_(folds_keys_ ? data.padded * data.window_pitch : 0),
+        near_(folds_keys_ ? kNearKeys * kNearPitch<C> : 0),
         key_edges_(folds_keys_ ? 2 * data.padded : 0) {}
 
   // Blocks `range` of the heads of one group, which follow each other; the tables' sums are those of `task`.
@@ -90,12 +90,10 @@ class GradientTask {
       value_conv_ = sums.value_conv.of(task, n);
       value_conv_bias_ = sums.value_conv_bias.of(task, n);
       value_conv_scale_ = sums.value_conv_scale.of(task, n);
-      if (folds_keys_) {
-        clear(key_columns_.get(), d_.padded * d_.window_pitch);
-        clear(key_edges_.get(), 2 * d_.padded);
-      }
+      key_rel_ = sums.key_rel.of(task, n);
+      if (folds_keys_) clear(key_edges_.get(), 2 * d_.padded);
       for (int64_t block = blocks.first; block < blocks.end; ++block) run_block(block);
-      if (folds_keys_) finish_key_columns(sums.key_rel.of(task, n));
+      if (folds_keys_ && p_.clips()) finish_edges();
     }
   }
 
@@ -217,6 +215,7 @@ class GradientTask {
     C* const ds = ds_rows_.get() + tile(first);
     const bool careful = selects(first, n);
     for (int64_t r = 0; r < rows; ++r) differentiate(r, first, n, ds + r * S, careful);
+    if (folds_keys_) block_.each_run([&](int64_t from, int64_t to) { add_near(from, to, first, n, ds); });
     if (!p_.qk) return;
     if (p_.grad_k.data != nullptr)
       multiply_seen(n, d_.width, rows, Factor<C>{ds, 1, S}, block_.q(), d_.pitch, odd_q_, clean_.get(),
@@ -235,7 +234,7 @@ class GradientTask {
     if (careful) hide(r, first, n, ds_row);
     const Cut cut = block_.cut(r, first, n);
     if (folds_) fold(r, cut, first, ds_row);
-    if (folds_keys_) fold_keys(r, cut, first, ds_row);
+    if (folds_keys_ && p_.clips()) fold_edges(cut, first, ds_row);
   }
 
   // Adds a row over the keys to the columns that the keys belong to.
@@ -248,46 +247,75 @@ class GradientTask {
     columns[p_.window() - 1] += sum(row + cut.beyond, cut.end - cut.beyond);
   }
 
-  // Adds a row over the keys to the columns of each key.
-  void fold_keys(int64_t r, const Cut& cut, int64_t first, const C* row) {
-    for (int64_t j = cut.window; j < cut.beyond; ++j)
-      key_columns_[(first + j) * d_.window_pitch + block_.column(r, first + j)] += row[j];
-    if (!p_.clips()) return;
+  // What keys outside the window of a row pass on to the outermost columns.
+  void fold_edges(const Cut& cut, int64_t first, const C* row) {
     C* const edges = key_edges_.get() + first;
     add_to(edges + cut.first, row + cut.first, cut.window - cut.first);
     add_to(edges + d_.padded + cut.beyond, row + cut.beyond, cut.end - cut.beyond);
   }
 
+  // The gradients of the term of the keys within the window of queries from .. to of one sequence.
+  void add_near(int64_t from, int64_t to, int64_t first, int64_t n, const C* ds) {
+    block_.each_near(from, to, {first, first + n}, [&](int64_t key, int64_t count, Range met) {
+      const int64_t columns = met.end - met.first;
+      clear(near_.get(), count * kNearPitch<C>);
+      block_.each_pair(from, to, key, count, met, [&](int64_t r, int64_t j, int64_t c) CK_INLINE_LAMBDA {
+        near_[(j - key) * kNearPitch<C> + c - met.first] = ds[r * kScorePitch<C> + j - first];
+      });
+      if (key_rel_ != nullptr)
+        multiply_met(p_.channels, round_up(columns, kLanes<C>), count, keys_.k.row(key), d_.pitch, keys_.k.odd(key),
+                     clean_.get(), near_.get(), kNearPitch<C>, key_rel_ + met.first, d_.window_pitch);
+      if (p_.grad_k.data != nullptr)
+        multiply<true>(count, d_.width, columns, Factor<C>{near_.get(), kNearPitch<C>, 1},
+                       d_.key_columns.of(keys_.head) + met.first * d_.width, d_.width, own_.k + key * d_.pitch,
+                       d_.pitch);
+    });
+  }
+
   void finish_columns() {
     const int64_t rows = block_.rows(), pitch = d_.window_pitch;
     if (bias_ != nullptr)
-      for (int64_t r = 0; r < rows; ++r) add_to(bias_, columns_.get() + r * pitch, pitch);
+      for (int64_t r = 0; r < rows; ++r) {
+        const Range met = block_.columns(r);
+        if (!met.empty()) add_to(bias_ + met.first, columns_.get() + r * pitch + met.first, met.end - met.first);
+      }
     if (query_rel_ != nullptr)
-      multiply_met(p_.rank, pitch, rows, block_.r(), d_.rank_pitch, odd_r_, clean_.get(), columns_.get(), pitch,
-                   query_rel_, pitch);
+      block_.each_strip([&](int64_t column, int64_t n, Range met) {
+        multiply_met(p_.rank, n, met.end - met.first, block_.r() + met.first * d_.rank_pitch, d_.rank_pitch,
+                     odd_r_ + met.first, clean_.get(), columns_.get() + met.first * pitch + column, pitch,
+                     query_rel_ + column, pitch);
+      });
     if (p_.query_rel.data == nullptr) return;
     const int64_t rank = d_.query_columns.pitch();
-    multiply<false>(rows, rank, p_.window(), Factor<C>{columns_.get(), pitch, 1}, d_.query_columns.of(block_.head()),
-                    rank, rel_.get(), rank);
+    for (int64_t r = 0; r < rows; r += kTileRows) {
+      const int64_t n = least(kTileRows, rows - r);
+      Range met{p_.window(), 0};
+      for (int64_t i = r; i < r + n; ++i) {
+        const Range one = block_.columns(i);
+        if (!one.empty()) met = {least(met.first, one.first), most(met.end, one.end)};
+      }
+      multiply<false>(n, rank, most(0, met.end - met.first),
+                      Factor<C>{columns_.get() + r * pitch + met.first, pitch, 1},
+                      d_.query_columns.of(block_.head()) + met.first * rank, rank, rel_.get() + r * rank, rank);
+    }
     if (p_.grad_rel_query.data != nullptr)
       for (int64_t r = 0; r < rows; ++r)
         write_row(p_, p_.grad_rel_query, block_.batch(), block_.query(r), block_.head(), p_.rank,
                   rel_.get() + r * rank);
   }
 
-  void finish_key_columns(C* sums) {
-    const int64_t pitch = d_.window_pitch, W = p_.window();
-    for (int64_t j = 0; j < d_.padded; ++j) {
-      key_columns_[j * pitch] += key_edges_[j];
-      key_columns_[j * pitch + W - 1] += key_edges_[d_.padded + j];
+  void finish_edges() {
+    for (int64_t side = 0; side < 2; ++side) {
+      const int64_t column = side * (p_.window() - 1);
+      for (int64_t j = 0; j < p_.keys; ++j) {
+        const C edge = key_edges_[side * d_.padded + j];
+        if (edge == C{0}) continue;  // nothing that a key which nobody sees may spoil
+        if (key_rel_ != nullptr)
+          for (int64_t i = 0; i < p_.channels; ++i) key_rel_[i * d_.window_pitch + column] += keys_.k.row(j)[i] * edge;
+        if (p_.grad_k.data != nullptr)
+          add_to(own_.k + j * d_.pitch, d_.key_columns.of(keys_.head) + column * d_.width, d_.width, edge);
+      }
     }
-    if (sums != nullptr)
-      for (int64_t j = 0; j < d_.padded; j += kKeyColumns)
-        multiply_met(p_.channels, pitch, least(kKeyColumns, d_.padded - j), keys_.k.row(j), d_.pitch, keys_.k.odd(j),
-                     clean_.get(), key_columns_.get() + j * pitch, pitch, sums, pitch);
-    if (p_.grad_k.data != nullptr)
-      multiply<true>(d_.padded, d_.width, W, Factor<C>{key_columns_.get(), pitch, 1}, d_.key_columns.of(keys_.head),
-                     d_.width, own_.k, d_.pitch);
   }
 
   void write_queries() {
@@ -326,11 +354,11 @@ class GradientTask {
   Keys<C> keys_;
   QueryBlock<C> block_;
   KeyGradients<C> own_{};
-  Scratch<C> grad_, p_rows_, ds_rows_, dropped_, clean_, grad_q_, columns_, rel_, row_, taps_, key_columns_, key_edges_;
+  Scratch<C> grad_, p_rows_, ds_rows_, dropped_, clean_, grad_q_, columns_, rel_, row_, taps_, near_, key_edges_;
   C shift_[kQueryRows], grad_lse_[kQueryRows], total_[kQueryRows], delta_[kQueryRows];
   // of queries: lse is -inf; something of a row is not finite
   bool blind_[kQueryRows], odd_[kQueryRows], odd_grad_[kQueryRows], odd_q_[kQueryRows], odd_r_[kQueryRows];
-  C *bias_ = nullptr, *query_rel_ = nullptr, *value_conv_ = nullptr, *value_conv_bias_ = nullptr,
+  C *bias_ = nullptr, *query_rel_ = nullptr, *key_rel_ = nullptr, *value_conv_ = nullptr, *value_conv_bias_ = nullptr,
     *value_conv_scale_ = nullptr;
 };
 
