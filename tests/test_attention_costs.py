@@ -46,6 +46,28 @@ def test_memory_is_linear_in_length(backend):
     assert peaks[3072] < 2 * H * 3072 * 3072 * 4
 
 
+@pytest.mark.parametrize("term", ["query_rel", "key_rel"])
+def test_memory_of_a_window_as_long_as_the_sequence(term, backend):
+    """Forward and backward of a table with a column for every offset, 2T - 1: linear in T, too."""
+    if backend != "cpu":
+        pytest.skip("a promise of this backend")
+    peaks = []
+    for length in (1024, 2048):  # cut into as many parts, each with its own sums
+        q, table = torch.randn(1, length, 1, D), torch.randn(1, D, 2 * length - 1)
+        leaves = [q.requires_grad_(), table.requires_grad_()]
+
+        def call(leaves=leaves):
+            q, table = leaves
+            y = ck.composite_attention(q, q, q, **{term: table}, backend=backend)
+            return torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+        call()
+        peaks.append(peak_extra_bytes(call, q.device))
+    if None in peaks:
+        pytest.skip("the peak of memory is not known here")
+    assert peaks[1] <= 2.1 * peaks[0]
+
+
 def eager(q, k, v, bias, query_rel, key_rel, value_conv):
     """The definition by PyTorch's operations, in the type of the inputs."""
     length = q.shape[1]
