@@ -141,8 +141,8 @@ CPU_MUTATIONS = [
     Mutation(
         "attention: edge not repeated left of the window",
         "csrc/cpu/attention_block.h",
-        "round_up(c.beyond, V), left_[r], right_[r]};",
-        "round_up(c.beyond, V), C{0}, right_[r]};",
+        "c.window) > 0 ? left_[r] : C{0},",
+        "c.window) > 0 ? C{0} : C{0},",
     ),
     Mutation(
         "attention: sum of a row not rescaled",
@@ -163,10 +163,10 @@ CPU_MUTATIONS = [
         "if (d_.count_real(batch(), first + c.first, first + c.end) < 0) {",
     ),
     Mutation(
-        "attention: delta with the depthwise term",
+        "attention: the gradient of lse taken the other way",
         "csrc/cpu/attention_grad.h",
-        "delta -= dot(grad, row_.get(), d_.width) * d_.conv_scale(h);",
-        "delta -= dot(grad, row_.get(), d_.width) * C{0};",
+        "delta_[r] / total_[r]) - grad_lse_[r];",
+        "delta_[r] / total_[r]) + grad_lse_[r];",
     ),
     Mutation(
         "attention: dropout of another block of words",

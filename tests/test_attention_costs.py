@@ -8,6 +8,7 @@ from conftest import interpreted, simulated
 
 import convkernels as ck
 from convkernels._bench.timing import peak_extra_bytes
+from convkernels.testing.attention import INPUTS, AttentionProblem
 
 OP = "attention_grad"
 H, D, WINDOW = 2, 64, 8
@@ -43,6 +44,28 @@ def test_memory_is_linear_in_length(backend):
             pytest.skip("the peak of memory is not known here")
     assert peaks[3072] <= 2.1 * peaks[1536]
     assert peaks[3072] < 2 * H * 3072 * 3072 * 4
+
+
+@pytest.mark.parametrize("term", ["query_rel", "key_rel"])
+def test_memory_of_a_window_as_long_as_the_sequence(term, backend):
+    """Forward and backward of a table with a column for every offset, 2T - 1: linear in T, too."""
+    if backend != "cpu":
+        pytest.skip("a promise of this backend")
+    peaks = []
+    for length in (1024, 2048):  # cut into as many parts, each with its own sums
+        q, table = torch.randn(1, length, 1, D), torch.randn(1, D, 2 * length - 1)
+        leaves = [q.requires_grad_(), table.requires_grad_()]
+
+        def call(leaves=leaves):
+            q, table = leaves
+            y = ck.composite_attention(q, q, q, **{term: table}, backend=backend)
+            return torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+        call()
+        peaks.append(peak_extra_bytes(call, q.device))
+    if None in peaks:
+        pytest.skip("the peak of memory is not known here")
+    assert peaks[1] <= 2.1 * peaks[0]
 
 
 def eager(q, k, v, bias, query_rel, key_rel, value_conv):
@@ -82,3 +105,41 @@ def test_error_beside_that_of_pytorch(dtype, backend):
     for name, expected in exact.items():
         error, allowed = ((found[name].double() - expected).norm() / expected.norm() for found in (ours, plain))
         assert error <= 2 * allowed, f"{name}: {error:.2e}, PyTorch {allowed:.2e}"
+
+
+def all_gradients(backend, problem, tensors):
+    attention, attention_grad = (
+        getattr(getattr(torch.ops.convkernels, name), backend) for name in ("_attention", "_attention_grad")
+    )
+    out, lse = attention(*problem.op_arguments(tensors))
+    return dict(zip(INPUTS, attention_grad(*problem.grad_arguments(tensors, out, lse)), strict=True))
+
+
+@pytest.mark.parametrize("value_conv", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_of_the_result_reaches_no_gradient(dtype, value_conv, backend):
+    """Tables of float32 get gradients as good as float32 allows, and 16-bit ones lose what one rounding loses."""
+    if backend not in ("reference", "cpu"):
+        pytest.skip("finds delta from the result as it was rounded")
+    problem = AttentionProblem(
+        batch=1, length=300, keys=300, head_size=64, left=8, right=8, bias=True, query_rel=2, key_rel=1,
+        value_conv=value_conv, dtype=dtype,
+    )  # fmt: skip
+    tensors = problem.tensors()
+    exact = {n: t.double() if t is not None and t.is_floating_point() else t for n, t in tensors.items()}
+    expected = all_gradients("reference", problem, exact)
+    for name, value in all_gradients(backend, problem, tensors).items():
+        error = (value.double() - expected[name]).norm() / expected[name].norm() if value.numel() else 0.0
+        assert error <= (2e-6 if value.dtype == torch.float32 else torch.finfo(dtype).eps / 2), f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_dropped_whole_passes_no_gradient(dtype, backend):
+    if backend not in ("reference", "cpu"):
+        pytest.skip("finds delta from the result as it was rounded")
+    problem = AttentionProblem(
+        length=40, keys=40, head_size=16, bias=True, query_rel=1, key_rel=1, value_conv=3, dropout=1.0, dtype=dtype
+    )
+    found = all_gradients(backend, problem, problem.tensors() | {"grad_lse": None})
+    for name in ("q", "k", "bias", "query_rel", "key_rel"):
+        assert (found[name] == 0).all(), name

@@ -17,11 +17,13 @@ class AttentionTask {
         s_(kQueryRows * kScorePitch<C>),
         keep_(p.dropout > 0.0 ? kKeyColumns : 0),
         out_(kQueryRows * data.pitch),
+        clean_(kKeyColumns * data.pitch),
         taps_(p.value_conv.data != nullptr ? data.width : 0) {}
 
   // Blocks `range` of the heads of one group, which follow each other.
   void run(int64_t b, int64_t g, Range range) {
     keys_.load(b, g);
+    knows_odd_ = false;
     for (int64_t n = range.first; n < range.end; ++n) {
       keys_.choose_head(g * p_.sharing() + n / d_.blocks());
       run_block(n % d_.blocks());
@@ -31,6 +33,20 @@ class AttentionTask {
  private:
   void run_block(int64_t block) {
     block_.load(block);
+    walk(false);
+    const int64_t rows = block_.rows();
+    bool finite = true;
+    for (int64_t r = 0; r < rows; ++r) finite = finite && is_finite(out_.get() + r * d_.pitch, d_.width);
+    if (!finite) {  // perhaps by a value that some rows do not see
+      if (!knows_odd_) keys_.v.find_odd();
+      knows_odd_ = true;
+      walk(true);
+    }
+    for (int64_t r = 0; r < rows; ++r) write(r);
+  }
+
+  // Leaves the unnormalised results. selects: values that are not finite go to those alone who see them.
+  void walk(bool selects) {
     const int64_t rows = block_.rows();
     clear(out_.get(), rows * d_.pitch);
     for (int64_t r = 0; r < rows; ++r) {
@@ -40,10 +56,13 @@ class AttentionTask {
     block_.each_key_block([&](int64_t first, int64_t n) {
       block_.multiply_keys(first, n, s_.get());
       for (int64_t r = 0; r < rows; ++r) absorb(r, first, n);
-      multiply<true>(rows, d_.width, n, Factor<C>{s_.get(), kScorePitch<C>, 1}, keys_.v.row(first), d_.pitch,
-                     out_.get(), d_.pitch);
+      const Factor<C> weights{s_.get(), kScorePitch<C>, 1};
+      if (selects)
+        multiply_seen(rows, d_.width, n, weights, keys_.v.row(first), d_.pitch, keys_.v.odd(first), clean_.get(),
+                      out_.get(), [&](int64_t r, int64_t j) { return block_.sees(r, first + j); });
+      else
+        multiply<true>(rows, d_.width, n, weights, keys_.v.row(first), d_.pitch, out_.get(), d_.pitch);
     });
-    for (int64_t r = 0; r < rows; ++r) write(r);
   }
 
   // Takes a row of products into the sums of its query, and leaves the weights of the values.
@@ -66,8 +85,10 @@ class AttentionTask {
     const bool sees = sum_[r] != C{0};
     scalar<C>(p_.lse, b, h, i) =
         sees ? static_cast<C>(::log(sum_[r]) + static_cast<C>(kLn2) * top_[r]) : static_cast<C>(-__builtin_inf());
-    const C factor = sees ? C{1} / sum_[r] : C{0};
-    multiply_by(out, d_.width, factor);
+    if (sees)
+      multiply_by(out, d_.width, C{1} / sum_[r]);
+    else
+      clear(out, d_.width);
     if (p_.value_conv.data != nullptr) {
       keys_.convolve(block_.place(r), taps_.get());
       add_to(out, taps_.get(), d_.width, d_.conv_scale(h));
@@ -81,8 +102,9 @@ class AttentionTask {
   const AttentionData<C>& d_;
   Keys<C> keys_;
   QueryBlock<C> block_;
-  Scratch<C> s_, keep_, out_, taps_;
+  Scratch<C> s_, keep_, out_, clean_, taps_;
   C top_[kQueryRows], sum_[kQueryRows];
+  bool knows_odd_ = false;
 };
 
 template <class C>

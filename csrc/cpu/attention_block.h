@@ -128,6 +128,12 @@ struct Parts {
   int64_t units, blocks, parts;
 };
 
+// Keys whose relative terms are found together, and the distance of their rows: as many columns as a block of queries
+// meets.
+constexpr int64_t kNearKeys = 16;
+template <class C>
+constexpr int64_t kNearPitch = row_pitch<C>(kQueryRows + kNearKeys + 2 * kLanes<C>);
+
 // Up to kQueryRows queries of one head.
 template <class C>
 class QueryBlock {
@@ -141,7 +147,7 @@ class QueryBlock {
         q_(kQueryRows * data.pitch),
         r_(p_.rel_query.data != nullptr ? kQueryRows * data.rank_pitch : 0),
         window_(p_.has_columns() ? kQueryRows * data.window_pitch : 0),
-        near_(p_.key_rel.data != nullptr ? (kQueryRows + p_.window()) * data.window_pitch : 0) {}
+        near_(p_.key_rel.data != nullptr ? kNearKeys * kNearPitch<C> : 0) {}
 
   // Of the head that the keys have chosen.
   void load(int64_t block) {
@@ -162,6 +168,7 @@ class QueryBlock {
   int64_t head() const { return keys_.head; }
   int64_t query(int64_t r) const { return first_ + r; }
   int64_t rows() const { return rows_; }
+  int64_t first_key() const { return seen_.first / kPanel<C> * kPanel<C>; }  // of those that each_key_block visits
   const Place& place(int64_t r) const { return d_.places.of(first_)[r]; }
   const C* q() const { return q_.get(); }
   const C* r() const { return p_.rel_query.data != nullptr ? r_.get() : q_.get(); }  // what meets query_rel
@@ -170,8 +177,63 @@ class QueryBlock {
   template <class Body>
   void each_key_block(const Body& body) const {
     const int64_t end = least(d_.padded, round_up(seen_.end, kPanel<C>));
-    for (int64_t j = seen_.first / kPanel<C> * kPanel<C>; j < end; j += kKeyColumns)
-      body(j, least(kKeyColumns, end - j));
+    for (int64_t j = first_key(); j < end; j += kKeyColumns) body(j, least(kKeyColumns, end - j));
+  }
+
+  // Columns of the tables that a query may meet.
+  Range columns(int64_t r) const {
+    const Place& at = place(r);
+    if (at.visible.empty()) return {0, 0};
+    const auto within = [&](int64_t j) { return most(0, least(column(r, j), p_.window() - 1)); };
+    return {within(at.visible.first), within(at.visible.end - 1) + 1};
+  }
+
+  // Calls body(column, n, rows) for strips of columns and the rows between the first and the last that meet them.
+  template <class Body>
+  void each_strip(const Body& body) const {
+    constexpr int64_t kStrip = 4 * V;
+    for (int64_t c = 0; c < d_.window_pitch; c += kStrip) {
+      const auto meets = [&](int64_t r) { return columns(r).first < c + kStrip && columns(r).end > c; };
+      Range rows{0, rows_};
+      while (!rows.empty() && !meets(rows.first)) ++rows.first;
+      while (!rows.empty() && !meets(rows.end - 1)) --rows.end;
+      if (!rows.empty()) body(c, least(kStrip, d_.window_pitch - c), rows);
+    }
+  }
+
+  // Calls body(from, to) for queries that follow each other in one sequence.
+  template <class Body>
+  void each_run(const Body& body) const {
+    for (int64_t r = 0, end; r < rows_; r = end) {
+      end = r + 1;
+      while (end < rows_ && place(end).at == place(end - 1).at + 1 &&
+             place(end).sequence.first == place(r).sequence.first)
+        ++end;
+      body(r, end);
+    }
+  }
+
+  // Calls body(key, n, met) for up to kNearKeys keys of a range at a time within the window of a run of queries; met:
+  // the columns in which they meet, from a whole vector on.
+  template <class Body>
+  void each_near(int64_t from, int64_t to, Range keys, const Body& body) const {
+    const Range& sequence = place(from).sequence;
+    const int64_t at = place(from).at, last = place(to - 1).at;
+    const int64_t end = least(least(keys.end, sequence.end), last + p_.right + 1);
+    for (int64_t j = most(most(keys.first, sequence.first), at - p_.left); j < end; j += kNearKeys) {
+      const int64_t n = least(kNearKeys, end - j);
+      body(j, n, {most(0, j - last + p_.left) / V * V, least(p_.window(), j + n - at + p_.left)});
+    }
+  }
+
+  // Calls body(r, j, c) for the pairs of these queries and keys within the window, and their columns.
+  template <class Body>
+  CK_INLINE void each_pair(int64_t from, int64_t to, int64_t key, int64_t n, Range met, const Body& body) const {
+    for (int64_t r = from; r < to; ++r) {
+      const int64_t start = place(r).at - p_.left;
+      const int64_t end = least(met.end, key + n - start);
+      for (int64_t c = most(met.first, key - start); c < end; ++c) body(r, start + c, c);
+    }
   }
 
   // Products of queries and keys, in rows of kScorePitch.
@@ -203,6 +265,8 @@ class QueryBlock {
     return c;
   }
 
+  bool sees(int64_t r, int64_t j) const { return place(r).visible.first <= j && j < place(r).visible.end; }
+
   // The column of the tables that belongs to position j.
   int64_t column(int64_t r, int64_t j) const { return j - place(r).at + p_.left; }
 
@@ -221,7 +285,10 @@ class QueryBlock {
         add_to(s + c.beyond, keys_.edge(1) + first + c.beyond, c.end - c.beyond);
       }
       add_to(s + c.window, window_.get() + r * d_.window_pitch + column(r, first + c.window), c.beyond - c.window);
-      rest = {c.window / V * V, round_up(c.beyond, V), left_[r], right_[r]};
+      // A constant of keys that are all hidden may be infinite, and would undo their -inf.
+      rest = {c.window / V * V, round_up(c.beyond, V),
+              d_.count_real(batch(), first + c.first, first + c.window) > 0 ? left_[r] : C{0},
+              d_.count_real(batch(), first + c.beyond, first + c.end) > 0 ? right_[r] : C{0}};
       for (int64_t j = rest.begin; j < c.window; ++j) s[j] += rest.left;
       for (int64_t j = c.beyond; j < rest.end; ++j) s[j] += rest.right;
     }
@@ -236,45 +303,37 @@ class QueryBlock {
   }
 
  private:
-  // What the relative terms add within the window of each row, and what those of the query add outside it.
+  // What the relative terms add within the window of each row, and what those of the query add outside it; only columns
+  // that the row may meet are there.
   void fill_window() {
     const int64_t W = p_.window(), pitch = d_.window_pitch;
     C* const window = window_.get();
     if (p_.query_rel.data != nullptr)
-      multiply<false>(rows_, pitch, p_.rank, Factor<C>{r(), d_.rank_pitch, 1}, d_.query_rel.of(head()), pitch, window,
-                      pitch);
+      each_strip([&](int64_t column, int64_t n, Range rows) {
+        multiply<false>(rows.end - rows.first, n, p_.rank,
+                        Factor<C>{r() + rows.first * d_.rank_pitch, d_.rank_pitch, 1}, d_.query_rel.of(head()) + column,
+                        pitch, window + rows.first * pitch + column, pitch);
+      });
     else
       clear(window, rows_ * pitch);
     for (int64_t r = 0; r < rows_; ++r) {
       C* const row = window + r * pitch;
-      if (p_.bias.data != nullptr) add_to(row, d_.bias.of(head()), pitch);
+      const Range met = columns(r);
+      if (p_.bias.data != nullptr && !met.empty())
+        add_to(row + met.first, d_.bias.of(head()) + met.first, met.end - met.first);
       left_[r] = p_.clips() ? row[0] : C{0};
       right_[r] = p_.clips() ? row[W - 1] : C{0};
     }
     if (p_.key_rel.data == nullptr) return;
-    for (int64_t r = 0; r < rows_;) {
-      int64_t end = r + 1;  // of queries that follow each other in one sequence
-      while (end < rows_ && place(end).at == place(end - 1).at + 1 &&
-             place(end).sequence.first == place(r).sequence.first)
-        ++end;
-      add_near_keys(r, end);
-      r = end;
-    }
-  }
-
-  void add_near_keys(int64_t from, int64_t to) {
-    const int64_t W = p_.window(), pitch = d_.window_pitch;
-    const Range sequence = place(from).sequence;
-    const int64_t first = most(sequence.first, place(from).at - p_.left);
-    const int64_t end = least(sequence.end, place(to - 1).at + p_.right + 1);
-    if (first >= end) return;
-    multiply<false>(end - first, pitch, p_.channels, Factor<C>{keys_.k.row(first), d_.pitch, 1}, d_.key_rel.of(head()),
-                    pitch, near_.get(), pitch);
-    for (int64_t r = from; r < to; ++r) {
-      const int64_t start = place(r).at - p_.left;
-      for (int64_t c = most(0, first - start); c < least(W, end - start); ++c)
-        window_[r * pitch + c] += near_[(start + c - first) * pitch + c];
-    }
+    each_run([&](int64_t from, int64_t to) {
+      each_near(from, to, seen_, [&](int64_t key, int64_t n, Range met) {
+        multiply<false>(n, round_up(met.end - met.first, V), p_.channels, Factor<C>{keys_.k.row(key), d_.pitch, 1},
+                        d_.key_rel.of(head()) + met.first, d_.window_pitch, near_.get(), kNearPitch<C>);
+        each_pair(from, to, key, n, met, [&](int64_t r, int64_t j, int64_t c) CK_INLINE_LAMBDA {
+          window_[r * d_.window_pitch + c] += near_[(j - key) * kNearPitch<C> + c - met.first];
+        });
+      });
+    });
   }
 
   const AttentionData<C>& d_;

@@ -1,12 +1,11 @@
-// attention_grad, in one pass. A task owns the keys and values of one group of heads, or a part of their queries:
-// blocks of queries walk over the keys, find the probabilities again from lse, and add to d(k) and d(v), which the task
-// keeps for all keys, to d(q), which they keep for themselves, and to the tables.
+// attention_grad. A task owns the keys and values of one group of heads, or a part of their queries: blocks of queries
+// walk over the keys, find the probabilities again from lse, and add to d(k) and d(v), which the task keeps for all
+// keys, to d(q), which they keep for themselves, and to the tables.
 //
 // With dP the gradient of p, the gradient of a score is p (dP - delta), where delta = sum of p dP over the row, less
-// grad_lse. The sum is that of grad * out over the channels, once the depthwise term is taken out of out. It is off by
-// the rounding of out, and so is the gradient of each score of the row, by p times that. A table's column that sums
-// over far keys would gather it; so the columns of p are summed too and take it out again: the gradients of a row's
-// scores must sum to grad_lse.
+// grad_lse. That is also grad * out over the channels, but out has been rounded, and holds the depthwise term: what it
+// lost would reach every gradient of the row, and a table's column that sums over far keys would gather it. So a block
+// keeps p and dP of all the keys it sees until their sum is known.
 #pragma once
 
 #include "attention_sums.h"
@@ -62,16 +61,16 @@ class GradientTask {
         keys_(data, true),
         block_(data, keys_),
         grad_(kQueryRows * data.pitch),
-        p_rows_(kQueryRows * kScorePitch<C>),
-        ds_rows_(scores_ ? kQueryRows * kScorePitch<C> : 0),
-        keep_(p.dropout > 0.0 ? kKeyColumns : 0),
+        p_rows_((scores_ ? tiles(data) : 1) * kTileSize),
+        ds_rows_(scores_ ? tiles(data) * kTileSize : 0),
+        dropped_(p.dropout > 0.0 ? kTileSize : 0),
+        clean_(most(kQueryRows, kKeyColumns) * most(data.pitch, data.rank_pitch)),
         grad_q_(kQueryRows * data.pitch),
         columns_(folds_ ? kQueryRows * data.window_pitch : 0),
-        p_columns_(folds_ ? kQueryRows * data.window_pitch : 0),
         rel_(folds_ ? kQueryRows * round_up(p.rank, kLanes<C>) : 0),
         row_(data.width),
         taps_(p.grad_value_conv != nullptr ? p.window() * data.width : 0),
-        key_columns_(folds_keys_ ? data.padded * data.window_pitch : 0),
+        near_(folds_keys_ ? kNearKeys * kNearPitch<C> : 0),
         key_edges_(folds_keys_ ? 2 * data.padded : 0) {}
 
   // Blocks `range` of the heads of one group, which follow each other; the tables' sums are those of `task`.
@@ -91,16 +90,18 @@ class GradientTask {
       value_conv_ = sums.value_conv.of(task, n);
       value_conv_bias_ = sums.value_conv_bias.of(task, n);
       value_conv_scale_ = sums.value_conv_scale.of(task, n);
-      if (folds_keys_) {
-        clear(key_columns_.get(), d_.padded * d_.window_pitch);
-        clear(key_edges_.get(), 2 * d_.padded);
-      }
+      key_rel_ = sums.key_rel.of(task, n);
+      if (folds_keys_) clear(key_edges_.get(), 2 * d_.padded);
       for (int64_t block = blocks.first; block < blocks.end; ++block) run_block(block);
-      if (folds_keys_) finish_key_columns(sums.key_rel.of(task, n));
+      if (folds_keys_ && p_.clips()) finish_edges();
     }
   }
 
  private:
+  static constexpr int64_t kTileSize = kQueryRows * kScorePitch<C>;
+  // Blocks of keys that one block of queries may see.
+  static int64_t tiles(const AttentionData<C>& d) { return ceil_div(d.places.most_seen() + kPanel<C>, kKeyColumns); }
+
   // Anything that follows from the gradient of the scores: all but v and the depthwise term's tables.
   static bool needs_scores(const AttentionBackward& p) {
     return p.grad_q.data != nullptr || p.grad_k.data != nullptr || p.grad_rel_query.data != nullptr ||
@@ -112,19 +113,35 @@ class GradientTask {
     const int64_t rows = block_.rows();
     block_.read(p_.grad, p_.channels, grad_.get(), d_.pitch);
     for (int64_t r = 0; r < rows; ++r) {
-      shift_[r] = shift_of(scalar<C>(p_.lse, block_.batch(), block_.head(), block_.query(r))) * static_cast<C>(kLog2e);
-      if (scores_) delta_[r] = find_delta(r);
-    }
-    clear(grad_q_.get(), rows * d_.pitch);
-    if (folds_) {
-      clear(columns_.get(), rows * d_.window_pitch);
-      clear(p_columns_.get(), rows * d_.window_pitch);
-      clear(excess_, kQueryRows);
+      const C lse = scalar<C>(p_.lse, block_.batch(), block_.head(), block_.query(r));
+      shift_[r] = shift_of(lse) * static_cast<C>(kLog2e);
+      // What merges the results of several calls hands NaN to a row of -inf, which sees nothing.
+      blind_[r] = lse == static_cast<C>(-__builtin_inf());
+      grad_lse_[r] = p_.grad_lse.data == nullptr || blind_[r]
+                         ? C{0}
+                         : scalar<C>(p_.grad_lse, block_.batch(), block_.head(), block_.query(r));
+      delta_[r] = total_[r] = 0;
+      odd_grad_[r] = !is_finite(grad_.get() + r * d_.pitch, d_.width);
+      odd_q_[r] = !is_finite(block_.q() + r * d_.pitch, d_.width);
+      odd_r_[r] = p_.rel_query.data == nullptr
+                      ? odd_q_[r]
+                      : !is_finite(block_.r() + r * d_.rank_pitch, round_up(p_.rank, kLanes<C>));
+      odd_[r] = odd_grad_[r] || odd_q_[r] || shift_[r] - shift_[r] != C{0} || grad_lse_[r] - grad_lse_[r] != C{0};
     }
     if (scores_ || p_.grad_v.data != nullptr)
+      block_.each_key_block([&](int64_t first, int64_t n) { add_values(first, n); });
+    if (scores_) {
+      // What lse has lost to rounding is in all p of a row alike, and in total.
+      for (int64_t r = 0; r < rows; ++r) {
+        delta_[r] = (blind_[r] ? C{0} : delta_[r] / total_[r]) - grad_lse_[r];
+        odd_[r] = odd_[r] || delta_[r] - delta_[r] != C{0};
+      }
+      clear(grad_q_.get(), rows * d_.pitch);
+      if (folds_) clear(columns_.get(), rows * d_.window_pitch);
       block_.each_key_block([&](int64_t first, int64_t n) { add_keys(first, n); });
-    if (folds_) finish_columns();
-    if (p_.grad_q.data != nullptr) write_queries();
+      if (folds_) finish_columns();
+      if (p_.grad_q.data != nullptr) write_queries();
+    }
     if (p_.value_conv.data == nullptr) return;
     // Summed by blocks first: fewer roundings meet in one sum.
     if (value_conv_ != nullptr) clear(taps_.get(), p_.window() * d_.width);
@@ -132,151 +149,173 @@ class GradientTask {
     if (value_conv_ != nullptr) add_to(value_conv_, taps_.get(), p_.window() * d_.width);
   }
 
-  C find_delta(int64_t r) {
-    const int64_t b = block_.batch(), h = block_.head(), i = block_.query(r);
-    const C* const grad = grad_.get() + r * d_.pitch;
-    read_row<C>(p_, p_.out, b, i, h, p_.channels, 1, row_.get());
-    C delta = dot(grad, row_.get(), d_.width);
-    if (p_.value_conv.data != nullptr) {
-      keys_.convolve(block_.place(r), row_.get());
-      delta -= dot(grad, row_.get(), d_.width) * d_.conv_scale(h);
+  bool sees(int64_t r, int64_t j) const { return !blind_[r] && block_.sees(r, j); }
+
+  // Whether something in these rows or keys is not finite, so that hidden pairs are to be cleared.
+  bool selects(int64_t first, int64_t n) const {
+    return any(odd_, block_.rows()) || keys_.k.has_odd(first, n) || keys_.v.has_odd(first, n);
+  }
+
+  // The places of p and dP of a block of keys.
+  int64_t tile(int64_t first) const { return (first - block_.first_key()) / kKeyColumns * kTileSize; }
+
+  // Finds p and dP, adds to delta and to d(v).
+  void add_values(int64_t first, int64_t n) {
+    constexpr int64_t S = kScorePitch<C>;
+    const int64_t rows = block_.rows();
+    C* const p = p_rows_.get() + (scores_ ? tile(first) : 0);
+    block_.multiply_keys(first, n, p);
+    if (scores_) keys_.v.meet(first, n, rows, grad_.get(), ds_rows_.get() + tile(first));
+    const bool careful = selects(first, n);
+    for (int64_t r = 0; r < rows; ++r) weigh(r, first, n, p + r * S, careful);
+    if (p_.grad_v.data == nullptr) return;
+    const C* const weights = p_.dropout > 0.0 ? dropped_.get() : p;
+    multiply_seen(n, d_.width, rows, Factor<C>{weights, 1, S}, grad_.get(), d_.pitch, odd_grad_, clean_.get(),
+                  own_.v + first * d_.pitch, [&](int64_t j, int64_t r) { return sees(r, first + j); });
+  }
+
+  // Leaves p, p after dropout, and dP.
+  void weigh(int64_t r, int64_t first, int64_t n, C* p_row, bool careful) {
+    constexpr int V = kLanes<C>;
+    const Rest<C> rest = block_.finish(r, block_.cut(r, first, n), first, n, p_row);
+    exponentials(p_row, n, rest, shift_[r]);
+    if (careful) hide(r, first, n, p_row);
+    C* const dropped = p_.dropout > 0.0 ? dropped_.get() + r * kScorePitch<C> : nullptr;
+    if (dropped != nullptr) block_.draw_keep(r, first, n, dropped);
+    C* const dp = scores_ ? ds_rows_.get() + tile(first) + r * kScorePitch<C> : nullptr;
+    if (dropped != nullptr) {
+      for (int64_t j = 0; j < n; j += V) {
+        const Vec<C> keep = load_bytes<Vec<C>>(dropped + j);
+        store_bytes(dropped + j, load_bytes<Vec<C>>(p_row + j) * keep);
+        if (dp != nullptr) store_bytes(dp + j, load_bytes<Vec<C>>(dp + j) * keep);
+      }
     }
-    return delta - grad_lse(r);
+    if (dp == nullptr) return;
+    if (careful) hide(r, first, n, dp);
+    Vec<C> total = {}, product = {};
+    for (int64_t j = 0; j < n; j += V) {
+      const Vec<C> e = load_bytes<Vec<C>>(p_row + j);
+      total += e;
+      product += e * load_bytes<Vec<C>>(dp + j);
+    }
+    total_[r] += sum_lanes<C>(total);
+    delta_[r] += sum_lanes<C>(product);
   }
 
-  // A query that sees nothing has an lse of -inf, which no gradient passes.
-  C grad_lse(int64_t r) const {
-    const int64_t b = block_.batch(), h = block_.head(), i = block_.query(r);
-    const bool sees = scalar<C>(p_.lse, b, h, i) != static_cast<C>(-__builtin_inf());
-    return p_.grad_lse.data != nullptr && sees ? scalar<C>(p_.grad_lse, b, h, i) : C{0};
+  // Clears what a row of a block of keys does not see.
+  void hide(int64_t r, int64_t first, int64_t n, C* row) const {
+    for (int64_t j = 0; j < n; ++j)
+      if (!sees(r, first + j) || !d_.is_real(block_.batch(), first + j)) row[j] = 0;
   }
 
+  // From p and dP to the gradients of the scores, and to all that follow from them.
   void add_keys(int64_t first, int64_t n) {
     constexpr int64_t S = kScorePitch<C>;
     const int64_t rows = block_.rows();
-    block_.multiply_keys(first, n, p_rows_.get());
-    if (scores_) keys_.v.meet(first, n, rows, grad_.get(), ds_rows_.get());
-    for (int64_t r = 0; r < rows; ++r) weigh(r, first, n);
-    if (p_.grad_v.data != nullptr)
-      multiply<true>(n, d_.width, rows, Factor<C>{p_rows_.get(), 1, S}, grad_.get(), d_.pitch,
-                     own_.v + first * d_.pitch, d_.pitch);
+    C* const ds = ds_rows_.get() + tile(first);
+    const bool careful = selects(first, n);
+    for (int64_t r = 0; r < rows; ++r) differentiate(r, first, n, ds + r * S, careful);
+    if (folds_keys_) block_.each_run([&](int64_t from, int64_t to) { add_near(from, to, first, n, ds); });
     if (!p_.qk) return;
     if (p_.grad_k.data != nullptr)
-      multiply<true>(n, d_.width, rows, Factor<C>{ds_rows_.get(), 1, S}, block_.q(), d_.pitch,
-                     own_.k + first * d_.pitch, d_.pitch);
+      multiply_seen(n, d_.width, rows, Factor<C>{ds, 1, S}, block_.q(), d_.pitch, odd_q_, clean_.get(),
+                    own_.k + first * d_.pitch, [&](int64_t j, int64_t r) { return sees(r, first + j); });
     if (p_.grad_q.data != nullptr)
-      multiply<true>(rows, d_.width, n, Factor<C>{ds_rows_.get(), S, 1}, keys_.k.row(first), d_.pitch, grad_q_.get(),
-                     d_.pitch);
+      multiply_seen(rows, d_.width, n, Factor<C>{ds, S, 1}, keys_.k.row(first), d_.pitch, keys_.k.odd(first),
+                    clean_.get(), grad_q_.get(), [&](int64_t r, int64_t j) { return sees(r, first + j); });
   }
 
-  // Leaves p after dropout, and the gradients of the scores.
-  void weigh(int64_t r, int64_t first, int64_t n) {
+  void differentiate(int64_t r, int64_t first, int64_t n, C* ds_row, bool careful) {
     constexpr int V = kLanes<C>;
-    C* const p_row = p_rows_.get() + r * kScorePitch<C>;
+    const C* const p_row = p_rows_.get() + tile(first) + r * kScorePitch<C>;
+    const Vec<C> delta = splat(delta_[r]);
+    for (int64_t j = 0; j < n; j += V)
+      store_bytes(ds_row + j, load_bytes<Vec<C>>(p_row + j) * (load_bytes<Vec<C>>(ds_row + j) - delta));
+    if (careful) hide(r, first, n, ds_row);
     const Cut cut = block_.cut(r, first, n);
-    const Rest<C> rest = block_.finish(r, cut, first, n, p_row);
-    if (!scores_) {
-      exponentials(p_row, n, rest, shift_[r]);
-      if (p_.dropout > 0.0) block_.drop(r, first, n, p_row, keep_.get());
-      return;
-    }
-    C* const ds_row = ds_rows_.get() + r * kScorePitch<C>;
-    const C shift = shift_[r], delta = delta_[r];
-    Vec<C> sums[3] = {}, p_sums[3] = {};  // left of the window, around it and right of it
-    const auto differentiate = [&](auto drops) CK_INLINE_LAMBDA {
-      each_part(rest, n, [&](int part, int64_t from, int64_t to, C constant) CK_INLINE_LAMBDA {
-        Vec<C> sum = {}, p_sum = {};
-        for (int64_t j = from; j < to; j += V) {
-          const Vec<C> e = vexp2<C>(load_bytes<Vec<C>>(p_row + j) + (constant - shift));
-          Vec<C> dp = load_bytes<Vec<C>>(ds_row + j);
-          if constexpr (drops) {
-            const Vec<C> keep = load_bytes<Vec<C>>(keep_.get() + j);
-            dp *= keep;
-            store_bytes(p_row + j, e * keep);
-            store_bytes(keep_.get() + j, e);
-          } else {
-            store_bytes(p_row + j, e);
-          }
-          const Vec<C> ds = e * (dp - delta);
-          store_bytes(ds_row + j, ds);
-          sum += ds;
-          p_sum += e;
-        }
-        sums[part] = sum;
-        p_sums[part] = p_sum;
-      });
-    };
-    if (p_.dropout > 0.0) {
-      block_.draw_keep(r, first, n, keep_.get());
-      differentiate(std::true_type());
-    } else {
-      differentiate(std::false_type());
-    }
-    if (folds_) {
-      fold(columns_, r, cut, rest, first, ds_row, sums);
-      fold(p_columns_, r, cut, rest, first, p_.dropout > 0.0 ? keep_.get() : p_row, p_sums);
-      excess_[r] += sum_lanes<C>(sums[0] + sums[1] + sums[2]);
-    }
-    if (folds_keys_) fold_keys(r, cut, first, ds_row);
+    if (folds_) fold(r, cut, first, ds_row);
+    if (folds_keys_ && p_.clips()) fold_edges(cut, first, ds_row);
   }
 
-  // Adds a row over the keys to the columns that the keys belong to. sums: of the parts of the row that `rest` makes.
-  void fold(const Scratch<C>& all, int64_t r, const Cut& cut, const Rest<C>& rest, int64_t first, const C* row,
-            const Vec<C> (&sums)[3]) const {
-    C* const columns = all.get() + r * d_.window_pitch;
+  // Adds a row over the keys to the columns that the keys belong to.
+  void fold(int64_t r, const Cut& cut, int64_t first, const C* row) const {
+    C* const columns = columns_.get() + r * d_.window_pitch;
     if (cut.window < cut.beyond)
       add_to(columns + block_.column(r, first + cut.window), row + cut.window, cut.beyond - cut.window);
     if (!p_.clips()) return;
-    C left = sum_lanes<C>(sums[0]), right = sum_lanes<C>(sums[2]);
-    for (int64_t j = rest.begin; j < cut.window; ++j) left += row[j];
-    for (int64_t j = cut.beyond; j < rest.end; ++j) right += row[j];
-    columns[0] += left;
-    columns[p_.window() - 1] += right;
+    columns[0] += sum(row + cut.first, cut.window - cut.first);
+    columns[p_.window() - 1] += sum(row + cut.beyond, cut.end - cut.beyond);
   }
 
-  // Adds a row over the keys to the columns of each key.
-  void fold_keys(int64_t r, const Cut& cut, int64_t first, const C* row) {
-    for (int64_t j = cut.window; j < cut.beyond; ++j)
-      key_columns_[(first + j) * d_.window_pitch + block_.column(r, first + j)] += row[j];
-    if (!p_.clips()) return;
+  // What keys outside the window of a row pass on to the outermost columns.
+  void fold_edges(const Cut& cut, int64_t first, const C* row) {
     C* const edges = key_edges_.get() + first;
     add_to(edges + cut.first, row + cut.first, cut.window - cut.first);
     add_to(edges + d_.padded + cut.beyond, row + cut.beyond, cut.end - cut.beyond);
   }
 
+  // The gradients of the term of the keys within the window of queries from .. to of one sequence.
+  void add_near(int64_t from, int64_t to, int64_t first, int64_t n, const C* ds) {
+    block_.each_near(from, to, {first, first + n}, [&](int64_t key, int64_t count, Range met) {
+      const int64_t columns = met.end - met.first;
+      clear(near_.get(), count * kNearPitch<C>);
+      block_.each_pair(from, to, key, count, met, [&](int64_t r, int64_t j, int64_t c) CK_INLINE_LAMBDA {
+        near_[(j - key) * kNearPitch<C> + c - met.first] = ds[r * kScorePitch<C> + j - first];
+      });
+      if (key_rel_ != nullptr)
+        multiply_met(p_.channels, round_up(columns, kLanes<C>), count, keys_.k.row(key), d_.pitch, keys_.k.odd(key),
+                     clean_.get(), near_.get(), kNearPitch<C>, key_rel_ + met.first, d_.window_pitch);
+      if (p_.grad_k.data != nullptr)
+        multiply<true>(count, d_.width, columns, Factor<C>{near_.get(), kNearPitch<C>, 1},
+                       d_.key_columns.of(keys_.head) + met.first * d_.width, d_.width, own_.k + key * d_.pitch,
+                       d_.pitch);
+    });
+  }
+
   void finish_columns() {
     const int64_t rows = block_.rows(), pitch = d_.window_pitch;
-    for (int64_t r = 0; r < rows; ++r) {
-      const C excess = excess_[r] - grad_lse(r);
-      add_to(columns_.get() + r * pitch, p_columns_.get() + r * pitch, pitch, -excess);
-    }
     if (bias_ != nullptr)
-      for (int64_t r = 0; r < rows; ++r) add_to(bias_, columns_.get() + r * pitch, pitch);
+      for (int64_t r = 0; r < rows; ++r) {
+        const Range met = block_.columns(r);
+        if (!met.empty()) add_to(bias_ + met.first, columns_.get() + r * pitch + met.first, met.end - met.first);
+      }
     if (query_rel_ != nullptr)
-      multiply<true>(p_.rank, pitch, rows, Factor<C>{block_.r(), 1, d_.rank_pitch}, columns_.get(), pitch, query_rel_,
-                     pitch);
+      block_.each_strip([&](int64_t column, int64_t n, Range met) {
+        multiply_met(p_.rank, n, met.end - met.first, block_.r() + met.first * d_.rank_pitch, d_.rank_pitch,
+                     odd_r_ + met.first, clean_.get(), columns_.get() + met.first * pitch + column, pitch,
+                     query_rel_ + column, pitch);
+      });
     if (p_.query_rel.data == nullptr) return;
     const int64_t rank = d_.query_columns.pitch();
-    multiply<false>(rows, rank, p_.window(), Factor<C>{columns_.get(), pitch, 1}, d_.query_columns.of(block_.head()),
-                    rank, rel_.get(), rank);
+    for (int64_t r = 0; r < rows; r += kTileRows) {
+      const int64_t n = least(kTileRows, rows - r);
+      Range met{p_.window(), 0};
+      for (int64_t i = r; i < r + n; ++i) {
+        const Range one = block_.columns(i);
+        if (!one.empty()) met = {least(met.first, one.first), most(met.end, one.end)};
+      }
+      multiply<false>(n, rank, most(0, met.end - met.first),
+                      Factor<C>{columns_.get() + r * pitch + met.first, pitch, 1},
+                      d_.query_columns.of(block_.head()) + met.first * rank, rank, rel_.get() + r * rank, rank);
+    }
     if (p_.grad_rel_query.data != nullptr)
       for (int64_t r = 0; r < rows; ++r)
         write_row(p_, p_.grad_rel_query, block_.batch(), block_.query(r), block_.head(), p_.rank,
                   rel_.get() + r * rank);
   }
 
-  void finish_key_columns(C* sums) {
-    const int64_t pitch = d_.window_pitch, W = p_.window();
-    for (int64_t j = 0; j < d_.padded; ++j) {
-      key_columns_[j * pitch] += key_edges_[j];
-      key_columns_[j * pitch + W - 1] += key_edges_[d_.padded + j];
+  void finish_edges() {
+    for (int64_t side = 0; side < 2; ++side) {
+      const int64_t column = side * (p_.window() - 1);
+      for (int64_t j = 0; j < p_.keys; ++j) {
+        const C edge = key_edges_[side * d_.padded + j];
+        if (edge == C{0}) continue;  // nothing that a key which nobody sees may spoil
+        if (key_rel_ != nullptr)
+          for (int64_t i = 0; i < p_.channels; ++i) key_rel_[i * d_.window_pitch + column] += keys_.k.row(j)[i] * edge;
+        if (p_.grad_k.data != nullptr)
+          add_to(own_.k + j * d_.pitch, d_.key_columns.of(keys_.head) + column * d_.width, d_.width, edge);
+      }
     }
-    if (sums != nullptr)
-      multiply<true>(p_.channels, pitch, d_.padded, Factor<C>{keys_.k.row(0), 1, d_.pitch}, key_columns_.get(), pitch,
-                     sums, pitch);
-    if (p_.grad_k.data != nullptr)
-      multiply<true>(d_.padded, d_.width, W, Factor<C>{key_columns_.get(), pitch, 1}, d_.key_columns.of(keys_.head),
-                     d_.width, own_.k, d_.pitch);
   }
 
   void write_queries() {
@@ -303,6 +342,7 @@ class GradientTask {
     const Range taps = place.taps(p_);
     for (int64_t c = taps.first; c < taps.end; ++c) {
       const int64_t j = place.at - p_.left + c;
+      if (!d_.is_real(block_.batch(), j)) continue;
       d_.multiply_add(own_.v + j * d_.pitch, grad, d_.value_conv.of(h) + c * d_.width);
       if (value_conv_ != nullptr) d_.multiply_add(taps_.get() + c * d_.width, grad, keys_.v.row(j));
     }
@@ -314,10 +354,11 @@ class GradientTask {
   Keys<C> keys_;
   QueryBlock<C> block_;
   KeyGradients<C> own_{};
-  Scratch<C> grad_, p_rows_, ds_rows_, keep_, grad_q_, columns_, p_columns_, rel_, row_, taps_, key_columns_,
-      key_edges_;
-  C shift_[kQueryRows], delta_[kQueryRows], excess_[kQueryRows];
-  C *bias_ = nullptr, *query_rel_ = nullptr, *value_conv_ = nullptr, *value_conv_bias_ = nullptr,
+  Scratch<C> grad_, p_rows_, ds_rows_, dropped_, clean_, grad_q_, columns_, rel_, row_, taps_, near_, key_edges_;
+  C shift_[kQueryRows], grad_lse_[kQueryRows], total_[kQueryRows], delta_[kQueryRows];
+  // of queries: lse is -inf; something of a row is not finite
+  bool blind_[kQueryRows], odd_[kQueryRows], odd_grad_[kQueryRows], odd_q_[kQueryRows], odd_r_[kQueryRows];
+  C *bias_ = nullptr, *query_rel_ = nullptr, *key_rel_ = nullptr, *value_conv_ = nullptr, *value_conv_bias_ = nullptr,
     *value_conv_scale_ = nullptr;
 };
 

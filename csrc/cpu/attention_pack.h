@@ -74,6 +74,25 @@ CK_INLINE void add_to(C* to, const C* from, int64_t n, C factor = 1) {
 }
 
 template <class C>
+CK_INLINE C sum(const C* row, int64_t n) {
+  constexpr int V = kLanes<C>;
+  Vec<C> lanes = {};
+  int64_t i = 0;
+  for (; i + V <= n; i += V) lanes += load_bytes<Vec<C>>(row + i);
+  C total = sum_lanes<C>(lanes);
+  for (; i < n; ++i) total += row[i];
+  return total;
+}
+
+// Whether a row, of whole vectors, holds no NaN and no infinity.
+template <class C>
+CK_INLINE bool is_finite(const C* row, int64_t width) {
+  Vec<C> sum = {};
+  for (int64_t i = 0; i < width; i += kLanes<C>) sum += load_bytes<Vec<C>>(row + i) * C{0};
+  return sum_lanes<C>(sum) == C{0};
+}
+
+template <class C>
 CK_INLINE C dot(const C* a, const C* b, int64_t n) {
   constexpr int V = kLanes<C>;
   Vec<C> sum = {};
@@ -147,16 +166,19 @@ class Places {
       Range& all = ranges_[i / kQueryRows];
       if (i % kQueryRows == 0) all = {p.keys, 0};
       if (!visible.empty()) all = {least(all.first, visible.first), most(all.end, visible.end)};
+      most_seen_ = most(most_seen_, all.end - all.first);
     }
   }
 
   const Place* of(int64_t i) const { return places_.get() + i; }
   // The keys that some query of a block sees.
   Range seen_by(int64_t block) const { return ranges_[block]; }
+  int64_t most_seen() const { return most_seen_; }
 
  private:
   Scratch<Place> places_;
   Scratch<Range> ranges_;
+  int64_t most_seen_ = 0;
 };
 
 struct Axis {
@@ -190,12 +212,48 @@ class PackedTable {
   Scratch<C> data_;
 };
 
+inline bool any(const bool* flags, int64_t n) { return memchr(flags, 1, static_cast<size_t>(n)) != nullptr; }
+
+// c[r] += sum over k of a[r][k] * b[k], rows of `width` and `pitch`, where a is 0 unless sees(r, k). Of the odd rows of
+// b each is added by itself, to the rows of c that see it. clean: room for b.
+template <class C, class Sees>
+inline void multiply_seen(int64_t rows, int64_t width, int64_t depth, Factor<C> a, const C* b, int64_t pitch,
+                          const bool* odd, C* clean, C* c, const Sees& sees) {
+  if (!any(odd, depth)) {
+    multiply<true>(rows, width, depth, a, b, pitch, c, pitch);
+    return;
+  }
+  memcpy(static_cast<void*>(clean), b, static_cast<size_t>(depth * pitch) * sizeof(C));
+  for (int64_t k = 0; k < depth; ++k)
+    if (odd[k]) clear(clean + k * pitch, width);
+  multiply<true>(rows, width, depth, a, clean, pitch, c, pitch);
+  for (int64_t k = 0; k < depth; ++k)
+    for (int64_t r = 0; odd[k] && r < rows; ++r)
+      if (sees(r, k)) add_to(c + r * pitch, b + k * pitch, width, a.data[r * a.row + k * a.step]);
+}
+
+// c[r] += sum over k of a[k][r] * b[k], as in the gradients of tables. An odd row of a is added by itself, where b is
+// not 0.
+template <class C>
+inline void multiply_met(int64_t rows, int64_t columns, int64_t depth, const C* a, int64_t a_row, const bool* odd,
+                         C* clean, const C* b, int64_t b_row, C* c, int64_t c_row) {
+  const bool selects = any(odd, depth);
+  if (selects) memcpy(static_cast<void*>(clean), a, static_cast<size_t>(depth * a_row) * sizeof(C));
+  for (int64_t k = 0; selects && k < depth; ++k)
+    if (odd[k]) clear(clean + k * a_row, a_row);
+  multiply<true>(rows, columns, depth, Factor<C>{selects ? clean : a, 1, a_row}, b, b_row, c, c_row);
+  for (int64_t k = 0; selects && k < depth; ++k)
+    for (int64_t r = 0; odd[k] && r < rows; ++r)
+      for (int64_t i = 0; i < columns; ++i)
+        if (b[k * b_row + i] != C{0}) c[r * c_row + i] += a[k * a_row + r] * b[k * b_row + i];
+}
+
 // The keys or the values of one group, padding replaced by zeros, which also fill the last panel.
 template <class C>
 class PackedRows {
  public:
-  // factor: of what lies in panels.
-  PackedRows(const Attention& p, const HeadRows& source, bool rows, bool panels, C factor)
+  // factor: of what lies in panels. watch: note at once which rows are odd.
+  PackedRows(const Attention& p, const HeadRows& source, bool rows, bool panels, C factor, bool watch)
       : p_(p),
         source_(source),
         width_(round_up(p.channels, V)),
@@ -204,8 +262,10 @@ class PackedRows {
         factor_(factor),
         rows_((rows ? padded_ : P) * pitch_),
         panels_(panels ? padded_ * width_ : 0),
+        odd_(padded_),
         keep_rows_(rows),
-        fill_panels_(panels) {}
+        fill_panels_(panels),
+        watch_(watch) {}
 
   void load(int64_t b, int64_t g) {
     for (int64_t j = 0; j < padded_; j += P) {
@@ -217,12 +277,20 @@ class PackedRows {
           read_row<C>(p_, source_, b, j + n, g, p_.channels, 1, rows + n * pitch_);
         else
           clear(rows + n * pitch_, width_);
+        if (watch_) odd_[j + n] = !is_finite(rows + n * pitch_, width_);
       }
       if (fill_panels_) fill_panel(rows, panels_.get() + j * width_);
     }
   }
 
   const C* row(int64_t j) const { return rows_.get() + j * pitch_; }
+
+  // Odd rows hold a NaN or an infinity, which a weight of 0 would spread.
+  void find_odd() const {
+    for (int64_t j = 0; j < padded_; ++j) odd_[j] = !is_finite(row(j), width_);
+  }
+  const bool* odd(int64_t first) const { return odd_.get() + first; }
+  bool has_odd(int64_t first, int64_t n) const { return any(odd(first), n); }
 
   // s[r][n] = rows of a times rows first .. first+n, both whole panels, times the factor.
   void meet(int64_t first, int64_t n, int64_t rows, const C* a, C* s) const {
@@ -255,7 +323,8 @@ class PackedRows {
   int64_t width_, pitch_, padded_;
   C factor_;
   Scratch<C> rows_, panels_;
-  bool keep_rows_, fill_panels_;
+  Scratch<bool> odd_;
+  bool keep_rows_, fill_panels_, watch_;
 };
 
 // Scores and their exponentials are taken to base 2: what makes scores carries this factor.
@@ -307,6 +376,7 @@ struct AttentionData {
     const int64_t* const before = real.get() + b * (p.keys + 1);
     return before[end] - before[first];
   }
+  bool is_real(int64_t b, int64_t j) const { return count_real(b, j, j + 1) > 0; }
   bool sees_something(int64_t b, const Range& visible) const {
     return !visible.empty() && count_real(b, visible.first, visible.end) > 0;
   }
@@ -353,8 +423,8 @@ struct Keys {
   Keys(const AttentionData<C>& data, bool gradients)
       : d(data),
         k(d.p, d.p.k, gradients || d.p.key_rel.data != nullptr || few(d.p), d.p.qk && (gradients || !few(d.p)),
-          d.score_scale()),
-        v(d.p, d.p.v, !gradients || d.p.value_conv.data != nullptr, gradients, 1),
+          d.score_scale(), gradients),
+        v(d.p, d.p.v, !gradients || d.p.value_conv.data != nullptr, gradients, 1, gradients),
         edges(d.has_edges() ? 2 * d.padded : 0) {}
 
   void load(int64_t b, int64_t g) {
@@ -390,8 +460,10 @@ struct Keys {
     else
       clear(u, d.width);
     const Range taps = place.taps(d.p);
-    for (int64_t c = taps.first; c < taps.end; ++c)
-      d.multiply_add(u, d.value_conv.of(head) + c * d.width, v.row(place.at - d.p.left + c));
+    for (int64_t c = taps.first; c < taps.end; ++c) {
+      const int64_t j = place.at - d.p.left + c;
+      if (d.is_real(batch, j)) d.multiply_add(u, d.value_conv.of(head) + c * d.width, v.row(j));
+    }
   }
 };
 

@@ -31,15 +31,12 @@ class TableSums {
               C factor) const {
     if (!wanted_) return;
     const int64_t units = p.heads / heads_;  // of one batch row
-    const auto sum_of = [&](int64_t h, int64_t element) {
-      C sum = 0;
-      for (int64_t b = 0; b < p.batch; ++b)
-        for (int64_t part = 0; part < parts_.parts; ++part) {
-          const int64_t task = (b * units + h / heads_) * parts_.parts + part;
-          sum += data_[(task * heads_ + h % heads_) * size_ + element];
-        }
-      return sum;
+    const auto sums_of = [&](int64_t h, int64_t b, int64_t part) {
+      return of((b * units + h / heads_) * parts_.parts + part, h % heads_);
     };
+    for (int64_t h = 0; h < p.heads && p.batch > 0; ++h)
+      for (int64_t b = 0; b < p.batch; ++b)
+        for (int64_t part = b == 0; part < parts_.parts; ++part) add_to(sums_of(h, 0, 0), sums_of(h, b, part), size_);
     with_dtype(t.dtype, [&](auto* tag) {
       using T = __typeof__(*tag);
       if constexpr (std::is_same_v<Compute<T>, C>) {
@@ -49,7 +46,8 @@ class TableSums {
             for (int64_t c = 0; c < columns.size; ++c, ++to) {
               const int64_t element = start + r * rows.stride + c * columns.stride;
               C sum = 0;
-              for (int64_t head = h; head < (t.per_head ? h + 1 : p.heads); ++head) sum += sum_of(head, element);
+              for (int64_t head = h; head < (t.per_head ? h + 1 : p.heads); ++head)
+                sum += p.batch > 0 ? sums_of(head, 0, 0)[element] : C{0};
               from_float(sum * factor, *to);
             }
       }

@@ -203,14 +203,15 @@ CK_INLINE Vec<double> vexp(Vec<double> x) {
 }
 
 // What 2^x takes in each type. kSeries: of (2^r - 1) / r for |r| <= 1/2, highest power first, by interpolation in
-// Chebyshev points. Adding kRound rounds to the nearest integer.
+// Chebyshev points. Adding kRound rounds to the nearest integer, and leaves it in the low bits with the exponent's
+// bias.
 template <class S>
 struct Exp2;
 template <>
 struct Exp2<float> {
   using Bits = int32_t;
   static constexpr int kMantissa = 23;
-  static constexpr float kLow = -126, kRound = 12582912.0f;  // 1.5 * 2^23
+  static constexpr float kLow = -126, kRound = 12582912.0f + 127;  // 1.5 * 2^23
   static constexpr float kSeries[] = {1.54531634e-4f,   1.3390863314e-3f,  9.618083015e-3f,
                                       5.5503569543e-2f, 2.40226507187e-1f, 6.93147182465e-1f};
 };
@@ -218,7 +219,7 @@ template <>
 struct Exp2<double> {
   using Bits = int64_t;
   static constexpr int kMantissa = 52;
-  static constexpr double kLow = -1022, kRound = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kLow = -1022, kRound = 6755399441055744.0 + 1023;  // 1.5 * 2^52
   static constexpr double kSeries[] = {4.45496059818651839e-10, 7.0725859492692237e-9,  1.01780624458457735e-7,
                                        1.32154425879216897e-6,  1.52527338298361184e-5, 1.54035304417360502e-4,
                                        1.33335581464169353e-3,  9.61812910760688853e-3, 5.55041086648215943e-2,
@@ -226,7 +227,7 @@ struct Exp2<double> {
 };
 
 // 2^x for x below 127 (1023), with relative error below 1.2e-7 (2.3e-16); 0 below 2^-126 (2^-1022), so that no
-// denormals arise.
+// denormals arise. NaN stays NaN.
 template <class S>
 CK_INLINE Vec<S> vexp2(Vec<S> x) {
   using E = Exp2<S>;
@@ -237,7 +238,7 @@ CK_INLINE Vec<S> vexp2(Vec<S> x) {
   Vec<S> y = splat(E::kSeries[0]);
   CK_UNROLL for (size_t i = 1; i < sizeof E::kSeries / sizeof(S); ++i) y = y * r + E::kSeries[i];
   y = y * r + S{1};
-  const Vec<S> value = (Vec<S>)((I)y + ((I)shifted << E::kMantissa));
+  const Vec<S> value = y * (Vec<S>)((I)shifted << E::kMantissa);
   return x < low ? Vec<S>{} : value;
 }
 
