@@ -2,8 +2,8 @@
 
 ``ConvSeq2Seq*``: the encoder-decoders of Tay et al. 2021, attention replaced by lightweight, dynamic or dilated
 convolutions. ``CompositeBert*``: the BERTs of Chang et al. 2021, attention combined with convolutions. ``summary``
-counts parameters and FLOPs. Everything needs transformers (``pip install 'convkernels[hf]'``), which is imported when
-one of these names is first used.
+counts parameters and FLOPs. Everything needs transformers (``pip install 'convkernels[hf]'``), whose Auto classes know
+these models as soon as this package is imported. Without it the import succeeds, and the names say what is missing.
 """
 
 import importlib
@@ -17,6 +17,8 @@ _HOMES = {
     "CompositeBertModel": "bert",
     "CompositeBertForMaskedLM": "bert",
     "CompositeBertForSequenceClassification": "bert",
+    "CompositeBertForTokenClassification": "bert",
+    "CompositeBertForQuestionAnswering": "bert",
     "Summary": "costs",
     "summary": "costs",
 }
@@ -29,7 +31,7 @@ def __getattr__(name: str):
     try:
         module = importlib.import_module(f".{_HOMES[name]}", __name__)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != "transformers":
+        if not _lacks_transformers(error):
             raise
         raise ImportError(f"{__name__}.{name} needs transformers: pip install 'convkernels[hf]'") from error
     value = globals()[name] = getattr(module, name)
@@ -38,3 +40,14 @@ def __getattr__(name: str):
 
 def __dir__():
     return sorted([*globals(), *__all__])
+
+
+def _lacks_transformers(error: ModuleNotFoundError) -> bool:
+    return error.name is not None and error.name.split(".")[0] == "transformers"
+
+
+try:
+    from . import bert, seq2seq  # noqa: F401  they register themselves
+except ModuleNotFoundError as error:
+    if not _lacks_transformers(error):
+        raise

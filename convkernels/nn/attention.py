@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.attention.api import composite_attention
+from ..ops.attention.weights import attention_weights
 from ..ops.tap_conv import api
 from .conv import DepthwiseConv1d
 
@@ -269,23 +270,38 @@ class CompositeAttention(nn.Module):
             q,
             k,
             v,
-            bias=None if self.convfixed_param is None else self.convfixed_param.view(H, -1),
-            query_rel=self.convq_param,
-            key_rel=self.convk_param,
             value_conv=None if convolution is None else convolution.weight.view(H, self.head_size, -1),
             value_conv_bias=None if convolution is None else convolution.bias.view(H, -1),
             value_conv_scale=None if scalar is None else scalar.view(H),
-            window=self.window,
-            qk=self.qk,
-            key_mask=mask,
-            cu_seqlens_q=cu_seqlens,
-            **self._options(),
+            **self._score_terms(mask, cu_seqlens),
         ).flatten(2)
+
+    def weights(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The attention weights of ``forward`` without dropout, [B,H,T,T]; with ``span`` those of the first half of the
+        heads. Made aside: as slow as ``attention_weights`` says."""
+        if self.zeroes_padding and mask is not None:
+            x = torch.where(mask[..., None], x, 0.0)
+        q, k = (self._project(name, self.query_key, x, None) for name in ("query", "key"))
+        q, k = (self._heads(x if value is None else value) for value in (q, k))
+        return attention_weights(q, k, **self._score_terms(mask) | dict(dropout=0.0))
+
+    def _score_terms(self, mask: Tensor | None, cu_seqlens: Tensor | None = None) -> dict:
+        """What of ``composite_attention``'s arguments decides over the weights, beside queries and keys."""
+        terms = dict(key_mask=mask, cu_seqlens_q=cu_seqlens, **self._options())
+        if self.span is None:
+            terms |= dict(
+                bias=None if self.convfixed_param is None else self.convfixed_param.view(self.heads, -1),
+                query_rel=self.convq_param,
+                key_rel=self.convk_param,
+                window=self.window,
+                qk=self.qk,
+            )
+        return terms
 
     def _beside_span(self, x: Tensor, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         own = self.channels // 2
         y = composite_attention(
-            self._heads(q), self._heads(k), self._heads(v[..., :own]), key_mask=mask, **self._options()
+            self._heads(q), self._heads(k), self._heads(v[..., :own]), **self._score_terms(mask)
         ).flatten(2)
         if self.span.predicted_at == "key":
             return torch.cat([y, self.span(x, q, v[..., own:], mask)], 2)

@@ -27,6 +27,14 @@ class _Conv(nn.Module):
         rows = (self.kernel_size - 1) * self.dilation
         return torch.zeros(batch, rows, self.channels, dtype=dtype or like.dtype, device=device or like.device)
 
+    @staticmethod
+    def _hide(x: Tensor, gate: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x and gate [B,C], zero where mask [B] is False, whatever is there."""
+        if mask is None:
+            return x, gate
+        real = mask[:, None]
+        return torch.where(real, x, 0.0), None if gate is None else torch.where(real, gate, 0.0)
+
     def _options(self) -> dict:
         return dict(
             softmax=self.softmax,
@@ -117,10 +125,13 @@ class LightweightConv1d(_Conv):
         state: Tensor,
         *,
         gate: Tensor | None = None,
+        mask: Tensor | None = None,
         state_index: Tensor | None = None,
         position: Tensor | None = None,
     ) -> Tensor:
-        """One position, x [B,C] -> [B,C], without gradient; ``state`` is updated in place. Causal padding only."""
+        """One position, x [B,C] -> [B,C], without gradient; ``state`` is updated in place. Causal padding only. mask:
+        bool [B], False for padding, which the state takes as zeros."""
+        x, gate = self._hide(x, gate, mask)
         return api.lightweight_conv1d_step(
             x,
             state,
@@ -228,11 +239,14 @@ class DynamicConv1d(_Conv):
         *,
         query: Tensor | None = None,
         gate: Tensor | None = None,
+        mask: Tensor | None = None,
         state_index: Tensor | None = None,
         position: Tensor | None = None,
     ) -> Tensor:
-        """One position, x [B,C] -> [B,C], without gradient; ``state`` is updated in place. Causal padding only."""
-        x, gate, weight = self._predict(x, gate, query)
+        """One position, x [B,C] -> [B,C], without gradient; ``state`` is updated in place. Causal padding only. mask:
+        bool [B], False for padding, which the state takes as zeros."""
+        x, gate, weight = self._predict(x, gate, query, mask)
+        x, gate = self._hide(x, gate, mask)
         return api.dynamic_conv1d_step(
             x,
             state,
@@ -307,10 +321,18 @@ class DepthwiseConv1d(_Conv):
         )
 
     def step(
-        self, x: Tensor, state: Tensor, *, gate: Tensor | None = None, state_index: Tensor | None = None
+        self,
+        x: Tensor,
+        state: Tensor,
+        *,
+        gate: Tensor | None = None,
+        mask: Tensor | None = None,
+        state_index: Tensor | None = None,
     ) -> Tensor:
-        """One position, x [B,C] -> [B,C], without gradient; ``state`` is updated in place. Causal padding only."""
+        """One position, x [B,C] -> [B,C], without gradient; ``state`` is updated in place. Causal padding only. mask:
+        bool [B], False for padding, which the state takes as zeros."""
         options = self._step_options()
+        x, gate = self._hide(x, gate, mask)
         return api.depthwise_conv1d_step(
             x,
             state,
