@@ -7,6 +7,7 @@ these models as soon as this package is imported. Without it the import succeeds
 """
 
 import importlib
+from typing import NoReturn
 
 _HOMES = {
     "ConvSeq2SeqConfig": "configs",
@@ -25,25 +26,31 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 
+def _lacks_transformers(error: ModuleNotFoundError) -> bool:
+    return error.name is not None and error.name.split(".")[0] == "transformers"
+
+
+def needs_transformers(name: str, error: ModuleNotFoundError) -> NoReturn:
+    """Raise what says how to install transformers, if that is what ``name`` lacks; else the error as it is."""
+    if not _lacks_transformers(error):
+        raise error
+    how = "pip install 'convkernels[hf]' (or, in a checkout, pip install --no-build-isolation '.[hf]')"
+    raise ImportError(f"{name} needs transformers: {how}") from error
+
+
 def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         module = importlib.import_module(f".{_HOMES[name]}", __name__)
     except ModuleNotFoundError as error:
-        if not _lacks_transformers(error):
-            raise
-        raise ImportError(f"{__name__}.{name} needs transformers: pip install 'convkernels[hf]'") from error
+        needs_transformers(f"{__name__}.{name}", error)
     value = globals()[name] = getattr(module, name)
     return value
 
 
 def __dir__():
     return sorted([*globals(), *__all__])
-
-
-def _lacks_transformers(error: ModuleNotFoundError) -> bool:
-    return error.name is not None and error.name.split(".")[0] == "transformers"
 
 
 try:

@@ -12,21 +12,6 @@ from .cache import ConvState, attention_update, may_step
 from .configs import ConvSeq2SeqConfig
 
 
-class _Steps:
-    """Makes a step, too, a call of the module, so that what hooks into calls (offloading, for one) sees it."""
-
-    def forward(self, x: Tensor, *args, step: bool = False, **options):
-        return self.step(x, *args, **options) if step else super().forward(x, *args, **options)
-
-
-class _LightweightConv(_Steps, LightweightConv1d):
-    pass
-
-
-class _DynamicConv(_Steps, DynamicConv1d):
-    pass
-
-
 class ConvMixer(GatedConv):
     """``GatedConv`` with the convolution that the configuration asks for, and a cache."""
 
@@ -40,11 +25,11 @@ class ConvMixer(GatedConv):
             backend=config.backend,
         )
         if config.mixer == "lightweight":
-            conv = _LightweightConv(
+            conv = LightweightConv1d(
                 config.conv_dim, taps, config.num_filters, bias=config.depthwise_bias, **options
             )  # fmt: skip
         else:
-            conv = _DynamicConv(
+            conv = DynamicConv1d(
                 config.conv_dim, taps, config.num_filters, bias=config.kernel_bias, conv_bias=config.depthwise_bias,
                 mask_query=config.mask_query, **options,
             )  # fmt: skip
@@ -64,10 +49,6 @@ class ConvMixer(GatedConv):
     def forward_with_state(self, x: Tensor, mask: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """x [B,T,d_model] behind ``state`` -> the same, and the state after it."""
         return super().forward(x, mask, initial_state=state, return_state=True)
-
-    def step(self, x: Tensor, state: Tensor, **options) -> Tensor:
-        value, gate = self._split(x)
-        return self._join(self.conv(value, state, gate=gate, step=True, **options))
 
 
 class Attention(nn.Module):
