@@ -17,11 +17,12 @@ PYTEST_FLAGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # One test process per core: more threads in each would only fight.
-test test-fast asan interpreted simulated: export OMP_NUM_THREADS = 1
+test test-fast asan interpreted simulated models-oldest: export OMP_NUM_THREADS = 1
 # Without it Triton 3.9 warns at every compilation that a default will change.
 test test-fast interpreted: export TRITON_DEFAULT_FP_FUSION = 1
 
 .PHONY: help install build simt-build bench test test-fast lint format ctest abi asan interpreted simulated mutants cross \
+        models-oldest \
         gpu-build gpu-test gpu-sanitize gpu-bench clean
 .NOTPARALLEL:
 
@@ -32,6 +33,7 @@ help:
 	@echo "make test-fast  the Python and C++ tests that are quick"
 	@echo "make interpreted the tests of the triton backend in Triton's interpreter (EVERY=1: all of them, for hours)"
 	@echo "make simulated  the tests of the cuda backend, its kernels simulated on the CPU"
+	@echo "make models-oldest the tests of the models with the oldest transformers that they work with"
 	@echo "make lint|format|ctest|abi|asan|mutants|cross|clean"
 	@echo "make gpu-test gpu-bench   on a machine with a GPU, with PYTHON=<one that has torch>, no network needed"
 
@@ -150,6 +152,20 @@ test: lint install ctest abi asan interpreted simulated
 test-fast: install ctest
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu" $(PYTEST_FLAGS)
 
+# The models with the oldest transformers that pyproject.toml allows, in an environment that has all else, torch and this
+# checkout too, from $(VENV).
+OLDEST := .venv-oldest
+$(OLDEST)/.hf: pyproject.toml $(VENV)/.hf
+	$(BIN)/python -m venv --clear $(OLDEST)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	    $$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth
+	$(OLDEST)/bin/python -m pip install --quiet --no-compile $$($(BIN)/python -c \
+	    'import re; print("transformers==" + re.search(r"transformers>=([\d.]+)", open("pyproject.toml").read())[1])')
+	@touch $@
+
+models-oldest: install $(OLDEST)/.hf
+	$(OLDEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" $(wildcard tests/test_models*.py) $(PYTEST_FLAGS)
+
 # Compiles the kernels and their tests for 64-bit Arm where such a compiler is installed, and runs them where an emulator is.
 cross:
 	@command -v aarch64-linux-gnu-g++ >/dev/null || { echo "cross: aarch64-linux-gnu-g++ is not installed" >&2; exit 1; }
@@ -191,5 +207,5 @@ gpu-bench: gpu-build
 	@echo 'To let backend="auto" follow these results: $(PYTHON) -m benchmarks.prefer benchmarks/results/<device>.json'
 
 clean:
-	rm -rf build dist $(VENV) $(RESULTS) $(NATIVE) convkernels/_C*.so *.egg-info
+	rm -rf build dist $(VENV) $(OLDEST) $(RESULTS) $(NATIVE) convkernels/_C*.so *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -23,7 +23,7 @@ ALLOWED = {
     "convkernels.ops": {"convkernels.backends"},
     "convkernels.nn": {"convkernels.ops"},
     "convkernels.models": {"convkernels.nn", "convkernels.ops", "transformers"},
-    "convkernels.interop": {"convkernels.models", "convkernels.nn", "convkernels.ops", "transformers"},
+    "convkernels.interop": {"convkernels.models", "convkernels.nn", "convkernels.ops", "numpy", "transformers"},
 }
 FREE = ("convkernels._bench", "convkernels.cli", "convkernels.__main__")
 
@@ -96,12 +96,33 @@ def test_cold_import():
     loaded = python(f"""
 import sys, torch
 before = set(sys.modules)
-import convkernels, convkernels.nn, convkernels.models, convkernels.interop.fairseq
+import convkernels, convkernels.nn, convkernels.interop, convkernels.interop.fairseq
 y = convkernels.lightweight_conv1d(torch.randn(1, 4, 4), torch.randn(2, 3), backend="reference")
 new = set(sys.modules) - before
 print([m for m in {HEAVY!r} if any(n == m or n.startswith(m + ".") for n in new)])
 """)
     assert loaded == "[]"
+
+
+def test_parts_are_imported_when_they_are_named():
+    """import convkernels is enough; without transformers what needs it says how to install it."""
+    assert (
+        python("""
+import sys, torch, convkernels as ck
+sys.modules["transformers"] = None
+assert not any(f"convkernels.{name}" in sys.modules for name in ("nn", "models", "interop"))
+assert {"nn", "models", "interop"} <= set(dir(ck)) and not hasattr(ck, "nothing")
+assert ck.nn.LightweightConv1d and ck.interop.fairseq.LightweightConv1dTBC and not hasattr(ck.interop, "nothing")
+assert ck.models.__name__ == "convkernels.models"
+for ask in (lambda: ck.interop.huggingface, lambda: ck.models.ConvSeq2SeqConfig):
+    try:
+        ask()
+    except ImportError as error:
+        assert "needs transformers: pip install" in str(error) and "--no-build-isolation '.[hf]'" in str(error)
+        print("told")
+""")
+        == "told\ntold"
+    )
 
 
 def test_import_with_optional_packages_blocked():

@@ -2,11 +2,12 @@
 
 ``ConvSeq2Seq*``: the encoder-decoders of Tay et al. 2021, attention replaced by lightweight, dynamic or dilated
 convolutions. ``CompositeBert*``: the BERTs of Chang et al. 2021, attention combined with convolutions. ``summary``
-counts parameters and FLOPs. Everything needs transformers (``pip install 'convkernels[hf]'``), which is imported when
-one of these names is first used.
+counts parameters and FLOPs. Everything needs transformers (``pip install 'convkernels[hf]'``), whose Auto classes know
+these models as soon as this package is imported. Without it the import succeeds, and the names say what is missing.
 """
 
 import importlib
+from typing import NoReturn
 
 _HOMES = {
     "ConvSeq2SeqConfig": "configs",
@@ -17,10 +18,24 @@ _HOMES = {
     "CompositeBertModel": "bert",
     "CompositeBertForMaskedLM": "bert",
     "CompositeBertForSequenceClassification": "bert",
+    "CompositeBertForTokenClassification": "bert",
+    "CompositeBertForQuestionAnswering": "bert",
     "Summary": "costs",
     "summary": "costs",
 }
 __all__ = list(_HOMES)
+
+
+def _lacks_transformers(error: ModuleNotFoundError) -> bool:
+    return error.name is not None and error.name.split(".")[0] == "transformers"
+
+
+def needs_transformers(name: str, error: ModuleNotFoundError) -> NoReturn:
+    """Raise what says how to install transformers, if that is what ``name`` lacks; else the error as it is."""
+    if not _lacks_transformers(error):
+        raise error
+    how = "pip install 'convkernels[hf]' (or, in a checkout, pip install --no-build-isolation '.[hf]')"
+    raise ImportError(f"{name} needs transformers: {how}") from error
 
 
 def __getattr__(name: str):
@@ -29,12 +44,17 @@ def __getattr__(name: str):
     try:
         module = importlib.import_module(f".{_HOMES[name]}", __name__)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != "transformers":
-            raise
-        raise ImportError(f"{__name__}.{name} needs transformers: pip install 'convkernels[hf]'") from error
+        needs_transformers(f"{__name__}.{name}", error)
     value = globals()[name] = getattr(module, name)
     return value
 
 
 def __dir__():
     return sorted([*globals(), *__all__])
+
+
+try:
+    from . import bert, seq2seq  # noqa: F401  they register themselves
+except ModuleNotFoundError as error:
+    if not _lacks_transformers(error):
+        raise

@@ -7,18 +7,27 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
 )
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    MaskedLMOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
 from transformers.utils import can_return_tuple
 
 from ..nn import CompositeAttention
-from .base import PreTrained
+from ..ops._validate import fail
+from .base import PreTrained, embedded, recorded, recorders
 from .configs import CompositeBertConfig
-from .seq2seq import classification_loss, token_loss
+from .losses import classification_loss, span_loss, token_loss
 
 
 class _Embeddings(nn.Module):
@@ -26,7 +35,7 @@ class _Embeddings(nn.Module):
 
     def __init__(self, config: CompositeBertConfig):
         super().__init__()
-        size = config.embedding_size
+        size, self.limit = config.embedding_size, config.max_position_embeddings
         self.word_embeddings = nn.Embedding(config.vocab_size, size)
         if config.absolute_positions:
             self.position_embeddings = nn.Embedding(config.max_position_embeddings, size)
@@ -36,17 +45,21 @@ class _Embeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids, token_type_ids, inputs_embeds) -> Tensor:
-        x = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+    def forward(self, call: str, input_ids, token_type_ids, inputs_embeds, position_ids) -> Tensor:
+        x = embedded(call, self.word_embeddings, input_ids, inputs_embeds)
         if token_type_ids is None:
-            x = x + self.token_type_embeddings.weight[0]
+            token_type_ids = torch.zeros(1, 1, dtype=torch.int64, device=x.device)
+        x = x + self.token_type_embeddings(token_type_ids)
+        if self.position_embeddings is None:
+            if position_ids is not None:
+                fail(call, "position_ids", "None, because the configuration has no absolute_positions", position_ids)
         else:
-            x = x + self.token_type_embeddings(token_type_ids)
-        if self.position_embeddings is not None:
-            limit = self.position_embeddings.num_embeddings
-            if x.shape[1] > limit:
-                raise ValueError(f"expected at most max_position_embeddings = {limit} positions, got {x.shape[1]}")
-            x = x + self.position_embeddings.weight[: x.shape[1]]
+            if position_ids is None:
+                if x.shape[1] > self.limit:
+                    limit = f"max_position_embeddings = {self.limit}"
+                    raise ValueError(f"{call}: expected at most {limit} positions, got {x.shape[1]}")
+                position_ids = torch.arange(x.shape[1], device=x.device)
+            x = x + self.position_embeddings(position_ids)
         return self.dropout(self.LayerNorm(x))
 
 
@@ -75,7 +88,9 @@ class _Attention(nn.Module):
         )
         self.output = _Output(config, config.hidden_size)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, weights: list | None = None) -> Tensor:
+        if weights is not None:
+            weights.append(self.self.weights(x, mask))
         return self.output(self.self(x, mask), x)
 
 
@@ -98,9 +113,9 @@ class CompositeBertLayer(GradientCheckpointingLayer):
         self.intermediate = _Intermediate(config)
         self.output = _Output(config, config.intermediate_size)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x [B,T,C], mask bool [B,T]."""
-        x = self.attention(x, mask)
+    def forward(self, x: Tensor, mask: Tensor | None = None, weights: list | None = None) -> Tensor:
+        """x [B,T,C], mask bool [B,T]. weights: gets those of the attention."""
+        x = self.attention(x, mask, weights)
         return self.output(self.intermediate(x), x)
 
 
@@ -109,9 +124,13 @@ class _Encoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(CompositeBertLayer(config) for _ in range(config.num_hidden_layers))
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, states: list | None, weights: list | None) -> Tensor:
         for layer in self.layer:
-            x = layer(x, mask)
+            if states is not None:
+                states.append(x)
+            x = layer(x, mask, weights)
+        if states is not None:
+            states.append(x)
         return x
 
 
@@ -161,16 +180,23 @@ class CompositeBertModel(_PreTrained):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> BaseModelOutputWithPooling:
-        """input_ids [B,T] or inputs_embeds [B,T,embedding_size]; attention_mask [B,T], 0 for padding."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError(f"{type(self).__name__}: expected either input_ids or inputs_embeds")
-        x = self.embeddings(input_ids, token_type_ids, inputs_embeds)
+        """input_ids [B,T] or inputs_embeds [B,T,embedding_size]; attention_mask [B,T], 0 for padding; token_type_ids
+        [B,T], by default 0; position_ids [B,T], where the configuration has absolute positions. Hidden states: the
+        input of each layer, and the output; attentions: the weights [B,H,T,T] of each layer, H counting the heads that
+        attend."""
+        states, weights = recorders(self.config, output_hidden_states, output_attentions)
+        x = self.embeddings(type(self).__name__, input_ids, token_type_ids, inputs_embeds, position_ids)
         if self.embeddings_project is not None:
             x = self.embeddings_project(x)
-        x = self.encoder(x, None if attention_mask is None else attention_mask.bool())
+        x = self.encoder(x, None if attention_mask is None else attention_mask.bool(), states, weights)
         pooled = None if self.pooler is None else self.pooler(x)
-        return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=pooled)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=x, pooler_output=pooled, hidden_states=recorded(states), attentions=recorded(weights)
+        )
 
 
 class _Pooler(nn.Module):
@@ -239,22 +265,32 @@ class CompositeBertForMaskedLM(_PreTrained):
         token_type_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> MaskedLMOutput:
-        """logits [B,T,vocab_size]; labels [B,T], -100 where there is nothing to predict."""
-        x = self.bert(input_ids, attention_mask, token_type_ids, inputs_embeds, return_dict=True).last_hidden_state
-        logits = self.cls.predictions(x)
+        """logits [B,T,vocab_size]; labels [B,T], -100 where there is nothing to predict. The rest as in
+        ``CompositeBertModel``."""
+        outputs = self.bert(
+            input_ids, attention_mask, token_type_ids, inputs_embeds, position_ids, output_attentions,
+            output_hidden_states, return_dict=True,
+        )  # fmt: skip
+        logits = self.cls.predictions(outputs.last_hidden_state)
         loss = None if labels is None else token_loss(logits, labels)
-        return MaskedLMOutput(loss=loss, logits=logits)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
 
 
-class CompositeBertForSequenceClassification(_PreTrained):
-    """The encoder, BERT's pooled first position, and a linear classifier."""
+class _Classifier(_PreTrained):
+    """The encoder, dropout and a linear classifier."""
 
-    _keys_to_ignore_on_load_unexpected = [r"cls\."]
+    _keys_to_ignore_on_load_unexpected = [r"cls\.", "pooler"]
+    pooled = False
 
     def __init__(self, config: CompositeBertConfig):
         super().__init__(config)
-        self.bert = CompositeBertModel(config, add_pooling_layer=True)
+        self.bert = CompositeBertModel(config, add_pooling_layer=self.pooled)
         given = config.classifier_dropout
         self.dropout = nn.Dropout(config.hidden_dropout_prob if given is None else given)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
@@ -268,14 +304,90 @@ class CompositeBertForSequenceClassification(_PreTrained):
         token_type_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-    ) -> SequenceClassifierOutput:
-        """logits [B,num_labels]; labels [B], floats for one output."""
-        pooled = self.bert(input_ids, attention_mask, token_type_ids, inputs_embeds, return_dict=True).pooler_output
-        logits = self.classifier(self.dropout(pooled))
-        return SequenceClassifierOutput(loss=classification_loss(logits, labels), logits=logits)
+        position_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ):
+        outputs = self.bert(
+            input_ids, attention_mask, token_type_ids, inputs_embeds, position_ids, output_attentions,
+            output_hidden_states, return_dict=True,
+        )  # fmt: skip
+        logits = self.classifier(self.dropout(outputs.pooler_output if self.pooled else outputs.last_hidden_state))
+        loss = None if labels is None else self._loss(logits, labels)
+        return self.output_class(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class CompositeBertForSequenceClassification(_Classifier):
+    """The encoder, BERT's pooled first position, and a linear classifier: logits [B,num_labels]; labels as in
+    ``losses.classification_loss``."""
+
+    _keys_to_ignore_on_load_unexpected = [r"cls\."]
+    pooled, output_class = True, SequenceClassifierOutput
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return classification_loss(self.config, logits, labels)
+
+
+class CompositeBertForTokenClassification(_Classifier):
+    """The encoder and a linear classifier of each position: logits [B,T,num_labels]; labels [B,T], -100 for positions
+    that do not count."""
+
+    output_class = TokenClassifierOutput
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return token_loss(logits, labels)
+
+
+class CompositeBertForQuestionAnswering(_PreTrained):
+    """The encoder and a linear map to two numbers, which say how likely the answer begins and ends at a position."""
+
+    _keys_to_ignore_on_load_unexpected = [r"cls\.", "pooler"]
+
+    def __init__(self, config: CompositeBertConfig):
+        super().__init__(config)
+        self.bert = CompositeBertModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> QuestionAnsweringModelOutput:
+        """start_logits, end_logits [B,T]; start_positions, end_positions [B]: places in the sequence, those behind its
+        end are ignored."""
+        outputs = self.bert(
+            input_ids, attention_mask, token_type_ids, inputs_embeds, position_ids, output_attentions,
+            output_hidden_states, return_dict=True,
+        )  # fmt: skip
+        start, end = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
+        loss = None
+        if (start_positions is None) != (end_positions is None):
+            fail(type(self).__name__, "end_positions", "given where start_positions is, and only there", end_positions)
+        if start_positions is not None:
+            loss = span_loss(start, end, start_positions, end_positions)
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start.contiguous(),
+            end_logits=end.contiguous(),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
 
 AutoConfig.register(CompositeBertConfig.model_type, CompositeBertConfig)
 AutoModel.register(CompositeBertConfig, CompositeBertModel)
 AutoModelForMaskedLM.register(CompositeBertConfig, CompositeBertForMaskedLM)
 AutoModelForSequenceClassification.register(CompositeBertConfig, CompositeBertForSequenceClassification)
+AutoModelForTokenClassification.register(CompositeBertConfig, CompositeBertForTokenClassification)
+AutoModelForQuestionAnswering.register(CompositeBertConfig, CompositeBertForQuestionAnswering)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from ..nn import DynamicConv1d, GatedConv, LightweightConv1d
 from ..ops.attention.api import composite_attention
 from ..ops.attention.t5 import t5_relative_bias
+from ..ops.attention.weights import attention_weights
 from .cache import ConvState, attention_update, may_step
 from .configs import ConvSeq2SeqConfig
 
@@ -36,13 +37,18 @@ class ConvMixer(GatedConv):
         self.input_dropout = config.input_dropout
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, bias: None = None, cache: ConvState | None = None
+        self, x: Tensor, mask: Tensor | None = None, bias: None = None, cache: ConvState | None = None, weights=None
     ) -> Tensor:
-        """x [B,T,d_model] -> the same; ``bias`` is for mixers that attend."""
+        """x [B,T,d_model] -> the same; ``bias`` and ``weights`` are for mixers that attend."""
         x = F.dropout(x, self.input_dropout, self.training)
         if cache is None:
             return super().forward(x, mask)
-        return cache.step(self, x) if may_step(x) else cache.extend(super().forward, x, mask)
+        go_on = cache.step if may_step(x) and not cache.record_past else cache.extend
+        return go_on(self, x, mask)
+
+    def forward_with_state(self, x: Tensor, mask: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x [B,T,d_model] behind ``state`` -> the same, and the state after it."""
+        return super().forward(x, mask, initial_state=state, return_state=True)
 
 
 class Attention(nn.Module):
@@ -70,22 +76,28 @@ class SelfAttention(Attention):
         self.causal = causal
         self.window = relative_window(config, causal)
 
-    def forward(self, x: Tensor, mask: Tensor | None, bias: Tensor, cache=None) -> Tensor:
-        """x [B,T,d_model] -> the same; mask bool [B,S], S counts what the cache holds too."""
+    def forward(self, x: Tensor, mask: Tensor | None, bias: Tensor, cache=None, weights: list | None = None) -> Tensor:
+        """x [B,T,d_model] -> the same; mask bool [B,S], S counts what the cache holds too. weights: gets those of the
+        attention, [B,H,T,S]."""
         q, k, v = (self._heads(linear(x)) for linear in (self.q, self.k, self.v))
         k, v = attention_update(cache, k, v)
-        y = composite_attention(
-            q, k, v, bias=bias, window=self.window, causal=self.causal, key_mask=mask, scale=self.scale,
-            dropout=self.dropout, training=self.training, backend=self.backend,
-        )  # fmt: skip
+        options = dict(
+            bias=bias, window=self.window, causal=self.causal, key_mask=mask, scale=self.scale, backend=self.backend
+        )
+        if weights is not None:
+            weights.append(attention_weights(q, k, **options))
+        y = composite_attention(q, k, v, dropout=self.dropout, training=self.training, **options)
         return self.o(y.flatten(2))
 
 
 class CrossAttention(Attention):
     """The decoder's attention to the encoder's states: the ordinary one."""
 
-    def forward(self, x: Tensor, states: Tensor, mask: Tensor | None, cache=None) -> Tensor:
-        """x [B,T,d_model], states [B,S,d_model], mask bool [B,S]. The cache is filled at the first call."""
+    def forward(
+        self, x: Tensor, states: Tensor, mask: Tensor | None, cache=None, weights: list | None = None
+    ) -> Tensor:
+        """x [B,T,d_model], states [B,S,d_model], mask bool [B,S]. The cache is filled at the first call. weights: gets
+        those of the attention, [B,H,T,S]."""
         q = self._heads(self.q(x)).transpose(1, 2)
         if cache is not None and cache.is_initialized:
             k, v = cache.keys, cache.values
@@ -94,6 +106,9 @@ class CrossAttention(Attention):
             if cache is not None:
                 k, v = cache.update(k, v)
         mask = None if mask is None else mask[:, None, None]
+        if weights is not None:
+            each = torch.eye(k.shape[2], dtype=v.dtype, device=v.device).expand(*k.shape[:2], -1, -1)
+            weights.append(F.scaled_dot_product_attention(q, k, each, attn_mask=mask, scale=self.scale))
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=self.scale)
         return self.o(y.transpose(1, 2).flatten(2))
@@ -154,14 +169,16 @@ class Positions(nn.Module):
         if config.positions == "learned":
             self.weight = nn.Parameter(torch.empty(config.max_positions + config.position_offset, config.d_model))
 
-    def forward(self, length: int, mask: Tensor | None, past: int, like: Tensor) -> Tensor:
-        """[length, d_model], or [B, length, d_model] if mask [B, past + length] is given; in the dtype of ``like``."""
-        if mask is None:
+    def forward(self, length: int, mask: Tensor | None, past: int, like: Tensor, index: Tensor | None = None) -> Tensor:
+        """[length, d_model], or [B, length, d_model] if mask [B, past + length] or index, the positions [B, length], is
+        given; in the dtype of ``like``."""
+        given = index is not None
+        if mask is None and not given:
             index = torch.arange(past, past + length, device=like.device)
-        else:
+        elif not given:
             index = (mask.long().cumsum(1) - 1).clamp(min=0)[:, past : past + length]
         if self.weight is not None:
-            if past + length > self.limit:
+            if not given and past + length > self.limit:
                 raise ValueError(f"expected at most max_positions = {self.limit} positions, got {past + length}")
             return F.embedding(index + self.offset, self.weight)
         half = self.channels // 2

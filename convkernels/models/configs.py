@@ -63,7 +63,7 @@ class ConvSeq2SeqConfig(PreTrainedConfig):
     """
 
     model_type = "conv_seq2seq"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # older and newer transformers
     attribute_map = {
         "hidden_size": "d_model",
         "num_attention_heads": "num_heads",

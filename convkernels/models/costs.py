@@ -14,7 +14,7 @@ PARTS = (
     ("feed-forward", ("feed_forward", "intermediate", "output")),
     ("mixer", ("mixer", "pair_attention", "attention", "relative_bias")),
     ("embedding", ("shared", "source", "embeddings", "embeddings_project", "positions")),
-    ("head", ("lm_head", "cls", "dense", "classifier", "pooler")),
+    ("head", ("lm_head", "cls", "dense", "classifier", "pooler", "qa_outputs")),
 )
 
 aten = torch.ops.aten

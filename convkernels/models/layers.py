@@ -4,7 +4,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .base import one_cache
 from .blocks import ConvMixer, CrossAttention, FeedForward, SelfAttention, make_norm
+from .cache import cross_layer
 from .configs import ConvSeq2SeqConfig
 
 
@@ -40,11 +42,13 @@ class EncoderLayer(_Layer):
         self.pair_attention = SelfAttention(config, causal=False) if paired else None
         self.pair_attention_norm = make_norm(config) if paired else None
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """x [B,T,C], mask bool [B,T], bias [H,W] of attention."""
-        x = self._add(self.mixer_norm, x, self.mixer, mask, bias, None)
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, bias: Tensor | None = None, weights: list | None = None
+    ) -> Tensor:
+        """x [B,T,C], mask bool [B,T], bias [H,W] of attention. weights: gets those of each attention."""
+        x = self._add(self.mixer_norm, x, self.mixer, mask, bias, None, weights)
         if self.pair_attention is not None:
-            x = self._add(self.pair_attention_norm, x, self.pair_attention, mask, bias)
+            x = self._add(self.pair_attention_norm, x, self.pair_attention, mask, bias, None, weights)
         return self._add(self.feed_forward_norm, x, self.feed_forward)
 
 
@@ -65,16 +69,16 @@ class DecoderLayer(_Layer):
         states: Tensor | None = None,
         states_mask: Tensor | None = None,
         past_key_values=None,
+        weights: list | None = None,
+        cross_weights: list | None = None,
+        cache=None,
     ) -> Tensor:
-        """x [B,T,C], states [B,S,C] of the encoder; masks bool, ``mask`` as long as the mixer looks back."""
-        own = cross = None
-        if past_key_values is not None:
-            own = past_key_values.self_attention_cache.layers[self.layer]
-            cross = past_key_values.cross_attention_cache
-            while len(cross.layers) <= self.layer:
-                cross.layers.append(cross.layer_class_to_replicate())
-            cross = cross.layers[self.layer]
-        x = self._add(self.mixer_norm, x, self.mixer, mask, bias, own)
+        """x [B,T,C], states [B,S,C] of the encoder; masks bool, ``mask`` as long as the mixer looks back. weights,
+        cross_weights: get those of the two attentions. cache: another name of past_key_values."""
+        cache = one_cache(type(self).__name__, past_key_values, cache)
+        own = None if cache is None else cache.self_attention_cache.layers[self.layer]
+        x = self._add(self.mixer_norm, x, self.mixer, mask, bias, own, weights)
         if self.cross_attention is not None:
-            x = self._add(self.cross_attention_norm, x, self.cross_attention, states, states_mask, cross)
+            cross = None if cache is None else cross_layer(cache, self.layer)
+            x = self._add(self.cross_attention_norm, x, self.cross_attention, states, states_mask, cross, cross_weights)
         return self._add(self.feed_forward_norm, x, self.feed_forward)

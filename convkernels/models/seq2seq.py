@@ -22,11 +22,12 @@ from transformers.utils import can_return_tuple
 
 from .. import nn as cknn
 from ..ops._validate import fail
-from .base import PreTrained
+from .base import CACHE, PreTrained, embedded, one_cache, recorded, recorders
 from .blocks import Attention, FeedForward, Positions, RelativeBias, make_norm
-from .cache import decoder_cache
+from .cache import check_cache, decoder_cache
 from .configs import ConvSeq2SeqConfig
 from .layers import DecoderLayer, EncoderLayer
+from .losses import classification_loss, token_loss
 
 
 class _PreTrained(PreTrained):
@@ -71,29 +72,40 @@ class _PreTrained(PreTrained):
 class _Stack(nn.Module):
     """What encoder and decoder share: embeddings in, layers, norm out."""
 
-    def __init__(self, config: ConvSeq2SeqConfig, embed_tokens: nn.Embedding, causal: bool):
+    def __init__(self, config: ConvSeq2SeqConfig, owner: nn.Module, causal: bool):
         super().__init__()
         self.config, self.dropout = config, config.dropout
         self.embed_scale = config.d_model**0.5 if config.scale_embedding else 1.0
-        # The embedding belongs to the model, so it is not registered here: it has one name in a checkpoint.
-        object.__setattr__(self, "embed_tokens", embed_tokens)
+        # The embedding belongs to the model, which has it under one name and passes what comes out of it. The tuple
+        # keeps the model from being a submodule; it is asked only where a stack is called by itself.
+        self._owner = (owner,)
         self.positions = Positions(config) if config.positions is not None else None
         attends = config.mixer == "transformer" or (not causal and config.pair_attention is not None)
         self.relative_bias = RelativeBias(config, causal) if attends else None
         self.norm = make_norm(config) if config.final_norm else None
 
-    def _embed(self, input_ids, inputs_embeds, mask: Tensor | None, past: int = 0) -> Tensor:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError(f"{type(self).__name__}: expected either input_ids or inputs_embeds")
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+    @property
+    def embed_tokens(self) -> nn.Module:
+        return self._owner[0].embedding(self)
+
+    def _embed(self, input_ids, inputs_embeds, mask: Tensor | None, position_ids, past: int = 0) -> Tensor:
+        x = embedded(type(self).__name__, self.embed_tokens, input_ids, inputs_embeds)
+        if mask is not None and mask.shape[1] != past + x.shape[1]:
+            expected = f"{past + x.shape[1]} columns" + (f", {past} of them for what the cache holds" if past else "")
+            fail(type(self).__name__, "attention_mask", expected, mask)
+        if self.positions is None and position_ids is not None:
+            expected = "None, because the configuration has no absolute positions"
+            fail(type(self).__name__, "position_ids", expected, position_ids)
         x = x * self.embed_scale
         if self.positions is not None:
-            x = x + self.positions(x.shape[1], mask, past, x)
+            x = x + self.positions(x.shape[1], mask, past, x, position_ids)
         return F.dropout(x, self.dropout, self.training)
 
-    def _finish(self, x: Tensor) -> Tensor:
+    def _finish(self, x: Tensor, states: list | None) -> Tensor:
         if self.norm is not None:
             x = F.dropout(self.norm(x), self.dropout, self.training)
+        if states is not None:
+            states.append(x)
         return x
 
 
@@ -104,27 +116,41 @@ def _as_mask(attention_mask: Tensor | None) -> Tensor | None:
 class Encoder(_Stack):
     main_input_name = "input_ids"
 
-    def __init__(self, config: ConvSeq2SeqConfig, embed_tokens: nn.Embedding):
-        super().__init__(config, embed_tokens, causal=False)
+    def __init__(self, config: ConvSeq2SeqConfig, owner: nn.Module):
+        super().__init__(config, owner, causal=False)
         self.layers = nn.ModuleList(EncoderLayer(config, i) for i in range(config.encoder_layers))
 
+    @can_return_tuple
     def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, inputs_embeds=None, **unused
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> BaseModelOutput:
-        """input_ids [B,T] or inputs_embeds [B,T,C]; attention_mask [B,T], 0 for padding."""
+        """input_ids [B,T] or inputs_embeds [B,T,C]; attention_mask [B,T], 0 for padding; position_ids [B,T], where the
+        configuration has positions. Hidden states: the input of each layer, and the output; attentions: the weights
+        [B,H,T,T] of each layer that attends."""
+        states, weights = recorders(self.config, output_hidden_states, output_attentions)
         mask = _as_mask(attention_mask)
-        x = self._embed(input_ids, inputs_embeds, mask)
+        x = self._embed(input_ids, inputs_embeds, mask, position_ids)
         bias = None if self.relative_bias is None else self.relative_bias()
         for layer in self.layers:
-            x = layer(x, mask, bias)
-        return BaseModelOutput(last_hidden_state=self._finish(x))
+            if states is not None:
+                states.append(x)
+            x = layer(x, mask, bias, weights)
+        x = self._finish(x, states)
+        return BaseModelOutput(last_hidden_state=x, hidden_states=recorded(states), attentions=recorded(weights))
 
 
 class Decoder(_Stack):
-    def __init__(self, config: ConvSeq2SeqConfig, embed_tokens: nn.Embedding):
-        super().__init__(config, embed_tokens, causal=True)
+    def __init__(self, config: ConvSeq2SeqConfig, owner: nn.Module):
+        super().__init__(config, owner, causal=True)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.decoder_layers))
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -133,19 +159,39 @@ class Decoder(_Stack):
         encoder_attention_mask: Tensor | None = None,
         past_key_values=None,
         inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cache=None,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """input_ids [B,T]: the positions after those that past_key_values holds; attention_mask [B, past + T]."""
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        """input_ids [B,T]: the positions after those that the cache (past_key_values, or by its other name cache)
+        holds; attention_mask [B, past + T]. The rest as in the encoder."""
+        name = type(self).__name__
+        cache = one_cache(name, past_key_values, cache)
+        if cache is not None:
+            check_cache(name, cache, self.config)
+        states, weights = recorders(self.config, output_hidden_states, output_attentions)
+        cross_weights = None if weights is None else []
+        past = 0 if cache is None else cache.get_seq_length()
         mask = _as_mask(attention_mask)
-        x = self._embed(input_ids, inputs_embeds, mask, past)
+        x = self._embed(input_ids, inputs_embeds, mask, position_ids, past)
         if mask is not None and self.config.mixer != "transformer":
-            mask = mask[:, -x.shape[1] :]  # what lies before is in the convolutions' states
+            mask = mask[:, past:]  # what lies before is in the convolutions' states
         bias = None if self.relative_bias is None else self.relative_bias()
         states_mask = _as_mask(encoder_attention_mask)
         for layer in self.layers:
-            x = layer(x, mask, bias, encoder_hidden_states, states_mask, past_key_values=past_key_values)
+            if states is not None:
+                states.append(x)
+            x = layer(
+                x, mask, bias, encoder_hidden_states, states_mask, weights=weights, cross_weights=cross_weights,
+                **{CACHE: cache},
+            )  # fmt: skip
         return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=self._finish(x), past_key_values=past_key_values
+            last_hidden_state=self._finish(x, states),
+            hidden_states=recorded(states),
+            attentions=recorded(weights),
+            cross_attentions=recorded(cross_weights),
+            **{CACHE: cache},
         )
 
 
@@ -157,19 +203,26 @@ class _Embedded(_PreTrained):
         apart = config.source_vocab_size is not None
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
         self.source = nn.Embedding(config.source_vocab_size, config.d_model) if apart else None
-        self.encoder = Encoder(config, self.source if apart else self.shared)
+        self.encoder = Encoder(config, self)
+
+    def embedding(self, stack: _Stack) -> nn.Module:
+        """The one that a stack reads its tokens with."""
+        return self.source if self.source is not None and isinstance(stack, Encoder) else self.shared
 
     def get_input_embeddings(self):
         return self.shared
 
     def set_input_embeddings(self, value):
         self.shared = value
-        for stack in (self.encoder if self.source is None else None, getattr(self, "decoder", None)):
-            if stack is not None:
-                object.__setattr__(stack, "embed_tokens", value)
 
     def get_encoder(self, modality=None):
         return self.encoder
+
+    def _encode(self, input_ids, attention_mask, inputs_embeds, position_ids, attentions, hidden_states):
+        embeds = embedded(type(self).__name__, self.embedding(self.encoder), input_ids, inputs_embeds)
+        return self.encoder(
+            None, attention_mask, embeds, position_ids, attentions, hidden_states, return_dict=True
+        )  # fmt: skip
 
 
 class ConvSeq2SeqEncoderModel(_Embedded):
@@ -181,8 +234,24 @@ class ConvSeq2SeqEncoderModel(_Embedded):
         super().__init__(config)
         self.post_init()
 
-    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None) -> BaseModelOutput:
-        return self.encoder(input_ids, attention_mask, inputs_embeds)
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> BaseModelOutput:
+        """As ``Encoder``; ValueError if attention weights are asked for and nothing attends."""
+        attends = self.config.mixer == "transformer" or self.config.pair_attention is not None
+        if recorders(self.config, None, output_attentions)[1] is not None and not attends:
+            expected = f"False, because mixer={self.config.mixer!r} has no attention weights"
+            fail(type(self).__name__, "output_attentions", expected, True)
+        return self._encode(
+            input_ids, attention_mask, inputs_embeds, position_ids, output_attentions, output_hidden_states
+        )
 
 
 class ConvSeq2SeqModel(_Embedded):
@@ -190,7 +259,7 @@ class ConvSeq2SeqModel(_Embedded):
 
     def __init__(self, config: ConvSeq2SeqConfig):
         super().__init__(config)
-        self.decoder = Decoder(config, self.shared)
+        self.decoder = Decoder(config, self)
         self.post_init()
 
     def get_decoder(self):
@@ -208,22 +277,43 @@ class ConvSeq2SeqModel(_Embedded):
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        position_ids: Tensor | None = None,
+        decoder_position_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cache=None,
     ) -> Seq2SeqModelOutput:
         """input_ids [B,S], decoder_input_ids [B,T]; masks are 0 for padding; encoder_outputs: of an earlier call.
-        use_cache: keep what decoding needs to go on (by default as the configuration says, never while training)."""
+        use_cache: keep what decoding needs to go on (by default as the configuration says, never while training).
+        past_key_values, or by its other name cache: what an earlier call kept. position_ids [B,S] and
+        decoder_position_ids [B,T]: where the configuration has positions. Attention weights: those of the decoder's
+        attention to the encoder, and of each layer that attends to its own input."""
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if encoder_outputs is None:
-            encoder_outputs = self.encoder(input_ids, attention_mask, inputs_embeds)
-        if use_cache and past_key_values is None and not self.training:
-            past_key_values = decoder_cache(self.config)
-        states = encoder_outputs[0]
-        outputs = self.decoder(
-            decoder_input_ids, decoder_attention_mask, states, attention_mask, past_key_values, decoder_inputs_embeds
+        cache = one_cache(type(self).__name__, past_key_values, cache)
+        decoder_embeds = embedded(
+            type(self).__name__, self.embedding(self.decoder), decoder_input_ids, decoder_inputs_embeds, "decoder_"
         )
+        asked = (output_attentions, output_hidden_states)
+        if encoder_outputs is None:
+            encoder_outputs = self._encode(input_ids, attention_mask, inputs_embeds, position_ids, *asked)
+        elif not isinstance(encoder_outputs, BaseModelOutput):
+            encoder_outputs = BaseModelOutput(*encoder_outputs[:3])
+        if use_cache and cache is None and not self.training:
+            cache = decoder_cache(self.config)
+        states = encoder_outputs.last_hidden_state
+        outputs = self.decoder(
+            None, decoder_attention_mask, states, attention_mask, None, decoder_embeds, decoder_position_ids, *asked,
+            cache=cache, return_dict=True,
+        )  # fmt: skip
         return Seq2SeqModelOutput(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            decoder_hidden_states=outputs.hidden_states,
+            decoder_attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
             encoder_last_hidden_state=states,
+            encoder_hidden_states=encoder_outputs.hidden_states,
+            encoder_attentions=encoder_outputs.attentions,
+            **{CACHE: outputs.get(CACHE)},
         )
 
 
@@ -257,11 +347,18 @@ class ConvSeq2SeqForConditionalGeneration(_PreTrained, GenerationMixin):
         return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
+        given = one_cache("generate", model_kwargs.pop("past_key_values", None), model_kwargs.pop("cache", None))
+        if given is not None:
+            model_kwargs[CACHE] = given
+            check_cache("generate", given, self.config)
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        elif generation_config.use_cache:
             wanted = generation_config.cache_implementation
             if wanted not in (None, "dynamic"):
                 fail("generate", "cache_implementation", "None or 'dynamic'", repr(wanted))
-            model_kwargs["past_key_values"] = decoder_cache(self.config)
+            model_kwargs[CACHE] = decoder_cache(self.config)
+            if generation_config.is_assistant:
+                model_kwargs[CACHE].activate_past_recording()
 
     @can_return_tuple
     def forward(
@@ -276,6 +373,11 @@ class ConvSeq2SeqForConditionalGeneration(_PreTrained, GenerationMixin):
         decoder_inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        position_ids: Tensor | None = None,
+        decoder_position_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cache=None,
     ) -> Seq2SeqLMOutput:
         """As ``ConvSeq2SeqModel``; labels [B,T] (-100: ignored) give a loss, and the decoder's input if there is none.
 
@@ -285,7 +387,8 @@ class ConvSeq2SeqForConditionalGeneration(_PreTrained, GenerationMixin):
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         outputs = self.model(
             input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, past_key_values,
-            inputs_embeds, decoder_inputs_embeds, use_cache=use_cache if labels is None else False, return_dict=True,
+            inputs_embeds, decoder_inputs_embeds, use_cache if labels is None else False, position_ids,
+            decoder_position_ids, output_attentions, output_hidden_states, cache, return_dict=True,
         )  # fmt: skip
         x = outputs.last_hidden_state
         if self.config.scale_output:
@@ -293,10 +396,7 @@ class ConvSeq2SeqForConditionalGeneration(_PreTrained, GenerationMixin):
         logits = self.lm_head(x)
         loss = None if labels is None else token_loss(logits, labels)
         return Seq2SeqLMOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
+            loss=loss, logits=logits, **{k: v for k, v in outputs.items() if k != "last_hidden_state"}
         )
 
 
@@ -316,53 +416,50 @@ class ConvSeq2SeqForSequenceClassification(_PreTrained):
         self.classifier = nn.Linear(config.d_model, config.num_labels)
         self.post_init()
 
-    def _pool(self, input_ids, attention_mask) -> Tensor:
-        """[B,T] -> [B,C]"""
-        x = self.model(input_ids, attention_mask).last_hidden_state
+    def _pool(self, input_ids, attention_mask, *options) -> tuple[Tensor, BaseModelOutput]:
+        """The mean over real tokens, [B,C], of the encoder's outputs."""
+        outputs = self.model(input_ids, attention_mask, *options, return_dict=True)
+        x = outputs.last_hidden_state
         if attention_mask is None:
-            return x.mean(1)
+            return x.mean(1), outputs
         real = attention_mask.bool()[..., None]
-        return torch.where(real, x, 0.0).sum(1) / real.sum(1).clamp(min=1)
+        return torch.where(real, x, 0.0).sum(1) / real.sum(1).clamp(min=1), outputs
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         pair_input_ids: Tensor | None = None,
         pair_attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        pair_inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        pair_position_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> SequenceClassifierOutput:
-        """input_ids [B,T] and, for a dual encoder, pair_input_ids [B,S]; labels [B], floats for one output."""
-        if (pair_input_ids is not None) != self.config.dual_encoder:
+        """input_ids [B,T] and, for a dual encoder, pair_input_ids [B,S], or their embeddings; labels as in
+        ``classification_loss``. Hidden states and attention weights: those of the encoder, for a dual one those of the
+        second sequence behind those of the first."""
+        if (pair_input_ids is not None or pair_inputs_embeds is not None) != self.config.dual_encoder:
             expected = "token ids, because of dual_encoder" if self.config.dual_encoder else "None without dual_encoder"
             fail(type(self).__name__, "pair_input_ids", expected, pair_input_ids)
-        x = self._pool(input_ids, attention_mask)
+        asked = (output_attentions, output_hidden_states)
+        x, outputs = self._pool(input_ids, attention_mask, inputs_embeds, position_ids, *asked)
+        hidden_states, attentions = outputs.hidden_states, outputs.attentions
         if self.config.dual_encoder:
-            other = self._pool(pair_input_ids, pair_attention_mask)
+            other, outputs = self._pool(
+                pair_input_ids, pair_attention_mask, pair_inputs_embeds, pair_position_ids, *asked
+            )
+            hidden_states = hidden_states and hidden_states + outputs.hidden_states
+            attentions = attentions and attentions + outputs.attentions
             x = torch.cat([x, other, (x - other).abs(), x * other], 1)
         x = torch.tanh(self.dense(F.dropout(x, self.config.dropout, self.training)))
         logits = self.classifier(F.dropout(x, self.config.dropout, self.training))
-        return SequenceClassifierOutput(loss=classification_loss(logits, labels), logits=logits)
-
-
-def _precise(x: Tensor) -> Tensor:
-    """In float32, or float64 if it is that."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy of logits [B,T,V] over the labels [B,T] that are not -100."""
-    return F.cross_entropy(_precise(logits.flatten(0, 1)), labels.flatten())
-
-
-def classification_loss(logits: Tensor, labels: Tensor | None) -> Tensor | None:
-    """Cross entropy, or squared error where there is one output."""
-    if labels is None:
-        return None
-    if logits.shape[1] == 1:
-        return F.mse_loss(_precise(logits[:, 0]), labels.to(_precise(logits).dtype))
-    return F.cross_entropy(_precise(logits), labels)
+        loss = None if labels is None else classification_loss(self.config, logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states, attentions=attentions)
 
 
 AutoConfig.register(ConvSeq2SeqConfig.model_type, ConvSeq2SeqConfig)
