@@ -2,9 +2,12 @@
 
 Functions: ``depthwise_conv1d``, ``lightweight_conv1d``, ``dynamic_conv1d`` and their ``*_step`` forms for decoding;
 ``composite_attention`` and, for its tables, ``t5_relative_bias``.
-Modules: ``convkernels.nn``. ``why_not(backend, ...)`` lists the reasons a backend cannot be used here (empty: it can);
+Modules: ``convkernels.nn``; models and what belongs to other libraries: ``convkernels.models``,
+``convkernels.interop``; each is imported when it is first used. ``why_not(backend, ...)`` lists the reasons a backend cannot be used here (empty: it can);
 ``convkernels.backends`` holds the table of backends. Importing this package loads neither Triton nor transformers.
 """
+
+import importlib
 
 from . import backends
 from ._version import __version__
@@ -38,3 +41,13 @@ __all__ = [
     "t5_relative_bias",
     "why_not",
 ]
+
+
+def __getattr__(name: str):
+    if name not in ("interop", "models", "nn"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(f".{name}", __name__)
+
+
+def __dir__():
+    return sorted([*globals(), "interop", "models", "nn"])

@@ -62,7 +62,7 @@ def test_an_explicit_backend_never_falls_back(no_fast_backend, monkeypatch):
     with pytest.raises(RuntimeError, match="backend 'cpu': it was not built"):
         ck.lightweight_conv1d(X, W, backend="cpu")
     monkeypatch.setenv("CONVKERNELS_BACKEND", "cpu")
-    with pytest.raises(RuntimeError, match="backend 'cpu': it was not built"):
+    with pytest.raises(RuntimeError, match="d: environment variable 'CONVKERNELS_BACKEND': backend 'cpu': it was not"):
         ck.lightweight_conv1d(X, W)
 
 
@@ -72,6 +72,20 @@ def test_auto_steps_down_once_with_the_reason(no_fast_backend):
         ck.lightweight_conv1d(X, W)
     assert len(caught) == 1
     assert torch.equal(y, ck.lightweight_conv1d(X, W, backend="reference"))
+
+
+def test_the_warning_points_at_the_users_line(no_fast_backend):
+    """However many frames of the package and of torch lie between."""
+    for call in (
+        lambda: ck.lightweight_conv1d(X, W),
+        lambda: ck.lightweight_conv1d_step(X[:, 0], X.new_zeros(len(X), W.shape[1] - 1, X.shape[2]), W),
+        lambda: ck.composite_attention(X[:, :, None], X[:, :, None], X[:, :, None]),
+        lambda: ck.nn.GatedConv(4, ck.nn.DepthwiseConv1d(4, 3))(torch.randn(1, 5, 4)),
+    ):
+        _select.reset()
+        with pytest.warns(RuntimeWarning, match="slow reference") as caught:
+            call()
+        assert {warning.filename for warning in caught} == {__file__}
 
 
 @pytest.fixture
@@ -143,8 +157,10 @@ def test_environment_names_what_auto_means(monkeypatch):
     assert _select.choose("auto", "lightweight_conv1d", "cpu", torch.float32) == "reference"
     monkeypatch.setenv("CONVKERNELS_BACKEND", "abacus")
     _select.reset()
-    with pytest.raises(ValueError, match="argument 'backend': expected one of .*, got 'abacus'"):
+    with pytest.raises(ValueError, match="variable 'CONVKERNELS_BACKEND': expected one of .*, got 'abacus'"):
         ck.lightweight_conv1d(X, W)
+    with pytest.raises(ValueError, match="argument 'backend': expected one of .*, got 'abacus'"):
+        ck.lightweight_conv1d(X, W, backend="abacus")
 
 
 def test_auto_is_the_first_usable_fast_backend(backend):

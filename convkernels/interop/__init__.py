@@ -3,3 +3,17 @@
 ``fairseq``: LightConv and DynamicConv checkpoints, and drop-in modules. ``bert_convolutions``: the checkpoints of
 Chang et al. 2021. ``huggingface``: T5, BERT and ConvBERT weights; this package's attention inside other models.
 """
+
+import importlib
+
+__all__ = ["bert_convolutions", "fairseq", "huggingface"]
+
+
+def __getattr__(name: str):
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(f".{name}", __name__)
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

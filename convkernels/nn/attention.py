@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import _select, _validate
+from ..ops.attention import checks
 from ..ops.attention.api import composite_attention
 from ..ops.tap_conv import api
 from .conv import DepthwiseConv1d
@@ -15,7 +17,12 @@ PROJECTIONS = ("linear", "conv", "mixed")
 
 def _expect(name: str, argument: str, good: bool, expected: str, got) -> None:
     if not good:
-        raise ValueError(f"{name}: argument '{argument}': expected {expected}, got {got!r}")
+        _validate.fail(name, argument, expected, repr(got))
+
+
+def _expect_odd(name: str, argument: str, taps) -> None:
+    _validate.positive(name, argument, taps)
+    _expect(name, argument, taps % 2 == 1, "an odd number", taps)
 
 
 class SpanDynamicConv(nn.Module):
@@ -50,8 +57,11 @@ class SpanDynamicConv(nn.Module):
     ):
         super().__init__()
         name = type(self).__name__
-        _expect(name, "heads", heads > 0 and inner % heads == 0, f"a divisor of {inner}", heads)
-        _expect(name, "kernel_size", kernel_size > 0 and kernel_size % 2 == 1, "an odd number", kernel_size)
+        for argument, value in (("channels", channels), ("inner", inner), ("heads", heads)):
+            _validate.positive(name, argument, value)
+        _expect(name, "heads", inner % heads == 0, f"a divisor of {inner}", heads)
+        _expect_odd(name, "kernel_size", kernel_size)
+        _select.known(name, backend)
         _expect(name, "predicted_at", predicted_at in ("output", "key"), "'output' or 'key'", predicted_at)
         self.channels, self.inner, self.heads, self.kernel_size = channels, inner, heads, kernel_size
         self.predicted_at, self.backend = predicted_at, backend
@@ -161,8 +171,18 @@ class CompositeAttention(nn.Module):
     ):
         super().__init__()
         name = type(self).__name__
+        for argument, number in (("channels", channels), ("heads", heads), ("span_kernel_size", span_kernel_size)):
+            _validate.positive(name, argument, number)
+        for argument, flag in (
+            ("qk", qk), ("bias", bias), ("query_rel", query_rel), ("key_rel", key_rel), ("value_conv", value_conv),
+            ("value_conv_scale", value_conv_scale), ("activation", activation), ("span_mask", span_mask),
+            ("causal", causal),
+        ):  # fmt: skip
+            _validate.flag(name, argument, flag)
+        _validate.probability(name, "dropout", dropout)
+        _select.known(name, backend)
         halves = span is not None or "mixed" in (query_key, value)
-        divides = heads > 0 and channels % heads == 0 and not (halves and heads % 2)
+        divides = channels % heads == 0 and not (halves and heads % 2)
         _expect(name, "heads", divides, f"{'an even ' if halves else 'a '}divisor of {channels}", heads)
         kinds = (*PROJECTIONS, "identity")
         _expect(name, "query_key", query_key in kinds, f"one of {kinds}", query_key)
@@ -170,8 +190,10 @@ class CompositeAttention(nn.Module):
         _expect(name, "span", span in (None, "output", "key"), "None, 'output' or 'key'", span)
         plain = query_key == value == "linear" and qk and not (bias or query_rel or key_rel or value_conv or causal)
         _expect(name, "span", span is None or plain, "None, because only plain heads go beside it", span)
+        _expect(name, "qk", qk or bias or query_rel or key_rel, "True, because nothing else is in the scores", qk)
+        _expect(name, "window", window is not None, "k for (k, k), or (left, right)", window)
         self.channels, self.heads, self.head_size = channels, heads, channels // heads
-        self.window = (window, window) if isinstance(window, int) else tuple(window)
+        self.window = checks.reach(name, window, outside, {})
         self.qk, self.query_key, self.value_kind, self.activation = qk, query_key, value, activation
         self.outside, self.causal, self.dropout, self.backend = outside, causal, dropout, backend
         self.span_mask = span_mask
@@ -194,7 +216,7 @@ class CompositeAttention(nn.Module):
         self.convolution_scalar = table(value_conv, 1, heads, 1, 1)
         if value_conv:
             self.convolution_scalar.requires_grad_(value_conv_scale)
-        self.convolution = nn.Conv1d(channels, channels, W, groups=channels, **options) if value_conv else None
+        self.convolution = _Taps(channels, channels, W, groups=channels, **options) if value_conv else None
         self.span = None
         if span is not None:
             self.span = SpanDynamicConv(
@@ -206,8 +228,13 @@ class CompositeAttention(nn.Module):
         if kind == "linear":
             self.add_module(name, nn.Linear(self.channels, outputs, **options))
             return
-        _expect(type(self).__name__, "conv_kernel_size", taps % 2 == 1, "an odd number", taps)
+        _expect_odd(type(self).__name__, "conv_kernel_size", taps)
         convolved = outputs // 2 if kind == "mixed" else outputs
+        if groups is not None:
+            argument = "value_groups" if name == "value" else "query_key_groups"
+            _validate.positive(type(self).__name__, argument, groups)
+            fits = self.channels % groups == convolved % groups == 0
+            _expect(type(self).__name__, argument, fits, f"a divisor of {self.channels} and {convolved}", groups)
         if groups is None:
             convolution = DepthwiseConv1d(self.channels, taps, bias=True, backend=self.backend, **options)
             self.add_module(f"{name}_pointwise", nn.Linear(self.channels, convolved, **options))
@@ -262,7 +289,8 @@ class CompositeAttention(nn.Module):
             _expect(type(self).__name__, "cu_seqlens", cu_seqlens is None, "None, because of span", cu_seqlens)
             return self._beside_span(x, mask, q, k, v)
         H = self.heads
-        scalar, convolution = self.convolution_scalar, self.convolution
+        scalar = self.convolution_scalar
+        taps, offsets = (None, None) if self.convolution is None else self.convolution()
         # Where scores need no queries or no keys, anything of their shape will do.
         q, k, v = (self._heads(v if value is None else value) for value in (q, k, v))
         return composite_attention(
@@ -272,8 +300,8 @@ class CompositeAttention(nn.Module):
             bias=None if self.convfixed_param is None else self.convfixed_param.view(H, -1),
             query_rel=self.convq_param,
             key_rel=self.convk_param,
-            value_conv=None if convolution is None else convolution.weight.view(H, self.head_size, -1),
-            value_conv_bias=None if convolution is None else convolution.bias.view(H, -1),
+            value_conv=None if taps is None else taps.view(H, self.head_size, -1),
+            value_conv_bias=None if offsets is None else offsets.view(H, -1),
             value_conv_scale=None if scalar is None else scalar.view(H),
             window=self.window,
             qk=self.qk,
@@ -308,6 +336,14 @@ class CompositeAttention(nn.Module):
         if not self.qk:
             parts.append("qk=False")
         return ", ".join(parts)
+
+
+class _Taps(nn.Conv1d):
+    """A depthwise convolution that the attention computes. Its parameters are asked for by a call, so that hooks that
+    fetch them (offloading, sharding) run."""
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.weight, self.bias
 
 
 def _reset_linear(linear: nn.Linear | None) -> None:

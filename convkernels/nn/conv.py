@@ -6,6 +6,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..ops import _select, _validate
 from ..ops.tap_conv import api
 
 
@@ -14,18 +15,36 @@ class _Conv(nn.Module):
 
     def __init__(self, channels, kernel_size, heads, softmax, renormalize, padding, dilation, weight_dropout, backend):
         super().__init__()
+        name = type(self).__name__
+        for argument, value in (("channels", channels), ("kernel_size", kernel_size), ("heads", heads)):
+            _validate.positive(name, argument, value)
         if channels % heads != 0:
-            raise ValueError(f"{type(self).__name__}: argument 'heads': expected a divisor of {channels}, got {heads}")
+            _validate.fail(name, "heads", f"a divisor of {channels}", heads)
+        _validate.kernel_options(name, softmax, renormalize, dilation)
+        _validate.padding_left(name, padding, kernel_size, dilation)
+        _validate.probability(name, "weight_dropout", weight_dropout)
+        _select.known(name, backend)
         self.channels, self.kernel_size, self.heads = channels, kernel_size, heads
         self.softmax, self.renormalize = softmax, renormalize
         self.padding, self.dilation = padding, dilation
         self.weight_dropout, self.backend = weight_dropout, backend
 
     def init_state(self, batch: int, *, dtype: torch.dtype | None = None, device=None) -> Tensor:
-        """The state before the first position: zeros [batch, (K-1)*dilation, C], by default like the parameters."""
-        like = next(self.parameters())
+        """The state before the first position: zeros [batch, (K-1)*dilation, C], in the dtype of the inputs.
+
+        dtype, device: by default those of the first parameter or buffer of a float type, else torch's defaults.
+        """
+        name, held = type(self).__name__, [*self.parameters(), *self.buffers()]
+        _validate.integer(name, "batch", batch, "an integer >= 0")
+        if dtype is None:
+            found = (value.dtype for value in held if value.dtype in _validate.FLOATS)
+            dtype = next(found, torch.get_default_dtype())
+        if dtype not in _validate.FLOATS:
+            _validate.fail(name, "dtype", "float64, float32, bfloat16 or float16", dtype, TypeError)
+        if device is None and held:
+            device = held[0].device
         rows = (self.kernel_size - 1) * self.dilation
-        return torch.zeros(batch, rows, self.channels, dtype=dtype or like.dtype, device=device or like.device)
+        return torch.zeros(batch, rows, self.channels, dtype=dtype, device=device)
 
     def _options(self) -> dict:
         return dict(
@@ -97,8 +116,12 @@ class LightweightConv1d(_Conv):
         cu_seqlens: Tensor | None = None,
         initial_state: Tensor | None = None,
         return_state: bool = False,
+        step: dict | None = None,
     ):
-        """x [B,T,C] -> [B,T,C]; with ``return_state`` also the state after the last position."""
+        """x [B,T,C] -> [B,T,C]; with ``return_state`` also the state after the last position. ``step`` holds the
+        arguments of the method of that name, which calls the module, so that its hooks run for steps too."""
+        if step is not None:
+            return self._step(x, **step)
         return api.lightweight_conv1d(
             x,
             self.weight.squeeze(1),
@@ -121,6 +144,9 @@ class LightweightConv1d(_Conv):
         position: Tensor | None = None,
     ) -> Tensor:
         """One position, x [B,C] -> [B,C], without gradient; ``state`` is updated in place. Causal padding only."""
+        return self(x, step=dict(state=state, gate=gate, state_index=state_index, position=position))
+
+    def _step(self, x, state, gate, state_index, position):
         return api.lightweight_conv1d_step(
             x,
             state,
@@ -165,10 +191,13 @@ class DynamicConv1d(_Conv):
         dtype=None,
     ):
         super().__init__(channels, kernel_size, heads, softmax, renormalize, padding, dilation, weight_dropout, backend)
+        name = type(self).__name__
+        for argument, value in (("in_proj", in_proj), ("mask_query", mask_query)):
+            _validate.flag(name, argument, value)
+        if query_size is not None:
+            _validate.positive(name, "query_size", query_size)
         if in_proj and query_size not in (None, channels):
-            raise ValueError(
-                f"DynamicConv1d: argument 'query_size': expected {channels} with in_proj, got {query_size}"
-            )
+            _validate.fail(name, "query_size", f"{channels} with in_proj", query_size)
         self.query_size, self.in_proj, self.mask_query = query_size or channels, in_proj, mask_query
         outputs = heads * kernel_size + (channels if in_proj else 0)
         self.weight_linear = nn.Linear(self.query_size, outputs, bias=bias or in_proj, device=device, dtype=dtype)
@@ -206,8 +235,12 @@ class DynamicConv1d(_Conv):
         cu_seqlens: Tensor | None = None,
         initial_state: Tensor | None = None,
         return_state: bool = False,
+        step: dict | None = None,
     ):
-        """x [B,T,C] -> [B,T,C]; ``query`` [B,T,query_size] predicts the kernels instead of x."""
+        """x [B,T,C] -> [B,T,C]; ``query`` [B,T,query_size] predicts the kernels instead of x. ``step``: as in
+        ``LightweightConv1d``."""
+        if step is not None:
+            return self._step(x, **step)
         x, gate, weight = self._predict(x, gate, query, mask)
         return api.dynamic_conv1d(
             x,
@@ -232,6 +265,9 @@ class DynamicConv1d(_Conv):
         position: Tensor | None = None,
     ) -> Tensor:
         """One position, x [B,C] -> [B,C], without gradient; ``state`` is updated in place. Causal padding only."""
+        return self(x, step=dict(state=state, query=query, gate=gate, state_index=state_index, position=position))
+
+    def _step(self, x, state, query, gate, state_index, position):
         x, gate, weight = self._predict(x, gate, query)
         return api.dynamic_conv1d_step(
             x,
@@ -290,8 +326,12 @@ class DepthwiseConv1d(_Conv):
         cu_seqlens: Tensor | None = None,
         initial_state: Tensor | None = None,
         return_state: bool = False,
+        step: dict | None = None,
     ):
-        """x [B,T,C] -> [B,T,C]; with ``return_state`` also the state after the last position."""
+        """x [B,T,C] -> [B,T,C]; with ``return_state`` also the state after the last position. ``step`` holds the
+        arguments of the method of that name, which calls the module, so that its hooks run for steps too."""
+        if step is not None:
+            return self._step(x, **step)
         return api.depthwise_conv1d(
             x,
             self.weight.squeeze(1),
@@ -310,6 +350,9 @@ class DepthwiseConv1d(_Conv):
         self, x: Tensor, state: Tensor, *, gate: Tensor | None = None, state_index: Tensor | None = None
     ) -> Tensor:
         """One position, x [B,C] -> [B,C], without gradient; ``state`` is updated in place. Causal padding only."""
+        return self(x, step=dict(state=state, gate=gate, state_index=state_index))
+
+    def _step(self, x, state, gate, state_index):
         options = self._step_options()
         return api.depthwise_conv1d_step(
             x,
@@ -349,6 +392,9 @@ class SeparableConv1d(nn.Module):
         dtype=None,
     ):
         super().__init__()
+        for argument, value in (("in_channels", in_channels), ("out_channels", out_channels)):
+            _validate.positive(type(self).__name__, argument, value)
+        self.channels, self.out_channels = in_channels, out_channels
         self.depthwise = DepthwiseConv1d(
             in_channels,
             kernel_size,
@@ -361,17 +407,36 @@ class SeparableConv1d(nn.Module):
         )
         self.pointwise = nn.Linear(in_channels, out_channels, bias=bias, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
-        """x [B,T,C_in] -> [B,T,C_out]."""
-        return self.pointwise(self.depthwise(x, mask, cu_seqlens=cu_seqlens))
+    def reset_parameters(self) -> None:
+        """Draw new initial values."""
+        self.depthwise.reset_parameters()
+        self.pointwise.reset_parameters()
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        gate: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        initial_state: Tensor | None = None,
+        return_state: bool = False,
+    ):
+        """x [B,T,C_in] -> [B,T,C_out]; with ``return_state`` also the state after the last position."""
+        y = self.depthwise(
+            x, mask, gate=gate, cu_seqlens=cu_seqlens, initial_state=initial_state, return_state=return_state
+        )
+        return (self.pointwise(y[0]), y[1]) if return_state else self.pointwise(y)
 
     def init_state(self, batch: int, *, dtype: torch.dtype | None = None, device=None) -> Tensor:
-        """The state before the first position."""
+        """The state before the first position, [batch, (K-1)*dilation, C_in]."""
         return self.depthwise.init_state(batch, dtype=dtype, device=device)
 
-    def step(self, x: Tensor, state: Tensor, *, state_index: Tensor | None = None) -> Tensor:
+    def step(
+        self, x: Tensor, state: Tensor, *, gate: Tensor | None = None, state_index: Tensor | None = None
+    ) -> Tensor:
         """One position, x [B,C_in] -> [B,C_out], without gradient; ``state`` is updated in place."""
-        return self.pointwise(self.depthwise.step(x, state, state_index=state_index))
+        return self.pointwise(self.depthwise.step(x, state, gate=gate, state_index=state_index))
 
 
 class GatedConv(nn.Module):
@@ -381,9 +446,10 @@ class GatedConv(nn.Module):
 
     ``linear1`` holds W_I and W_S in one matrix with 2*inner outputs, value first, gate second; ``linear2`` is W_O. The
     product is taken inside the convolution kernel, except for a dynamic one, whose kernels are predicted from it.
-    ``conv`` is any module with the ``forward`` and ``step`` of this package's convolutions over ``inner`` channels.
+    ``conv`` is one of this package's convolutions over ``inner`` channels, or a module with the same ``channels``,
+    ``forward``, ``init_state`` and ``step``; where it has ``out_channels``, that is what it makes of them.
     ``glu=False`` leaves the gate out: linear1 has ``inner`` outputs (Wu et al. 2019 have both forms).
-    ``pointwise=True`` puts another linear map over ``inner`` channels, with bias, behind the convolution (the code
+    ``pointwise=True`` puts another linear map over the convolution's channels, with bias, behind the convolution (the code
     released by Tay et al.). Linear maps start Xavier uniform with zero bias.
     """
 
@@ -399,12 +465,19 @@ class GatedConv(nn.Module):
         dtype=None,
     ):
         super().__init__()
+        name = type(self).__name__
+        _validate.positive(name, "channels", channels)
+        for argument, value in (("glu", glu), ("pointwise", pointwise)):
+            _validate.flag(name, argument, value)
+        if isinstance(conv, GatedConv) or not all(hasattr(conv, n) for n in ("channels", "init_state", "step")):
+            _validate.fail(name, "conv", "a convolution of this package", type(conv).__name__, TypeError)
         self.channels, self.inner, self.glu = channels, conv.channels, glu
+        outer = getattr(conv, "out_channels", self.inner)
         options = dict(device=device, dtype=dtype)
         self.linear1 = nn.Linear(channels, (2 if glu else 1) * self.inner, bias=bias, **options)
         self.conv = conv
-        self.pointwise = nn.Linear(self.inner, self.inner, **options) if pointwise else None
-        self.linear2 = nn.Linear(self.inner, channels, bias=bias, **options)
+        self.pointwise = nn.Linear(outer, outer, **options) if pointwise else None
+        self.linear2 = nn.Linear(outer, channels, bias=bias, **options)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -437,10 +510,7 @@ class GatedConv(nn.Module):
         y = self.conv(
             value, mask, gate=gate, cu_seqlens=cu_seqlens, initial_state=initial_state, return_state=return_state
         )
-        if return_state:
-            y, state = y
-            return self._join(y), state
-        return self._join(y)
+        return (self._join(y[0]), y[1]) if return_state else self._join(y)
 
     def init_state(self, batch: int, *, dtype: torch.dtype | None = None, device=None) -> Tensor:
         """The state before the first position."""

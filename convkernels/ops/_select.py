@@ -8,6 +8,7 @@ there or in the call never falls back. Stepping down to the reference is announc
 
 import importlib
 import os
+import sys
 import warnings
 from functools import cache
 
@@ -18,6 +19,7 @@ from ..backends import preference
 from . import _spec
 
 AUTO = "auto"
+_CALLERS = ("convkernels", "torch", "transformers", "accelerate")
 _resets: list = []
 
 
@@ -76,8 +78,7 @@ def why_not(
     """
     if backend == AUTO:
         return []
-    if backend not in backends.BACKENDS:
-        raise ValueError(f"why_not: argument 'backend': expected one of {_known()}, got {backend!r}")
+    known("why_not", backend)
     entry = backends.BACKENDS[backend]
     reasons = []
     kind = torch.device(device).type
@@ -124,14 +125,14 @@ def choose(
     op: the function called, as messages name it.  operator: the operator behind it, where not every backend has it.
     problem: the class of the problem, where measurements tell several apart.
     """
-    if backend == AUTO:
-        backend = os.environ.get("CONVKERNELS_BACKEND") or AUTO
+    variable = ""
+    if backend == AUTO and os.environ.get("CONVKERNELS_BACKEND"):
+        backend, variable = os.environ["CONVKERNELS_BACKEND"], "environment variable 'CONVKERNELS_BACKEND'"
+    known(op, backend, variable or "argument 'backend'")
     if backend != AUTO:
-        if backend not in backends.BACKENDS:
-            raise ValueError(f"{op}: argument 'backend': expected one of {_known()}, got {backend!r}")
         reasons = why_not(backend, op=operator or op, device=device_type, dtype=dtype)
         if reasons:
-            raise RuntimeError(f"{op}: {'; '.join(reasons)}")
+            raise RuntimeError(": ".join(filter(None, (op, variable, "; ".join(reasons)))))
         return backend
     name, passed_over = first_fast(operator or op, device_type, dtype, problem)
     if name is not None:
@@ -140,7 +141,9 @@ def choose(
     if os.environ.get("CONVKERNELS_STRICT") == "1":
         raise RuntimeError(f"{message}, and CONVKERNELS_STRICT=1 forbids the slow reference")
     warnings.warn(
-        f"{message}; using the slow reference. Silence this by backend='reference'.", RuntimeWarning, stacklevel=3
+        f"{message}; using the slow reference. Silence this by backend='reference'.",
+        RuntimeWarning,
+        stacklevel=_users_level(),
     )
     return "reference"
 
@@ -154,5 +157,16 @@ def pick(*call) -> str:
 pick._dynamo_marked_constant = True
 
 
-def _known() -> str:
-    return ", ".join(repr(name) for name in (AUTO, *backends.BACKENDS))
+def known(function: str, backend, named_by: str = "argument 'backend'") -> None:
+    """ValueError for what is not the name of a backend, or "auto"."""
+    names = (AUTO, *backends.BACKENDS)
+    if backend not in names:
+        raise ValueError(f"{function}: {named_by}: expected one of {', '.join(map(repr, names))}, got {backend!r}")
+
+
+def _users_level() -> int:
+    """The caller's ``stacklevel`` of the line that is neither of this package nor of what calls modules for a user."""
+    frame, level = sys._getframe(1), 1
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _CALLERS:
+        frame, level = frame.f_back, level + 1
+    return level

@@ -115,6 +115,14 @@ def padding_left(function: str, padding: Any, K: int, dilation: int) -> int:
     return padding
 
 
+def kernel_options(function: str, softmax: Any, renormalize: Any, dilation: Any) -> None:
+    flag(function, "softmax", softmax)
+    flag(function, "renormalize", renormalize)
+    if renormalize and not softmax:
+        fail(function, "renormalize", "False, because without softmax there is nothing to renormalize", renormalize)
+    positive(function, "dilation", dilation)
+
+
 def weight(function: str, value: Any, x: Tensor, leading: tuple, letters: str) -> tuple[int, int]:
     """The weight [*leading, H, K]; returns H and K."""
     rank = len(leading) + 2
@@ -162,12 +170,16 @@ def mask(function: str, value: Any, x: Tensor) -> None:
         same_device(function, "mask", value, x)
 
 
-def dropout(function: str, argument: str, p: Any, training: Any, seed: Any, x: Tensor, name: str = "x") -> None:
-    flag(function, "training", training)
+def probability(function: str, argument: str, p: Any) -> None:
     if isinstance(p, bool) or not isinstance(p, int | float):
         fail(function, argument, "a probability from 0 to 1", describe(p), TypeError)
     if not 0 <= p <= 1:
         fail(function, argument, "a probability from 0 to 1", p)
+
+
+def dropout(function: str, argument: str, p: Any, training: Any, seed: Any, x: Tensor, name: str = "x") -> None:
+    flag(function, "training", training)
+    probability(function, argument, p)
     tensor(function, "seed", seed, optional=True)
     if seed is not None:
         if seed.dtype != torch.int64:
@@ -226,11 +238,7 @@ def convolution(
         fail(function, "x", "a tensor of 3 dimensions [B,T,C]", x)
     _, K = weight(function, weight_, x, tuple(x.shape[:2]) if letters == "[B,T,H,K]" else (), letters)
     bias(function, bias_, x)
-    flag(function, "softmax", softmax)
-    flag(function, "renormalize", renormalize)
-    if renormalize and not softmax:
-        fail(function, "renormalize", "False, because without softmax there is nothing to renormalize", renormalize)
-    positive(function, "dilation", dilation)
+    kernel_options(function, softmax, renormalize, dilation)
     left = padding_left(function, padding, K, dilation)
     dropout(function, "weight_dropout", p, training, seed, x)
     gate(function, gate_, x)
@@ -259,11 +267,7 @@ def step(
     B, C = x.shape
     _, K = weight(function, weight_, x, (B,) if letters == "[B,H,K]" else (), letters)
     bias(function, bias_, x)
-    flag(function, "softmax", softmax)
-    flag(function, "renormalize", renormalize)
-    if renormalize and not softmax:
-        fail(function, "renormalize", "False, because without softmax there is nothing to renormalize", renormalize)
-    positive(function, "dilation", dilation)
+    kernel_options(function, softmax, renormalize, dilation)
     shape(function, "state", state, (B, (K - 1) * dilation, C), "[B,S,C], S = (K-1)*dilation,")
     same_dtype(function, "state", state, x)
     same_device(function, "state", state, x)

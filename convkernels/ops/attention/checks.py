@@ -34,7 +34,7 @@ def attention(
     for argument, value in (("causal", causal), ("qk", qk), ("return_lse", return_lse)):
         flag(function, argument, value)
     tables = {"bias": bias, "query_rel": query_rel, "key_rel": key_rel, "value_conv": value_conv}
-    left, right = _window(function, window, outside, tables, q)
+    left, right = reach(function, window, outside, tables)
     W = left + right + 1
     if rel_query is not None:
         if query_rel is None:
@@ -99,7 +99,8 @@ def _queries_and_keys(function: str, q, k, v) -> None:
         same_device(function, argument, value, q, "q")
 
 
-def _window(function: str, window, outside, tables: dict, q: Tensor) -> tuple[int, int]:
+def reach(function: str, window, outside, tables: dict) -> tuple[int, int]:
+    """How far the window reaches to the left and to the right; tables: those that have its columns, by argument."""
     for argument, value in tables.items():
         tensor(function, argument, value, optional=True)
         if value is not None and (value.dim() < 2 or value.shape[-1] == 0):
