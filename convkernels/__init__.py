@@ -2,9 +2,10 @@
 
 Functions: ``depthwise_conv1d``, ``lightweight_conv1d``, ``dynamic_conv1d`` and their ``*_step`` forms for decoding;
 ``composite_attention`` and, for its tables, ``t5_relative_bias``.
-Modules: ``convkernels.nn``; models and what belongs to other libraries: ``convkernels.models``,
-``convkernels.interop``; each is imported when it is first used. ``why_not(backend, ...)`` lists the reasons a backend cannot be used here (empty: it can);
-``convkernels.backends`` holds the table of backends. Importing this package loads neither Triton nor transformers.
+Modules: ``convkernels.nn``; models: ``convkernels.models``; what belongs to other libraries: ``convkernels.interop``;
+each is imported when it is first used. ``why_not(backend, ...)`` lists the reasons a backend cannot be used here
+(empty: it can); ``convkernels.backends`` holds the table of backends. Importing this package loads neither Triton nor
+transformers.
 """
 
 import importlib

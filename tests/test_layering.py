@@ -23,7 +23,7 @@ ALLOWED = {
     "convkernels.ops": {"convkernels.backends"},
     "convkernels.nn": {"convkernels.ops"},
     "convkernels.models": {"convkernels.nn", "convkernels.ops", "transformers"},
-    "convkernels.interop": {"convkernels.models", "convkernels.nn", "convkernels.ops", "transformers"},
+    "convkernels.interop": {"convkernels.models", "convkernels.nn", "convkernels.ops", "numpy", "transformers"},
 }
 FREE = ("convkernels._bench", "convkernels.cli", "convkernels.__main__")
 

@@ -2,7 +2,9 @@
 replacement of their attention; fairseq's checkpoints and modules."""
 
 import argparse
+import copy
 import math
+import pickle
 import runpy
 from pathlib import Path
 
@@ -110,6 +112,28 @@ def test_what_cannot_be_converted():
         huggingface.convert(t5(feed_forward_proj="gated-silu"))
 
 
+@pytest.mark.parametrize(("fields", "labels"), [
+    (dict(problem_type="multi_label_classification", num_labels=3), torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 0]])),
+    (dict(problem_type="regression", num_labels=2), torch.randn(3, 2)),
+    (dict(id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1}), torch.tensor([0, 1, 1])),
+])  # fmt: skip
+def test_the_configuration_comes_along(fields, labels):
+    theirs = bert("BertForSequenceClassification", bos_token_id=7, **fields)
+    ours = huggingface.convert(theirs)
+    for name in ("problem_type", "id2label", "label2id", "num_labels", "bos_token_id", "return_dict"):
+        assert getattr(ours.config, name) == getattr(theirs.config, name), name
+    expected, given = theirs(**inputs(), labels=labels).loss, ours(**inputs(), labels=labels).loss
+    torch.testing.assert_close(given, expected)
+
+
+def test_the_settings_of_generation_come_along():
+    theirs = t5(initializer_factor=0.5)
+    theirs.generation_config.max_new_tokens, theirs.generation_config.num_beams = 3, 2
+    ours = huggingface.convert(theirs)
+    assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
+    assert ours.generation_config is not theirs.generation_config and ours.config.initializer_factor == 0.5
+
+
 # -- the attention interface ------------------------------------------------------------------------------------------
 
 
@@ -153,6 +177,41 @@ def test_under_the_attention_interface(name):
         torch.testing.assert_close(found[parameter], gradient, rtol=0, atol=1e-4 * size, msg=parameter)
 
 
+@pytest.mark.parametrize("name", ["T5", "MT5", "UMT5"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_decoder_longer_than_the_encoder(name, padded):
+    """Decoders of every length beside an encoder of 3: numbers and gradients of the bias's table too."""
+    made = getattr(transformers, f"{name}ForConditionalGeneration")
+    config = made.config_class(
+        vocab_size=256, d_model=16, d_kv=6, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0, dropout_rate=0
+    )
+    model, results = stirred(made, config), []
+    given = dict(input_ids=text(2, 3), attention_mask=torch.tensor([[1, 1, 1], [1, 1, 1 - padded]]))
+    huggingface.register()
+    for implementation in ("eager", "convkernels"):
+        model.set_attn_implementation(implementation)
+        model.zero_grad()
+        logits = [model(**given, decoder_input_ids=text(2, T, skip=3)).logits for T in (1, 2, 3, 4, 5, 6, 13)]
+        torch.cat(logits, 1).square().mean().backward()
+        results.append((torch.cat(logits, 1).detach(), {n: p.grad for n, p in model.named_parameters()}))
+    (expected, gradients), (actual, found) = results
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    for parameter, gradient in gradients.items():
+        size = max(gradient.abs().max().item(), 1e-2)
+        torch.testing.assert_close(found[parameter], gradient, rtol=0, atol=1e-4 * size, msg=parameter)
+
+
+def test_distances_of_a_bias():
+    """Every difference of positions has its own column, whichever of the two sequences is longer."""
+    module = torch.nn.Module()
+    module.config = transformers.T5Config()
+    for T in range(1, 7):
+        for S in range(1, 7):
+            distance = torch.arange(S) - torch.arange(T)[:, None] + T - S
+            table = huggingface._by_distance(module, distance[None, None].float())
+            assert table.tolist() == [list(range(1 - S, T))]
+
+
 @pytest.mark.parametrize("name", ["t5", "llama", "mistral"])
 def test_generation_under_the_attention_interface(name):
     """Prompts padded to the left, as generation wants them."""
@@ -180,8 +239,13 @@ def test_what_the_interface_refuses():
     huggingface.register()
     q = torch.randn(1, 2, 4, 8)
     module = torch.nn.Module()
-    with pytest.raises(NotImplementedError, match="argument 'softcap': expected None, got 30.0"):
+    with pytest.raises(NotImplementedError, match="argument 'softcap': expected None, .* got 30.0"):
         huggingface.attention_forward(module, q, q, q, None, softcap=30.0)
+    for argument in ("s_aux", "sinks", "cu_seq_lens_q", "head_mask"):
+        with pytest.raises(NotImplementedError, match=f"argument '{argument}': expected None, because"):
+            huggingface.attention_forward(module, q, q, q, None, **{argument: torch.zeros(2)})
+    with pytest.raises(NotImplementedError, match="argument 'output_attentions': expected None, .* got True"):
+        llama(attn_implementation="convkernels")(text(1, 8), output_attentions=True)
     with pytest.raises(ValueError, match="argument 'attention_mask': expected a bool tensor.* \\[1, 1, 4, 4\\]"):
         huggingface.attention_forward(module, q, q, q, torch.zeros(1, 1, 4, 4))
     with pytest.raises(NotImplementedError, match="argument 'position_bias': expected that of one of"):
@@ -237,6 +301,37 @@ def test_replaced_projections_keep_the_linear_half():
     new = model.bert.encoder.layer[0].attention.self.attention
     assert torch.equal(new.query_linear.weight, old[16:])
     assert model(**given).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["composite", "lightweight"])
+def test_replaced_modules_refuse_what_they_cannot_do(kind):
+    """Whatever the installed transformers calls a cache, and without a word lost on what changes nothing."""
+    model = bert("BertLMHeadModel", is_decoder=True, bos_token_id=1, eos_token_id=255)
+    huggingface.replace_attention(model, kind)
+    ids = text(2, 5)
+    search = dict(attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+    with pytest.raises(NotImplementedError, match="replace_attention: argument '(cache|past_key_values)': expected None"):
+        model.generate(ids, use_cache=True, **search)
+    assert model.generate(ids, use_cache=False, **search).shape == (2, 8)
+    module, x = model.get_submodule("bert.encoder.layer.0.attention.self"), torch.randn(2, 5, 32)
+    for argument in ("cache", "past_key_values", "past_key_value"):
+        with pytest.raises(NotImplementedError, match=f"argument '{argument}': expected None.* got a DynamicCache"):
+            module(x, **{argument: transformers.DynamicCache()})
+    for argument in ("encoder_hidden_states", "position_embeddings", "sinusoidal_pos", "head_mask"):
+        with pytest.raises(NotImplementedError, match=f"argument '{argument}': expected None.* got float32 tensor"):
+            module(x, **{argument: x})
+    with pytest.raises(NotImplementedError, match="argument 'output_attentions': expected None.* got True"):
+        model(ids, output_attentions=True)
+    with pytest.raises(NotImplementedError, match="argument 'number 3'"):
+        module(x, None, x)
+    harmless = dict(num_items_in_batch=torch.tensor(3), position_ids=torch.arange(5)[None], output_hidden_states=True)
+    assert torch.equal(module(x, cache=None, output_attentions=False, **harmless)[0], module(x)[0])
+
+
+def test_cross_attention_is_not_replaced():
+    model = bert("RemBertForCausalLM", is_decoder=True, add_cross_attention=True)
+    found = huggingface._self_attention(model)
+    assert len(found) == 2 and not any("cross" in name for name in found)
 
 
 def test_bad_replacements():
@@ -477,6 +572,73 @@ def test_fairseq_modules_step_by_step(name, backend):
         other(x[t : t + 1], state, **{k: v[t : t + 1] for k, v in query.items()})  # another module's state is its own
     with pytest.raises(ValueError, match="argument 'x': expected one position, because of incremental_state, got 2"):
         module(x[:2], state)
+
+
+def test_copies_of_a_fairseq_module_decode_apart():
+    """Layers made by deepcopy, copy and pickle share no state, as little as layers made one by one."""
+    first = MODULES["light"](backend="reference")
+    layers = [first, copy.deepcopy(first), copy.copy(first), pickle.loads(pickle.dumps(first))]
+    x, state = torch.randn(9, 2, 16), {}
+    with torch.no_grad():
+        expected = x
+        for layer in layers:
+            expected = layer(expected)
+        rows = []
+        for row in x.split(1):
+            for layer in layers:
+                row = layer(row, state)
+            rows.append(row)
+    torch.testing.assert_close(torch.cat(rows), expected, rtol=1e-5, atol=1e-5)
+    assert len(state) == len(layers)
+
+
+def test_a_step_of_a_fairseq_module():
+    module = MODULES["light"](backend="reference")
+    x, state = torch.randn(5, 2, 16), module.init_state(2)
+    with torch.no_grad():
+        y = torch.stack([module.step(row, state) for row in x])
+    torch.testing.assert_close(y, module(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_other_forms_of_fairseq_modules_load():
+    light = MODULES["light"]()
+    state = dict(light.state_dict(), weight=torch.randn(4, 7))  # the CUDA form
+    torch.nn.Sequential(light).load_state_dict({f"0.{name}": value for name, value in state.items()})
+    assert torch.equal(light.weight[:, 0], state["weight"])
+    plain = fairseq.DynamicConv1dTBC(16, 7, 6, 4, weight_softmax=True)
+    unused = dict(plain.state_dict(), conv_bias=torch.randn(1, 1, 16))  # the scriptable form, which never adds it
+    plain.load_state_dict(unused)
+    with pytest.raises(RuntimeError, match="conv_bias"):
+        fairseq.DynamicConv1dTBC(16, 7, 6, 4, weight_softmax=True, conv_bias=True).load_state_dict(unused)
+
+
+class Unwanted:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('executed')",)
+
+
+def test_fairseq_files_with_values_of_numpy(tmp_path):
+    """They are read, written by numpy 1 or 2; what could run code is not."""
+    np = pytest.importorskip("numpy")
+    file = tmp_path / "checkpoint.pt"
+    values = [np.float64(3.2), np.float32(1), np.int64(4), np.bool_(True), np.arange(3), np.ones((2, 2), np.float16)]
+    keys = "expected the parameters under 'model' and fairseq's arguments under 'args' or 'cfg', got "
+    torch.save({"model": {}, "extra_state": {"val_loss": values}}, file)
+    with pytest.raises(ValueError, match=f"load_checkpoint: argument 'checkpoint': {keys}.'extra_state', 'model'.$"):
+        fairseq.load_checkpoint(file)
+    content = pickle.dumps(np.float64(2.5), 2)
+    old, new = b"numpy.core.multiarray", b"numpy._core.multiarray"
+    for name in (old, new):
+        with torch.serialization.safe_globals(fairseq._plain_types()):
+            found = torch._weights_only_unpickler.loads(content.replace(new, old).replace(old, name))
+        assert found == 2.5
+    for unwanted in (Unwanted(), np.array([None], dtype=object)):
+        torch.save({"model": {}, "args": unwanted}, file)
+        with pytest.raises(ValueError, match="argument 'checkpoint': expected a file of parameters.*, got one with"):
+            fairseq.load_checkpoint(file)
+    for content in ({"model": {}}, {"model": {}, "cfg": {}}, {"args": {}}):
+        with pytest.raises(ValueError, match=keys):
+            fairseq.load_checkpoint(content)
 
 
 def test_fairseq_modules_refuse_other_paddings():

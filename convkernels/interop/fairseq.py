@@ -4,17 +4,17 @@ The modules need torch alone; loading a model needs transformers.
 """
 
 import argparse
-import itertools
+import pickle
 import re
+import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..nn import DynamicConv1d, LightweightConv1d
-from ..ops._validate import fail
-
-_names = itertools.count()
+from ..ops._validate import fail, positive
 
 # Names inside a layer; older checkpoints number the encoder's norms.
 ENCODER_LAYER = {
@@ -42,34 +42,54 @@ _POSITIONS = "embed_positions.weight"
 
 
 class _Stepping:
-    """fairseq's calling convention for both convolutions: T x B x C, and a dictionary for the state of decoding."""
+    """fairseq's calling convention for both convolutions: T x B x C, and a dictionary for the state of decoding, in
+    which every module, also a copy of another, has a place of its own. state_dict may come from any of fairseq's forms
+    of the module."""
 
-    def _key(self) -> str:
-        return f"{self._name}.input_buffer"
+    def _own_a_place(self) -> None:
+        self._key = f"{type(self).__name__}.{uuid.uuid4()}.input_buffer"
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._own_a_place()
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest) -> None:
+        weight = state_dict.get(f"{prefix}weight")
+        if weight is not None and weight.dim() == 2:  # the CUDA form
+            state_dict[f"{prefix}weight"] = weight[:, None]
+        unused = state_dict.get(f"{prefix}conv_bias")
+        if unused is not None and unused.dim() == 3 and getattr(self, "conv_bias", None) is None:
+            del state_dict[f"{prefix}conv_bias"]  # the scriptable form owns it and never adds it
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _run(self, x: Tensor, incremental_state: dict | None, **query) -> Tensor:
         if incremental_state is None:
             return super().forward(x.transpose(0, 1), **query).transpose(0, 1)
         if x.shape[0] != 1:
             fail(type(self).__name__, "x", "one position, because of incremental_state", x.shape[0])
-        state, position = incremental_state.get(self._key(), (None, 0))
+        state, position = incremental_state.get(self._key, (None, 0))
         if state is None:
             state = self.init_state(x.shape[1], dtype=x.dtype, device=x.device)
         if self.renormalize:
             query["position"] = torch.full((1,), position, device=x.device)
         with torch.no_grad():
             y = self.step(x[0], state, **{name: v[0] if name == "query" else v for name, v in query.items()})
-        incremental_state[self._key()] = state, position + 1
+        incremental_state[self._key] = state, position + 1
         return y[None]
+
+    def step(self, x: Tensor, state: Tensor, *, mask: Tensor | None = None, **options) -> Tensor:
+        """As in the class behind, around ``forward``, which has fairseq's arguments here."""
+        return super().forward(x, mask, step=dict(state=state, **options))
 
     def reorder_incremental_state(self, incremental_state: dict, new_order: Tensor) -> None:
         """Let row b continue from row new_order[b], as beam search does."""
-        if self._key() in incremental_state:
-            state, position = incremental_state[self._key()]
-            incremental_state[self._key()] = state.index_select(0, new_order), position
+        if self._key in incremental_state:
+            state, position = incremental_state[self._key]
+            incremental_state[self._key] = state.index_select(0, new_order), position
 
 
 def _left(name: str, kernel_size: int, padding_l: int | None) -> int:
+    positive(name, "kernel_size", kernel_size)
     if padding_l is None:
         return kernel_size // 2
     if not isinstance(padding_l, int) or not 0 <= padding_l < kernel_size:
@@ -92,7 +112,7 @@ class LightweightConv1dTBC(_Stepping, LightweightConv1d):
             input_size, kernel_size, num_heads, softmax=weight_softmax, bias=bias, weight_dropout=weight_dropout,
             padding=_left(type(self).__name__, kernel_size, padding_l), backend=backend,
         )  # fmt: skip
-        self._name = f"{type(self).__name__}.{next(_names)}"
+        self._own_a_place()
 
     def forward(self, x: Tensor, incremental_state: dict | None = None, unfold: bool | None = None) -> Tensor:
         """x [T,B,C] -> [T,B,C]. unfold: which of two forms fairseq takes; here it means nothing."""
@@ -115,7 +135,7 @@ class DynamicConv1dTBC(_Stepping, DynamicConv1d):
             bias=bias, conv_bias=conv_bias, query_size=query_size, in_proj=in_proj, weight_dropout=weight_dropout,
             padding=_left(type(self).__name__, kernel_size, padding_l), backend=backend,
         )  # fmt: skip
-        self._name = f"{type(self).__name__}.{next(_names)}"
+        self._own_a_place()
 
     def forward(
         self,
@@ -190,7 +210,7 @@ def config_from_args(args, state: dict[str, Tensor], *, padding_index: int = 1, 
     """
     from ..models import ConvSeq2SeqConfig
 
-    get = (args if isinstance(args, dict) else vars(args)).get
+    get = (args if isinstance(args, Mapping) else vars(args)).get
 
     def both(name: str, default):
         encoder, decoder = get(f"encoder_{name}", default), get(f"decoder_{name}", None)
@@ -247,20 +267,50 @@ def _max_positions(state: dict[str, Tensor], get, offset: int) -> int:
     return min(learned) if learned else min(get("max_source_positions", 1024), get("max_target_positions", 1024))
 
 
+def _plain_types() -> list:
+    """What files of fairseq hold beside tensors and plain values: its arguments, numbers and arrays of numpy. numpy's
+    functions go by the names that versions before and after 2.0 write."""
+    try:
+        import numpy
+    except ImportError:
+        return [argparse.Namespace]
+    functions = [
+        (value.__reduce__()[0], f"numpy.{core}.multiarray.{function}")
+        for value, function in ((numpy.float64(), "scalar"), (numpy.zeros(0), "_reconstruct"))
+        for core in ("core", "_core")
+    ]
+    dtypes = {type(numpy.dtype(code)) for code in numpy.typecodes["AllInteger"] + numpy.typecodes["AllFloat"] + "?SU"}
+    return [argparse.Namespace, numpy.ndarray, numpy.dtype, *functions, *dtypes]
+
+
 def load_checkpoint(checkpoint: str | Path | dict, **changes):
     """A ``ConvSeq2SeqForConditionalGeneration`` with the parameters of a fairseq LightConv or DynamicConv checkpoint.
 
     checkpoint: a file written by fairseq, or its contents: the parameters under "model", the arguments under "args"
     or, in newer ones, "cfg". changes: fields of the configuration to set otherwise, as for ``config_from_args``.
+    Of a file only tensors, plain values, argparse's arguments and numbers and arrays of numpy are read; ValueError for
+    one with anything else in it, and for one without arguments.
     """
     from ..models import ConvSeq2SeqForConditionalGeneration
 
+    name, argument = "load_checkpoint", "checkpoint"
     if not isinstance(checkpoint, dict):
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        try:
+            with torch.serialization.safe_globals(_plain_types()):
+                checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            raise ValueError(
+                f"{name}: argument '{argument}': expected a file of parameters, arguments and plain values alone (if "
+                "you trust this one, pass what torch.load(file, weights_only=False) gives), got one with "
+                f"{found[1] if found else 'other objects'} in it"
+            ) from error
     args = checkpoint.get("args")
     if args is None:
-        args = checkpoint["cfg"]["model"]
+        args = (checkpoint.get("cfg") or {}).get("model")
+    if args is None or "model" not in checkpoint:
+        expected = "the parameters under 'model' and fairseq's arguments under 'args' or 'cfg'"
+        fail(name, argument, expected, sorted(map(str, checkpoint)))
     state = checkpoint["model"]
     config = config_from_args(args, state, **changes)
     model = ConvSeq2SeqForConditionalGeneration(config).to(state["decoder.embed_tokens.weight"].dtype)

@@ -4,17 +4,24 @@
 of a model in place; ``convert`` makes a model of this package from a T5, BERT or ConvBERT.
 """
 
+import copy
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import (
-    bidirectional_mask_function,
-    causal_mask_function,
-    sliding_window_causal_mask_function,
-    sliding_window_overlay,
-)
+
+from ..models import needs_transformers
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+    from transformers.masking_utils import (
+        bidirectional_mask_function,
+        causal_mask_function,
+        sliding_window_causal_mask_function,
+        sliding_window_overlay,
+    )
+except ModuleNotFoundError as error:
+    needs_transformers(__name__, error)
 
 from ..models import (
     CompositeBertConfig,
@@ -32,6 +39,13 @@ NAME = "convkernels"
 _CALL = f"attn_implementation={NAME!r}"
 # Models whose position_bias is a function of the distance alone.
 _RELATIVE = ("t5", "mt5", "umt5")
+# Arguments of transformers' attention functions that change results, and that composite_attention does not have.
+_UNKNOWN = (
+    "softcap", "s_aux", "sinks", "indices", "block_indices", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "head_mask",
+    "output_attentions",
+)  # fmt: skip
+# Arguments that reach self-attention modules of transformers and change nothing there.
+_HARMLESS = ("num_items_in_batch", "output_hidden_states", "output_router_logits", "position_ids", "use_cache")
 
 
 def register(name: str = NAME) -> None:
@@ -97,11 +111,9 @@ def attention_forward(
     """transformers' attention function: query [B,H,T,D], key and value [B,G,S,D] -> [B,T,H,D], and no weights.
 
     attention_mask: bool [B,S] as made by ``padding_mask``. NotImplementedError for what ``composite_attention`` does
-    not do: soft caps, attention sinks, a position_bias that is not T5's.
+    not do: soft caps, attention sinks, packed sequences, weights as an output, a position_bias that is not T5's.
     """
-    for argument in ("softcap", "s_aux"):
-        if kwargs.get(argument) is not None:
-            fail(_CALL, argument, "None", kwargs[argument], NotImplementedError)
+    _refuse(_CALL, {name: value for name, value in kwargs.items() if name in _UNKNOWN})
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if attention_mask is not None:
         _check_mask(attention_mask)
@@ -136,12 +148,14 @@ def _check_mask(mask: Tensor) -> None:
 
 
 def _by_distance(module: nn.Module, bias: Tensor) -> Tensor:
-    """A bias [1,H,T,S] that depends on the distance alone, as a table [H, S-1 + 1 + T-1]."""
+    """A bias [1,H,T,S] that depends on the distance alone, as a table [H, S-1 + 1 + T-1]. The last query has the
+    distances from -(S-1) to 0, the first one those from T-S to T-1; with T > S the first key has those between."""
     kind = getattr(getattr(module, "config", None), "model_type", None)
     if kind not in _RELATIVE or bias.shape[0] != 1:
         fail(_CALL, "position_bias", f"that of one of {_RELATIVE}", f"that of {kind}", NotImplementedError)
     T, S = bias.shape[2:]
-    return torch.cat([bias[0, :, -1], bias[0, :, 0, S - T + 1 :]], 1)
+    between = bias[0, :, 1 : T - S, 0].flip(1) if T > S else bias[0, :, 0, :0]
+    return torch.cat([bias[0, :, -1], between, bias[0, :, 0, max(S - T + 1, 0) :]], 1)
 
 
 class _CompositeSelfAttention(nn.Module):
@@ -166,8 +180,8 @@ class _CompositeSelfAttention(nn.Module):
                 new.convolution.weight.zero_()
                 new.convolution.bias.zero_()
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, past_key_values=None, **unused):
-        _check_call(attention_mask, past_key_values)
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *more, **options):
+        _check_call(attention_mask, more, options)
         return self.attention(hidden_states, attention_mask), None
 
 
@@ -187,16 +201,25 @@ class _ConvSelfAttention(nn.Module):
             **placed, **options,
         )  # fmt: skip
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, past_key_values=None, **unused):
-        _check_call(attention_mask, past_key_values)
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *more, **options):
+        _check_call(attention_mask, more, options)
         return self.conv(self.value(hidden_states), attention_mask, gate=self.gate(hidden_states)), None
 
 
-def _check_call(attention_mask, past_key_values) -> None:
-    if past_key_values is not None:
-        fail("replace_attention", "past_key_values", "None, the new modules keep none", "a cache", NotImplementedError)
+def _check_call(attention_mask, more: tuple, options: dict) -> None:
+    """What a model gives its self-attention beside the states; caches go by "cache" or "past_key_values"."""
     if attention_mask is not None:
         _check_mask(attention_mask)
+    given = {f"number {number}": value for number, value in enumerate(more, 3)}
+    _refuse("replace_attention", given | {name: options[name] for name in options if name not in _HARMLESS})
+
+
+def _refuse(function: str, arguments: dict) -> None:
+    """NotImplementedError for an argument that asks for something; None and False do not."""
+    for argument, value in arguments.items():
+        if value is not None and value is not False:
+            shown = value if isinstance(value, Tensor | bool | int | float | str) else f"a {type(value).__name__}"
+            fail(function, argument, "None, because the attention here has no such thing", shown, NotImplementedError)
 
 
 def _dropout(old: nn.Module) -> float:
@@ -222,6 +245,7 @@ def _self_attention(model: nn.Module) -> list[str]:
         name
         for name, module in model.named_modules()
         if type(module).__name__.endswith("SelfAttention")
+        and ".crossattention." not in name  # of the same type in some models
         and all(isinstance(getattr(module, part, None), nn.Linear) for part in ("query", "key", "value"))
         and isinstance(getattr(module, "num_attention_heads", None), int)
         and module.query.in_features == module.query.out_features == module.value.out_features
@@ -291,7 +315,17 @@ def convert(model: PreTrainedModel, **changes) -> PreTrainedModel:
         fail("convert", "model", f"T5ForConditionalGeneration or one of {tuple(_BERTS)}", name)
     made = made.to(model.dtype)
     made.load_state_dict(state, strict=True)
+    if made.can_generate():
+        made.generation_config = copy.deepcopy(model.generation_config)
     return made.to(model.device).train(model.training)
+
+
+def _common(theirs, changes: dict) -> dict:
+    """The fields that all configurations have and that change what a model computes or returns."""
+    fields = ["problem_type", "bos_token_id", "return_dict", "output_hidden_states", "use_cache"]
+    if "num_labels" not in changes:
+        fields += ["id2label", "label2id"]
+    return {name: getattr(theirs, name) for name in fields if hasattr(theirs, name)}
 
 
 _BERTS = {
@@ -315,9 +349,10 @@ def _t5_config(theirs, changes: dict) -> ConvSeq2SeqConfig:
         attention_dropout=theirs.dropout_rate, activation_dropout=theirs.dropout_rate,
         scale_output=theirs.scale_decoder_outputs, tie_word_embeddings=theirs.tie_word_embeddings,
         pad_token_id=theirs.pad_token_id, eos_token_id=theirs.eos_token_id,
+        initializer_factor=theirs.initializer_factor,
         decoder_start_token_id=0 if theirs.decoder_start_token_id is None else theirs.decoder_start_token_id,
     )  # fmt: skip
-    return ConvSeq2SeqConfig(**(options | changes))
+    return ConvSeq2SeqConfig(**(_common(theirs, changes) | options | changes))
 
 
 _T5_BLOCK = {
@@ -354,9 +389,9 @@ def _bert_config(theirs, convolutional: bool, changes: dict) -> CompositeBertCon
     same = (
         "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
         "max_position_embeddings", "type_vocab_size", "layer_norm_eps", "hidden_dropout_prob", "classifier_dropout",
-        "attention_probs_dropout_prob", "initializer_range", "pad_token_id", "num_labels", "tie_word_embeddings",
+        "attention_probs_dropout_prob", "initializer_range", "pad_token_id", "eos_token_id", "tie_word_embeddings",
     )  # fmt: skip
-    fields = {name: getattr(theirs, name) for name in same}
+    fields = _common(theirs, changes) | {name: getattr(theirs, name) for name in same}
     attention = {}
     if convolutional:
         for name, expected in (("head_ratio", 2), ("num_groups", 1)):

@@ -7,6 +7,7 @@ one of these names is first used.
 """
 
 import importlib
+from typing import NoReturn
 
 _HOMES = {
     "ConvSeq2SeqConfig": "configs",
@@ -23,15 +24,21 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 
+def needs_transformers(name: str, error: ModuleNotFoundError) -> NoReturn:
+    """Raise what says how to install transformers, if that is what ``name`` lacks; else the error as it is."""
+    if error.name is None or error.name.split(".")[0] != "transformers":
+        raise error
+    how = "pip install 'convkernels[hf]' (or, in a checkout, pip install --no-build-isolation '.[hf]')"
+    raise ImportError(f"{name} needs transformers: {how}") from error
+
+
 def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         module = importlib.import_module(f".{_HOMES[name]}", __name__)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != "transformers":
-            raise
-        raise ImportError(f"{__name__}.{name} needs transformers: pip install 'convkernels[hf]'") from error
+        needs_transformers(f"{__name__}.{name}", error)
     value = globals()[name] = getattr(module, name)
     return value
 

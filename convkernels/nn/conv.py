@@ -46,6 +46,14 @@ class _Conv(nn.Module):
         rows = (self.kernel_size - 1) * self.dilation
         return torch.zeros(batch, rows, self.channels, dtype=dtype, device=device)
 
+    @staticmethod
+    def _hide(x: Tensor, gate: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x and gate [B,C], zero where mask [B] is False, whatever is there."""
+        if mask is None:
+            return x, gate
+        real = mask[:, None]
+        return torch.where(real, x, 0.0), None if gate is None else torch.where(real, gate, 0.0)
+
     def _options(self) -> dict:
         return dict(
             softmax=self.softmax,
@@ -121,7 +129,7 @@ class LightweightConv1d(_Conv):
         """x [B,T,C] -> [B,T,C]; with ``return_state`` also the state after the last position. ``step`` holds the
         arguments of the method of that name, which calls the module, so that its hooks run for steps too."""
         if step is not None:
-            return self._step(x, **step)
+            return self._step(x, mask, **step)
         return api.lightweight_conv1d(
             x,
             self.weight.squeeze(1),
@@ -140,13 +148,16 @@ class LightweightConv1d(_Conv):
         state: Tensor,
         *,
         gate: Tensor | None = None,
+        mask: Tensor | None = None,
         state_index: Tensor | None = None,
         position: Tensor | None = None,
     ) -> Tensor:
-        """One position, x [B,C] -> [B,C], without gradient; ``state`` is updated in place. Causal padding only."""
-        return self(x, step=dict(state=state, gate=gate, state_index=state_index, position=position))
+        """One position, x [B,C] -> [B,C], without gradient; ``state`` is updated in place. Causal padding only. mask:
+        bool [B], False for padding, which the state takes as zeros."""
+        return self(x, mask, step=dict(state=state, gate=gate, state_index=state_index, position=position))
 
-    def _step(self, x, state, gate, state_index, position):
+    def _step(self, x, mask, state, gate=None, state_index=None, position=None):
+        x, gate = self._hide(x, gate, mask)
         return api.lightweight_conv1d_step(
             x,
             state,
@@ -240,7 +251,7 @@ class DynamicConv1d(_Conv):
         """x [B,T,C] -> [B,T,C]; ``query`` [B,T,query_size] predicts the kernels instead of x. ``step``: as in
         ``LightweightConv1d``."""
         if step is not None:
-            return self._step(x, **step)
+            return self._step(x, mask, **step)
         x, gate, weight = self._predict(x, gate, query, mask)
         return api.dynamic_conv1d(
             x,
@@ -261,14 +272,17 @@ class DynamicConv1d(_Conv):
         *,
         query: Tensor | None = None,
         gate: Tensor | None = None,
+        mask: Tensor | None = None,
         state_index: Tensor | None = None,
         position: Tensor | None = None,
     ) -> Tensor:
-        """One position, x [B,C] -> [B,C], without gradient; ``state`` is updated in place. Causal padding only."""
-        return self(x, step=dict(state=state, query=query, gate=gate, state_index=state_index, position=position))
+        """One position, x [B,C] -> [B,C], without gradient; ``state`` is updated in place. Causal padding only. mask:
+        bool [B], False for padding, which the state takes as zeros."""
+        return self(x, mask, step=dict(state=state, query=query, gate=gate, state_index=state_index, position=position))
 
-    def _step(self, x, state, query, gate, state_index, position):
-        x, gate, weight = self._predict(x, gate, query)
+    def _step(self, x, mask, state, query=None, gate=None, state_index=None, position=None):
+        x, gate, weight = self._predict(x, gate, query, mask)
+        x, gate = self._hide(x, gate, mask)
         return api.dynamic_conv1d_step(
             x,
             state,
@@ -331,7 +345,7 @@ class DepthwiseConv1d(_Conv):
         """x [B,T,C] -> [B,T,C]; with ``return_state`` also the state after the last position. ``step`` holds the
         arguments of the method of that name, which calls the module, so that its hooks run for steps too."""
         if step is not None:
-            return self._step(x, **step)
+            return self._step(x, mask, **step)
         return api.depthwise_conv1d(
             x,
             self.weight.squeeze(1),
@@ -347,13 +361,21 @@ class DepthwiseConv1d(_Conv):
         )
 
     def step(
-        self, x: Tensor, state: Tensor, *, gate: Tensor | None = None, state_index: Tensor | None = None
+        self,
+        x: Tensor,
+        state: Tensor,
+        *,
+        gate: Tensor | None = None,
+        mask: Tensor | None = None,
+        state_index: Tensor | None = None,
     ) -> Tensor:
-        """One position, x [B,C] -> [B,C], without gradient; ``state`` is updated in place. Causal padding only."""
-        return self(x, step=dict(state=state, gate=gate, state_index=state_index))
+        """One position, x [B,C] -> [B,C], without gradient; ``state`` is updated in place. Causal padding only. mask:
+        bool [B], False for padding, which the state takes as zeros."""
+        return self(x, mask, step=dict(state=state, gate=gate, state_index=state_index))
 
-    def _step(self, x, state, gate, state_index):
+    def _step(self, x, mask, state, gate=None, state_index=None):
         options = self._step_options()
+        x, gate = self._hide(x, gate, mask)
         return api.depthwise_conv1d_step(
             x,
             state,
@@ -433,10 +455,16 @@ class SeparableConv1d(nn.Module):
         return self.depthwise.init_state(batch, dtype=dtype, device=device)
 
     def step(
-        self, x: Tensor, state: Tensor, *, gate: Tensor | None = None, state_index: Tensor | None = None
+        self,
+        x: Tensor,
+        state: Tensor,
+        *,
+        gate: Tensor | None = None,
+        mask: Tensor | None = None,
+        state_index: Tensor | None = None,
     ) -> Tensor:
         """One position, x [B,C_in] -> [B,C_out], without gradient; ``state`` is updated in place."""
-        return self.pointwise(self.depthwise.step(x, state, gate=gate, state_index=state_index))
+        return self.pointwise(self.depthwise.step(x, state, gate=gate, mask=mask, state_index=state_index))
 
 
 class GatedConv(nn.Module):
