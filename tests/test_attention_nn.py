@@ -121,6 +121,38 @@ def test_bad_options(arguments, options, argument):
         cknn.CompositeAttention(*arguments, **options)
 
 
+@pytest.mark.parametrize(("options", "argument"), [
+    (dict(channels=0), "channels"), (dict(heads=0), "heads"), (dict(heads="4"), "heads"), (dict(window=2.5), "window"),
+    (dict(window="88"), "window"), (dict(window=-1), "window"), (dict(window=None), "window"),
+    (dict(outside="masked"), "outside"), (dict(dropout=3), "dropout"), (dict(backend="nope"), "backend"),
+    (dict(causal=1), "causal"), (dict(bias="yes"), "bias"), (dict(qk=False), "qk"),
+    (dict(value="conv", conv_kernel_size=0), "conv_kernel_size"),
+    (dict(value="conv", conv_kernel_size=2.5), "conv_kernel_size"), (dict(value="conv", value_groups=3), "value_groups"),
+    (dict(query_key="conv", query_key_groups=0), "query_key_groups"),
+    (dict(span="key", span_kernel_size=0), "span_kernel_size"),
+])  # fmt: skip
+def test_options_are_checked_when_a_module_is_made(options, argument):
+    with pytest.raises((ValueError, TypeError), match=f"^CompositeAttention: argument '{argument}': expected .*, got"):
+        cknn.CompositeAttention(**(dict(channels=C, heads=H) | options))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_offloaded_parameters_are_fetched(name):
+    """accelerate brings parameters back when a module is called."""
+    accelerate = pytest.importorskip("accelerate")
+    module, x = make(name).eval(), torch.randn(B, T, C)
+    with torch.no_grad():
+        expected = module(x)
+        accelerate.cpu_offload(module, execution_device=torch.device("cpu"))
+        torch.testing.assert_close(module(x), expected)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_on_the_meta_device(name):
+    module = make(name).to("meta")
+    assert module(torch.empty(B, T, C, device="meta")).shape == (B, T, C)
+
+
 def test_span_needs_values_from_outside():
     module = cknn.SpanDynamicConv(C, 8, 2, predicted_at="key", backend="reference")
     assert "predicted_at='key'" in repr(module)

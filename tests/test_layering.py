@@ -104,6 +104,27 @@ print([m for m in {HEAVY!r} if any(n == m or n.startswith(m + ".") for n in new)
     assert loaded == "[]"
 
 
+def test_parts_are_imported_when_they_are_named():
+    """import convkernels is enough; without transformers what needs it says how to install it."""
+    assert (
+        python("""
+import sys, torch, convkernels as ck
+sys.modules["transformers"] = None
+assert not any(f"convkernels.{name}" in sys.modules for name in ("nn", "models", "interop"))
+assert {"nn", "models", "interop"} <= set(dir(ck)) and not hasattr(ck, "nothing")
+assert ck.nn.LightweightConv1d and ck.interop.fairseq.LightweightConv1dTBC and not hasattr(ck.interop, "nothing")
+assert ck.models.__name__ == "convkernels.models"
+for ask in (lambda: ck.interop.huggingface, lambda: ck.models.ConvSeq2SeqConfig):
+    try:
+        ask()
+    except ImportError as error:
+        assert "needs transformers: pip install" in str(error) and "--no-build-isolation '.[hf]'" in str(error)
+        print("told")
+""")
+        == "told\ntold"
+    )
+
+
 def test_import_with_optional_packages_blocked():
     """The package works where no extra is installed."""
     assert (

@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import convkernels as ck
 from convkernels import nn as cknn
 
 B, T, C, H, K = 2, 9, 12, 3, 5
+MODULES_PAGE = Path(__file__).resolve().parent.parent / "docs" / "modules.md"
 MODULES = {
     "depthwise": lambda **k: cknn.DepthwiseConv1d(C, K, **k),
     "lightweight": lambda **k: cknn.LightweightConv1d(C, K, H, bias=True, **k),
@@ -20,6 +23,7 @@ MODULES = {
     "separable": lambda **k: cknn.SeparableConv1d(C, C, K, **k),
     "gated_light": lambda **k: cknn.GatedConv(C, cknn.LightweightConv1d(C, K, H, **k)),
     "gated_dynamic": lambda **k: cknn.GatedConv(C, cknn.DynamicConv1d(C, K, H, **k)),
+    "gated_separable": lambda **k: cknn.GatedConv(C, cknn.SeparableConv1d(C, 2 * C, K, **k), pointwise=True),
     "gated_depthwise": lambda **k: cknn.GatedConv(C, cknn.DepthwiseConv1d(C, K, **k)),
 }
 NAMES = {
@@ -85,7 +89,7 @@ def test_steps_equal_forward(name, dilation, backend):
     torch.testing.assert_close(y, expected)
 
 
-@pytest.mark.parametrize("name", [n for n in MODULES if n != "separable"])
+@pytest.mark.parametrize("name", MODULES)
 def test_streaming(name, backend):
     module = MODULES[name](padding="causal", backend=backend).double()
     x = torch.randn(B, T, C, dtype=torch.float64)
@@ -146,3 +150,101 @@ def test_bad_arguments_of_modules():
     with pytest.raises(RuntimeError, match="step: expected padding='causal', got 'same'"):
         module = cknn.LightweightConv1d(C, K, H)
         module.step(torch.randn(B, C), module.init_state(B))
+
+
+BAD = [
+    ("channels", lambda: cknn.DepthwiseConv1d(0, 3)),
+    ("channels", lambda: cknn.LightweightConv1d(8.0, 3)),
+    ("kernel_size", lambda: cknn.LightweightConv1d(8, 0)),
+    ("kernel_size", lambda: cknn.DynamicConv1d(8, True)),
+    ("heads", lambda: cknn.LightweightConv1d(8, 3, 0)),
+    ("padding", lambda: cknn.LightweightConv1d(8, 3, padding="valid")),
+    ("padding", lambda: cknn.DepthwiseConv1d(8, 3, padding=3)),
+    ("dilation", lambda: cknn.DepthwiseConv1d(8, 3, dilation=0)),
+    ("dilation", lambda: cknn.SeparableConv1d(8, 8, 3, dilation=1.5)),
+    ("weight_dropout", lambda: cknn.DynamicConv1d(8, 3, weight_dropout=1.5)),
+    ("weight_dropout", lambda: cknn.LightweightConv1d(8, 3, weight_dropout="0.1")),
+    ("softmax", lambda: cknn.LightweightConv1d(8, 3, softmax=1)),
+    ("renormalize", lambda: cknn.LightweightConv1d(8, 3, softmax=False, renormalize=True)),
+    ("backend", lambda: cknn.LightweightConv1d(8, 3, backend="cput")),
+    ("backend", lambda: cknn.DepthwiseConv1d(8, 3, backend=None)),
+    ("query_size", lambda: cknn.DynamicConv1d(8, 3, query_size=0)),
+    ("in_proj", lambda: cknn.DynamicConv1d(8, 3, in_proj="no")),
+    ("out_channels", lambda: cknn.SeparableConv1d(8, 0, 3)),
+    ("channels", lambda: cknn.GatedConv(0, cknn.DepthwiseConv1d(8, 3))),
+    ("conv", lambda: cknn.GatedConv(8, torch.nn.Conv1d(8, 8, 3))),
+    ("conv", lambda: cknn.GatedConv(8, cknn.GatedConv(8, cknn.DepthwiseConv1d(8, 3)))),
+    ("glu", lambda: cknn.GatedConv(8, cknn.DepthwiseConv1d(8, 3), glu="yes")),
+    ("kernel_size", lambda: ck.interop.fairseq.LightweightConv1dTBC(8, 0)),
+    ("num_heads|heads", lambda: ck.interop.fairseq.DynamicConv1dTBC(8, 3, num_heads=0)),
+    ("dtype", lambda: cknn.DepthwiseConv1d(8, 3).init_state(2, dtype=torch.int8)),
+]
+
+
+@pytest.mark.parametrize(("argument", "make"), BAD)
+def test_arguments_are_checked_when_a_module_is_made(argument, make):
+    with pytest.raises((ValueError, TypeError), match=f"^[A-Za-z0-9]+: argument '({argument})': expected .*, got "):
+        make()
+
+
+@pytest.mark.parametrize("name", ["lightweight", "dynamic", "separable", "gated_dynamic"])
+def test_a_state_without_parameters(name):
+    """Weights moved to buffers, of integers, or gone: the state is of a float type, on the module's device."""
+    module = MODULES[name](padding="causal").double()
+    assert module.init_state(B).dtype == torch.float64
+    for part in module.modules():
+        for key, value in list(part._parameters.items()):
+            delattr(part, key)
+            part.register_buffer(key, None if value is None else value.detach())
+    assert module.init_state(B).dtype == torch.float64
+    for part in module.modules():
+        for key, value in part._buffers.items():
+            part._buffers[key] = None if value is None else value.to(torch.int8)
+    assert module.init_state(B).dtype == torch.float32
+    for part in module.modules():
+        part._buffers.clear()
+    state = module.init_state(B, dtype=torch.bfloat16, device="meta")
+    assert state.dtype == torch.bfloat16 and state.device.type == "meta"
+    assert module.init_state(B).dtype == torch.float32 and module.init_state(B).device.type == "cpu"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_masked_step_leaves_zeros_in_the_state(name, backend):
+    """As a mask over the sequence does, whatever the padding holds."""
+    module = MODULES[name](padding="causal", backend=backend).double().eval()
+    x = torch.randn(B, T, C, dtype=torch.float64)
+    mask = torch.ones(B, T, dtype=torch.bool)
+    mask[0, :4] = mask[1, 5] = False
+    with torch.no_grad():
+        expected, state = module(x, mask), module.init_state(B)
+        y = torch.stack([module.step(x[:, t], state, mask=mask[:, t]) for t in range(T)], 1)
+    torch.testing.assert_close(y[mask], expected[mask])
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_offloaded_parameters_are_fetched(name):
+    """accelerate brings parameters back when a module is called: forward and step must call, not reach past."""
+    accelerate = pytest.importorskip("accelerate")
+    module = MODULES[name](padding="causal", backend="reference").eval()
+    x, state = torch.randn(B, T, C), module.init_state(B)
+    with torch.no_grad():
+        expected = module(x)
+        accelerate.cpu_offload(module, execution_device=torch.device("cpu"))
+        assert all(p.device.type == "meta" for p in module.parameters())
+        torch.testing.assert_close(module(x), expected)
+        y = torch.stack([module.step(x[:, t], state) for t in range(T)], 1)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_on_the_meta_device(name):
+    module = MODULES[name](padding="causal", device="meta") if "gated" not in name else MODULES[name]().to("meta")
+    assert module(torch.empty(B, T, C, device="meta")).shape == (B, T, C)
+
+
+def test_the_page_of_modules_runs():
+    blocks = re.findall(r"```python\n(.*?)```", MODULES_PAGE.read_text(), re.S)
+    assert len(blocks) == 5
+    exec(compile("\n".join(blocks), str(MODULES_PAGE), "exec"), {"__name__": "page"})
+    for name in cknn.__all__:
+        assert f"`{name}`" in MODULES_PAGE.read_text()
