@@ -127,7 +127,8 @@ def test_bad_options(arguments, options, argument):
     (dict(outside="masked"), "outside"), (dict(dropout=3), "dropout"), (dict(backend="nope"), "backend"),
     (dict(causal=1), "causal"), (dict(bias="yes"), "bias"), (dict(qk=False), "qk"),
     (dict(value="conv", conv_kernel_size=0), "conv_kernel_size"),
-    (dict(value="conv", conv_kernel_size=2.5), "conv_kernel_size"), (dict(value="conv", value_groups=3), "value_groups"),
+    (dict(value="conv", conv_kernel_size=2.5), "conv_kernel_size"),
+    (dict(value="conv", value_groups=3), "value_groups"),
     (dict(query_key="conv", query_key_groups=0), "query_key_groups"),
     (dict(span="key", span_kernel_size=0), "span_kernel_size"),
 ])  # fmt: skip

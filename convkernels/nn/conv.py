@@ -20,7 +20,7 @@ class _Conv(nn.Module):
             _validate.positive(name, argument, value)
         if channels % heads != 0:
             _validate.fail(name, "heads", f"a divisor of {channels}", heads)
-        _validate.kernel_options(name, softmax, renormalize, dilation)
+        _validate.kernel_options(name, softmax, renormalize, dilation, kernel_size)
         _validate.padding_left(name, padding, kernel_size, dilation)
         _validate.probability(name, "weight_dropout", weight_dropout)
         _select.known(name, backend)
@@ -477,8 +477,8 @@ class GatedConv(nn.Module):
     ``conv`` is one of this package's convolutions over ``inner`` channels, or a module with the same ``channels``,
     ``forward``, ``init_state`` and ``step``; where it has ``out_channels``, that is what it makes of them.
     ``glu=False`` leaves the gate out: linear1 has ``inner`` outputs (Wu et al. 2019 have both forms).
-    ``pointwise=True`` puts another linear map over the convolution's channels, with bias, behind the convolution (the code
-    released by Tay et al.). Linear maps start Xavier uniform with zero bias.
+    ``pointwise=True`` puts another linear map over the convolution's channels, with bias, behind the convolution (the
+    code released by Tay et al.). Linear maps start Xavier uniform with zero bias.
     """
 
     def __init__(
