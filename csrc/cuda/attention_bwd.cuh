@@ -351,8 +351,8 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
               const float probable = fast_exp2(s[x][e] * factor + (added[e / 2] - lse[e / 2]));
-              const float grad = (kept >> (4 * x + e) & 1u) != 0 ? ds[x][e] * keep_scale : 0.0f;
-              ds[x][e] = probable * (grad - delta[e / 2]);  // delta is 0 on the first walk
+              const float keep = (kept >> (4 * x + e) & 1u) != 0 ? keep_scale : 0.0f;
+              ds[x][e] = probable * (ds[x][e] * keep - delta[e / 2]);  // delta is 0 on the first walk
             }
           }
           select_seen(ds, seen);
@@ -400,7 +400,7 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
     __syncwarp();
     if (low_rank && p.grad_rel_query.data != nullptr) write(p.grad_rel_query, rank, t.rank_vectors, rel_scale, false);
     if (p.grad_q.data == nullptr) continue;
-    for (int e = lane; e < 16 * sum_pitch; e += 32) sums[e] *= low_rank ? 0.0f : rel_scale;
+    for (int e = lane; e < 16 * sum_pitch; e += 32) sums[e] = low_rank ? 0.0f : sums[e] * rel_scale;
     __syncwarp();
     add_rows<D>(sums, sum_pitch, grad_q, scale, all, lane);
     write(p.grad_q, channels, t.vectors, 1, walks == 3);

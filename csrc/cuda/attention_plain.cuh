@@ -232,10 +232,9 @@ void attention_plain(const CK_PARAM AttentionForward p, int64_t tiles, int64_t s
     for (int c = 0; c < channels; c += 32) {
       pairs.stage_keys(p.v, d0 + c);
       __syncthreads();
-      for (int r = 0; r < Pairs::kOwn; ++r) {
+      for (int r = 0; r < Pairs::kOwn; ++r)
         sums[pairs.row(r) * kPlainSlice + c + lane] +=
             pairs.sum_keys(weights, r, visible_keys(p, tile, tile.first + pairs.row(r)));
-      }
       __syncthreads();
     }
   }
@@ -343,7 +342,7 @@ void attention_plain_queries(const CK_PARAM AttentionBackward p, int64_t tiles, 
           for (int r = 0; r < kOwn; ++r) {
             const Span keys_of_row = visible_keys(p, tile, tile.first + pairs.row(r));
             sums[pairs.row(r) * kPlainSlice + c + lane] +=
-                pairs.sum_keys(ds_rows, r, lse[r] > -infinity<C>() ? keys_of_row : Span{0, 0});
+                pairs.sum_keys(ds_rows, r, lse[r] == -infinity<C>() ? Span{0, 0} : keys_of_row);
           }
           __syncthreads();
         }
