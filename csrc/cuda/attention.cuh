@@ -166,6 +166,11 @@ CK_DEVICE Compute<T> depthwise_grad(const AttentionBackward& p, const AttentionT
 }
 
 template <class C>
+CK_DEVICE bool is_finite(C value) {
+  return value - value == C{0};
+}
+
+template <class C>
 CK_DEVICE C warp_sum(C value) {
   for (int by = 16; by > 0; by /= 2) value += __shfl_xor_sync(kEveryLane, value, by);
   return value;

@@ -57,7 +57,17 @@ CK_DEVICE void fold_strip(const float* strip, int pitch, Span columns, const T* 
           mma_m16n8k16<T>(out, by_column, b[y]);
           for (int e = 0; e < 4; ++e) {
             const int c = c0 + g + e / 2 * 8, d = n + 8 * y + pair + e % 2;
-            if (c < columns.end && d < size) partial[int64_t{c} * size + d] += out[e];
+            if (c >= columns.end || d >= size) continue;
+            if (!is_finite(out[e])) {
+              // 0 times what is not finite: again, by selection.
+              out[e] = 0;
+#pragma unroll 1
+              for (int row = 0; row < 16; ++row) {
+                const float value = ds(row, c - c0);
+                if (value != 0.0f) out[e] += value * widen(rows[row * row_pitch + d]);
+              }
+            }
+            partial[int64_t{c} * size + d] += out[e];
           }
         }
       }
@@ -148,23 +158,6 @@ CK_DEVICE void scatter_gradients(const float (&ds)[kOther / 8][4], const Gradien
       }
     }
   if (meets && !to.whole) to.fold(columns);
-}
-
-// acc += the 16 x kOther matrix of `values`, rounded to T, times the rows at `rows`, [kOther][channels].
-template <class T, int D, int kOther>
-CK_DEVICE void multiply_rows(float (&acc)[D / 8][4], const float (&values)[kOther / 8][4], const T* rows, int pitch,
-                             bool all, int lane) {
-#pragma unroll
-  for (int k = 0; k < kOther / 16; ++k) {
-    uint32_t a[4];
-    for (int e = 0; e < 4; ++e)
-      a[e] = narrow_pair<T>(values[2 * k + e / 2][e % 2 * 2], values[2 * k + e / 2][e % 2 * 2 + 1]);
-    each_piece<D, D / 16>(all, [&](int c) {
-      uint32_t b[2][2];
-      load_right(b, rows + 16 * k * pitch + 16 * c, pitch, lane);
-      for (int y = 0; y < 2; ++y) mma_m16n8k16<T>(acc[2 * c + y], a, b[y]);
-    });
-  }
 }
 
 // acc = 16 rows at `own` times kOther rows at `others`, both [..][channels] in shared memory.
@@ -286,10 +279,12 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
       // Whoever sees nothing, or is not there, has no probabilities.
       lse[half] = sees[half] ? found * kLog2e : infinity<float>();
     }
+    const bool all_see = __all_sync(kEveryLane, sees[0] && sees[1]) != 0;
     rel.query_edges(left, right, r_rows + own * rel_pitch, rel_pitch);
-    const auto finish_delta = [&] {
+    const auto finish_delta = [&](const float (&sum)[2]) {
       for (int half = 0; half < 2; ++half) {
         const int i = i0 + row + 8 * half;
+        delta[half] = sees[half] ? sum[half] : 0.0f;
         if (p.grad_lse.data != nullptr && sees[half]) delta[half] -= at<float>(p.grad_lse, b, h, i);
         if (lane % 4 == 0 && i < end) static_cast<float*>(p.delta)[unit * p.queries + i] = delta[half];
       }
@@ -303,16 +298,19 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
         for (int d = lane % 2; d < channels; d += 2)
           sum += widen(g_rows[(own + lane / 2) * kPitch + d]) * widen(at<T>(p.out, b, i, h)[d * p.out.channel]);
       sum += __shfl_xor_sync(kEveryLane, sum, 1);
-      for (int half = 0; half < 2; ++half) delta[half] = __shfl_sync(kEveryLane, sum, 2 * (row + 8 * half));
-      finish_delta();
+      float sums_of_rows[2];
+      for (int half = 0; half < 2; ++half) sums_of_rows[half] = __shfl_sync(kEveryLane, sum, 2 * (row + 8 * half));
+      finish_delta(sums_of_rows);
     }
     if (p.needs_queries()) {
       for (int e = lane; e < 16 * sum_pitch; e += 32) sums[e] = 0;
       if (folds && t.whole_strips) folded.clear();
     }
 
+    float total[2] = {};  // delta, of the first walk
+    int walks = p.needs_queries() ? 2 : 1;
 #pragma unroll 1
-    for (int walk = walks_first; walk < (p.needs_queries() ? 2 : 1); ++walk) {
+    for (int walk = walks_first; walk < walks; ++walk) {
       if (begin < keys.end) copy_keys(0, begin, keys);
       cp_async_commit();
       int stage = 0;
@@ -331,7 +329,8 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
           const unsigned real = real_keys(p, b, j0, lane);
           const Meeting<Own::kQueries, kKeys> pairs(i0, j0);
           float factor = t.score_factor, added[2] = {};
-          if (edges == nullptr && pairs.far(p, tile, real)) {
+          uint32_t seen = kEveryPair;
+          if (edges == nullptr && all_see && pairs.far(p, tile, real)) {
             const bool is_left = pairs.is_left(p, tile);
             for (int half = 0; half < 2; ++half) added[half] = is_left ? left[half] : right[half];
           } else {
@@ -341,7 +340,9 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
               rel.fill_strip(strip, strip_pitch, pairs, tile, columns, r_rows + own * rel_pitch, rel_pitch, k_rows,
                              kPitch);
             }
-            finish_scores(s, rel, pairs, tile, real, left, right, edges, strip, strip_pitch, columns.first);
+            seen = finish_scores(s, rel, pairs, tile, real, left, right, edges, strip, strip_pitch, columns.first);
+            for (int half = 0; half < 2; ++half)
+              if (!sees[half]) seen &= half == 0 ? 0xCCCCu : 0x3333u;
             factor = 1;
           }
           const uint32_t kept = p.seed == nullptr ? ~0u : draw_fragments(p, seed, b, h, pairs, lane);
@@ -350,30 +351,37 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
               const float probable = fast_exp2(s[x][e] * factor + (added[e / 2] - lse[e / 2]));
-              const float grad = (kept >> (4 * x + e) & 1u) != 0 ? ds[x][e] * keep_scale : 0.0f;
-              if (walk == 0)
-                delta[e / 2] += probable * grad;
-              else
-                ds[x][e] = probable * (grad - delta[e / 2]);
+              const float keep = (kept >> (4 * x + e) & 1u) != 0 ? keep_scale : 0.0f;
+              ds[x][e] = probable * (ds[x][e] * keep - delta[e / 2]);  // delta is 0 on the first walk
             }
           }
-          if (walk == 1) {
-            if (p.qk) multiply_rows<T, D, kKeys>(grad_q, ds, k_rows, kPitch, all, lane);
-            if (folds) scatter_gradients(ds, folded, pairs, tile, p, outer);
+          select_seen(ds, seen);
+          if (walk == 0) {
+            for (int x = 0; x < kKeys / 8; ++x)
+              for (int e = 0; e < 4; ++e) total[e / 2] += ds[x][e];
+          } else {
+            if (p.qk) multiply_rows<T>(grad_q, ds, k_rows, kPitch, all, lane, walk == 2);
+            if (folds && walk == 1) scatter_gradients(ds, folded, pairs, tile, p, outer);
           }
         }
         __syncthreads();
       }
-      if (walk > 0) break;
-      for (int half = 0; half < 2; ++half) {
-        delta[half] += __shfl_xor_sync(kEveryLane, delta[half], 1);
-        delta[half] += __shfl_xor_sync(kEveryLane, delta[half], 2);
+      if (walk == 0) {
+        for (int half = 0; half < 2; ++half) {
+          total[half] += __shfl_xor_sync(kEveryLane, total[half], 1);
+          total[half] += __shfl_xor_sync(kEveryLane, total[half], 2);
+        }
+        finish_delta(total);
+      } else if (walk == 1 && __syncthreads_or(spoiled(grad_q))) {
+        walks = 3;
+#pragma unroll
+        for (int c = 0; c < D / 8; ++c)
+          for (int e = 0; e < 4; ++e) grad_q[c][e] = 0;
       }
-      finish_delta();
     }
     if (!works || !p.needs_queries()) continue;
     if (folds) folded.finish(outer, p.clips());
-    const auto write = [&](const HeadRows& to, int count, bool vectors, float factor) {
+    const auto write = [&](const HeadRows& to, int count, bool vectors, float factor, bool finite) {
       __syncwarp();
 #pragma unroll 1
       for (int v = lane; v < 16 * ((count + 7) / 8); v += 32) {
@@ -381,18 +389,21 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
         if (i >= end) continue;
         float value[8];
         for (int e = 0; e < 8; ++e) value[e] = sums[r * sum_pitch + d + e] * factor;
+        if (finite && at<float>(p.lse, b, h, i) != -infinity<float>())
+          add_spoiled<T>(value, p.k, b, g, visible_keys(p, tile, i), d, count - d, vectors,
+                         [&](int j) { return real_key(p, b, j); });
         store_channels(at<T>(to, b, i, h) + d * to.channel, to.channel, count - d, vectors, value);
       }
       __syncwarp();
     };
     const float scale = static_cast<float>(p.scale), rel_scale = static_cast<float>(p.rel_scale);
     __syncwarp();
-    if (low_rank && p.grad_rel_query.data != nullptr) write(p.grad_rel_query, rank, t.rank_vectors, rel_scale);
+    if (low_rank && p.grad_rel_query.data != nullptr) write(p.grad_rel_query, rank, t.rank_vectors, rel_scale, false);
     if (p.grad_q.data == nullptr) continue;
-    for (int e = lane; e < 16 * sum_pitch; e += 32) sums[e] *= low_rank ? 0.0f : rel_scale;
+    for (int e = lane; e < 16 * sum_pitch; e += 32) sums[e] = low_rank ? 0.0f : sums[e] * rel_scale;
     __syncwarp();
     add_rows<D>(sums, sum_pitch, grad_q, scale, all, lane);
-    write(p.grad_q, channels, t.vectors, 1);
+    write(p.grad_q, channels, t.vectors, 1, walks == 3);
   }
 }
 
@@ -472,118 +483,136 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
     __syncwarp();
     const unsigned real = real_keys(p, b, j0, lane);
 
+    bool finite = false;  // what is not finite in the queries' rows is left out
 #pragma unroll 1
-    for (int64_t h = g * p.sharing(); h < (g + 1) * p.sharing(); ++h) {
-      const Relative<T> rel(p, t, h, lane);
-      const float* const edges = t.query_edges == nullptr ? nullptr : t.query_edges + (b * p.heads + h) * 2 * p.queries;
-      const GradientStrip<T> folded{grad_strip,
-                                    grad_pitch,
-                                    t.whole_strips,
-                                    k_rows + own * kPitch,
-                                    kPitch,
-                                    rel.key_rel(),
-                                    t.key_terms,
-                                    rel.W,
-                                    t.channel_pitch,
-                                    sums,
-                                    sum_pitch,
-                                    p.grad_key_rel == nullptr ? nullptr : partial_of(h),
-                                    channels,
-                                    nullptr,
-                                    lane};
-      // What key_rel adds outside the window, of this lane's keys.
-      float left[2] = {}, right[2] = {}, outer[2][2] = {};
-      if (t.key_edges != nullptr)
-        for (int half = 0; half < 2; ++half) {
-          const int64_t j = least(int64_t{j0} + row + 8 * half, p.keys - 1);
-          left[half] = t.key_edges[(b * p.heads + h) * 2 * p.keys + j];
-          right[half] = t.key_edges[((b * p.heads + h) * 2 + 1) * p.keys + j];
-        }
-      if (folds && t.whole_strips) folded.clear();
-      const auto copy_queries = [&](int stage, int i0) {
-        T* const to = ring + stage * stage_size;
-        copy_tile(to, kPitch, p, p.q, b, h, i0, kQueries, queries.first, queries.end, channels, padded, false,
-                  t.vectors);
-        copy_tile(to + kQueries * kPitch, kPitch, p, p.grad, b, h, i0, kQueries, queries.first, queries.end, channels,
-                  padded, false, t.vectors);
-        if (low_rank)
-          copy_tile(to + 2 * kQueries * kPitch, rel_pitch, p, p.rel_query, b, h, i0, kQueries, queries.first,
-                    queries.end, static_cast<int>(p.rank), static_cast<int>(t.rank_pitch), false, t.rank_vectors);
-        const int which = warp, i = i0 + lane;  // each warp an array
-        float value = which == 0 ? infinity<float>() : 0.0f;
-        if (i < queries.end) {
-          if (which == 0) {
-            // Whoever sees nothing has no probabilities.
-            const float found = at<float>(p.lse, b, h, i);
-            if (found != -infinity<float>()) value = found * kLog2e;
-          } else if (which == 1) {
-            if (scores) value = static_cast<const float*>(p.delta)[(b * p.heads + h) * p.queries + i];
-          } else if (edges != nullptr) {
-            value = edges[(which - 2) * p.queries + i];
+    for (int walk = 0; walk < (finite ? 2 : 1); ++walk) {
+#pragma unroll 1
+      for (int64_t h = g * p.sharing(); h < (g + 1) * p.sharing(); ++h) {
+        const Relative<T> rel(p, t, h, lane);
+        const float* const edges =
+            t.query_edges == nullptr ? nullptr : t.query_edges + (b * p.heads + h) * 2 * p.queries;
+        const GradientStrip<T> folded{grad_strip,
+                                      grad_pitch,
+                                      t.whole_strips,
+                                      k_rows + own * kPitch,
+                                      kPitch,
+                                      rel.key_rel(),
+                                      t.key_terms,
+                                      rel.W,
+                                      t.channel_pitch,
+                                      sums,
+                                      sum_pitch,
+                                      p.grad_key_rel == nullptr ? nullptr : partial_of(h),
+                                      channels,
+                                      nullptr,
+                                      lane};
+        // What key_rel adds outside the window, of this lane's keys.
+        float left[2] = {}, right[2] = {}, outer[2][2] = {};
+        if (t.key_edges != nullptr)
+          for (int half = 0; half < 2; ++half) {
+            const int64_t j = least(int64_t{j0} + row + 8 * half, p.keys - 1);
+            left[half] = t.key_edges[(b * p.heads + h) * 2 * p.keys + j];
+            right[half] = t.key_edges[((b * p.heads + h) * 2 + 1) * p.keys + j];
           }
-        }
-        scalars[(stage * 4 + which) * kQueries + lane] = value;
-      };
-      if (queries.first < queries.end) copy_queries(0, queries.first);
-      cp_async_commit();
-      int stage = 0;
-#pragma unroll 1
-      for (int i0 = queries.first; i0 < queries.end; i0 += kQueries, stage = 1 - stage) {
-        if (i0 + kQueries < queries.end) copy_queries(1 - stage, i0 + kQueries);
+        if (folds && !finite && t.whole_strips) folded.clear();
+        const auto copy_queries = [&](int stage, int i0) {
+          T* const to = ring + stage * stage_size;
+          copy_tile(to, kPitch, p, p.q, b, h, i0, kQueries, queries.first, queries.end, channels, padded, false,
+                    t.vectors);
+          copy_tile(to + kQueries * kPitch, kPitch, p, p.grad, b, h, i0, kQueries, queries.first, queries.end, channels,
+                    padded, false, t.vectors);
+          if (low_rank)
+            copy_tile(to + 2 * kQueries * kPitch, rel_pitch, p, p.rel_query, b, h, i0, kQueries, queries.first,
+                      queries.end, static_cast<int>(p.rank), static_cast<int>(t.rank_pitch), false, t.rank_vectors);
+          const int which = warp, i = i0 + lane;  // each warp an array
+          float value = which == 0 ? infinity<float>() : 0.0f;
+          if (i < queries.end) {
+            if (which == 0) {
+              // Whoever sees nothing has no probabilities.
+              const float found = at<float>(p.lse, b, h, i);
+              if (found != -infinity<float>()) value = found * kLog2e;
+            } else if (which == 1) {
+              if (scores) value = static_cast<const float*>(p.delta)[(b * p.heads + h) * p.queries + i];
+            } else if (edges != nullptr) {
+              value = edges[(which - 2) * p.queries + i];
+            }
+          }
+          scalars[(stage * 4 + which) * kQueries + lane] = value;
+        };
+        if (queries.first < queries.end) copy_queries(0, queries.first);
         cp_async_commit();
-        cp_async_wait<1>();
-        __syncthreads();
-        const T* const q_rows = ring + stage * stage_size;
-        const T* const g_rows = q_rows + kQueries * kPitch;
-        const T* const r_rows = low_rank ? g_rows + kQueries * kPitch : q_rows;
-        const float* const of_queries = scalars + stage * 4 * kQueries;
-        if (works) {
-          float s[kQueries / 8][4] = {}, ds[kQueries / 8][4] = {};
-          if (p.qk) multiply_pairs<T, D, kQueries>(s, k_rows + own * kPitch, q_rows, kPitch, all, lane);
-          if (scores) multiply_pairs<T, D, kQueries>(ds, v_rows + own * kPitch, g_rows, kPitch, all, lane);
-          const Meeting<Own::kKeys, kQueries> pairs(j0, i0);
-          float factor = t.score_factor, added[2] = {};
-          int side = -1;  // of the window, where all queries have the same
-          if (pairs.far(p, tile, real)) {
-            if (p.has_columns()) side = pairs.is_left(p, tile) ? 0 : 1;
-            for (int half = 0; half < 2; ++half) added[half] = side == 0 ? left[half] : side == 1 ? right[half] : 0.0f;
-          } else {
-            Span columns{0, 0};
-            if (p.has_columns()) {
-              columns = pairs.columns(p, tile);
-              rel.fill_strip(strip, strip_pitch, pairs, tile, columns, r_rows, rel_pitch, k_rows + own * kPitch,
-                             kPitch);
+        int stage = 0;
+#pragma unroll 1
+        for (int i0 = queries.first; i0 < queries.end; i0 += kQueries, stage = 1 - stage) {
+          if (i0 + kQueries < queries.end) copy_queries(1 - stage, i0 + kQueries);
+          cp_async_commit();
+          cp_async_wait<1>();
+          __syncthreads();
+          const T* const q_rows = ring + stage * stage_size;
+          const T* const g_rows = q_rows + kQueries * kPitch;
+          const T* const r_rows = low_rank ? g_rows + kQueries * kPitch : q_rows;
+          const float* const of_queries = scalars + stage * 4 * kQueries;
+          if (works) {
+            float s[kQueries / 8][4] = {}, ds[kQueries / 8][4] = {};
+            if (p.qk) multiply_pairs<T, D, kQueries>(s, k_rows + own * kPitch, q_rows, kPitch, all, lane);
+            if (scores) multiply_pairs<T, D, kQueries>(ds, v_rows + own * kPitch, g_rows, kPitch, all, lane);
+            const Meeting<Own::kKeys, kQueries> pairs(j0, i0);
+            float factor = t.score_factor, added[2] = {};
+            int side = -1;  // of the window, where all queries have the same
+            uint32_t seen = kEveryPair;
+            const unsigned blind = __ballot_sync(kEveryLane, of_queries[lane] == infinity<float>());
+            if (blind == 0 && pairs.far(p, tile, real)) {
+              if (p.has_columns()) side = pairs.is_left(p, tile) ? 0 : 1;
+              for (int half = 0; half < 2; ++half)
+                added[half] = side == 0 ? left[half] : side == 1 ? right[half] : 0.0f;
+            } else {
+              Span columns{0, 0};
+              if (p.has_columns()) {
+                columns = pairs.columns(p, tile);
+                rel.fill_strip(strip, strip_pitch, pairs, tile, columns, r_rows, rel_pitch, k_rows + own * kPitch,
+                               kPitch);
+              }
+              seen = finish_scores(s, rel, pairs, tile, real, left, right, edges, strip, strip_pitch, columns.first);
+              for (int x = 0; x < kQueries / 8; ++x)
+                for (int e = 0; e < 4; ++e) seen &= ~((blind >> (8 * x + pair + e % 2) & 1u) << (4 * x + e));
+              factor = 1;
             }
-            finish_scores(s, rel, pairs, tile, real, left, right, edges, strip, strip_pitch, columns.first);
-            factor = 1;
-          }
-          const uint32_t kept = p.seed == nullptr ? ~0u : draw_fragments(p, seed, b, h, pairs, lane);
+            const uint32_t kept = p.seed == nullptr ? ~0u : draw_fragments(p, seed, b, h, pairs, lane);
 #pragma unroll
-          for (int x = 0; x < kQueries / 8; ++x) {
+            for (int x = 0; x < kQueries / 8; ++x) {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              const float* const query = of_queries + 8 * x + pair + e % 2;
-              const float constant = (side < 0 ? 0.0f : query[(2 + side) * kQueries]) + added[e / 2] - query[0];
-              const float probable = fast_exp2(s[x][e] * factor + constant);
-              const float keep = (kept >> (4 * x + e) & 1u) != 0 ? keep_scale : 0.0f;
-              ds[x][e] = probable * (ds[x][e] * keep - query[kQueries]);
-              s[x][e] = probable * keep;
+              for (int e = 0; e < 4; ++e) {
+                const float* const query = of_queries + 8 * x + pair + e % 2;
+                const float constant = (side < 0 ? 0.0f : query[(2 + side) * kQueries]) + added[e / 2] - query[0];
+                const float probable = fast_exp2(s[x][e] * factor + constant);
+                const float keep = (kept >> (4 * x + e) & 1u) != 0 ? keep_scale : 0.0f;
+                ds[x][e] = probable * (ds[x][e] * keep - query[kQueries]);
+                s[x][e] = probable * keep;
+              }
             }
+            select_seen(s, seen);
+            select_seen(ds, seen);
+            multiply_rows<T>(grad_v, s, g_rows, kPitch, all, lane, finite);
+            if (scores && p.qk) multiply_rows<T>(grad_k, ds, q_rows, kPitch, all, lane, finite);
+            if (folds && !finite) scatter_gradients(ds, folded, pairs, tile, p, outer);
           }
-          multiply_rows<T, D, kQueries>(grad_v, s, g_rows, kPitch, all, lane);
-          if (scores && p.qk) multiply_rows<T, D, kQueries>(grad_k, ds, q_rows, kPitch, all, lane);
-          if (folds) scatter_gradients(ds, folded, pairs, tile, p, outer);
+          __syncthreads();
         }
+        // Without a query that meets them the keys are still on their way. The next head's first rows may go where
+        // others still read.
+        cp_async_wait<0>();
         __syncthreads();
+        if (folds && works && !finite) folded.finish(outer, p.clips());
       }
-      // Without a query that meets them the keys are still on their way. The next head's first rows may go where others
-      // still read.
-      cp_async_wait<0>();
-      __syncthreads();
-      if (folds && works) folded.finish(outer, p.clips());
+      if (finite || !__syncthreads_or(spoiled(grad_k) || spoiled(grad_v))) continue;
+      finite = true;
+#pragma unroll
+      for (int c = 0; c < D / 8; ++c)
+        for (int e = 0; e < 4; ++e) grad_k[c][e] = grad_v[c][e] = 0;
     }
     if (!works) continue;
-    const auto write = [&](const HeadRows& to, bool taps) {
+    // Of rows `from` of the queries.
+    const auto write = [&](const HeadRows& to, const HeadRows& from, bool taps) {
       __syncwarp();
 #pragma unroll 1
       for (int v = lane; v < 16 * ((channels + 7) / 8); v += 32) {
@@ -595,6 +624,10 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
         if (taps && there)
           for (int64_t h = g * p.sharing(); h < (g + 1) * p.sharing(); ++h)
             add_tap_grads<T>(value, p, t, tile, b, h, j, d);
+        if (finite && there && from.data != nullptr)
+          for (int64_t h = g * p.sharing(); h < (g + 1) * p.sharing(); ++h)
+            add_spoiled<T>(value, from, b, h, seeing_queries(p, tile, j, j + 1), d, channels - d, t.vectors,
+                           [&](int i) { return at<float>(p.lse, b, h, i) != -infinity<float>(); });
         store_channels(at<T>(to, b, j, g) + d * to.channel, to.channel, channels - d, t.vectors, value);
       }
       __syncwarp();
@@ -605,13 +638,13 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
       for (int e = lane; e < 16 * sum_pitch; e += 32) sums[e] *= scale;
       __syncwarp();
       add_rows<D>(sums, sum_pitch, grad_k, scale, all, lane);
-      write(p.grad_k, false);
+      write(p.grad_k, p.qk ? p.q : HeadRows{}, false);
     }
     if (p.grad_v.data == nullptr) continue;
     for (int e = lane; e < 16 * sum_pitch; e += 32) sums[e] = 0;
     __syncwarp();
     add_rows<D>(sums, sum_pitch, grad_v, 1, all, lane);
-    write(p.grad_v, p.value_conv.data != nullptr);
+    write(p.grad_v, p.grad, p.value_conv.data != nullptr);
   }
 }
 

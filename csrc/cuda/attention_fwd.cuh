@@ -81,121 +81,114 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
       copy_tile(r_rows, rel_pitch, p, p.rel_query, b, h, tile.first, kRows, 0, tile.first + tile.count,
                 static_cast<int>(p.rank), static_cast<int>(t.rank_pitch), false, t.rank_vectors);
     cp_async_commit();
-    if (!resident && begin < keys.end) copy_keys(0, begin, keys.first, keys.end);
-    cp_async_commit();
-    cp_async_wait<1>();
-    __syncthreads();
 
     const int own = warp * 16 * kM;  // first row of the warp
     const bool works = own < tile.count;
     float left[kM][2], right[kM][2], top[kM][2], total[kM][2], out[kM][D / 8][4];
-#pragma unroll
-    for (int m = 0; m < kM; ++m) {
-#pragma unroll
-      for (int c = 0; c < D / 8; ++c)
-        for (int e = 0; e < 4; ++e) out[m][c][e] = 0;
-      for (int half = 0; half < 2; ++half) {
-        top[m][half] = -infinity<float>();
-        total[m][half] = 0;
-      }
-      rel.query_edges(left[m], right[m], r_rows + (own + 16 * m) * rel_pitch, rel_pitch);
-    }
-
+    bool finite = false;  // what is not finite in the values is left out
 #pragma unroll 1
-    for (int j0 = begin; j0 < keys.end; j0 += kKeys) {
-      const int stage = resident ? j0 / kKeys : (j0 - begin) / kKeys % 2;
-      if (!resident && j0 + kKeys < keys.end) copy_keys(1 - stage, j0 + kKeys, keys.first, keys.end);
+    for (int walk = 0; walk < (finite ? 2 : 1); ++walk) {
+      if (!resident && begin < keys.end) copy_keys(0, begin, keys.first, keys.end);
       cp_async_commit();
       cp_async_wait<1>();
       __syncthreads();
-      const T* const k_rows = key_rows(stage);
-      const T* const v_rows = k_rows + kKeys * kPitch;
-      if (works) {
-        float s[kM][kKeys / 8][4] = {};
-        if (p.qk) {
-          each_piece<D, D / 16>(all, [&](int k) {
-            uint32_t a[kM][4];
 #pragma unroll
-            for (int m = 0; m < kM; ++m) load_left(a[m], q_rows + (own + 16 * m) * kPitch + 16 * k, kPitch, lane);
+      for (int m = 0; m < kM; ++m) {
 #pragma unroll
-            for (int x = 0; x < kKeys / 16; ++x) {
-              uint32_t right_rows[2][2];
-              load_right_rows(right_rows, k_rows + 16 * x * kPitch + 16 * k, kPitch, lane);
-#pragma unroll
-              for (int m = 0; m < kM; ++m)
-                for (int y = 0; y < 2; ++y) mma_m16n8k16<T>(s[m][2 * x + y], a[m], right_rows[y]);
-            }
-          });
+        for (int c = 0; c < D / 8; ++c)
+          for (int e = 0; e < 4; ++e) out[m][c][e] = 0;
+        for (int half = 0; half < 2; ++half) {
+          top[m][half] = -infinity<float>();
+          total[m][half] = 0;
         }
-        const unsigned real = real_keys(p, opaque(b), j0, opaque(lane));
-#pragma unroll
-        for (int m = 0; m < kM; ++m) {
-          const int i0 = tile.first + own + 16 * m;
-          const Meeting<Own::kQueries, kKeys> pairs(i0, j0);
-          float factor = t.score_factor, added[2] = {};
-          if (edges == nullptr && pairs.far(p, tile, real)) {
-            const bool is_left = pairs.is_left(p, tile);
-            for (int half = 0; half < 2; ++half) added[half] = is_left ? left[m][half] : right[m][half];
-          } else {
-            Span columns{0, 0};
-            if (p.has_columns()) {
-              columns = pairs.columns(p, tile);
-              rel.fill_strip(strip, strip_pitch, pairs, tile, columns, r_rows + (own + 16 * m) * rel_pitch, rel_pitch,
-                             k_rows, kPitch);
-            }
-            finish_scores(s[m], rel, pairs, tile, real, left[m], right[m], edges, strip, strip_pitch, columns.first);
-            factor = 1;
-          }
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            float highest = -infinity<float>();
-#pragma unroll
-            for (int x = 0; x < kKeys / 8; ++x)
-              highest = fmaxf(highest, fmaxf(s[m][x][2 * half], s[m][x][2 * half + 1]));
-            highest = fmaxf(highest, __shfl_xor_sync(kEveryLane, highest, 1));
-            highest = fmaxf(highest, __shfl_xor_sync(kEveryLane, highest, 2));
-            const float now = fmaxf(top[m][half], highest * factor + added[half]);
-            const float shift = now == -infinity<float>() ? 0.0f : now;
-            const float shrink = fast_exp2(top[m][half] - shift), constant = added[half] - shift;
-            top[m][half] = now;
-            float sum = 0;
-#pragma unroll
-            for (int x = 0; x < kKeys / 8; ++x)
-              for (int e = 2 * half; e < 2 * half + 2; ++e) {
-                s[m][x][e] = fast_exp2(s[m][x][e] * factor + constant);
-                sum += s[m][x][e];
-              }
-            total[m][half] = total[m][half] * shrink + sum;
-#pragma unroll
-            for (int c = 0; c < D / 8; ++c) {
-              out[m][c][2 * half] *= shrink;
-              out[m][c][2 * half + 1] *= shrink;
-            }
-          }
-          if (p.seed != nullptr) {
-            const uint32_t kept = draw_fragments(p, static_cast<uint64_t>(*p.seed), b, h, pairs, lane);
-#pragma unroll
-            for (int x = 0; x < kKeys / 8; ++x)
-              for (int e = 0; e < 4; ++e) s[m][x][e] = (kept >> (4 * x + e) & 1u) != 0 ? s[m][x][e] : 0.0f;
-          }
-        }
-#pragma unroll
-        for (int k = 0; k < kKeys / 16; ++k) {
-          uint32_t a[kM][4];
-#pragma unroll
-          for (int m = 0; m < kM; ++m)
-            for (int e = 0; e < 4; ++e)
-              a[m][e] = narrow_pair<T>(s[m][2 * k + e / 2][e % 2 * 2], s[m][2 * k + e / 2][e % 2 * 2 + 1]);
-          each_piece<D, D / 16>(all, [&](int c) {
-            uint32_t values[2][2];
-            load_right(values, v_rows + 16 * k * kPitch + 16 * c, kPitch, lane);
-#pragma unroll
-            for (int m = 0; m < kM; ++m)
-              for (int y = 0; y < 2; ++y) mma_m16n8k16<T>(out[m][2 * c + y], a[m], values[y]);
-          });
-        }
+        rel.query_edges(left[m], right[m], r_rows + (own + 16 * m) * rel_pitch, rel_pitch);
       }
-      __syncthreads();
+
+#pragma unroll 1
+      for (int j0 = begin; j0 < keys.end; j0 += kKeys) {
+        const int stage = resident ? j0 / kKeys : (j0 - begin) / kKeys % 2;
+        if (!resident && j0 + kKeys < keys.end) copy_keys(1 - stage, j0 + kKeys, keys.first, keys.end);
+        cp_async_commit();
+        cp_async_wait<1>();
+        __syncthreads();
+        const T* const k_rows = key_rows(stage);
+        const T* const v_rows = k_rows + kKeys * kPitch;
+        if (works) {
+          float s[kM][kKeys / 8][4] = {};
+          if (p.qk) {
+            each_piece<D, D / 16>(all, [&](int k) {
+              uint32_t a[kM][4];
+#pragma unroll
+              for (int m = 0; m < kM; ++m) load_left(a[m], q_rows + (own + 16 * m) * kPitch + 16 * k, kPitch, lane);
+#pragma unroll
+              for (int x = 0; x < kKeys / 16; ++x) {
+                uint32_t right_rows[2][2];
+                load_right_rows(right_rows, k_rows + 16 * x * kPitch + 16 * k, kPitch, lane);
+#pragma unroll
+                for (int m = 0; m < kM; ++m)
+                  for (int y = 0; y < 2; ++y) mma_m16n8k16<T>(s[m][2 * x + y], a[m], right_rows[y]);
+              }
+            });
+          }
+          const unsigned real = real_keys(p, opaque(b), j0, opaque(lane));
+#pragma unroll
+          for (int m = 0; m < kM; ++m) {
+            const int i0 = tile.first + own + 16 * m;
+            const Meeting<Own::kQueries, kKeys> pairs(i0, j0);
+            float factor = t.score_factor, added[2] = {};
+            if (edges == nullptr && pairs.far(p, tile, real)) {
+              const bool is_left = pairs.is_left(p, tile);
+              for (int half = 0; half < 2; ++half) added[half] = is_left ? left[m][half] : right[m][half];
+            } else {
+              Span columns{0, 0};
+              if (p.has_columns()) {
+                columns = pairs.columns(p, tile);
+                rel.fill_strip(strip, strip_pitch, pairs, tile, columns, r_rows + (own + 16 * m) * rel_pitch, rel_pitch,
+                               k_rows, kPitch);
+              }
+              finish_scores(s[m], rel, pairs, tile, real, left[m], right[m], edges, strip, strip_pitch, columns.first);
+              factor = 1;
+            }
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              float highest = -infinity<float>();
+#pragma unroll
+              for (int x = 0; x < kKeys / 8; ++x)
+                highest = fmaxf(highest, fmaxf(s[m][x][2 * half], s[m][x][2 * half + 1]));
+              highest = fmaxf(highest, __shfl_xor_sync(kEveryLane, highest, 1));
+              highest = fmaxf(highest, __shfl_xor_sync(kEveryLane, highest, 2));
+              const float now = fmaxf(top[m][half], highest * factor + added[half]);
+              const float shift = now == -infinity<float>() ? 0.0f : now;
+              const float shrink = fast_exp2(top[m][half] - shift), constant = added[half] - shift;
+              top[m][half] = now;
+              float sum = 0;
+#pragma unroll
+              for (int x = 0; x < kKeys / 8; ++x)
+                for (int e = 2 * half; e < 2 * half + 2; ++e) {
+                  s[m][x][e] = fast_exp2(s[m][x][e] * factor + constant);
+                  sum += s[m][x][e];
+                }
+              total[m][half] = total[m][half] * shrink + sum;
+#pragma unroll
+              for (int c = 0; c < D / 8; ++c) {
+                out[m][c][2 * half] *= shrink;
+                out[m][c][2 * half + 1] *= shrink;
+              }
+            }
+            if (p.seed != nullptr) {
+              const uint32_t kept = draw_fragments(p, static_cast<uint64_t>(*p.seed), b, h, pairs, lane);
+#pragma unroll
+              for (int x = 0; x < kKeys / 8; ++x)
+                for (int e = 0; e < 4; ++e) s[m][x][e] = (kept >> (4 * x + e) & 1u) != 0 ? s[m][x][e] : 0.0f;
+            }
+          }
+          multiply_rows<T>(out, s, v_rows, kPitch, all, lane, finite);
+        }
+        __syncthreads();
+      }
+      // Values of other sequences and behind the mask have not been read.
+      if (!finite && (p.causal || p.outside == Outside::kMask))
+        finite = __syncthreads_or(spoiled(out[0]) || spoiled(out[kM - 1])) != 0;
     }
 
     // Rows go through shared memory, where the queries lay, to be written whole.
@@ -225,7 +218,7 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
         for (int c = 0; c < kHalf / 8; ++c)
           for (int e = 0; e < 4; ++e)
             stage[(16 * m + lane / 4 + e / 2 * 8) * kFloats + 8 * c + lane % 4 * 2 + e % 2] =
-                out[m][side * (kHalf / 8) + c][e] * factor[m][e / 2];
+                factor[m][e / 2] == 0.0f ? 0.0f : out[m][side * (kHalf / 8) + c][e] * factor[m][e / 2];
       __syncwarp();
 #pragma unroll 1
       for (int v = lane; v < 16 * kM * (kHalf / 8); v += 32) {
@@ -233,6 +226,9 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
         if (own + r >= tile.count || d >= channels) continue;
         float value[8];
         for (int e = 0; e < 8; ++e) value[e] = stage[r * kFloats + c + e];
+        if (finite && at<float>(p.lse, b, h, i) != -infinity<float>())
+          add_spoiled<T>(value, p.v, b, g, visible_keys(p, tile, i), d, channels - d, t.vectors,
+                         [&](int j) { return real_key(p, b, j); });
         if (t.taps != nullptr) add_taps<T>(value, p, t, tile, b, h, i, d);
         store_channels(at<T>(p.out, b, i, h) + d * p.out.channel, p.out.channel, channels - d, t.vectors, value);
       }

@@ -93,6 +93,20 @@ class PlainPairs {
   CK_DEVICE const C* staged_queries() const { return a_; }
   CK_DEVICE const C* staged_keys() const { return b_rows_; }
 
+  // For own row r and this lane's channel: its factors [rows][pitch], 0 where a pair is not seen, times the staged
+  // keys. `seen`: the keys that count.
+  CK_DEVICE C sum_keys(const C* factors, int r, Span seen) const {
+    const C *const own = factors + row(r) * kPitch, *const keys = b_rows_ + lane;
+    C sum = 0;
+    for (int n = 0; n < kKeys; ++n) sum += own[n] * keys[n * kPitch];
+    if (is_finite(sum)) return sum;
+    // 0 times what is not finite: again, by selection.
+    sum = 0;
+#pragma unroll 1
+    for (int n = most(0, seen.first - key_); n < least(kKeys, seen.end - key_); ++n) sum += own[n] * keys[n * kPitch];
+    return sum;
+  }
+
   // The four scores of this thread; sees[r]: whether the query attends to the key.
   CK_DEVICE void scores(C (&s)[kOwn], bool (&sees)[kOwn], const AttentionTile& tile) {
     for (int r = 0; r < kOwn; ++r) s[r] = 0;
@@ -218,12 +232,9 @@ void attention_plain(const CK_PARAM AttentionForward p, int64_t tiles, int64_t s
     for (int c = 0; c < channels; c += 32) {
       pairs.stage_keys(p.v, d0 + c);
       __syncthreads();
-      for (int r = 0; r < Pairs::kOwn; ++r) {
-        C sum = 0;
-        for (int n = 0; n < Pairs::kKeys; ++n)
-          sum += weights[pairs.row(r) * kPlainPitch + n] * pairs.staged_keys()[n * kPlainPitch + lane];
-        sums[pairs.row(r) * kPlainSlice + c + lane] += sum;
-      }
+      for (int r = 0; r < Pairs::kOwn; ++r)
+        sums[pairs.row(r) * kPlainSlice + c + lane] +=
+            pairs.sum_keys(weights, r, visible_keys(p, tile, tile.first + pairs.row(r)));
       __syncthreads();
     }
   }
@@ -241,10 +252,17 @@ void attention_plain(const CK_PARAM AttentionForward p, int64_t tiles, int64_t s
   }
 }
 
-// p of the forward pass.
+// p of the forward pass. A row of lse -inf sees nothing.
 template <class C>
-CK_DEVICE C probability(bool sees, C score, C lse) {
+CK_DEVICE C probability(bool& sees, C score, C lse) {
+  sees = sees && lse != -infinity<C>();
   return sees ? exponential(score - lse) : C{0};
+}
+
+// What a gradient of a score passes on to a table: nothing where there is none, whatever the other factor holds.
+template <class C>
+CK_DEVICE C table_term(C ds, C factor) {
+  return ds == C{0} ? C{0} : ds * factor;
 }
 
 // The gradients on the side of the queries, and delta. Blocks: slices of channels and of the rank, parts, heads, batch
@@ -322,10 +340,9 @@ void attention_plain_queries(const CK_PARAM AttentionBackward p, int64_t tiles, 
           __syncthreads();
 #pragma unroll
           for (int r = 0; r < kOwn; ++r) {
-            C sum = 0;
-            for (int n = 0; n < Pairs::kKeys; ++n)
-              sum += ds_rows[pairs.row(r) * kPlainPitch + n] * pairs.staged_keys()[n * kPlainPitch + lane];
-            sums[pairs.row(r) * kPlainSlice + c + lane] += sum;
+            const Span keys_of_row = visible_keys(p, tile, tile.first + pairs.row(r));
+            sums[pairs.row(r) * kPlainSlice + c + lane] +=
+                pairs.sum_keys(ds_rows, r, lse[r] == -infinity<C>() ? Span{0, 0} : keys_of_row);
           }
           __syncthreads();
         }
@@ -347,7 +364,7 @@ void attention_plain_queries(const CK_PARAM AttentionBackward p, int64_t tiles, 
           C sum = 0;
           for (int r = 0; r < tile.count; ++r) {
             const int n = c - first + r;
-            if (n >= 0 && n < Pairs::kKeys) sum += ds_rows[r * kPlainPitch + n] * value(r);
+            if (n >= 0 && n < Pairs::kKeys) sum += table_term(ds_rows[r * kPlainPitch + n], value(r));
           }
           return sum;
         };
@@ -397,7 +414,8 @@ void attention_plain_queries(const CK_PARAM AttentionBackward p, int64_t tiles, 
           if (bias_sums != nullptr && thread == 0) bias_sums[c] += sum;
           if (table_sums != nullptr)
             for (int d = thread; d < rank; d += kPlainTileThreads)
-              table_sums[c * p.rank + d] += sum * widen(at<T>(rows, b, tile.first + r, h)[(d0 + d) * rows.channel]);
+              table_sums[c * p.rank + d] +=
+                  table_term(sum, widen(at<T>(rows, b, tile.first + r, h)[(d0 + d) * rows.channel]));
         }
         __syncthreads();
       }
@@ -495,6 +513,15 @@ void attention_plain_keys(const CK_PARAM AttentionBackward p, int64_t tiles, int
               C sum = 0;
               for (int r = 0; r < Pairs::kRows; ++r)
                 sum += factors[r * kPlainPitch + key] * pairs.staged_queries()[r * kPlainPitch + lane];
+              if (!is_finite(sum)) {
+                // As in sum_keys().
+                const Span seeing = seeing_queries(p, tile, tile.first + key, tile.first + key + 1);
+                sum = 0;
+#pragma unroll 1
+                for (int r = most(0, seeing.first - i0); r < least(count, seeing.end - i0); ++r)
+                  if (at<C>(p.lse, b, h, i0 + r) != -infinity<C>())
+                    sum += factors[r * kPlainPitch + key] * pairs.staged_queries()[r * kPlainPitch + lane];
+              }
               sums[key * kPlainSlice + c + lane] += sum;
             }
             __syncthreads();
@@ -522,8 +549,8 @@ void attention_plain_keys(const CK_PARAM AttentionBackward p, int64_t tiles, int
               C sum = 0;
               for (int r = most(0, first - c); r < least(count, first - c + tile.count); ++r)
                 if (real_key(p, b, tile.first + c - first + r))
-                  sum += ds_rows[r * kPlainPitch + c - first + r] *
-                         widen(at<T>(p.k, b, tile.first + c - first + r, g)[(d0 + d) * p.k.channel]);
+                  sum += table_term(ds_rows[r * kPlainPitch + c - first + r],
+                                    widen(at<T>(p.k, b, tile.first + c - first + r, g)[(d0 + d) * p.k.channel]));
               sums_of_table(h)[c * p.channels + d] += sum;
             }
         __syncthreads();
@@ -548,7 +575,8 @@ void attention_plain_keys(const CK_PARAM AttentionBackward p, int64_t tiles, int
               C sum = 0;
               for (int key = 0; key < tile.count; ++key)
                 if (real_key(p, b, tile.first + key))
-                  sum += edge_of(side, key) * widen(at<T>(p.k, b, tile.first + key, g)[(d0 + d) * p.k.channel]);
+                  sum +=
+                      table_term(edge_of(side, key), widen(at<T>(p.k, b, tile.first + key, g)[(d0 + d) * p.k.channel]));
               sums_of_table(h)[c * p.channels + d] += sum;
             }
         }

@@ -1,5 +1,10 @@
 // What the tensor-core kernels of attention share: tables as matrices, tiles in shared memory, fragments of scores.
 //
+// What is hidden contributes nothing, even if it holds NaN or infinity. Scores and their gradients are selected, in
+// tiles where not every pair is seen. A product of such a tile with rows that are not finite spoils sums of pairs that
+// are not seen, which shows when the sums are finished: then the walk over the tiles is made again, with zeros in place
+// of those numbers (multiply_rows), and they are added at the end, pair by pair (add_spoiled).
+//
 // A warp has 16 queries, or a few times 16, and walks over tiles of keys. Scores are kept times log2(e). Only fragments
 // of 16 queries and 8 keys that meet the window look at its columns: a strip of shared memory holds what all relative
 // terms add to each of 16 queries at each column that the tile of keys reaches. Everywhere else the terms are one
@@ -150,6 +155,77 @@ CK_DEVICE void load_right(uint32_t (&b)[2][2], const T* tile, int pitch, int lan
   uint32_t words[4];
   ldmatrix_x4_trans(words, tile + lane % 16 * pitch + lane / 16 * 8);
   b[0][0] = words[0], b[0][1] = words[1], b[1][0] = words[2], b[1][1] = words[3];
+}
+
+// Two numbers in one word, zeros in place of those that are not finite.
+template <class T>
+CK_DEVICE uint32_t finite_pair(uint32_t pair) {
+  constexpr uint32_t kLow = std::is_same_v<T, bf16> ? 0x7F80u : 0x7C00u, kHigh = kLow << 16;
+  return ((pair & kLow) == kLow ? 0u : pair & 0xFFFFu) | ((pair & kHigh) == kHigh ? 0u : pair & 0xFFFF0000u);
+}
+
+// acc[m] += the matrix values[m] of 16 rows, rounded to T, times the rows at `rows`, [8 kX][channels]. kFinite: with
+// zeros in place of what is not finite in them.
+template <class T, bool kFinite, int kM, int kC, int kX>
+CK_DEVICE void multiply_rows(float (&acc)[kM][kC][4], const float (&values)[kM][kX][4], const T* rows, int pitch,
+                             bool all, int lane) {
+#pragma unroll
+  for (int k = 0; k < kX / 2; ++k) {
+    uint32_t a[kM][4];
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+      for (int e = 0; e < 4; ++e)
+        a[m][e] = narrow_pair<T>(values[m][2 * k + e / 2][e % 2 * 2], values[m][2 * k + e / 2][e % 2 * 2 + 1]);
+    each_piece<8 * kC, kC / 2>(all, [&](int c) {
+      uint32_t b[2][2];
+      load_right(b, rows + 16 * k * pitch + 16 * c, pitch, lane);
+      if constexpr (kFinite)
+        for (int n = 0; n < 4; ++n) b[n / 2][n % 2] = finite_pair<T>(b[n / 2][n % 2]);
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+        for (int y = 0; y < 2; ++y) mma_m16n8k16<T>(acc[m][2 * c + y], a[m], b[y]);
+    });
+  }
+}
+
+template <class T, int kM, int kC, int kX>
+CK_DEVICE void multiply_rows(float (&acc)[kM][kC][4], const float (&values)[kM][kX][4], const T* rows, int pitch,
+                             bool all, int lane, bool finite) {
+  if (finite)
+    multiply_rows<T, true>(acc, values, rows, pitch, all, lane);
+  else
+    multiply_rows<T, false>(acc, values, rows, pitch, all, lane);
+}
+
+template <class T, int kC, int kX>
+CK_DEVICE void multiply_rows(float (&acc)[kC][4], const float (&values)[kX][4], const T* rows, int pitch, bool all,
+                             int lane, bool finite) {
+  multiply_rows<T>(reinterpret_cast<float (&)[1][kC][4]>(acc), reinterpret_cast<const float (&)[1][kX][4]>(values),
+                   rows, pitch, all, lane, finite);
+}
+
+// Whether some sum is not finite.
+template <int kC>
+CK_DEVICE bool spoiled(const float (&acc)[kC][4]) {
+  float sum = 0;
+#pragma unroll
+  for (int c = 0; c < kC; ++c)
+    for (int e = 0; e < 4; ++e) sum += acc[c][e] * 0.0f;
+  return !is_finite(sum);
+}
+
+// Adds to 8 channels of a result, d and following ones, what is not finite in the rows of its partners.
+template <class T, class Seen>
+CK_DEVICE void add_spoiled(float (&value)[8], const HeadRows& t, int64_t b, int64_t h, Span partners, int d, int count,
+                           bool vectors, const Seen& seen) {
+#pragma unroll 1
+  for (int j = partners.first; j < partners.end; ++j) {
+    if (!seen(j)) continue;
+    float x[8];
+    load_channels(x, at<T>(t, b, j, h) + d * t.channel, t.channel, count, vectors);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) value[e] += is_finite(x[e]) ? 0.0f : x[e];
+  }
 }
 
 // out += the 16 rows at `rows` (shared memory) times columns of a table [terms][window][pitch] (global memory), which
@@ -316,11 +392,13 @@ struct Relative {
 };
 
 // Turns raw products of 16 own positions and others into scores times log2(e), in place; pairs that do not attend get
-// -inf. left, right: what the own positions add outside the window, edges: [2][positions], what the others do.
+// -inf. left, right: what the own positions add outside the window, edges: [2][positions], what the others do. Returns
+// which attend, bit 4 n + e for element e of fragment n.
 template <class T, Own kOwn, int kOther>
-CK_DEVICE void finish_scores(float (&s)[kOther / 8][4], const Relative<T>& rel, const Meeting<kOwn, kOther>& pairs,
-                             const AttentionTile& tile, unsigned real, const float (&left)[2], const float (&right)[2],
-                             const float* edges, const float* strip, int pitch, int strip_first) {
+CK_DEVICE uint32_t finish_scores(float (&s)[kOther / 8][4], const Relative<T>& rel, const Meeting<kOwn, kOther>& pairs,
+                                 const AttentionTile& tile, unsigned real, const float (&left)[2],
+                                 const float (&right)[2], const float* edges, const float* strip, int pitch,
+                                 int strip_first) {
   constexpr bool kQueries = kOwn == Own::kQueries;
   const Attention& p = rel.p;
   const int lane = opaque(rel.lane), row = lane / 4, pair = lane % 4 * 2, W = rel.W;
@@ -328,6 +406,7 @@ CK_DEVICE void finish_scores(float (&s)[kOther / 8][4], const Relative<T>& rel, 
   const bool columns = p.has_columns();
   Span partners[2];
   const int own = opaque(pairs.own);
+  uint32_t seen = 0;
   for (int half = 0; half < 2; ++half) partners[half] = pairs.partners(p, tile, own + row + 8 * half);
 #pragma unroll
   for (int n = 0; n < kOther / 8; ++n) {
@@ -349,8 +428,23 @@ CK_DEVICE void finish_scores(float (&s)[kOther / 8][4], const Relative<T>& rel, 
       const bool there = (real >> (kQueries ? 8 * n + col : r) & 1u) != 0;
       const bool sees = there && other >= partners[half].first && other < partners[half].end;
       s[n][e] = sees ? value : -infinity<float>();
+      seen |= uint32_t{sees} << (4 * n + e);
     }
   }
+  return seen;
+}
+
+// A lane's pairs of 16 own positions and 32 others, as bits.
+constexpr uint32_t kEveryPair = 0xFFFFu;
+
+// Zeros for the pairs that do not attend.
+template <int kX>
+CK_DEVICE void select_seen(float (&values)[kX][4], uint32_t seen) {
+  static_assert(kX == 4);
+  if (seen == kEveryPair) return;
+#pragma unroll
+  for (int n = 0; n < kX; ++n)
+    for (int e = 0; e < 4; ++e) values[n][e] = (seen >> (4 * n + e) & 1u) != 0 ? values[n][e] : 0.0f;
 }
 
 // Bit 4 n + e: whether dropout keeps element e of fragment n, of kOther / 8. Blocks of keys begin at multiples of 4.
