@@ -38,6 +38,14 @@ def problem_of(ops, mode, terms, dtype):
     ).with_(**change)  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def not_on_triton(request):
+    name = request.node.originalname
+    if name in ("test_hidden_rows_reach_nothing", "test_keys_that_nothing_sees"):
+        if request.getfixturevalue("backend") == "triton":
+            pytest.skip("its products of tiles multiply hidden values by 0: docs/semantics.md")
+
+
 def results(ops, problem, tensors):
     """out and lse of one call, and the gradients by name."""
     out, lse = ops.attention(*problem.op_arguments(tensors))
