@@ -1,4 +1,4 @@
-"""The command line as users meet it: a mistake is one line and costs no measurement; interruptions cost no results."""
+"""The command line: a mistake is one line and costs no measurement; results survive an interruption."""
 
 import json
 import os
