@@ -21,7 +21,7 @@ test test-fast asan interpreted simulated models-oldest: export OMP_NUM_THREADS 
 # Without it Triton 3.9 warns at every compilation that a default will change.
 test test-fast interpreted: export TRITON_DEFAULT_FP_FUSION = 1
 
-.PHONY: help install build simt-build bench test test-fast lint format ctest abi asan interpreted simulated mutants cross \
+.PHONY: help install build simt-build bench test test-full test-fast lint format ctest abi asan interpreted simulated mutants cross \
         models-oldest \
         gpu-build gpu-test gpu-sanitize gpu-bench clean
 .NOTPARALLEL:
@@ -30,6 +30,7 @@ help:
 	@echo "make install    create .venv with everything needed to run and test, and build in place"
 	@echo "make bench      the main job: measure, write tables and plots to $(RESULTS)/"
 	@echo "make test       lint, C++ tests, library checks, sanitizers, all Python tests (what CI runs)"
+	@echo "make test-full  the same with every case, for hours"
 	@echo "make test-fast  the Python and C++ tests that are quick"
 	@echo "make interpreted the tests of the triton backend in Triton's interpreter (EVERY=1: all of them, for hours)"
 	@echo "make simulated  the tests of the cuda backend, its kernels simulated on the CPU"
@@ -109,7 +110,7 @@ format: $(VENV)/.requirements
 
 ctest: build
 	cmake --build $(BUILD) --target ck_tests
-	ctest --test-dir $(BUILD) --output-on-failure --no-tests=error
+	ctest --test-dir $(BUILD) -j $(WORKERS) --output-on-failure --no-tests=error
 
 abi: build
 	$(BIN)/python scripts/check_abi.py $(NATIVE)/libconvkernels_c*.so
@@ -148,6 +149,10 @@ simulated: install simt-build
 # The full run comes last, so that its summary closes the output.
 test: lint install ctest abi asan interpreted simulated
 	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_FLAGS)
+
+# With all cases of the tests marked thin, and more of those of the kernels for GPUs.
+test-full:
+	$(MAKE) test EVERY=12 SIMULATED_EVERY=1 PYTEST_FLAGS="--full $(PYTEST_FLAGS)"
 
 test-fast: install ctest
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu" $(PYTEST_FLAGS)
@@ -200,10 +205,10 @@ gpu-sanitize: gpu-build
 
 gpu-bench: gpu-build
 	for backend in triton cuda; do $(PYTHON) -m convkernels.cli bench --suite streaming --device cuda --backend $$backend \
-	    --output benchmarks/results || exit 1; \
+	    --overwrite --output benchmarks/results || exit 1; \
 	    $(PYTHON) -m convkernels.cli bench --suite attention --device cuda --backend $$backend --dtypes bfloat16 \
-	    --lengths 128,512,1024,2048,4096 --batch 8 --seconds 2 --output benchmarks/results || exit 1; done
-	$(PYTHON) -m convkernels.cli bench --device cuda --output benchmarks/results
+	    --lengths 128,512,1024,2048,4096 --batch 8 --seconds 2 --overwrite --output benchmarks/results || exit 1; done
+	$(PYTHON) -m convkernels.cli bench --device cuda --overwrite --output benchmarks/results
 	@echo 'To let backend="auto" follow these results: $(PYTHON) -m benchmarks.prefer benchmarks/results/<device>.json'
 
 clean:

@@ -65,15 +65,19 @@ def pytest_addoption(parser):
         metavar="N",
         help="of the cases of each test run the first and then every N-th (kernels for GPUs are slow on a CPU)",
     )
+    parser.addoption("--full", action="store_true", help="also the cases that tests marked thin(n) leave out")
 
 
 @pytest.hookimpl(trylast=True)  # after -k and -m have made their choice
 def pytest_collection_modifyitems(config, items):
-    every = config.getoption("--every")
+    every, full = config.getoption("--every"), config.getoption("--full")
     seen, kept, dropped = collections.Counter(), [], []
     for item in items:
         test = item.nodeid.partition("[")[0]
-        (kept if seen[test] % every == 0 else dropped).append(item)
+        # thin(n): n is odd, so that all backends, which come in turn, are met.
+        thin = None if full else item.get_closest_marker("thin")
+        step = every if thin is None else max(every, *thin.args)
+        (kept if seen[test] % step == 0 else dropped).append(item)
         seen[test] += 1
     if dropped:
         items[:] = kept

@@ -27,6 +27,7 @@ def variants(name="VARIANTS"):
 
 
 @pytest.mark.slow
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("variant", variants(), ids=lambda v: v.name)
 def test_triton_budget(variant):
     """One architecture on every run; `convkernels check --kernels` compiles for all of them."""
@@ -40,6 +41,7 @@ def test_triton_budget(variant):
 
 
 @pytest.mark.slow
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("variant", variants("ATTENTION_VARIANTS"), ids=lambda v: v.name)
 def test_triton_budget_of_attention(variant):
     """On the matrix unit of the architecture, without spilling; the older ones for the kernels that do the work."""

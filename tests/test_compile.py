@@ -165,6 +165,7 @@ def test_step_compiles(backend):
 
 
 @pytest.mark.slow
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("make", [
     lambda backend: cknn.GatedConv(C, cknn.LightweightConv1d(C, K, H, renormalize=True, backend=backend)),
     lambda backend: cknn.GatedConv(C, cknn.DynamicConv1d(C, K, H, conv_bias=True, backend=backend)),

@@ -116,6 +116,7 @@ def test_gradcheck(function, mode, backend):
 
 
 @pytest.mark.slow
+@pytest.mark.thin(5)
 @pytest.mark.parametrize(("function", "mode"), CASES)
 def test_gradgradcheck(function, mode, backend):
     call, inputs = build(function, mode, backend)
@@ -129,6 +130,7 @@ def test_gradgradcheck_quick(function, backend):
     assert gradgradcheck(call, inputs, nondet_tol=0.0, fast_mode=True)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(("function", "mode"), CASES)
 def test_gradcheck_larger(function, mode, backend):
     """Widths past one vector and lengths past one block, checked along one random direction."""
