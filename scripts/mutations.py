@@ -276,20 +276,20 @@ CUDA_MUTATIONS = [
     Mutation(
         "attention: keys read before they have come",
         "csrc/cuda/attention_fwd.cuh",
-        "      cp_async_wait<1>();\n      __syncthreads();\n      const T* const k_rows",
-        "      __syncthreads();\n      const T* const k_rows",
+        "        cp_async_wait<1>();\n        __syncthreads();\n        const T* const k_rows",
+        "        __syncthreads();\n        const T* const k_rows",
     ),
     Mutation(
         "attention: no barrier before keys are overwritten",
         "csrc/cuda/attention_fwd.cuh",
-        "      __syncthreads();\n    }\n\n    // Rows go through",
-        "    }\n\n    // Rows go through",
+        "        __syncthreads();\n      }\n      // Values of other sequences",
+        "      }\n      // Values of other sequences",
     ),
     Mutation(
         "attention: no barrier before queries are overwritten, backward",
         "csrc/cuda/attention_bwd.cuh",
-        "      cp_async_wait<0>();\n      __syncthreads();\n      if (folds && works)",
-        "      cp_async_wait<0>();\n      if (folds && works)",
+        "        cp_async_wait<0>();\n        __syncthreads();\n        if (folds && works",
+        "        cp_async_wait<0>();\n        if (folds && works",
     ),
     Mutation(
         "attention: the last column taken for the edge",
