@@ -25,7 +25,7 @@ import convkernels
 from convkernels import backends
 from convkernels._bench import environment
 from convkernels.ops._spec import overload
-from convkernels.testing.attention import INPUTS, AttentionProblem, Elements
+from convkernels.testing.attention import DELTA_THROUGH_OUT, INPUTS, AttentionProblem, Elements
 from convkernels.testing.bounds import Bounds, StepBounds
 from convkernels.testing.inputs import Problem, StepProblem
 
@@ -147,7 +147,7 @@ def _attention(outcome: Outcome, dtype: torch.dtype) -> None:
         outcome.checks += 2 + len(found)
         try:
             expected.check_out(out.cpu(), lse.cpu())
-            expected.check_gradients(found, through_out=outcome.backend != "reference")
+            expected.check_gradients(found, through_out=outcome.backend in DELTA_THROUGH_OUT)
         except AssertionError as error:
             outcome.failures.append(f"{outcome.where}: {problem}: {error}")
 

@@ -220,9 +220,7 @@ class _Embedded(_PreTrained):
 
     def _encode(self, input_ids, attention_mask, inputs_embeds, position_ids, attentions, hidden_states):
         embeds = embedded(type(self).__name__, self.embedding(self.encoder), input_ids, inputs_embeds)
-        return self.encoder(
-            None, attention_mask, embeds, position_ids, attentions, hidden_states, return_dict=True
-        )  # fmt: skip
+        return self.encoder(None, attention_mask, embeds, position_ids, attentions, hidden_states, return_dict=True)
 
 
 class ConvSeq2SeqEncoderModel(_Embedded):
@@ -245,8 +243,8 @@ class ConvSeq2SeqEncoderModel(_Embedded):
         output_hidden_states: bool | None = None,
     ) -> BaseModelOutput:
         """As ``Encoder``; ValueError if attention weights are asked for and nothing attends."""
-        attends = self.config.mixer == "transformer" or self.config.pair_attention is not None
-        if recorders(self.config, None, output_attentions)[1] is not None and not attends:
+        asked = recorders(self.config, None, output_attentions)[1] is not None
+        if asked and self.encoder.relative_bias is None:
             expected = f"False, because mixer={self.config.mixer!r} has no attention weights"
             fail(type(self).__name__, "output_attentions", expected, True)
         return self._encode(

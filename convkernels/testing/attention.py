@@ -27,6 +27,8 @@ INPUTS = (
     "value_conv_scale",
 )
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+DELTA_THROUGH_OUT = ("triton", "cuda")
+"""Backends whose delta is grad·(out less the depthwise term), with all the rounding of out."""
 TINY = {torch.float64: 1e-300, torch.float32: 2.0**-140, torch.bfloat16: 2.0**-130, torch.float16: 2.0**-24}
 
 
@@ -317,8 +319,8 @@ class Elements:
         return total if scale is None else total * scale.detach().abs()[:, None]
 
     def check_gradients(self, found, through_out=False):
-        """AssertionError where a gradient (by name) is further off than the bound. through_out: of a backend that finds
-        delta as grad·(out less the depthwise term), with all the rounding of out."""
+        """AssertionError where a gradient (by name) is further off than the bound. through_out: of a backend of
+        DELTA_THROUGH_OUT."""
         expected, sizes = self.gradients(), self._absolute_gradients(through_out)
         for name, value in found.items():
             _check(f"grad of {name}", value, expected[name], sizes[name] * self._relative() * 4, self.dtypes[name])
