@@ -2,8 +2,9 @@
 
 ``ConvSeq2Seq*``: the encoder-decoders of Tay et al. 2021, attention replaced by lightweight, dynamic or dilated
 convolutions. ``CompositeBert*``: the BERTs of Chang et al. 2021, attention combined with convolutions. ``summary``
-counts parameters and FLOPs. Everything needs transformers (``pip install 'transformers>=5.17'``), whose Auto classes know
-these models as soon as this package is imported. Without it the import succeeds, and the names say what is missing.
+counts parameters and FLOPs. Everything needs transformers (``pip install 'transformers>=5.17'``), whose Auto classes
+know these models as soon as this package is imported. Without it the import succeeds, and the names say what is
+missing.
 """
 
 import importlib
