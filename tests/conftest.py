@@ -91,8 +91,8 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item):
-    """An error that a kernel leaves behind belongs to the test that launched it, and ends this process, since no call of
-    CUDA works in it any more. pytest-xdist starts another for the tests that are left."""
+    """An error that a kernel leaves behind belongs to the test that launched it, and ends this process, since no call
+    of CUDA works in it any more. pytest-xdist starts another for the tests that are left."""
     if not torch.cuda.is_initialized():
         return
     try:

@@ -11,6 +11,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -27,8 +29,8 @@ def directory():
 
 @dataclass(frozen=True)
 class Case:
-    """One recorded call. `case["in.x"]` is a tensor on the default device; `case.options["kernel_size"]` an option of the
-    recorded module.
+    """One recorded call. `case["in.x"]` is a tensor on the default device; `case.options["kernel_size"]` an option of
+    the recorded module.
     """
 
     id: str
