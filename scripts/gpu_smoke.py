@@ -154,7 +154,7 @@ def step_cases():
 
 ATTENTIONS = {
     "no terms": {},
-    "many keys": {"length": 40, "keys": 300},
+    "many keys": {"length": 40, "keys": 300, "groups": 1},
     "bias+query_rel": {"bias": True, "query_rel": 2},
     "query_rel+key_rel": {"query_rel": 1, "key_rel": 1},
     "key_rel per head, wide": {"bias": True, "query_rel": 2, "key_rel": 2, "left": 40, "right": 40},
@@ -163,7 +163,7 @@ ATTENTIONS = {
     "causal": {"causal": True, "bias": True, "query_rel": 2},
     "outside zero": {"outside": 1, "query_rel": 1, "key_rel": 1},
     "outside mask": {"outside": 2, "bias": True, "query_rel": 1},
-    "key_mask": {"padding": 2, "batch": 2, "bias": True, "key_rel": 1, "query_rel": 1},
+    "key_mask": {"padding": 2, "batch": 2, "length": 100, "keys": 100, "bias": True, "key_rel": 1, "query_rel": 1},
     "dropout": {"dropout": 0.3},
     "dropout, terms": {"dropout": 0.3, "bias": True, "query_rel": 2, "key_rel": 2},
     "packed": {"lengths": (70, 0, 1, 33), "key_lengths": (33, 5, 64, 40), "bias": True, "query_rel": 1},

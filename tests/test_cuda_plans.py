@@ -49,7 +49,7 @@ def test_random_problems_reach_every_family(backward):
     """What tests/test_fuzz.py draws for whole vectors is not all served by the kernels for any problem."""
     families = collections.Counter()
 
-    @hypothesis.settings(max_examples=300)
+    @hypothesis.settings(max_examples=1000)
     @hypothesis.given(problem=wide_problems())
     def count(problem):
         families[plan(backward, **problem.plan_facts())["family"]] += 1
