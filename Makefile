@@ -195,14 +195,15 @@ gpu-test: gpu-build
 	$(MAKE) gpu-sanitize
 
 # Every family of kernels once, on small tensors: the first thing to run on a new GPU.
+SMOKE_FLAGS ?=
 gpu-smoke: gpu-build
-	$(PYTHON) scripts/gpu_smoke.py
+	$(PYTHON) scripts/gpu_smoke.py $(SMOKE_FLAGS)
 
 # The same under every tool, without torch's memory pool, so that every tensor has an end that can be overrun. Other
 # kernels than these are neither slowed nor reported, but initcheck has to see who else writes, and memory must not be
 # filled before.
 SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(1) $(PYTHON) scripts/gpu_smoke.py --jobs $(GPU_WORKERS) --timeout 150 \
-    --under "compute-sanitizer --error-exitcode 1 --tool $(2)"
+    --under "compute-sanitizer --error-exitcode 1 --tool $(2)" $(SMOKE_FLAGS)
 gpu-sanitize: gpu-build
 	@if ! command -v compute-sanitizer >/dev/null; then \
 	    echo "gpu-sanitize: left out, compute-sanitizer is not installed"; exit 0; fi; failed=0; \

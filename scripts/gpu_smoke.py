@@ -7,9 +7,11 @@ anything failed. On a machine without a GPU: CONVKERNELS_SIMT=1 python scripts/g
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -146,10 +148,11 @@ def step_cases():
                 "taps": 7, "kind": "dynamic", "softmax": True, "renormalize": True, "position": 2, "indexed": True,
             },
         }.items():  # fmt: skip
-            problem = StepProblem(
-                batch=5, heads=6, head_size=25, dtype=dtype, weight_dtype=dtype, seed=len(name), **options
-            )
-            yield Case("step", f"{name} {short(dtype)}", problem, ())
+            for head_size in (25, 32):  # that can be read in vectors, or not
+                problem = StepProblem(
+                    batch=5, heads=6, head_size=head_size, dtype=dtype, weight_dtype=dtype, seed=len(name), **options
+                )
+                yield Case("step", f"{name} {short(dtype)} {6 * head_size} channels", problem, ())
 
 
 ATTENTIONS = {
@@ -301,7 +304,8 @@ def run_group(cases, arguments):
             said = {"families": [], "failure": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
         said = {"group": case.group, "case": case.name, **said, "seconds": round(time.perf_counter() - start, 3)}
         failed += bool(said["failure"])
-        family = "/".join(dict.fromkeys(said["families"])) or "-"
+        wanted = (f"{family or 'any'}?" for family in case.families)  # where the build does not tell
+        family = "/".join(dict.fromkeys(said["families"] or wanted)) or "-"
         worst = f"{said['worst']:.1e} of {said['bound']:.0e}" if "worst" in said else "-"
         verdict = f"FAIL: {said['failure']}" if said["failure"] else "ok"
         print(f"{case.group:22} {case.name:42} {family:13} {worst:16} {said['seconds']:6.2f} s  {verdict}", flush=True)
@@ -317,6 +321,15 @@ def run_group(cases, arguments):
 # ---- all groups, each in a process of its own
 
 
+RUNNING = set()
+
+
+def kill(process):
+    """With what it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def start_group(group, cases, arguments):
     """Runs a group in a process; how it ended in a few words ("" for well), and its results."""
     with tempfile.TemporaryDirectory() as folder:
@@ -326,14 +339,20 @@ def start_group(group, cases, arguments):
             "--device", arguments.device, "--backend", arguments.backend, "--json", str(results),
         ]  # fmt: skip
         start = time.perf_counter()
+        # In a session of its own, so that a program under another one is stopped with it.
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace", start_new_session=True,
+            env={**os.environ, "CUDA_LAUNCH_BLOCKING": "1"},
+        )  # fmt: skip
+        RUNNING.add(process)
         try:
-            done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=arguments.timeout, errors="replace",
-                env={**os.environ, "CUDA_LAUNCH_BLOCKING": "1"},
-            )  # fmt: skip
-            output, ending = done.stdout, f"exit status {done.returncode}" if done.returncode else ""
-        except subprocess.TimeoutExpired as error:
-            output, ending = (error.stdout or b"").decode(errors="replace"), f"stopped after {arguments.timeout:g} s"
+            output, _ = process.communicate(timeout=arguments.timeout)
+            ending = f"exit status {process.returncode}" if process.returncode else ""
+        except subprocess.TimeoutExpired:
+            kill(process)
+            output, _ = process.communicate()
+            ending = f"stopped after {arguments.timeout:g} s"
+        RUNNING.discard(process)
         print(output, end="", flush=True)
         lines = results.read_text().splitlines() if results.exists() else []
     said = [json.loads(line) for line in lines]
@@ -343,9 +362,15 @@ def start_group(group, cases, arguments):
 
 
 def run_groups(groups, arguments):
-    with ThreadPoolExecutor(arguments.jobs) as pool:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    pool = ThreadPoolExecutor(arguments.jobs)
+    try:
         futures = [pool.submit(start_group, group, cases, arguments) for group, cases in groups.items()]
         ended = [future.result() for future in futures]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(RUNNING):
+            kill(process)
     failed = False
     print(f"\n{'group':22} {'cases':>5} {'ran':>5} {'failed':>6} {'worst/bound':>11} {'seconds':>8}")
     for end in ended:
@@ -386,12 +411,14 @@ def main():
         for group, cases in groups.items():
             print(*(f"{group:22} {case.name}" for case in cases), sep="\n")
         return 0
+    reasons = convkernels.why_not(arguments.backend, device=arguments.device)
+    if reasons:
+        parser.error("; ".join(reasons))
     if arguments.group:
-        reasons = convkernels.why_not(arguments.backend, device=arguments.device)
-        if reasons:
-            parser.error("; ".join(reasons))
         torch.set_num_threads(1)
         return run_group(groups[arguments.group], arguments) > 0
+    gpu = torch.cuda.get_device_name() if arguments.device == "cuda" else "no GPU"
+    print(f"convkernels {convkernels.__version__}, torch {torch.__version__}, backend {arguments.backend}, {gpu}")
     return run_groups(groups, arguments)
 
 
