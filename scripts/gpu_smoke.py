@@ -60,6 +60,7 @@ def short(dtype):
 # ---- cases. Times and channels are no multiples of what a block computes.
 
 CONVOLUTIONS = {
+    "k1 gate": {"taps": 1, "gate": True},
     "k3": {"taps": 3},
     "k7 bias softmax": {"taps": 7, "bias": True, "softmax": True},
     "k15": {"taps": 15},
@@ -106,11 +107,12 @@ def convolution_cases():
         wide = dtype == F32
         yield from convolutions(
             "stream", "stream", dtype, heads=17, head_size=8,
-            backward=lambda own, wide=wide: not (own.get("state") or (wide and own.get("gate"))),
+            backward=lambda own, wide=wide: not (own.get("state") or (wide and own.get("gate") and own["taps"] > 1)),
         )  # fmt: skip
-        for taps in (3, 15, 31):
-            families = ("stream", None if wide and taps == 31 else "stream")
-            yield convolution("stream", f"k{taps} depthwise", families, dtype, taps=taps, heads=136, head_size=1)
+        for taps, gate in ((3, False), (15, False), (31, False), (7, True)):
+            families = ("stream", None if wide and (gate or taps == 31) else "stream")
+            name = f"k{taps} depthwise{' gate' if gate else ''}"
+            yield convolution("stream", name, families, dtype, taps=taps, gate=gate, heads=136, head_size=1)
         yield from convolutions(
             "rows", "rows", dtype, heads=5, head_size=32, kind="dynamic",
             backward=lambda own, wide=wide: not (
@@ -127,10 +129,15 @@ def convolution_cases():
         )  # fmt: skip
         yield from convolutions("plain", "plain", dtype, heads=3, head_size=3)
     yield from convolutions("plain", "plain", F64, heads=2, head_size=8)
-    yield from convolutions("plain", "plain", F32, heads=3, head_size=3, kind="dynamic", softmax=True)
+    for dtype in (F32, F64):
+        yield from convolutions("plain-dynamic", "plain", dtype, heads=3, head_size=3, kind="dynamic", softmax=True)
     for dtype in (BF16, F16):
         yield from convolutions("band", "band", dtype, heads=3, head_size=24, possible=lambda own: own["taps"] >= 12)
         yield convolution("band", "k31 wide", ("band",) * 2, dtype, length=140, taps=31, heads=1, head_size=72)
+        yield convolution("band", "k63", ("band",) * 2, dtype, length=140, taps=63, heads=2, head_size=24)
+        yield convolution(
+            "band", "k63 gate", ("band",) * 2, dtype, length=140, taps=63, gate=True, heads=2, head_size=24
+        )
     for dtype in (BF16, F32):
         # Few channels and many rows: sums of several pieces.
         yield convolution("reduce", "k7", ("stream",) * 2, dtype, length=300, batch=4, taps=7, heads=2, head_size=8)
