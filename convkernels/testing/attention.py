@@ -135,6 +135,18 @@ class AttentionProblem:
             t["cu_seqlens_q"], t["cu_seqlens_k"],
         )  # fmt: skip
 
+    def plan_facts(self):
+        """What a call with these tensors looks like to the plans of the cuda backend."""
+        (batch, queries, keys), low_rank = self.sizes, bool(self.query_rel and self.rank)
+        return {
+            "batch": batch, "queries": queries, "keys": keys, "heads": self.heads, "groups": self.groups,
+            "channels": self.head_size, "rank": self.rank if low_rank else self.head_size,
+            "window": self.left + self.right + 1, "sequences": max(len(self.lengths), 1),
+            "dtype": str(self.dtype).removeprefix("torch."), "packed": bool(self.lengths),
+            "relative": self.bias or bool(self.query_rel) or bool(self.key_rel), "query_rel": bool(self.query_rel),
+            "key_rel": bool(self.key_rel), "low_rank": low_rank,
+        }  # fmt: skip
+
     def grad_arguments(self, t, out, lse, needs=1023):
         """Arguments of the op attention_grad, in schema order."""
         return (t["grad"], t["grad_lse"], out, lse, *self.op_arguments(t), needs)

@@ -176,6 +176,17 @@ class Problem:
             t["initial_state"],
         )
 
+    def plan_facts(self):
+        """What a call with these tensors looks like to the plans of the cuda backend."""
+        whole = self.channels * self.dtype.itemsize % 16 == 0
+        return {
+            "batch": self.batch, "time": self.length, "channels": self.channels, "heads": self.heads,
+            "taps": self.taps, "dilation": self.dilation, "dtype": str(self.dtype).removeprefix("torch."),
+            "per_position": self.kind == "dynamic", "renormalize": self.renormalize,
+            "per_batch": self.kind != "light", "gate": self.gate, "packed": bool(self.lengths), "state": self.state,
+            "channel_vectors": self.layout == "contiguous" and whole, "time_vectors": self.layout == "swap_last",
+        }  # fmt: skip
+
     def grad_arguments(self, tensors, needs=31):
         """Arguments of the op tap_grad, in schema order."""
         t = tensors
