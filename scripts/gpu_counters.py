@@ -26,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-WARM_UP = 3
+DEVICE, WARM_UP = "cuda", 3
 # The kernel of torch.cuda._sleep, launched in front of each case, tells whose the kernels after it are.
 MARKER = "spin_kernel"
 FORBIDDEN = "ERR_NVGPUCTRPERM"
@@ -108,7 +108,7 @@ def convolution(op: str, taps: int, direction: str, backend: str, gate: bool = F
 
     from convkernels._bench import streaming
 
-    suite = streaming.Streaming(streaming.Settings(compiled=False, backend=backend), torch.device("cuda"))
+    suite = streaming.Streaming(streaming.Settings(compiled=False, backend=backend), torch.device(DEVICE))
     makers = dict(suite._calls(streaming.Case(op, taps, (0.0, 0.0), gate)))
     return makers[direction][streaming.OURS]()
 
@@ -120,8 +120,8 @@ def time_layout(backend: str) -> Callable[[], object]:
     from convkernels._bench import streaming
 
     s = streaming.Settings()
-    x = torch.randn(s.batch, s.channels, s.length, dtype=s.dtype, device="cuda").transpose(1, 2)
-    weight = torch.randn(s.heads, 7, dtype=s.dtype, device="cuda")
+    x = torch.randn(s.batch, s.channels, s.length, dtype=s.dtype, device=DEVICE).transpose(1, 2)
+    weight = torch.randn(s.heads, 7, dtype=s.dtype, device=DEVICE)
     return lambda: convkernels.lightweight_conv1d(x, weight, backend=backend)
 
 
@@ -130,7 +130,7 @@ def attention(form: str, head_size: int, direction: str, backend: str) -> Callab
 
     from convkernels._bench import attention as bench
 
-    device = torch.device("cuda")
+    device = torch.device(DEVICE)
     settings = bench.Settings(batch=8, heads=12, head_size=head_size, backend=backend)
     suite = bench.Suite(settings, device)
     inputs = bench.make_inputs(settings, 2048, torch.bfloat16, device)

@@ -136,6 +136,38 @@ def test_a_repeat_that_the_host_was_late_for_is_made_again(monkeypatch):
     assert clock.sample(lambda: 1.0).host_bound and max(heads) == timing.MAX_SLEEP_CYCLES
 
 
+@pytest.mark.parametrize("ahead", [True, False])
+def test_the_device_is_busy_while_the_host_enqueues(monkeypatch, ahead):
+    steps = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            steps.append("event")
+
+        def query(self):
+            steps.append("query")
+            return not ahead
+
+        def synchronize(self):
+            steps.append("wait")
+
+        def elapsed_time(self, end):
+            return 4.0
+
+    class Buffer:
+        zero_, sum = (lambda self, step=step: steps.append(step) for step in ("write", "read"))
+
+    monkeypatch.setattr(timing.torch, "zeros", lambda *args, **options: Buffer())
+    monkeypatch.setattr(timing.torch.cuda, "Event", Event)
+    monkeypatch.setattr(timing.torch.cuda, "_sleep", lambda cycles: steps.append("sleep"))
+    sample = timing.CudaClock(CPU)._once(lambda: steps.append("call"), 2, 1000)
+    assert steps == "sleep write read event call call event query wait".split()
+    assert sample.seconds == 2e-3 and 0 < sample.host < 1e-3 and sample.host_bound != ahead
+
+
 @pytest.mark.parametrize("suite", ["streaming", "attention"])
 def test_a_failure_of_ours_does_not_end_a_suite(suite, tmp_path, capsys, monkeypatch):
     """The backward pass fails, when it is prepared: exit status 1 with the forward pass measured and saved."""
