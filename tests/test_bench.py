@@ -1,5 +1,6 @@
 """The benchmark's own claims: real lengths, equal results of all forms, byte and FLOP counts, files it writes."""
 
+import contextlib
 import itertools
 import json
 import re
@@ -162,6 +163,7 @@ def test_the_device_is_busy_while_the_host_enqueues(monkeypatch, ahead):
 
     monkeypatch.setattr(timing.torch, "zeros", lambda *args, **options: Buffer())
     monkeypatch.setattr(timing.torch.cuda, "Event", Event)
+    monkeypatch.setattr(timing.torch.cuda, "device", contextlib.nullcontext)
     monkeypatch.setattr(timing.torch.cuda, "_sleep", lambda cycles: steps.append("sleep"))
     sample = timing.CudaClock(CPU)._once(lambda: steps.append("call"), 2, 1000)
     assert steps == "sleep write read event call call event query wait".split()
