@@ -202,7 +202,7 @@ def _value(text: str, unit: str) -> float | str | None:
     if number != number:
         return None
     unit = unit.split("/")[0].strip()
-    base = re.fullmatch(r"([numKMGT]?)(s|second|byte|B)", unit)
+    base = re.fullmatch(r"([numKMGT]?)(s|sec|second|byte|B)", unit)
     return number * PREFIXES.get(base[1], 1.0) if base else number
 
 
@@ -291,7 +291,17 @@ def find_ncu() -> str | None:
 def command(ncu: str, log: Path, names: list[str], backend: str, plan: tuple[str, ...]) -> list[str]:
     options = ["--clock-control", "none", "--profile-from-start", "off", "--target-processes", "all"]
     options += ["--csv", "--page", "raw", "--print-units", "base", "--log-file", str(log), "--force-overwrite"]
-    return [ncu, *options, *plan, sys.executable, __file__, "--launch", ",".join(names), "--backend", backend]
+    return [
+        ncu,
+        *options,
+        *plan,
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--launch",
+        ",".join(names),
+        "--backend",
+        backend,
+    ]
 
 
 def run(arguments: list[str], timeout: float) -> str:
