@@ -23,7 +23,7 @@ test test-fast interpreted: export TRITON_DEFAULT_FP_FUSION = 1
 
 .PHONY: help install build simt-build bench test test-full test-fast lint format ctest abi asan interpreted simulated mutants cross \
         models-oldest \
-        gpu-build gpu-smoke gpu-test gpu-sanitize gpu-bench clean
+        gpu-build gpu-run gpu-smoke gpu-test gpu-sanitize gpu-bench clean
 .NOTPARALLEL:
 
 help:
@@ -36,7 +36,8 @@ help:
 	@echo "make simulated  the tests of the cuda backend, its kernels simulated on the CPU"
 	@echo "make models-oldest the tests of the models with the oldest transformers that they work with"
 	@echo "make lint|format|ctest|abi|asan|mutants|cross|clean"
-	@echo "make gpu-smoke gpu-test gpu-bench   on a machine with a GPU, with PYTHON=<one that has torch>, no network needed"
+	@echo "make gpu-run    on a machine with a GPU, with PYTHON=<one that has torch>, no network needed: every check and figure"
+	@echo "make gpu-smoke|gpu-test|gpu-sanitize|gpu-bench   parts of it"
 
 # ---- environment: each stamp depends on what would make it stale. Compiling all of torch's Python files ahead would take
 # longer than a run needs; what is imported is compiled then.
@@ -185,39 +186,17 @@ cross:
 gpu-build:
 	$(PYTHON) scripts/build_native.py
 
-# Every combination of options is a Triton kernel of its own to compile, so many processes, and one in GPU_EVERY of the
-# cases.
-GPU_WORKERS ?= 8
-GPU_EVERY ?= 12
-gpu-test: gpu-build
-	$(PYTHON) -m pytest -m gpu $(PYTEST_FLAGS)
-	$(PYTHON) -m pytest -n $(GPU_WORKERS) -k "triton or cuda" -m "not slow and not gpu" --every $(GPU_EVERY) $(PYTEST_FLAGS)
-	$(MAKE) gpu-sanitize
+# The steps of scripts/gpu_run.py, which go on where one goes wrong: all, or some. What they leave is in build/gpu.
+gpu-run: gpu-build
+	$(PYTHON) scripts/gpu_run.py --again
 
-# Every family of kernels once, on small tensors: the first thing to run on a new GPU.
-SMOKE_FLAGS ?=
-gpu-smoke: gpu-build
-	$(PYTHON) scripts/gpu_smoke.py $(SMOKE_FLAGS)
+gpu-smoke gpu-test gpu-sanitize gpu-bench: gpu-build
+	$(PYTHON) scripts/gpu_run.py --again $(addprefix --only ,$(STEPS))
 
-# The same under every tool, without torch's memory pool, so that every tensor has an end that can be overrun. Other
-# kernels than these are neither slowed nor reported, but initcheck has to see who else writes, and memory must not be
-# filled before.
-SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(1) $(PYTHON) scripts/gpu_smoke.py --jobs $(GPU_WORKERS) --timeout 150 \
-    --under "compute-sanitizer --error-exitcode 1 --tool $(2)" $(SMOKE_FLAGS)
-gpu-sanitize: gpu-build
-	@if ! command -v compute-sanitizer >/dev/null; then \
-	    echo "gpu-sanitize: left out, compute-sanitizer is not installed"; exit 0; fi; failed=0; \
-	for tool in "memcheck --report-api-errors no" racecheck synccheck; do \
-	    $(call SANITIZE,,$$tool --kernel-name kns=ck) || failed=1; done; \
-	$(call SANITIZE,CONVKERNELS_POISON=0,initcheck) || failed=1; exit $$failed
-
-gpu-bench: gpu-build
-	for backend in triton cuda; do $(PYTHON) -m convkernels.cli bench --suite streaming --device cuda --backend $$backend \
-	    --overwrite --output benchmarks/results || exit 1; \
-	    $(PYTHON) -m convkernels.cli bench --suite attention --device cuda --backend $$backend --dtypes bfloat16 \
-	    --lengths 128,512,1024,2048,4096 --batch 8 --seconds 2 --overwrite --output benchmarks/results || exit 1; done
-	$(PYTHON) -m convkernels.cli bench --device cuda --overwrite --output benchmarks/results
-	@echo 'To let backend="auto" follow these results: $(PYTHON) -m benchmarks.prefer benchmarks/results/<device>.json'
+gpu-smoke: STEPS = environment smoke
+gpu-test: STEPS = smoke tests
+gpu-sanitize: STEPS = check
+gpu-bench: STEPS = streaming attention sweep counters
 
 clean:
 	rm -rf build dist $(VENV) $(OLDEST) $(RESULTS) $(NATIVE) convkernels/_C*.so *.egg-info

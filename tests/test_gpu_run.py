@@ -50,7 +50,8 @@ def test_a_step_that_goes_wrong_costs_only_itself(gpu_run, monkeypatch, tmp_path
         "starts nothing": "status 127",
         "works": "passed",
     }
-    assert (out / "figures.json").exists()
+    with tarfile.open(out / "results.tar.gz") as results:
+        assert results.extractfile("results/figures.json").read() == b"{}\n"
     with tarfile.open(out / "logs.tar.gz") as logs:
         assert logs.extractfile("logs/fails.log").read() == b"before\n"
         assert logs.extractfile("logs/hangs.log").read() == b"waiting\n"
@@ -60,7 +61,7 @@ def test_what_has_passed_is_not_run_again(gpu_run, monkeypatch, tmp_path):
     steps = [gpu_run.Step("counts", 1, 20, "echo x >> {results}/count"), gpu_run.Step("fails", 1, 20, "exit 1")]
     for arguments, expected in ((), 1), ((), 1), (("--again",), 2):
         assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "out", *arguments) == 1
-        assert len((tmp_path / "out" / "count").read_text().split()) == expected
+        assert len((tmp_path / "build" / "gpu-work" / "results" / "count").read_text().split()) == expected
 
 
 def test_an_output_folder_that_cannot_be_written_to_stops_nothing(gpu_run, monkeypatch, tmp_path, capsys):
