@@ -38,7 +38,7 @@ class Step:
 
 
 PYTEST = "{python} -m pytest -q -p no:cacheprovider --timeout=120 -rfE --tb=short"
-BENCH = "{python} -m convkernels.cli bench --device {device} --no-plots --overwrite --output {results}"
+BENCH = "{python} -m convkernels.cli bench --device {device} --overwrite --output {results}"
 ATTENTION = BENCH + " --suite attention --dtypes bfloat16 --batch 8 --seconds 1"
 # Without torch's memory pool, so that every tensor has an end that can be overrun. Other kernels than these are neither
 # slowed nor reported, but initcheck has to see who else writes, and memory must not be filled before.
@@ -52,9 +52,7 @@ STEPS = (
     Step("smoke", 1, 90, SMOKE + " --json {results}/smoke.jsonl"),
     Step("gpu tests cuda", 1, 90, PYTEST + " -m gpu -k cuda -n 4"),
     Step("streaming cuda", 1, 90, BENCH + " --suite streaming --backend cuda --compile-seconds 0 --seconds 0.4"),
-    Step(
-        "attention cuda", 1, 120, ATTENTION + " --backend cuda --lengths 512,2048,4096 --compile-seconds 0"
-    ),
+    Step("attention cuda", 1, 120, ATTENTION + " --backend cuda --lengths 512,2048,4096 --compile-seconds 0"),
     Step("counters cuda", 1, 150, "{python} scripts/gpu_counters.py --output {results}"),
     Step("cuda tests", 1, 240, PYTEST + " -k cuda -m 'not gpu and not slow' -n {workers}"),
     Step("streaming triton", 2, 120, BENCH + " --suite streaming --backend triton --seconds 0.4"),

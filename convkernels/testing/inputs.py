@@ -9,6 +9,7 @@ WEIGHT_KINDS = ("light", "dynamic", "row")
 
 # Values come from a fixed pool: drawing per tensor would cost more than a small kernel call.
 _POOL = torch.randn(1 << 16, dtype=torch.float64, generator=torch.Generator().manual_seed(20260101))
+_PRIME = 65521  # the largest below the pool's size: of what is repeated, no two rows are equal
 _POOL_OF = {dtype: _POOL.to(dtype) for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 
 
@@ -18,11 +19,12 @@ def values(shape, dtype, seed):
     for size in shape:
         count *= size
     pool = _POOL_OF[dtype]
-    start = (seed * 7919) % max(pool.numel() - count, 1)
     if count > pool.numel():
-        chosen = pool.repeat(count // pool.numel() + 1)[:count]
+        pool = pool[:_PRIME].repeat(count // _PRIME + 2)
+        start = (seed * 7919) % _PRIME
     else:
-        chosen = pool[start : start + count]
+        start = (seed * 7919) % max(pool.numel() - count, 1)
+    chosen = pool[start : start + count]
     return chosen.reshape(shape).to(torch.get_default_device())
 
 
