@@ -100,7 +100,9 @@ def pytest_runtest_teardown(item):
     except RuntimeError as error:
         if "PYTEST_XDIST_WORKER" not in os.environ:
             raise
-        print(f"{item.nodeid}: {error}", file=sys.__stderr__, flush=True)
+        # Standard error is captured here, and what has been captured ends with the process.
+        with item.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print(f"{item.nodeid}: {error}", file=sys.stderr, flush=True)
         os._exit(70)
 
 
