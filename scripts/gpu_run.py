@@ -37,7 +37,7 @@ class Step:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-PYTEST = "{python} -m pytest -q -p no:cacheprovider --timeout=120 -rfE --tb=short"
+PYTEST = "{python} -m pytest -q -p no:cacheprovider --timeout=120 --timeout-method=thread -rfE --tb=short"
 BENCH = "{python} -m convkernels.cli bench --device {device} --overwrite --output {results}"
 ATTENTION = BENCH + " --suite attention --dtypes bfloat16 --batch 8 --seconds 1"
 # Without torch's memory pool, so that every tensor has an end that can be overrun. Other kernels than these are neither
