@@ -40,9 +40,13 @@ CK_DEVICE float narrow<float>(float value) {
 // To nearest, ties to even; a NaN stays one.
 template <>
 CK_DEVICE bf16 narrow<bf16>(float value) {
+#if defined(__CUDACC__)
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
+#else
   const uint32_t bits = __float_as_uint(value);
   const uint32_t rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);
   return {static_cast<uint16_t>((value == value ? rounded : bits | 0x400000u) >> 16)};
+#endif
 }
 template <>
 CK_DEVICE f16 narrow<f16>(float value) {

@@ -214,8 +214,9 @@ void rows_backward(const CK_PARAM Backward p) {
       if (need_bias) add_rows(bias_sum, ring, own - reach.offset, lane);
       if (need_weight) {
         Quad dy[kRun];
+        const T* row = ring.row(own - reach.offset);
 #pragma unroll
-        for (int i = 0; i < kRun; ++i) dy[i] = load_quad(ring.row(own - reach.offset + i) + lane * kQuad);
+        for (int i = 0; i < kRun; ++i, row = ring.next(row)) dy[i] = load_quad(row + lane * kQuad);
         const Borders borders(p, p.taps, back.from, n);
         walk_within(borders, input.ring, own, K, lane, [&](auto fast, int j, const Quad(&rows)[kRun], int turn) {
           RowSums sums;
