@@ -22,6 +22,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <set>
 #include <type_traits>
 #include <utility>
 
@@ -125,14 +126,31 @@ CK_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Lets a kernel have as much dynamic shared memory as the device gives to a block: beyond 48 KB, of which static memory
+// takes its part, it must be asked for. The limit is one for all threads of the host, so it is set to the same value by
+// each, once per device; set to what a launch needs, it could fall between another thread's setting and launch.
+inline cudaError_t allow_shared_memory(const void* kernel) {
+  thread_local std::set<std::pair<int, const void*>> allowed;
+  int device = 0, most = 0;
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess || allowed.count({device, kernel}) != 0) return error;
+  error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 most - static_cast<int>(attributes.sharedSizeBytes));
+  if (error == cudaSuccess) allowed.insert({device, kernel});
+  return error;
+}
+
 // nullptr, or why the launch was refused. An error of the kernel itself appears later, as everywhere in CUDA.
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
                    Arguments&&... arguments) {
   cudaError_t error = cudaSuccess;
-  // More than 48 KB must be asked for, and static memory, of which no kernel has 16 KB, counts as well.
-  if (shared_bytes > 32 * 1024)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  // No kernel has 16 KB of static memory.
+  if (shared_bytes > 32 * 1024) error = allow_shared_memory(reinterpret_cast<const void*>(kernel));
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
