@@ -140,8 +140,19 @@ CK_DEVICE void scatter_gradients(const float (&ds)[kOther / 8][4], const Gradien
                                  float (&outer)[2][2]) {
   const int lane = opaque(to.lane), row = lane / 4, pair = lane % 4 * 2;
   const Span columns = pairs.columns(p, tile);
-  const bool meets = columns.first < columns.end;
-  if (meets && !to.whole) to.clear();
+  if (columns.first >= columns.end) {
+    // Most tiles lie on one side of the window: there is nothing to ask of their pairs.
+    const bool is_left = pairs.is_left(p, tile);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float sum = is_left ? outer[0][half] : outer[1][half];
+#pragma unroll
+      for (int n = 0; n < kOther / 8; ++n) sum = sum + ds[n][2 * half] + ds[n][2 * half + 1];
+      (is_left ? outer[0][half] : outer[1][half]) = sum;
+    }
+    return;
+  }
+  if (!to.whole) to.clear();
   const int base = tap_of_pair(p, tile, pairs.first_query, pairs.first_key);
 #pragma unroll
   for (int n = 0; n < kOther / 8; ++n)
@@ -157,7 +168,7 @@ CK_DEVICE void scatter_gradients(const float (&ds)[kOther / 8][4], const Gradien
         to.strip[r * to.pitch + c - (to.whole ? 0 : columns.first)] = ds[n][e];
       }
     }
-  if (meets && !to.whole) to.fold(columns);
+  if (!to.whole) to.fold(columns);
 }
 
 // acc = 16 rows at `own` times kOther rows at `others`, both [..][channels] in shared memory.

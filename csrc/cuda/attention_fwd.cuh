@@ -149,6 +149,8 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
               finish_scores(s[m], rel, pairs, tile, real, left[m], right[m], edges, strip, strip_pitch, columns.first);
               factor = 1;
             }
+            float shrink[2];
+            bool grows = false;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               float highest = -infinity<float>();
@@ -159,7 +161,9 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
               highest = fmaxf(highest, __shfl_xor_sync(kEveryLane, highest, 2));
               const float now = fmaxf(top[m][half], highest * factor + added[half]);
               const float shift = now == -infinity<float>() ? 0.0f : now;
-              const float shrink = fast_exp2(top[m][half] - shift), constant = added[half] - shift;
+              const float constant = added[half] - shift;
+              shrink[half] = fast_exp2(top[m][half] - shift);
+              grows = grows || now > top[m][half];
               top[m][half] = now;
               float sum = 0;
 #pragma unroll
@@ -168,12 +172,13 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
                   s[m][x][e] = fast_exp2(s[m][x][e] * factor + constant);
                   sum += s[m][x][e];
                 }
-              total[m][half] = total[m][half] * shrink + sum;
+              total[m][half] = total[m][half] * shrink[half] + sum;
+            }
+            // After the first tiles it is rare that one of 16 rows finds a larger score.
+            if (__any_sync(kEveryLane, grows)) {
 #pragma unroll
-              for (int c = 0; c < D / 8; ++c) {
-                out[m][c][2 * half] *= shrink;
-                out[m][c][2 * half + 1] *= shrink;
-              }
+              for (int c = 0; c < D / 8; ++c)
+                for (int e = 0; e < 4; ++e) out[m][c][e] *= shrink[e / 2];
             }
             if (p.seed != nullptr) {
               const uint32_t kept = draw_fragments(p, static_cast<uint64_t>(*p.seed), b, h, pairs, lane);
