@@ -171,7 +171,7 @@ struct BandFeed {
       if constexpr (kGate) {
         float gate[8];
         unpack(gate, at(raw(i, 1) + row * pitch + column));
-        for (int e = 0; e < 8; ++e) z[e] *= sigmoid(gate[e]);
+        for (int e = 0; e < 8; ++e) z[e] *= sigmoid<T>(gate[e]);
       }
       for (int e = 0; e < 8; ++e) bad = bad || !splittable(z[e]);
       if constexpr (!kDirect) {

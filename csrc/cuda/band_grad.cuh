@@ -155,7 +155,7 @@ void band_backward(const CK_PARAM Backward p) {
           return widen(*Feed::at(feed.raw(i, tensor) + row + column + 8 * j + lane % 4 * 2 + e % 2));
         };
         store_product<T>(
-            channels, lane, [&](int j, int e) { return kGate ? dz[j][e] * sigmoid(raw(1, j, e)) : dz[j][e]; },
+            channels, lane, [&](int j, int e) { return kGate ? dz[j][e] * sigmoid<T>(raw(1, j, e)) : dz[j][e]; },
             [&](int half) {
               const int64_t s = position(half);
               return s >= 0 ? row_of(p.grad_x, half)
@@ -165,7 +165,7 @@ void band_backward(const CK_PARAM Backward p) {
           store_product<T>(
               channels, lane,
               [&](int j, int e) {
-                const float open = sigmoid(raw(1, j, e));
+                const float open = sigmoid<T>(raw(1, j, e));
                 return dz[j][e] * raw(0, j, e) * open * (1 - open);
               },
               [&](int half) { return row_of(p.grad_gate, half); });

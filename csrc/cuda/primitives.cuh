@@ -108,6 +108,13 @@ CK_DEVICE float fast_exp2(float x) {
   return y;
 }
 
+// 1 / x to within a unit in the last place; subnormal numbers are 0.
+CK_DEVICE float fast_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // d += a b, with a of 16 x 16 and b of 16 x 8 numbers of type T.
 template <class T>
 CK_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

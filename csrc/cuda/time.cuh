@@ -89,7 +89,7 @@ struct ChunkInputs {
       if (gate != nullptr) {
         unpack(gate[v], open + k0);
 #pragma unroll
-        for (int k = 0; k < kVector<T>; ++k) open[k0 + k] = sigmoid(open[k0 + k]);
+        for (int k = 0; k < kVector<T>; ++k) open[k0 + k] = sigmoid<T>(open[k0 + k]);
       }
       if (p.mask != nullptr)
 #pragma unroll

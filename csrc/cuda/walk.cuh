@@ -87,7 +87,7 @@ struct InputRing {
       const int at = row * kLaneRow + lane * kQuad;
       Quad z = load_quad(x.chunk(chunk) + at);
       const Quad o = load_quad(open.chunk(chunk) + at);
-      for (int e = 0; e < kQuad; ++e) z.v[e] *= sigmoid(o.v[e]);
+      for (int e = 0; e < kQuad; ++e) z.v[e] *= sigmoid<T>(o.v[e]);
       store_quad(ring.row(chunk * kChunk + row) + lane * kQuad, z);
     }
   }
@@ -145,9 +145,10 @@ CK_DEVICE void mask_rows(const Problem& p, Quad (&run)[kRun], const Phase& phase
 }
 
 // From d(z) to d(x), in place, and d(gate).
+template <class T>
 CK_DEVICE void gate_gradient(Quad& dz, Quad& dgate, const Quad& x, const Quad& gate) {
   for (int e = 0; e < kQuad; ++e) {
-    const float open = sigmoid(gate.v[e]);
+    const float open = sigmoid<T>(gate.v[e]);
     dgate.v[e] = dz.v[e] * x.v[e] * open * (1 - open);
     dz.v[e] *= open;
   }
