@@ -306,8 +306,14 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
       float sum = 0;
       const int i = i0 + lane / 2;
       if (i < end)
-        for (int d = lane % 2; d < channels; d += 2)
-          sum += widen(g_rows[(own + lane / 2) * kPitch + d]) * widen(at<T>(p.out, b, i, h)[d * p.out.channel]);
+#pragma unroll 2
+        for (int d = lane % 2 * 8; d < channels; d += 16) {
+          float grad[8], out[8];
+          load_channels(grad, g_rows + (own + lane / 2) * kPitch + d, 1, 8, true);
+          load_channels(out, at<T>(p.out, b, i, h) + d * p.out.channel, p.out.channel, channels - d, t.vectors);
+#pragma unroll
+          for (int e = 0; e < 8; ++e) sum += grad[e] * out[e];
+        }
       sum += __shfl_xor_sync(kEveryLane, sum, 1);
       float sums_of_rows[2];
       for (int half = 0; half < 2; ++half) sums_of_rows[half] = __shfl_sync(kEveryLane, sum, 2 * (row + 8 * half));
@@ -535,7 +541,10 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
           if (low_rank)
             copy_tile(to + 2 * kQueries * kPitch, rel_pitch, p, p.rel_query, b, h, i0, kQueries, queries.first,
                       queries.end, static_cast<int>(p.rank), static_cast<int>(t.rank_pitch), false, t.rank_vectors);
-          const int which = warp, i = i0 + lane;  // each warp an array
+        };
+        // What queries from i0 on have one number of: each warp an array.
+        const auto load_scalars = [&](int i0) {
+          const int which = warp, i = i0 + lane;
           float value = which == 0 ? infinity<float>() : 0.0f;
           if (i < queries.end) {
             if (which == 0) {
@@ -548,15 +557,22 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
               value = edges[(which - 2) * p.queries + i];
             }
           }
-          scalars[(stage * 4 + which) * kQueries + lane] = value;
+          return value;
         };
-        if (queries.first < queries.end) copy_queries(0, queries.first);
+        const auto store_scalars = [&](int stage, float value) {
+          scalars[(stage * 4 + warp) * kQueries + lane] = value;
+        };
+        if (queries.first < queries.end) {
+          copy_queries(0, queries.first);
+          store_scalars(0, load_scalars(queries.first));
+        }
         cp_async_commit();
         int stage = 0;
 #pragma unroll 1
         for (int i0 = queries.first; i0 < queries.end; i0 += kQueries, stage = 1 - stage) {
           if (i0 + kQueries < queries.end) copy_queries(1 - stage, i0 + kQueries);
           cp_async_commit();
+          const float coming = load_scalars(i0 + kQueries);  // nobody waits for it before this tile is done
           cp_async_wait<1>();
           __syncthreads();
           const T* const q_rows = ring + stage * stage_size;
@@ -607,6 +623,7 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
             if (scores && p.qk) multiply_rows<T>(grad_k, ds, q_rows, kPitch, all, lane, finite);
             if (folds && !finite) scatter_gradients(ds, folded, pairs, tile, p, outer);
           }
+          store_scalars(1 - stage, coming);
           __syncthreads();
         }
         // Without a query that meets them the keys are still on their way. The next head's first rows may go where
