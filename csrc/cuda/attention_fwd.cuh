@@ -103,6 +103,13 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
         }
         rel.query_edges(left[m], right[m], r_rows + (own + 16 * m) * rel_pitch, rel_pitch);
       }
+      // With up to 64 channels registers have room for the warp's queries.
+      constexpr bool kKept = D <= 64;
+      uint32_t kept_q[kKept ? D / 16 : 1][kM][4];
+      if constexpr (kKept)
+#pragma unroll
+        for (int k = 0; k < D / 16; ++k)
+          for (int m = 0; m < kM; ++m) load_left(kept_q[k][m], q_rows + (own + 16 * m) * kPitch + 16 * k, kPitch, lane);
 
 #pragma unroll 1
       for (int j0 = begin; j0 < keys.end; j0 += kKeys) {
@@ -117,9 +124,12 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
           float s[kM][kKeys / 8][4] = {};
           if (p.qk) {
             each_piece<D, D / 16>(all, [&](int k) {
-              uint32_t a[kM][4];
+              uint32_t loaded[kM][4];
+              if constexpr (!kKept)
 #pragma unroll
-              for (int m = 0; m < kM; ++m) load_left(a[m], q_rows + (own + 16 * m) * kPitch + 16 * k, kPitch, lane);
+                for (int m = 0; m < kM; ++m)
+                  load_left(loaded[m], q_rows + (own + 16 * m) * kPitch + 16 * k, kPitch, lane);
+              const auto& a = kKept ? kept_q[k] : loaded;
 #pragma unroll
               for (int x = 0; x < kKeys / 16; ++x) {
                 uint32_t right_rows[2][2];
