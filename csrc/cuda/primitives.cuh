@@ -22,7 +22,8 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <set>
+#include <map>
+#include <mutex>
 #include <type_traits>
 #include <utility>
 
@@ -133,21 +134,20 @@ CK_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Lets a kernel have as much dynamic shared memory as the device gives to a block: beyond 48 KB, of which static memory
-// takes its part, it must be asked for. The limit is one for all threads of the host, so it is set to the same value by
-// each, once per device; set to what a launch needs, it could fall between another thread's setting and launch.
-inline cudaError_t allow_shared_memory(const void* kernel) {
-  thread_local std::set<std::pair<int, const void*>> allowed;
-  int device = 0, most = 0;
-  cudaFuncAttributes attributes;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess || allowed.count({device, kernel}) != 0) return error;
-  error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
-  if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 most - static_cast<int>(attributes.sharedSizeBytes));
-  if (error == cudaSuccess) allowed.insert({device, kernel});
+// Lets a kernel have so much dynamic shared memory: beyond 48 KB, of which static memory takes its part, it must be
+// asked for. The limit is one for all threads of the host and only ever raised: lowered to what a launch needs, it
+// could fall between another thread's setting and launch.
+inline cudaError_t allow_shared_memory(const void* kernel, size_t bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, size_t> limits;
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  const std::lock_guard lock(mutex);
+  size_t& limit = limits[{device, kernel}];
+  if (bytes <= limit) return cudaSuccess;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error == cudaSuccess) limit = bytes;
   return error;
 }
 
@@ -157,7 +157,7 @@ const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
                    Arguments&&... arguments) {
   cudaError_t error = cudaSuccess;
   // No kernel has 16 KB of static memory.
-  if (shared_bytes > 32 * 1024) error = allow_shared_memory(reinterpret_cast<const void*>(kernel));
+  if (shared_bytes > 32 * 1024) error = allow_shared_memory(reinterpret_cast<const void*>(kernel), shared_bytes);
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
