@@ -291,6 +291,7 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
       lse[half] = sees[half] ? found * kLog2e : infinity<float>();
     }
     const bool all_see = __all_sync(kEveryLane, sees[0] && sees[1]) != 0;
+    const FarTiles<Own::kQueries, kKeys, 16> far(p, tile, i0);
     rel.query_edges(left, right, r_rows + own * rel_pitch, rel_pitch);
     const auto finish_delta = [&](const float (&sum)[2]) {
       for (int half = 0; half < 2; ++half) {
@@ -347,7 +348,7 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
           const Meeting<Own::kQueries, kKeys> pairs(i0, j0);
           float factor = t.score_factor, added[2] = {};
           uint32_t seen = kEveryPair;
-          if (edges == nullptr && all_see && pairs.far(p, tile, real)) {
+          if (edges == nullptr && all_see && far.has(j0, real == ~0u)) {
             const bool is_left = pairs.is_left(p, tile);
             for (int half = 0; half < 2; ++half) added[half] = is_left ? left[half] : right[half];
           } else {
@@ -499,6 +500,8 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
     for (int e = lane; e < 16 * sum_pitch; e += 32) sums[e] = 0;
     __syncwarp();
     const unsigned real = real_keys(p, b, j0, lane);
+    const bool all_real = (real & 0xFFFFu) == 0xFFFFu;
+    const FarTiles<Own::kKeys, kQueries, 16> far(p, tile, j0);
 
     bool finite = false;  // what is not finite in the queries' rows is left out
 #pragma unroll 1
@@ -588,7 +591,7 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
             int side = -1;  // of the window, where all queries have the same
             uint32_t seen = kEveryPair;
             const unsigned blind = __ballot_sync(kEveryLane, of_queries[lane] == infinity<float>());
-            if (blind == 0 && pairs.far(p, tile, real)) {
+            if (blind == 0 && far.has(i0, all_real)) {
               if (p.has_columns()) side = pairs.is_left(p, tile) ? 0 : 1;
               for (int half = 0; half < 2; ++half)
                 added[half] = side == 0 ? left[half] : side == 1 ? right[half] : 0.0f;

@@ -103,6 +103,7 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
         }
         rel.query_edges(left[m], right[m], r_rows + (own + 16 * m) * rel_pitch, rel_pitch);
       }
+      const FarTiles<Own::kQueries, kKeys, 16 * kM> far(p, tile, tile.first + own);
       // With up to 64 channels registers have room for the warp's queries.
       constexpr bool kKept = D <= 64;
       uint32_t kept_q[kKept ? D / 16 : 1][kM][4];
@@ -141,12 +142,13 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
             });
           }
           const unsigned real = real_keys(p, opaque(b), j0, opaque(lane));
+          const bool all_far = edges == nullptr && far.has(j0, real == ~0u);
 #pragma unroll
           for (int m = 0; m < kM; ++m) {
             const int i0 = tile.first + own + 16 * m;
             const Meeting<Own::kQueries, kKeys> pairs(i0, j0);
             float factor = t.score_factor, added[2] = {};
-            if (edges == nullptr && pairs.far(p, tile, real)) {
+            if (all_far || (kM > 1 && edges == nullptr && pairs.far(p, tile, real))) {
               const bool is_left = pairs.is_left(p, tile);
               for (int half = 0; half < 2; ++half) added[half] = is_left ? left[m][half] : right[m][half];
             } else {

@@ -318,6 +318,38 @@ struct Meeting {
   CK_DEVICE bool is_left(const Attention& p, const AttentionTile& tile) const { return highest(p, tile) < 0; }
 };
 
+// Meeting::far for all tiles of others that kRows own positions meet, found once: others from one of two spans on.
+template <Own kOwn, int kOther, int kRows>
+struct FarTiles {
+  Span left, right;
+
+  CK_DEVICE FarTiles(const Attention& p, const AttentionTile& tile, int own) {
+    using Pairs = Meeting<kOwn, kOther>;
+    constexpr bool kQueries = kOwn == Own::kQueries;
+    const Span first = Pairs::partners(p, tile, own);
+    const Span last = Pairs::partners(p, tile, kQueries ? least(own + kRows, tile.query_end) - 1 : own + kRows - 1);
+    left = {most(first.first, last.first), least(first.end, last.end) - kOther + 1};
+    right = left;
+    if (!p.has_columns()) return;
+    const int W = static_cast<int>(p.window());
+    // The position that the first own one meets at column 0.
+    const int zero =
+        kQueries ? own + tile.shift - static_cast<int>(p.left) : own - tile.shift + static_cast<int>(p.left);
+    if constexpr (kQueries) {
+      left.end = least(left.end, zero - kOther + 1);
+      right.first = most(right.first, zero + kRows - 1 + W);
+    } else {
+      left.first = most(left.first, zero + kRows);
+      right.end = least(right.end, zero - W - kOther + 2);
+    }
+  }
+
+  // `real`: of the keys, all of which have to be.
+  CK_DEVICE bool has(int other, bool real) const {
+    return real && ((other >= left.first && other < left.end) || (other >= right.first && other < right.end));
+  }
+};
+
 // Everything that relative terms need to know of a call and a head.
 template <class T>
 struct Relative {
