@@ -29,7 +29,9 @@ VARYING = [
 def matrix(a, b, total):
     """total + a @ b for matrices of one type; float32 and float64 are not rounded."""
     if INTERPRETED:
-        return tl.dot(widen(a, total.dtype), widen(b, total.dtype), total, input_precision="ieee", out_dtype=total.dtype)
+        return tl.dot(
+            widen(a, total.dtype), widen(b, total.dtype), total, input_precision="ieee", out_dtype=total.dtype
+        )
     return tl.dot(a, b, total, input_precision="ieee", out_dtype=total.dtype)
 
 
