@@ -138,7 +138,7 @@ def test_rounding_of_the_result_reaches_no_gradient(dtype, value_conv, backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_dropped_whole_passes_no_gradient(dtype, backend):
-    if backend not in ("reference", "cpu"):
+    if backend == "cuda":
         pytest.skip("finds delta from the result as it was rounded")
     problem = AttentionProblem(
         length=40, keys=40, head_size=16, bias=True, query_rel=1, key_rel=1, value_conv=3, dropout=1.0, dtype=dtype

@@ -239,8 +239,9 @@ def _prepare(call: Call, grad, grad_lse, out, lse, constants):
     own = {
         "grad": grad, "out": out, "lse": lse.contiguous(), "grad_lse": lse if grad_lse is None else
         grad_lse.contiguous(), "constants": constants, "slots": slots, **strides("g", grad), **strides("o", out),
-        "HAS_GRAD_LSE": grad_lse is not None, "EDGES": call.edges and (call.bias is not None or call.query_rel is not
-        None), "BM": height, "num_warps": 8, "maxnreg": 255,
+        "DROPS_ALL": call.dropout == 1.0, "HAS_GRAD_LSE": grad_lse is not None,
+        "EDGES": call.edges and (call.bias is not None or call.query_rel is not None), "BM": height,
+        "num_warps": 8, "maxnreg": 255,
     }  # fmt: skip
     return kernel, (call.B * call.H * slots,), call.arguments(kernel.arg_names) | own
 
