@@ -447,7 +447,8 @@ def grad_keys(
                 rows = (i >= q_begin) & (i < q_end)
                 start = tl.load(row_at + plane + i, mask=rows, other=float("inf"))
                 live = tl.abs(start) < float("inf")
-                queries = load_tile(q_at, tile * NEAR, d, live, q_time, q_channel, D, False)
+                # Without hidden pairs a NaN of q has its way, and q need not wait for start.
+                queries = load_tile(q_at, tile * NEAR, d, live if HIDING else rows, q_time, q_channel, D, False)
                 scores = tl.zeros([BN, NEAR], DTYPE)
                 if QK:
                     scores = matrix(keys, tl.trans(queries), scores) * key_scale

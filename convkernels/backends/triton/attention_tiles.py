@@ -142,8 +142,9 @@ def tile_ranges(
     if OUTSIDE == MASK:
         some_begin, all_begin = tl.maximum(some_begin, low - before), tl.maximum(all_begin, high - before)
         some_end, all_end = tl.minimum(some_end, high + after + 1), tl.minimum(all_end, low + after + 1)
-    # The owner has no rows behind the end, nor in a sequence without any, wherever in a tile that begins.
-    some_end = tl.where(tl.maximum(first, begin) < end, tl.maximum(some_end, some_begin), some_begin)
+    # Either side may have no rows, also in the middle of a tile.
+    some = (tl.maximum(first, begin) < end) & (some_begin < some_end)
+    some_begin, some_end = tl.where(some, some_begin, 0), tl.where(some, some_end, 0)
     a = some_begin // OTHER
     f = tl.cdiv(some_end, OTHER)
     b = clamp_tile(tl.cdiv(tl.maximum(all_begin, 0), OTHER), a, f)
