@@ -16,6 +16,8 @@ CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE_SOURCES))
 PYTEST_FLAGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# Some containers set it; then each of many processes compiles torch's Python files anew, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
 # One test process per core: more threads in each would only fight.
 test test-fast asan interpreted simulated models-oldest: export OMP_NUM_THREADS = 1
 # Without it Triton 3.9 warns at every compilation that a default will change.
@@ -109,6 +111,7 @@ format: $(VENV)/.requirements
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 ctest: build
+	cmake $(CMAKE_ARGS) $(BUILD) >/dev/null
 	cmake --build $(BUILD) --target ck_tests
 	ctest --test-dir $(BUILD) -j $(WORKERS) --output-on-failure --no-tests=error
 
@@ -152,7 +155,7 @@ test: lint install ctest abi asan interpreted simulated
 
 # With all cases of the tests marked thin, and more of those of the kernels for GPUs.
 test-full:
-	$(MAKE) test EVERY=12 SIMULATED_EVERY=1 PYTEST_FLAGS="--full $(PYTEST_FLAGS)"
+	$(MAKE) test CMAKE_ARGS="$(CMAKE_ARGS) -DCK_WIDE=ON" EVERY=12 SIMULATED_EVERY=1 PYTEST_FLAGS="--full $(PYTEST_FLAGS)"
 
 test-fast: install ctest
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu" $(PYTEST_FLAGS)
