@@ -95,6 +95,10 @@ def interpreted(name):
     return name == "triton" and device_of(name) == "cpu"
 
 
+# Under AddressSanitizer, which multiplies the time of what is compiled: scripts/run_asan.sh.
+SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
+
+
 def simulated(name):
     """Whether the backend's kernels are the CUDA ones on the CPU, which is slow: a fiber switch at each wait."""
     return name == "cuda" and device_of(name) == "cpu"
@@ -119,21 +123,22 @@ def backend(request):
 
 
 @pytest.fixture
-def ops(backend):
+def ops(backend, request):
     """The raw operators of a backend, by name: ops.tap_conv, ops.tap_grad, ops.tap_step."""
-    return RawOps(backend)
+    return RawOps(backend, request.config.getoption("--full"))
 
 
 class RawOps:
     """Handles of torch.ops.convkernels._<name>.<backend>. slow: a backend made for comparison, not for speed, of which
-    tests run fewer repeats: the reference, and kernels for GPUs that run on a CPU."""
+    tests run fewer repeats: the reference, kernels for GPUs that run on a CPU, and all under a sanitizer."""
 
-    def __init__(self, backend):
+    def __init__(self, backend, full):
         self.backend = backend
+        self.full = full
         self.device = device_of(backend)
         self.interpreted = interpreted(backend)
         self.simulated = simulated(backend)
-        self.slow = backend == "reference" or self.interpreted or self.simulated
+        self.slow = backend == "reference" or self.interpreted or self.simulated or SANITIZED
 
     def __getattr__(self, name):
         return getattr(getattr(torch.ops.convkernels, f"_{name}"), self.backend)

@@ -90,6 +90,7 @@ def test_quick(ops):
 
 
 @pytest.mark.slow
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("chunk", range(4))
 def test_full(chunk, ops):
     run(ops, QUICK + chunk * FULL // 4, 50 if ops.interpreted else FULL // 4)

@@ -12,8 +12,9 @@ from strategies import large_problems, problems, step_problems, wide_problems
 from convkernels.testing.bounds import Bounds, StepBounds
 
 FULL, QUICK, LARGE, WIDE = 10_000, 300, 240, 300
-# The reference is slower than the oracle and simpler than a kernel, CUDA kernels on a CPU are slow: they get fewer.
-FULL_OF_SLOW = 3_000
+# The reference is slower than the oracle and simpler than a kernel, CUDA kernels on a CPU and sanitized ones are slow:
+# they get fewer.
+FULL_OF_SLOW, WIDE_OF_SLOW = 3_000, 120
 # Triton's interpreter takes half a second for a case.
 INTERPRETED, INTERPRETED_LARGE, INTERPRETED_WIDE = 170, 2, 4
 NEEDS = {"x": 1, "weight": 2, "bias": 4, "gate": 8, "initial_state": 16}
@@ -106,7 +107,7 @@ def test_step_quick(ops):
 @pytest.mark.parametrize("check", [check_forward, check_gradients])
 def test_wide_quick(check, ops):
     """Tensors that are read in whole vectors."""
-    run(check, wide_problems(), ops, WIDE if ops.backend != "reference" else WIDE // 4, INTERPRETED_WIDE)
+    run(check, wide_problems(), ops, WIDE_OF_SLOW if ops.slow and not ops.full else WIDE, INTERPRETED_WIDE)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
