@@ -95,10 +95,6 @@ def interpreted(name):
     return name == "triton" and device_of(name) == "cpu"
 
 
-# Under AddressSanitizer, which multiplies the time of what is compiled: scripts/run_asan.sh.
-SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
-
-
 def simulated(name):
     """Whether the backend's kernels are the CUDA ones on the CPU, which is slow: a fiber switch at each wait."""
     return name == "cuda" and device_of(name) == "cpu"
@@ -138,7 +134,8 @@ class RawOps:
         self.device = device_of(backend)
         self.interpreted = interpreted(backend)
         self.simulated = simulated(backend)
-        self.slow = backend == "reference" or self.interpreted or self.simulated or SANITIZED
+        self.sanitized = "libasan" in os.environ.get("LD_PRELOAD", "")  # scripts/run_asan.sh
+        self.slow = backend == "reference" or self.interpreted or self.simulated or self.sanitized
 
     def __getattr__(self, name):
         return getattr(getattr(torch.ops.convkernels, f"_{name}"), self.backend)
