@@ -126,7 +126,8 @@ def ops(backend, request):
 
 class RawOps:
     """Handles of torch.ops.convkernels._<name>.<backend>. slow: a backend made for comparison, not for speed, of which
-    tests run fewer repeats: the reference, kernels for GPUs that run on a CPU, and all under a sanitizer."""
+    tests run fewer repeats: the reference, kernels for GPUs that run on a CPU, and the C++ kernels once more, under a
+    sanitizer or on a lower instruction set. full: with --full they run more."""
 
     def __init__(self, backend, full):
         self.backend = backend
@@ -134,8 +135,9 @@ class RawOps:
         self.device = device_of(backend)
         self.interpreted = interpreted(backend)
         self.simulated = simulated(backend)
-        self.sanitized = "libasan" in os.environ.get("LD_PRELOAD", "")  # scripts/run_asan.sh
-        self.slow = backend == "reference" or self.interpreted or self.simulated or self.sanitized
+        sanitized = "libasan" in os.environ.get("LD_PRELOAD", "")  # scripts/run_asan.sh
+        again = sanitized or "CONVKERNELS_CPU_ISA" in os.environ
+        self.slow = backend == "reference" or self.interpreted or self.simulated or again
 
     def __getattr__(self, name):
         return getattr(getattr(torch.ops.convkernels, f"_{name}"), self.backend)

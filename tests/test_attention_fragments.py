@@ -15,7 +15,7 @@ from convkernels.testing.inputs import LAYOUTS
 
 OP = "attention_grad"
 LIMIT = {torch.bfloat16: 2e-2, torch.float16: 5e-3}
-CASES, WIDE, WIDE_SANITIZED = 48, 12, 4
+CASES, WIDE = 48, 12
 
 
 def tiled_problem(number):
@@ -101,5 +101,5 @@ def test_random_problems(number, ops):
 def test_wide_problems(ops):
     """In one test, so that it can be repeated for other orders of the simulated threads."""
     supported(ops)
-    for number in range(CASES, CASES + (WIDE_SANITIZED if ops.sanitized else WIDE)):
+    for number in range(CASES, CASES + WIDE):
         check(ops, tiled_problem(number))
