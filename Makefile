@@ -27,7 +27,7 @@ test test-fast interpreted: export TRITON_DEFAULT_FP_FUSION = 1
 
 .PHONY: help install build simt-build bench test test-full test-fast lint format ctest abi asan interpreted simulated mutants cross \
         models-oldest \
-        gpu-build gpu-test gpu-sanitize gpu-bench clean
+        gpu-build gpu-run gpu-smoke gpu-test gpu-sanitize gpu-bench clean
 .NOTPARALLEL:
 
 help:
@@ -40,7 +40,8 @@ help:
 	@echo "make simulated  the tests of the cuda backend, its kernels simulated on the CPU"
 	@echo "make models-oldest the tests of the models with the oldest transformers that they work with"
 	@echo "make lint|format|ctest|abi|asan|mutants|cross|clean"
-	@echo "make gpu-test gpu-bench   on a machine with a GPU, with PYTHON=<one that has torch>, no network needed"
+	@echo "make gpu-run    on a machine with a GPU, with PYTHON=<one that has torch>, no network needed: every check and figure"
+	@echo "make gpu-smoke|gpu-test|gpu-sanitize|gpu-bench   parts of it"
 
 # ---- environment: each stamp depends on what would make it stale. Compiling all of torch's Python files ahead would take
 # longer than a run needs; what is imported is compiled then.
@@ -190,31 +191,17 @@ cross:
 gpu-build:
 	$(PYTHON) scripts/build_native.py
 
-# Every combination of options is a Triton kernel of its own to compile, so many processes, and one in GPU_EVERY of the
-# cases.
-GPU_WORKERS ?= 8
-GPU_EVERY ?= 12
-gpu-test: gpu-build
-	$(PYTHON) -m pytest -m gpu $(PYTEST_FLAGS)
-	$(PYTHON) -m pytest -n $(GPU_WORKERS) -k "triton or cuda" -m "not slow and not gpu" --every $(GPU_EVERY) $(PYTEST_FLAGS)
-	$(MAKE) gpu-sanitize
+# The steps of scripts/gpu_run.py, which go on where one goes wrong: all, or some. What they leave is in build/gpu.
+gpu-run: gpu-build
+	$(PYTHON) scripts/gpu_run.py --again
 
-# Without torch's memory pool, so that every tensor has an end that can be overrun.
-SANITIZED ?= tests/test_golden.py tests/test_decoding.py tests/test_memory.py
-gpu-sanitize: gpu-build
-	@if command -v compute-sanitizer >/dev/null; then for tool in memcheck racecheck initcheck synccheck; do \
-	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-	    $(PYTHON) -m pytest -q -k "cuda and not does_not_grow" -m "not slow and not gpu" --every 40 $(SANITIZED) \
-	    || exit 1; done; \
-	else echo "gpu-sanitize: left out, compute-sanitizer is not installed"; fi
+gpu-smoke gpu-test gpu-sanitize gpu-bench: gpu-build
+	$(PYTHON) scripts/gpu_run.py --again $(addprefix --only ,$(STEPS))
 
-gpu-bench: gpu-build
-	for backend in triton cuda; do $(PYTHON) -m convkernels.cli bench --suite streaming --device cuda --backend $$backend \
-	    --overwrite --output benchmarks/results || exit 1; \
-	    $(PYTHON) -m convkernels.cli bench --suite attention --device cuda --backend $$backend --dtypes bfloat16 \
-	    --lengths 128,512,1024,2048,4096 --batch 8 --seconds 2 --overwrite --output benchmarks/results || exit 1; done
-	$(PYTHON) -m convkernels.cli bench --device cuda --overwrite --output benchmarks/results
-	@echo 'To let backend="auto" follow these results: $(PYTHON) -m benchmarks.prefer benchmarks/results/<device>.json'
+gpu-smoke: STEPS = environment smoke
+gpu-test: STEPS = smoke tests
+gpu-sanitize: STEPS = check
+gpu-bench: STEPS = streaming attention sweep counters
 
 clean:
 	rm -rf build dist $(VENV) $(OLDEST) $(RESULTS) $(NATIVE) convkernels/_C*.so *.egg-info

@@ -44,7 +44,8 @@ def of_attention(section: dict) -> Iterator[Sample]:
     if (BANDED, FORWARD) in times:
         problem, forward = preference.problem_of(8192, 128), times[BANDED, FORWARD]
         yield (INFERENCE, "bfloat16", problem), (BANDED,), forward
-        yield (TRAINING, "bfloat16", problem), (BANDED,), forward + times[BANDED, BACKWARD]
+        if (BANDED, BACKWARD) in times:
+            yield (TRAINING, "bfloat16", problem), (BANDED,), forward + times[BANDED, BACKWARD]
     for (name, line), seconds in times.items():
         if line == COMPOSITE:  # the paper's, of both passes
             yield (TRAINING, "bfloat16", preference.problem_of(128, 64)), (name,), seconds

@@ -248,6 +248,10 @@ def bench(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         interrupted = True
     section = suite.section()
+    errors = section.get("errors", [])
+    if not section["records"] and errors and not interrupted:
+        print("bench: nothing could be measured", *errors, sep="\n", file=sys.stderr)
+        return 1
     if not section["records"]:
         print("bench: interrupted before anything was measured", file=sys.stderr)
         return INTERRUPTED
@@ -266,7 +270,7 @@ def bench(arguments: argparse.Namespace) -> int:
         _draw(name, saved, arguments.output, None)
     if interrupted:
         print("bench: interrupted; the tables show what was measured until then", file=sys.stderr)
-    return INTERRUPTED if interrupted else 0
+    return INTERRUPTED if interrupted else 1 if errors else 0
 
 
 def _lengths(arguments: argparse.Namespace, default: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Convolutional attention in a stock BERT, in three lines; needs `pip install 'convkernels[hf]'`.
+"""Convolutional attention in a stock BERT, in three lines; needs `pip install 'transformers>=5.17'`.
 
 Makes a small BERT from transformers with random weights (put ``from_pretrained`` there for real ones), adds the terms
 of Chang et al. 2021 to its self-attention in place, shows that its outputs are what they were, trains the new terms

@@ -6,12 +6,15 @@ import collections
 import functools
 import importlib.util
 import os
+import sys
 
 # Results must not depend on it (tests/test_determinism.py), and with several pytest workers more threads only cost
 # time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Outputs of the native library start as NaN: whatever a kernel does not write is noticed by every test.
 os.environ.setdefault("CONVKERNELS_POISON", "1")
+# Without it the matrix products of torch's own operations may differ from run to run on a GPU.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import hypothesis
 import pytest
@@ -20,6 +23,8 @@ import torch
 import convkernels
 
 torch.set_num_threads(1)
+# What is compared with float32 must be float32.
+torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 def _quicken_the_interpreter():
@@ -73,8 +78,8 @@ def pytest_collection_modifyitems(config, items):
     every, full = config.getoption("--every"), config.getoption("--full")
     seen, kept, dropped = collections.Counter(), [], []
     for item in items:
-        test = item.nodeid.partition("[")[0]
-        # thin(n): n is odd, so that all backends, which come in turn, are met.
+        case = getattr(item, "callspec", None)
+        test = item.nodeid.partition("[")[0], case and case.params.get("backend")
         thin = None if full else item.get_closest_marker("thin")
         step = every if thin is None else max(every, *thin.args)
         (kept if seen[test] % step == 0 else dropped).append(item)
@@ -82,6 +87,23 @@ def pytest_collection_modifyitems(config, items):
     if dropped:
         items[:] = kept
         config.hook.pytest_deselected(items=dropped)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item):
+    """An error that a kernel leaves behind belongs to the test that launched it, and ends this process, since no call
+    of CUDA works in it any more. pytest-xdist starts another for the tests that are left."""
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            raise
+        # Standard error is captured here, and what has been captured ends with the process.
+        with item.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print(f"{item.nodeid}: {error}", file=sys.stderr, flush=True)
+        os._exit(70)
 
 
 def device_of(name):

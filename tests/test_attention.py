@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import interpreted
+from conftest import device_of, interpreted
 from test_attention_fuzz import random_problem
 from test_errors import nested, quantized
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -86,6 +86,11 @@ def build(mode, backend, lse=False):
     return call, tuple(inputs.values())
 
 
+def second_derivatives_differ_by(backend):
+    """From run to run: they are PyTorch's own operations, whose scattered sums have no order on a GPU."""
+    return 0.0 if device_of(backend) == "cpu" else 1e-12
+
+
 def needs_many_calls(backend):
     """The interpreter would take minutes. What it runs is compared element by element in tests/test_attention_fuzz.py;
     second derivatives run no kernel."""
@@ -107,7 +112,7 @@ def test_gradcheck_of_lse(mode, backend):
     needs_many_calls(backend)
     call, inputs = build(mode, backend, lse=True)
     assert gradcheck(call, inputs, nondet_tol=0.0, fast_mode=True)
-    assert gradgradcheck(call, inputs, nondet_tol=0.0, fast_mode=True)
+    assert gradgradcheck(call, inputs, nondet_tol=second_derivatives_differ_by(backend), fast_mode=True)
 
 
 @pytest.mark.parametrize("mode", ["plain", "everything"])
@@ -129,7 +134,7 @@ def test_batched_gradients(mode, backend):
 def test_gradgradcheck(mode, backend):
     needs_many_calls(backend)
     call, inputs = build(mode, backend)
-    assert gradgradcheck(call, inputs, nondet_tol=0.0, fast_mode=True)
+    assert gradgradcheck(call, inputs, nondet_tol=second_derivatives_differ_by(backend), fast_mode=True)
 
 
 def test_second_order_through_the_public_ops(backend):

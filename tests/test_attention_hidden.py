@@ -38,14 +38,6 @@ def problem_of(ops, mode, terms, dtype):
     ).with_(**change)  # fmt: skip
 
 
-@pytest.fixture
-def selecting(ops):
-    """The operators of a backend that selects in every mode."""
-    if ops.backend == "triton":
-        pytest.skip("its products of tiles multiply hidden values by 0: docs/semantics.md")
-    return ops
-
-
 def results(ops, problem, tensors):
     """out and lse of one call, and the gradients by name."""
     out, lse = ops.attention(*problem.op_arguments(tensors))
@@ -86,8 +78,7 @@ def reached(name, row, sees):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize("mode", MODES)
-def test_hidden_rows_reach_nothing(mode, terms, dtype, selecting):
-    ops = selecting
+def test_hidden_rows_reach_nothing(mode, terms, dtype, ops):
     problem = problem_of(ops, mode, terms, dtype)
     tensors = problem.tensors()
     expected = results(ops, problem, tensors)
@@ -114,9 +105,8 @@ def test_hidden_rows_reach_nothing(mode, terms, dtype, selecting):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", MODES)
-def test_keys_that_nothing_sees(mode, dtype, selecting):
+def test_keys_that_nothing_sees(mode, dtype, ops):
     """One query fewer than keys in its sequence, or a gap of the mask: their NaN reaches no table either."""
-    ops = selecting
     problem = problem_of(ops, mode, "all", dtype)
     if problem.lengths:
         problem = problem.with_(lengths=(*problem.lengths[:-1], 0), key_lengths=problem.lengths)
@@ -136,10 +126,33 @@ def test_keys_that_nothing_sees(mode, dtype, selecting):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("outside", [0, 2])
+def test_queries_that_see_nothing(outside, rank, dtype, ops):
+    """More queries than keys, so that the first see none: their NaN reaches no gradient, and theirs is 0."""
+    T, S = (21, 16) if ops.interpreted else (150, 70)
+    problem = AttentionProblem(
+        batch=1, length=T, keys=S, groups=1, sharing=2, head_size=16, left=4, right=2, outside=outside, causal=True,
+        bias=True, query_rel=1, rank=rank, key_rel=1, dtype=DTYPES[dtype], seed=3,
+    )  # fmt: skip
+    tensors = problem.tensors()
+    expected = results(ops, problem, tensors)
+    for name in ("q", "rel_query", "grad"):
+        if tensors[name] is not None:
+            tensors[name] = tensors[name].clone()
+            tensors[name][:, : T - S] = float("nan")
+    found = results(ops, problem, tensors)
+    assert (found["q"][:, : T - S] == 0).all()
+    for name, value in found.items():
+        if tensors.get(name, 0) is not None:
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("outside", ["clip", "zero", "mask"])
 def test_scores_of_minus_infinity(outside, dtype, backend):
     """A bias of -inf is how people mask: rows with nothing else give 0, lse -inf, and no gradient, even of NaN."""
-    T, D = (21, 16) if backend == "triton" else (150, 64)
+    T, D = (40, 16) if backend == "triton" else (150, 64)
     q, k, v = (torch.randn(1, T, 2, D).to(DTYPES[dtype]).requires_grad_() for _ in range(3))
     bias = torch.zeros(2, 9)
     bias[0, :5] = -torch.inf  # head 0 sees what follows its place only: the last query sees nothing
@@ -155,7 +168,8 @@ def test_scores_of_minus_infinity(outside, dtype, backend):
     seen_by = out.transpose(1, 2)[0]
     assert (seen_by[blind] == 0).all() and seen_by.isfinite().all() and convolved.isfinite().all()
     cotangent = torch.where(blind, torch.nan, 1.0)  # what merging several results makes of -inf
-    gradients = torch.autograd.grad((out.float().sum(), lse), (q, k, v, bias), (torch.ones(()), cotangent[None]))
+    into = torch.where(blind.T[None, :, :, None], torch.nan, torch.ones_like(out))
+    gradients = torch.autograd.grad((out, lse), (q, k, v, bias), (into, cotangent[None]))
     for gradient in gradients:
         assert gradient.isfinite().all()
     assert (gradients[0].transpose(1, 2)[0][blind] == 0).all()

@@ -1,5 +1,6 @@
 """The benchmark's own claims: real lengths, equal results of all forms, byte and FLOP counts, files it writes."""
 
+import contextlib
 import itertools
 import json
 import re
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from convkernels import cli
-from convkernels._bench import acceptance, attention, attention_targets, peers, sweep, text, timing
+from convkernels._bench import acceptance, attention, attention_targets, peers, streaming, sweep, text, timing
 
 CPU = torch.device("cpu")
 
@@ -76,8 +77,8 @@ def test_flops_of_attention():
 class FakeClock:
     """Every callable takes as many seconds as it returns."""
 
-    def seconds(self, fn, calls=1):
-        return fn()
+    def sample(self, fn, calls=1):
+        return timing.Sample(fn())
 
 
 def test_interleaved_shares_the_time_and_stops_slow_calls():
@@ -103,6 +104,97 @@ def test_interleaved_reports_what_fails():
     assert list(times) == ["good"] and isinstance(failures["bad"], ZeroDivisionError)
     with pytest.raises(ZeroDivisionError):
         timing.interleaved({"bad": lambda: 1 / 0}, FakeClock())
+
+
+class HostClock:
+    """Every callable returns the samples of its repeats in turn."""
+
+    def sample(self, fn, calls=1):
+        return timing.Sample(*fn())
+
+
+def test_interleaved_tells_what_the_host_did():
+    behind = itertools.cycle([(0.01, 0.4, True), (0.01, 0.4, True), (0.02, 0.1, False)])
+    fns = {"ahead": lambda: (0.1, 0.3, False), "behind": lambda: next(behind)}
+    times = timing.interleaved(fns, HostClock(), budget_s=0.6)
+    assert times["ahead"] == timing.Timing(0.1, 0.1, 0.1, 3, host=0.3)
+    assert times["behind"].host_bound and times["behind"].host == 0.4
+
+
+def test_a_repeat_that_the_host_was_late_for_is_made_again(monkeypatch):
+    monkeypatch.setattr(timing.torch, "zeros", lambda *args, **options: None)
+    clock, heads, enough = timing.CudaClock(CPU), [], 0.0
+
+    def once(fn, calls, cycles):
+        heads.append(cycles)
+        return timing.Sample(fn(), 0.1, host_bound=cycles < enough)
+
+    monkeypatch.setattr(clock, "_once", once)
+    assert clock.sample(lambda: 1.0) == timing.Sample(1.0, 0.1) and heads == [timing.SLEEP_CYCLES]
+    enough = 3 * timing.SLEEP_CYCLES
+    assert not clock.sample(lambda: 1.0).host_bound and len(heads) == 3
+    enough = timing.MAX_SLEEP_CYCLES + 1
+    assert clock.sample(lambda: 1.0).host_bound and max(heads) == timing.MAX_SLEEP_CYCLES
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_the_device_is_busy_while_the_host_enqueues(monkeypatch, ahead):
+    steps = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            steps.append("event")
+
+        def query(self):
+            steps.append("query")
+            return not ahead
+
+        def synchronize(self):
+            steps.append("wait")
+
+        def elapsed_time(self, end):
+            return 4.0
+
+    class Buffer:
+        zero_, sum = (lambda self, step=step: steps.append(step) for step in ("write", "read"))
+
+    monkeypatch.setattr(timing.torch, "zeros", lambda *args, **options: Buffer())
+    monkeypatch.setattr(timing.torch.cuda, "Event", Event)
+    monkeypatch.setattr(timing.torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(timing.torch.cuda, "_sleep", lambda cycles: steps.append("sleep"))
+    sample = timing.CudaClock(CPU)._once(lambda: steps.append("call"), 2, 1000)
+    assert steps == "sleep write read event call call event query wait".split()
+    assert sample.seconds == 2e-3 and 0 < sample.host < 1e-3 and sample.host_bound != ahead
+
+
+@pytest.mark.parametrize("suite", ["streaming", "attention"])
+def test_a_failure_of_ours_does_not_end_a_suite(suite, tmp_path, capsys, monkeypatch):
+    """The backward pass fails, when it is prepared: exit status 1 with the forward pass measured and saved."""
+    import convkernels
+
+    def failing(function):
+        def call(*args, **options):
+            if torch.is_grad_enabled():
+                raise RuntimeError("no such kernel")
+            return function(*args, **options)
+
+        return call
+
+    for name in ("lightweight_conv1d", "dynamic_conv1d", "composite_attention"):
+        monkeypatch.setattr(convkernels, name, failing(getattr(convkernels, name)))
+    options = ["--no-plots", "--dtypes", "float32"] if suite == "attention" else []
+    command = ["bench", "--suite", suite, "--batch", "1", "--lengths", "32", "--compile-seconds", "0", "--seconds",
+               "1e-3", "--output", str(tmp_path), *options]  # fmt: skip
+    assert cli.main(command) == 1
+    (path,) = tmp_path.glob("*.json")
+    section = json.loads(path.read_text())[suite]
+    ours = (streaming.OURS, *attention.OURS)
+    assert any(r["direction"] == "forward" for r in section["records"])
+    assert section["errors"] and all(error.startswith(ours) for error in section["errors"])
+    assert "no such kernel" in capsys.readouterr().out
 
 
 def test_peak_extra_bytes_counts_results_and_scratch():
@@ -252,7 +344,7 @@ def test_attention_targets_say_pass_miss_and_not_measured():
 def test_attention_workloads_of_the_paper():
     settings = attention.Settings(backend="cpu")
     forms, inputs = attention.papers(1, settings, CPU)
-    calls = attention.Suite(settings, CPU)._calls(forms, inputs, attention.BOTH)
+    calls = attention.Suite(settings, CPU)._calls(forms, inputs, attention.BOTH, "here")
     for name, call in calls.items():
         found = [g for g in call() if g is not None]
         assert all(g.isfinite().all() for g in found), name

@@ -214,7 +214,7 @@ def test_autocast(function, dtype, backend):
     left alone.
     """
     leaves, _ = inputs_of(function, "everything", 9)
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(leaves["x"].device.type, dtype=dtype):
         y = CALLS[function](**leaves, padding="causal", backend=backend)
         double = CALLS[function](leaves["x"].double(), leaves["weight"].double(), backend=backend)
     assert y.dtype == dtype and double.dtype == torch.float64
@@ -224,7 +224,7 @@ def test_autocast(function, dtype, backend):
         assert grad.dtype == leaf.dtype and grad.isfinite().all()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(CALLS[function], backend=counter, fullgraph=True)
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(leaves["x"].device.type, dtype=dtype):
         assert torch.equal(compiled(**leaves, padding="causal", backend=backend), y)
 
 
@@ -235,9 +235,9 @@ def test_amp_training_step(backend):
     reference = cknn.GatedConv(C, cknn.LightweightConv1d(C, K, H, backend=backend))
     reference.load_state_dict(module.state_dict())
     x = torch.randn(B, 9, C)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(x.device.type, init_scale=1024.0)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (module, reference)]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
         loss = module(x).float().square().mean()
     scaler.scale(loss).backward()
     scaler.step(optimizers[0])

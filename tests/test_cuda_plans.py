@@ -44,29 +44,15 @@ def test_every_shape_gets_a_plan(backward, memory):
         assert 1 <= chosen["groups"] <= shape["batch"] * shape["time"], (shape, chosen)
 
 
-def facts_of(problem):
-    """What a call with the tensors of a test problem looks like to the library."""
-    whole = problem.heads * problem.head_size * problem.dtype.itemsize % 16 == 0
-    return {
-        "batch": problem.batch, "time": sum(problem.lengths) or problem.length,
-        "channels": problem.heads * problem.head_size, "heads": problem.heads, "taps": problem.taps,
-        "dilation": problem.dilation, "dtype": str(problem.dtype).removeprefix("torch."),
-        "per_position": problem.kind == "dynamic", "renormalize": problem.renormalize,
-        "per_batch": problem.kind != "light", "gate": problem.gate, "packed": bool(problem.lengths),
-        "state": problem.state, "channel_vectors": problem.layout == "contiguous" and whole,
-        "time_vectors": problem.layout == "swap_last",
-    }  # fmt: skip
-
-
 @pytest.mark.parametrize("backward", [False, True])
 def test_random_problems_reach_every_family(backward):
     """What tests/test_fuzz.py draws for whole vectors is not all served by the kernels for any problem."""
     families = collections.Counter()
 
-    @hypothesis.settings(max_examples=300)
+    @hypothesis.settings(max_examples=1000)
     @hypothesis.given(problem=wide_problems())
     def count(problem):
-        families[plan(backward, **facts_of(problem))["family"]] += 1
+        families[plan(backward, **problem.plan_facts())["family"]] += 1
 
     count()
     assert min(families[name] for name in ("stream", "time", "band", "rows")) >= 12, families

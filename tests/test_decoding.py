@@ -78,7 +78,8 @@ def test_beam_reorder(function, mode, backend):
     state = torch.zeros(beams, span(taps, mode), C, dtype=dtype)
     history = t["x"].new_zeros(beams, 0, C)
     for n in range(T):
-        index = torch.randint(beams, (beams,), generator=generator) if n else torch.arange(beams)
+        index = torch.randint(beams, (beams,), generator=generator, device="cpu") if n else torch.arange(beams)
+        index = index.to(state.device)
         history = torch.cat([history[index], t["x"][:, n : n + 1]], 1)
         y = step(
             t["x"][:, n],

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import convkernels as ck
+from convkernels.testing.attention import DELTA_THROUGH_OUT
 from convkernels.testing.inputs import values
 
 pytestmark = [
@@ -233,6 +234,8 @@ def test_attention_of_many_shapes(name, dtype, attending):
     exact = {n: value.detach().double().requires_grad_() for n, value in inputs.items()}
     expected = run_attention("reference", exact, options)
     limit = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-5}[dtype]
+    if "value_conv" in inputs and attending in DELTA_THROUGH_OUT:
+        limit *= 2  # the depthwise term is taken out of a sum that was rounded with it
     for n, value in found.items():
         error = (value.double() - expected[n]).norm() / expected[n].norm()
         assert error <= limit, f"{n}: {error:.3g}"

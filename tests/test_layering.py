@@ -118,7 +118,7 @@ for ask in (lambda: ck.interop.huggingface, lambda: ck.models.ConvSeq2SeqConfig)
     try:
         ask()
     except ImportError as error:
-        assert "needs transformers: pip install" in str(error) and "--no-build-isolation '.[hf]'" in str(error)
+        assert "needs transformers: pip install" in str(error)
         print("told")
 """)
         == "told\ntold"

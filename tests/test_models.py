@@ -542,7 +542,7 @@ except ImportError as error:
 """
     root = Path(models.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
-    how = "pip install 'convkernels[hf]' (or, in a checkout, pip install --no-build-isolation '.[hf]')"
+    how = "pip install 'transformers>=5.17'"
     expected = f"convkernels.models.ConvSeq2SeqModel needs transformers: {how}"
     assert done.stdout.strip() == expected, done.stderr
     with pytest.raises(AttributeError, match="no attribute 'Transformer'"):

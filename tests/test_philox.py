@@ -65,9 +65,9 @@ def test_every_backend_applies_the_documented_mask(kind, p, seed, backend):
     batch, length, heads, taps = 2, 3, 2, 6
     found = drawn(backend, kind, batch, length, heads, taps, p, torch.tensor([seed]))
     rows = (1, 1) if kind == "light" else (batch, length)
-    keep = torch.from_numpy(keep_mask(seed, p, *rows, heads, taps)) if p else torch.ones(*rows, heads, taps, dtype=bool)
+    keep = torch.as_tensor(keep_mask(seed, p, *rows, heads, taps)) if p else torch.ones(*rows, heads, taps, dtype=bool)
     scale = 1 / (1 - p) if p < 1 else 0.0
-    torch.testing.assert_close(found, (keep * scale).float().expand_as(found), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found, (keep * scale).to(found).expand_as(found), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["light", "dynamic"])
@@ -81,7 +81,7 @@ def test_backward_uses_the_mask_of_forward(kind, backend):
     y = call(x, weight, softmax=False, weight_dropout=0.5, training=True, seed=seed, padding=0, backend=backend)
     y.sum().backward()
     rows = (1, 1) if kind == "light" else (2, 9)
-    keep = torch.from_numpy(keep_mask(99, 0.5, *rows, 2, 5))
+    keep = torch.as_tensor(keep_mask(99, 0.5, *rows, 2, 5)).to(weight.device)
     keep = keep[0, 0] if kind == "light" else keep
     inside = torch.ones_like(keep)
     if kind == "dynamic":

@@ -16,6 +16,7 @@ import convkernels as ck
 from benchmarks import prefer
 from convkernels._bench import attention_targets, environment
 from convkernels.backends import preference
+from convkernels.backends import triton as triton_backend
 from convkernels.ops import _select, _spec
 
 ROOT = Path(ck.__file__).parents[1]
@@ -340,3 +341,41 @@ def test_variables_are_documented():
     names = {name for path in sources for name in re.findall(r"CONVKERNELS_[A-Z_]+[A-Z]", path.read_text())}
     documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     assert any(all(name in path.read_text() for name in names) for path in documents), sorted(names)
+
+
+def test_triton_takes_an_assembler_that_makes_right_code(tmp_path, monkeypatch):
+    """ptxas before 12.9 does not, for compute capability 9.x."""
+
+    def assembler(path, release):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+        path.chmod(0o755)
+        return str(path)
+
+    def choose(own, newer=None, given=None, toolkit=None):
+        folder = tmp_path / f"{own} {newer} {given} {toolkit}"
+        folder.mkdir()
+        assembler(folder / "ptxas", own)
+        monkeypatch.setenv("TRITON_PTXAS_PATH", "")  # so that it is put back
+        monkeypatch.delenv("TRITON_PTXAS_PATH")
+        monkeypatch.setenv("CUDA_HOME", str(folder / "none"))
+        monkeypatch.setattr(triton_backend.shutil, "which", lambda name: str(folder / "nowhere"))
+        if newer:
+            assembler(folder / "ptxas-blackwell", newer)
+        if given:
+            monkeypatch.setenv("TRITON_PTXAS_PATH", assembler(folder / "given", given))
+        if toolkit:
+            monkeypatch.setenv("CUDA_HOME", str(folder / "cuda"))
+            (folder / "cuda").mkdir()
+            assembler(folder / "cuda" / "bin" / "ptxas", toolkit)
+        reason = triton_backend.choose_assembler(folder)
+        chosen = os.environ.get("TRITON_PTXAS_PATH")
+        return reason, chosen and str(Path(chosen).relative_to(folder))
+
+    assert choose("12.9") == (None, None)
+    assert choose("12.8", newer="12.9") == (None, "ptxas-blackwell")
+    assert choose("12.8", toolkit="13.0") == (None, "cuda/bin/ptxas")
+    assert choose("12.8", newer="12.9", given="13.1") == (None, "given")
+    reason, chosen = choose("12.8", newer="12.9", given="12.4")
+    assert "given is older than 12.9" in reason and "set TRITON_PTXAS_PATH" in reason and chosen == "given"
+    assert "ptxas is older than 12.9" in choose("12.8", newer="12.8")[0]

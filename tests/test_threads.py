@@ -6,10 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import interpreted
+from conftest import device_of, interpreted
 
 import convkernels as ck
 from convkernels.testing.inputs import values
+
+
+def on_a_gpu(backend):
+    return device_of(backend) != "cpu"
 
 
 def problem(salt):
@@ -29,6 +33,7 @@ def test_four_python_threads(backend):
     start = threading.Barrier(4)
 
     def work(n):
+        torch.set_default_device(device_of(backend))  # a thread has its own
         start.wait()
         return all(
             torch.equal(a, b)
@@ -50,6 +55,8 @@ def test_worker_processes(method, backend):
     """spawn always works. A forked child works with one thread: after a fork OpenMP's pool is gone, for PyTorch's own
     kernels too, so that a child has to call torch.set_num_threads(1) first, as DataLoader workers do.
     """
+    if on_a_gpu(backend):
+        pytest.skip("CUDA cannot be used after a fork, nor shared with a process that is started here")
     context = multiprocessing.get_context(method)
     queue = context.Queue()
     process = context.Process(target=in_child, args=(backend, queue))
@@ -74,5 +81,7 @@ class Windows(torch.utils.data.Dataset):
 
 
 def test_data_loader_workers(backend):
+    if on_a_gpu(backend):
+        pytest.skip("workers that are forked cannot use CUDA")
     loaded = torch.stack(list(torch.utils.data.DataLoader(Windows(backend), batch_size=None, num_workers=2)))
     assert torch.equal(loaded, torch.stack([Windows(backend)[n] for n in range(6)]))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -151,6 +152,7 @@ def flex() -> Callable[..., Tensor]:
 FORMS: dict[str, Callable[..., Tensor]] = {
     COMPOSITE: composite, PLAIN: plain, SDPA: sdpa, SDPA_BIAS: sdpa_bias, EAGER: eager
 }  # fmt: skip
+OURS = (COMPOSITE, PLAIN, FORWARD, BACKWARD)  # the last two: the lines of the banded workload
 # Forms that compute the same as another are compared with it before they are timed.
 EQUALS = {EAGER: COMPOSITE, FLEX: COMPOSITE, SDPA: PLAIN, FLASH: PLAIN}
 
@@ -200,13 +202,20 @@ def papers(heads: int, settings: Settings, device: torch.device) -> tuple[dict[s
 
 
 class Suite:
+    """Times every form. What fails is recorded: a peer in `notes`, ours in `errors`."""
+
     def __init__(self, settings: Settings, device: torch.device) -> None:
         self.settings, self.device = settings, device
         self.records: list[dict[str, Any]] = []
         self.work: list[dict[str, Any]] = []
         self.workloads: list[dict[str, Any]] = []
         self.notes: list[str] = []
+        self.errors: list[str] = []
         self.seconds: dict[tuple[str, str, str], tuple[int, float]] = {}  # of the last length that was measured
+
+    def _failed(self, subject: str, name: str, error: Exception) -> None:
+        failed = self.errors if name in OURS else self.notes
+        failed.append(f"{name}, {subject}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 
     def _too_slow(self, name: str, direction: str, dtype: str, length: int) -> bool:
         before, seconds = self.seconds.get((name, direction, dtype), (length, 0.0))
@@ -250,19 +259,17 @@ class Suite:
                 try:
                     result = form(inputs, *inputs.leaves)[:1].clone()
                 except Exception as error:
-                    if name in (COMPOSITE, PLAIN):
-                        raise
-                    self.notes.append(f"{name}, {subject}: {type(error).__name__}: {str(error).splitlines()[0]}")
+                    self._failed(subject, name, error)
                     continue
                 other = EQUALS.get(name)
-                off = disagreement((result,), (found[other],)) if other else 0.0
+                off = disagreement((result,), (found[other],)) if other in found else 0.0
                 if off <= TOLERANCE[result.dtype]:
                     found[name] = result
                 else:
                     self.notes.append(f"{name}, {subject}: differs from {other} by {off:.1e}")
         return {name: forms[name] for name in found}
 
-    def _calls(self, forms: dict, inputs: Inputs, direction: str) -> dict[str, Callable[[], object]]:
+    def _calls(self, forms: dict, inputs: Inputs, direction: str, subject: str) -> dict[str, Callable[[], object]]:
         leaves = tuple(t.detach().requires_grad_() for t in inputs.leaves)
 
         def forward(form):
@@ -283,11 +290,12 @@ class Suite:
             return lambda: torch.autograd.grad(form(inputs, *leaves), leaves, inputs.grad, allow_unused=True)
 
         prepare = {FORWARD: forward, BACKWARD: backward, BOTH: both}[direction]
-        return {name: prepare(form) for name, form in forms.items() if direction in self._directions(name)}
+        makers = {name: partial(prepare, form) for name, form in forms.items() if direction in self._directions(name)}
+        return timing.prepared(makers, partial(self._failed, subject))
 
     def _flops(self, name: str, form, inputs: Inputs, direction: str) -> int | None:
-        """None for the compiled form, of which torch counts nothing."""
-        if name == FLEX:
+        """None for the backward pass, and for the compiled form, of which torch counts nothing."""
+        if name == FLEX or direction == BACKWARD:
             return None
 
         def run(index, *leaves):
@@ -314,25 +322,33 @@ class Suite:
         for direction in (FORWARD, BACKWARD, BOTH):
             step(f"{direction}, {subject}", 0)
             quick = {n: f for n, f in forms.items() if not self._too_slow(n, direction, dtype_name, length)}
-            calls = self._calls(quick, inputs, direction)
+            failed = partial(self._failed, f"{direction}, {subject}")
+            calls = self._calls(quick, inputs, direction, f"{direction}, {subject}")
             memory: dict[str, int | None] = {}
 
             def first_call(name: str, calls=calls, memory=memory) -> None:
                 calls[name]()
                 memory[name] = timing.peak_extra_bytes(calls[name], self.device)
 
-            times = timing.interleaved(calls, clock, settings.seconds, settings.slow_call, first_call=first_call)
+            times = timing.interleaved(
+                calls, clock, settings.seconds, settings.slow_call, first_call=first_call, on_error=failed
+            )
             for name, t in times.items():
                 self.seconds[name, direction, dtype_name] = length, t.median
                 shape = {"line": name, "direction": direction, "dtype": dtype_name, "length": length,
                          "batch": settings.batch}  # fmt: skip
-                count = None if direction == BACKWARD else self._flops(name, forms[name], inputs, direction)
+                try:
+                    count = self._flops(name, forms[name], inputs, direction)
+                except Exception as error:
+                    count = failed(name, error)
                 self.work.append({**shape, "flops": count})
                 self.records.append(
                     {
                         **shape,
                         "seconds": t.median,
                         "quartiles": [t.low, t.high],
+                        "host_seconds": t.host,
+                        "host_bound": t.host_bound,
                         "repeats": t.repeats,
                         "examples_per_second": settings.batch / t.median,
                         "flops": count,
@@ -342,26 +358,33 @@ class Suite:
             saved(self.section())
             step(f"{direction}, {subject}", 1)
 
-    def measure_workloads(self, clock: timing.Clock) -> None:
+    def measure_workloads(self, clock: timing.Clock, saved: Callable[[dict[str, Any]], None]) -> None:
         """What targets for GPUs ask for beside the lengths: long banded attention, and the length of the paper."""
 
         def record(name: str, calls: dict[str, Callable]) -> None:
-            for line, t in timing.interleaved(calls, clock, self.settings.seconds).items():
+            failed = partial(self._failed, name)
+            for line, t in timing.interleaved(calls, clock, self.settings.seconds, on_error=failed).items():
                 self.workloads.append({"workload": name, "line": line, "seconds": t.median,
-                                       "quartiles": [t.low, t.high]})  # fmt: skip
+                                       "quartiles": [t.low, t.high], "host_seconds": t.host,
+                                       "host_bound": t.host_bound})  # fmt: skip
+            saved(self.section())
 
         form, leaves, grad = banded(self.settings.backend, self.device)
         grads = tuple(t.detach().requires_grad_() for t in leaves)
-        out = form(*grads)
 
         def forward():
             with torch.no_grad():
                 return form(*leaves)
 
-        record(BANDED, {FORWARD: forward, BACKWARD: lambda: torch.autograd.grad(out, grads, grad, retain_graph=True)})
+        def backward():
+            out = form(*grads)
+            return lambda: torch.autograd.grad(out, grads, grad, retain_graph=True)
+
+        makers = {FORWARD: lambda: forward, BACKWARD: backward}
+        record(BANDED, timing.prepared(makers, partial(self._failed, BANDED)))
         for heads in (4, 12):
             forms, inputs = papers(heads, self.settings, self.device)
-            record(PAPER.format(heads), self._calls(forms, inputs, BOTH))
+            record(PAPER.format(heads), self._calls(forms, inputs, BOTH, PAPER.format(heads)))
 
     def run(self, saved: Callable[[dict[str, Any]], None] = lambda section: None) -> None:
         """Measure; `saved` is given the section whenever there is more in it."""
@@ -373,8 +396,7 @@ class Suite:
                 for length in s.lengths:
                     self.measure(length, dtype, clock, step, saved)
             if self.device.type == "cuda":
-                self.measure_workloads(clock)
-                saved(self.section())
+                self.measure_workloads(clock, saved)
 
     def section(self) -> dict[str, Any]:
         """What has been measured so far, as the results file holds it."""
@@ -388,6 +410,7 @@ class Suite:
             "work": self.work,
             "workloads": self.workloads,
             "notes": self.notes,
+            "errors": self.errors,
         }  # fmt: skip
 
 
@@ -406,6 +429,7 @@ def _rows(section: dict[str, Any], dtype: str, direction: str) -> list[tuple[str
             r["line"],
             str(r["length"]),
             quantity(r["seconds"], "s"),
+            *([quantity(r["host_seconds"], "s") + " !" * r["host_bound"]] if on_gpu(section) else []),
             quantity(r["flops"]),
             "-" if r["flops"] is None else f"{r['flops'] / r['seconds'] / 1e9:.0f}",
             quantity(r["peak_extra_bytes"], "B"),
@@ -414,7 +438,13 @@ def _rows(section: dict[str, Any], dtype: str, direction: str) -> list[tuple[str
     ]
 
 
-COLUMNS = ("form", "T", "time", "FLOPs", "GFLOP/s", "memory")
+def on_gpu(section: dict[str, Any]) -> bool:
+    return section["settings"]["device"] == "cuda"
+
+
+def columns(section: dict[str, Any]) -> tuple[str, ...]:
+    """On a GPU with the time of the host, marked with ! where the host was not ahead of the device."""
+    return ("form", "T", "time", *(["host"] if on_gpu(section) else []), "FLOPs", "GFLOP/s", "memory")
 
 
 def print_tables(section: dict[str, Any]) -> None:
@@ -423,7 +453,7 @@ def print_tables(section: dict[str, Any]) -> None:
         for direction in (FORWARD, BACKWARD, BOTH):
             table(
                 f"{direction}, {dtype}, {shape(section['settings'])}, {title}",
-                COLUMNS,
+                columns(section),
                 _rows(section, dtype, direction),
             )
     if section["workloads"]:
@@ -432,6 +462,8 @@ def print_tables(section: dict[str, Any]) -> None:
     table("targets", *attention_targets.rows(section))
     for note in section["notes"]:
         say(f"note: {note}")
+    for error in section["errors"]:
+        say(f"failed: {error}")
 
 
 def markdown(section: dict[str, Any]) -> str:
@@ -442,5 +474,5 @@ def markdown(section: dict[str, Any]) -> str:
     ]
     for dtype in section["settings"]["dtypes"]:
         for direction in (FORWARD, BACKWARD, BOTH):
-            parts += [f"{direction}, {dtype}:", markdown_table(COLUMNS, _rows(section, dtype, direction))]
+            parts += [f"{direction}, {dtype}:", markdown_table(columns(section), _rows(section, dtype, direction))]
     return "\n\n".join([*parts, *(f"Note: {note}." for note in section["notes"])])

@@ -11,7 +11,7 @@ from typing import Any
 # What makes two records of one list belong to one measurement, which is kept or replaced as a whole.
 GROUP = ("case", "workload", "shape", "op", "direction", "heads", "taps", "dtype", "length")
 RECORDS = ("records", "work", "workloads")
-REMARKS = ("notes", "skipped", "failures")
+REMARKS = ("notes", "skipped", "failures", "errors")
 # What a section says of its records, and of the machine, that may differ between runs that are put together.
 COVERED = ("lengths", "dtypes", "padding")
 INCIDENTAL = ("platform",)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import torch
 import convkernels
 
 from . import environment, timing
-from .console import progress, table
+from .console import progress, say, table
 from .peers import DYNAMIC, LIGHTWEIGHT, PEERS, Problem
 
 COPY, OURS = "copy", "convkernels"
@@ -68,19 +69,22 @@ CASES = (
 
 
 class Streaming:
-    """Times every case; a peer that fails is recorded with its error."""
+    """Times every case. What fails is recorded: a peer in `failures`, ours in `errors`."""
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
         self.settings, self.device = settings, device
         self.records: list[dict[str, Any]] = []
         self.failures: list[str] = []
+        self.errors: list[str] = []
 
-    def _failed(self, name: str, error: Exception) -> None:
-        if name in (COPY, OURS):
+    def _failed(self, subject: str, name: str, error: Exception) -> None:
+        if name == COPY:
             raise error
-        self.failures.append(f"{name}: {type(error).__name__}: {error}")
+        failed = self.errors if name == OURS else self.failures
+        failed.append(f"{name}, {subject}: {type(error).__name__}: {error}")
 
-    def _calls(self, case: Case) -> Iterator[tuple[str, dict[str, Callable[[], object]]]]:
+    def _calls(self, case: Case) -> Iterator[tuple[str, dict[str, Callable[[], Callable[[], object]]]]]:
+        """Per direction what makes the calls to time."""
         s = self.settings
         problem = Problem(case.op, s.batch, s.length, s.channels, s.heads, case.taps, s.dtype)
         generator = torch.Generator(self.device).manual_seed(0)
@@ -118,7 +122,8 @@ class Streaming:
             return lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True)
 
         for direction, prepare in (("forward", forward), ("backward", backward)):
-            yield direction, {COPY: lambda: target.copy_(x), **{name: prepare(form) for name, form in forms.items()}}
+            makers = {name: partial(prepare, form) for name, form in forms.items()}
+            yield direction, {COPY: lambda: lambda: target.copy_(x), **makers}
 
     def run(self, saved: Callable[[dict[str, Any]], None] = lambda section: None) -> None:
         """Measure; `saved` is given the section whenever there is more in it."""
@@ -127,14 +132,19 @@ class Streaming:
         clock = timing.clock_for(self.device)
         with functorch_config.patch(donated_buffer=False), progress(2 * len(CASES)) as step:
             for case in CASES:
-                for (direction, calls), passes, aim in zip(
+                for (direction, makers), passes, aim in zip(
                     self._calls(case), case.passes(self.settings), case.targets, strict=True
                 ):
-                    times = timing.interleaved(calls, clock, self.settings.seconds, slow_s=0.5, on_error=self._failed)
-                    seconds = {name: t.median for name, t in times.items()}
-                    record = {"case": case.name, "direction": direction, "passes": passes, "target": aim}
-                    record |= {"seconds": seconds, "fraction": passes / 2 * seconds[COPY] / seconds[OURS]}
-                    self.records.append(record)
+                    failed = partial(self._failed, f"{case.name} {direction}")
+                    calls = timing.prepared(makers, failed)
+                    times = timing.interleaved(calls, clock, self.settings.seconds, slow_s=0.5, on_error=failed)
+                    if OURS in times:
+                        seconds = {name: t.median for name, t in times.items()}
+                        record = {"case": case.name, "direction": direction, "passes": passes, "target": aim}
+                        record |= {"seconds": seconds, "fraction": passes / 2 * seconds[COPY] / seconds[OURS]}
+                        record["host_seconds"] = {name: t.host for name, t in times.items()}
+                        record["host_bound"] = [name for name, t in times.items() if t.host_bound]
+                        self.records.append(record)
                     saved(self.section())
                     step(f"{case.name} {direction}", 1)
 
@@ -148,23 +158,26 @@ class Streaming:
                       "dtype": str(s.dtype)[6:]},
             "records": self.records,
             "failures": self.failures,
+            "errors": self.errors,
         }  # fmt: skip
 
 
-COLUMNS = ("case", "direction", "times x moved at least", "us", "of a copy", "target", "verdict", "times faster than")
+COLUMNS = ("case", "direction", "times x moved at least", "us", "host us", "of a copy", "target", "verdict",
+           "times faster than")  # fmt: skip
 
 
 def rows(section: dict[str, Any]) -> list[tuple[str, ...]]:
     result = []
     for r in section["records"]:
-        seconds = r["seconds"]
+        seconds, host = r["seconds"], r["host_seconds"][OURS]
         against = ", ".join(
             f"{name} {time / seconds[OURS]:.2f}" for name, time in seconds.items() if name not in (COPY, OURS)
         )
         result.append(
             (
-                r["case"], r["direction"], f"{r['passes']:.2f}", f"{seconds[OURS] * 1e6:.0f}", f"{r['fraction']:.2f}",
-                f">= {r['target']:.2f}", "PASS" if r["fraction"] >= r["target"] else "miss", against,
+                r["case"], r["direction"], f"{r['passes']:.2f}", f"{seconds[OURS] * 1e6:.0f}",
+                "-" if host is None else f"{host * 1e6:.0f}", f"{r['fraction']:.2f}", f">= {r['target']:.2f}",
+                "PASS" if r["fraction"] >= r["target"] else "miss", against,
             )
         )  # fmt: skip
     return result
@@ -178,3 +191,8 @@ def print_tables(section: dict[str, Any]) -> None:
         COLUMNS,
         rows(section),
     )
+    for r in section["records"]:
+        if r["host_bound"]:
+            say(f"note: the host was not ahead of the GPU: {r['case']} {r['direction']}: {', '.join(r['host_bound'])}")
+    for failure in (*section["errors"], *section["failures"]):
+        say(f"failed: {failure}")

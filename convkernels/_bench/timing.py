@@ -2,7 +2,8 @@
 
 Times are medians of repeats that are interleaved in one process, so that a change of clock or load meets every
 callable alike. On a CPU the caches hold what the callable before left there. On a GPU the L2 cache is overwritten
-before every repeat and the time is that between two events.
+before every repeat and the time is that between two events, the work between which the host has enqueued before the
+device comes to the first.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -28,42 +29,75 @@ WARMUP_SECONDS = 0.5
 MIN_REPEATS = 3
 MAX_REPEATS = 60
 FLUSH_BYTES = 256 << 20
+# About 1 ms on a GPU of 2 GHz, per call that is timed, up to about 50 ms.
+SLEEP_CYCLES = 2_000_000
+MAX_SLEEP_CYCLES = 100_000_000
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Median and quartiles in seconds of one call. `slow` marks a callable that was not repeated."""
+    """Median and quartiles in seconds of one call. `slow` marks a callable that was not repeated.
+
+    GPU: `host` is what the host takes to enqueue a call (median), and `host_bound` marks a callable that the host could
+    not enqueue ahead in most repeats, so that the time may be the host's.
+    """
 
     median: float
     low: float
     high: float
     repeats: int
     slow: bool = False
+    host: float | None = None
+    host_bound: bool = False
+
+
+class Sample(NamedTuple):
+    """Seconds of one call, and as in `Timing` what the host did meanwhile."""
+
+    seconds: float
+    host: float | None = None
+    host_bound: bool = False
+
+
+def _host_seconds(fn: Callable[[], object], calls: int) -> float:
+    start = time.perf_counter_ns()
+    for _ in range(calls):
+        fn()
+    return (time.perf_counter_ns() - start) * 1e-9
 
 
 class CpuClock:
-    def seconds(self, fn: Callable[[], object], calls: int = 1) -> float:
-        start = time.perf_counter_ns()
-        for _ in range(calls):
-            fn()
-        return (time.perf_counter_ns() - start) * 1e-9 / calls
+    def sample(self, fn: Callable[[], object], calls: int = 1) -> Sample:
+        return Sample(_host_seconds(fn, calls) / calls)
 
 
 class CudaClock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+        self.dirty, self.clean = (torch.zeros(FLUSH_BYTES // 8, dtype=torch.int64, device=device) for _ in range(2))
 
-    def seconds(self, fn: Callable[[], object], calls: int = 1) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # While the device writes the flush buffer the host runs ahead, so a short call is not timed by its launch.
-        self.flush.zero_()
-        start.record()
-        for _ in range(calls):
-            fn()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e-3 / calls
+    def sample(self, fn: Callable[[], object], calls: int = 1) -> Sample:
+        """A repeat that the host could not enqueue ahead is made again with a longer head start."""
+        cycles = min(SLEEP_CYCLES * calls, MAX_SLEEP_CYCLES)
+        sample = self._once(fn, calls, cycles)
+        while sample.host_bound and cycles < MAX_SLEEP_CYCLES:
+            cycles = min(8 * cycles, MAX_SLEEP_CYCLES)
+            sample = self._once(fn, calls, cycles)
+        return sample
+
+    def _once(self, fn: Callable[[], object], calls: int, cycles: int) -> Sample:
+        with torch.cuda.device(self.device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(cycles)
+            self.dirty.zero_()
+            # Reading takes the place of lines that the device would have to write back inside the timed part.
+            self.clean.sum()
+            start.record()
+            host = _host_seconds(fn, calls)
+            end.record()
+            host_bound = start.query()
+            end.synchronize()
+        return Sample(start.elapsed_time(end) * 1e-3 / calls, host / calls, host_bound)
 
 
 Clock = CpuClock | CudaClock
@@ -74,19 +108,39 @@ def clock_for(device: torch.device) -> Clock:
     return CudaClock(device) if device.type == "cuda" else CpuClock()
 
 
-def _summary(samples: list[float], slow: bool = False) -> Timing:
-    quartiles = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else [samples[0]] * 3
-    return Timing(quartiles[1], quartiles[0], quartiles[2], len(samples), slow)
+def _summary(samples: list[Sample], slow: bool = False) -> Timing:
+    seconds = [s.seconds for s in samples]
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
+    hosts = [s.host for s in samples if s.host is not None]
+    host = statistics.median(hosts) if hosts else None
+    return Timing(median, low, high, len(samples), slow, host, 2 * sum(s.host_bound for s in samples) > len(samples))
 
 
-def _warm_up(fn: Callable[[], object], clock: Clock, calls: int, slow_s: float) -> list[float]:
-    samples = [clock.seconds(fn, calls)]
+def _warm_up(fn: Callable[[], object], clock: Clock, calls: int, slow_s: float) -> list[Sample]:
+    samples = [clock.sample(fn, calls)]
     # A second look at a slow call, unless no disturbance could explain it.
-    if slow_s < samples[0] < 4 * slow_s:
-        samples.append(clock.seconds(fn, calls))
-    while min(samples) <= slow_s and len(samples) < WARMUP and (len(samples) < 2 or sum(samples) < WARMUP_SECONDS):
-        samples.append(clock.seconds(fn, calls))
+    if slow_s < samples[0].seconds < 4 * slow_s:
+        samples.append(clock.sample(fn, calls))
+    while (
+        min(s.seconds for s in samples) <= slow_s
+        and len(samples) < WARMUP
+        and (len(samples) < 2 or sum(s.seconds for s in samples) < WARMUP_SECONDS)
+    ):
+        samples.append(clock.sample(fn, calls))
     return samples
+
+
+def prepared(
+    makers: Mapping[Key, Callable[[], Callable[[], object]]], on_error: Callable[[Key, Exception], None]
+) -> dict[Key, Callable[[], object]]:
+    """What the makers make; one that fails is reported and left out."""
+    made = {}
+    for name, make in makers.items():
+        try:
+            made[name] = make()
+        except Exception as error:
+            on_error(name, error)
+    return made
 
 
 def interleaved(
@@ -117,19 +171,20 @@ def interleaved(
                 raise
             on_error(name, error)
             continue
-        if min(samples) > slow_s:
+        fastest = min(s.seconds for s in samples)
+        if fastest > slow_s:
             done[name] = _summary(samples, slow=True)
         else:
             share = budget_s / len(fns) / calls
-            repeats[name] = round(min(max(share / min(samples), MIN_REPEATS), MAX_REPEATS))
+            repeats[name] = round(min(max(share / fastest, MIN_REPEATS), MAX_REPEATS))
     rounds = max(repeats.values(), default=0)
-    samples_of: dict[Key, list[float]] = {name: [] for name in repeats}
+    samples_of: dict[Key, list[Sample]] = {name: [] for name in repeats}
     order, shuffle = list(repeats), random.Random(0).shuffle
     for i in range(rounds):
         shuffle(order)
         for name in order:
             if (i + 1) * repeats[name] // rounds > i * repeats[name] // rounds:
-                samples_of[name].append(clock.seconds(fns[name], calls))
+                samples_of[name].append(clock.sample(fns[name], calls))
     done.update({name: _summary(samples) for name, samples in samples_of.items()})
     return {name: done[name] for name in fns if name in done}
 

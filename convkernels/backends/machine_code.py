@@ -99,11 +99,12 @@ class Rules:
         return budget["limits"] if budget[self.compiler] == self.version else {}
 
     def violations(self, results: list[Resources]) -> list[str]:
-        """What breaks a rule or takes more registers or shared memory than the committed budget allows."""
+        """What breaks a rule or takes more registers or shared memory than the committed budget allows. Another
+        version of the compiler may keep some bytes on the stack."""
         limits, found = self.limits(), []
         for result in results:
             budgeted = result.kernel in self.spilling
-            if result.spills and not budgeted:
+            if limits and result.spills and not budgeted:
                 found.append(f"{result.key}: {result.spills} bytes of stack, expected none")
             if result.kernel in self.streaming and not (result.wide_loads and result.wide_stores):
                 found.append(f"{result.key}: no 16-byte loads and stores")

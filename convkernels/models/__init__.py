@@ -2,8 +2,9 @@
 
 ``ConvSeq2Seq*``: the encoder-decoders of Tay et al. 2021, attention replaced by lightweight, dynamic or dilated
 convolutions. ``CompositeBert*``: the BERTs of Chang et al. 2021, attention combined with convolutions. ``summary``
-counts parameters and FLOPs. Everything needs transformers (``pip install 'convkernels[hf]'``), whose Auto classes know
-these models as soon as this package is imported. Without it the import succeeds, and the names say what is missing.
+counts parameters and FLOPs. Everything needs transformers (``pip install 'transformers>=5.17'``), whose Auto classes
+know these models as soon as this package is imported. Without it the import succeeds, and the names say what is
+missing.
 """
 
 import importlib
@@ -34,7 +35,7 @@ def needs_transformers(name: str, error: ModuleNotFoundError) -> NoReturn:
     """Raise what says how to install transformers, if that is what ``name`` lacks; else the error as it is."""
     if not _lacks_transformers(error):
         raise error
-    how = "pip install 'convkernels[hf]' (or, in a checkout, pip install --no-build-isolation '.[hf]')"
+    how = "pip install 'transformers>=5.17'"
     raise ImportError(f"{name} needs transformers: {how}") from error
 
 

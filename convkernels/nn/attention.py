@@ -279,12 +279,17 @@ class CompositeAttention(nn.Module):
             z = convolution(x.transpose(1, 2)).transpose(1, 2)
         return torch.cat([z, getattr(self, f"{name}_linear")(x)], 2) if kind == "mixed" else z
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, *, cu_seqlens: Tensor | None = None, only_weights: bool = False
+    ) -> Tensor:
         """x [B,T,C] -> [B,T,C], the heads side by side. mask: bool [B,T], False for padding. cu_seqlens: x is [1,T,C]
-        and holds several sequences."""
+        and holds several sequences. only_weights: instead what ``weights`` returns."""
         if self.zeroes_padding and mask is not None:
             x = torch.where(mask[..., None], x, 0.0)
         q, k = (self._project(name, self.query_key, x, cu_seqlens) for name in ("query", "key"))
+        if only_weights:
+            q, k = (self._heads(x if value is None else value) for value in (q, k))
+            return attention_weights(q, k, **self._score_terms(mask) | dict(dropout=0.0))
         v = self._project("value", self.value_kind, x, cu_seqlens)
         if self.span is not None:
             _expect(type(self).__name__, "cu_seqlens", cu_seqlens is None, "None, because of span", cu_seqlens)
@@ -307,11 +312,8 @@ class CompositeAttention(nn.Module):
     def weights(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The attention weights of ``forward`` without dropout, [B,H,T,T]; with ``span`` those of the first half of the
         heads. Made aside: as slow as ``attention_weights`` says."""
-        if self.zeroes_padding and mask is not None:
-            x = torch.where(mask[..., None], x, 0.0)
-        q, k = (self._project(name, self.query_key, x, None) for name in ("query", "key"))
-        q, k = (self._heads(x if value is None else value) for value in (q, k))
-        return attention_weights(q, k, **self._score_terms(mask) | dict(dropout=0.0))
+        # By a call, so that hooks that bring the parameters run.
+        return self(x, mask, only_weights=True)
 
     def _score_terms(self, mask: Tensor | None, cu_seqlens: Tensor | None = None) -> dict:
         """What of ``composite_attention``'s arguments decides over the weights, beside queries and keys."""

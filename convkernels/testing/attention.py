@@ -6,6 +6,7 @@
 for every head and sequence; ``Elements`` builds each score by itself and leaves gradients to autograd.
 """
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -134,26 +135,52 @@ class AttentionProblem:
             t["cu_seqlens_q"], t["cu_seqlens_k"],
         )  # fmt: skip
 
+    def plan_facts(self):
+        """What a call with these tensors looks like to the plans of the cuda backend."""
+        (batch, queries, keys), low_rank = self.sizes, bool(self.query_rel and self.rank)
+        return {
+            "batch": batch, "queries": queries, "keys": keys, "heads": self.heads, "groups": self.groups,
+            "channels": self.head_size, "rank": self.rank if low_rank else self.head_size,
+            "window": self.left + self.right + 1, "sequences": max(len(self.lengths), 1),
+            "dtype": str(self.dtype).removeprefix("torch."), "packed": bool(self.lengths),
+            "relative": self.bias or bool(self.query_rel) or bool(self.key_rel), "query_rel": bool(self.query_rel),
+            "key_rel": bool(self.key_rel), "low_rank": low_rank,
+        }  # fmt: skip
+
     def grad_arguments(self, t, out, lse, needs=1023):
         """Arguments of the op attention_grad, in schema order."""
         return (t["grad"], t["grad_lse"], out, lse, *self.op_arguments(t), needs)
 
 
+def _on_the_cpu(method):
+    """For many small operations: the default device, if that is another, would be waited for at each."""
+
+    @functools.wraps(method)
+    def call(*arguments, **options):
+        if torch.get_default_device().type == "cpu":
+            return method(*arguments, **options)
+        with torch.device("cpu"):
+            return method(*arguments, **options)
+
+    return call
+
+
 class Elements:
     """out [B,T,H,D] and lse [B,H,T] of a problem's tensors in float64, ``gradients``, and bounds of the error that a
-    kernel may make.
+    kernel may make. All on the CPU, wherever the tensors are.
 
     Bounds are a priori: every product and every sum of n terms in the accumulation type, an exponential whose argument
     carries the error of its score, probabilities and their gradients rounded to the tensors' type before a product, and
     one rounding of the result. Each gradient's bound is that of the same expression with absolute values.
     """
 
+    @_on_the_cpu
     def __init__(self, problem, tensors):
         self.problem = problem
-        self.t = {
-            name: value.detach().double() if value is not None and value.is_floating_point() else value
-            for name, value in tensors.items()
-        }
+        self.t = {name: None if value is None else value.detach().cpu() for name, value in tensors.items()}
+        for name, value in self.t.items():
+            if value is not None and value.is_floating_point():
+                self.t[name] = value.double()
         self.dtypes = {name: value.dtype for name, value in tensors.items() if value is not None}
         for name in INPUTS:
             if self.t[name] is not None:
@@ -251,6 +278,7 @@ class Elements:
             total = total + t["value_conv_bias"][h]
         return total if t["value_conv_scale"] is None else total * t["value_conv_scale"][h]
 
+    @_on_the_cpu
     def gradients(self):
         """By name, for the inputs that are given."""
         names = [name for name in INPUTS if self.t[name] is not None]
@@ -276,9 +304,10 @@ class Elements:
         rounding = UNIT[dtype] if dtype in (torch.bfloat16, torch.float16) else 0.0
         return unit * (2 * (terms + 4) * (self.largest + 1) + S + T + terms) * 2 + 2 * rounding
 
+    @_on_the_cpu
     def check_out(self, out, lse):
         """AssertionError where a result is further off than the bound."""
-        p, t = self.problem, self.t
+        p, t, out, lse = self.problem, self.t, out.cpu(), lse.cpu()
         v = t["v"].detach().abs().repeat_interleave(p.sharing, 2)
         if t["key_mask"] is not None:
             v = torch.where(t["key_mask"][:, :, None, None], v, 0.0)
@@ -318,6 +347,7 @@ class Elements:
         scale = t["value_conv_scale"]
         return total if scale is None else total * scale.detach().abs()[:, None]
 
+    @_on_the_cpu
     def check_gradients(self, found, through_out=False):
         """AssertionError where a gradient (by name) is further off than the bound. through_out: of a backend of
         DELTA_THROUGH_OUT."""
@@ -393,5 +423,5 @@ class Elements:
 def _check(name, actual, expected, slack, dtype):
     assert actual.shape == expected.shape, f"{name}: {tuple(actual.shape)} instead of {tuple(expected.shape)}"
     bound = 1.01 * UNIT[dtype] * expected.abs() + slack + TINY[dtype]
-    off = (actual.detach().double() - expected).abs()
+    off = (actual.detach().cpu().double() - expected).abs()
     assert (off <= bound).all(), f"{name}: off by {(off / bound).max().item():.3g} times the bound"

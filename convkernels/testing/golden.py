@@ -11,6 +11,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -27,7 +29,9 @@ def directory():
 
 @dataclass(frozen=True)
 class Case:
-    """One recorded call. `case["in.x"]` is a tensor; `case.options["kernel_size"]` an option of the recorded module."""
+    """One recorded call. `case["in.x"]` is a tensor on the default device; `case.options["kernel_size"]` an option of
+    the recorded module.
+    """
 
     id: str
     group: str
@@ -38,7 +42,7 @@ class Case:
     quirk: str
 
     @functools.cached_property
-    def tensors(self):
+    def _tensors(self):
         from safetensors.torch import load_file
 
         return load_file(self.path)
@@ -47,10 +51,10 @@ class Case:
         return name in self.names
 
     def __getitem__(self, name):
-        return self.tensors[name]
+        return self._tensors[name].to(torch.get_default_device())
 
     def get(self, name):
-        return self.tensors[name] if name in self.names else None
+        return self[name] if name in self.names else None
 
 
 def cases(*groups, root=None):

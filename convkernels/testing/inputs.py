@@ -9,6 +9,7 @@ WEIGHT_KINDS = ("light", "dynamic", "row")
 
 # Values come from a fixed pool: drawing per tensor would cost more than a small kernel call.
 _POOL = torch.randn(1 << 16, dtype=torch.float64, generator=torch.Generator().manual_seed(20260101))
+_PRIME = 65521  # the largest below the pool's size: of what is repeated, no two rows are equal
 _POOL_OF = {dtype: _POOL.to(dtype) for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 
 
@@ -18,11 +19,12 @@ def values(shape, dtype, seed):
     for size in shape:
         count *= size
     pool = _POOL_OF[dtype]
-    start = (seed * 7919) % max(pool.numel() - count, 1)
     if count > pool.numel():
-        chosen = pool.repeat(count // pool.numel() + 1)[:count]
+        pool = pool[:_PRIME].repeat(count // _PRIME + 2)
+        start = (seed * 7919) % _PRIME
     else:
-        chosen = pool[start : start + count]
+        start = (seed * 7919) % max(pool.numel() - count, 1)
+    chosen = pool[start : start + count]
     return chosen.reshape(shape).to(torch.get_default_device())
 
 
@@ -175,6 +177,17 @@ class Problem:
             t["cu_seqlens"],
             t["initial_state"],
         )
+
+    def plan_facts(self):
+        """What a call with these tensors looks like to the plans of the cuda backend."""
+        whole = self.channels * self.dtype.itemsize % 16 == 0
+        return {
+            "batch": self.batch, "time": self.length, "channels": self.channels, "heads": self.heads,
+            "taps": self.taps, "dilation": self.dilation, "dtype": str(self.dtype).removeprefix("torch."),
+            "per_position": self.kind == "dynamic", "renormalize": self.renormalize,
+            "per_batch": self.kind != "light", "gate": self.gate, "packed": bool(self.lengths), "state": self.state,
+            "channel_vectors": self.layout == "contiguous" and whole, "time_vectors": self.layout == "swap_last",
+        }  # fmt: skip
 
     def grad_arguments(self, tensors, needs=31):
         """Arguments of the op tap_grad, in schema order."""

@@ -140,8 +140,19 @@ CK_DEVICE void scatter_gradients(const float (&ds)[kOther / 8][4], const Gradien
                                  float (&outer)[2][2]) {
   const int lane = opaque(to.lane), row = lane / 4, pair = lane % 4 * 2;
   const Span columns = pairs.columns(p, tile);
-  const bool meets = columns.first < columns.end;
-  if (meets && !to.whole) to.clear();
+  if (columns.first >= columns.end) {
+    // Most tiles lie on one side of the window: there is nothing to ask of their pairs.
+    const bool is_left = pairs.is_left(p, tile);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float sum = is_left ? outer[0][half] : outer[1][half];
+#pragma unroll
+      for (int n = 0; n < kOther / 8; ++n) sum = sum + ds[n][2 * half] + ds[n][2 * half + 1];
+      (is_left ? outer[0][half] : outer[1][half]) = sum;
+    }
+    return;
+  }
+  if (!to.whole) to.clear();
   const int base = tap_of_pair(p, tile, pairs.first_query, pairs.first_key);
 #pragma unroll
   for (int n = 0; n < kOther / 8; ++n)
@@ -157,7 +168,7 @@ CK_DEVICE void scatter_gradients(const float (&ds)[kOther / 8][4], const Gradien
         to.strip[r * to.pitch + c - (to.whole ? 0 : columns.first)] = ds[n][e];
       }
     }
-  if (meets && !to.whole) to.fold(columns);
+  if (!to.whole) to.fold(columns);
 }
 
 // acc = 16 rows at `own` times kOther rows at `others`, both [..][channels] in shared memory.
@@ -280,6 +291,7 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
       lse[half] = sees[half] ? found * kLog2e : infinity<float>();
     }
     const bool all_see = __all_sync(kEveryLane, sees[0] && sees[1]) != 0;
+    const FarTiles<Own::kQueries, kKeys, 16> far(p, tile, i0);
     rel.query_edges(left, right, r_rows + own * rel_pitch, rel_pitch);
     const auto finish_delta = [&](const float (&sum)[2]) {
       for (int half = 0; half < 2; ++half) {
@@ -295,8 +307,14 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
       float sum = 0;
       const int i = i0 + lane / 2;
       if (i < end)
-        for (int d = lane % 2; d < channels; d += 2)
-          sum += widen(g_rows[(own + lane / 2) * kPitch + d]) * widen(at<T>(p.out, b, i, h)[d * p.out.channel]);
+#pragma unroll 2
+        for (int d = lane % 2 * 8; d < channels; d += 16) {
+          float grad[8], out[8];
+          load_channels(grad, g_rows + (own + lane / 2) * kPitch + d, 1, 8, true);
+          load_channels(out, at<T>(p.out, b, i, h) + d * p.out.channel, p.out.channel, channels - d, t.vectors);
+#pragma unroll
+          for (int e = 0; e < 8; ++e) sum += grad[e] * out[e];
+        }
       sum += __shfl_xor_sync(kEveryLane, sum, 1);
       float sums_of_rows[2];
       for (int half = 0; half < 2; ++half) sums_of_rows[half] = __shfl_sync(kEveryLane, sum, 2 * (row + 8 * half));
@@ -330,7 +348,7 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
           const Meeting<Own::kQueries, kKeys> pairs(i0, j0);
           float factor = t.score_factor, added[2] = {};
           uint32_t seen = kEveryPair;
-          if (edges == nullptr && all_see && pairs.far(p, tile, real)) {
+          if (edges == nullptr && all_see && far.has(j0, real == ~0u)) {
             const bool is_left = pairs.is_left(p, tile);
             for (int half = 0; half < 2; ++half) added[half] = is_left ? left[half] : right[half];
           } else {
@@ -482,6 +500,8 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
     for (int e = lane; e < 16 * sum_pitch; e += 32) sums[e] = 0;
     __syncwarp();
     const unsigned real = real_keys(p, b, j0, lane);
+    const bool all_real = (real & 0xFFFFu) == 0xFFFFu;
+    const FarTiles<Own::kKeys, kQueries, 16> far(p, tile, j0);
 
     bool finite = false;  // what is not finite in the queries' rows is left out
 #pragma unroll 1
@@ -524,7 +544,10 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
           if (low_rank)
             copy_tile(to + 2 * kQueries * kPitch, rel_pitch, p, p.rel_query, b, h, i0, kQueries, queries.first,
                       queries.end, static_cast<int>(p.rank), static_cast<int>(t.rank_pitch), false, t.rank_vectors);
-          const int which = warp, i = i0 + lane;  // each warp an array
+        };
+        // What queries from i0 on have one number of: each warp an array.
+        const auto load_scalars = [&](int i0) {
+          const int which = warp, i = i0 + lane;
           float value = which == 0 ? infinity<float>() : 0.0f;
           if (i < queries.end) {
             if (which == 0) {
@@ -537,15 +560,22 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
               value = edges[(which - 2) * p.queries + i];
             }
           }
-          scalars[(stage * 4 + which) * kQueries + lane] = value;
+          return value;
         };
-        if (queries.first < queries.end) copy_queries(0, queries.first);
+        const auto store_scalars = [&](int stage, float value) {
+          scalars[(stage * 4 + warp) * kQueries + lane] = value;
+        };
+        if (queries.first < queries.end) {
+          copy_queries(0, queries.first);
+          store_scalars(0, load_scalars(queries.first));
+        }
         cp_async_commit();
         int stage = 0;
 #pragma unroll 1
         for (int i0 = queries.first; i0 < queries.end; i0 += kQueries, stage = 1 - stage) {
           if (i0 + kQueries < queries.end) copy_queries(1 - stage, i0 + kQueries);
           cp_async_commit();
+          const float coming = load_scalars(i0 + kQueries);  // nobody waits for it before this tile is done
           cp_async_wait<1>();
           __syncthreads();
           const T* const q_rows = ring + stage * stage_size;
@@ -561,7 +591,7 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
             int side = -1;  // of the window, where all queries have the same
             uint32_t seen = kEveryPair;
             const unsigned blind = __ballot_sync(kEveryLane, of_queries[lane] == infinity<float>());
-            if (blind == 0 && pairs.far(p, tile, real)) {
+            if (blind == 0 && far.has(i0, all_real)) {
               if (p.has_columns()) side = pairs.is_left(p, tile) ? 0 : 1;
               for (int half = 0; half < 2; ++half)
                 added[half] = side == 0 ? left[half] : side == 1 ? right[half] : 0.0f;
@@ -596,6 +626,7 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
             if (scores && p.qk) multiply_rows<T>(grad_k, ds, q_rows, kPitch, all, lane, finite);
             if (folds && !finite) scatter_gradients(ds, folded, pairs, tile, p, outer);
           }
+          store_scalars(1 - stage, coming);
           __syncthreads();
         }
         // Without a query that meets them the keys are still on their way. The next head's first rows may go where

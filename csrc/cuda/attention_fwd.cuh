@@ -103,6 +103,14 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
         }
         rel.query_edges(left[m], right[m], r_rows + (own + 16 * m) * rel_pitch, rel_pitch);
       }
+      const FarTiles<Own::kQueries, kKeys, 16 * kM> far(p, tile, tile.first + own);
+      // With up to 64 channels registers have room for the warp's queries.
+      constexpr bool kKept = D <= 64;
+      uint32_t kept_q[kKept ? D / 16 : 1][kM][4];
+      if constexpr (kKept)
+#pragma unroll
+        for (int k = 0; k < D / 16; ++k)
+          for (int m = 0; m < kM; ++m) load_left(kept_q[k][m], q_rows + (own + 16 * m) * kPitch + 16 * k, kPitch, lane);
 
 #pragma unroll 1
       for (int j0 = begin; j0 < keys.end; j0 += kKeys) {
@@ -117,9 +125,12 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
           float s[kM][kKeys / 8][4] = {};
           if (p.qk) {
             each_piece<D, D / 16>(all, [&](int k) {
-              uint32_t a[kM][4];
+              uint32_t loaded[kM][4];
+              if constexpr (!kKept)
 #pragma unroll
-              for (int m = 0; m < kM; ++m) load_left(a[m], q_rows + (own + 16 * m) * kPitch + 16 * k, kPitch, lane);
+                for (int m = 0; m < kM; ++m)
+                  load_left(loaded[m], q_rows + (own + 16 * m) * kPitch + 16 * k, kPitch, lane);
+              const auto& a = kKept ? kept_q[k] : loaded;
 #pragma unroll
               for (int x = 0; x < kKeys / 16; ++x) {
                 uint32_t right_rows[2][2];
@@ -131,12 +142,13 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
             });
           }
           const unsigned real = real_keys(p, opaque(b), j0, opaque(lane));
+          const bool all_far = edges == nullptr && far.has(j0, real == ~0u);
 #pragma unroll
           for (int m = 0; m < kM; ++m) {
             const int i0 = tile.first + own + 16 * m;
             const Meeting<Own::kQueries, kKeys> pairs(i0, j0);
             float factor = t.score_factor, added[2] = {};
-            if (edges == nullptr && pairs.far(p, tile, real)) {
+            if (all_far || (kM > 1 && edges == nullptr && pairs.far(p, tile, real))) {
               const bool is_left = pairs.is_left(p, tile);
               for (int half = 0; half < 2; ++half) added[half] = is_left ? left[m][half] : right[m][half];
             } else {
@@ -149,6 +161,8 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
               finish_scores(s[m], rel, pairs, tile, real, left[m], right[m], edges, strip, strip_pitch, columns.first);
               factor = 1;
             }
+            float shrink[2];
+            bool grows = false;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               float highest = -infinity<float>();
@@ -159,7 +173,9 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
               highest = fmaxf(highest, __shfl_xor_sync(kEveryLane, highest, 2));
               const float now = fmaxf(top[m][half], highest * factor + added[half]);
               const float shift = now == -infinity<float>() ? 0.0f : now;
-              const float shrink = fast_exp2(top[m][half] - shift), constant = added[half] - shift;
+              const float constant = added[half] - shift;
+              shrink[half] = fast_exp2(top[m][half] - shift);
+              grows = grows || now > top[m][half];
               top[m][half] = now;
               float sum = 0;
 #pragma unroll
@@ -168,12 +184,13 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
                   s[m][x][e] = fast_exp2(s[m][x][e] * factor + constant);
                   sum += s[m][x][e];
                 }
-              total[m][half] = total[m][half] * shrink + sum;
+              total[m][half] = total[m][half] * shrink[half] + sum;
+            }
+            // After the first tiles it is rare that one of 16 rows finds a larger score.
+            if (__any_sync(kEveryLane, grows)) {
 #pragma unroll
-              for (int c = 0; c < D / 8; ++c) {
-                out[m][c][2 * half] *= shrink;
-                out[m][c][2 * half + 1] *= shrink;
-              }
+              for (int c = 0; c < D / 8; ++c)
+                for (int e = 0; e < 4; ++e) out[m][c][e] *= shrink[e / 2];
             }
             if (p.seed != nullptr) {
               const uint32_t kept = draw_fragments(p, static_cast<uint64_t>(*p.seed), b, h, pairs, lane);

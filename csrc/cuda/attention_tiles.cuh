@@ -78,23 +78,41 @@ void attention_edges(const CK_PARAM Attention p, float* edges, bool keys) {
   }
 }
 
-// Copies `rows` rows of head h from position `first` on to shared memory, `kChannels` channels each, by all threads.
-// Zeros stand where there is no row or channel, and for padded keys (`masked`).
+// Copies `rows` rows of head h from position `first` on to shared memory, `padded` channels each, by all threads. Zeros
+// stand where there is no row or channel, and for padded keys (`masked`). The pitch is 8 channels more than there is
+// room for.
 template <class T>
 CK_DEVICE void copy_tile(T* to, int pitch, const Attention& p, const HeadRows& t, int64_t b, int64_t h, int first,
                          int rows, int begin, int end, int channels, int padded, bool masked, bool vectors) {
-  const int per_row = padded / 8;
-  const T* const source = at<T>(t, b, 0, h);
-  for (int v = threadIdx.x; v < rows * per_row; v += kTensorThreads) {
-    const int row = v / per_row, c = v % per_row * 8, j = first + row;
-    const bool valid = j >= begin && j < end && c < channels && (!masked || real_key(p, b, j));
-    T* const out = to + row * pitch + c;
-    const T* const from = valid ? source + j * t.time : static_cast<const T*>(t.data);
-    if (vectors) {
-      cp_async<16>(out, valid ? from + c : from, valid);
-    } else {
-      for (int e = 0; e < 8; ++e) out[e] = valid && c + e < channels ? from[(c + e) * t.channel] : T{0};
+  // A thread has the same 8 channels of all its rows. As many threads as a power of two share a row, some of which may
+  // have nothing to do: a division would take longer.
+  const int log = pitch > 72 ? 4 : pitch > 40 ? 3 : 2, step = kTensorThreads >> log, row = threadIdx.x >> log;
+  const int c = (threadIdx.x & ((1 << log) - 1)) * 8, count = rows >> (7 - log);
+  static_assert(kTensorThreads == 1 << 7);
+  if (c >= padded) return;
+  unsigned valid = c < channels ? ~0u : 0u;  // bit n: of its n-th row
+  masked = masked && p.key_mask != nullptr;
+  if (masked || first < begin || first + rows > end) {
+#pragma unroll 4
+    for (int n = 0; n < count; ++n) {
+      const int j = first + row + n * step;
+      const bool there = j >= begin && j < end && (!masked || real_key(p, b, j));
+      valid &= ~(unsigned{!there} << n);
     }
+  }
+  const T* from = at<T>(t, b, 0, h) + int64_t{first + row} * t.time;
+  const int64_t stride = step * t.time;
+  T* out = to + row * pitch + c;
+  if (vectors) {
+    from += c;
+#pragma unroll 4
+    for (int n = 0; n < count; ++n, from += stride, out += step * pitch)
+      cp_async<16>(out, from, (valid >> n & 1u) != 0);
+  } else {
+#pragma unroll 1
+    for (int n = 0; n < count; ++n, from += stride, out += step * pitch)
+      for (int e = 0; e < 8; ++e)
+        out[e] = (valid >> n & 1u) != 0 && c + e < channels ? from[(c + e) * t.channel] : T{0};
   }
 }
 
@@ -298,6 +316,38 @@ struct Meeting {
     return seen && (real & kAll) == kAll && (!p.has_columns() || is_left(p, tile) || lowest(p, tile) >= p.window());
   }
   CK_DEVICE bool is_left(const Attention& p, const AttentionTile& tile) const { return highest(p, tile) < 0; }
+};
+
+// Meeting::far for all tiles of others that kRows own positions meet, found once: others from one of two spans on.
+template <Own kOwn, int kOther, int kRows>
+struct FarTiles {
+  Span left, right;
+
+  CK_DEVICE FarTiles(const Attention& p, const AttentionTile& tile, int own) {
+    using Pairs = Meeting<kOwn, kOther>;
+    constexpr bool kQueries = kOwn == Own::kQueries;
+    const Span first = Pairs::partners(p, tile, own);
+    const Span last = Pairs::partners(p, tile, kQueries ? least(own + kRows, tile.query_end) - 1 : own + kRows - 1);
+    left = {most(first.first, last.first), least(first.end, last.end) - kOther + 1};
+    right = left;
+    if (!p.has_columns()) return;
+    const int W = static_cast<int>(p.window());
+    // The position that the first own one meets at column 0.
+    const int zero =
+        kQueries ? own + tile.shift - static_cast<int>(p.left) : own - tile.shift + static_cast<int>(p.left);
+    if constexpr (kQueries) {
+      left.end = least(left.end, zero - kOther + 1);
+      right.first = most(right.first, zero + kRows - 1 + W);
+    } else {
+      left.first = most(left.first, zero + kRows);
+      right.end = least(right.end, zero - W - kOther + 2);
+    }
+  }
+
+  // `real`: of the keys, all of which have to be.
+  CK_DEVICE bool has(int other, bool real) const {
+    return real && ((other >= left.first && other < left.end) || (other >= right.first && other < right.end));
+  }
 };
 
 // Everything that relative terms need to know of a call and a head.

@@ -145,6 +145,7 @@ struct BandFeed {
       return base + (kRaw * kTensors + i % kSplit * kParts) * chunk;
   }
 
+  // The vectors of a chunk that this thread copies and takes.
   template <class Use>
   CK_DEVICE void for_own_vectors(const Use& use) const {
 #pragma unroll 2
@@ -152,13 +153,12 @@ struct BandFeed {
       use(v >> log_vectors, (v & ((1 << log_vectors) - 1)) * kVector<T>);
   }
 
-  // copy(to, tensor, row, column) starts the copy of 16 bytes.
-  template <class Copy>
-  CK_DEVICE void stage(int i, const Copy& copy) const {
-    for_own_vectors([&](int row, int column) {
-      for (int tensor = 0; tensor < kTensors; ++tensor)
-        copy(at(raw(i, tensor) + row * pitch + column), tensor, row, column);
-    });
+  // Starts the copy of chunk i, whose first row is at position s, of a tensor like x; the first `wanted` rows of it.
+  template <bool kInput, class P>
+  CK_DEVICE void stage(int i, int tensor, const P& p, const Rows& rows, int64_t b, int64_t s, int64_t dilation,
+                       int wanted, const BandBlock& block) const {
+    stage_rows<T, kInput, kBandRows, kBandThreads, 2>(at(raw(i, tensor)), pitch, log_vectors, p, rows, b, s, dilation,
+                                                      wanted, block.c0, block.channels);
   }
 
   // Takes what this thread has copied; use(values) sees it. Returns whether products cannot be used.
@@ -171,7 +171,7 @@ struct BandFeed {
       if constexpr (kGate) {
         float gate[8];
         unpack(gate, at(raw(i, 1) + row * pitch + column));
-        for (int e = 0; e < 8; ++e) z[e] *= sigmoid(gate[e]);
+        for (int e = 0; e < 8; ++e) z[e] *= sigmoid<T>(gate[e]);
       }
       for (int e = 0; e < 8; ++e) bad = bad || !splittable(z[e]);
       if constexpr (!kDirect) {
@@ -354,12 +354,10 @@ void band_forward(const CK_PARAM Forward p, int64_t groups) {
   for_runs(p, p.taps, 0, block, groups, [&](int64_t b, int64_t t0, int count, bool) {
     const auto stage = [&](int i) {
       if (i > count) return;
-      feed.stage(i, [&](T* to, int tensor, int row, int column) {
-        const int at = i * kBandRows + row;
-        const bool wanted = at < count * kBandRows + K - 1 && column < block.channels;
-        stage_input(to, p, tensor == 0 ? p.x : p.gate, b, p.taps.source(t0, at),
-                    wanted ? block.c0 + column : p.channels);
-      });
+      const int wanted = (count - i) * kBandRows + K - 1;
+      for (int tensor = 0; tensor < Feed::kTensors; ++tensor)
+        feed.template stage<true>(i, tensor, p, tensor == 0 ? p.x : p.gate, b, p.taps.source(t0, i * kBandRows),
+                                  p.taps.dilation, wanted, block);
     };
     const auto accept = [&](int i) { return feed.accept(i, [](const float (&)[8]) {}); };
     walk_chunks(count, stage, accept, [&](int i, bool slow) {

@@ -101,16 +101,12 @@ void band_backward(const CK_PARAM Backward p) {
     // Chunk i of d(y) comes with chunk i - 1 of x, which has no halo.
     const auto stage = [&](int i) {
       if (i > count) return;
-      grad.stage(i, [&](T* to, int, int row, int column) {
-        const int at = i * kBandRows + row;
-        const bool wanted = at < count * kBandRows + K - 1 && column < block.channels;
-        stage_gradient(to, p, b, taps.source(s0, at), wanted ? block.c0 + column : p.channels);
-      });
+      grad.template stage<false>(i, 0, p, p.grad, b, taps.source(s0, i * kBandRows), taps.dilation,
+                                 (count - i) * kBandRows + K - 1, block);
       if (i == 0 || !(need_weight || kGate)) return;
-      feed.stage(i - 1, [&](T* to, int tensor, int row, int column) {
-        stage_input(to, p, tensor == 0 ? p.x : p.gate, b, s0 + ((i - 1) * kBandRows + row) * taps.dilation,
-                    column < block.channels ? block.c0 + column : p.channels);
-      });
+      for (int tensor = 0; tensor < Feed::kTensors; ++tensor)
+        feed.template stage<true>(i - 1, tensor, p, tensor == 0 ? p.x : p.gate, b,
+                                  s0 + (i - 1) * kBandRows * taps.dilation, taps.dilation, kBandRows, block);
     };
     const auto accept = [&](int i) {
       float sum[8] = {};
@@ -159,7 +155,7 @@ void band_backward(const CK_PARAM Backward p) {
           return widen(*Feed::at(feed.raw(i, tensor) + row + column + 8 * j + lane % 4 * 2 + e % 2));
         };
         store_product<T>(
-            channels, lane, [&](int j, int e) { return kGate ? dz[j][e] * sigmoid(raw(1, j, e)) : dz[j][e]; },
+            channels, lane, [&](int j, int e) { return kGate ? dz[j][e] * sigmoid<T>(raw(1, j, e)) : dz[j][e]; },
             [&](int half) {
               const int64_t s = position(half);
               return s >= 0 ? row_of(p.grad_x, half)
@@ -169,7 +165,7 @@ void band_backward(const CK_PARAM Backward p) {
           store_product<T>(
               channels, lane,
               [&](int j, int e) {
-                const float open = sigmoid(raw(1, j, e));
+                const float open = sigmoid<T>(raw(1, j, e));
                 return dz[j][e] * raw(0, j, e) * open * (1 - open);
               },
               [&](int half) { return row_of(p.grad_gate, half); });

@@ -63,7 +63,7 @@ CK_DEVICE T* state_at(const Problem& p, void* state, int64_t b, int64_t s, int64
 template <class T>
 CK_DEVICE Compute<T> gated(const Problem& p, int64_t b, int64_t s, int64_t c) {
   const Compute<T> value = widen(*at<const T>(p.x, b, s, c));
-  return p.gate.data == nullptr ? value : value * sigmoid(widen(*at<const T>(p.gate, b, s, c)));
+  return p.gate.data == nullptr ? value : value * sigmoid<T>(widen(*at<const T>(p.gate, b, s, c)));
 }
 
 // z as windows of the sequence see position s.
@@ -83,7 +83,7 @@ CK_DEVICE void store_input_gradient(const Backward& p, int64_t b, int64_t s, int
   if (off) {
     dx = 0;
   } else if (p.gate.data != nullptr) {
-    const Compute<T> open = sigmoid(widen(*at<const T>(p.gate, b, s, c)));
+    const Compute<T> open = sigmoid<T>(widen(*at<const T>(p.gate, b, s, c)));
     if (p.grad_gate.data != nullptr) dgate = dz * widen(*at<const T>(p.x, b, s, c)) * open * (1 - open);
     dx = dz * open;
   }

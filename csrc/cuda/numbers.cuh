@@ -40,9 +40,13 @@ CK_DEVICE float narrow<float>(float value) {
 // To nearest, ties to even; a NaN stays one.
 template <>
 CK_DEVICE bf16 narrow<bf16>(float value) {
+#if defined(__CUDACC__)
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
+#else
   const uint32_t bits = __float_as_uint(value);
   const uint32_t rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);
   return {static_cast<uint16_t>((value == value ? rounded : bits | 0x400000u) >> 16)};
+#endif
 }
 template <>
 CK_DEVICE f16 narrow<f16>(float value) {
@@ -99,9 +103,14 @@ CK_DEVICE C infinity() {
 CK_DEVICE float exponential(float value) { return expf(value); }
 CK_DEVICE double exponential(double value) { return exp(value); }
 
-template <class C>
-CK_DEVICE C sigmoid(C value) {
-  return C{1} / (C{1} + exponential(-value));
+// Of numbers that were, and become, of type T: for 16 bits the short way to a few units in the last place of float32 is
+// more than enough.
+template <class T>
+CK_DEVICE Compute<T> sigmoid(Compute<T> value) {
+  if constexpr (sizeof(T) == 2)
+    return fast_reciprocal(1.0f + fast_exp2(value * -1.4426950408889634f));  // log2(e)
+  else
+    return Compute<T>{1} / (Compute<T>{1} + exponential(-value));
 }
 
 template <class N>

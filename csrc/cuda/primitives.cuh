@@ -22,6 +22,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <type_traits>
 #include <utility>
 
@@ -107,6 +109,13 @@ CK_DEVICE float fast_exp2(float x) {
   return y;
 }
 
+// 1 / x to within a unit in the last place; subnormal numbers are 0.
+CK_DEVICE float fast_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // d += a b, with a of 16 x 16 and b of 16 x 8 numbers of type T.
 template <class T>
 CK_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -125,14 +134,30 @@ CK_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Lets a kernel have so much dynamic shared memory: beyond 48 KB, of which static memory takes its part, it must be
+// asked for. The limit is one for all threads of the host and only ever raised: lowered to what a launch needs, it
+// could fall between another thread's setting and launch.
+inline cudaError_t allow_shared_memory(const void* kernel, size_t bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, size_t> limits;
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  const std::lock_guard lock(mutex);
+  size_t& limit = limits[{device, kernel}];
+  if (bytes <= limit) return cudaSuccess;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error == cudaSuccess) limit = bytes;
+  return error;
+}
+
 // nullptr, or why the launch was refused. An error of the kernel itself appears later, as everywhere in CUDA.
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
                    Arguments&&... arguments) {
   cudaError_t error = cudaSuccess;
-  // More than 48 KB must be asked for, and static memory, of which no kernel has 16 KB, counts as well.
-  if (shared_bytes > 32 * 1024)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  // No kernel has 16 KB of static memory.
+  if (shared_bytes > 32 * 1024) error = allow_shared_memory(reinterpret_cast<const void*>(kernel), shared_bytes);
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;

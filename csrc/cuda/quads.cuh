@@ -32,36 +32,35 @@ CK_DEVICE void store_quad(float* to, const Quad& q) {
   *reinterpret_cast<float4*>(to) = make_float4(q.v[0], q.v[1], q.v[2], q.v[3]);
 }
 
-template <class T>
-CK_DEVICE uint32_t pack(float low, float high) {
-  return uint32_t{narrow<T>(low).bits} | uint32_t{narrow<T>(high).bits} << 16;
-}
-
-// Stores the rows of a run, 16 bytes at a time. `row(i)` is where channel 0 of the lane's row of channels lies in row
-// i, or nullptr if row i is not stored; `channels`: how many of the row exist, a multiple of kVector<T>.
-template <class Row>
-CK_DEVICE void store_run(const Quad (&run)[kRun], int lane, int64_t channels, const Row& row, float*) {
-  for (int i = 0; i < kRun; ++i) {
-    float* const to = row(i);
-    if (to != nullptr && lane * kQuad < channels) store_quad(to + lane * kQuad, run[i]);
-  }
+// Stores the rows of a run, 16 bytes at a time. to: where channel 0 of the lane's row of channels lies in row 0, which
+// is at position t of `time`; rows are `dilation` positions, or `stride` elements, apart. `channels`: how many of a row
+// exist, a multiple of kVector<T>. One address is found and moved on: 64-bit products for every row would take longer
+// than all else.
+CK_DEVICE void store_run(const Quad (&run)[kRun], int lane, int64_t channels, float* to, int64_t stride, int64_t t,
+                         int64_t time, int64_t dilation) {
+  if (lane * kQuad >= channels) return;
+  to += lane * kQuad;
+#pragma unroll
+  for (int i = 0; i < kRun; ++i, to += stride, t += dilation)
+    if (t < time) store_quad(to, run[i]);
 }
 // Two lanes exchange halves, so that each has 8 channels of half of the rows.
-template <class T, class Row>
-CK_DEVICE void store_run(const Quad (&run)[kRun], int lane, int64_t channels, const Row& row, T*) {
+template <class T>
+CK_DEVICE void store_run(const Quad (&run)[kRun], int lane, int64_t channels, T* to, int64_t stride, int64_t t,
+                         int64_t time, int64_t dilation) {
   const bool odd = lane % 2 != 0;
+  const int first_channel = lane / 2 * 2 * kQuad;
+  to += first_channel + (odd ? kRun / 2 * stride : 0);
+  t = first_channel < channels ? t + (odd ? kRun / 2 * dilation : 0) : time;
 #pragma unroll
-  for (int i = 0; i < kRun / 2; ++i) {
+  for (int i = 0; i < kRun / 2; ++i, to += stride, t += dilation) {
     const Quad &low = run[i], &high = run[i + kRun / 2];
-    const uint2 first = make_uint2(pack<T>(low.v[0], low.v[1]), pack<T>(low.v[2], low.v[3]));
-    const uint2 second = make_uint2(pack<T>(high.v[0], high.v[1]), pack<T>(high.v[2], high.v[3]));
+    const uint2 first = make_uint2(narrow_pair<T>(low.v[0], low.v[1]), narrow_pair<T>(low.v[2], low.v[3]));
+    const uint2 second = make_uint2(narrow_pair<T>(high.v[0], high.v[1]), narrow_pair<T>(high.v[2], high.v[3]));
     const uint2 keep = odd ? second : first, give = odd ? first : second;
     const uint32_t x = __shfl_xor_sync(kAllLanes, give.x, 1), y = __shfl_xor_sync(kAllLanes, give.y, 1);
-    T* const to = row(odd ? i + kRun / 2 : i);
-    const int first_channel = lane / 2 * 2 * kQuad;
-    if (to != nullptr && first_channel < channels)
-      *reinterpret_cast<uint4*>(to + first_channel) =
-          odd ? make_uint4(x, y, keep.x, keep.y) : make_uint4(keep.x, keep.y, x, y);
+    if (t < time)
+      *reinterpret_cast<uint4*>(to) = odd ? make_uint4(x, y, keep.x, keep.y) : make_uint4(keep.x, keep.y, x, y);
   }
 }
 
@@ -78,6 +77,8 @@ struct Ring {
   CK_DEVICE E* row(int64_t number) const {
     return chunk(static_cast<uint32_t>(number) / kChunk) + static_cast<uint32_t>(number) % kChunk * kLaneRow;
   }
+  // The row after that at `at`.
+  CK_DEVICE const E* next(const E* at) const { return at + kLaneRow < end() ? at + kLaneRow : at + kLaneRow - size(); }
   CK_DEVICE int size() const { return chunks * (kChunk * kLaneRow); }
   CK_DEVICE E* end() const { return base + size(); }
 };
@@ -89,27 +90,24 @@ template <bool kFast, class E, class Use>
 CK_DEVICE void walk(const Ring<E>& ring, int64_t first, int taps, int lane, const Use& use) {
   Quad window[kRun];
   const E* at = ring.row(first) + lane * kQuad;
-  const auto next = [&](const E* row) {
-    return row + kLaneRow < ring.end() ? row + kLaneRow : row + kLaneRow - ring.size();
-  };
   if constexpr (kFast) {
 #pragma unroll
-    for (int i = 0; i < kRun - 1; ++i, at = next(at)) window[i] = load_quad(at);
+    for (int i = 0; i < kRun - 1; ++i, at = ring.next(at)) window[i] = load_quad(at);
     for (int j0 = 0; j0 < taps; j0 += kRun) {
 #pragma unroll
       for (int turn = 0; turn < kRun; ++turn) {
         if (j0 + turn >= taps) break;
         window[(turn + kRun - 1) % kRun] = load_quad(at);
-        at = next(at);
+        at = ring.next(at);
         use(j0 + turn, window, turn);
       }
     }
   } else {
 #pragma unroll 1
-    for (int j = 0; j < taps; ++j, at = next(at)) {
+    for (int j = 0; j < taps; ++j, at = ring.next(at)) {
       const E* row = at;
 #pragma unroll
-      for (int i = 0; i < kRun; ++i, row = next(row)) window[i] = load_quad(row);
+      for (int i = 0; i < kRun; ++i, row = ring.next(row)) window[i] = load_quad(row);
       use(j, window, 0);
     }
   }

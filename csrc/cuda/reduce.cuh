@@ -6,35 +6,47 @@
 namespace ck::cuda {
 
 constexpr int kReduceThreads = 256, kReduceWarps = kReduceThreads / 32;
+constexpr int kReduceWeightThreads = 768;  // more would have to keep registers in memory
 
 // grad_weight[owner, h] from partial_weight [owner, groups, heads * pieces, K], a block each; then through dropout and
-// softmax, unless the pieces have been (`finished`). Shared memory: K numbers.
+// softmax, unless the pieces have been (`finished`). Shared memory: K numbers. A head has few blocks, or one, and many
+// partial sums: all threads read, neighbours what lies side by side, and the index of a number is not divided.
 template <class C>
-CK_GLOBAL(kReduceThreads, 2)
+CK_GLOBAL(kReduceWeightThreads, 1)
 void reduce_weight(const CK_PARAM Backward p, int64_t pieces, bool finished) {
-  CK_SHARED(C, sums, kReduceWarps * 32);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t K = p.taps.taps, h = blockIdx.x % p.heads, owner = blockIdx.x / p.heads, rows = p.groups * pieces;
+  CK_SHARED(C, sums, kReduceWeightThreads);
+  const int lane = threadIdx.x % 32;
+  const int64_t K = p.taps.taps, h = blockIdx.x % p.heads, owner = blockIdx.x / p.heads;
   C* const d = reinterpret_cast<C*>(shared_memory());
   const FilterAt f(p, owner, 0, h);
-  for (int64_t j0 = 0; j0 < K; j0 += 32) {
-    const int64_t j = j0 + lane;
+  // A thread has tap j0 + tap of every so many pieces and groups, from its own on.
+  const int width = static_cast<int>(least(K, int64_t{kReduceWeightThreads})), most_rows = kReduceWeightThreads / width;
+  const int tap = threadIdx.x % width, row = threadIdx.x / width, count = static_cast<int>(pieces);
+  const int turns = static_cast<int>(ceil_div(count, most_rows)), piece_step = static_cast<int>(ceil_div(count, turns));
+  const int group_step = most_rows / piece_step, rows = group_step * piece_step;
+  const int64_t group_size = p.heads * pieces * K;
+  for (int64_t j0 = 0; j0 < K; j0 += width) {
     C total = 0;
-    if (j < K)
-      for (int64_t row = warp; row < rows; row += kReduceWarps) {
-        const int64_t group = owner * p.groups + row / pieces;
-        total += static_cast<const C*>(p.partial_weight)[((group * p.heads + h) * pieces + row % pieces) * K + j];
+    if (row < rows && j0 + tap < K)
+      for (int piece = row % piece_step; piece < count; piece += piece_step) {
+        const C* from = static_cast<const C*>(p.partial_weight) + owner * p.groups * group_size +
+                        row / piece_step * group_size + (h * pieces + piece) * K + j0 + tap;
+#pragma unroll 8
+        for (int group = row / piece_step; group < p.groups; group += group_step, from += group_step * group_size)
+          total += *from;
       }
     sums[threadIdx.x] = total;
     __syncthreads();
-    if (warp == 0 && j < K) {
-      C all = 0;
-      for (int w = 0; w < kReduceWarps; ++w) all += sums[w * 32 + lane];
-      d[j] = finished ? all : all * dropout_factor<C>(p, f, j);
+    for (int left = rows; left > 1;) {
+      const int half = (left + 1) / 2;
+      if (row < left - half) sums[threadIdx.x] += sums[threadIdx.x + half * width];
+      __syncthreads();
+      left = half;
     }
+    if (row == 0 && j0 + tap < K) d[j0 + tap] = finished ? sums[tap] : sums[tap] * dropout_factor<C>(p, f, j0 + tap);
     __syncthreads();
   }
-  if (warp > 0) return;
+  if (threadIdx.x >= 32) return;
   // Here filters are the same at all positions: any one sees all taps.
   const Sequence anywhere{0, 0, 0, kUnbounded};
   Statistics<C> statistics;

@@ -214,8 +214,9 @@ void rows_backward(const CK_PARAM Backward p) {
       if (need_bias) add_rows(bias_sum, ring, own - reach.offset, lane);
       if (need_weight) {
         Quad dy[kRun];
+        const T* row = ring.row(own - reach.offset);
 #pragma unroll
-        for (int i = 0; i < kRun; ++i) dy[i] = load_quad(ring.row(own - reach.offset + i) + lane * kQuad);
+        for (int i = 0; i < kRun; ++i, row = ring.next(row)) dy[i] = load_quad(row + lane * kQuad);
         const Borders borders(p, p.taps, back.from, n);
         walk_within(borders, input.ring, own, K, lane, [&](auto fast, int j, const Quad(&rows)[kRun], int turn) {
           RowSums sums;
@@ -255,8 +256,8 @@ void rows_backward(const CK_PARAM Backward p) {
         for (int i = 0; i < kRun; ++i) {
           const int64_t s = reach.from.position(n + i), c = work.c0 + lane * kQuad;
           if (s >= p.time || c >= p.channels || masked(p, run.b, s)) continue;
-          gate_gradient(dz[i], dgate[i], load_quad(cuda::at<const T>(p.x, run.b, s, c)),
-                        load_quad(cuda::at<const T>(p.gate, run.b, s, c)));
+          gate_gradient<T>(dz[i], dgate[i], load_quad(cuda::at<const T>(p.x, run.b, s, c)),
+                           load_quad(cuda::at<const T>(p.gate, run.b, s, c)));
         }
         if (p.grad_gate.data != nullptr) store_rows<T>(p, p.grad_gate, dgate, reach.from, run.b, n, work, lane);
       }

@@ -77,7 +77,7 @@ void stream_backward(const CK_PARAM Backward p) {
           z[i] = load_quad(x + i * kLaneRow);
           if (gated) {
             const Quad open = load_quad(gate + i * kLaneRow);
-            for (int e = 0; e < kQuad; ++e) z[i].v[e] *= sigmoid(open.v[e]);
+            for (int e = 0; e < kQuad; ++e) z[i].v[e] *= sigmoid<T>(open.v[e]);
           }
         }
       const Borders borders(p, taps, reach.from, n);
@@ -110,7 +110,7 @@ void stream_backward(const CK_PARAM Backward p) {
         Quad dgate[kRun];
 #pragma unroll
         for (int i = 0; i < kRun; ++i)
-          gate_gradient(dz[i], dgate[i], load_quad(x + i * kLaneRow), load_quad(gate + i * kLaneRow));
+          gate_gradient<T>(dz[i], dgate[i], load_quad(x + i * kLaneRow), load_quad(gate + i * kLaneRow));
         if (p.grad_gate.data != nullptr) store_rows<T>(p, p.grad_gate, dgate, reach.from, run.b, n, work, lane);
       }
       if (p.grad_x.data != nullptr) store_rows<T>(p, p.grad_x, dz, reach.from, run.b, n, work, lane);

@@ -57,10 +57,14 @@ CK_DEVICE void store_chunk(const Rows& rows, int64_t b, int64_t t, int64_t c, in
 #pragma unroll
   for (int v = 0; v < kEight; v += kVector<T>) {
     if (t + v >= time) return;
-    Words<T> out;
-#pragma unroll
-    for (int k = 0; k < kVector<T>; ++k) out.at[k] = narrow<T>(from[v + k]);
-    *reinterpret_cast<Words<T>*>(at<T>(rows, b, t + v, c)) = out;
+    uint4 out;
+    if constexpr (sizeof(T) == 4)
+      out = {__float_as_uint(from[v]), __float_as_uint(from[v + 1]), __float_as_uint(from[v + 2]),
+             __float_as_uint(from[v + 3])};
+    else
+      out = {narrow_pair<T>(from[0], from[1]), narrow_pair<T>(from[2], from[3]), narrow_pair<T>(from[4], from[5]),
+             narrow_pair<T>(from[6], from[7])};
+    *reinterpret_cast<uint4*>(at<T>(rows, b, t + v, c)) = out;
   }
 }
 
@@ -85,7 +89,7 @@ struct ChunkInputs {
       if (gate != nullptr) {
         unpack(gate[v], open + k0);
 #pragma unroll
-        for (int k = 0; k < kVector<T>; ++k) open[k0 + k] = sigmoid(open[k0 + k]);
+        for (int k = 0; k < kVector<T>; ++k) open[k0 + k] = sigmoid<T>(open[k0 + k]);
       }
       if (p.mask != nullptr)
 #pragma unroll

@@ -42,25 +42,22 @@ struct Work {
   int64_t dilation_, per_phase_, next_, last_;
 };
 
-// Copies a chunk of rows: copy(to, position, channel) starts the copy of 16 bytes.
-template <class T, class Copy>
-CK_DEVICE void copy_chunk(T* to, const Phase& phase, int64_t first, int64_t c0, const Copy& copy) {
-  constexpr int kVectors = kLaneRow / kVector<T>;
-  for (int i = threadIdx.x; i < kChunk * kVectors; i += kStreamThreads) {
-    const int row = i / kVectors, c = i % kVectors * kVector<T>;
-    copy(to + row * kLaneRow + c, phase.position(first + row), c0 + c);
-  }
-}
-
 // Starts the copy of a chunk of x or the gate, or of d(y), whose first row is row `first` of the phase.
+template <class T, bool kInput, class P>
+CK_DEVICE void copy_chunk(T* to, const P& p, const Rows& rows, const Phase& phase, int64_t b, int64_t first,
+                          int64_t c0) {
+  stage_rows<T, kInput, kChunk, kStreamThreads, 4>(to, kLaneRow, sizeof(T) == 4 ? 5 : 4, p, rows, b,
+                                                   phase.position(first), phase.dilation, kChunk, c0,
+                                                   static_cast<int>(least(p.channels - c0, int64_t{kLaneRow})));
+}
 template <class T>
 CK_DEVICE void copy_input(T* to, const Problem& p, const Rows& rows, const Phase& phase, int64_t b, int64_t first,
                           int64_t c0) {
-  copy_chunk(to, phase, first, c0, [&](T* at, int64_t s, int64_t c) { stage_input(at, p, rows, b, s, c); });
+  copy_chunk<T, true>(to, p, rows, phase, b, first, c0);
 }
 template <class T>
 CK_DEVICE void copy_gradient(T* to, const Backward& p, const Phase& phase, int64_t b, int64_t first, int64_t c0) {
-  copy_chunk(to, phase, first, c0, [&](T* at, int64_t s, int64_t c) { stage_gradient(at, p, b, s, c); });
+  copy_chunk<T, false>(to, p, p.grad, phase, b, first, c0);
 }
 
 // Rows of z in windows of some chunks. With a gate they are gated on their way, once: x and gate come in through rings
@@ -90,7 +87,7 @@ struct InputRing {
       const int at = row * kLaneRow + lane * kQuad;
       Quad z = load_quad(x.chunk(chunk) + at);
       const Quad o = load_quad(open.chunk(chunk) + at);
-      for (int e = 0; e < kQuad; ++e) z.v[e] *= sigmoid(o.v[e]);
+      for (int e = 0; e < kQuad; ++e) z.v[e] *= sigmoid<T>(o.v[e]);
       store_quad(ring.row(chunk * kChunk + row) + lane * kQuad, z);
     }
   }
@@ -108,13 +105,9 @@ CK_DEVICE Quad load_bias(const Forward& p, int64_t c) {
 template <class T>
 CK_DEVICE void store_rows(const Problem& p, const Rows& to, const Quad (&run)[kRun], const Phase& phase, int64_t b,
                           int64_t n, const Work& work, int lane) {
-  store_run(
-      run, lane, work.channels,
-      [&](int i) {
-        const int64_t t = phase.position(n + i);
-        return t >= 0 && t < p.time ? at<T>(to, b, t, work.c0) : nullptr;
-      },
-      static_cast<T*>(nullptr));
+  const int64_t t = phase.position(n);
+  store_run(run, lane, work.channels, static_cast<T*>(to.data) + b * to.batch + t * to.time + work.c0,
+            phase.dilation * to.time, t, p.time, phase.dilation);
 }
 
 template <class T>
@@ -132,9 +125,10 @@ CK_DEVICE void store_output(const Forward& p, Quad (&run)[kRun], const Quad& bia
 // Adds rows first .. first + kRun - 1 of a ring to the sum for d(bias).
 template <class E>
 CK_DEVICE void add_rows(Quad& sum, const Ring<E>& ring, int64_t first, int lane) {
+  const E* row = ring.row(first);
 #pragma unroll
-  for (int i = 0; i < kRun; ++i) {
-    const Quad dy = load_quad(ring.row(first + i) + lane * kQuad);
+  for (int i = 0; i < kRun; ++i, row = ring.next(row)) {
+    const Quad dy = load_quad(row + lane * kQuad);
     for (int e = 0; e < kQuad; ++e) sum.v[e] += dy.v[e];
   }
 }
@@ -142,17 +136,19 @@ CK_DEVICE void add_rows(Quad& sum, const Ring<E>& ring, int64_t first, int lane)
 // Masked positions have no gradient, whatever their neighbours hold.
 CK_DEVICE void mask_rows(const Problem& p, Quad (&run)[kRun], const Phase& phase, int64_t b, int64_t n) {
   if (p.mask == nullptr) return;
+  int64_t s = phase.position(n);
+  const bool* mask = p.mask + b * p.mask_batch + s * p.mask_time;
+  const int64_t stride = phase.dilation * p.mask_time;
 #pragma unroll
-  for (int i = 0; i < kRun; ++i) {
-    const int64_t s = phase.position(n + i);
-    if (s >= 0 && s < p.time && masked(p, b, s)) run[i] = {};
-  }
+  for (int i = 0; i < kRun; ++i, s += phase.dilation, mask += stride)
+    if (s < p.time && !*mask) run[i] = {};
 }
 
 // From d(z) to d(x), in place, and d(gate).
+template <class T>
 CK_DEVICE void gate_gradient(Quad& dz, Quad& dgate, const Quad& x, const Quad& gate) {
   for (int e = 0; e < kQuad; ++e) {
-    const float open = sigmoid(gate.v[e]);
+    const float open = sigmoid<T>(gate.v[e]);
     dgate.v[e] = dz.v[e] * x.v[e] * open * (1 - open);
     dz.v[e] *= open;
   }

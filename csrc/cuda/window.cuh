@@ -55,4 +55,49 @@ CK_DEVICE void stage_gradient(T* shared, const Backward& p, int64_t b, int64_t s
   stage_vector(shared, p.grad, b, s, c, c < p.channels && s >= 0 && s < p.time);
 }
 
+// Starts the copies of kRows rows at positions s, s + dilation, ... to shared memory, by kThreads threads: of x or the
+// gate (kInput), or of d(y); 1 << log_vectors times 16 bytes of each from channel c0 on, of which `channels` exist.
+// Only the first `wanted` rows are needed. kBatch rows of a thread wait for their masks together.
+template <class T, bool kInput, int kRows, int kThreads, int kBatch, class P>
+CK_DEVICE void stage_rows(T* to, int pitch, int log_vectors, const P& p, const Rows& rows, int64_t b, int64_t s,
+                          int64_t dilation, int wanted, int64_t c0, int channels) {
+  // A thread has the same channels in all its rows.
+  const int column = (threadIdx.x & ((1 << log_vectors) - 1)) * kVector<T>, step = kThreads >> log_vectors;
+  const int first = threadIdx.x >> log_vectors;
+  const bool there = column < channels;
+  to += first * pitch + column;
+  if (s < 0 || s + (kRows - 1) * dilation >= p.time || wanted < kRows) {
+#pragma unroll 1
+    for (int row = first; row < kRows; row += step, to += step * pitch) {
+      const int64_t position = s + row * dilation, c = there && row < wanted ? c0 + column : p.channels;
+      if constexpr (kInput)
+        stage_input(to, p, rows, b, position, c);
+      else
+        stage_gradient(to, p, b, position, c);
+    }
+    return;
+  }
+  // All rows exist: one address is found and moved on.
+  const T* from = static_cast<const T*>(rows.data);
+  int64_t stride = 0;
+  if (there) {
+    from += b * rows.batch + (s + first * dilation) * rows.time + c0 + column;
+    stride = step * dilation * rows.time;
+  }
+  const bool* mask =
+      kInput && p.mask != nullptr ? p.mask + b * p.mask_batch + (s + first * dilation) * p.mask_time : nullptr;
+  const int64_t mask_stride = step * dilation * p.mask_time;
+#pragma unroll
+  for (int n = 0; n < (kRows << log_vectors) / kThreads; n += kBatch) {
+    bool valid[kBatch];
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) valid[k] = there;
+    if (mask != nullptr)
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k, mask += mask_stride) valid[k] = there && *mask;
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k, from += stride) cp_async<16>(to + (n + k) * step * pitch, from, valid[k]);
+  }
+}
+
 }  // namespace ck::cuda

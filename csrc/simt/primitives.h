@@ -137,6 +137,10 @@ inline float fast_exp2(float x) {
   const float y = std::exp2(x);
   return y < 0x1p-126f ? 0.0f : y;  // false for NaN
 }
+inline float fast_reciprocal(float x) {
+  const float y = 1.0f / x;
+  return std::abs(y) < 0x1p-126f ? 0.0f : y;
+}
 
 template <class T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

@@ -11,12 +11,14 @@ import triton.language as tl
 from .attention_tiles import (
     CLIP,
     LOG2E,
+    MASK,
     VARYING,
     ZERO,
     bias_of_pairs,
     convolved,
     exact_matrix,
     far_tile,
+    finite_rows,
     first_offset,
     head_at,
     kept_pairs,
@@ -44,14 +46,15 @@ def prepare_rows(
     T, S, H, sharing, left, right, slots, sequences, search_steps, table_scale, plane,
     g_batch, g_time, g_head, g_channel, o_batch, o_time, o_head, o_channel, q_batch, q_time, q_head, q_channel,
     v_batch, v_time, v_head, v_channel, r_batch, r_time, r_head, r_channel, query_rel_head, mask_batch, mask_time,
-    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, CAUSAL: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, CAUSAL: tl.constexpr, OUTSIDE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_QUERY_REL: tl.constexpr, HAS_CONV: tl.constexpr,
     HAS_CONV_BIAS: tl.constexpr, HAS_CONV_SCALE: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
-    HAS_GRAD_LSE: tl.constexpr, EDGES: tl.constexpr, DTYPE: tl.constexpr, BM: tl.constexpr,
+    DROPS_ALL: tl.constexpr, HAS_GRAD_LSE: tl.constexpr, EDGES: tl.constexpr, DTYPE: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """What both passes need to know of each query, constants[n, b, h, i]: 0 delta, the gradient that all its scores
     share; 1 what to take from a score before the exponential; 2 and 3 the same for pairs before and behind the window,
-    whose columns it contains."""
+    whose columns it contains. 1 to 3 are infinite if the query sees nothing, and NaN if its gradient is not finite and
+    other pairs of its tiles are hidden: both passes then load 0 for it."""
     pid = tl.program_id(0)
     slot, h, b = pid % slots, pid // slots % H, pid // slots // H
     first, begin, end, k_begin, k_end = sequence_tile(slot, T, S, cu_q, cu_k, sequences, search_steps, PACKED, BM)
@@ -69,6 +72,8 @@ def prepare_rows(
             D, DP, CAUSAL, HAS_MASK, HAS_CONV_BIAS, HAS_CONV_SCALE, DTYPE,
         )  # fmt: skip
     delta = tl.sum(widen(dy, DTYPE) * attended, 1)
+    if DROPS_ALL:
+        delta = tl.zeros([BM], DTYPE)  # what remains of out is the rounding of the depthwise term
     row = (b.to(tl.int64) * H + h) * T + i
     found = tl.load(lse + row, mask=rows, other=0.0)
     empty = found == float("-inf")
@@ -76,7 +81,10 @@ def prepare_rows(
         delta -= tl.load(grad_lse + row, mask=rows, other=0.0)
     # A query that sees nothing passes nothing on, not even a NaN of grad_lse.
     tl.store(constants + row, tl.where(empty, 0.0, delta), mask=rows)
-    start = tl.where(empty, float("inf"), found * LOG2E)
+    start = found * LOG2E
+    if CAUSAL or OUTSIDE == MASK:
+        start += finite_rows(dy, DTYPE)[1]
+    start = tl.where(empty, float("inf"), start)
     tl.store(constants + plane + row, start, mask=rows)
     if EDGES:
         at = head_at(rel_query, b, h, r_batch, r_head)
@@ -167,6 +175,7 @@ def grad_queries(
     NEED_R: tl.constexpr = HAS_QUERY_REL and (NEED_REL_QUERY if HAS_REL_QUERY else NEED_QUERY)
     COLUMNS: tl.constexpr = NEED_R or NEED_TABLE or NEED_BIAS
     EDGES: tl.constexpr = OUTSIDE == CLIP
+    HIDING: tl.constexpr = CAUSAL or OUTSIDE == MASK
     pid = tl.program_id(0)
     group, h, b = pid % groups, pid // groups % H, pid // groups // H
     W = left + right + 1
@@ -193,10 +202,11 @@ def grad_queries(
         rows, place = (i >= begin) & (i < end), i + shift
         q_at, g_at = head_at(q, b, h, q_batch, q_head), head_at(grad, b, h, g_batch, g_head)
         r_at = head_at(rel_query, b, h, r_batch, r_head)
-        queries = load_tile(q_at, first, d, rows, q_time, q_channel, D, False)
-        dy = load_tile(g_at, first, d, rows, g_time, g_channel, D, False)
         delta = tl.load(row_at + i, mask=rows, other=0.0)
         start = tl.load(row_at + plane + i, mask=rows, other=float("inf"))
+        live = tl.abs(start) < float("inf")
+        queries = load_tile(q_at, first, d, live, q_time, q_channel, D, False)
+        dy = load_tile(g_at, first, d, live, g_time, g_channel, D, False)
         total = tl.zeros([BM, DP], DTYPE)
         sum_before, sum_after = tl.zeros([BM], DTYPE), tl.zeros([BM], DTYPE)
         t0, t1, t2, t3, t4, t5 = tile_ranges(
@@ -242,11 +252,11 @@ def grad_queries(
         if IN_REGISTERS:
             # Products of another shape have their operands in other registers: read again, none is held for both loops.
             tl.debug_barrier()
-            queries = load_tile(q_at, first, d, rows, q_time, q_channel, D, False)
-            dy = load_tile(g_at, first, d, rows, g_time, g_channel, D, False)
+            queries = load_tile(q_at, first, d, live, q_time, q_channel, D, False)
+            dy = load_tile(g_at, first, d, live, g_time, g_channel, D, False)
         r = queries
         if HAS_QUERY_REL:
-            r = load_tile(r_at, first, x, rows, r_time, r_channel, R, False)
+            r = load_tile(r_at, first, x, live, r_time, r_channel, R, False)
         r_total = tl.zeros([BM, RP], DTYPE)
         base = first_offset(first, 0, shift, left, BM, False)
         column, valid = table_columns(base, left, right, WIDTH, False, OUTSIDE)
@@ -260,8 +270,12 @@ def grad_queries(
             scores = tl.zeros([BM, NEAR], DTYPE)
             if QK or HAS_KEY_REL:
                 keys = load_tile(k_at, tile * NEAR, d, keep, k_time, k_channel, D, False)
+            if HIDING and NEED_QUERY and QK:
+                keys, bad = finite_rows(keys, DTYPE)
             if QK:
                 scores = matrix(queries, tl.trans(keys), scores) * key_scale
+            if HIDING and NEED_QUERY and QK:
+                scores += bad[None, :]
             offset = j[None, :] - place[:, None]
             seen = visible_pairs(offset, left, right, CAUSAL, OUTSIDE) & keep[None, :]
             if SLIDING:
@@ -279,13 +293,13 @@ def grad_queries(
             if HAS_KEY_REL:
                 by_key = key_columns(keys, key_table, column, valid, W, key_scale, D, True, DTYPE)
                 scores += take(by_key, spot, inside, 0)
-            power = tl.exp2(tl.where(seen, scores, float("-inf")) - start[:, None])
+            power = tl.exp2(scores - start[:, None])
             values = load_tile(v_at, tile * NEAR, d, keep, v_time, v_channel, D, False)
             found = matrix(dy, tl.trans(values), tl.zeros([BM, NEAR], DTYPE))
             if DROPOUT:
                 kept = kept_pairs(seed, b, h, i, tile * NEAR, threshold, NEAR, False)
                 found = tl.where(kept, found * keep_factor, 0.0)
-            found = power * (found - delta[:, None])
+            found = tl.where(seen, power * (found - delta[:, None]), 0.0)
             if NEED_QUERY and QK:
                 total = matrix(narrow(found, keys.dtype), keys, total)
             if COLUMNS:
@@ -303,22 +317,23 @@ def grad_queries(
                         r_total = exact_matrix(narrow(met, r.dtype), tl.trans(weights), r_total)
                     if NEED_TABLE:
                         add_products(
-                            table_sums, r, r_at, first, rows, r_time, r_channel, narrow(met, r.dtype), strict_column,
+                            table_sums, r, r_at, first, live, r_time, r_channel, narrow(met, r.dtype), strict_column,
                             strict, W, R, PIECE, DTYPE,
                         )  # fmt: skip
                 else:
                     columns += met
         if COLUMNS and not SLIDING:
             tl.debug_barrier()
+            live = tl.abs(tl.load(row_at + plane + i, mask=rows, other=float("inf"))) < float("inf")  # not held
             if HAS_QUERY_REL:
-                r = load_tile(r_at, first, x, rows, r_time, r_channel, R, False)
+                r = load_tile(r_at, first, x, live, r_time, r_channel, R, False)
             if EDGES:
                 columns = with_edges(columns, sum_before, sum_after, W)
             if NEED_BIAS:
                 add_to_bias(row_sums, column, tl.sum(columns, 0), valid)
             if NEED_TABLE:
                 add_products(
-                    table_sums, r, r_at, first, rows, r_time, r_channel, narrow(columns, r.dtype), column, valid, W, R,
+                    table_sums, r, r_at, first, live, r_time, r_channel, narrow(columns, r.dtype), column, valid, W, R,
                     PIECE, DTYPE,
                 )  # fmt: skip
             if NEED_R:
@@ -384,6 +399,7 @@ def grad_keys(
     SCORES: tl.constexpr = NEED_KEY or NEED_TABLE
     COLUMNS: tl.constexpr = HAS_KEY_REL and SCORES
     EDGES: tl.constexpr = OUTSIDE == CLIP
+    HIDING: tl.constexpr = CAUSAL or OUTSIDE == MASK
     pid = tl.program_id(0)
     shared = H // sharing
     group, g, b = pid % groups, pid // groups % shared, pid // groups // shared
@@ -429,7 +445,9 @@ def grad_keys(
                 tile = near_tile(n, t0, t1, t2, t3, t4)
                 i = tile * NEAR + tl.arange(0, NEAR)
                 rows = (i >= q_begin) & (i < q_end)
-                queries = load_tile(q_at, tile * NEAR, d, rows, q_time, q_channel, D, False)
+                start = tl.load(row_at + plane + i, mask=rows, other=float("inf"))
+                live = tl.abs(start) < float("inf")
+                queries = load_tile(q_at, tile * NEAR, d, live, q_time, q_channel, D, False)
                 scores = tl.zeros([BN, NEAR], DTYPE)
                 if QK:
                     scores = matrix(keys, tl.trans(queries), scores) * key_scale
@@ -452,9 +470,8 @@ def grad_keys(
                     if SLIDING:
                         by_key = key_columns(keys, key_table, column, valid, W, key_scale, D, False, DTYPE)
                     scores += take(by_key, spot, inside)
-                start = tl.load(row_at + plane + i, mask=rows, other=float("inf"))
-                power = tl.exp2(tl.where(seen, scores, float("-inf")) - start[None, :])
-                dy = load_tile(g_at, tile * NEAR, d, rows, g_time, g_channel, D, False)
+                power = tl.where(seen, tl.exp2(scores - start[None, :]), 0.0)
+                dy = load_tile(g_at, tile * NEAR, d, live, g_time, g_channel, D, False)
                 if DROPOUT:
                     kept = kept_pairs(seed, b, h, i, first, threshold, BN, True)
                 if NEED_VALUE:
@@ -467,6 +484,8 @@ def grad_keys(
                     if DROPOUT:
                         found = tl.where(kept, found * keep_factor, 0.0)
                     found = power * (found - tl.load(row_at + i, mask=rows, other=0.0)[None, :])
+                    if HIDING:
+                        found = tl.where(seen, found, 0.0)
                     if NEED_KEY and QK:
                         key_total = matrix(narrow(found, queries.dtype), queries, key_total)
                 if COLUMNS:
@@ -485,8 +504,13 @@ def grad_keys(
                     else:
                         columns += met
 
-            for n in tl.range(0, (t2 - t1 + t4 - t3) // (BM // NEAR), disable_licm=not IN_REGISTERS):
-                tile, is_before = far_tile(n, t1, t2, t3, BM // NEAR)
+            far_first, far_last = t1, t4
+            if HAS_BIAS and EDGES:
+                # A bias of -inf hides all queries of a side, also those that see nothing and may have any gradient.
+                far_first = tl.where(widen(tl.load(bias_row + W - 1), DTYPE) == float("-inf"), t2, t1)
+                far_last = tl.where(widen(tl.load(bias_row), DTYPE) == float("-inf"), t3, t4)
+            for n in tl.range(0, (t2 - far_first + far_last - t3) // (BM // NEAR), disable_licm=not IN_REGISTERS):
+                tile, is_before = far_tile(n, far_first, t2, t3, BM // NEAR)
                 i = tile * BM + tl.arange(0, BM)
                 rows = i >= 0
                 queries = load_tile(q_at, tile * BM, d, rows, q_time, q_channel, D, True)
@@ -539,7 +563,8 @@ def grad_keys(
                         key_total += sums[:, None] * weights[None, :]
                     if NEED_TABLE:
                         sums_at = key_sums + ((h.to(tl.int64) * B + b) * groups + group) * D * W
-                        add_to_edge(sums_at, d, outermost, tl.sum(widen(keys, DTYPE) * sums[:, None], 0), W, D)
+                        met = tl.sum(widen(finite_rows(keys, DTYPE)[0], DTYPE) * sums[:, None], 0)
+                        add_to_edge(sums_at, d, outermost, met, W, D)
 
         column_mask = (d < D)[None, :]
         inside = ((j >= begin) & (j < end))[:, None] & column_mask
@@ -572,6 +597,9 @@ def key_columns_back(
         key_total = exact_matrix(small, tl.trans(weights), key_total)
     if NEED_TABLE:
         sums_at = key_sums + ((h.to(tl.int64) * B + b) * groups + group) * D * W
+        # A key that nothing sees adds nothing; the gradients of one that is seen are no numbers either.
+        keys, bad = finite_rows(keys, DTYPE)
+        keep = keep & (bad == bad)
         add_products(
             sums_at, keys, k_at, first, keep, k_time, k_channel, small, W - 1 - column, valid, W, D, PIECE, DTYPE
         )

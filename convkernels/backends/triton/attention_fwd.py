@@ -11,11 +11,13 @@ import triton.language as tl
 from .attention_tiles import (
     CLIP,
     LOG2E,
+    MASK,
     VARYING,
     bias_of_pairs,
     convolved,
     edge_of_rows,
     far_tile,
+    finite_rows,
     first_offset,
     head_at,
     kept_pairs,
@@ -64,6 +66,7 @@ def attention_forward(
     """out[b, i, h] and lse[b, h, i] for BM queries of one head."""
     QUERY_TERMS: tl.constexpr = HAS_BIAS or HAS_QUERY_REL
     EDGES: tl.constexpr = OUTSIDE == CLIP
+    HIDING: tl.constexpr = CAUSAL or OUTSIDE == MASK
     pid = tl.program_id(0)
     slot, h, b = pid % slots, pid // slots % H, pid // slots // H
     if CAUSAL:
@@ -129,6 +132,9 @@ def attention_forward(
         if DROPOUT:
             power = tl.where(kept_pairs(seed, b, h, i, tile * NEAR, threshold, NEAR, False), power, 0.0)
         values = load_tile(v_at, tile * NEAR, d, keep, v_time, v_channel, D, False)
+        if HIDING:
+            values, bad = finite_rows(values, DTYPE)
+            power = tl.where(seen & (bad != bad)[None, :], float("nan"), power)
         result = matrix(narrow(power, values.dtype), values, result * factor[:, None])
 
     if IN_REGISTERS:

@@ -66,7 +66,9 @@ class Call:
             self.D, self.R, self.W, _name(self.q.dtype), products, self.architecture or architecture_of(self.q.device),
             interpreting() and not self.q.is_meta,
         )  # fmt: skip
-        self.accumulator = tl.float64 if self.q.dtype == torch.float64 else tl.float32
+        # Triton up to 3.6 compiles no product of float64 matrices that depend on loads of fewer bits, masks included.
+        self.wide = self.q.dtype == torch.float64
+        self.accumulator = tl.float64 if self.wide else tl.float32
         self.edges = self.outside == CLIP
 
     def sums(self, *shape: int) -> Tensor:
@@ -78,19 +80,21 @@ class Call:
     @property
     def results(self) -> torch.dtype:
         """The accumulation type, that of lse."""
-        return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+        return torch.float64 if self.wide else torch.float32
 
     def table(self, name: str) -> Tensor:
         """A table in the order that kernels read; a kernel gets a pointer also for what is absent, and does not look
         at it."""
         value = getattr(self, name)
-        return self.q if value is None else value.contiguous()
+        return self.q if value is None else (value.double() if self.wide else value).contiguous()
 
     def arguments(self, names: list[str], pairs: configs.Pairs | None = None, kept: int = 0) -> dict:
         """What kernels have in common; ``names``: those of the parameters that one of them has."""
         cu_k = self.cu_seqlens_q if self.cu_seqlens_k is None else self.cu_seqlens_k
         r = self.q if self.rel_query is None else self.rel_query
-        mask = None if self.key_mask is None else self.key_mask.view(torch.uint8)
+        mask = self.key_mask
+        if mask is not None:
+            mask = mask.long() if self.wide else mask.view(torch.uint8)
         factor = 1.0 / (1.0 - self.dropout) if self.dropout < 1.0 else 0.0
         values = {
             "q": self.q, "k": self.k, "v": self.v, "rel_query": r, "query_rel": self.table("query_rel"),
@@ -235,8 +239,9 @@ def _prepare(call: Call, grad, grad_lse, out, lse, constants):
     own = {
         "grad": grad, "out": out, "lse": lse.contiguous(), "grad_lse": lse if grad_lse is None else
         grad_lse.contiguous(), "constants": constants, "slots": slots, **strides("g", grad), **strides("o", out),
-        "HAS_GRAD_LSE": grad_lse is not None, "EDGES": call.edges and (call.bias is not None or call.query_rel is not
-        None), "BM": height, "num_warps": 8, "maxnreg": 255,
+        "DROPS_ALL": call.dropout == 1.0, "HAS_GRAD_LSE": grad_lse is not None,
+        "EDGES": call.edges and (call.bias is not None or call.query_rel is not None), "BM": height,
+        "num_warps": 8, "maxnreg": 255,
     }  # fmt: skip
     return kernel, (call.B * call.H * slots,), call.arguments(kernel.arg_names) | own
 

@@ -2,7 +2,9 @@
 
 An *owner* is a tile of queries or keys that a program keeps; it walks over tiles of the other kind. All tiles begin at
 multiples of their height. Tiles whose pairs are all visible and all beyond the same end of the window are *far*: one
-column of each table serves them. The others are *near*. Scores are in units of log(2), so that powers are those of 2.
+column of each table serves them. The others are *near*. Their products multiply hidden rows by 0, which NaN and
+infinity survive: where causality or the window hides pairs, rows that hold one count as 0 there, and the pairs that see
+them get NaN. Scores are in units of log(2), so that powers are those of 2.
 """
 
 import triton
@@ -29,8 +31,8 @@ VARYING = [
 def matrix(a, b, total):
     """total + a @ b for matrices of one type; float32 and float64 are not rounded."""
     if INTERPRETED:
-        return tl.dot(widen(a, total.dtype), widen(b, total.dtype), total, input_precision="ieee")
-    return tl.dot(a, b, total, input_precision="ieee")
+        a, b = widen(a, total.dtype), widen(b, total.dtype)
+    return tl.dot(a, b, total, input_precision="ieee", out_dtype=total.dtype)
 
 
 @triton.jit
@@ -67,6 +69,14 @@ def load_tile(at, first, column, keep, row_stride, column_stride, D: tl.constexp
     if ALL:
         return tl.load(at, mask=(column < D)[None, :], other=0.0)
     return tl.load(at, mask=keep[:, None] & (column < D)[None, :], other=0.0)
+
+
+@triton.jit
+def finite_rows(x, DTYPE: tl.constexpr):
+    """x with 0 for the rows that hold a NaN or an infinity, and NaN for each of these rows, 0 for the others."""
+    wide = widen(x, DTYPE)
+    bad = tl.sum(wide - wide, 1)
+    return tl.where((bad == bad)[:, None], x, tl.zeros_like(x)), bad
 
 
 @triton.jit
@@ -132,7 +142,8 @@ def tile_ranges(
     if OUTSIDE == MASK:
         some_begin, all_begin = tl.maximum(some_begin, low - before), tl.maximum(all_begin, high - before)
         some_end, all_end = tl.minimum(some_end, high + after + 1), tl.minimum(all_end, low + after + 1)
-    some_end = tl.where(first < end, tl.maximum(some_end, some_begin), some_begin)
+    # The owner has no rows behind the end, nor in a sequence without any, wherever in a tile that begins.
+    some_end = tl.where(tl.maximum(first, begin) < end, tl.maximum(some_end, some_begin), some_begin)
     a = some_begin // OTHER
     f = tl.cdiv(some_end, OTHER)
     b = clamp_tile(tl.cdiv(tl.maximum(all_begin, 0), OTHER), a, f)

@@ -182,7 +182,9 @@ def band(shape: Shape, backward: bool = False) -> Band:
         narrow = power_of_2(shape.head_channels)
         warps, BC = max(1, warps * narrow // BC), narrow
     TILES = 1 if shape.per_row or backward else min(8, ceil_div(shape.time, BT * shape.dilation))
-    return Band(BT, HALO, BC, power_of_2(shape.taps), TILES, warps)
+    # Triton up to 3.6 gathers along the rows of a tile only if it has an element for each thread.
+    KP = max(power_of_2(shape.taps), 32 * warps // min(BT, HALO))
+    return Band(BT, HALO, BC, KP, TILES, warps)
 
 
 def window(shape: Shape) -> Window | None:

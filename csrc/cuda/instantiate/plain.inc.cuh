@@ -55,8 +55,13 @@ const char* Plain<T>::backward(const Backward& p, const Plan&, Stream stream) {
 
 template <class T>
 const char* Plain<T>::step(const Step& p, Stream stream) {
-  const int64_t threads = p.channels * (p.state_row == nullptr ? p.batch : 1);
-  return launch(cuda::step<T>, blocks_for(ceil_div(threads, kStepThreads)), dim3(kStepThreads), 0, stream, p);
+  const int64_t threads = p.batch * p.channels, span = p.taps.span();
+  const char* status =
+      launch(cuda::step<T>, blocks_for(ceil_div(threads, kStepThreads)), dim3(kStepThreads), 0, stream, p);
+  if (status == nullptr && p.state_row != nullptr && span > 0)
+    status =
+        launch(step_copy<T>, blocks_for(ceil_div(threads * span, 4 * kStepThreads)), dim3(kStepThreads), 0, stream, p);
+  return status;
 }
 
 template struct Plain<CK_TYPE>;

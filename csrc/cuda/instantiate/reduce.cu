@@ -6,7 +6,7 @@ namespace ck::cuda {
 
 template <class C>
 const char* Reduce<C>::weight(const Backward& p, int64_t pieces, bool finished, Stream stream) {
-  return launch(reduce_weight<C>, dim3(static_cast<unsigned>(p.owners() * p.heads)), dim3(kReduceThreads),
+  return launch(reduce_weight<C>, dim3(static_cast<unsigned>(p.owners() * p.heads)), dim3(kReduceWeightThreads),
                 static_cast<size_t>(p.taps.taps) * sizeof(C), stream, p, pieces, finished);
 }
 

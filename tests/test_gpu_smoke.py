@@ -1,0 +1,52 @@
+"""scripts/gpu_smoke.py: its cases pass, and what goes wrong is seen."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import device_of
+
+ROOT = Path(__file__).resolve().parents[1]
+if not (ROOT / "scripts" / "gpu_smoke.py").exists():
+    pytest.skip("a copy of the tests without the scripts", allow_module_level=True)
+
+spec = importlib.util.spec_from_file_location("gpu_smoke", ROOT / "scripts" / "gpu_smoke.py")
+gpu_smoke = importlib.util.module_from_spec(spec)
+sys.modules["gpu_smoke"] = gpu_smoke
+spec.loader.exec_module(gpu_smoke)
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["gpu_smoke.py", *arguments])
+    return int(gpu_smoke.main())
+
+
+@pytest.mark.parametrize("group", ["band-bfloat16", "step", "attention-bfloat16-64"])
+def test_a_group_passes(group, backend, monkeypatch, tmp_path):
+    if backend != "cuda":
+        pytest.skip("for the cuda backend")
+    results = tmp_path / "results"
+    with torch.device("cpu"):
+        failed = run(monkeypatch, "--group", group, "--device", device_of(backend), "--json", str(results))
+    cases = [json.loads(line) for line in results.read_text().splitlines()]
+    assert not failed and len(cases) == sum(case.group == group for case in gpu_smoke.all_cases())
+
+
+def test_errors_are_seen():
+    expected = torch.tensor([3.0, -4.0, -torch.inf], dtype=torch.float64)
+    assert gpu_smoke.error_of(expected.float(), expected) == 0
+    assert gpu_smoke.error_of(torch.tensor([3.0, -3.5, -torch.inf]), expected) == pytest.approx(0.1)
+    for wrong in ([3.0, torch.nan, -torch.inf], [3.0, -4.0, 0.0], [3.0, torch.inf, -torch.inf], [3.0, -4.0]):
+        assert gpu_smoke.error_of(torch.tensor(wrong), expected) == float("inf")
+
+
+def test_a_process_that_ends_badly_or_is_too_slow_fails(monkeypatch, capfd):
+    reduce = ("--only", "reduce-float32", "--device", "cpu", "--backend", "cpu")
+    assert run(monkeypatch, *reduce) == 0
+    assert run(monkeypatch, *reduce, "--timeout", "0.5", "--under", "sh -c 'sleep 60; true'") == 1
+    assert run(monkeypatch, *reduce, "--under", "false") == 1
+    said = capfd.readouterr().out
+    assert "stopped after 0.5 s" in said and "exit status 1" in said
