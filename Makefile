@@ -14,8 +14,12 @@ NATIVE := convkernels/_native
 NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE_SOURCES))
 PYTEST_FLAGS ?=
+# A process that has nothing left to test takes half of what another still has.
+PARALLEL := -n $(WORKERS) --dist worksteal
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# Some containers set it; then each of many processes compiles torch's Python files anew, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
 # One test process per core: more threads in each would only fight.
 test test-fast asan interpreted simulated models-oldest: export OMP_NUM_THREADS = 1
 # Without it Triton 3.9 warns at every compilation that a default will change.
@@ -110,6 +114,7 @@ format: $(VENV)/.requirements
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 ctest: build
+	cmake $(CMAKE_ARGS) $(BUILD) >/dev/null
 	cmake --build $(BUILD) --target ck_tests
 	ctest --test-dir $(BUILD) -j $(WORKERS) --output-on-failure --no-tests=error
 
@@ -130,8 +135,8 @@ mutants: install
 EVERY ?= 48
 interpreted: export TRITON_INTERPRET = 1
 interpreted: install
-	$(BIN)/python -m pytest -n $(WORKERS) -k triton tests/test_attention_golden.py $(PYTEST_FLAGS)
-	$(BIN)/python -m pytest -n $(WORKERS) -k triton -m "not slow" --every $(EVERY) --ignore tests/test_attention_golden.py \
+	$(BIN)/python -m pytest $(PARALLEL) -k triton tests/test_attention_golden.py $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest $(PARALLEL) -k triton -m "not slow" --every $(EVERY) --ignore tests/test_attention_golden.py \
 	    $(PYTEST_FLAGS)
 
 # The tests of the cuda backend, its kernels on this CPU: all recorded results, one in SIMULATED_EVERY of each other
@@ -140,8 +145,8 @@ interpreted: install
 SIMULATED_EVERY ?= 6
 simulated: export CONVKERNELS_SIMT = 1
 simulated: install simt-build
-	$(BIN)/python -m pytest -n $(WORKERS) -k cuda tests/test_golden.py tests/test_attention_golden.py $(PYTEST_FLAGS)
-	$(BIN)/python -m pytest -n $(WORKERS) -k cuda -m "not slow and not gpu" --every $(SIMULATED_EVERY) \
+	$(BIN)/python -m pytest $(PARALLEL) -k cuda tests/test_golden.py tests/test_attention_golden.py $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest $(PARALLEL) -k cuda -m "not slow and not gpu" --every $(SIMULATED_EVERY) \
 	    --ignore tests/test_golden.py --ignore tests/test_attention_golden.py $(PYTEST_FLAGS)
 	printf 'CONVKERNELS_SIMT_SEED=%s CONVKERNELS_SIMT_SHARED=%s\n' 1 232448 2 232448 3 101376 4 101376 | \
 	    xargs -P $(WORKERS) -L 1 sh -c 'env "$$@" $(BIN)/python -m pytest -q -k "cuda and wide" tests/test_fuzz.py \
@@ -149,14 +154,14 @@ simulated: install simt-build
 
 # The full run comes last, so that its summary closes the output.
 test: lint install ctest abi asan interpreted simulated
-	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_FLAGS)
 
 # With all cases of the tests marked thin, and more of those of the kernels for GPUs.
 test-full:
-	$(MAKE) test EVERY=12 SIMULATED_EVERY=1 PYTEST_FLAGS="--full $(PYTEST_FLAGS)"
+	$(MAKE) test CMAKE_ARGS="$(CMAKE_ARGS) -DCK_WIDE=ON" EVERY=12 SIMULATED_EVERY=1 PYTEST_FLAGS="--full $(PYTEST_FLAGS)"
 
 test-fast: install ctest
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu" $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu" $(PYTEST_FLAGS)
 
 # The models with the oldest transformers that pyproject.toml allows, in an environment that has all else, torch and this
 # checkout too, from $(VENV).
@@ -170,7 +175,7 @@ $(OLDEST)/.hf: pyproject.toml $(VENV)/.hf
 	@touch $@
 
 models-oldest: install $(OLDEST)/.hf
-	$(OLDEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" $(wildcard tests/test_models*.py) $(PYTEST_FLAGS)
+	$(OLDEST)/bin/python -m pytest $(PARALLEL) -m "not slow" $(wildcard tests/test_models*.py) $(PYTEST_FLAGS)
 
 # Compiles the kernels and their tests for 64-bit Arm where such a compiler is installed, and runs them where an emulator is.
 cross:

@@ -141,21 +141,25 @@ def backend(request):
 
 
 @pytest.fixture
-def ops(backend):
+def ops(backend, request):
     """The raw operators of a backend, by name: ops.tap_conv, ops.tap_grad, ops.tap_step."""
-    return RawOps(backend)
+    return RawOps(backend, request.config.getoption("--full"))
 
 
 class RawOps:
     """Handles of torch.ops.convkernels._<name>.<backend>. slow: a backend made for comparison, not for speed, of which
-    tests run fewer repeats: the reference, and kernels for GPUs that run on a CPU."""
+    tests run fewer repeats: the reference, kernels for GPUs that run on a CPU, and the C++ kernels once more, under a
+    sanitizer or on a lower instruction set. full: with --full they run more."""
 
-    def __init__(self, backend):
+    def __init__(self, backend, full):
         self.backend = backend
+        self.full = full
         self.device = device_of(backend)
         self.interpreted = interpreted(backend)
         self.simulated = simulated(backend)
-        self.slow = backend == "reference" or self.interpreted or self.simulated
+        sanitized = "libasan" in os.environ.get("LD_PRELOAD", "")  # scripts/run_asan.sh
+        again = sanitized or "CONVKERNELS_CPU_ISA" in os.environ
+        self.slow = backend == "reference" or self.interpreted or self.simulated or again
 
     def __getattr__(self, name):
         return getattr(getattr(torch.ops.convkernels, f"_{name}"), self.backend)

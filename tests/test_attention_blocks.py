@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from conftest import interpreted, simulated
-from test_instruction_sets import isa, run  # noqa: F401
+from test_instruction_sets import isa, lower_isa, run  # noqa: F401
 
 import convkernels as ck
 from convkernels.testing.attention import INPUTS, AttentionProblem
@@ -116,11 +116,11 @@ def test_any_gradient_alone_has_the_same_bits(needs, backend):
 
 
 @pytest.mark.slow
-def test_every_instruction_set(isa):  # noqa: F811
+def test_every_instruction_set(lower_isa):  # noqa: F811
     done = run(
         ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cpu and not instruction_set", "-m", "not slow",
          "tests/test_attention_blocks.py", "tests/test_attention_fuzz.py"],
-        isa,
+        lower_isa,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

@@ -12,7 +12,7 @@ from convkernels.testing.attention import DELTA_THROUGH_OUT, INPUTS, AttentionPr
 from convkernels.testing.inputs import LAYOUTS
 
 OP = "attention_grad"
-QUICK, FULL, INTERPRETED = 120, 1500, 200
+QUICK, FULL, INTERPRETED = 120, 1500, 100
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -86,10 +86,11 @@ def run(ops, first, count):
 
 
 def test_quick(ops):
-    run(ops, 0, INTERPRETED if ops.interpreted else QUICK)
+    run(ops, 0, INTERPRETED * (1 + ops.full) if ops.interpreted else QUICK)
 
 
 @pytest.mark.slow
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("chunk", range(4))
 def test_full(chunk, ops):
     run(ops, QUICK + chunk * FULL // 4, 50 if ops.interpreted else FULL // 4)

@@ -1,5 +1,5 @@
-"""Random problems against the float64 oracle within the a-priori bounds: 10,000 per op and backend, no exceptions, no
-reruns.
+"""Random problems against the float64 oracle within the a-priori bounds: 5,000 per op and backend, 10,000 with --full,
+no exceptions, no reruns.
 
 A failing problem is printed as a constructor call; paste it into `Problem(...)` to replay it.
 """
@@ -11,11 +11,12 @@ from strategies import large_problems, problems, step_problems, wide_problems
 
 from convkernels.testing.bounds import Bounds, StepBounds
 
-FULL, QUICK, LARGE, WIDE = 10_000, 300, 240, 300
-# The reference is slower than the oracle and simpler than a kernel, CUDA kernels on a CPU are slow: they get fewer.
-FULL_OF_SLOW = 3_000
-# Triton's interpreter takes half a second for a case.
-INTERPRETED, INTERPRETED_LARGE, INTERPRETED_WIDE = 170, 2, 4
+FULL, QUICK, LARGE, WIDE = 5_000, 300, 240, 300
+# The reference is slower than the oracle and simpler than a kernel, CUDA kernels on a CPU and sanitized ones are slow:
+# they get fewer.
+FULL_OF_SLOW, WIDE_OF_SLOW = 1_500, 120
+# Triton's interpreter takes half a second for a case; with --full it gets twice as many.
+INTERPRETED, INTERPRETED_LARGE, INTERPRETED_WIDE = 90, 2, 4
 NEEDS = {"x": 1, "weight": 2, "bias": 4, "gate": 8, "initial_state": 16}
 
 
@@ -53,7 +54,7 @@ def check_step(ops, problem):
 def run(check, strategy, ops, examples, interpreted=INTERPRETED):
     if ops.interpreted:
         strategy = strategy.map(shorter)
-        examples = min(examples, interpreted)
+        examples = min(examples, interpreted * (1 + ops.full))
 
     @settings(max_examples=examples)
     @given(problem=strategy)
@@ -73,7 +74,7 @@ def shorter(problem):
 
 
 def full(ops):
-    return FULL_OF_SLOW if ops.slow else FULL
+    return (FULL_OF_SLOW if ops.slow else FULL) * (1 + ops.full)
 
 
 @pytest.mark.slow
@@ -106,7 +107,7 @@ def test_step_quick(ops):
 @pytest.mark.parametrize("check", [check_forward, check_gradients])
 def test_wide_quick(check, ops):
     """Tensors that are read in whole vectors."""
-    run(check, wide_problems(), ops, WIDE if ops.backend != "reference" else WIDE // 4, INTERPRETED_WIDE)
+    run(check, wide_problems(), ops, WIDE_OF_SLOW if ops.slow and not ops.full else WIDE, INTERPRETED_WIDE)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -116,7 +116,7 @@ def test_gradcheck(function, mode, backend):
 
 
 @pytest.mark.slow
-@pytest.mark.thin(5)
+@pytest.mark.thin(9)
 @pytest.mark.parametrize(("function", "mode"), CASES)
 def test_gradgradcheck(function, mode, backend):
     call, inputs = build(function, mode, backend)

@@ -114,7 +114,7 @@ def check(name, op, backend, indices):
 
 
 @pytest.mark.slow
-@pytest.mark.thin(3)
+@pytest.mark.thin(7)
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 @pytest.mark.parametrize("op", ["tap_conv", "tap_grad", "tap_step"])
 def test_opcheck(op, chunk, backend):

@@ -10,9 +10,12 @@ namespace ck::cpu {
 
 extern const Kernels kKernels_wide;  // wide.cpp
 
-// All that run here, the portable ones too, and vectors of 64 bytes on any machine.
+// All that run here, the portable ones too; vectors of 64 bytes on any machine.
 inline std::vector<const Kernels*> all_kernels() {
-  std::vector<const Kernels*> list = {&kKernels_wide};
+  std::vector<const Kernels*> list;
+#ifdef CK_WIDE
+  list.push_back(&kKernels_wide);
+#endif
   for (const std::string& name : compiled_isas())
     if (isa_supported(name)) list.push_back(&kernels_of(name));
   return list;

@@ -161,11 +161,13 @@ std::vector<S> results(const Kernels& kernels, const Case<S>& c) {
 template <class S>
 void compare(int cases, double tolerance) {
   const Kernels& portable = ck::cpu::kernels_of("portable");
-  for (const Kernels* kernels : all_kernels()) {
-    std::mt19937 random(3);
-    for (int n = 0; n < cases; ++n) {
-      const Case<S> c(random);
-      const std::vector<S> expected = results(portable, c), found = results(*kernels, c);
+  std::mt19937 random(3);
+  for (int n = 0; n < cases; ++n) {
+    const Case<S> c(random);
+    const std::vector<S> expected = results(portable, c);
+    for (const Kernels* kernels : all_kernels()) {
+      if (kernels == &portable) continue;
+      const std::vector<S> found = results(*kernels, c);
       double size = 1.0, worst = 0.0;
       for (size_t i = 0; i < found.size(); ++i) {
         if (std::isfinite(expected[i])) size = std::max(size, static_cast<double>(std::abs(expected[i])));
