@@ -62,6 +62,13 @@ CK_DEVICE void cp_async(void* shared, const void* global, bool valid) {
                  : "memory");
 }
 
+// Four numbers at once, whatever surrounds it: nvcc 13.0 takes some such assignments apart.
+CK_DEVICE void store_four(float* global, float a, float b, float c, float d) {
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(global)), "f"(a), "f"(b),
+               "f"(c), "f"(d)
+               : "memory");
+}
+
 CK_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits for all groups of this thread but the `Newest` last ones. Other threads see the data after a barrier.

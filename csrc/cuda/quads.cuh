@@ -42,7 +42,7 @@ CK_DEVICE void store_run(const Quad (&run)[kRun], int lane, int64_t channels, fl
   to += lane * kQuad;
 #pragma unroll
   for (int i = 0; i < kRun; ++i, to += stride, t += dilation)
-    if (t < time) store_quad(to, run[i]);
+    if (t < time) store_four(to, run[i].v[0], run[i].v[1], run[i].v[2], run[i].v[3]);
 }
 // Two lanes exchange halves, so that each has 8 channels of half of the rows.
 template <class T>

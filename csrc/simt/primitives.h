@@ -120,6 +120,10 @@ void cp_async(void* shared, const void* global, bool valid) {
   static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16);
   simt::copy_async(shared, global, Bytes, valid);
 }
+inline void store_four(float* global, float a, float b, float c, float d) {
+  *reinterpret_cast<float4*>(global) = make_float4(a, b, c, d);
+}
+
 inline void cp_async_commit() { simt::copy_commit(); }
 template <int Newest>
 void cp_async_wait() {
