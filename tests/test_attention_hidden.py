@@ -75,6 +75,7 @@ def reached(name, row, sees):
     }
 
 
+@pytest.mark.thin(5)  # slow in the interpreter
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize("mode", MODES)
