@@ -240,8 +240,8 @@ CUDA_MUTATIONS = [
     Mutation(
         "last group of partial sums left out",
         "csrc/cuda/reduce.cuh",
-        "rows = p.groups * pieces;",
-        "rows = most(int64_t{1}, p.groups - 1) * pieces;",
+        "group < p.groups; group += group_step",
+        "group < most(int64_t{1}, p.groups - 1); group += group_step",
     ),
     Mutation(
         "mask not selected, only multiplied",
@@ -270,8 +270,8 @@ CUDA_MUTATIONS = [
     Mutation(
         "state overwritten while others read it",
         "csrc/cuda/step.cuh",
-        "step_row<T>(p, row, from, c, scratch);",
-        "step_row<T>(p, row, from, c, state);",
+        "p.state_row == nullptr ? p.next_state : p.scratch",
+        "p.next_state",
     ),
     Mutation(
         "attention: keys read before they have come",
@@ -300,7 +300,7 @@ CUDA_MUTATIONS = [
     Mutation(
         "attention: sums of a row not shrunk",
         "csrc/cuda/attention_fwd.cuh",
-        "total[m][half] = total[m][half] * shrink + sum;",
+        "total[m][half] = total[m][half] * shrink[half] + sum;",
         "total[m][half] = total[m][half] + sum;",
     ),
     Mutation(
@@ -312,8 +312,8 @@ CUDA_MUTATIONS = [
     Mutation(
         "attention: strips of gradients keep an earlier tile",
         "csrc/cuda/attention_bwd.cuh",
-        "if (meets && !to.whole) to.clear();",
-        "",
+        "  if (!to.whole) to.clear();\n  const int base",
+        "  const int base",
     ),
     Mutation(
         "attention: padding is seen",
