@@ -16,7 +16,7 @@ import torch
 
 import convkernels
 
-from ._bench import environment
+from ._bench import environment, timing
 from ._bench.console import progress, say, table
 from ._bench.results import Mistake, Store, is_section, read, writable_folder, write
 
@@ -242,12 +242,16 @@ def bench(arguments: argparse.Namespace) -> int:
     empty = suite.section()
     path = arguments.output / f"{environment.file_stem(empty['environment'])}.json"
     store = Store(path, name if backend == "auto" else f"{name} {backend}", empty, arguments.overwrite)
+    busy = _disturbance(arguments.device)
     try:
         suite.run(store.save)
         interrupted = False
+        busy = max(busy, _disturbance(arguments.device))
     except KeyboardInterrupt:
         interrupted = True
     section = suite.section()
+    if busy:
+        section["environment"]["busy_cpus"] = round(busy, 1)
     errors = section.get("errors", [])
     if not section["records"] and errors and not interrupted:
         print("bench: nothing could be measured", *errors, sep="\n", file=sys.stderr)
@@ -271,6 +275,19 @@ def bench(arguments: argparse.Namespace) -> int:
     if interrupted:
         print("bench: interrupted; the tables show what was measured until then", file=sys.stderr)
     return INTERRUPTED if interrupted else 1 if errors else 0
+
+
+def _disturbance(device: torch.device) -> float:
+    """The CPUs that other processes keep busy, with a warning, where that leaves too few for the threads; else 0."""
+    busy, threads, cpus = timing.busy_cpus(), torch.get_num_threads(), len(timing.own_cpus())
+    if device.type != "cpu" or busy < max(0.5, cpus - threads + 0.5):
+        return 0.0
+    print(
+        f"bench: warning: other processes keep {busy:.1f} of {cpus} CPUs busy, and {threads} threads are measured: "
+        "times can be many times too long. Measure when they have ended, or with fewer --threads.",
+        file=sys.stderr,
+    )
+    return busy
 
 
 def _lengths(arguments: argparse.Namespace, default: tuple[int, ...]) -> tuple[int, ...]:
@@ -363,8 +380,18 @@ def _streaming(arguments: argparse.Namespace, device: torch.device) -> tuple:
     return streaming, streaming.Streaming(settings, device)
 
 
+def _only_results(folder: Path) -> Path:
+    found = sorted(folder.glob("*.json"))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "no .json"
+        raise Mistake(f"{folder}: expected a results file, or a folder that holds one, got {names} in the folder")
+    return found[0]
+
+
 def plot(arguments: argparse.Namespace) -> int:
     """Draw the plots of a results file again."""
+    if arguments.results.is_dir():
+        arguments.results = _only_results(arguments.results)
     results = read(arguments.results)
     _need("matplotlib", "plot")
     from ._bench import figures
@@ -473,7 +500,12 @@ def parser() -> argparse.ArgumentParser:
         help="of the streaming and attention suites; its results are kept apart (default: auto)",
     )
     add("--batch", type=_positive, help="rows of the batch in the streaming (default: 16) and attention (4) suites")
-    add("--output", type=Path, default=Path("convkernels-bench"), help="folder for JSON, PNG and Markdown files")
+    add(
+        "--output",
+        type=Path,
+        default=Path("convkernels-bench"),
+        help="folder for JSON, PNG and Markdown files (default: convkernels-bench)",
+    )
     add(
         "--overwrite",
         action="store_true",
@@ -483,18 +515,29 @@ def parser() -> argparse.ArgumentParser:
     add("--no-plots", action="store_true", help="no PNG files, and no matplotlib needed")
     add("--device", type=_device, default="cpu", help="cpu or cuda (default: cpu)")
     add("--threads", type=_positive, help="CPU threads (default: what torch takes)")
-    add("--lengths", type=_numbers, help="sequence lengths, e.g. 64,512,4096")
+    add("--lengths", type=_numbers, help="sequence lengths, e.g. 64,512,4096 (default: those of the suite)")
     add("--max-length", type=_positive, help="go on doubling up to this length, or stop before the default's end")
     add("--dtypes", type=_names, help="default: float32,bfloat16")
     add(
-        "--seconds", type=_seconds, help="time for timed repeats: of the whole sweep, or of each group of another suite"
+        "--seconds",
+        type=_seconds,
+        help="time for timed repeats, of the whole sweep (default: 10) or of each group of another suite (attention 6, "
+        "acceptance 1, streaming 1)",
     )
-    add("--slow-call", type=_seconds, help="seconds; a slower call is not repeated")
-    add("--stop-call", type=_seconds, help="seconds; a peer with a slower call is not run at longer sequences")
+    add(
+        "--slow-call",
+        type=_seconds,
+        help="seconds; a slower call is not repeated (default: sweep 0.25, attention 4, acceptance 0.1)",
+    )
+    add(
+        "--stop-call",
+        type=_seconds,
+        help="seconds; what takes longer in a call is not run at longer sequences (default: sweep 0.7, attention 20)",
+    )
     add(
         "--compile-seconds",
         type=_seconds_or_none,
-        help="time for torch.compile in the sweep; 0, in every suite: without it",
+        help="time for torch.compile in the sweep (default: 20); 0, in every suite: without it",
     )
     add("--channels", type=_positive, help="default: 768")
     add("--heads", type=_positive, help="distinct filters, and attention heads (default: 12)")
@@ -509,7 +552,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("plot", help=_first_sentence(plot), description=plot.__doc__)
     command.set_defaults(run=plot)
-    command.add_argument("results", type=Path, help="JSON file written by `convkernels bench`")
+    command.add_argument("results", type=Path, help="JSON file written by `convkernels bench`, or its folder")
     command.add_argument("--output", type=Path, help="folder for the PNG files (default: beside the results)")
     command.add_argument("--dtypes", type=_names, help="draw only these")
     return top

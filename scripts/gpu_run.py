@@ -24,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 GRACE = 10.0  # seconds between the request to end, on which pytest and the benchmarks write what they have, and the end
 PASSED = "passed"
+SLOWER = 10  # times as long a step may take in a rehearsal
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ BENCH = "{python} -m convkernels.cli bench --device {device} --overwrite --outpu
 ATTENTION = BENCH + " --suite attention --dtypes bfloat16 --batch 8 --seconds 1"
 # Without torch's memory pool, so that every tensor has an end that can be overrun. Other kernels than these are neither
 # slowed nor reported, but initcheck has to see who else writes, and memory must not be filled before.
-SMOKE = "{python} scripts/gpu_smoke.py --jobs {workers}"
+SMOKE = "{python} scripts/gpu_smoke.py --device {device} --jobs {workers}"
 UNDER = (
     "PYTORCH_NO_CUDA_MEMORY_CACHING=1 " + SMOKE + " --timeout 150 --under 'compute-sanitizer --error-exitcode 1 --tool "
 )
@@ -121,7 +122,7 @@ def save(folder: Path, work: Path, outcomes: dict[str, dict]) -> str:
 def last_line(log: Path) -> str:
     """The last line that says something: a pytest summary, a mistake, an exception."""
     lines = log.read_text(errors="replace").strip().splitlines()
-    return lines[-1].strip("= ")[:90] if lines else ""
+    return lines[-1].strip("= ") if lines else ""
 
 
 def main() -> int:
@@ -142,6 +143,7 @@ def main() -> int:
         and (not arguments.only or any(name in step.name for name in arguments.only))
     ]
     if arguments.list:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
         print("\n".join(f"{step.part}  {step.name:18} {step.seconds:5.0f} s  {step.command}" for step in steps))
         return 0
     began = time.monotonic()
@@ -166,12 +168,14 @@ def main() -> int:
             continue
         log, start = work / "logs" / f"{step.name.replace(' ', '-')}.log", time.monotonic()
         try:
-            ended = run(step, min(step.seconds, left), words, log)
+            ended = run(step, min(step.seconds * (SLOWER if arguments.device == "cpu" else 1), left), words, log)
         except OSError as error:
             ended = f"not begun: {error.strerror}"
         seconds = time.monotonic() - start
         outcomes[step.name] = {"ended": ended, "seconds": round(seconds, 1), "last": last_line(log)}
         print(f"{step.name:18} {ended:20} {seconds:6.1f} s  {outcomes[step.name]['last']}", flush=True)
+        if ended != PASSED:
+            print(f"{'':18} its output: {log}", flush=True)
         reason = save(arguments.output, work, outcomes)
         if reason:
             print(f"gpu_run: nothing saved: {reason}", file=sys.stderr, flush=True)

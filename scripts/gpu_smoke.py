@@ -416,12 +416,13 @@ def main():
     if not groups:
         parser.error("no case has this name; see --list")
     if arguments.list:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
         for group, cases in groups.items():
             print(*(f"{group:22} {case.name}" for case in cases), sep="\n")
         return 0
     reasons = convkernels.why_not(arguments.backend, device=arguments.device)
     if reasons:
-        parser.error("; ".join(reasons))
+        sys.exit(f"gpu_smoke: --backend {arguments.backend} --device {arguments.device}: {'; '.join(reasons)}")
     if arguments.group:
         torch.set_num_threads(1)
         return run_group(groups[arguments.group], arguments) > 0

@@ -228,6 +228,20 @@ def test_sweep_writes_results_and_plots_them_again(tmp_path):
     assert {path.name for path in again.iterdir()} == {"speed.png", "flops.png"}
 
 
+def test_plots_say_what_their_curves_do_not():
+    figures = pytest.importorskip("convkernels._bench.figures")
+
+    def work(line, flops):
+        return {"line": line, "direction": "forward", "dtype": "float32", "length": 8, "batch": 2, "flops": flops}
+
+    section = {"work": [work("a", 6), work("b", 7), work("c", 6), work("d", None)], "notes": ["x: stops"]}
+    assert figures.WORK.remarks(section) == [
+        "not drawn, as nothing but element-wise work is left to count: d",
+        "on one line, as they do the same multiplications: a; c",
+    ]
+    assert figures.SPEED.remarks(section) == ["x: stops"]
+
+
 def test_target_table_says_pass_miss_and_not_measured():
     def record(form, seconds, heads, dtype):
         shape = {"op": peers.LIGHTWEIGHT, "direction": "forward", "length": 512, "heads": heads, "taps": 7}

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import convkernels
 from convkernels import cli
@@ -174,6 +175,60 @@ def test_plot_of_nothing(capsys, tmp_path, content):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(content))
     assert "holds no measurements to draw" in refused(capsys, f"plot {path}")
+
+
+def test_plot_takes_a_folder_that_holds_one_file(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert "got no .json in the folder" in refused(capsys, f"plot {tmp_path}")
+    (tmp_path / "one.json").write_text("{}")
+    assert "one.json holds no measurements" in refused(capsys, f"plot {tmp_path}")
+    (tmp_path / "two.json").write_text("{}")
+    assert "got one.json, two.json in the folder" in refused(capsys, f"plot {tmp_path}")
+
+
+def test_bench_warns_of_a_busy_machine(capsys, monkeypatch, tmp_path):
+    def warned(threads, busy):
+        monkeypatch.setattr(cli.timing, "busy_cpus", lambda: busy)
+        options = f"{QUICK} --lengths 8 --threads {threads} --no-plots --overwrite --output {tmp_path}"
+        assert cli.main(options.split()) == 0
+        (path,) = tmp_path.glob(f"*{threads}threads.json")
+        recorded = json.loads(path.read_text())["sweep"]["environment"].get("busy_cpus")
+        printed = capsys.readouterr()
+        assert ("CPUs busy" in printed.out) == bool(recorded) == ("other processes keep" in printed.err)
+        return recorded
+
+    before, cpus = torch.get_num_threads(), len(cli.timing.own_cpus())
+    try:
+        assert warned(cpus, 0.1) is None and warned(cpus, 0.7) == 0.7 and warned(1, cpus - 0.2) == cpus - 0.2
+        assert cpus == 1 or warned(1, 0.7) is None
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_busy_cpus_counts_others():
+    idle = cli.timing.busy_cpus()
+    assert 0 <= idle <= len(cli.timing.own_cpus())
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        time.sleep(0.2)
+        busy = cli.timing.busy_cpus()
+        other.kill()
+    assert not Path("/proc/stat").exists() or busy > 0.5
+
+
+def test_help_names_the_defaults(capsys):
+    from convkernels._bench import acceptance, attention, streaming, sweep
+
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    kinds = {"sweep": sweep, "attention": attention, "acceptance": acceptance, "streaming": streaming}
+    defaults = {name: module.Settings() for name, module in kinds.items()}
+    assert f"(default: {defaults['sweep'].seconds:g})" in text
+    for name, settings in defaults.items():
+        for option in ("seconds", "slow_call", "stop_call"):
+            if hasattr(settings, option) and (name, option) != ("sweep", "seconds"):
+                assert re.search(rf"{name} {getattr(settings, option):g}[,)]", text), (name, option)
+    assert f"(default: {defaults['sweep'].compile_seconds:g})" in text and "(default: convkernels-bench)" in text
 
 
 def test_plot_of_a_dtype_that_was_not_measured(capsys, tmp_path):

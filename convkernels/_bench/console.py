@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 
 try:
@@ -14,8 +16,11 @@ except ImportError:
     rich = None
 
 
+CELL = 76  # characters of a cell on a line
+
+
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table, unless it has no rows; every column but the first is set flush right when it holds numbers."""
+    """Print a table, unless it has no rows; a column of numbers is set flush right, a long cell is wrapped."""
     if not rows:
         return
     numeric = [all(row[i][:1].isdigit() or row[i] in ("", "-") for row in rows) for i in range(len(columns))]
@@ -27,6 +32,9 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
             grid.add_row(*(rich.markup.escape(cell) for cell in row))
         rich.console.Console().print(grid)
         return
+    wrap = textwrap.TextWrapper(CELL, break_long_words=False, break_on_hyphens=False).wrap
+    wrapped = [[wrap(cell) for cell in row] for row in rows]
+    rows = [line for cells in wrapped for line in itertools.zip_longest(*cells, fillvalue="")]
     widths = [max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True)]
     print(f"\n{title}")
     for row in (columns, ["-" * width for width in widths], *rows):

@@ -77,7 +77,8 @@ def title(environment: dict[str, Any]) -> str:
         return f"{environment['device']}, torch {environment['torch']}"
     isa, threads = environment["isa"], environment["threads"]
     plural = "thread" if threads == 1 else "threads"
-    return f"{environment['device']} ({isa}, {threads} {plural}), torch {environment['torch']}"
+    busy = f", {environment['busy_cpus']:.1f} CPUs busy with other work" if environment.get("busy_cpus") else ""
+    return f"{environment['device']} ({isa}, {threads} {plural}), torch {environment['torch']}{busy}"
 
 
 def file_stem(environment: dict[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,12 +45,13 @@ def _draw(axes, records: list[dict[str, Any]], value: Callable[[dict[str, Any]],
     lengths = sorted({r["length"] for r in records})
     labels = list(dict.fromkeys(r["line"] for r in records))
     for i, label in enumerate(labels):
-        points = sorted((r["length"], value(r)) for r in records if r["line"] == label and value(r))
+        values = {r["length"]: value(r) for r in records if r["line"] == label and value(r)}
+        points = [(length, values.get(length, math.nan)) for length in lengths]  # no line over what was not measured
         style = _style(label)
         if nested:
             # Lines that coincide stay visible when each is drawn thinner than the one below it.
             style |= {"linewidth": 9.0 * 0.62**i, "markersize": 12.0 * 0.75**i, "zorder": 3 + i}
-        if points:
+        if values:
             name = f"{label} (convkernels)" if label in _OURS else label
             axes.plot(*zip(*points, strict=True), label=name, **style)
     axes.set_xscale("log", base=2)
@@ -72,6 +75,24 @@ class Plot:
     nested: bool = False
     by_dtype: bool = True
 
+    def remarks(self, section: dict[str, Any]) -> list[str]:
+        """What the curves do not say themselves."""
+        if self.records != "work":
+            return list(section.get("notes", ()))
+        curves: dict[str, list] = {}
+        for r in section[self.records]:
+            curves.setdefault(r["line"], []).append((r["direction"], r["dtype"], r["length"], self.value(r)))
+        found = []
+        while curves:
+            first, values = curves.popitem()
+            alike = [first, *(label for label in list(curves) if curves[label] == values)]
+            curves = {label: other for label, other in curves.items() if label not in alike}
+            if not any(v[-1] for v in values):
+                found.append(f"not drawn, as nothing but element-wise work is left to count: {'; '.join(alike)}")
+            elif len(alike) > 1:
+                found.append(f"on one line, as they do the same multiplications: {'; '.join(sorted(alike))}")
+        return found
+
 
 SPEED = Plot("records", "Speed against sequence length", "speed [examples/s]", lambda r: r["examples_per_second"])
 WORK = Plot(
@@ -94,7 +115,7 @@ PLOTS = {
     "attention": {"attention-speed.png": SPEED, "attention-flops.png": WORK, "attention-memory.png": MEMORY},
 }
 
-_HEADER, _PANEL, _LEGEND_ROW = 0.85, 3.1, 0.26
+_HEADER, _PANEL, _LEGEND_ROW, _REMARK_ROW = 0.85, 3.1, 0.26, 0.135
 
 
 def _save(plot: Plot, section: dict[str, Any], dtypes: list[str], path: Path) -> Path:
@@ -105,7 +126,9 @@ def _save(plot: Plot, section: dict[str, Any], dtypes: list[str], path: Path) ->
 
     settings, rows = section["settings"], dtypes if plot.by_dtype else dtypes[:1]
     lines = len({r["line"] for r in section["records"]})
-    footer = 0.2 + _LEGEND_ROW * -(-lines // 3)
+    remarks = [line for remark in plot.remarks(section) for line in textwrap.wrap(remark, 150, subsequent_indent="   ")]
+    under_legend = 0.1 + _REMARK_ROW * len(remarks)
+    footer = 0.1 + _LEGEND_ROW * -(-lines // 3) + under_legend
     height = _HEADER + _PANEL * len(rows) + footer
     figure, grid = plt.subplots(len(rows), 2, figsize=(10.5, height), squeeze=False, sharex=True, sharey="row")
     for row, dtype in enumerate(rows):
@@ -120,7 +143,9 @@ def _save(plot: Plot, section: dict[str, Any], dtypes: list[str], path: Path) ->
     entries = {}
     for axes in grid.flat:
         entries.update({name: handle for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)})
-    figure.legend(entries.values(), entries.keys(), loc="lower center", ncols=3, frameon=False, fontsize=9.5)
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, (under_legend - 0.1) / height)}
+    figure.legend(entries.values(), entries.keys(), ncols=3, frameon=False, fontsize=9.5, **place)
+    figure.text(0.06, 0.07 / height, "\n".join(remarks), fontsize=7.5, color="#555555", va="bottom", linespacing=1.2)
     under = f"{environment.title(section['environment'])}; {_shape(settings)}"
     figure.text(0.5, 1 - 0.3 / height, plot.heading, ha="center", fontsize=13, fontweight="bold")
     figure.text(0.5, 1 - 0.55 / height, under, ha="center", fontsize=9)

@@ -14,7 +14,7 @@ RECORDS = ("records", "work", "workloads")
 REMARKS = ("notes", "skipped", "failures", "errors")
 # What a section says of its records, and of the machine, that may differ between runs that are put together.
 COVERED = ("lengths", "dtypes", "padding")
-INCIDENTAL = ("platform",)
+INCIDENTAL = ("platform", "busy_cpus")
 
 
 class Mistake(Exception):
@@ -50,7 +50,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except OSError as error:
-        raise Mistake(f"{path}: expected a results file: {_reason(error)}") from None
+        raise Mistake(f"{path}: expected a results file: {error.strerror or error}") from None
     except ValueError as error:
         raise Mistake(f"{path}: expected a results file: {error}") from None
     if not isinstance(content, dict):

@@ -194,6 +194,32 @@ def _process_status(key: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key + ":"))
 
 
+def own_cpus() -> set[int]:
+    """The CPUs that this process may use."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def _cpu_seconds() -> tuple[float, float]:
+    """Busy and all seconds, since the machine started, of the CPUs that this process may use."""
+    mine = {f"cpu{n}" for n in own_cpus()}
+    with open("/proc/stat") as status:
+        lines = [line.split() for line in status]
+    ticks = [[int(n) for n in line[1:9]] for line in lines if line[0] in mine]  # user nice system idle iowait ...
+    total = sum(map(sum, ticks))
+    return total - sum(t[3] + t[4] for t in ticks), total
+
+
+def busy_cpus(seconds: float = 0.2) -> float:
+    """How many of this process's CPUs others keep busy, seen while it sleeps; 0 where the system does not tell."""
+    try:
+        before = _cpu_seconds()
+        time.sleep(seconds)
+        busy, total = (after - b for after, b in zip(_cpu_seconds(), before, strict=True))
+        return busy / total * len(own_cpus()) if total else 0.0
+    except (OSError, IndexError, ValueError):
+        return 0.0
+
+
 def available_bytes(device: torch.device) -> int:
     """Memory that the device can still give to this process."""
     if device.type == "cuda":

@@ -2,7 +2,7 @@
 
 ``auto`` is the first usable backend in the order of ``backends.preference``: one that was measured to be the fastest on
 this device, then those of the table. ``CONVKERNELS_BACKEND=<name>`` changes what ``auto`` means, and a backend named
-there or in the call never falls back. Stepping down to the reference is announced once, with the reasons;
+there or in the call never falls back. Stepping down to the reference is announced once for a reason, not per function;
 ``CONVKERNELS_STRICT=1`` makes it an error. Decisions are cached: after a change of the environment call ``reset()``.
 """
 
@@ -21,11 +21,13 @@ from . import _spec
 AUTO = "auto"
 _CALLERS = ("convkernels", "torch", "transformers", "accelerate")
 _resets: list = []
+_announced: set[str] = set()
 
 
 def reset() -> None:
     """Forget all decisions, so that the environment is read again."""
     choose.cache_clear()
+    _announced.clear()
     for clear in _resets:
         clear()
 
@@ -83,14 +85,14 @@ def why_not(
     reasons = []
     kind = torch.device(device).type
     if entry.devices is not None and kind not in (*entry.devices, "meta"):  # on "meta" nothing is computed
-        reasons.append(f"backend '{backend}' runs on {' or '.join(entry.devices)} tensors, not on {kind}")
+        reasons.append(f"it runs on {' or '.join(entry.devices)} tensors, not on {kind}")
     if dtype not in entry.dtypes:
-        reasons.append(f"backend '{backend}' does not compute in {dtype}")
+        reasons.append(f"it does not compute in {dtype}")
     missing = _load(backend)
     if missing is not None:
-        reasons.append(f"backend '{backend}': {missing}")
+        reasons.append(missing)
     elif not _implements(backend, op):
-        reasons.append(f"backend '{backend}' does not implement {op} yet")
+        reasons.append(f"it does not implement {op} yet")
     elif entry.module is not None:
         limits = getattr(importlib.import_module(entry.module), "why_not", None)
         if limits is not None:
@@ -101,13 +103,15 @@ def why_not(
 def first_fast(
     op: str, device_type: str, dtype: torch.dtype, problem: str | None = None
 ) -> tuple[str | None, list[str]]:
-    """The fast backend that ``auto`` takes, None without one, and the reasons against those before it."""
+    """The fast backend that ``auto`` takes, None without one, and why not those before it that are for such tensors."""
     passed_over = []
     for name in preference.order(op, device_type, dtype, problem):
-        reasons = why_not(name, op=op, device=device_type, dtype=dtype)
-        if not reasons and backends.BACKENDS[name].fast:
-            return name, passed_over
-        passed_over += reasons
+        entry = backends.BACKENDS[name]
+        if entry.fast and (entry.devices is None or device_type in entry.devices):
+            reasons = why_not(name, op=op, device=device_type, dtype=dtype)
+            if not reasons:
+                return name, passed_over
+            passed_over.append(f"backend '{name}': {'; '.join(reasons)}")
     return None, passed_over
 
 
@@ -132,21 +136,24 @@ def choose(
     if backend != AUTO:
         reasons = why_not(backend, op=operator or op, device=device_type, dtype=dtype)
         if reasons:
-            raise RuntimeError(": ".join(filter(None, (op, variable, "; ".join(reasons)))))
+            raise RuntimeError(": ".join(filter(None, (op, variable, f"backend '{backend}'", "; ".join(reasons)))))
         return backend
     if device_type == "meta":
         return "reference"
     name, passed_over = first_fast(operator or op, device_type, dtype, problem)
     if name is not None:
         return name
-    message = f"{op} on {device_type} in {dtype}: no fast backend is usable ({'; '.join(passed_over)})"
+    reason = "; ".join(passed_over) or f"none is made for {device_type} tensors"
+    message = f"{op} on {device_type} in {dtype}: no fast backend is usable ({reason})"
     if os.environ.get("CONVKERNELS_STRICT") == "1":
         raise RuntimeError(f"{message}, and CONVKERNELS_STRICT=1 forbids the slow reference")
-    warnings.warn(
-        f"{message}; using the slow reference. Silence this by backend='reference'.",
-        RuntimeWarning,
-        stacklevel=_users_level(),
-    )
+    if reason not in _announced:
+        _announced.add(reason)
+        warnings.warn(
+            f"{message}; using the slow reference (said once). Silence this by backend='reference'.",
+            RuntimeWarning,
+            stacklevel=_users_level(),
+        )
     return "reference"
 
 
