@@ -197,7 +197,7 @@ def check(arguments: argparse.Namespace) -> int:
     if isas:
         say(f"CPU instruction sets checked: {', '.join(isas)}{selfcheck.why_not_all()}")
     if not selfcheck.models_here():
-        say("not checked: models: transformers is not installed")
+        say("not checked: models: transformers is not installed (pip install 'transformers>=5.17')")
     for name, reasons in environment.usable_backends(torch.device("cpu")).items():
         if reasons and name not in {o.backend for o in outcomes} and not arguments.backend:
             say(f"not checked: {name}: {'; '.join(reasons)}")
