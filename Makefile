@@ -122,8 +122,10 @@ abi: build
 	$(BIN)/python scripts/check_abi.py $(NATIVE)/libconvkernels_c*.so
 	$(BIN)/python scripts/check_headers.py
 
+# All random problems on the CPU, one in SANITIZED_EVERY of the cases of the CUDA kernels.
+SANITIZED_EVERY ?= 8
 asan: install
-	PYTHON=$(BIN)/python WORKERS=$(WORKERS) scripts/run_asan.sh
+	PYTHON=$(BIN)/python WORKERS=$(WORKERS) EVERY=$(SANITIZED_EVERY) FULL=$(FULL) scripts/run_asan.sh
 
 # Seeds faults in the kernels and shows that the tests catch each; several minutes, so not part of `make test`.
 mutants: install
@@ -158,7 +160,8 @@ test: lint install ctest abi asan interpreted simulated
 
 # With all cases of the tests marked thin, and more of those of the kernels for GPUs.
 test-full:
-	$(MAKE) test CMAKE_ARGS="$(CMAKE_ARGS) -DCK_WIDE=ON" EVERY=12 SIMULATED_EVERY=1 PYTEST_FLAGS="--full $(PYTEST_FLAGS)"
+	$(MAKE) test CMAKE_ARGS="$(CMAKE_ARGS) -DCK_WIDE=ON" EVERY=12 SIMULATED_EVERY=1 SANITIZED_EVERY=2 FULL=--full \
+	    PYTEST_FLAGS="--full $(PYTEST_FLAGS)"
 
 test-fast: install ctest
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu" $(PYTEST_FLAGS)

@@ -45,7 +45,8 @@ assert len(loaded) == 2 and all("/asan/" in path for path in loaded), f"expected
 PYTHON
 
 run() {
-    "$python" -m pytest -p no:cacheprovider -p no:faulthandler --capture=sys -m "not gpu and not slow" --maxfail=1 "$@"
+    "$python" -m pytest -p no:cacheprovider -p no:faulthandler --capture=sys -m "not gpu and not slow" --maxfail=1 \
+        ${FULL:-} "$@"
 }
 if [ $# -gt 0 ]; then
     run "$@"
@@ -58,4 +59,4 @@ run "$@" tests/test_golden.py tests/test_fuzz.py tests/test_memory.py tests/test
     tests/test_attention_blocks.py -k "not reference and not triton and not cuda and not does_not_grow"
 export CONVKERNELS_SIMT=1
 run "$@" tests/test_golden.py tests/test_fuzz.py tests/test_memory.py tests/test_decoding.py tests/test_attention_fuzz.py \
-    tests/test_attention_fragments.py -k "cuda and not does_not_grow and not wide_problems" --every 8
+    tests/test_attention_fragments.py -k "cuda and not does_not_grow and not wide_problems" --every "${EVERY:-8}"
