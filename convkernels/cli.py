@@ -18,7 +18,7 @@ import convkernels
 
 from ._bench import environment, timing
 from ._bench.console import progress, say, table
-from ._bench.results import Mistake, Store, is_section, read, writable_folder, write
+from ._bench.results import Mistake, Store, is_section, read, reason_of, understood, writable_folder, write
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended
@@ -204,10 +204,12 @@ def check(arguments: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def _draw(suite: str, section: dict[str, Any], folder: Path, dtypes: list[str] | None) -> None:
+def _draw(results: Path, suite: str, section: dict[str, Any], folder: Path, dtypes: list[str] | None) -> None:
     from ._bench import figures
 
-    for path in figures.draw(suite, section, folder, dtypes):
+    with understood(f"{results}: its part {suite}"):
+        paths = figures.draw(suite, section, folder, dtypes)
+    for path in paths:
         say(f"wrote {path}")
 
 
@@ -235,6 +237,9 @@ def bench(arguments: argparse.Namespace) -> int:
     if plotted:
         _need("matplotlib", "plotting (--no-plots does without it)")
     if arguments.threads:
+        cpus = len(timing.own_cpus())
+        if arguments.threads > cpus:
+            raise Mistake(f"--threads {arguments.threads}: this process has {cpus} CPUs")
         torch.set_num_threads(arguments.threads)
     prepare = {"acceptance": _acceptance, "attention": _attention, "streaming": _streaming, "sweep": _sweep}
     module, suite = prepare[name](arguments, arguments.device)
@@ -242,17 +247,21 @@ def bench(arguments: argparse.Namespace) -> int:
     empty = suite.section()
     path = arguments.output / f"{environment.file_stem(empty['environment'])}.json"
     store = Store(path, name if backend == "auto" else f"{name} {backend}", empty, arguments.overwrite)
-    busy = _disturbance(arguments.device)
+    busy, interrupted, no_memory = _disturbance(arguments.device), False, ""
     try:
         suite.run(store.save)
-        interrupted = False
         busy = max(busy, _disturbance(arguments.device))
     except KeyboardInterrupt:
         interrupted = True
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and not any(sign in str(error) for sign in ("can't allocate", "size calculation overflowed")):
+            raise
+        no_memory = f"there is not enough memory for these sizes: {str(error).strip().splitlines()[-1]}"
     section = suite.section()
     if busy:
         section["environment"]["busy_cpus"] = round(busy, 1)
-    errors = section.get("errors", [])
+    errors = [*section.get("errors", ()), *filter(None, [no_memory])]
     if not section["records"] and errors and not interrupted:
         print("bench: nothing could be measured", *errors, sep="\n", file=sys.stderr)
         return 1
@@ -271,9 +280,11 @@ def bench(arguments: argparse.Namespace) -> int:
         write(report, module.markdown(saved) + "\n")
         say(f"wrote {report}")
     if plotted:
-        _draw(name, saved, arguments.output, None)
+        _draw(path, name, saved, arguments.output, None)
     if interrupted:
         print("bench: interrupted; the tables show what was measured until then", file=sys.stderr)
+    if no_memory:
+        print(f"bench: {no_memory}; the tables show what was measured before", file=sys.stderr)
     return INTERRUPTED if interrupted else 1 if errors else 0
 
 
@@ -402,13 +413,16 @@ def plot(arguments: argparse.Namespace) -> int:
     folder = arguments.output or arguments.results.parent
     writable_folder(folder, "--output")
     for suite in suites:
-        _draw(suite, results[suite], folder, arguments.dtypes)
+        _draw(arguments.results, suite, results[suite], folder, arguments.dtypes)
     return 0
 
 
+LARGEST = 2**24  # of a number that makes sizes: products of two fit into what torch can count
+
+
 def _positive(value: str) -> int:
-    if not value.strip().isdecimal() or int(value) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {value!r}")
+    if not value.strip().isdecimal() or not 1 <= int(value) <= LARGEST:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {LARGEST}, got {value!r}")
     return int(value)
 
 
@@ -560,6 +574,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     parsed = parser().parse_args(arguments)
+    if sys.stdout is None:  # closed by the shell
+        sys.stdout = open(os.devnull, "w")
     try:
         status = parsed.run(parsed)
         sys.stdout.flush()
@@ -570,10 +586,13 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"convkernels {parsed.command}: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
+    except OSError as error:
         # Python would fail once more, when it closes the stream.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return PIPE_CLOSED
+        if isinstance(error, BrokenPipeError):
+            return PIPE_CLOSED
+        print(f"convkernels {parsed.command}: {reason_of(error)}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -69,6 +69,15 @@ STEPS = (
 )
 
 
+def sees_a_gpu() -> bool:
+    return (
+        subprocess.run(
+            [sys.executable, "-c", "import torch; torch.zeros(1, device='cuda')"], stderr=subprocess.DEVNULL
+        ).returncode
+        == 0
+    )
+
+
 def run(step: Step, seconds: float, words: dict[str, str], log: Path) -> str:
     """Run one step, its output in `log`. How it ended: passed, or in what way not."""
     with log.open("wb") as output:
@@ -146,6 +155,12 @@ def main() -> int:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
         print("\n".join(f"{step.part}  {step.name:18} {step.seconds:5.0f} s  {step.command}" for step in steps))
         return 0
+    if arguments.device == "cuda" and any(step.name != "environment" for step in steps) and not sees_a_gpu():
+        print(
+            "gpu_run: torch finds no GPU that works. --only environment says more; how to rehearse without: docs/gpu.md",
+            file=sys.stderr,
+        )
+        return 2
     began = time.monotonic()
     work = ROOT / "build" / "gpu-work"
     for name in ("logs", "results"):

@@ -62,7 +62,9 @@ def nothing_runs(monkeypatch):
         ("bench --compile-seconds -1", "expected a number of seconds from 0 on"),
         ("bench --dtypes float32,float32", "--dtypes: float32 is given twice"),
         ("bench --dtypes int8", "expected some of float32"),
-        ("bench --lengths ", "--lengths: expected a whole number from 1 on, got ''"),
+        ("bench --lengths ", "--lengths: expected a whole number from 1 to 16777216, got ''"),
+        ("bench --taps 99999999999999999999", "--taps: expected a whole number from 1 to 16777216, got '999"),
+        ("bench --threads 100000", "--threads 100000: this process has "),
         ("bench --lengths 8,8", "8 is given twice"),
         ("bench --max-length 32 --no-plots", "--max-length 32: nothing would be measured, the shortest length is 64"),
         ("bench --backend cpu", "--backend has no effect on the suite sweep; it is for: attention, streaming"),
@@ -90,6 +92,61 @@ def test_bench_checks_where_it_writes_first(capsys, nothing_runs, tmp_path):
     file.write_text("")
     for folder in (file, "/proc/convkernels"):
         assert "expected a folder that can be written to" in refused(capsys, f"{QUICK} --no-plots --output {folder}")
+
+
+RECORD = {"line": "x", "op": "y", "direction": "forward", "dtype": "float32", "length": 8, "batch": 1, "flops": 1}
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"records": [1, 2]},
+        {"records": [{}]},
+        {"records": [{**RECORD, "length": [1]}]},
+        {"records": [RECORD], "settings": {}},
+        {"records": [RECORD], "settings": {"lengths": 5}},
+        {"records": [RECORD], "notes": 5},
+        {"records": [RECORD], "work": 3},
+    ],
+    ids=str,
+)
+def test_results_that_no_suite_wrote(capsys, monkeypatch, nothing_runs, tmp_path, broken):
+    """Are said before anything is measured, and when they are drawn."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(cli.environment, "file_stem", lambda environment: "here")
+    monkeypatch.setattr(results, "differences", lambda old, new: [])
+    covered = {"lengths": [8], "dtypes": ["float32"], "padding": {}}
+    section = {"environment": {}, "settings": covered, "work": [], "notes": [], **broken}
+    path = tmp_path / "here.json"
+    path.write_text(json.dumps({"sweep": section}))
+    if broken["records"] != [{}]:
+        message = refused(capsys, f"{QUICK} --no-plots --output {tmp_path}")
+        assert f"{path}: its part sweep (--overwrite replaces it): expected what" in message
+    assert f"{path}: its part sweep: expected what" in refused(capsys, f"plot {path}")
+
+
+def test_sizes_for_which_there_is_no_memory(capsys, monkeypatch, tmp_path):
+    from convkernels._bench import sweep
+
+    measure = sweep.Sweep.measure
+
+    def later(suite, length, *rest):
+        return measure(suite, length, *rest) if length == 8 else torch.empty(2**50)
+
+    monkeypatch.setattr(sweep.Sweep, "measure", later)
+    assert cli.main(f"{QUICK} --no-plots --output {tmp_path}".split()) == 1
+    printed = capsys.readouterr()
+    assert "not enough memory for these sizes" in printed.err and re.search("^lightweight +8 ", printed.out, re.M)
+
+
+def test_output_that_cannot_be_written():
+    for shell in ("exec {} info > /dev/full", "exec {} info >&-"):
+        command = shell.format(" ".join(COMMAND))
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        ended = subprocess.run(["bash", "-c", command], env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        full = "full" in shell
+        assert ended.stderr == ("convkernels info: No space left on device\n" if full else "")
+        assert ended.returncode == int(full)
 
 
 @pytest.mark.parametrize("content", ["{", "[1]"])

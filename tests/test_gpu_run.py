@@ -19,6 +19,7 @@ def gpu_run(tmp_path, monkeypatch):
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(module, "GRACE", 0.2)
+    monkeypatch.setattr(module, "sees_a_gpu", lambda: True)
     return module
 
 
@@ -55,6 +56,15 @@ def test_a_step_that_goes_wrong_costs_only_itself(gpu_run, monkeypatch, tmp_path
     with tarfile.open(out / "logs.tar.gz") as logs:
         assert logs.extractfile("logs/fails.log").read() == b"before\n"
         assert logs.extractfile("logs/hangs.log").read() == b"waiting\n"
+
+
+def test_without_a_gpu_nothing_but_the_environment_is_looked_at(gpu_run, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_run, "sees_a_gpu", lambda: False)
+    steps = [gpu_run.Step("environment", 1, 20, "true"), gpu_run.Step("other", 1, 20, "true")]
+    assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "out") == 2
+    assert "no GPU" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "out", "--only", "environment") == 0
+    assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "out", "--device", "cpu") == 0
 
 
 def test_what_has_passed_is_not_run_again(gpu_run, monkeypatch, tmp_path):

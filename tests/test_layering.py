@@ -18,7 +18,7 @@ ROOT = PACKAGE.parent
 # the standard library.
 ALLOWED = {
     "convkernels.testing": {"numpy", "safetensors"},
-    "convkernels.backends.triton": {"triton", "convkernels.backends.machine_code"},
+    "convkernels.backends.triton": {"triton", "convkernels.backends.machine_code", "convkernels.backends.switches"},
     "convkernels.backends": {"convkernels._C"},
     "convkernels.ops": {"convkernels.backends"},
     "convkernels.nn": {"convkernels.ops"},

@@ -17,6 +17,7 @@ from benchmarks import prefer
 from convkernels._bench import attention_targets, environment
 from convkernels.backends import preference
 from convkernels.backends import triton as triton_backend
+from convkernels.backends.switches import switch
 from convkernels.ops import _select, _spec
 
 ROOT = Path(ck.__file__).parents[1]
@@ -154,6 +155,16 @@ def test_strict_makes_it_an_error(no_fast_backend, monkeypatch):
     with pytest.raises(RuntimeError, match="CONVKERNELS_STRICT=1 forbids the slow reference"):
         ck.lightweight_conv1d(X, W)
     ck.lightweight_conv1d(X, W, backend="reference")
+
+
+def test_a_switch_is_0_or_1(monkeypatch):
+    """Whoever wrote "true" meant it."""
+    for value, on in ("", False), ("0", False), ("1", True):
+        monkeypatch.setenv("CONVKERNELS_STRICT", value)
+        assert switch("CONVKERNELS_STRICT") is on
+    monkeypatch.setenv("CONVKERNELS_STRICT", "true")
+    with pytest.raises(ValueError, match="environment variable 'CONVKERNELS_STRICT': expected 0 or 1, got 'true'"):
+        ck.lightweight_conv1d(X, W)
 
 
 def test_environment_names_what_auto_means(monkeypatch):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,17 @@ class Mistake(Exception):
     """What the user has to change, in one sentence."""
 
 
-def _reason(error: OSError) -> str:
+def reason_of(error: OSError) -> str:
     return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+
+
+@contextlib.contextmanager
+def understood(what: str) -> Iterator[None]:
+    """Mistake where the content of a results file is not what a suite writes."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise Mistake(f"{what}: expected what `convkernels bench` writes: {type(error).__name__}: {error}") from error
 
 
 def write(path: Path, text: str) -> None:
@@ -42,7 +53,7 @@ def writable_folder(folder: Path, option: str) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise Mistake(f"{option} {folder}: expected a folder that can be written to: {_reason(error)}") from None
+        raise Mistake(f"{option} {folder}: expected a folder that can be written to: {reason_of(error)}") from None
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -135,7 +146,9 @@ class Store:
         old = read(path).get(name)
         if overwrite or not is_section(old):
             return
-        unlike = differences(old, empty)
+        with understood(f"{path}: its part {name} (--overwrite replaces it)"):
+            merged(old, empty)
+            unlike = differences(old, empty)
         if unlike:
             raise Mistake(
                 f"{path} holds results of the suite {name} that cannot be put together with these "
@@ -154,6 +167,6 @@ class Store:
             write(self.path, json.dumps(content, indent=1) + "\n")
             self.error = None
         except OSError as error:
-            self.error = _reason(error)
+            self.error = reason_of(error)
         except Mistake as error:
             self.error = str(error)

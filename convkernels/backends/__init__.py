@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from .switches import switch
+
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -36,7 +38,7 @@ def _triton() -> Backend:
 
 def _cuda() -> Backend:
     """The kernels simulated on a CPU are too slow to be chosen by ``auto``."""
-    simulated = os.environ.get("CONVKERNELS_SIMT") == "1"
+    simulated = switch("CONVKERNELS_SIMT")
     return Backend("cuda", "convkernels.backends.cuda", ("cpu" if simulated else "cuda",), FLOATS, None, not simulated)
 
 

@@ -1,11 +1,11 @@
 """The CUDA backend: NVIDIA GPUs, and with ``CONVKERNELS_SIMT=1`` any CPU (slowly, for tests)."""
 
-import os
 from functools import cache
 
 import torch
 
 from .library import load_library
+from .switches import switch
 
 # Major compute capabilities the library has kernels for.
 GENERATIONS = (8, 9, 10)
@@ -13,7 +13,7 @@ GENERATIONS = (8, 9, 10)
 
 def simulating() -> bool:
     """Whether the kernels run on the CPU, one fiber per CUDA thread."""
-    return os.environ.get("CONVKERNELS_SIMT") == "1"
+    return switch("CONVKERNELS_SIMT")
 
 
 @cache

@@ -16,6 +16,7 @@ import torch
 
 from .. import backends
 from ..backends import preference
+from ..backends.switches import switch
 from . import _spec
 
 AUTO = "auto"
@@ -133,6 +134,7 @@ def choose(
     if backend == AUTO and os.environ.get("CONVKERNELS_BACKEND"):
         backend, variable = os.environ["CONVKERNELS_BACKEND"], "environment variable 'CONVKERNELS_BACKEND'"
     known(op, backend, variable or "argument 'backend'")
+    strict = switch("CONVKERNELS_STRICT")
     if backend != AUTO:
         reasons = why_not(backend, op=operator or op, device=device_type, dtype=dtype)
         if reasons:
@@ -145,7 +147,7 @@ def choose(
         return name
     reason = "; ".join(passed_over) or f"none is made for {device_type} tensors"
     message = f"{op} on {device_type} in {dtype}: no fast backend is usable ({reason})"
-    if os.environ.get("CONVKERNELS_STRICT") == "1":
+    if strict:
         raise RuntimeError(f"{message}, and CONVKERNELS_STRICT=1 forbids the slow reference")
     if reason not in _announced:
         _announced.add(reason)

@@ -17,6 +17,7 @@ from typing import get_args
 
 import torch
 
+from ..switches import switch
 from . import configs
 from .configs import Band, Config, Shape
 
@@ -29,7 +30,7 @@ def file() -> Path | None:
     named = os.environ.get("CONVKERNELS_TUNED")
     if named:
         return Path(named)
-    if os.environ.get("CONVKERNELS_TUNE") == "1":
+    if switch("CONVKERNELS_TUNE"):
         return Path.home() / ".cache" / "convkernels" / "triton.json"
     return None
 
@@ -106,7 +107,7 @@ def config(shape: Shape, backward: bool, device: torch.device, run: Callable[[Co
         fields = dict(stored)
         return _KINDS[fields.pop("kind")](**fields)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if os.environ.get("CONVKERNELS_TUNE") != "1" or capturing:
+    if not switch("CONVKERNELS_TUNE") or capturing:
         return configs.choose(shape, backward)
     times = {}
     for candidate in candidates(shape, backward):
