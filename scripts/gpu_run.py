@@ -157,7 +157,7 @@ def main() -> int:
         return 0
     if arguments.device == "cuda" and any(step.name != "environment" for step in steps) and not sees_a_gpu():
         print(
-            "gpu_run: torch finds no GPU that works. --only environment says more; how to rehearse without: docs/gpu.md",
+            "gpu_run: torch finds no GPU that works. --only environment says more; docs/gpu.md has a rehearsal",
             file=sys.stderr,
         )
         return 2
