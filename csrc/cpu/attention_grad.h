@@ -31,15 +31,12 @@ struct GradientSums {
 
   void finish(const AttentionBackward& p, const AttentionData<C>& d) const {
     const Axis columns{p.window(), 1}, one{1, 0}, taps{p.window(), d.width}, channels{p.channels, 1};
-    bias.finish(p, p.bias, p.grad_bias, 0, one, columns, 1);
-    query_rel.finish(p, p.query_rel, p.grad_query_rel, 0, {p.rank, d.window_pitch}, columns,
-                     static_cast<C>(p.rel_scale));
-    // Column c was summed as column W-1-c, the order in which keys see queries.
-    key_rel.finish(p, p.key_rel, p.grad_key_rel, p.window() - 1, {p.channels, d.window_pitch}, {p.window(), -1},
-                   static_cast<C>(p.scale));
-    value_conv.finish(p, p.value_conv, p.grad_value_conv, 0, channels, taps, 1);
-    value_conv_bias.finish(p, p.value_conv_bias, p.grad_value_conv_bias, 0, channels, one, 1);
-    value_conv_scale.finish(p, p.value_conv_scale, p.grad_value_conv_scale, 0, one, one, 1);
+    bias.finish(p, p.bias, p.grad_bias, one, columns, 1);
+    query_rel.finish(p, p.query_rel, p.grad_query_rel, {p.rank, d.window_pitch}, columns, static_cast<C>(p.rel_scale));
+    key_rel.finish(p, p.key_rel, p.grad_key_rel, {p.channels, d.window_pitch}, columns, static_cast<C>(p.scale));
+    value_conv.finish(p, p.value_conv, p.grad_value_conv, channels, taps, 1);
+    value_conv_bias.finish(p, p.value_conv_bias, p.grad_value_conv_bias, channels, one, 1);
+    value_conv_scale.finish(p, p.value_conv_scale, p.grad_value_conv_scale, one, one, 1);
   }
 };
 
@@ -66,8 +63,8 @@ class GradientTask {
         dropped_(p.dropout > 0.0 ? kTileSize : 0),
         clean_(most(kQueryRows, kKeyColumns) * most(data.pitch, data.rank_pitch)),
         grad_q_(kQueryRows * data.pitch),
-        columns_(folds_ ? kQueryRows * data.window_pitch : 0),
-        rel_(folds_ ? kQueryRows * round_up(p.rank, kLanes<C>) : 0),
+        strip_(folds_ ? kQueryRows * kStrip : 0),
+        rel_(folds_ ? kQueryRows * data.rank_width : 0),
         row_(data.width),
         taps_(p.grad_value_conv != nullptr ? p.window() * data.width : 0),
         near_(folds_keys_ ? kNearKeys * kNearPitch<C> : 0),
@@ -93,12 +90,12 @@ class GradientTask {
       key_rel_ = sums.key_rel.of(task, n);
       if (folds_keys_) clear(key_edges_.get(), 2 * d_.padded);
       for (int64_t block = blocks.first; block < blocks.end; ++block) run_block(block);
-      if (folds_keys_ && p_.clips()) finish_edges();
+      if (folds_keys_ && d_.clips) finish_edges();
     }
   }
 
  private:
-  static constexpr int64_t kTileSize = kQueryRows * kScorePitch<C>;
+  static constexpr int64_t kTileSize = kQueryRows * kScorePitch<C>, kStrip = QueryBlock<C>::kStrip;
   // Blocks of keys that one block of queries may see.
   static int64_t tiles(const AttentionData<C>& d) { return ceil_div(d.places.most_seen() + kPanel<C>, kKeyColumns); }
 
@@ -120,7 +117,7 @@ class GradientTask {
       grad_lse_[r] = p_.grad_lse.data == nullptr || blind_[r]
                          ? C{0}
                          : scalar<C>(p_.grad_lse, block_.batch(), block_.head(), block_.query(r));
-      delta_[r] = total_[r] = 0;
+      delta_[r] = total_[r] = left_[r] = right_[r] = 0;
       odd_grad_[r] = !is_finite(grad_.get() + r * d_.pitch, d_.width);
       odd_q_[r] = !is_finite(block_.q() + r * d_.pitch, d_.width);
       odd_r_[r] = p_.rel_query.data == nullptr
@@ -137,7 +134,6 @@ class GradientTask {
         odd_[r] = odd_[r] || delta_[r] - delta_[r] != C{0};
       }
       clear(grad_q_.get(), rows * d_.pitch);
-      if (folds_) clear(columns_.get(), rows * d_.window_pitch);
       block_.each_key_block([&](int64_t first, int64_t n) { add_keys(first, n); });
       if (folds_) finish_columns();
       if (p_.grad_q.data != nullptr) write_queries();
@@ -232,19 +228,11 @@ class GradientTask {
     for (int64_t j = 0; j < n; j += V)
       store_bytes(ds_row + j, load_bytes<Vec<C>>(p_row + j) * (load_bytes<Vec<C>>(ds_row + j) - delta));
     if (careful) hide(r, first, n, ds_row);
+    if (!d_.clips) return;
     const Cut cut = block_.cut(r, first, n);
-    if (folds_) fold(r, cut, first, ds_row);
-    if (folds_keys_ && p_.clips()) fold_edges(cut, first, ds_row);
-  }
-
-  // Adds a row over the keys to the columns that the keys belong to.
-  void fold(int64_t r, const Cut& cut, int64_t first, const C* row) const {
-    C* const columns = columns_.get() + r * d_.window_pitch;
-    if (cut.window < cut.beyond)
-      add_to(columns + block_.column(r, first + cut.window), row + cut.window, cut.beyond - cut.window);
-    if (!p_.clips()) return;
-    columns[0] += sum(row + cut.first, cut.window - cut.first);
-    columns[p_.window() - 1] += sum(row + cut.beyond, cut.end - cut.beyond);
+    left_[r] += sum(ds_row + cut.first, cut.window - cut.first);
+    right_[r] += sum(ds_row + cut.beyond, cut.end - cut.beyond);
+    if (folds_keys_) fold_edges(cut, first, ds_row);
   }
 
   // What keys outside the window of a row pass on to the outermost columns.
@@ -256,48 +244,71 @@ class GradientTask {
 
   // The gradients of the term of the keys within the window of queries from .. to of one sequence.
   void add_near(int64_t from, int64_t to, int64_t first, int64_t n, const C* ds) {
-    block_.each_near(from, to, {first, first + n}, [&](int64_t key, int64_t count, Range met) {
-      const int64_t columns = met.end - met.first;
+    constexpr int V = kLanes<C>;
+    block_.each_near(from, to, first, n, [&](int64_t key, int64_t count, Range rows, int64_t low, Range met) {
       clear(near_.get(), count * kNearPitch<C>);
-      block_.each_pair(from, to, key, count, met, [&](int64_t r, int64_t j, int64_t c) CK_INLINE_LAMBDA {
-        near_[(j - key) * kNearPitch<C> + c - met.first] = ds[r * kScorePitch<C> + j - first];
+      Cut cuts[kQueryRows];
+      for (int64_t r = rows.first; r < rows.end; ++r) cuts[r] = block_.cut(r, first, n);
+      block_.each_square(key, count, rows, low, [&](int64_t r, int64_t j, int64_t near) CK_INLINE_LAMBDA {
+        Vec<C> square[V];
+        CK_UNROLL for (int i = 0; i < V; ++i) {
+          square[i] = Vec<C>{};
+          if (r + i < rows.end)
+            square[i] =
+                block_.within(cuts[r + i], j - first, load_bytes<Vec<C>>(ds + (r + i) * kScorePitch<C> + j - first));
+        }
+        transpose<C>(square);
+        CK_UNROLL for (int i = 0; i < V; ++i) store_bytes(near_.get() + near + i * (kNearPitch<C> - 1), square[i]);
       });
+      const C* const weights = near_.get() + met.first - low;
+      const int64_t columns = met.end - met.first;
       if (key_rel_ != nullptr)
-        multiply_met(p_.channels, round_up(columns, kLanes<C>), count, keys_.k.row(key), d_.pitch, keys_.k.odd(key),
-                     clean_.get(), near_.get(), kNearPitch<C>, key_rel_ + met.first, d_.window_pitch);
+        multiply_met(p_.channels, columns, count, keys_.k.row(key), d_.pitch, keys_.k.odd(key), clean_.get(), weights,
+                     kNearPitch<C>, key_rel_ + met.first, d_.window_pitch);
       if (p_.grad_k.data != nullptr)
-        multiply<true>(count, d_.width, columns, Factor<C>{near_.get(), kNearPitch<C>, 1},
+        multiply<true>(count, d_.width, least(columns, p_.window() - met.first), Factor<C>{weights, kNearPitch<C>, 1},
                        d_.key_columns.of(keys_.head) + met.first * d_.width, d_.width, own_.k + key * d_.pitch,
                        d_.pitch);
     });
   }
 
-  void finish_columns() {
-    const int64_t rows = block_.rows(), pitch = d_.window_pitch;
-    if (bias_ != nullptr)
-      for (int64_t r = 0; r < rows; ++r) {
-        const Range met = block_.columns(r);
-        if (!met.empty()) add_to(bias_ + met.first, columns_.get() + r * pitch + met.first, met.end - met.first);
-      }
-    if (query_rel_ != nullptr)
-      block_.each_strip([&](int64_t column, int64_t n, Range met) {
-        multiply_met(p_.rank, n, met.end - met.first, block_.r() + met.first * d_.rank_pitch, d_.rank_pitch,
-                     odd_r_ + met.first, clean_.get(), columns_.get() + met.first * pitch + column, pitch,
-                     query_rel_ + column, pitch);
-      });
-    if (p_.query_rel.data == nullptr) return;
-    const int64_t rank = d_.query_columns.pitch();
-    for (int64_t r = 0; r < rows; r += kTileRows) {
-      const int64_t n = least(kTileRows, rows - r);
-      Range met{p_.window(), 0};
-      for (int64_t i = r; i < r + n; ++i) {
-        const Range one = block_.columns(i);
-        if (!one.empty()) met = {least(met.first, one.first), most(met.end, one.end)};
-      }
-      multiply<false>(n, rank, most(0, met.end - met.first),
-                      Factor<C>{columns_.get() + r * pitch + met.first, pitch, 1},
-                      d_.query_columns.of(block_.head()) + met.first * rank, rank, rel_.get() + r * rank, rank);
+  // The gradients of the scores of a row in n columns from `first` on.
+  void read_columns(int64_t r, int64_t first, int64_t n, C* to) const {
+    const Place& at = block_.place(r);
+    const int64_t start = at.at - p_.left + first;  // the key of the first column
+    int64_t j = most(start, at.visible.first);
+    const int64_t end = least(start + least(n, p_.window() - first), at.visible.end);
+    if (end - j < n) clear(to, n);
+    while (j < end) {
+      const int64_t place = (j - block_.first_key()) % kKeyColumns, count = least(end - j, kKeyColumns - place);
+      const C* const from = ds_rows_.get() + tile(j) + r * kScorePitch<C> + place;
+      if (count == kStrip)  // mostly, and then of known size
+        memcpy(static_cast<void*>(to), from, kStrip * sizeof(C));
+      else
+        for (int64_t i = 0; i < count; ++i) to[j - start + i] = from[i];
+      j += count;
     }
+    if (first == 0) to[0] += left_[r];
+    if (first + n >= p_.window()) to[p_.window() - 1 - first] += right_[r];
+  }
+
+  // What follows from the gradients of the scores by columns, a strip of them at a time.
+  void finish_columns() {
+    const int64_t rows = block_.rows(), rank = d_.rank_width;
+    clear(rel_.get(), rows * rank);
+    block_.each_strip([&](int64_t column, int64_t n, Range met) {
+      for (int64_t r = met.first; r < met.end; ++r) {
+        C* const row = strip_.get() + (r - met.first) * kStrip;
+        read_columns(r, column, n, row);
+        if (bias_ != nullptr) add_to(bias_ + column, row, n);
+      }
+      if (query_rel_ != nullptr)
+        multiply_met(p_.rank, n, met.end - met.first, block_.r() + met.first * d_.rank_pitch, d_.rank_pitch,
+                     odd_r_ + met.first, clean_.get(), strip_.get(), kStrip, query_rel_ + column, d_.window_pitch);
+      if (p_.query_rel.data != nullptr)
+        multiply<true>(met.end - met.first, rank, least(n, p_.window() - column), Factor<C>{strip_.get(), kStrip, 1},
+                       d_.query_columns.of(block_.head()) + column * rank, rank, rel_.get() + met.first * rank, rank);
+    });
     if (p_.grad_rel_query.data != nullptr)
       for (int64_t r = 0; r < rows; ++r)
         write_row(p_, p_.grad_rel_query, block_.batch(), block_.query(r), block_.head(), p_.rank,
@@ -306,7 +317,7 @@ class GradientTask {
 
   void finish_edges() {
     for (int64_t side = 0; side < 2; ++side) {
-      const int64_t column = side * (p_.window() - 1);
+      const int64_t column = (1 - side) * (p_.window() - 1);
       for (int64_t j = 0; j < p_.keys; ++j) {
         const C edge = key_edges_[side * d_.padded + j];
         if (edge == C{0}) continue;  // nothing that a key which nobody sees may spoil
@@ -323,7 +334,7 @@ class GradientTask {
     for (int64_t r = 0; r < block_.rows(); ++r) {
       C* const row = grad_q_.get() + r * d_.pitch;
       multiply_by(row, d_.width, static_cast<C>(p_.scale));
-      if (shared) add_to(row, rel_.get() + r * d_.query_columns.pitch(), d_.width);
+      if (shared) add_to(row, rel_.get() + r * d_.rank_width, d_.width);
       write_row(p_, p_.grad_q, block_.batch(), block_.query(r), block_.head(), p_.channels, row);
     }
   }
@@ -354,8 +365,9 @@ class GradientTask {
   Keys<C> keys_;
   QueryBlock<C> block_;
   KeyGradients<C> own_{};
-  Scratch<C> grad_, p_rows_, ds_rows_, dropped_, clean_, grad_q_, columns_, rel_, row_, taps_, near_, key_edges_;
+  Scratch<C> grad_, p_rows_, ds_rows_, dropped_, clean_, grad_q_, strip_, rel_, row_, taps_, near_, key_edges_;
   C shift_[kQueryRows], grad_lse_[kQueryRows], total_[kQueryRows], delta_[kQueryRows];
+  C left_[kQueryRows], right_[kQueryRows];  // the gradients of scores left and right of the window
   // of queries: lse is -inf; something of a row is not finite
   bool blind_[kQueryRows], odd_[kQueryRows], odd_grad_[kQueryRows], odd_q_[kQueryRows], odd_r_[kQueryRows];
   C *bias_ = nullptr, *query_rel_ = nullptr, *key_rel_ = nullptr, *value_conv_ = nullptr, *value_conv_bias_ = nullptr,

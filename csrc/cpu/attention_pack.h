@@ -165,7 +165,9 @@ class Places {
       }
       Range& all = ranges_[i / kQueryRows];
       if (i % kQueryRows == 0) all = {p.keys, 0};
-      if (!visible.empty()) all = {least(all.first, visible.first), most(all.end, visible.end)};
+      if (visible.empty()) continue;
+      all = {least(all.first, visible.first), most(all.end, visible.end)};
+      leave_ = leave_ || visible.first < place.at - p.left || visible.end > place.at + p.right + 1;
       most_seen_ = most(most_seen_, all.end - all.first);
     }
   }
@@ -174,37 +176,37 @@ class Places {
   // The keys that some query of a block sees.
   Range seen_by(int64_t block) const { return ranges_[block]; }
   int64_t most_seen() const { return most_seen_; }
+  bool leave_window() const { return leave_; }  // some query sees keys outside its window
 
  private:
   Scratch<Place> places_;
   Scratch<Range> ranges_;
   int64_t most_seen_ = 0;
+  bool leave_ = false;
 };
 
 struct Axis {
   int64_t size, stride;
 };
 
-// A table in the compute type, [heads][outer][pitch]; pitch is inner.size in whole vectors.
+// A table in the compute type, [heads][outer][pitch].
 template <class C>
 class PackedTable {
  public:
-  // start: the element of each head that comes first.
-  PackedTable(const Attention& p, const HeadTable& t, int64_t start, Axis outer, Axis inner, C factor)
-      : pitch_(round_up(inner.size, kLanes<C>)),
+  PackedTable(const Attention& p, const HeadTable& t, Axis outer, Axis inner, int64_t pitch, C factor)
+      : pitch_(pitch),
         head_(t.per_head ? outer.size * pitch_ : 0),
         given_(t.data != nullptr),
         data_(!given_ ? 0 : (t.per_head ? p.heads : 1) * outer.size * pitch_) {
     if (!given_) return;
     for (int64_t h = 0; h < (t.per_head ? p.heads : 1); ++h)
       for (int64_t o = 0; o < outer.size; ++o)
-        convert_in(t.dtype, t.data, start + h * t.head + o * outer.stride, inner.stride, inner.size, factor,
+        convert_in(t.dtype, t.data, h * t.head + o * outer.stride, inner.stride, inner.size, factor,
                    data_.get() + (h * outer.size + o) * pitch_);
   }
 
   // nullptr: the term is not there.
   const C* of(int64_t h) const { return given_ ? data_.get() + h * head_ : nullptr; }
-  int64_t pitch() const { return pitch_; }
 
  private:
   int64_t pitch_, head_;
@@ -337,11 +339,13 @@ struct AttentionData {
   bool threads;
   int64_t width, pitch;  // of a row of channels: whole vectors, and the distance to the next
   int64_t rank_pitch;    // rows of rel_query (of q, where there is none)
-  int64_t window_pitch;  // rows of columns, in whole vectors
+  int64_t rank_width;    // rows of a table by column
+  int64_t window_pitch;  // rows of columns
   int64_t padded;        // keys, in whole panels
   Places places;
-  PackedTable<C> bias, query_rel, key_rel;    // base 2; the latter two by channel; key_rel with its columns reversed
-  PackedTable<C> query_columns, key_columns;  // by column, for gradients; the first times rel_scale
+  bool clips;                                                    // outermost columns reach keys outside the window
+  PackedTable<C> bias, query_rel, key_rel;                       // base 2; the latter two by channel
+  PackedTable<C> query_columns, key_columns;                     // by column, for gradients; the first times rel_scale
   PackedTable<C> value_conv, value_conv_bias, value_conv_scale;  // by tap
   Scratch<C> hidden;                                             // [batch][padded]: not 0 where the mask hides a key
   Scratch<int64_t> real;  // [batch][keys + 1]: how many keys before a position the mask does not hide
@@ -352,19 +356,21 @@ struct AttentionData {
         width(round_up(p.channels, kLanes<C>)),
         pitch(row_pitch<C>(width)),
         rank_pitch(p.rel_query.data != nullptr ? row_pitch<C>(p.rank) : pitch),
-        window_pitch(round_up(p.window(), kLanes<C>)),
+        rank_width(round_up(p.rank, kLanes<C>)),
+        window_pitch(row_pitch<C>(p.window())),
         padded(round_up(p.keys, kPanel<C>)),
         places(p),
-        bias(p, p.bias, 0, {1, 0}, columns(p.bias), static_cast<C>(kLog2e)),
-        query_rel(p, p.query_rel, 0, {p.rank, p.query_rel.row}, columns(p.query_rel),
+        clips(p.clips() && places.leave_window()),
+        bias(p, p.bias, {1, 0}, columns(p.bias), window_pitch, static_cast<C>(kLog2e)),
+        query_rel(p, p.query_rel, {p.rank, p.query_rel.row}, columns(p.query_rel), window_pitch,
                   static_cast<C>(p.rel_scale * kLog2e)),
-        key_rel(p, p.key_rel, last_column(), {p.channels, p.key_rel.row}, reversed(), score_scale()),
-        query_columns(p, when(gradients, p.query_rel), 0, columns(p.query_rel), {p.rank, p.query_rel.row},
+        key_rel(p, p.key_rel, {p.channels, p.key_rel.row}, columns(p.key_rel), window_pitch, score_scale()),
+        query_columns(p, when(gradients, p.query_rel), columns(p.query_rel), {p.rank, p.query_rel.row}, rank_width,
                       static_cast<C>(p.rel_scale)),
-        key_columns(p, when(gradients, p.key_rel), last_column(), reversed(), {p.channels, p.key_rel.row}, 1),
-        value_conv(p, p.value_conv, 0, columns(p.value_conv), {p.channels, p.value_conv.row}, 1),
-        value_conv_bias(p, p.value_conv_bias, 0, {1, 0}, {p.channels, p.value_conv_bias.row}, 1),
-        value_conv_scale(p, p.value_conv_scale, 0, {1, 0}, {1, 0}, 1),
+        key_columns(p, when(gradients, p.key_rel), columns(p.key_rel), {p.channels, p.key_rel.row}, width, 1),
+        value_conv(p, p.value_conv, columns(p.value_conv), {p.channels, p.value_conv.row}, width, 1),
+        value_conv_bias(p, p.value_conv_bias, {1, 0}, {p.channels, p.value_conv_bias.row}, width, 1),
+        value_conv_scale(p, p.value_conv_scale, {1, 0}, {1, 0}, kLanes<C>, 1),
         hidden(p.key_mask != nullptr ? p.batch * padded : 0),
         real(p.key_mask != nullptr ? p.batch * (p.keys + 1) : 0) {
     if (p.key_mask != nullptr) read_mask();
@@ -381,7 +387,7 @@ struct AttentionData {
     return !visible.empty() && count_real(b, visible.first, visible.end) > 0;
   }
   C score_scale() const { return static_cast<C>(p.scale * kLog2e); }
-  bool has_edges() const { return p.key_rel.data != nullptr && p.clips(); }
+  bool has_edges() const { return p.key_rel.data != nullptr && clips; }
   C conv_scale(int64_t h) const { return p.value_conv_scale.data == nullptr ? C{1} : value_conv_scale.of(h)[0]; }
   // Blocks of queries of one head.
   int64_t blocks() const { return ceil_div(p.queries, kQueryRows); }
@@ -394,8 +400,6 @@ struct AttentionData {
 
  private:
   Axis columns(const HeadTable& t) const { return {p.window(), t.column}; }
-  Axis reversed() const { return {p.window(), -p.key_rel.column}; }
-  int64_t last_column() const { return (p.window() - 1) * p.key_rel.column; }
   static HeadTable when(bool wanted, const HeadTable& t) { return wanted ? t : HeadTable{}; }
 
   void read_mask() {
@@ -442,8 +446,8 @@ struct Keys {
     Scratch<C> outer(2 * d.width);
     clear(outer.get(), 2 * d.width);
     for (int64_t c = 0; c < d.p.channels; ++c) {
-      outer[c] = d.key_rel.of(h)[c * d.window_pitch];
-      outer[d.width + c] = d.key_rel.of(h)[c * d.window_pitch + d.p.window() - 1];
+      outer[c] = d.key_rel.of(h)[c * d.window_pitch + d.p.window() - 1];
+      outer[d.width + c] = d.key_rel.of(h)[c * d.window_pitch];
     }
     for (int64_t side = 0; side < 2; ++side)
       for (int64_t j = 0; j < d.padded; ++j)

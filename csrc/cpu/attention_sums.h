@@ -26,9 +26,8 @@ class TableSums {
   C* of(int64_t task, int64_t head) const { return wanted_ ? data_.get() + (task * heads_ + head) * size_ : nullptr; }
 
   // Writes the gradient of `t`, [heads][rows.size][columns.size] contiguous; the axes say where its elements lie in a
-  // part, from `start` on.
-  void finish(const Attention& p, const HeadTable& t, void* out, int64_t start, Axis rows, Axis columns,
-              C factor) const {
+  // part.
+  void finish(const Attention& p, const HeadTable& t, void* out, Axis rows, Axis columns, C factor) const {
     if (!wanted_) return;
     const int64_t units = p.heads / heads_;  // of one batch row
     const auto sums_of = [&](int64_t h, int64_t b, int64_t part) {
@@ -44,7 +43,7 @@ class TableSums {
         for (int64_t h = 0; h < (t.per_head ? p.heads : 1); ++h)
           for (int64_t r = 0; r < rows.size; ++r)
             for (int64_t c = 0; c < columns.size; ++c, ++to) {
-              const int64_t element = start + r * rows.stride + c * columns.stride;
+              const int64_t element = r * rows.stride + c * columns.stride;
               C sum = 0;
               for (int64_t head = h; head < (t.per_head ? h + 1 : p.heads); ++head)
                 sum += p.batch > 0 ? sums_of(head, 0, 0)[element] : C{0};
