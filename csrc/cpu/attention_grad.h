@@ -12,38 +12,34 @@
 
 namespace ck::cpu::CK_ISA {
 
+// Tables of one group of heads, each head's after the other.
 template <class C>
-struct GradientSums {
+struct GradientTables {
   TableSums<C> bias, query_rel, key_rel, value_conv, value_conv_bias, value_conv_scale;
+  int64_t size = 0;  // of one head
+  bool shared = false;
 
-  GradientSums(const AttentionBackward& p, const AttentionData<C>& d, const Parts& parts)
-      : bias(p.grad_bias != nullptr, parts, p.sharing(), 1, d.window_pitch),
-        query_rel(p.grad_query_rel != nullptr, parts, p.sharing(), p.rank, d.window_pitch),
-        key_rel(p.grad_key_rel != nullptr, parts, p.sharing(), p.channels, d.window_pitch),
-        value_conv(p.grad_value_conv != nullptr, parts, p.sharing(), p.window(), d.width),
-        value_conv_bias(p.grad_value_conv_bias != nullptr, parts, p.sharing(), 1, d.width),
-        value_conv_scale(p.grad_value_conv_scale != nullptr, parts, p.sharing(), 1, 1) {}
+  GradientTables(const AttentionBackward& p, const AttentionData<C>& d)
+      : bias{p.bias, p.grad_bias, {1, 0}, {p.window(), 1}, d.window_pitch, 1},
+        query_rel{p.query_rel,     p.grad_query_rel, {p.rank, p.window()},
+                  {p.window(), 1}, d.window_pitch,   static_cast<C>(p.rel_scale)},
+        key_rel{p.key_rel,       p.grad_key_rel, {p.channels, p.window()},
+                {p.window(), 1}, d.window_pitch, static_cast<C>(p.scale)},
+        value_conv{p.value_conv, p.grad_value_conv, {p.window(), 1}, {p.channels, p.window()}, d.width, 1},
+        value_conv_bias{p.value_conv_bias, p.grad_value_conv_bias, {1, 0}, {p.channels, 1}, d.width, 1},
+        value_conv_scale{p.value_conv_scale, p.grad_value_conv_scale, {1, 0}, {1, 1}, kLanes<C>, 1} {
+    for (TableSums<C>* table : {&bias, &query_rel, &key_rel, &value_conv, &value_conv_bias, &value_conv_scale}) {
+      table->at = size;
+      size += table->size();
+      shared = shared || table->shared();
+    }
+  }
 
-  void open(int64_t task) const {
+  template <class Heads>
+  void write(Range range, const Heads& heads) const {
     for (const TableSums<C>* table : {&bias, &query_rel, &key_rel, &value_conv, &value_conv_bias, &value_conv_scale})
-      table->open(task);
+      table->write(range, heads);
   }
-
-  void finish(const AttentionBackward& p, const AttentionData<C>& d) const {
-    const Axis columns{p.window(), 1}, one{1, 0}, taps{p.window(), d.width}, channels{p.channels, 1};
-    bias.finish(p, p.bias, p.grad_bias, one, columns, 1);
-    query_rel.finish(p, p.query_rel, p.grad_query_rel, {p.rank, d.window_pitch}, columns, static_cast<C>(p.rel_scale));
-    key_rel.finish(p, p.key_rel, p.grad_key_rel, {p.channels, d.window_pitch}, columns, static_cast<C>(p.scale));
-    value_conv.finish(p, p.value_conv, p.grad_value_conv, channels, taps, 1);
-    value_conv_bias.finish(p, p.value_conv_bias, p.grad_value_conv_bias, channels, one, 1);
-    value_conv_scale.finish(p, p.value_conv_scale, p.grad_value_conv_scale, one, one, 1);
-  }
-};
-
-// d(k) before its scale and d(v) of one group, rows of `pitch`.
-template <class C>
-struct KeyGradients {
-  C *k, *v;
 };
 
 template <class C>
@@ -70,24 +66,24 @@ class GradientTask {
         near_(folds_keys_ ? kNearKeys * kNearPitch<C> : 0),
         key_edges_(folds_keys_ ? 2 * data.padded : 0) {}
 
-  // Blocks `range` of the heads of one group, which follow each other; the tables' sums are those of `task`.
-  void run(int64_t b, int64_t g, Range range, const GradientSums<C>& sums, int64_t task, KeyGradients<C> own) {
-    own_ = own;
+  // Blocks `range` of the heads of one group, which follow each other. keys: d(k) before its scale and d(v) of the
+  // group, rows of `pitch`.
+  void run(int64_t b, int64_t g, Range range, const GradientTables<C>& tables, C* sums, C* keys) {
+    own_k_ = keys;
+    own_v_ = keys + d_.padded * d_.pitch;
     keys_.load(b, g);
-    sums.open(task);
-    clear(own_.k, d_.padded * d_.pitch);
-    clear(own_.v, d_.padded * d_.pitch);
     for (int64_t n = 0; n < p_.sharing(); ++n) {
       const int64_t first = n * d_.blocks();
       const Range blocks{most(range.first - first, 0), least(range.end - first, d_.blocks())};
       if (blocks.empty()) continue;
       keys_.choose_head(g * p_.sharing() + n);
-      bias_ = sums.bias.of(task, n);
-      query_rel_ = sums.query_rel.of(task, n);
-      value_conv_ = sums.value_conv.of(task, n);
-      value_conv_bias_ = sums.value_conv_bias.of(task, n);
-      value_conv_scale_ = sums.value_conv_scale.of(task, n);
-      key_rel_ = sums.key_rel.of(task, n);
+      C* const head = sums + n * tables.size;
+      bias_ = tables.bias.of(head);
+      query_rel_ = tables.query_rel.of(head);
+      key_rel_ = tables.key_rel.of(head);
+      value_conv_ = tables.value_conv.of(head);
+      value_conv_bias_ = tables.value_conv_bias.of(head);
+      value_conv_scale_ = tables.value_conv_scale.of(head);
       if (folds_keys_) clear(key_edges_.get(), 2 * d_.padded);
       for (int64_t block = blocks.first; block < blocks.end; ++block) run_block(block);
       if (folds_keys_ && d_.clips) finish_edges();
@@ -167,7 +163,7 @@ class GradientTask {
     if (p_.grad_v.data == nullptr) return;
     const C* const weights = p_.dropout > 0.0 ? dropped_.get() : p;
     multiply_seen(n, d_.width, rows, Factor<C>{weights, 1, S}, grad_.get(), d_.pitch, odd_grad_, clean_.get(),
-                  own_.v + first * d_.pitch, [&](int64_t j, int64_t r) { return sees(r, first + j); });
+                  own_v_ + first * d_.pitch, [&](int64_t j, int64_t r) { return sees(r, first + j); });
   }
 
   // Leaves p, p after dropout, and dP.
@@ -215,7 +211,7 @@ class GradientTask {
     if (!p_.qk) return;
     if (p_.grad_k.data != nullptr)
       multiply_seen(n, d_.width, rows, Factor<C>{ds, 1, S}, block_.q(), d_.pitch, odd_q_, clean_.get(),
-                    own_.k + first * d_.pitch, [&](int64_t j, int64_t r) { return sees(r, first + j); });
+                    own_k_ + first * d_.pitch, [&](int64_t j, int64_t r) { return sees(r, first + j); });
     if (p_.grad_q.data != nullptr)
       multiply_seen(rows, d_.width, n, Factor<C>{ds, S, 1}, keys_.k.row(first), d_.pitch, keys_.k.odd(first),
                     clean_.get(), grad_q_.get(), [&](int64_t r, int64_t j) { return sees(r, first + j); });
@@ -267,7 +263,7 @@ class GradientTask {
                      kNearPitch<C>, key_rel_ + met.first, d_.window_pitch);
       if (p_.grad_k.data != nullptr)
         multiply<true>(count, d_.width, least(columns, p_.window() - met.first), Factor<C>{weights, kNearPitch<C>, 1},
-                       d_.key_columns.of(keys_.head) + met.first * d_.width, d_.width, own_.k + key * d_.pitch,
+                       d_.key_columns.of(keys_.head) + met.first * d_.width, d_.width, own_k_ + key * d_.pitch,
                        d_.pitch);
     });
   }
@@ -324,7 +320,7 @@ class GradientTask {
         if (key_rel_ != nullptr)
           for (int64_t i = 0; i < p_.channels; ++i) key_rel_[i * d_.window_pitch + column] += keys_.k.row(j)[i] * edge;
         if (p_.grad_k.data != nullptr)
-          add_to(own_.k + j * d_.pitch, d_.key_columns.of(keys_.head) + column * d_.width, d_.width, edge);
+          add_to(own_k_ + j * d_.pitch, d_.key_columns.of(keys_.head) + column * d_.width, d_.width, edge);
       }
     }
   }
@@ -354,7 +350,7 @@ class GradientTask {
     for (int64_t c = taps.first; c < taps.end; ++c) {
       const int64_t j = place.at - p_.left + c;
       if (!d_.is_real(block_.batch(), j)) continue;
-      d_.multiply_add(own_.v + j * d_.pitch, grad, d_.value_conv.of(h) + c * d_.width);
+      d_.multiply_add(own_v_ + j * d_.pitch, grad, d_.value_conv.of(h) + c * d_.width);
       if (value_conv_ != nullptr) d_.multiply_add(taps_.get() + c * d_.width, grad, keys_.v.row(j));
     }
   }
@@ -364,7 +360,7 @@ class GradientTask {
   const bool scores_, folds_, folds_keys_;
   Keys<C> keys_;
   QueryBlock<C> block_;
-  KeyGradients<C> own_{};
+  C *own_k_ = nullptr, *own_v_ = nullptr;
   Scratch<C> grad_, p_rows_, ds_rows_, dropped_, clean_, grad_q_, strip_, rel_, row_, taps_, near_, key_edges_;
   C shift_[kQueryRows], grad_lse_[kQueryRows], total_[kQueryRows], delta_[kQueryRows];
   C left_[kQueryRows], right_[kQueryRows];  // the gradients of scores left and right of the window
@@ -374,52 +370,64 @@ class GradientTask {
     *value_conv_scale_ = nullptr;
 };
 
-// Rows begin .. end of d(k) and d(v) of one group: the sum of the parts' rows, in order. Keys that the mask hides have
-// none.
+// Row j of d(k) and d(v) of one group. Keys that the mask hides have none.
 template <class C>
-inline void write_keys(const AttentionBackward& p, const AttentionData<C>& d, int64_t b, int64_t g, int64_t begin,
-                       int64_t end, C* parts, int64_t count) {
-  const int64_t size = d.padded * d.pitch;
-  for (int64_t j = begin; j < end; ++j)
-    for (int64_t t = 0; t < 2; ++t) {
-      const HeadRows& to = t == 0 ? p.grad_k : p.grad_v;
-      if (to.data == nullptr) continue;
-      C* const row = parts + t * size + j * d.pitch;
-      for (int64_t n = 1; n < count; ++n) add_to(row, row + 2 * n * size, d.width);
-      if (t == 0) multiply_by(row, d.width, static_cast<C>(p.scale));
-      if (d.count_real(b, j, j + 1) == 0) clear(row, d.width);
-      write_row(p, to, b, j, g, p.channels, row);
-    }
+inline void write_key(const AttentionBackward& p, const AttentionData<C>& d, int64_t b, int64_t g, int64_t j, C* grad_k,
+                      C* grad_v) {
+  multiply_by(grad_k, d.width, static_cast<C>(p.scale));
+  for (C* row : {grad_k, grad_v}) {
+    const HeadRows& to = row == grad_k ? p.grad_k : p.grad_v;
+    if (to.data == nullptr) continue;
+    if (!d.is_real(b, j)) clear(row, d.width);
+    write_row(p, to, b, j, g, p.channels, row);
+  }
 }
 
 template <class C>
 inline const char* attention_grad_typed(const AttentionBackward& p) {
   const AttentionData<C> data(p, true);
-  // Each part takes memory for all keys; so they are few, however long the sequence.
+  const GradientTables<C> tables(p, data);
+  // Each part packs the keys again, and has sums for all of them; so they are few, however long the sequence.
   const Parts parts(p.batch * p.groups, p.sharing() * data.blocks(), least(32, 4 * p.batch * p.groups), 2);
-  const GradientSums<C> sums(p, data, parts);
-  const int64_t size = 2 * data.padded * data.pitch;  // of what a task leaves for the keys
-  const bool whole = parts.parts <= 1;                // then the task writes them itself
-  Scratch<C> left(whole ? 0 : parts.tasks() * size);
-  parallel(p, parts.tasks(), data.threads, [&](int64_t begin, int64_t end) {
+  const int64_t tasks = parts.tasks(), half = data.padded * data.pitch;
+  const OrderedSums<C> key_sums(tasks, parts.parts, 2 * half, false);
+  const OrderedSums<C> table_sums(tasks, p.batch * parts.parts, p.sharing() * tables.size, tables.shared);
+  const auto write_tables = [&](int64_t g, C* sums) {
+    tables.write({g * p.sharing(), (g + 1) * p.sharing()},
+                 [&](int64_t h) { return sums + h % p.sharing() * tables.size; });
+  };
+  parallel(p, tasks, data.threads, [&](int64_t begin, int64_t end) {
     GradientTask<C> task(p, data);
-    Scratch<C> own(whole ? size : 0);
+    typename OrderedSums<C>::Runner keys(key_sums, begin, end), columns(table_sums, begin, end);
     for (int64_t n = begin; n < end; ++n) {
-      const int64_t b = n / parts.parts / p.groups, g = n / parts.parts % p.groups;
-      C* const to = whole ? own.get() : left.get() + n * size;
-      task.run(b, g, parts.of(n), sums, n, {to, to + size / 2});
-      if (whole) write_keys(p, data, b, g, 0, p.keys, to, 1);
+      const int64_t unit = n / parts.parts, b = unit % p.batch, g = unit / p.batch;
+      C* const own_keys = keys.open(n);
+      task.run(b, g, parts.of(n), tables, columns.open(n), own_keys);
+      if (C* const sum = keys.close(n))
+        for (int64_t j = 0; j < p.keys; ++j)
+          write_key(p, data, b, g, j, sum + j * data.pitch, sum + half + j * data.pitch);
+      if (C* const sums = columns.close(n)) write_tables(g, sums);
     }
   });
-  if (!whole)
-    parallel(p, parts.units * p.keys, data.threads, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) {
-        const int64_t unit = n / p.keys, j = n % p.keys;
-        write_keys(p, data, unit / p.groups, unit % p.groups, j, j + 1, left.get() + unit * parts.parts * size,
-                   parts.parts);
-      }
-    });
-  sums.finish(p, data);
+  parallel(p, parts.units * p.keys, data.threads && parts.parts > 1, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t unit = n / p.keys, j = n % p.keys, at = j * data.pitch;
+      if (C* const row = key_sums.rest(unit, at, data.width))
+        write_key(p, data, unit % p.batch, unit / p.batch, j, row, key_sums.rest(unit, half + at, data.width));
+    }
+  });
+  if (tasks == 0) {
+    const Scratch<C> none(tables.size);
+    clear(none.get(), tables.size);
+    tables.write({0, p.heads}, [&](int64_t) { return none.get(); });
+  } else if (tables.shared) {
+    for (int64_t g = 0; g < p.groups; ++g) table_sums.rest(g, 0, p.sharing() * tables.size);
+    tables.write({0, p.heads},
+                 [&](int64_t h) { return table_sums.rest(h / p.sharing(), 0, 0) + h % p.sharing() * tables.size; });
+  } else {
+    for (int64_t g = 0; g < p.groups; ++g)
+      if (C* const sums = table_sums.rest(g, 0, p.sharing() * tables.size)) write_tables(g, sums);
+  }
   return nullptr;
 }
 
