@@ -129,7 +129,10 @@ struct Parts {
 };
 
 // Queries whose terms are found together for a block of keys, and the columns that they meet there.
-constexpr int64_t kBandRows = 2 * kTileRows, kBandColumns = kKeyColumns + kBandRows;
+// The first of them begins a vector.
+constexpr int64_t kBandRows = 2 * kTileRows;
+template <class C>
+constexpr int64_t kBandColumns = kKeyColumns + kBandRows + kLanes<C>;
 
 // Keys whose terms are found together, and the distance of their rows: as many columns as a block of queries meets.
 constexpr int64_t kNearKeys = 16;
@@ -149,8 +152,8 @@ class QueryBlock {
         keys_(keys),
         q_(kQueryRows * data.pitch),
         r_(p_.rel_query.data != nullptr ? kQueryRows * data.rank_pitch : 0),
-        whole_(p_.window() <= kBandColumns),
-        strip_pitch_(row_pitch<C>(least(p_.window(), kBandColumns))),
+        whole_(p_.window() <= kBandColumns<C>),
+        strip_pitch_(row_pitch<C>(least(p_.window(), kBandColumns<C>))),
         strip_(p_.query_rel.data != nullptr ? kQueryRows * strip_pitch_ : 0),
         near_(p_.key_rel.data != nullptr ? kNearKeys * kNearPitch<C> : 0) {}
 
@@ -331,19 +334,19 @@ class QueryBlock {
   }
 
  private:
-  // What query_rel adds to these rows in these columns, in rows of strip_.
+  // What query_rel adds to these rows in these columns, in rows of strip_. The first column begins a vector.
   void multiply_columns(Range rows, Range columns) const {
     multiply<false>(rows.end - rows.first, round_up(columns.end - columns.first, V), p_.rank,
                     Factor<C>{r() + rows.first * d_.rank_pitch, d_.rank_pitch, 1},
-                    d_.query_rel.of(head()) + columns.first, d_.window_pitch, strip_.get(), strip_pitch_);
+                    keys_.tables.query_rel.from(0, columns.first), Vectors<C>{strip_.get(), strip_pitch_});
   }
 
   // What the terms of the queries add in one column.
   void find_edges(int64_t column, C* edges) const {
-    const C bias = p_.bias.data != nullptr ? d_.bias.of(head())[column] : C{0};
-    if (p_.query_rel.data != nullptr && !whole_) multiply_columns({0, rows_}, {column, column + 1});
+    const C bias = p_.bias.data != nullptr ? keys_.tables.bias.get()[column] : C{0};
+    if (p_.query_rel.data != nullptr && !whole_) multiply_columns({0, rows_}, {column / V * V, column + 1});
     for (int64_t r = 0; r < rows_; ++r)
-      edges[r] = p_.query_rel.data != nullptr ? strip_[r * strip_pitch_ + (whole_ ? column : 0)] + bias : bias;
+      edges[r] = p_.query_rel.data != nullptr ? strip_[r * strip_pitch_ + (whole_ ? column : column % V)] + bias : bias;
   }
 
   // Adds the terms of the queries to up to kBandRows rows of one run.
@@ -353,6 +356,7 @@ class QueryBlock {
       if (cuts[r].window < cuts[r].beyond)
         met = {least(met.first, column(r, first + cuts[r].window)), most(met.end, column(r, first + cuts[r].beyond))};
     if (met.empty()) return;
+    met.first = met.first / V * V;
     if (p_.query_rel.data != nullptr && !whole_) multiply_columns({from, to}, met);
     const C* const strip = strip_.get() + (whole_ ? from * strip_pitch_ : 0);
     const int64_t base = whole_ ? 0 : met.first;
@@ -360,7 +364,7 @@ class QueryBlock {
       const int64_t n = cuts[r].beyond - cuts[r].window, c = column(r, first + cuts[r].window);
       C* const row = s + r * kScorePitch<C> + cuts[r].window;
       if (p_.query_rel.data != nullptr) add_to(row, strip + (r - from) * strip_pitch_ + c - base, n);
-      if (p_.bias.data != nullptr) add_to(row, d_.bias.of(head()) + c, n);
+      if (p_.bias.data != nullptr) add_to(row, keys_.tables.bias.get() + c, n);
     }
   }
 
@@ -368,7 +372,8 @@ class QueryBlock {
   void add_near(int64_t from, int64_t to, int64_t first, int64_t n, const Cut* cuts, C* s) const {
     each_near(from, to, first, n, [&](int64_t key, int64_t count, Range rows, int64_t low, Range met) {
       multiply<false>(count, met.end - met.first, p_.channels, Factor<C>{keys_.k.row(key), d_.pitch, 1},
-                      d_.key_rel.of(head()) + met.first, d_.window_pitch, near_.get() + met.first - low, kNearPitch<C>);
+                      keys_.tables.key_rel.from(0, met.first),
+                      Vectors<C>{near_.get() + met.first - low, kNearPitch<C>});
       each_square(key, count, rows, low, [&](int64_t r, int64_t j, int64_t near) CK_INLINE_LAMBDA {
         Vec<C> square[V];
         CK_UNROLL for (int i = 0; i < V; ++i) square[i] =

@@ -15,21 +15,23 @@ namespace ck::cpu::CK_ISA {
 // Tables of one group of heads, each head's after the other.
 template <class C>
 struct GradientTables {
+  using L = Layout<C>;
+
   TableSums<C> bias, query_rel, key_rel, value_conv, value_conv_bias, value_conv_scale;
   int64_t size = 0;  // of one head
   bool shared = false;
 
-  GradientTables(const AttentionBackward& p, const AttentionData<C>& d)
-      : bias{p.bias, p.grad_bias, {1, 0}, {p.window(), 1}, d.window_pitch, 1},
-        query_rel{p.query_rel,     p.grad_query_rel, {p.rank, p.window()},
-                  {p.window(), 1}, d.window_pitch,   static_cast<C>(p.rel_scale)},
-        key_rel{p.key_rel,       p.grad_key_rel, {p.channels, p.window()},
-                {p.window(), 1}, d.window_pitch, static_cast<C>(p.scale)},
-        value_conv{p.value_conv, p.grad_value_conv, {p.window(), 1}, {p.channels, p.window()}, d.width, 1},
-        value_conv_bias{p.value_conv_bias, p.grad_value_conv_bias, {1, 0}, {p.channels, 1}, d.width, 1},
-        value_conv_scale{p.value_conv_scale, p.grad_value_conv_scale, {1, 0}, {1, 1}, kLanes<C>, 1} {
+  explicit GradientTables(const AttentionBackward& p)
+      : bias{p.bias, p.grad_bias, L::rows({1, 0}, {p.window(), 1}), 1},
+        query_rel{p.query_rel, p.grad_query_rel, L::panels({p.rank, p.window()}, {p.window(), 1}),
+                  static_cast<C>(p.rel_scale)},
+        key_rel{p.key_rel, p.grad_key_rel, L::panels({p.channels, p.window()}, {p.window(), 1}),
+                static_cast<C>(p.scale)},
+        value_conv{p.value_conv, p.grad_value_conv, L::rows({p.window(), 1}, {p.channels, p.window()}), 1},
+        value_conv_bias{p.value_conv_bias, p.grad_value_conv_bias, L::rows({1, 0}, {p.channels, 1}), 1},
+        value_conv_scale{p.value_conv_scale, p.grad_value_conv_scale, L::rows({1, 0}, {1, 1}), 1} {
     for (TableSums<C>* table : {&bias, &query_rel, &key_rel, &value_conv, &value_conv_bias, &value_conv_scale}) {
-      table->at = size;
+      table->start = size;
       size += table->size();
       shared = shared || table->shared();
     }
@@ -60,7 +62,7 @@ class GradientTask {
         clean_(most(kQueryRows, kKeyColumns) * most(data.pitch, data.rank_pitch)),
         grad_q_(kQueryRows * data.pitch),
         strip_(folds_ ? kQueryRows * kStrip : 0),
-        rel_(folds_ ? kQueryRows * data.rank_width : 0),
+        rel_(folds_ ? kQueryRows * round_up(p.rank, kLanes<C>) : 0),
         row_(data.width),
         taps_(p.grad_value_conv != nullptr ? p.window() * data.width : 0),
         near_(folds_keys_ ? kNearKeys * kNearPitch<C> : 0),
@@ -69,6 +71,7 @@ class GradientTask {
   // Blocks `range` of the heads of one group, which follow each other. keys: d(k) before its scale and d(v) of the
   // group, rows of `pitch`.
   void run(int64_t b, int64_t g, Range range, const GradientTables<C>& tables, C* sums, C* keys) {
+    tables_ = &tables;
     own_k_ = keys;
     own_v_ = keys + d_.padded * d_.pitch;
     keys_.load(b, g);
@@ -260,11 +263,10 @@ class GradientTask {
       const int64_t columns = met.end - met.first;
       if (key_rel_ != nullptr)
         multiply_met(p_.channels, columns, count, keys_.k.row(key), d_.pitch, keys_.k.odd(key), clean_.get(), weights,
-                     kNearPitch<C>, key_rel_ + met.first, d_.window_pitch);
+                     kNearPitch<C>, tables_->key_rel.from(key_rel_, met.first));
       if (p_.grad_k.data != nullptr)
         multiply<true>(count, d_.width, least(columns, p_.window() - met.first), Factor<C>{weights, kNearPitch<C>, 1},
-                       d_.key_columns.of(keys_.head) + met.first * d_.width, d_.width, own_k_ + key * d_.pitch,
-                       d_.pitch);
+                       keys_.tables.key_columns.from(met.first, 0), Vectors<C>{own_k_ + key * d_.pitch, d_.pitch});
     });
   }
 
@@ -290,7 +292,7 @@ class GradientTask {
 
   // What follows from the gradients of the scores by columns, a strip of them at a time.
   void finish_columns() {
-    const int64_t rows = block_.rows(), rank = d_.rank_width;
+    const int64_t rows = block_.rows(), rank = round_up(p_.rank, kLanes<C>);
     clear(rel_.get(), rows * rank);
     block_.each_strip([&](int64_t column, int64_t n, Range met) {
       for (int64_t r = met.first; r < met.end; ++r) {
@@ -300,10 +302,11 @@ class GradientTask {
       }
       if (query_rel_ != nullptr)
         multiply_met(p_.rank, n, met.end - met.first, block_.r() + met.first * d_.rank_pitch, d_.rank_pitch,
-                     odd_r_ + met.first, clean_.get(), strip_.get(), kStrip, query_rel_ + column, d_.window_pitch);
+                     odd_r_ + met.first, clean_.get(), strip_.get(), kStrip,
+                     tables_->query_rel.from(query_rel_, column));
       if (p_.query_rel.data != nullptr)
         multiply<true>(met.end - met.first, rank, least(n, p_.window() - column), Factor<C>{strip_.get(), kStrip, 1},
-                       d_.query_columns.of(block_.head()) + column * rank, rank, rel_.get() + met.first * rank, rank);
+                       keys_.tables.query_columns.from(column, 0), Vectors<C>{rel_.get() + met.first * rank, rank});
     });
     if (p_.grad_rel_query.data != nullptr)
       for (int64_t r = 0; r < rows; ++r)
@@ -318,9 +321,10 @@ class GradientTask {
         const C edge = key_edges_[side * d_.padded + j];
         if (edge == C{0}) continue;  // nothing that a key which nobody sees may spoil
         if (key_rel_ != nullptr)
-          for (int64_t i = 0; i < p_.channels; ++i) key_rel_[i * d_.window_pitch + column] += keys_.k.row(j)[i] * edge;
+          for (int64_t i = 0; i < p_.channels; ++i)
+            key_rel_[tables_->key_rel.layout.at(i, column)] += keys_.k.row(j)[i] * edge;
         if (p_.grad_k.data != nullptr)
-          add_to(own_k_ + j * d_.pitch, d_.key_columns.of(keys_.head) + column * d_.width, d_.width, edge);
+          add_to(own_k_ + j * d_.pitch, &keys_.tables.key_columns.at(column, 0), d_.width, edge);
       }
     }
   }
@@ -330,27 +334,26 @@ class GradientTask {
     for (int64_t r = 0; r < block_.rows(); ++r) {
       C* const row = grad_q_.get() + r * d_.pitch;
       multiply_by(row, d_.width, static_cast<C>(p_.scale));
-      if (shared) add_to(row, rel_.get() + r * d_.rank_width, d_.width);
+      if (shared) add_to(row, rel_.get() + r * round_up(p_.rank, kLanes<C>), d_.width);
       write_row(p_, p_.grad_q, block_.batch(), block_.query(r), block_.head(), p_.channels, row);
     }
   }
 
   // The depthwise term: its tables, and what it passes on to its values.
   void add_taps(int64_t r) {
-    const int64_t h = block_.head();
     const Place& place = block_.place(r);
     C* const grad = grad_.get() + r * d_.pitch;
     if (value_conv_scale_ != nullptr) {
       keys_.convolve(place, row_.get());
       *value_conv_scale_ += dot(grad, row_.get(), d_.width);
     }
-    multiply_by(grad, d_.width, d_.conv_scale(h));
+    multiply_by(grad, d_.width, keys_.tables.conv_scale());
     if (value_conv_bias_ != nullptr) add_to(value_conv_bias_, grad, d_.width);
     const Range taps = place.taps(p_);
     for (int64_t c = taps.first; c < taps.end; ++c) {
       const int64_t j = place.at - p_.left + c;
       if (!d_.is_real(block_.batch(), j)) continue;
-      d_.multiply_add(own_v_ + j * d_.pitch, grad, d_.value_conv.of(h) + c * d_.width);
+      d_.multiply_add(own_v_ + j * d_.pitch, grad, keys_.tables.value_conv.get() + c * d_.width);
       if (value_conv_ != nullptr) d_.multiply_add(taps_.get() + c * d_.width, grad, keys_.v.row(j));
     }
   }
@@ -360,6 +363,7 @@ class GradientTask {
   const bool scores_, folds_, folds_keys_;
   Keys<C> keys_;
   QueryBlock<C> block_;
+  const GradientTables<C>* tables_ = nullptr;
   C *own_k_ = nullptr, *own_v_ = nullptr;
   Scratch<C> grad_, p_rows_, ds_rows_, dropped_, clean_, grad_q_, strip_, rel_, row_, taps_, near_, key_edges_;
   C shift_[kQueryRows], grad_lse_[kQueryRows], total_[kQueryRows], delta_[kQueryRows];
@@ -385,8 +389,8 @@ inline void write_key(const AttentionBackward& p, const AttentionData<C>& d, int
 
 template <class C>
 inline const char* attention_grad_typed(const AttentionBackward& p) {
-  const AttentionData<C> data(p, true);
-  const GradientTables<C> tables(p, data);
+  const AttentionData<C> data(p);
+  const GradientTables<C> tables(p);
   // Each part packs the keys again, and has sums for all of them; so they are few, however long the sequence.
   const Parts parts(p.batch * p.groups, p.sharing() * data.blocks(), least(32, 4 * p.batch * p.groups), 2);
   const int64_t tasks = parts.tasks(), half = data.padded * data.pitch;

@@ -81,19 +81,20 @@ class OrderedSums {
   Scratch<Scratch<C>*> left_;
 };
 
-// The sums of one table: [outer.size][pitch] of each head; the axes say where the gradient has its elements.
+// The sums of one table; the layout's strides are those of the gradient, which is contiguous by heads.
 template <class C>
 struct TableSums {
   const HeadTable& table;
   void* out;  // nullptr: not wanted
-  Axis outer, inner;
-  int64_t pitch;
+  Layout<C> layout;
   C factor;
-  int64_t at = 0;  // within the sums of a head
+  int64_t start = 0;  // within the sums of a head
 
-  int64_t size() const { return out != nullptr ? outer.size * pitch : 0; }
-  C* of(C* head) const { return out != nullptr ? head + at : nullptr; }
+  int64_t size() const { return out != nullptr ? layout.size() : 0; }
+  C* of(C* head) const { return out != nullptr ? head + start : nullptr; }
   bool shared() const { return out != nullptr && !table.per_head; }
+  // From a column on that begins a vector.
+  Vectors<C> from(C* sums, int64_t column) const { return {sums + layout.at(0, column), layout.row, layout.step}; }
 
   // heads(h): the sums of a head. A table that all heads share takes those of all.
   template <class Heads>
@@ -103,11 +104,14 @@ struct TableSums {
       for (int64_t h = range.first + 1; h < range.end; ++h) add_to(of(heads(range.first)), of(heads(h)), size());
       range = {0, 1};
     }
+    const Axis outer = layout.outer, inner = layout.inner;
+    Scratch<C> row(round_up(inner.size, kLanes<C>));
     for (int64_t h = range.first; h < range.end; ++h)
       for (int64_t o = 0; o < outer.size; ++o) {
-        C* const row = of(heads(h)) + o * pitch;
-        multiply_by(row, round_up(inner.size, kLanes<C>), factor);
-        convert_out(table.dtype, row, inner.size, out, h * outer.size * inner.size + o * outer.stride, inner.stride);
+        for (int64_t i = 0; i < inner.size; i += kLanes<C>)
+          store_bytes(row.get() + i, load_bytes<Vec<C>>(of(heads(h)) + layout.at(o, i)) * factor);
+        convert_out(table.dtype, row.get(), inner.size, out, h * outer.size * inner.size + o * outer.stride,
+                    inner.stride);
       }
   }
 };
