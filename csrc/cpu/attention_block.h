@@ -203,8 +203,13 @@ class QueryBlock {
   // Calls body(column, n, rows) for strips of columns and the rows between the first and the last that meet them.
   template <class Body>
   void each_strip(const Body& body) const {
-    for (int64_t c = 0; c < p_.window(); c += kStrip) {
-      const auto meets = [&](int64_t r) { return columns(r).first < c + kStrip && columns(r).end > c; };
+    Range met[kQueryRows], all{p_.window(), 0};
+    for (int64_t r = 0; r < rows_; ++r) {
+      met[r] = columns(r);
+      if (!met[r].empty()) all = {least(all.first, met[r].first), most(all.end, met[r].end)};
+    }
+    for (int64_t c = all.first / kStrip * kStrip; c < all.end; c += kStrip) {
+      const auto meets = [&](int64_t r) { return met[r].first < c + kStrip && met[r].end > c; };
       Range rows{0, rows_};
       while (!rows.empty() && !meets(rows.first)) ++rows.first;
       while (!rows.empty() && !meets(rows.end - 1)) --rows.end;

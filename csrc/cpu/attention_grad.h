@@ -271,20 +271,19 @@ class GradientTask {
   }
 
   // The gradients of the scores of a row in n columns from `first` on.
-  void read_columns(int64_t r, int64_t first, int64_t n, C* to) const {
+  CK_INLINE void read_columns(int64_t r, int64_t first, int64_t n, C* to) const {
     const Place& at = block_.place(r);
-    const int64_t start = at.at - p_.left + first;  // the key of the first column
-    int64_t j = most(start, at.visible.first);
-    const int64_t end = least(start + least(n, p_.window() - first), at.visible.end);
-    if (end - j < n) clear(to, n);
-    while (j < end) {
-      const int64_t place = (j - block_.first_key()) % kKeyColumns, count = least(end - j, kKeyColumns - place);
-      const C* const from = ds_rows_.get() + tile(j) + r * kScorePitch<C> + place;
-      if (count == kStrip)  // mostly, and then of known size
-        memcpy(static_cast<void*>(to), from, kStrip * sizeof(C));
-      else
-        for (int64_t i = 0; i < count; ++i) to[j - start + i] = from[i];
-      j += count;
+    const C* const row = ds_rows_.get() + r * kScorePitch<C>;
+    // Positions among the keys of the block; that of the first column.
+    const int64_t start = at.at - p_.left + first - block_.first_key();
+    const int64_t begin = most(start, at.visible.first - block_.first_key());
+    const int64_t end = least(start + least(n, p_.window() - first), at.visible.end - block_.first_key());
+    const int64_t place = begin % kKeyColumns;
+    if (end - begin == kStrip && place + kStrip <= kKeyColumns) {  // mostly
+      memcpy(static_cast<void*>(to), row + begin / kKeyColumns * kTileSize + place, kStrip * sizeof(C));
+    } else {
+      clear(to, n);
+      for (int64_t j = begin; j < end; ++j) to[j - start] = row[j / kKeyColumns * kTileSize + j % kKeyColumns];
     }
     if (first == 0) to[0] += left_[r];
     if (first + n >= p_.window()) to[p_.window() - 1 - first] += right_[r];
