@@ -260,9 +260,9 @@ class QueryBlock {
   CK_INLINE Vec<C> within(const Cut& c, int64_t j, Vec<C> v) const {
     using I = std::conditional_t<sizeof(C) == 4, int32_t, int64_t>;
     if (c.window <= j && j + V <= c.beyond) return v;
-    Vec<I> lane;
-    for (int l = 0; l < V; ++l) lane[l] = static_cast<I>(j + l);
-    return (lane >= static_cast<I>(c.window)) & (lane < static_cast<I>(c.beyond)) ? v : Vec<C>{};
+    Vec<I> lane = {};
+    for (int l = 0; l < V; ++l) lane[l] = l;
+    return (lane >= static_cast<I>(c.window - j)) & (lane < static_cast<I>(c.beyond - j)) ? v : Vec<C>{};
   }
 
   // Products of queries and keys, and what the relative terms add within the windows, in rows of kScorePitch.
