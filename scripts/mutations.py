@@ -175,10 +175,10 @@ CPU_MUTATIONS = [
         "static_cast<uint32_t>(j / 4)};",
     ),
     Mutation(
-        "attention: parts of d(k) and d(v) not added",
-        "csrc/cpu/attention_grad.h",
-        "for (int64_t n = 1; n < count; ++n) add_to(row,",
-        "for (int64_t n = 2; n < count; ++n) add_to(row,",
+        "attention: the sums of a second task not added",
+        "csrc/cpu/attention_sums.h",
+        "if (first != task) add_to(",
+        "if (first + 1 < task) add_to(",
     ),
 ]
 

@@ -61,7 +61,7 @@ class AttentionTask {
         multiply_seen(rows, d_.width, n, weights, keys_.v.row(first), d_.pitch, keys_.v.odd(first), clean_.get(),
                       out_.get(), [&](int64_t r, int64_t j) { return block_.sees(r, first + j); });
       else
-        multiply<true>(rows, d_.width, n, weights, keys_.v.row(first), d_.pitch, out_.get(), d_.pitch);
+        multiply<true>(rows, d_.width, n, weights, {keys_.v.row(first), d_.pitch}, Vectors<C>{out_.get(), d_.pitch});
     });
   }
 
@@ -91,7 +91,7 @@ class AttentionTask {
       clear(out, d_.width);
     if (p_.value_conv.data != nullptr) {
       keys_.convolve(block_.place(r), taps_.get());
-      add_to(out, taps_.get(), d_.width, d_.conv_scale(h));
+      add_to(out, taps_.get(), d_.width, keys_.tables.conv_scale());
     }
     write_row(p_, p_.out, b, i, h, p_.channels, out);
   }
@@ -109,11 +109,11 @@ class AttentionTask {
 
 template <class C>
 inline const char* attention_typed(const AttentionForward& p) {
-  const AttentionData<C> data(p, false);
+  const AttentionData<C> data(p);
   const Parts parts(p.batch * p.groups, p.sharing() * data.blocks(), 128, 4);
   parallel(p, parts.tasks(), data.threads, [&](int64_t begin, int64_t end) {
     AttentionTask<C> task(p, data);
-    for (int64_t n = begin; n < end; ++n) task.run(n / parts.parts / p.groups, n / parts.parts % p.groups, parts.of(n));
+    for (int64_t n = begin; n < end; ++n) task.run(n / parts.parts % p.batch, n / parts.parts / p.batch, parts.of(n));
   });
   return nullptr;
 }

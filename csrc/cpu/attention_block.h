@@ -128,8 +128,13 @@ struct Parts {
   int64_t units, blocks, parts;
 };
 
-// Keys whose relative terms are found together, and the distance of their rows: as many columns as a block of queries
-// meets.
+// Queries whose terms are found together for a block of keys, and the columns that they meet there.
+// The first of them begins a vector.
+constexpr int64_t kBandRows = 2 * kTileRows;
+template <class C>
+constexpr int64_t kBandColumns = kKeyColumns + kBandRows + kLanes<C>;
+
+// Keys whose terms are found together, and the distance of their rows: as many columns as a block of queries meets.
 constexpr int64_t kNearKeys = 16;
 template <class C>
 constexpr int64_t kNearPitch = row_pitch<C>(kQueryRows + kNearKeys + 2 * kLanes<C>);
@@ -139,6 +144,7 @@ template <class C>
 class QueryBlock {
  public:
   static constexpr int V = kLanes<C>;
+  static constexpr int64_t kStrip = 2 * V;
 
   QueryBlock(const AttentionData<C>& data, const Keys<C>& keys)
       : d_(data),
@@ -146,7 +152,9 @@ class QueryBlock {
         keys_(keys),
         q_(kQueryRows * data.pitch),
         r_(p_.rel_query.data != nullptr ? kQueryRows * data.rank_pitch : 0),
-        window_(p_.has_columns() ? kQueryRows * data.window_pitch : 0),
+        whole_(p_.window() <= kBandColumns<C>),
+        strip_pitch_(row_pitch<C>(least(p_.window(), kBandColumns<C>))),
+        strip_(p_.query_rel.data != nullptr ? kQueryRows * strip_pitch_ : 0),
         near_(p_.key_rel.data != nullptr ? kNearKeys * kNearPitch<C> : 0) {}
 
   // Of the head that the keys have chosen.
@@ -156,7 +164,11 @@ class QueryBlock {
     seen_ = d_.places.seen_by(block);
     read(p_.q, p_.channels, q_.get(), d_.pitch);
     if (p_.rel_query.data != nullptr) read(p_.rel_query, p_.rank, r_.get(), d_.rank_pitch);
-    if (p_.has_columns()) fill_window();
+    if (p_.query_rel.data != nullptr && whole_) multiply_columns({0, rows_}, {0, p_.window()});
+    if (d_.clips) {
+      find_edges(0, left_);
+      find_edges(p_.window() - 1, right_);
+    }
   }
 
   // The block's rows of a tensor.
@@ -191,13 +203,17 @@ class QueryBlock {
   // Calls body(column, n, rows) for strips of columns and the rows between the first and the last that meet them.
   template <class Body>
   void each_strip(const Body& body) const {
-    constexpr int64_t kStrip = 4 * V;
-    for (int64_t c = 0; c < d_.window_pitch; c += kStrip) {
-      const auto meets = [&](int64_t r) { return columns(r).first < c + kStrip && columns(r).end > c; };
+    Range met[kQueryRows], all{p_.window(), 0};
+    for (int64_t r = 0; r < rows_; ++r) {
+      met[r] = columns(r);
+      if (!met[r].empty()) all = {least(all.first, met[r].first), most(all.end, met[r].end)};
+    }
+    for (int64_t c = all.first / kStrip * kStrip; c < all.end; c += kStrip) {
+      const auto meets = [&](int64_t r) { return met[r].first < c + kStrip && met[r].end > c; };
       Range rows{0, rows_};
       while (!rows.empty() && !meets(rows.first)) ++rows.first;
       while (!rows.empty() && !meets(rows.end - 1)) --rows.end;
-      if (!rows.empty()) body(c, least(kStrip, d_.window_pitch - c), rows);
+      if (!rows.empty()) body(c, least(kStrip, round_up(p_.window() - c, V)), rows);
     }
   }
 
@@ -213,35 +229,56 @@ class QueryBlock {
     }
   }
 
-  // Calls body(key, n, met) for up to kNearKeys keys of a range at a time within the window of a run of queries; met:
-  // the columns in which they meet, from a whole vector on.
+  // Calls body(key, n, rows, low, met) for kNearKeys of the n keys from `first` on at a time and the rows of a run
+  // within whose windows some are. In the tables of keys, row r meets key j in column place(r).at - j + p.right. low:
+  // the least of these, at a whole vector, which the table may not have; met: those that it has, at whole vectors.
   template <class Body>
-  void each_near(int64_t from, int64_t to, Range keys, const Body& body) const {
+  void each_near(int64_t from, int64_t to, int64_t first, int64_t n, const Body& body) const {
     const Range& sequence = place(from).sequence;
-    const int64_t at = place(from).at, last = place(to - 1).at;
-    const int64_t end = least(least(keys.end, sequence.end), last + p_.right + 1);
-    for (int64_t j = most(most(keys.first, sequence.first), at - p_.left); j < end; j += kNearKeys) {
-      const int64_t n = least(kNearKeys, end - j);
-      body(j, n, {most(0, j - last + p_.left) / V * V, least(p_.window(), j + n - at + p_.left)});
+    const int64_t at = place(from).at, right = p_.causal ? 0 : p_.right;
+    for (int64_t key = first; key < first + n; key += kNearKeys) {
+      const int64_t count = least(kNearKeys, first + n - key), last = key + count - 1;
+      const Range rows{from + most(0, key - right - at), from + least(to - from, last + p_.left + 1 - at)};
+      if (rows.empty() || last < sequence.first || key >= sequence.end) continue;
+      const int64_t least_column = place(rows.first).at - last + p_.right;
+      const int64_t low = least_column >= 0 ? least_column / V * V : -round_up(-least_column, V);
+      const int64_t end = least(p_.window(), place(rows.end - 1).at - key + p_.right + 1);
+      body(key, count, rows, low, Range{most(0, low), round_up(end, V)});
     }
   }
 
-  // Calls body(r, j, c) for the pairs of these queries and keys within the window, and their columns.
+  // Calls body(r, j, near) for squares of V rows from r on and V keys from j on; near: where, in rows of columns from
+  // `low` on, row r meets key j. The next row is to the right of it, the next key below it and one to the left.
   template <class Body>
-  CK_INLINE void each_pair(int64_t from, int64_t to, int64_t key, int64_t n, Range met, const Body& body) const {
-    for (int64_t r = from; r < to; ++r) {
-      const int64_t start = place(r).at - p_.left;
-      const int64_t end = least(met.end, key + n - start);
-      for (int64_t c = most(met.first, key - start); c < end; ++c) body(r, start + c, c);
-    }
+  CK_INLINE void each_square(int64_t key, int64_t n, Range rows, int64_t low, const Body& body) const {
+    for (int64_t r = rows.first; r < rows.end; r += V)
+      for (int64_t j = key; j < key + n; j += V)
+        body(r, j, (j - key) * kNearPitch<C> + place(r).at - j + p_.right - low);
   }
 
-  // Products of queries and keys, in rows of kScorePitch.
+  // What is zero outside the window of a row; the vector begins at key j of the block of keys.
+  CK_INLINE Vec<C> within(const Cut& c, int64_t j, Vec<C> v) const {
+    using I = std::conditional_t<sizeof(C) == 4, int32_t, int64_t>;
+    if (c.window <= j && j + V <= c.beyond) return v;
+    Vec<I> lane = {};
+    for (int l = 0; l < V; ++l) lane[l] = l;
+    return (lane >= static_cast<I>(c.window - j)) & (lane < static_cast<I>(c.beyond - j)) ? v : Vec<C>{};
+  }
+
+  // Products of queries and keys, and what the relative terms add within the windows, in rows of kScorePitch.
   void multiply_keys(int64_t first, int64_t n, C* s) const {
     if (p_.qk)
       keys_.k.meet(first, n, rows_, q_.get(), s);
     else
       clear(s, rows_ * kScorePitch<C>);
+    if (!p_.has_columns()) return;
+    Cut cuts[kQueryRows];
+    for (int64_t r = 0; r < rows_; ++r) cuts[r] = cut(r, first, n);
+    each_run([&](int64_t from, int64_t to) {
+      for (int64_t r = from; r < to && p_.has_query_columns(); r += kBandRows)
+        add_band(r, least(to, r + kBandRows), first, cuts, s);
+      if (p_.key_rel.data != nullptr) add_near(from, to, first, n, cuts, s);
+    });
   }
 
   // Dropout's multipliers of a row of weights.
@@ -279,12 +316,11 @@ class QueryBlock {
       for (int64_t j = 0; j < n; j += V) store_bytes(s + j, splat(none));
       return rest;
     }
-    if (p_.has_columns()) {
+    if (d_.clips && p_.has_columns()) {
       if (d_.has_edges()) {
         add_to(s + c.first, keys_.edge(0) + first + c.first, c.window - c.first);
         add_to(s + c.beyond, keys_.edge(1) + first + c.beyond, c.end - c.beyond);
       }
-      add_to(s + c.window, window_.get() + r * d_.window_pitch + column(r, first + c.window), c.beyond - c.window);
       // A constant of keys that are all hidden may be infinite, and would undo their -inf.
       rest = {c.window / V * V, round_up(c.beyond, V),
               d_.count_real(batch(), first + c.first, first + c.window) > 0 ? left_[r] : C{0},
@@ -303,35 +339,56 @@ class QueryBlock {
   }
 
  private:
-  // What the relative terms add within the window of each row, and what those of the query add outside it; only columns
-  // that the row may meet are there.
-  void fill_window() {
-    const int64_t W = p_.window(), pitch = d_.window_pitch;
-    C* const window = window_.get();
-    if (p_.query_rel.data != nullptr)
-      each_strip([&](int64_t column, int64_t n, Range rows) {
-        multiply<false>(rows.end - rows.first, n, p_.rank,
-                        Factor<C>{r() + rows.first * d_.rank_pitch, d_.rank_pitch, 1}, d_.query_rel.of(head()) + column,
-                        pitch, window + rows.first * pitch + column, pitch);
-      });
-    else
-      clear(window, rows_ * pitch);
-    for (int64_t r = 0; r < rows_; ++r) {
-      C* const row = window + r * pitch;
-      const Range met = columns(r);
-      if (p_.bias.data != nullptr && !met.empty())
-        add_to(row + met.first, d_.bias.of(head()) + met.first, met.end - met.first);
-      left_[r] = p_.clips() ? row[0] : C{0};
-      right_[r] = p_.clips() ? row[W - 1] : C{0};
+  // What query_rel adds to these rows in these columns, in rows of strip_. The first column begins a vector.
+  void multiply_columns(Range rows, Range columns) const {
+    multiply<false>(rows.end - rows.first, round_up(columns.end - columns.first, V), p_.rank,
+                    Factor<C>{r() + rows.first * d_.rank_pitch, d_.rank_pitch, 1},
+                    keys_.tables.query_rel.from(0, columns.first), Vectors<C>{strip_.get(), strip_pitch_});
+  }
+
+  // What the terms of the queries add in one column.
+  void find_edges(int64_t column, C* edges) const {
+    const C bias = p_.bias.data != nullptr ? keys_.tables.bias.get()[column] : C{0};
+    if (p_.query_rel.data != nullptr && !whole_) multiply_columns({0, rows_}, {column / V * V, column + 1});
+    for (int64_t r = 0; r < rows_; ++r)
+      edges[r] = p_.query_rel.data != nullptr ? strip_[r * strip_pitch_ + (whole_ ? column : column % V)] + bias : bias;
+  }
+
+  // Adds the terms of the queries to up to kBandRows rows of one run.
+  void add_band(int64_t from, int64_t to, int64_t first, const Cut* cuts, C* s) const {
+    Range met{p_.window(), 0};
+    for (int64_t r = from; r < to; ++r)
+      if (cuts[r].window < cuts[r].beyond)
+        met = {least(met.first, column(r, first + cuts[r].window)), most(met.end, column(r, first + cuts[r].beyond))};
+    if (met.empty()) return;
+    met.first = met.first / V * V;
+    if (p_.query_rel.data != nullptr && !whole_) multiply_columns({from, to}, met);
+    const C* const strip = strip_.get() + (whole_ ? from * strip_pitch_ : 0);
+    const int64_t base = whole_ ? 0 : met.first;
+    for (int64_t r = from; r < to; ++r) {
+      const int64_t n = cuts[r].beyond - cuts[r].window, c = column(r, first + cuts[r].window);
+      C* const row = s + r * kScorePitch<C> + cuts[r].window;
+      if (p_.query_rel.data != nullptr) add_to(row, strip + (r - from) * strip_pitch_ + c - base, n);
+      if (p_.bias.data != nullptr) add_to(row, keys_.tables.bias.get() + c, n);
     }
-    if (p_.key_rel.data == nullptr) return;
-    each_run([&](int64_t from, int64_t to) {
-      each_near(from, to, seen_, [&](int64_t key, int64_t n, Range met) {
-        multiply<false>(n, round_up(met.end - met.first, V), p_.channels, Factor<C>{keys_.k.row(key), d_.pitch, 1},
-                        d_.key_rel.of(head()) + met.first, d_.window_pitch, near_.get(), kNearPitch<C>);
-        each_pair(from, to, key, n, met, [&](int64_t r, int64_t j, int64_t c) CK_INLINE_LAMBDA {
-          window_[r * d_.window_pitch + c] += near_[(j - key) * kNearPitch<C> + c - met.first];
-        });
+  }
+
+  // Adds the term of the keys to the rows of one run.
+  void add_near(int64_t from, int64_t to, int64_t first, int64_t n, const Cut* cuts, C* s) const {
+    each_near(from, to, first, n, [&](int64_t key, int64_t count, Range rows, int64_t low, Range met) {
+      multiply<false>(count, met.end - met.first, p_.channels, Factor<C>{keys_.k.row(key), d_.pitch, 1},
+                      keys_.tables.key_rel.from(0, met.first),
+                      Vectors<C>{near_.get() + met.first - low, kNearPitch<C>});
+      each_square(key, count, rows, low, [&](int64_t r, int64_t j, int64_t near) CK_INLINE_LAMBDA {
+        Vec<C> square[V];
+        CK_UNROLL for (int i = 0; i < V; ++i) square[i] =
+            load_bytes<Vec<C>>(near_.get() + near + i * (kNearPitch<C> - 1));
+        transpose<C>(square);
+        CK_UNROLL for (int i = 0; i < V; ++i) {
+          if (r + i >= rows.end) break;
+          C* const to_row = s + (r + i) * kScorePitch<C> + j - first;
+          store_bytes(to_row, load_bytes<Vec<C>>(to_row) + within(cuts[r + i], j - first, square[i]));
+        }
       });
     });
   }
@@ -341,7 +398,10 @@ class QueryBlock {
   const Keys<C>& keys_;
   int64_t first_ = 0, rows_ = 0;
   Range seen_{};
-  Scratch<C> q_, r_, window_, near_;
+  Scratch<C> q_, r_;
+  const bool whole_;  // strip_ holds all columns of all rows, otherwise those that one band meets
+  const int64_t strip_pitch_;
+  Scratch<C> strip_, near_;
   C left_[kQueryRows], right_[kQueryRows];
 };
 

@@ -165,7 +165,9 @@ class Places {
       }
       Range& all = ranges_[i / kQueryRows];
       if (i % kQueryRows == 0) all = {p.keys, 0};
-      if (!visible.empty()) all = {least(all.first, visible.first), most(all.end, visible.end)};
+      if (visible.empty()) continue;
+      all = {least(all.first, visible.first), most(all.end, visible.end)};
+      leave_ = leave_ || visible.first < place.at - p.left || visible.end > place.at + p.right + 1;
       most_seen_ = most(most_seen_, all.end - all.first);
     }
   }
@@ -174,42 +176,101 @@ class Places {
   // The keys that some query of a block sees.
   Range seen_by(int64_t block) const { return ranges_[block]; }
   int64_t most_seen() const { return most_seen_; }
+  bool leave_window() const { return leave_; }  // some query sees keys outside its window
 
  private:
   Scratch<Place> places_;
   Scratch<Range> ranges_;
   int64_t most_seen_ = 0;
+  bool leave_ = false;
 };
 
 struct Axis {
   int64_t size, stride;
 };
 
-// A table in the compute type, [heads][outer][pitch]; pitch is inner.size in whole vectors.
+// How a table of outer.size rows lies in memory: vector v of row o is at o * row + v * step. Either rows follow each
+// other, or the panels of one vector of every row, so that a product with a few columns reads one piece of memory.
+template <class C>
+struct Layout {
+  static constexpr int V = kLanes<C>;
+
+  Axis outer, inner;  // strides: of the tensor
+  int64_t row, step;
+
+  static Layout rows(Axis outer, Axis inner) { return {outer, inner, round_up(inner.size, V), V}; }
+  static Layout panels(Axis outer, Axis inner) { return {outer, inner, V, outer.size * V}; }
+
+  int64_t size() const { return outer.size * round_up(inner.size, V); }
+  int64_t at(int64_t o, int64_t i) const { return o * row + i / V * step + i % V; }
+};
+
+// A table in the compute type, of the heads of one group, each as it is first chosen.
 template <class C>
 class PackedTable {
  public:
-  // start: the element of each head that comes first.
-  PackedTable(const Attention& p, const HeadTable& t, int64_t start, Axis outer, Axis inner, C factor)
-      : pitch_(round_up(inner.size, kLanes<C>)),
-        head_(t.per_head ? outer.size * pitch_ : 0),
-        given_(t.data != nullptr),
-        data_(!given_ ? 0 : (t.per_head ? p.heads : 1) * outer.size * pitch_) {
-    if (!given_) return;
-    for (int64_t h = 0; h < (t.per_head ? p.heads : 1); ++h)
-      for (int64_t o = 0; o < outer.size; ++o)
-        convert_in(t.dtype, t.data, start + h * t.head + o * outer.stride, inner.stride, inner.size, factor,
-                   data_.get() + (h * outer.size + o) * pitch_);
+  PackedTable(const Attention& p, const HeadTable& t, Layout<C> layout, C factor)
+      : table_(t),
+        layout_(layout),
+        factor_(factor),
+        slots_(t.data == nullptr ? 0
+               : t.per_head      ? p.sharing()
+                                 : 1),
+        data_(slots_ * layout.size()),
+        held_(slots_) {
+    for (int64_t n = 0; n < slots_; ++n) held_[n] = -1;
   }
 
-  // nullptr: the term is not there.
-  const C* of(int64_t h) const { return given_ ? data_.get() + h * head_ : nullptr; }
-  int64_t pitch() const { return pitch_; }
+  void choose(int64_t h) {
+    if (slots_ == 0) return;
+    const int64_t head = table_.per_head ? h : 0, slot = head % slots_;
+    chosen_ = data_.get() + slot * layout_.size();
+    if (held_[slot] != head) pack(head * table_.head);
+    held_[slot] = head;
+  }
+
+  const C* get() const { return chosen_; }  // nullptr: the term is not there
+  const C& at(int64_t o, int64_t i) const { return chosen_[layout_.at(o, i)]; }
+  // From a column on that begins a vector.
+  Vectors<const C> from(int64_t o, int64_t i) const { return {chosen_ + layout_.at(o, i), layout_.row, layout_.step}; }
 
  private:
-  int64_t pitch_, head_;
-  bool given_;
+  static constexpr int V = kLanes<C>;
+
+  // Rows of the tensor's contiguous axis are read whole, and turned where that is the outer one.
+  void pack(int64_t start) {
+    const Axis outer = layout_.outer, inner = layout_.inner;
+    const bool turn = outer.stride == 1 && inner.stride != 1;
+    const Axis along = turn ? outer : inner, across = turn ? inner : outer;
+    const int64_t pitch = row_pitch<C>(along.size);
+    Scratch<C> rows(V * pitch);
+    for (int64_t a = 0; a < across.size; a += V) {
+      for (int64_t n = 0; n < V; ++n)
+        if (a + n < across.size)
+          convert_in(table_.dtype, table_.data, start + (a + n) * across.stride, along.stride, along.size, factor_,
+                     rows.get() + n * pitch);
+        else
+          clear(rows.get() + n * pitch, pitch);
+      for (int64_t i = 0; i < along.size; i += V) {
+        Vec<C> square[V];
+        CK_UNROLL for (int n = 0; n < V; ++n) square[n] = load_bytes<Vec<C>>(rows.get() + n * pitch + i);
+        if (turn) transpose<C>(square);
+        const int64_t o = turn ? i : a;
+        CK_UNROLL for (int n = 0; n < V; ++n) {
+          if (o + n >= outer.size) break;
+          store_bytes(chosen_ + layout_.at(o + n, turn ? a : i), square[n]);
+        }
+      }
+    }
+  }
+
+  HeadTable table_;
+  Layout<C> layout_;
+  C factor_;
+  int64_t slots_;
   Scratch<C> data_;
+  Scratch<int64_t> held_;  // their heads
+  C* chosen_ = nullptr;
 };
 
 inline bool any(const bool* flags, int64_t n) { return memchr(flags, 1, static_cast<size_t>(n)) != nullptr; }
@@ -220,13 +281,13 @@ template <class C, class Sees>
 inline void multiply_seen(int64_t rows, int64_t width, int64_t depth, Factor<C> a, const C* b, int64_t pitch,
                           const bool* odd, C* clean, C* c, const Sees& sees) {
   if (!any(odd, depth)) {
-    multiply<true>(rows, width, depth, a, b, pitch, c, pitch);
+    multiply<true>(rows, width, depth, a, {b, pitch}, Vectors<C>{c, pitch});
     return;
   }
   memcpy(static_cast<void*>(clean), b, static_cast<size_t>(depth * pitch) * sizeof(C));
   for (int64_t k = 0; k < depth; ++k)
     if (odd[k]) clear(clean + k * pitch, width);
-  multiply<true>(rows, width, depth, a, clean, pitch, c, pitch);
+  multiply<true>(rows, width, depth, a, {clean, pitch}, Vectors<C>{c, pitch});
   for (int64_t k = 0; k < depth; ++k)
     for (int64_t r = 0; odd[k] && r < rows; ++r)
       if (sees(r, k)) add_to(c + r * pitch, b + k * pitch, width, a.data[r * a.row + k * a.step]);
@@ -236,16 +297,17 @@ inline void multiply_seen(int64_t rows, int64_t width, int64_t depth, Factor<C> 
 // not 0.
 template <class C>
 inline void multiply_met(int64_t rows, int64_t columns, int64_t depth, const C* a, int64_t a_row, const bool* odd,
-                         C* clean, const C* b, int64_t b_row, C* c, int64_t c_row) {
+                         C* clean, const C* b, int64_t b_row, Vectors<C> c) {
   const bool selects = any(odd, depth);
   if (selects) memcpy(static_cast<void*>(clean), a, static_cast<size_t>(depth * a_row) * sizeof(C));
   for (int64_t k = 0; selects && k < depth; ++k)
     if (odd[k]) clear(clean + k * a_row, a_row);
-  multiply<true>(rows, columns, depth, Factor<C>{selects ? clean : a, 1, a_row}, b, b_row, c, c_row);
+  multiply<true>(rows, columns, depth, Factor<C>{selects ? clean : a, 1, a_row}, {b, b_row}, c);
   for (int64_t k = 0; selects && k < depth; ++k)
     for (int64_t r = 0; odd[k] && r < rows; ++r)
       for (int64_t i = 0; i < columns; ++i)
-        if (b[k * b_row + i] != C{0}) c[r * c_row + i] += a[k * a_row + r] * b[k * b_row + i];
+        if (b[k * b_row + i] != C{0})
+          c.from(r, i / kLanes<C>).data[i % kLanes<C>] += a[k * a_row + r] * b[k * b_row + i];
 }
 
 // The keys or the values of one group, padding replaced by zeros, which also fill the last panel.
@@ -301,8 +363,8 @@ class PackedRows {
       return;
     }
     for (int64_t j = 0; j < n; j += P)
-      multiply<false>(rows, P, p_.channels, Factor<C>{a, pitch_, 1}, panels_.get() + (first + j) * width_, P, s + j,
-                      kScorePitch<C>);
+      multiply<false>(rows, P, p_.channels, Factor<C>{a, pitch_, 1}, {panels_.get() + (first + j) * width_, P},
+                      Vectors<C>{s + j, kScorePitch<C>});
   }
 
  private:
@@ -337,34 +399,21 @@ struct AttentionData {
   bool threads;
   int64_t width, pitch;  // of a row of channels: whole vectors, and the distance to the next
   int64_t rank_pitch;    // rows of rel_query (of q, where there is none)
-  int64_t window_pitch;  // rows of columns, in whole vectors
   int64_t padded;        // keys, in whole panels
   Places places;
-  PackedTable<C> bias, query_rel, key_rel;    // base 2; the latter two by channel; key_rel with its columns reversed
-  PackedTable<C> query_columns, key_columns;  // by column, for gradients; the first times rel_scale
-  PackedTable<C> value_conv, value_conv_bias, value_conv_scale;  // by tap
-  Scratch<C> hidden;                                             // [batch][padded]: not 0 where the mask hides a key
+  bool clips;             // outermost columns reach keys outside the window
+  Scratch<C> hidden;      // [batch][padded]: not 0 where the mask hides a key
   Scratch<int64_t> real;  // [batch][keys + 1]: how many keys before a position the mask does not hide
 
-  AttentionData(const AttentionProblem& problem, bool gradients)
+  explicit AttentionData(const AttentionProblem& problem)
       : p(problem),
         threads(p.batch * p.heads * p.queries * p.keys * p.channels >= 1 << 15),
         width(round_up(p.channels, kLanes<C>)),
         pitch(row_pitch<C>(width)),
         rank_pitch(p.rel_query.data != nullptr ? row_pitch<C>(p.rank) : pitch),
-        window_pitch(round_up(p.window(), kLanes<C>)),
         padded(round_up(p.keys, kPanel<C>)),
         places(p),
-        bias(p, p.bias, 0, {1, 0}, columns(p.bias), static_cast<C>(kLog2e)),
-        query_rel(p, p.query_rel, 0, {p.rank, p.query_rel.row}, columns(p.query_rel),
-                  static_cast<C>(p.rel_scale * kLog2e)),
-        key_rel(p, p.key_rel, last_column(), {p.channels, p.key_rel.row}, reversed(), score_scale()),
-        query_columns(p, when(gradients, p.query_rel), 0, columns(p.query_rel), {p.rank, p.query_rel.row},
-                      static_cast<C>(p.rel_scale)),
-        key_columns(p, when(gradients, p.key_rel), last_column(), reversed(), {p.channels, p.key_rel.row}, 1),
-        value_conv(p, p.value_conv, 0, columns(p.value_conv), {p.channels, p.value_conv.row}, 1),
-        value_conv_bias(p, p.value_conv_bias, 0, {1, 0}, {p.channels, p.value_conv_bias.row}, 1),
-        value_conv_scale(p, p.value_conv_scale, 0, {1, 0}, {1, 0}, 1),
+        clips(p.clips() && places.leave_window()),
         hidden(p.key_mask != nullptr ? p.batch * padded : 0),
         real(p.key_mask != nullptr ? p.batch * (p.keys + 1) : 0) {
     if (p.key_mask != nullptr) read_mask();
@@ -381,8 +430,7 @@ struct AttentionData {
     return !visible.empty() && count_real(b, visible.first, visible.end) > 0;
   }
   C score_scale() const { return static_cast<C>(p.scale * kLog2e); }
-  bool has_edges() const { return p.key_rel.data != nullptr && p.clips(); }
-  C conv_scale(int64_t h) const { return p.value_conv_scale.data == nullptr ? C{1} : value_conv_scale.of(h)[0]; }
+  bool has_edges() const { return p.key_rel.data != nullptr && clips; }
   // Blocks of queries of one head.
   int64_t blocks() const { return ceil_div(p.queries, kQueryRows); }
 
@@ -393,11 +441,6 @@ struct AttentionData {
   }
 
  private:
-  Axis columns(const HeadTable& t) const { return {p.window(), t.column}; }
-  Axis reversed() const { return {p.window(), -p.key_rel.column}; }
-  int64_t last_column() const { return (p.window() - 1) * p.key_rel.column; }
-  static HeadTable when(bool wanted, const HeadTable& t) { return wanted ? t : HeadTable{}; }
-
   void read_mask() {
     for (int64_t b = 0; b < p.batch; ++b) {
       int64_t* const before = real.get() + b * (p.keys + 1);
@@ -411,17 +454,52 @@ struct AttentionData {
   }
 };
 
+// The tables of one head.
+template <class C>
+struct HeadTables {
+  PackedTable<C> bias, query_rel, key_rel;                       // base 2; the latter two by channel, in panels
+  PackedTable<C> query_columns, key_columns;                     // by column, for gradients; the first times rel_scale
+  PackedTable<C> value_conv, value_conv_bias, value_conv_scale;  // by tap
+
+  HeadTables(const AttentionData<C>& d, bool gradients)
+      : bias(d.p, d.p.bias, L::rows({1, 0}, columns(d, d.p.bias)), static_cast<C>(kLog2e)),
+        query_rel(d.p, d.p.query_rel, L::panels({d.p.rank, d.p.query_rel.row}, columns(d, d.p.query_rel)),
+                  static_cast<C>(d.p.rel_scale * kLog2e)),
+        key_rel(d.p, d.p.key_rel, L::panels({d.p.channels, d.p.key_rel.row}, columns(d, d.p.key_rel)), d.score_scale()),
+        query_columns(d.p, when(gradients, d.p.query_rel),
+                      L::rows(columns(d, d.p.query_rel), {d.p.rank, d.p.query_rel.row}), static_cast<C>(d.p.rel_scale)),
+        key_columns(d.p, when(gradients, d.p.key_rel),
+                    L::rows(columns(d, d.p.key_rel), {d.p.channels, d.p.key_rel.row}), 1),
+        value_conv(d.p, d.p.value_conv, L::rows(columns(d, d.p.value_conv), {d.p.channels, d.p.value_conv.row}), 1),
+        value_conv_bias(d.p, d.p.value_conv_bias, L::rows({1, 0}, {d.p.channels, d.p.value_conv_bias.row}), 1),
+        value_conv_scale(d.p, d.p.value_conv_scale, L::rows({1, 0}, {1, 0}), 1) {}
+
+  void choose(int64_t h) {
+    for (PackedTable<C>* table :
+         {&bias, &query_rel, &key_rel, &query_columns, &key_columns, &value_conv, &value_conv_bias, &value_conv_scale})
+      table->choose(h);
+  }
+  C conv_scale() const { return value_conv_scale.get() == nullptr ? C{1} : *value_conv_scale.get(); }
+
+ private:
+  using L = Layout<C>;
+  static Axis columns(const AttentionData<C>& d, const HeadTable& t) { return {d.p.window(), t.column}; }
+  static HeadTable when(bool wanted, const HeadTable& t) { return wanted ? t : HeadTable{}; }
+};
+
 // The keys and values of one group of heads, and what key_rel adds to the scores of one of its heads outside the
 // window.
 template <class C>
 struct Keys {
   const AttentionData<C>& d;
+  HeadTables<C> tables;
   PackedRows<C> k, v;
   Scratch<C> edges;  // [2][padded]: left and right of the window
   int64_t batch = 0, group = 0, head = -1;
 
   Keys(const AttentionData<C>& data, bool gradients)
       : d(data),
+        tables(data, gradients),
         k(d.p, d.p.k, gradients || d.p.key_rel.data != nullptr || few(d.p), d.p.qk && (gradients || !few(d.p)),
           d.score_scale(), gradients),
         v(d.p, d.p.v, !gradients || d.p.value_conv.data != nullptr, gradients, 1, gradients),
@@ -438,12 +516,13 @@ struct Keys {
   void choose_head(int64_t h) {
     if (h == head) return;
     head = h;
+    tables.choose(h);
     if (!d.has_edges()) return;
     Scratch<C> outer(2 * d.width);
     clear(outer.get(), 2 * d.width);
     for (int64_t c = 0; c < d.p.channels; ++c) {
-      outer[c] = d.key_rel.of(h)[c * d.window_pitch];
-      outer[d.width + c] = d.key_rel.of(h)[c * d.window_pitch + d.p.window() - 1];
+      outer[c] = tables.key_rel.at(c, d.p.window() - 1);
+      outer[d.width + c] = tables.key_rel.at(c, 0);
     }
     for (int64_t side = 0; side < 2; ++side)
       for (int64_t j = 0; j < d.padded; ++j)
@@ -456,13 +535,13 @@ struct Keys {
   // u = value_conv_bias + sum over the taps of value_conv * v, before its scale.
   void convolve(const Place& place, C* u) const {
     if (d.p.value_conv_bias.data != nullptr)
-      memcpy(static_cast<void*>(u), d.value_conv_bias.of(head), static_cast<size_t>(d.width) * sizeof(C));
+      memcpy(static_cast<void*>(u), tables.value_conv_bias.get(), static_cast<size_t>(d.width) * sizeof(C));
     else
       clear(u, d.width);
     const Range taps = place.taps(d.p);
     for (int64_t c = taps.first; c < taps.end; ++c) {
       const int64_t j = place.at - d.p.left + c;
-      if (d.is_real(batch, j)) d.multiply_add(u, d.value_conv.of(head) + c * d.width, v.row(j));
+      if (d.is_real(batch, j)) d.multiply_add(u, tables.value_conv.get() + c * d.width, v.row(j));
     }
   }
 };
