@@ -61,13 +61,17 @@ def check_input(call: str, sizes: dict[str, int], shapes: str, argument: str, va
         for letter, size in zip(choices[0], value.shape, strict=True):
             sizes.setdefault(letter, size)
     wanted = [[1 if letter == "1" else sizes.get(letter, letter) for letter in choice] for choice in choices]
-    if list(value.shape) not in wanted:
+    if not any(_equal(value.shape, want) for want in wanted):
         named = [
             f"[{','.join(choice)}] = [{', '.join(map(str, want))}]"
             for choice, want in zip(choices, wanted, strict=True)
         ]
         past = f", {sizes['P']} columns of them for what the cache holds" if "P" in sizes and "L" in shapes else ""
         fail(call, argument, f"shape {' or '.join(named)}{past}", value)
+
+
+def _equal(shape: torch.Size, wanted: list) -> bool:
+    return len(shape) == len(wanted) and all(size == want for size, want in zip(shape, wanted, strict=True))
 
 
 def check_sequence(
