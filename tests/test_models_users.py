@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_map
 
 pytest.importorskip("transformers")
 import transformers
@@ -393,7 +394,7 @@ def inputs_of(name):
     target = dict(decoder_input_ids=targets, decoder_attention_mask=target_mask)
     classes, places = torch.tensor([1, 0, 1]), torch.arange(12).repeat(3, 1)
     classifier, dual = dict(made=models.ConvSeq2SeqForSequenceClassification), dict(pair_input_ids=targets)
-    dual |= dict(pair_attention_mask=target_mask, pair_position_ids=places[:, :8], position_ids=places)
+    dual |= dict(pair_attention_mask=target_mask, pair_position_ids=places[:, :8].clone(), position_ids=places)
     segments = dict(token_type_ids=mask, position_ids=places)
     labels = dict(labels=targets, decoder_attention_mask=target_mask)
     decoded = dict(decoder_inputs_embeds=torch.randn(3, 8, 32), decoder_attention_mask=target_mask)
@@ -459,6 +460,25 @@ def test_every_input_is_checked_before_anything_is_computed(name):
             assert blamed in inputs or blamed == "decoder_input_ids", caught.value
             if not isinstance(bad, torch.Tensor) or bad.is_complex() or bad.dim() > value.dim():
                 assert blamed == argument, caught.value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["labels", "states", "dual", "bert", "answers"])
+def test_checked_models_compile_and_export(name):
+    """Whole, for sizes that are not fixed."""
+    torch.compiler.reset()
+    model, inputs = inputs_of(name)
+    model.config.use_cache = False
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    halves = {argument: tree_map(lambda value: value[:2], value) for argument, value in inputs.items()}
+    with torch.no_grad():
+        for given in (inputs, halves):
+            near(compiled(**given)[0], model(**given)[0])
+        sizes = tree_map(lambda value: dict.fromkeys(range(value.dim()), torch.export.Dim.AUTO), inputs)
+        if name == "states":
+            sizes["encoder_outputs"][0].pop(2)
+        exported = torch.export.export(model, (), inputs, dynamic_shapes=sizes).module()
+        near(exported(**halves)[0], model(**halves)[0])
 
 
 @pytest.mark.parametrize(
