@@ -1,7 +1,6 @@
 """Configurations of the models, and the named ones of the papers."""
 
 import sys
-from numbers import Integral, Real
 
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -41,11 +40,11 @@ def _expect(config, argument: str, good: bool, expected: str) -> None:
 
 
 def _integer(value, least: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _number(value, most: float) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value <= most
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= most
 
 
 # Which values a field may have: a test, and how errors name it.
