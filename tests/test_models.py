@@ -439,6 +439,7 @@ COMPILED = ["seq2seq:transformer", "seq2seq:lightweight", "seq2seq:dynamic", "se
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiles_whole(name):
     """The encoder in one graph, forward and backward."""
+    torch.compiler.reset()
     model, inputs, _ = training_inputs(name)
     encoder = model.model.encoder if name.startswith("seq2seq") else model.bert
     compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")

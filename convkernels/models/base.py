@@ -2,15 +2,27 @@
 
 from dataclasses import fields
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import Seq2SeqModelOutput
 
-from ..ops._validate import fail
+from ..ops._validate import FLOATS, fail, tensor
 
 # The name of the cache in outputs and in what ``generate`` passes on: "cache" from transformers 5.24 on, before it
 # "past_key_values". As arguments the models take both.
 CACHE = next(field.name for field in fields(Seq2SeqModelOutput) if field.name in ("cache", "past_key_values"))
+
+_INDICES = (torch.int64, torch.int32)
+_INTEGERS = (*_INDICES, torch.int16, torch.int8, torch.uint8)
+# What an input holds, by the last word of its name.
+_CONTENTS = {
+    "ids": ("int64 or int32", _INDICES),
+    "labels": ("integers", _INTEGERS),
+    "positions": ("integers", _INTEGERS),
+    "mask": ("real numbers or bool", (torch.bool, *_INTEGERS, *FLOATS)),
+    **dict.fromkeys(("embeds", "states", "outputs"), ("floats", FLOATS)),
+}
 
 
 class PreTrained(PreTrainedModel):
@@ -32,11 +44,54 @@ def one_cache(call: str, past_key_values, cache):
     return past_key_values if cache is None else cache
 
 
-def embedded(call: str, embedding: nn.Module, ids: Tensor | None, embeds: Tensor | None, prefix: str = "") -> Tensor:
-    """What a stack takes in, [B,T,C]: ``embeds``, or ``ids`` through ``embedding``."""
+def check_input(call: str, sizes: dict[str, int], shapes: str, argument: str, value) -> None:
+    """That an input is None or a tensor of what its name promises, in one of the ``shapes``, such as "BT or 1T".
+
+    A letter is the same number in all inputs of a call: ``sizes`` has those that are known, and takes in those that the
+    first of the ``shapes`` adds. Only kinds and sizes count, no values, so that this can be compiled and exported.
+    """
+    if value is None:
+        return
+    tensor(call, argument, value)
+    content, dtypes = _CONTENTS[argument.rpartition("_")[2]]
+    if value.dtype not in dtypes:
+        fail(call, argument, f"a tensor of {content}", value, TypeError)
+    choices = shapes.split(" or ")
+    if value.dim() == len(choices[0]):
+        for letter, size in zip(choices[0], value.shape, strict=True):
+            sizes.setdefault(letter, size)
+    wanted = [[1 if letter == "1" else sizes.get(letter, letter) for letter in choice] for choice in choices]
+    if not any(_equal(value.shape, want) for want in wanted):
+        named = [
+            f"[{','.join(choice)}] = [{', '.join(map(str, want))}]"
+            for choice, want in zip(choices, wanted, strict=True)
+        ]
+        past = f", {sizes['P']} columns of them for what the cache holds" if "P" in sizes and "L" in shapes else ""
+        fail(call, argument, f"shape {' or '.join(named)}{past}", value)
+
+
+def _equal(shape: torch.Size, wanted: list) -> bool:
+    return len(shape) == len(wanted) and all(size == want for size, want in zip(shape, wanted, strict=True))
+
+
+def check_sequence(
+    call: str, sizes: dict[str, int], T: str, ids, embeds, mask=None, places=None, prefix: str = "", past: int = 0
+) -> None:
+    """The inputs that describe one sequence, whose length has the letter ``T``: token ids or embeddings [B,T,C], and
+    where they are given the mask [B, past + T] and the position ids, which may be one row for all."""
     if (ids is None) == (embeds is None):
         got = "neither" if ids is None else "both"
         fail(call, f"{prefix}input_ids", f"either {prefix}input_ids or {prefix}inputs_embeds", got)
+    check_input(call, sizes, f"B{T}", f"{prefix}input_ids", ids)
+    check_input(call, sizes, f"B{T}C", f"{prefix}inputs_embeds", embeds)
+    if past:
+        sizes.update(P=past, L=past + sizes[T])
+    check_input(call, sizes, "BL" if past else f"B{T}", f"{prefix}attention_mask", mask)
+    check_input(call, sizes, f"B{T} or 1{T}", f"{prefix}position_ids", places)
+
+
+def embedded(embedding: nn.Module, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
+    """What a stack takes in, [B,T,C]: ``embeds``, or ``ids`` through ``embedding``."""
     return embedding(ids) if embeds is None else embeds
 
 

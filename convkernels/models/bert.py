@@ -25,9 +25,9 @@ from transformers.utils import can_return_tuple
 
 from ..nn import CompositeAttention
 from ..ops._validate import fail
-from .base import PreTrained, embedded, recorded, recorders
+from .base import PreTrained, check_input, check_sequence, embedded, recorded, recorders
 from .configs import CompositeBertConfig
-from .losses import classification_loss, span_loss, token_loss
+from .losses import check_classes, classification_loss, span_loss, token_loss
 
 
 class _Embeddings(nn.Module):
@@ -45,19 +45,22 @@ class _Embeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, call: str, input_ids, token_type_ids, inputs_embeds, position_ids) -> Tensor:
-        x = embedded(call, self.word_embeddings, input_ids, inputs_embeds)
-        if token_type_ids is None:
-            token_type_ids = torch.zeros(1, 1, dtype=torch.int64, device=x.device)
-        x = x + self.token_type_embeddings(token_type_ids)
+    def check(self, call: str, length: int, position_ids) -> None:
+        """That there are positions, and as many as the input needs."""
         if self.position_embeddings is None:
             if position_ids is not None:
                 fail(call, "position_ids", "None, because the configuration has no absolute_positions", position_ids)
-        else:
+        elif position_ids is None and length > self.limit:
+            limit = f"max_position_embeddings = {self.limit}"
+            raise ValueError(f"{call}: expected at most {limit} positions, got {length}")
+
+    def forward(self, input_ids, token_type_ids, inputs_embeds, position_ids) -> Tensor:
+        x = embedded(self.word_embeddings, input_ids, inputs_embeds)
+        if token_type_ids is None:
+            token_type_ids = torch.zeros(1, 1, dtype=torch.int64, device=x.device)
+        x = x + self.token_type_embeddings(token_type_ids)
+        if self.position_embeddings is not None:
             if position_ids is None:
-                if x.shape[1] > self.limit:
-                    limit = f"max_position_embeddings = {self.limit}"
-                    raise ValueError(f"{call}: expected at most {limit} positions, got {x.shape[1]}")
                 position_ids = torch.arange(x.shape[1], device=x.device)
             x = x + self.position_embeddings(position_ids)
         return self.dropout(self.LayerNorm(x))
@@ -139,6 +142,12 @@ class _PreTrained(PreTrained):
     base_model_prefix = "bert"
     _no_split_modules = ["CompositeBertLayer"]
 
+    def _check(self, input_ids, inputs_embeds) -> dict[str, int]:
+        """The sizes B and T of what a head gets, for checks before anything is computed; ``bert`` checks the rest."""
+        sizes = {"C": self.config.embedding_size}
+        check_sequence(type(self).__name__, sizes, "T", input_ids, inputs_embeds)
+        return sizes
+
     @torch.no_grad()
     def _init_weights(self, module):
         """BERT's initial values, N(0, initializer_range) and 0; the attention module knows its own."""
@@ -185,11 +194,15 @@ class CompositeBertModel(_PreTrained):
         output_hidden_states: bool | None = None,
     ) -> BaseModelOutputWithPooling:
         """input_ids [B,T] or inputs_embeds [B,T,embedding_size]; attention_mask [B,T], 0 for padding; token_type_ids
-        [B,T], by default 0; position_ids [B,T], where the configuration has absolute positions. Hidden states: the
-        input of each layer, and the output; attentions: the weights [B,H,T,T] of each layer, H counting the heads that
-        attend."""
+        [B,T], by default 0; position_ids [B,T] or [1,T], where the configuration has absolute positions. Hidden states:
+        the input of each layer, and the output; attentions: the weights [B,H,T,T] of each layer, H counting the heads
+        that attend."""
+        name, sizes = type(self).__name__, {"C": self.config.embedding_size}
+        check_sequence(name, sizes, "T", input_ids, inputs_embeds, attention_mask, position_ids)
+        check_input(name, sizes, "BT", "token_type_ids", token_type_ids)
+        self.embeddings.check(name, sizes["T"], position_ids)
         states, weights = recorders(self.config, output_hidden_states, output_attentions)
-        x = self.embeddings(type(self).__name__, input_ids, token_type_ids, inputs_embeds, position_ids)
+        x = self.embeddings(input_ids, token_type_ids, inputs_embeds, position_ids)
         if self.embeddings_project is not None:
             x = self.embeddings_project(x)
         x = self.encoder(x, None if attention_mask is None else attention_mask.bool(), states, weights)
@@ -271,6 +284,7 @@ class CompositeBertForMaskedLM(_PreTrained):
     ) -> MaskedLMOutput:
         """logits [B,T,vocab_size]; labels [B,T], -100 where there is nothing to predict. The rest as in
         ``CompositeBertModel``."""
+        check_input(type(self).__name__, self._check(input_ids, inputs_embeds), "BT", "labels", labels)
         outputs = self.bert(
             input_ids, attention_mask, token_type_ids, inputs_embeds, position_ids, output_attentions,
             output_hidden_states, return_dict=True,
@@ -308,6 +322,7 @@ class _Classifier(_PreTrained):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ):
+        self._check_labels(self._check(input_ids, inputs_embeds), labels)
         outputs = self.bert(
             input_ids, attention_mask, token_type_ids, inputs_embeds, position_ids, output_attentions,
             output_hidden_states, return_dict=True,
@@ -326,6 +341,9 @@ class CompositeBertForSequenceClassification(_Classifier):
     _keys_to_ignore_on_load_unexpected = [r"cls\."]
     pooled, output_class = True, SequenceClassifierOutput
 
+    def _check_labels(self, sizes: dict[str, int], labels) -> None:
+        check_classes(type(self).__name__, self.config, sizes["B"], labels)
+
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return classification_loss(self.config, logits, labels)
 
@@ -335,6 +353,9 @@ class CompositeBertForTokenClassification(_Classifier):
     that do not count."""
 
     output_class = TokenClassifierOutput
+
+    def _check_labels(self, sizes: dict[str, int], labels) -> None:
+        check_input(type(self).__name__, sizes, "BT", "labels", labels)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return token_loss(logits, labels)
@@ -364,16 +385,19 @@ class CompositeBertForQuestionAnswering(_PreTrained):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> QuestionAnsweringModelOutput:
-        """start_logits, end_logits [B,T]; start_positions, end_positions [B]: places in the sequence, those behind its
-        end are ignored."""
+        """start_logits, end_logits [B,T]; start_positions, end_positions [B] or [B,1]: places in the sequence, those
+        outside, also negative ones, are ignored."""
+        name, sizes = type(self).__name__, self._check(input_ids, inputs_embeds)
+        if (start_positions is None) != (end_positions is None):
+            fail(name, "end_positions", "given where start_positions is, and only there", end_positions)
+        check_input(name, sizes, "B or B1", "start_positions", start_positions)
+        check_input(name, sizes, "B or B1", "end_positions", end_positions)
         outputs = self.bert(
             input_ids, attention_mask, token_type_ids, inputs_embeds, position_ids, output_attentions,
             output_hidden_states, return_dict=True,
         )  # fmt: skip
         start, end = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
         loss = None
-        if (start_positions is None) != (end_positions is None):
-            fail(type(self).__name__, "end_positions", "given where start_positions is, and only there", end_positions)
         if start_positions is not None:
             loss = span_loss(start, end, start_positions, end_positions)
         return QuestionAnsweringModelOutput(

@@ -169,17 +169,19 @@ class Positions(nn.Module):
         if config.positions == "learned":
             self.weight = nn.Parameter(torch.empty(config.max_positions + config.position_offset, config.d_model))
 
+    def check(self, call: str, length: int, places) -> None:
+        """That there are as many positions as the input needs, ``length`` with those in the cache."""
+        if self.weight is not None and places is None and length > self.limit:
+            raise ValueError(f"{call}: expected at most max_positions = {self.limit} positions, got {length}")
+
     def forward(self, length: int, mask: Tensor | None, past: int, like: Tensor, index: Tensor | None = None) -> Tensor:
-        """[length, d_model], or [B, length, d_model] if mask [B, past + length] or index, the positions [B, length], is
-        given; in the dtype of ``like``."""
-        given = index is not None
-        if mask is None and not given:
+        """[length, d_model], or [B, length, d_model] if mask [B, past + length] or index, the positions [B, length] or
+        [1, length], is given; in the dtype of ``like``."""
+        if index is None and mask is None:
             index = torch.arange(past, past + length, device=like.device)
-        elif not given:
+        elif index is None:
             index = (mask.long().cumsum(1) - 1).clamp(min=0)[:, past : past + length]
         if self.weight is not None:
-            if not given and past + length > self.limit:
-                raise ValueError(f"expected at most max_positions = {self.limit} positions, got {past + length}")
             return F.embedding(index + self.offset, self.weight)
         half = self.channels // 2
         steps = torch.arange(half, device=like.device, dtype=torch.float32) / max(half - 1, 1)

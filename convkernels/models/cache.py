@@ -148,6 +148,24 @@ def check_cache(call: str, cache, config) -> None:
         fail(call, CACHE, f"{expected} (an empty DynamicCache() gets them)", got, TypeError)
 
 
+def check_held(call: str, cache, sizes: dict[str, int]) -> None:
+    """That what a cache holds, if anything, has the inputs' number of rows B and of positions S in the encoder."""
+    own, cross = cache.self_attention_cache.layers[:1], cache.cross_attention_cache.layers[:1]
+    held = [getattr(layer, name, None) for layer in own for name in ("rows", "state", "keys")]
+    found = [{"B": value.shape[0]} for value in held if value is not None and value.numel()][:1]
+    if cache.is_updated.get(0):
+        found += [{"B": layer.keys.shape[0], "S": layer.keys.shape[2]} for layer in cross if layer.is_initialized]
+    for some in found:
+        wanted = {letter: sizes.get(letter, size) for letter, size in some.items()}
+        if some != wanted:
+            what = "one that holds B rows" + (" of S positions in the encoder" if "S" in some else "")
+            fail(call, CACHE, f"{what}, {_equations(wanted)}", _equations(some))
+
+
+def _equations(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{letter} = {size}" for letter, size in sizes.items())
+
+
 def cross_layer(cache: EncoderDecoderCache, layer: int) -> DynamicLayer:
     """A decoder layer's keys and values of the encoder's states; empty until the first call, and after a reset."""
     layers = cache.cross_attention_cache.layers

@@ -1,10 +1,15 @@
 """Configurations of the models, and the named ones of the papers."""
 
-from transformers import PreTrainedConfig
+import sys
 
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+from ..ops._select import known
 from ..ops._validate import fail
 
 MIXERS = ("transformer", "lightweight", "dynamic")
+PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 # The windows of Tay et al. 2021, section 4.1, layer by layer; they call them dilated. Shorter models keep the shape.
 WINDOWS = {
     "base": [4, 4, 7, 7, 15, 15, 15, 15, 15, 31, 31, 31],
@@ -32,6 +37,36 @@ SEQ2SEQ_STYLES = {
 def _expect(config, argument: str, good: bool, expected: str) -> None:
     if not good:
         fail(type(config).__name__, argument, expected, repr(getattr(config, argument)))
+
+
+def _integer(value, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _number(value, most: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= most
+
+
+# Which values a field may have: a test, and how errors name it.
+_KINDS = {
+    "size": (lambda value: _integer(value, 1), "a positive integer"),
+    "count": (lambda value: _integer(value, 0), "an integer, 0 or more"),
+    "probability": (lambda value: _number(value, 1), "a probability from 0 to 1"),
+    "scale": (lambda value: _number(value, sys.float_info.max), "a finite number, 0 or more"),
+    "flag": (lambda value: isinstance(value, bool), "True or False"),
+}
+
+
+def _expect_all(config, **fields: str) -> None:
+    """fields: kind=names of fields; behind a name, "?" says that None is allowed."""
+    for kind, names in fields.items():
+        good, expected = _KINDS[kind]
+        for argument, optional, _ in (name.partition("?") for name in names.split()):
+            value = getattr(config, argument)
+            none = " or None" if optional else ""
+            _expect(config, argument, good(value) or (value is None and bool(optional)), expected + none)
+    _expect(config, "problem_type", config.problem_type in (None, *PROBLEMS), f"None or one of {PROBLEMS}")
+    known(type(config).__name__, config.backend)
 
 
 class ConvSeq2SeqConfig(PreTrainedConfig):
@@ -122,6 +157,16 @@ class ConvSeq2SeqConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
+        _expect_all(
+            self,
+            size="vocab_size source_vocab_size? d_model d_ff num_heads head_dim? num_filters conv_dim? max_positions"
+            " relative_buckets relative_max_distance",
+            count="encoder_layers decoder_layers position_offset pad_token_id? decoder_start_token_id?",
+            probability="dropout attention_dropout activation_dropout input_dropout weight_dropout",
+            scale="norm_eps initializer_factor",
+            flag="glu pointwise kernel_softmax mask_query depthwise_bias kernel_bias use_bias mixer_bias? final_norm"
+            " scale_attention scale_embedding scale_output? dual_encoder",
+        )
         for argument, choices in (
             ("mixer", MIXERS),
             ("norm", ("rms", "layer")),
@@ -135,6 +180,15 @@ class ConvSeq2SeqConfig(PreTrainedConfig):
             self.head_dim = self.d_model // self.num_heads
         if self.conv_dim is None:
             self.conv_dim = self.d_model
+        if self.mixer != "transformer":
+            divides = self.conv_dim % self.num_filters == 0
+            _expect(self, "num_filters", divides, f"a divisor of conv_dim = {self.conv_dim}")
+        if self.mixer == "transformer" or self.pair_attention is not None:
+            pairs = self.relative_buckets % 2 == 0 and self.relative_buckets >= 4
+            _expect(self, "relative_buckets", pairs, "an even number, 4 or more")
+            exact = self.relative_buckets // (2 if self.mixer == "transformer" else 4)
+            far = self.relative_max_distance > exact
+            _expect(self, "relative_max_distance", far, f"more than the {exact} distances with buckets of their own")
         if self.mixer_bias is None:
             self.mixer_bias = self.use_bias
         if self.scale_output is None:
@@ -147,9 +201,12 @@ class ConvSeq2SeqConfig(PreTrainedConfig):
             ("dilation", max(self.encoder_layers, self.decoder_layers)),
         ):
             value = getattr(self, argument)
-            fits = isinstance(value, int) or len(value) >= layers
-            _expect(self, argument, fits, f"an integer or a list with one for each of {layers} layers")
-        inside = self.pair_attention is None or 1 <= self.pair_attention <= self.encoder_layers
+            several = isinstance(value, (list, tuple)) and len(value) >= layers
+            fits = all(_integer(one, 1) for one in (value if several else [value]))
+            _expect(self, argument, fits, f"a positive integer or a list with one for each of {layers} layers")
+        inside = self.pair_attention is None or (
+            _integer(self.pair_attention, 1) and self.pair_attention <= self.encoder_layers
+        )
         _expect(self, "pair_attention", inside, f"None or the number of an encoder layer, 1 to {self.encoder_layers}")
         super().__post_init__(**kwargs)
 
@@ -259,6 +316,21 @@ class CompositeBertConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
+        _expect_all(
+            self,
+            size="vocab_size embedding_size hidden_size num_attention_heads intermediate_size max_position_embeddings"
+            " type_vocab_size",
+            count="num_hidden_layers pad_token_id?",
+            probability="hidden_dropout_prob attention_probs_dropout_prob classifier_dropout?",
+            scale="layer_norm_eps initializer_range",
+            flag="absolute_positions",
+        )
+        divides = self.hidden_size % self.num_attention_heads == 0
+        _expect(self, "num_attention_heads", divides, f"a divisor of hidden_size = {self.hidden_size}")
+        known_act = isinstance(self.hidden_act, str) and self.hidden_act in ACT2FN
+        _expect(self, "hidden_act", known_act, f"one of {tuple(ACT2FN)}")
+        good = self.attention is None or isinstance(self.attention, dict)
+        _expect(self, "attention", good, "None or a dictionary of arguments of CompositeAttention")
         self.attention = dict(self.attention or {})
         super().__post_init__(**kwargs)
 

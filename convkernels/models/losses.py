@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops._validate import fail
+from ..ops._validate import fail, tensor
+from .configs import PROBLEMS
 
 
 def _precise(x: Tensor) -> Tensor:
@@ -13,37 +14,57 @@ def _precise(x: Tensor) -> Tensor:
 
 def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross entropy of logits [B,T,V] over the labels [B,T] that are not -100."""
-    return F.cross_entropy(_precise(logits.flatten(0, 1)), labels.flatten())
+    return F.cross_entropy(_precise(logits.flatten(0, 1)), labels.flatten().long())
 
 
 def span_loss(start: Tensor, end: Tensor, start_positions: Tensor, end_positions: Tensor) -> Tensor:
-    """Mean of two cross entropies over positions: logits [B,T], places [B] or [B,1]; places outside are ignored."""
-    T = start.shape[1]
-    return sum(
-        F.cross_entropy(_precise(logits), places.flatten().clamp(0, T), ignore_index=T)
-        for logits, places in ((start, start_positions), (end, end_positions))
-    ).div(2)
+    """Mean of two cross entropies over positions: logits [B,T], places [B] or [B,1]; places outside are ignored.
+
+    So transformers describes its own heads, which yet count a negative place as 0, the first token.
+    """
+    losses = []
+    for logits, places in ((start, start_positions), (end, end_positions)):
+        places = places.flatten().long()
+        outside = (places < 0) | (places >= logits.shape[1])
+        losses.append(F.cross_entropy(_precise(logits), places.masked_fill(outside, -100)))
+    return sum(losses) / 2
+
+
+def _problem(config, labels: Tensor) -> str:
+    """What the labels say where the configuration says nothing."""
+    if config.problem_type is not None:
+        return config.problem_type
+    if config.num_labels == 1:
+        return "regression"
+    return f"{'multi' if labels.is_floating_point() else 'single'}_label_classification"
+
+
+def check_classes(call: str, config, B: int, labels) -> None:
+    """That labels, if they are given, are such as ``classification_loss`` takes for B rows."""
+    if labels is None:
+        return
+    tensor(call, "labels", labels)
+    kind, C = _problem(config, labels), config.num_labels
+    if kind not in PROBLEMS:
+        fail(call, "config.problem_type", f"None or one of {PROBLEMS}", repr(kind))
+    single = kind == "single_label_classification"
+    shapes = [(B, C)] if not single and C > 1 else [(B,), (B, 1)]
+    if labels.shape not in shapes or labels.is_complex() or (single and labels.is_floating_point()):
+        expected = " or ".join(str(list(shape)) for shape in shapes)
+        numbers = "integers of shape" if single else "shape"
+        fail(call, "labels", f"{numbers} {expected}, because problem_type is {kind!r} with {C} outputs", labels)
 
 
 def classification_loss(config, logits: Tensor, labels: Tensor) -> Tensor:
-    """Of logits [B,C]; ``config.problem_type`` says which:
+    """Of logits [B,C], C being ``config.num_labels``; ``config.problem_type`` says which:
 
     "regression": mean squared error; labels [B,C], for C = 1 also [B].
     "single_label_classification": cross entropy; labels [B] or [B,1], integers.
     "multi_label_classification": binary cross entropy of each output; labels [B,C].
     None: the first for C = 1, else the second for integers and the third for floats.
     """
-    (B, C), integers = logits.shape, not labels.is_floating_point()
-    logits, kind = _precise(logits), config.problem_type
-    if kind is None:
-        kind = "regression" if C == 1 else f"{'single' if integers else 'multi'}_label_classification"
-    single = kind == "single_label_classification"
-    shapes = [(B, C)] if not single and C > 1 else [(B,), (B, 1)]
-    if labels.shape not in shapes or (single and not integers):
-        expected = " or ".join(str(list(shape)) for shape in shapes)
-        numbers = "integers of shape" if single else "shape"
-        fail("loss", "labels", f"{numbers} {expected}, because problem_type is {kind!r} with {C} outputs", labels)
-    if single:
+    logits, kind = _precise(logits), _problem(config, labels)
+    if kind == "single_label_classification":
         return F.cross_entropy(logits, labels.flatten().long())
     loss = F.mse_loss if kind == "regression" else F.binary_cross_entropy_with_logits
     return loss(logits, labels.view_as(logits).to(logits.dtype))

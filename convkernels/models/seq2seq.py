@@ -18,16 +18,16 @@ from transformers.modeling_outputs import (
     Seq2SeqModelOutput,
     SequenceClassifierOutput,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .. import nn as cknn
-from ..ops._validate import fail
-from .base import CACHE, PreTrained, embedded, one_cache, recorded, recorders
+from ..ops._validate import describe, fail, tensor
+from .base import CACHE, PreTrained, check_input, check_sequence, embedded, one_cache, recorded, recorders
 from .blocks import Attention, FeedForward, Positions, RelativeBias, make_norm
-from .cache import check_cache, decoder_cache
+from .cache import check_cache, check_held, decoder_cache
 from .configs import ConvSeq2SeqConfig
 from .layers import DecoderLayer, EncoderLayer
-from .losses import classification_loss, token_loss
+from .losses import check_classes, classification_loss, token_loss
 
 
 class _PreTrained(PreTrained):
@@ -88,15 +88,21 @@ class _Stack(nn.Module):
     def embed_tokens(self) -> nn.Module:
         return self._owner[0].embedding(self)
 
-    def _embed(self, input_ids, inputs_embeds, mask: Tensor | None, position_ids, past: int = 0) -> Tensor:
-        x = embedded(type(self).__name__, self.embed_tokens, input_ids, inputs_embeds)
-        if mask is not None and mask.shape[1] != past + x.shape[1]:
-            expected = f"{past + x.shape[1]} columns" + (f", {past} of them for what the cache holds" if past else "")
-            fail(type(self).__name__, "attention_mask", expected, mask)
-        if self.positions is None and position_ids is not None:
+    def check(
+        self, call: str, sizes: dict[str, int], T: str, input_ids, inputs_embeds, mask, position_ids, prefix: str = "",
+        past: int = 0,
+    ) -> None:  # fmt: skip
+        """That these can be the inputs of the stack, ``T`` being the letter of their length."""
+        sizes["C"] = self.config.d_model
+        check_sequence(call, sizes, T, input_ids, inputs_embeds, mask, position_ids, prefix, past)
+        if self.positions is not None:
+            self.positions.check(call, past + sizes[T], position_ids)
+        elif position_ids is not None:
             expected = "None, because the configuration has no absolute positions"
-            fail(type(self).__name__, "position_ids", expected, position_ids)
-        x = x * self.embed_scale
+            fail(call, f"{prefix}position_ids", expected, position_ids)
+
+    def _embed(self, input_ids, inputs_embeds, mask: Tensor | None, position_ids, past: int = 0) -> Tensor:
+        x = embedded(self.embed_tokens, input_ids, inputs_embeds) * self.embed_scale
         if self.positions is not None:
             x = x + self.positions(x.shape[1], mask, past, x, position_ids)
         return F.dropout(x, self.dropout, self.training)
@@ -130,9 +136,10 @@ class Encoder(_Stack):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> BaseModelOutput:
-        """input_ids [B,T] or inputs_embeds [B,T,C]; attention_mask [B,T], 0 for padding; position_ids [B,T], where the
-        configuration has positions. Hidden states: the input of each layer, and the output; attentions: the weights
-        [B,H,T,T] of each layer that attends."""
+        """input_ids [B,T] or inputs_embeds [B,T,C]; attention_mask [B,T], 0 for padding; position_ids [B,T] or [1,T],
+        where the configuration has positions. Hidden states: the input of each layer, and the output; attentions: the
+        weights [B,H,T,T] of each layer that attends."""
+        self.check(type(self).__name__, {}, "T", input_ids, inputs_embeds, attention_mask, position_ids)
         states, weights = recorders(self.config, output_hidden_states, output_attentions)
         mask = _as_mask(attention_mask)
         x = self._embed(input_ids, inputs_embeds, mask, position_ids)
@@ -150,6 +157,18 @@ class Decoder(_Stack):
         super().__init__(config, owner, causal=True)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.decoder_layers))
 
+    def check_after(
+        self, call: str, sizes: dict[str, int], input_ids, inputs_embeds, mask, position_ids, cache, prefix: str = ""
+    ) -> int:
+        """``check`` behind what the cache holds, the number of whose positions is returned."""
+        if cache is not None:
+            check_cache(call, cache, self.config)
+        past = 0 if cache is None else cache.get_seq_length()
+        self.check(call, sizes, "T", input_ids, inputs_embeds, mask, position_ids, prefix, past)
+        if cache is not None:
+            check_held(call, cache, sizes)
+        return past
+
     @can_return_tuple
     def forward(
         self,
@@ -165,14 +184,17 @@ class Decoder(_Stack):
         cache=None,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """input_ids [B,T]: the positions after those that the cache (past_key_values, or by its other name cache)
-        holds; attention_mask [B, past + T]. The rest as in the encoder."""
-        name = type(self).__name__
+        holds; attention_mask [B, past + T]. encoder_hidden_states [B,S,C], which may lack where the cache holds what
+        attention needs of them; encoder_attention_mask [B,S]. The rest as in the encoder."""
+        name, sizes = type(self).__name__, {"C": self.config.d_model}
         cache = one_cache(name, past_key_values, cache)
-        if cache is not None:
-            check_cache(name, cache, self.config)
+        if cache is None or not getattr(cache, "is_updated", {}).get(0):
+            tensor(name, "encoder_hidden_states", encoder_hidden_states)
+        check_input(name, sizes, "BSC", "encoder_hidden_states", encoder_hidden_states)
+        check_input(name, sizes, "BS", "encoder_attention_mask", encoder_attention_mask)
+        past = self.check_after(name, sizes, input_ids, inputs_embeds, attention_mask, position_ids, cache)
         states, weights = recorders(self.config, output_hidden_states, output_attentions)
         cross_weights = None if weights is None else []
-        past = 0 if cache is None else cache.get_seq_length()
         mask = _as_mask(attention_mask)
         x = self._embed(input_ids, inputs_embeds, mask, position_ids, past)
         if mask is not None and self.config.mixer != "transformer":
@@ -219,7 +241,7 @@ class _Embedded(_PreTrained):
         return self.encoder
 
     def _encode(self, input_ids, attention_mask, inputs_embeds, position_ids, attentions, hidden_states):
-        embeds = embedded(type(self).__name__, self.embedding(self.encoder), input_ids, inputs_embeds)
+        embeds = embedded(self.embedding(self.encoder), input_ids, inputs_embeds)
         return self.encoder(None, attention_mask, embeds, position_ids, attentions, hidden_states, return_dict=True)
 
 
@@ -247,9 +269,21 @@ class ConvSeq2SeqEncoderModel(_Embedded):
         if asked and self.encoder.relative_bias is None:
             expected = f"False, because mixer={self.config.mixer!r} has no attention weights"
             fail(type(self).__name__, "output_attentions", expected, True)
+        self.encoder.check(type(self).__name__, {}, "T", input_ids, inputs_embeds, attention_mask, position_ids)
         return self._encode(
             input_ids, attention_mask, inputs_embeds, position_ids, output_attentions, output_hidden_states
         )
+
+
+def _encoded(call: str, sizes: dict[str, int], outputs) -> ModelOutput:
+    """Outputs of the encoder, which may be given as a tuple."""
+    if isinstance(outputs, (tuple, list)) and outputs:
+        outputs = BaseModelOutput(*outputs[:3])
+    if not isinstance(outputs, ModelOutput) or outputs.get("last_hidden_state") is None:
+        expected = "the encoder's outputs, or a tuple of them that begins with the hidden states [B,S,C]"
+        fail(call, "encoder_outputs", expected, describe(outputs), TypeError)
+    check_input(call, sizes, "BSC", "encoder_outputs", outputs["last_hidden_state"])
+    return outputs
 
 
 class ConvSeq2SeqModel(_Embedded):
@@ -281,24 +315,31 @@ class ConvSeq2SeqModel(_Embedded):
         output_hidden_states: bool | None = None,
         cache=None,
     ) -> Seq2SeqModelOutput:
-        """input_ids [B,S], decoder_input_ids [B,T]; masks are 0 for padding; encoder_outputs: of an earlier call.
+        """input_ids [B,S], decoder_input_ids [B,T]; masks are 0 for padding, attention_mask [B,S],
+        decoder_attention_mask [B, past + T]; encoder_outputs: of an earlier call, then input_ids are not used.
         use_cache: keep what decoding needs to go on (by default as the configuration says, never while training).
-        past_key_values, or by its other name cache: what an earlier call kept. position_ids [B,S] and
-        decoder_position_ids [B,T]: where the configuration has positions. Attention weights: those of the decoder's
-        attention to the encoder, and of each layer that attends to its own input."""
+        past_key_values, or by its other name cache: what an earlier call kept. position_ids [B,S] or [1,S] and
+        decoder_position_ids [B,T] or [1,T]: where the configuration has positions. Attention weights: those of the
+        decoder's attention to the encoder, and of each layer that attends to its own input."""
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        cache = one_cache(type(self).__name__, past_key_values, cache)
-        decoder_embeds = embedded(
-            type(self).__name__, self.embedding(self.decoder), decoder_input_ids, decoder_inputs_embeds, "decoder_"
-        )
+        name, sizes = type(self).__name__, {"C": self.config.d_model}
+        cache = one_cache(name, past_key_values, cache)
+        if encoder_outputs is None:
+            self.encoder.check(name, sizes, "S", input_ids, inputs_embeds, attention_mask, position_ids)
+        else:
+            encoder_outputs = _encoded(name, sizes, encoder_outputs)
+            check_input(name, sizes, "BS", "attention_mask", attention_mask)
+        self.decoder.check_after(
+            name, sizes, decoder_input_ids, decoder_inputs_embeds, decoder_attention_mask, decoder_position_ids, cache,
+            "decoder_",
+        )  # fmt: skip
+        decoder_embeds = embedded(self.embedding(self.decoder), decoder_input_ids, decoder_inputs_embeds)
         asked = (output_attentions, output_hidden_states)
         if encoder_outputs is None:
             encoder_outputs = self._encode(input_ids, attention_mask, inputs_embeds, position_ids, *asked)
-        elif not isinstance(encoder_outputs, BaseModelOutput):
-            encoder_outputs = BaseModelOutput(*encoder_outputs[:3])
         if use_cache and cache is None and not self.training:
             cache = decoder_cache(self.config)
-        states = encoder_outputs.last_hidden_state
+        states = encoder_outputs["last_hidden_state"]
         outputs = self.decoder(
             None, decoder_attention_mask, states, attention_mask, None, decoder_embeds, decoder_position_ids, *asked,
             cache=cache, return_dict=True,
@@ -309,8 +350,8 @@ class ConvSeq2SeqModel(_Embedded):
             decoder_attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
             encoder_last_hidden_state=states,
-            encoder_hidden_states=encoder_outputs.hidden_states,
-            encoder_attentions=encoder_outputs.attentions,
+            encoder_hidden_states=encoder_outputs.get("hidden_states"),
+            encoder_attentions=encoder_outputs.get("attentions"),
             **{CACHE: outputs.get(CACHE)},
         )
 
@@ -340,6 +381,11 @@ class ConvSeq2SeqForConditionalGeneration(_PreTrained, GenerationMixin):
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """The labels one position later, behind the start token; ignored ones (-100) become padding."""
+        for field in ("decoder_start_token_id", "pad_token_id"):
+            if getattr(self.config, field) is None:
+                expected = "a token, because the decoder's input is made from labels (or pass decoder_input_ids)"
+                fail(type(self).__name__, f"config.{field}", expected, None)
+        labels = labels.long()
         first = labels.new_full((labels.shape[0], 1), self.config.decoder_start_token_id)
         shifted = torch.cat([first, labels[:, :-1]], 1)
         return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
@@ -381,6 +427,15 @@ class ConvSeq2SeqForConditionalGeneration(_PreTrained, GenerationMixin):
 
         logits: [B,T,vocab_size].
         """
+        if labels is not None:
+            name, sizes = type(self).__name__, {"C": self.config.d_model}
+            if encoder_outputs is None:
+                check_sequence(name, sizes, "S", input_ids, inputs_embeds)
+            else:
+                encoder_outputs = _encoded(name, sizes, encoder_outputs)
+            check_input(name, sizes, "BT", "decoder_input_ids", decoder_input_ids)
+            check_input(name, sizes, "BTC", "decoder_inputs_embeds", decoder_inputs_embeds)
+            check_input(name, sizes, "BT", "labels", labels)
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         outputs = self.model(
@@ -438,12 +493,19 @@ class ConvSeq2SeqForSequenceClassification(_PreTrained):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> SequenceClassifierOutput:
-        """input_ids [B,T] and, for a dual encoder, pair_input_ids [B,S], or their embeddings; labels as in
-        ``classification_loss``. Hidden states and attention weights: those of the encoder, for a dual one those of the
-        second sequence behind those of the first."""
-        if (pair_input_ids is not None or pair_inputs_embeds is not None) != self.config.dual_encoder:
-            expected = "token ids, because of dual_encoder" if self.config.dual_encoder else "None without dual_encoder"
-            fail(type(self).__name__, "pair_input_ids", expected, pair_input_ids)
+        """input_ids [B,T] and, for a dual encoder, pair_input_ids [B,S], or their embeddings, with masks and position
+        ids of the same sizes (these also of one row); labels as in ``classification_loss``. Hidden states and attention
+        weights: those of the encoder, for a dual one those of the second sequence behind those of the first."""
+        name, sizes, check = type(self).__name__, {}, self.model.encoder.check
+        check(name, sizes, "T", input_ids, inputs_embeds, attention_mask, position_ids)
+        pair = (pair_input_ids, pair_inputs_embeds, pair_attention_mask, pair_position_ids)
+        if self.config.dual_encoder:
+            if pair_input_ids is None and pair_inputs_embeds is None:
+                fail(name, "pair_input_ids", "token ids, because of dual_encoder", None)
+            check(name, sizes, "S", *pair, "pair_")
+        elif any(value is not None for value in pair):
+            fail(name, "pair_input_ids", "None without dual_encoder, as all of the second sequence", "some of it")
+        check_classes(name, self.config, sizes["B"], labels)
         asked = (output_attentions, output_hidden_states)
         x, outputs = self._pool(input_ids, attention_mask, inputs_embeds, position_ids, *asked)
         hidden_states, attentions = outputs.hidden_states, outputs.attentions
