@@ -798,6 +798,32 @@ def test_fairseq_files_with_values_of_numpy(tmp_path):
             fairseq.load_checkpoint(content)
 
 
+def test_fairseq_files_that_are_something_else(tmp_path):
+    np = pytest.importorskip("numpy")
+    file, args = tmp_path / "checkpoint.pt", argparse.Namespace()
+    for content in (b"hello", b"", b"PK\x03\x04", pickle.dumps([1], 2)[:-3], b"\x80\x02."):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="argument 'checkpoint': expected a file that torch.save wrote.*kpoint.pt"):
+            fairseq.load_checkpoint(file)
+    keys = "load_checkpoint: argument 'checkpoint': expected the parameters under 'model' and fairseq's arguments under"
+    for content in ([1], torch.ones(2), {"model": {}, "cfg": "x"}, {"model": {}, "cfg": [1]}, {"model": {}, "args": 3}):
+        torch.save(content, file)
+        with pytest.raises(ValueError, match=f"{keys} 'args' or 'cfg'.*, got"):
+            fairseq.load_checkpoint(file)
+    torch.save({"model": {}, "args": np.datetime64("2020-01-01")}, file)
+    with pytest.raises(ValueError, match="got one with numpy.dtypes.DateTime64DType in it"):
+        fairseq.load_checkpoint(file)
+    for state in (None, {}, [1], {"encoder.embed_tokens.weight": 3}):
+        with pytest.raises(ValueError, match="argument 'checkpoint': expected tensors by name as the parameters, got"):
+            fairseq.load_checkpoint({"model": state, "args": args})
+    with pytest.raises(ValueError, match="'state': expected parameters of a LightConvModel with a matrix 'encoder.emb"):
+        fairseq.load_checkpoint({"model": {"encoder.layers.x.weight": torch.zeros(1)}, "args": args})
+    with pytest.raises(ValueError, match="argument 'checkpoint': expected a path or a dict, got 5 of type int"):
+        fairseq.load_checkpoint(5)
+    with pytest.raises(FileNotFoundError):
+        fairseq.load_checkpoint(tmp_path / "nothing.pt")
+
+
 def test_fairseq_modules_refuse_other_paddings():
     with pytest.raises(
         ValueError,
@@ -830,3 +856,35 @@ def test_bert_convolutions_from_a_directory(tmp_path):
         bert_convolutions.attention_options({"attention_kernel": "fourier 8"})
     with pytest.raises(ValueError, match="argument 'options'"):
         bert_convolutions.load_checkpoint({})
+
+
+def test_bert_convolutions_that_cannot_be_loaded(tmp_path):
+    load, options = bert_convolutions.load_checkpoint, bert_convolutions.attention_options
+    for content in ("{", "\x80", ""):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match="argument 'checkpoint': expected JSON in .*config.json, got"):
+            load(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"hello")
+    with pytest.raises(
+        ValueError, match="expected a file that torch.save wrote, got .*pytorch_model.bin"
+    ):
+        load(tmp_path, {"hidden_size": 32})
+    for content in ({}, [1], {"a": 3}):
+        torch.save(content, tmp_path / "pytorch_model.bin")
+        with pytest.raises(ValueError, match="argument 'checkpoint': expected tensors by name as the parameters, got"):
+            load(tmp_path, {"hidden_size": 32})
+    with pytest.raises(ValueError, match="argument 'checkpoint': expected a directory or a dict, got 5"):
+        load(5)
+    for wrong in ({}, [1], "x"):
+        with pytest.raises(ValueError, match="argument 'options': expected a dict with 'hidden_size' in it"):
+            load({"a": torch.zeros(1)}, wrong)
+    with pytest.raises(ValueError, match="argument 'attention_kernel': expected a number behind 'qk_convq', got 'x'"):
+        options({"attention_kernel": "qk_convq x"})
+    for name in ("qk", "value_forward"):
+        for wrong in ("convolution_depth", "convolution_depth 8", "convolution a 1", "convolution 8 1 2"):
+            with pytest.raises(
+                ValueError, match=f"argument '{name}': expected two numbers, reach and groups"
+            ):
+                options({name: wrong})
+    with pytest.raises(ValueError, match="argument 'attention_kernel': expected a string, got 3 of type int"):
+        options({"attention_kernel": 3})
