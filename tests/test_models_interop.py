@@ -865,9 +865,7 @@ def test_bert_convolutions_that_cannot_be_loaded(tmp_path):
         with pytest.raises(ValueError, match="argument 'checkpoint': expected JSON in .*config.json, got"):
             load(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"hello")
-    with pytest.raises(
-        ValueError, match="expected a file that torch.save wrote, got .*pytorch_model.bin"
-    ):
+    with pytest.raises(ValueError, match="expected a file that torch.save wrote, got .*pytorch_model.bin"):
         load(tmp_path, {"hidden_size": 32})
     for content in ({}, [1], {"a": 3}):
         torch.save(content, tmp_path / "pytorch_model.bin")
@@ -882,9 +880,7 @@ def test_bert_convolutions_that_cannot_be_loaded(tmp_path):
         options({"attention_kernel": "qk_convq x"})
     for name in ("qk", "value_forward"):
         for wrong in ("convolution_depth", "convolution_depth 8", "convolution a 1", "convolution 8 1 2"):
-            with pytest.raises(
-                ValueError, match=f"argument '{name}': expected two numbers, reach and groups"
-            ):
+            with pytest.raises(ValueError, match=f"argument '{name}': expected two numbers, reach and groups"):
                 options({name: wrong})
     with pytest.raises(ValueError, match="argument 'attention_kernel': expected a string, got 3 of type int"):
         options({"attention_kernel": 3})
