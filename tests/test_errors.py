@@ -161,6 +161,7 @@ TABLE = [
     (LS, {"state_index": torch.tensor([0])}, ValueError, "state_index", r"\[B\] = \[2\]", r"shape \[1\]"),
     (LS, {"state_index": torch.tensor([0, 1], dtype=torch.int32)}, TypeError, "state_index", "int64", "int32"),
     (LS, {"position": torch.tensor([0, 1, 2])}, ValueError, "position", r"\[B\] = \[2\] or \[1\]", r"shape \[3\]"),
+    (LS, {"position": torch.tensor([-1, 0])}, ValueError, "position", "positions >= 0", r"\[-1, 0\]"),
     (LS, {"position": 3}, TypeError, "position", "a tensor or None", "3 of type int"),
     (LS, {"x": torch.randn(B, C, requires_grad=True)}, ValueError, "x", "no gradient", "requires_grad=True"),
     (LS, {"gate": torch.randn(B, T, C)}, ValueError, "gate", r"\[B,C\] = \[2, 12\]", r"shape \[2, 7, 12\]"),

@@ -22,6 +22,7 @@ from transformers.masking_utils import chunked_causal_mask_function, sliding_win
 
 from convkernels.interop import bert_convolutions, fairseq, huggingface
 from convkernels.models import CompositeBertForMaskedLM
+from convkernels.models.base import CACHE
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -236,6 +237,133 @@ def test_a_static_cache_under_the_attention_interface():
         assert torch.equal(found, expected)
 
 
+CACHES = {
+    "none": lambda config: None,
+    "dynamic": lambda config: transformers.DynamicCache(config=config),
+    "static": lambda config: transformers.StaticCache(config=config, max_cache_len=20),
+}
+DECODERS = {
+    "llama": llama,
+    "mistral": REGISTERED["mistral"],
+    "qwen2": lambda: llama("Qwen2ForCausalLM", use_sliding_window=True, sliding_window=4, max_window_layers=1),
+}
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("name", DECODERS)
+def test_masks_of_any_width(name, kind):
+    """As wide as what was written, or wider, or none, at once, in chunks and in steps: column s belongs to key s."""
+    model, ids = DECODERS[name](), text(3, 13)
+    huggingface.register()
+    for sizes in ([13],) if kind == "none" else ([13], [6, 7], [3, 1, 1, 4, 4], [1] * 13):
+        for left in (0, 5):
+            mask = torch.ones(3, 13, dtype=torch.long)
+            mask[1, :left] = mask[2, : 2 * left] = 0
+            logits = {}
+            # transformers' own need a cache for a mask that is wider than the input
+            for implementation, more in (("sdpa", 0), ("convkernels", 0), ("convkernels", 7), ("convkernels", None)):
+                if more is None and left:
+                    continue
+                model.set_attn_implementation(implementation)
+                cache, parts, end = CACHES[kind](model.config), [], 0
+                for size in sizes:
+                    end += size
+                    given = None if more is None else F.pad(mask, (0, more)) if more else mask[:, :end]
+                    with torch.no_grad():
+                        out = model(
+                            ids[:, end - size : end], attention_mask=given, use_cache=cache is not None,
+                            **{CACHE: cache},
+                        )  # fmt: skip
+                    parts.append(out.logits)
+                logits[implementation, more] = torch.cat(parts, 1)[mask.bool()]
+            expected = logits.pop(("sdpa", 0))
+            for found in logits.values():
+                torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_masks_that_leave_keys_out(kind):
+    model, ids = llama(attn_implementation="convkernels"), text(2, 13)
+    huggingface.register()
+    options = {CACHE: CACHES[kind](model.config), "use_cache": kind != "none"}
+    with pytest.raises(ValueError, match="'attention_mask': expected .* each of 13 keys, got bool .* \\[2, 9\\]"):
+        model(ids, attention_mask=torch.ones(2, 9), **options)
+    if kind != "none":
+        model(ids, **options)
+        with pytest.raises(ValueError, match="argument 'attention_mask': expected .* for each of 14 keys"):
+            model(ids[:, :1], attention_mask=torch.ones(2, 1), **options)
+    for mask in (torch.ones(2, 9), torch.ones(2, 20), torch.ones(1, 13)):
+        with pytest.raises(ValueError, match="argument 'attention_mask': expected shape .* \\[2, 13\\], a column"):
+            bert(attn_implementation="convkernels")(ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize("name", ["MistralForCausalLM", "Gemma3ForCausalLM"])
+def test_a_static_cache_of_windows(name):
+    """generate makes the masks for it beforehand."""
+    huggingface.register()
+    more = {} if name[0] == "M" else dict(head_dim=8, layer_types=["sliding_attention", "full_attention"])
+    made = getattr(transformers, name)
+    config = made.config_class if name[0] == "M" else transformers.Gemma3TextConfig
+    options = dict(vocab_size=256, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    model = stirred(made, config(**options, intermediate_size=64, sliding_window=5, eos_token_id=None, **more))
+    ids, mask = (value.flip(1) for value in ragged(text(3, 12), [12, 7, 3]))
+    search = dict(attention_mask=mask, max_new_tokens=9, do_sample=False, pad_token_id=0)
+    expected = model.generate(ids, **search)
+    model.set_attn_implementation("convkernels")
+    for cache in ("dynamic", "static"):
+        assert torch.equal(model.generate(ids, cache_implementation=cache, **search), expected)
+
+
+@pytest.mark.parametrize("name", ["Splinter", "NllbMoe"])
+def test_masks_decide_what_is_causal(name):
+    """Splinter's attention does not say that it is not, and that of NllbMoe's decoder says wrongly that it is not."""
+    ids, mask = ragged(text(3, 12), [12, 7, 3])
+    given = dict(input_ids=ids)
+    options = dict(vocab_size=256, max_position_embeddings=64)
+    if name == "Splinter":
+        options |= dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    else:
+        sides = [(f"{side}_layers", f"{side}_attention_heads", f"{side}_ffn_dim") for side in ("encoder", "decoder")]
+        options |= dict(d_model=32, encoder_sparse_step=0, decoder_sparse_step=0)
+        options |= {key: value for side in sides for key, value in zip(side, (2, 4, 64), strict=True)}
+        given["decoder_input_ids"] = ids
+    made = getattr(transformers, f"{name}Model")
+    model = stirred(made, made.config_class(**options))
+    huggingface.register()
+    for attention_mask in (None, mask):
+        results = []
+        for implementation in ("eager", "convkernels"):
+            model.set_attn_implementation(implementation)
+            with torch.no_grad():
+                results.append(model(**given, attention_mask=attention_mask).last_hidden_state)
+        equal_where_real(results[1], results[0], mask)
+
+
+EAGER = [
+    "BigBird", "Bloom", "Canine", "ConvBert", "IBert", "LED", "Luke", "MPNet", "MegatronBert", "Mpt", "Nystromformer",
+    "RemBert", "RoFormer",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_models_without_the_interface_refuse_it(name):
+    """They would add its masks to their scores, or do without."""
+    made = getattr(transformers, f"{name}Model")
+    sizes = dict(
+        vocab_size=256, hidden_size=32, n_embed=32, d_model=32, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=64, attention_window=4,
+    )  # fmt: skip
+    known = made.config_class().to_dict()
+    config = made.config_class(**{key: value for key, value in sizes.items() if key in known})
+    huggingface.register()
+    huggingface.register()
+    expected = f"{name}Model: argument 'attn_implementation': expected 'eager', because .* got 'convkernels'"
+    derived = type(made.__name__, (made,), {"__module__": __name__})  # elsewhere than its attention
+    for model in (derived, made):
+        with torch.device("meta"), pytest.raises(ValueError, match=expected):
+            model._from_config(copy.deepcopy(config), attn_implementation="convkernels")
+
+
 def test_what_the_interface_refuses():
     huggingface.register()
     q = torch.randn(1, 2, 4, 8)
@@ -344,6 +472,32 @@ def test_bad_replacements():
         huggingface.replace_attention(llama())
     with pytest.raises(ValueError, match="argument 'layers': expected numbers from 0 to 1, got \\[2\\]"):
         huggingface.replace_attention(bert(), layers=[2])
+    for layers in (0, "0", [0.5], [-1], [None], torch.tensor(0)):
+        with pytest.raises(ValueError, match="argument 'layers': expected numbers from 0 to 1, got"):
+            huggingface.replace_attention(bert(), layers=layers)
+    model = bert()
+    types = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match="argument 'layers': expected each layer once, got \\[0, 0\\]"):
+        huggingface.replace_attention(model, layers=[0, 0])
+    with pytest.raises(ValueError, match="argument 'window'"):
+        huggingface.replace_attention(model, window=-3)
+    assert [type(module) for module in model.modules()] == types
+    for name in ("LiltModel", "MobileBertModel", "NystromformerModel"):
+        other = bert(name, hidden_size=48)
+        with pytest.raises(ValueError, match=f"argument 'model': expected self-attention of hidden_.*, got {name}"):
+            huggingface.replace_attention(other)
+
+
+def test_replacement_in_a_model_that_computes_its_attention_itself():
+    """All of it, because what is left would add the mask to its scores."""
+    ids, mask = inputs().values()
+    model = bert("MegatronBertModel")
+    with pytest.raises(ValueError, match="argument 'layers': expected None, because the other layers .*, got \\[1\\]"):
+        huggingface.replace_attention(model, layers=[1])
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).last_hidden_state
+        huggingface.replace_attention(model)
+        equal_where_real(model(ids, attention_mask=mask).last_hidden_state, expected, mask)
 
 
 def test_the_example(capsys):
@@ -644,6 +798,32 @@ def test_fairseq_files_with_values_of_numpy(tmp_path):
             fairseq.load_checkpoint(content)
 
 
+def test_fairseq_files_that_are_something_else(tmp_path):
+    np = pytest.importorskip("numpy")
+    file, args = tmp_path / "checkpoint.pt", argparse.Namespace()
+    for content in (b"hello", b"", b"PK\x03\x04", pickle.dumps([1], 2)[:-3], b"\x80\x02."):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="argument 'checkpoint': expected a file that torch.save wrote.*kpoint.pt"):
+            fairseq.load_checkpoint(file)
+    keys = "load_checkpoint: argument 'checkpoint': expected the parameters under 'model' and fairseq's arguments under"
+    for content in ([1], torch.ones(2), {"model": {}, "cfg": "x"}, {"model": {}, "cfg": [1]}, {"model": {}, "args": 3}):
+        torch.save(content, file)
+        with pytest.raises(ValueError, match=f"{keys} 'args' or 'cfg'.*, got"):
+            fairseq.load_checkpoint(file)
+    torch.save({"model": {}, "args": np.datetime64("2020-01-01")}, file)
+    with pytest.raises(ValueError, match="got one with numpy.dtypes.DateTime64DType in it"):
+        fairseq.load_checkpoint(file)
+    for state in (None, {}, [1], {"encoder.embed_tokens.weight": 3}):
+        with pytest.raises(ValueError, match="argument 'checkpoint': expected tensors by name as the parameters, got"):
+            fairseq.load_checkpoint({"model": state, "args": args})
+    with pytest.raises(ValueError, match="'state': expected parameters of a LightConvModel with a matrix 'encoder.emb"):
+        fairseq.load_checkpoint({"model": {"encoder.layers.x.weight": torch.zeros(1)}, "args": args})
+    with pytest.raises(ValueError, match="argument 'checkpoint': expected a path or a dict, got 5 of type int"):
+        fairseq.load_checkpoint(5)
+    with pytest.raises(FileNotFoundError):
+        fairseq.load_checkpoint(tmp_path / "nothing.pt")
+
+
 def test_fairseq_modules_refuse_other_paddings():
     with pytest.raises(
         ValueError,
@@ -676,3 +856,31 @@ def test_bert_convolutions_from_a_directory(tmp_path):
         bert_convolutions.attention_options({"attention_kernel": "fourier 8"})
     with pytest.raises(ValueError, match="argument 'options'"):
         bert_convolutions.load_checkpoint({})
+
+
+def test_bert_convolutions_that_cannot_be_loaded(tmp_path):
+    load, options = bert_convolutions.load_checkpoint, bert_convolutions.attention_options
+    for content in ("{", "\x80", ""):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match="argument 'checkpoint': expected JSON in .*config.json, got"):
+            load(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"hello")
+    with pytest.raises(ValueError, match="expected a file that torch.save wrote, got .*pytorch_model.bin"):
+        load(tmp_path, {"hidden_size": 32})
+    for content in ({}, [1], {"a": 3}):
+        torch.save(content, tmp_path / "pytorch_model.bin")
+        with pytest.raises(ValueError, match="argument 'checkpoint': expected tensors by name as the parameters, got"):
+            load(tmp_path, {"hidden_size": 32})
+    with pytest.raises(ValueError, match="argument 'checkpoint': expected a directory or a dict, got 5"):
+        load(5)
+    for wrong in ({}, [1], "x"):
+        with pytest.raises(ValueError, match="argument 'options': expected a dict with 'hidden_size' in it"):
+            load({"a": torch.zeros(1)}, wrong)
+    with pytest.raises(ValueError, match="argument 'attention_kernel': expected a number behind 'qk_convq', got 'x'"):
+        options({"attention_kernel": "qk_convq x"})
+    for name in ("qk", "value_forward"):
+        for wrong in ("convolution_depth", "convolution_depth 8", "convolution a 1", "convolution 8 1 2"):
+            with pytest.raises(ValueError, match=f"argument '{name}': expected two numbers, reach and groups"):
+                options({name: wrong})
+    with pytest.raises(ValueError, match="argument 'attention_kernel': expected a string, got 3 of type int"):
+        options({"attention_kernel": 3})

@@ -178,6 +178,8 @@ BAD = [
     ("kernel_size", lambda: ck.interop.fairseq.LightweightConv1dTBC(8, 0)),
     ("num_heads|heads", lambda: ck.interop.fairseq.DynamicConv1dTBC(8, 3, num_heads=0)),
     ("dtype", lambda: cknn.DepthwiseConv1d(8, 3).init_state(2, dtype=torch.int8)),
+    ("batch", lambda: cknn.DepthwiseConv1d(8, 3).init_state(-1)),
+    ("batch", lambda: cknn.GatedConv(8, cknn.DynamicConv1d(8, 3, 2)).init_state(-1)),
 ]
 
 

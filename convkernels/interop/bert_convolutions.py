@@ -1,12 +1,14 @@
 """BERT_Convolutions, the code and checkpoints of Chang et al. 2021."""
 
 import json
+from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from ..ops._validate import fail
+from ..ops._validate import describe, fail
+from . import _files
 
 # In every checkpoint, and tables of indices, not parameters.
 _INDICES = ("position_ids", "relative_positions_mat")
@@ -23,11 +25,15 @@ def attention_options(options: dict) -> dict:
     options: of their configuration, "attention_kernel" ("qk_convfixed_convq 8"), "qk" and "value_forward"
     ("convolution_depth_mixed_no_act 8 1"), "remove_qk". ValueError for a word that means nothing to them.
     """
+    function = "attention_options"
+    for name in ("attention_kernel", "qk", "value_forward"):
+        if not isinstance(options.get(name, ""), str):
+            fail(function, name, "a string", describe(options[name]))
     kernel, _, reach = options.get("attention_kernel", "dot_product").partition(" ")
     words = set(kernel.split("_"))
     known = {"qk", "dot", "product", "convfixed", "convq", "convk", "convolution", "scaled", "convbert"}
     if words - known:
-        fail("attention_options", "attention_kernel", f"words of {sorted(known)}", repr(kernel))
+        fail(function, "attention_kernel", f"words of {sorted(known)}", repr(kernel))
     result = dict(
         bias="convfixed" in words,
         query_rel="convq" in words,
@@ -37,6 +43,8 @@ def attention_options(options: dict) -> dict:
         qk=bool({"qk", "dot"} & words) or not {"convfixed", "convq", "convk"} & words,
     )
     if reach:
+        if not reach.isdecimal():
+            fail(function, "attention_kernel", f"a number behind {kernel!r}", repr(reach))
         result["window"] = int(reach)
     if "convbert" in words:
         result["span"] = "key"
@@ -44,7 +52,10 @@ def attention_options(options: dict) -> dict:
         kind = options.get(name, "")
         if not kind.startswith("convolution"):
             continue
-        kind, reach, groups = kind.split(" ")
+        kind, *numbers = kind.split(" ")
+        if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
+            fail(function, name, f"two numbers, reach and groups, behind {kind!r}", repr(options[name]))
+        reach, groups = numbers
         words = kind.split("_")
         result[argument] = "mixed" if "mixed" in words else "conv"
         result["conv_kernel_size"] = 2 * int(reach) + 1
@@ -66,6 +77,8 @@ def config_from_options(options: dict, **changes):
         "max_position_embeddings", "type_vocab_size", "layer_norm_eps", "hidden_dropout_prob",
         "attention_probs_dropout_prob", "pad_token_id",
     )  # fmt: skip
+    if not isinstance(options, Mapping) or "hidden_size" not in options:
+        fail("config_from_options", "options", "a dict with 'hidden_size' in it, as config.json", describe(options))
     fields = {name: options[name] for name in same if name in options}
     fields["embedding_size"] = options.get("embedding_size", options["hidden_size"])
     fields["absolute_positions"] = not options.get("remove_position_embeddings", False)
@@ -96,16 +109,25 @@ def load_checkpoint(checkpoint: str | Path | dict, options: dict | None = None, 
     """A ``CompositeBertForMaskedLM`` with the parameters of one of the authors' checkpoints.
 
     checkpoint: a directory with config.json and pytorch_model.bin, or the parameters, and then ``options`` is what
-    config.json holds. changes: fields of the configuration to set otherwise.
+    config.json holds. changes: fields of the configuration to set otherwise. ValueError for what is neither.
     """
     from ..models import CompositeBertForMaskedLM
 
-    if not isinstance(checkpoint, dict):
+    name, argument = "load_checkpoint", "checkpoint"
+    if not isinstance(checkpoint, Mapping):
+        if not isinstance(checkpoint, str | PathLike):
+            fail(name, argument, "a directory or a dict", describe(checkpoint))
         directory = Path(checkpoint)
-        options = options or json.loads((directory / "config.json").read_text())
-        checkpoint = torch.load(directory / "pytorch_model.bin", map_location="cpu", weights_only=True)
+        if options is None:
+            file = directory / "config.json"
+            try:
+                options = json.loads(file.read_bytes())
+            except ValueError as error:
+                raise ValueError(f"{name}: argument '{argument}': expected JSON in {file}, got {error}") from error
+        checkpoint = _files.read(name, argument, directory / "pytorch_model.bin")
     elif options is None:
-        fail("load_checkpoint", "options", "the configuration, because checkpoint is a dict", None)
+        fail(name, "options", "the configuration, because checkpoint is a dict", None)
+    _files.parameters(name, argument, checkpoint)
     state = model_state(checkpoint)
     model = CompositeBertForMaskedLM(config_from_options(options, **changes)).to(next(iter(state.values())).dtype)
     model.load_state_dict(state, strict=True)

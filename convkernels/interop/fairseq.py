@@ -4,7 +4,6 @@ The modules need torch alone; loading a model needs transformers.
 """
 
 import argparse
-import pickle
 import re
 import uuid
 from collections.abc import Mapping
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..nn import DynamicConv1d, LightweightConv1d
-from ..ops._validate import fail, positive
+from ..ops._validate import describe, fail, positive
+from . import _files
 
 # Names inside a layer; older checkpoints number the encoder's norms.
 ENCODER_LAYER = {
@@ -175,6 +175,7 @@ def layer_state(state: dict[str, Tensor], stack: str) -> dict[str, Tensor]:
 
 def model_state(state: dict[str, Tensor], config) -> dict[str, Tensor]:
     """The parameters of fairseq's LightConvModel under the names of ``ConvSeq2SeqForConditionalGeneration``."""
+    _embeddings("model_state", state)
     result: dict[str, Tensor] = {}
     layers: dict[tuple[str, str], dict[str, Tensor]] = {}
     for name, value in state.items():
@@ -202,6 +203,15 @@ def model_state(state: dict[str, Tensor], config) -> dict[str, Tensor]:
     return result
 
 
+def _embeddings(function: str, state: dict[str, Tensor]) -> list[Tensor]:
+    """The encoder's and the decoder's."""
+    names = [f"{stack}.embed_tokens.weight" for stack in ("encoder", "decoder")]
+    for name in names:
+        if name not in state or state[name].dim() != 2:
+            fail(function, "state", f"parameters of a LightConvModel with a matrix {name!r}", describe(sorted(state)))
+    return [state[name] for name in names]
+
+
 def config_from_args(args, state: dict[str, Tensor], *, padding_index: int = 1, eos_index: int = 2, **changes):
     """``ConvSeq2SeqConfig`` for a checkpoint's arguments; sizes of vocabularies come from the parameters.
 
@@ -224,7 +234,7 @@ def config_from_args(args, state: dict[str, Tensor], *, padding_index: int = 1, 
             fail("config_from_args", name, "None", repr(get(name)))
     kernels = {}
     for stack in ("encoder", "decoder"):
-        numbers = {int(n.split(".")[2]) for n in state if n.startswith(f"{stack}.layers.")}
+        numbers = {found[1] for found in (re.match(rf"{stack}\.layers\.(\d+)\.", name) for name in state) if found}
         taps = get(f"{stack}_kernel_size_list", [3, 7, 15, 31, 31, 31, 31])
         taps = list(taps if not isinstance(taps, str) else map(int, re.findall(r"\d+", taps)))
         kernels[stack] = (len(numbers), taps * len(numbers) if len(taps) == 1 else taps[: len(numbers)])
@@ -233,8 +243,7 @@ def config_from_args(args, state: dict[str, Tensor], *, padding_index: int = 1, 
         if get(name, width) != width:
             fail("config_from_args", name, str(width), get(name))
     heads, pre = both("attention_heads", 8), both("normalize_before", False)
-    source = state["encoder.embed_tokens.weight"]
-    target = state["decoder.embed_tokens.weight"]
+    source, target = _embeddings("config_from_args", state)
     shared = source.shape == target.shape and torch.equal(source, target)
     positions = None
     if not get("no_token_positional_embeddings", False):
@@ -294,24 +303,20 @@ def load_checkpoint(checkpoint: str | Path | dict, **changes):
     from ..models import ConvSeq2SeqForConditionalGeneration
 
     name, argument = "load_checkpoint", "checkpoint"
-    if not isinstance(checkpoint, dict):
-        try:
-            with torch.serialization.safe_globals(_plain_types()):
-                checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            found = re.search(r"GLOBAL ([\w.]+)", str(error))
-            raise ValueError(
-                f"{name}: argument '{argument}': expected a file of parameters, arguments and plain values alone (if "
-                "you trust this one, pass what torch.load(file, weights_only=False) gives), got one with "
-                f"{found[1] if found else 'other objects'} in it"
-            ) from error
-    args = checkpoint.get("args")
-    if args is None:
-        args = (checkpoint.get("cfg") or {}).get("model")
+    if not isinstance(checkpoint, Mapping):
+        checkpoint = _files.read(name, argument, checkpoint, _plain_types())
+    expected = "the parameters under 'model' and fairseq's arguments under 'args' or 'cfg'"
+    if not isinstance(checkpoint, Mapping):
+        fail(name, argument, expected, describe(checkpoint))
+    args, cfg = checkpoint.get("args"), checkpoint.get("cfg")
+    if args is None and isinstance(cfg, Mapping):
+        args = cfg.get("model")
     if args is None or "model" not in checkpoint:
-        expected = "the parameters under 'model' and fairseq's arguments under 'args' or 'cfg'"
         fail(name, argument, expected, sorted(map(str, checkpoint)))
+    if not isinstance(args, Mapping | argparse.Namespace):
+        fail(name, argument, f"{expected}, in a dict or a Namespace", describe(args))
     state = checkpoint["model"]
+    _files.parameters(name, argument, state)
     config = config_from_args(args, state, **changes)
     model = ConvSeq2SeqForConditionalGeneration(config).to(state["decoder.embed_tokens.weight"].dtype)
     model.load_state_dict(model_state(state, config), strict=True)

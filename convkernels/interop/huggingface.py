@@ -5,7 +5,10 @@ of a model in place; ``convert`` makes a model of this package from a T5, BERT o
 """
 
 import copy
-from collections.abc import Iterable
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +34,7 @@ from ..models import (
     ConvSeq2SeqConfig,
     ConvSeq2SeqForConditionalGeneration,
 )
+from ..models.base import PreTrained
 from ..nn import CompositeAttention, DynamicConv1d, LightweightConv1d
 from ..ops._validate import fail
 from ..ops.attention.api import composite_attention
@@ -39,6 +43,8 @@ NAME = "convkernels"
 _CALL = f"attn_implementation={NAME!r}"
 # Models whose position_bias is a function of the distance alone.
 _RELATIVE = ("t5", "mt5", "umt5")
+# Models of BERT's form whose attention is not softmax(QK^T)V.
+_APPROXIMATE = ("Mra", "Nystromformer", "Yoso")
 # Arguments of transformers' attention functions that change results, and that composite_attention does not have.
 _UNKNOWN = (
     "softcap", "s_aux", "sinks", "indices", "block_indices", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "head_mask",
@@ -48,14 +54,44 @@ _UNKNOWN = (
 _HARMLESS = ("num_items_in_batch", "output_hidden_states", "output_router_logits", "position_ids", "use_cache")
 
 
+_registered: set[str] = set()
+
+
 def register(name: str = NAME) -> None:
     """Make this package's attention known to transformers, as ``attn_implementation=name``.
 
     Models then call ``composite_attention``: padding and causality without a mask of T x T, sliding windows, shared
-    key heads, T5's relative bias. Calling it again does no harm.
+    key heads, T5's relative bias. Models that compute their attention themselves refuse the name: ValueError. Calling
+    it again does no harm.
     """
+    if not _registered:
+        method = "get_correct_attn_implementation"
+        setattr(PreTrainedModel, method, _checking(getattr(PreTrainedModel, method)))
+    _registered.add(name)
     AttentionInterface.register(name, attention_forward)
     AttentionMaskInterface.register(name, padding_mask)
+
+
+def _checking(original: Callable) -> Callable:
+    """transformers lets every model have an implementation that was registered, also those that never call it and add
+    the mask made for it to their scores."""
+
+    @functools.wraps(original)
+    def checked(model: PreTrainedModel, requested_attention: str | None, *args, **options) -> str:
+        if requested_attention in _registered and not _calls_interface(type(model)):
+            expected = "'eager', because the model computes its attention itself (replace_attention may change that)"
+            fail(type(model).__name__, "attn_implementation", expected, repr(requested_attention))
+        return original(model, requested_attention, *args, **options)
+
+    return checked
+
+
+def _calls_interface(made: type[PreTrainedModel]) -> bool:
+    """Whether a model calls the attention it is told to, as it says itself or as transformers finds in its source."""
+    if made._supports_attention_backend or issubclass(made, PreTrained):
+        return True
+    bases = (base for base in made.__mro__ if issubclass(base, PreTrainedModel) and base is not PreTrainedModel)
+    return all(base._can_set_attn_implementation() for base in bases)
 
 
 def padding_mask(
@@ -69,21 +105,31 @@ def padding_mask(
     device=None,
     **unused,
 ) -> Tensor | None:
-    """transformers' mask for this attention: bool [B,S], or None. Causality and sliding windows come as arguments of
-    ``attention_forward``; NotImplementedError for what a mask can say beyond that: packed sequences, chunks, windows to
-    both sides, masks of a model's own."""
-    if mask_function not in (causal_mask_function, bidirectional_mask_function) and not _slides(mask_function):
+    """transformers' mask for this attention: bool [B,S], or None where nothing hides a key from any query.
+
+    A causal one ends at the last query: a static cache has keys beyond that, and ``attention_mask`` may have columns.
+    Its attributes ``causal`` and ``full``, which is whether it is True everywhere, are what ``attention_forward`` goes
+    by; sliding windows come as arguments. NotImplementedError for what a mask can say beyond that: packed sequences,
+    chunks, windows to both sides, masks of a model's own.
+    """
+    causal = mask_function is not bidirectional_mask_function
+    if causal and mask_function is not causal_mask_function and not _slides(mask_function):
         expected = "the causal or bidirectional one or a causal sliding window (use 'sdpa' for this model)"
         fail(_CALL, "mask_function", expected, mask_function, NotImplementedError)
-    if attention_mask is not None:
-        return attention_mask[:, -kv_length:].bool()
-    written = int(q_offset) + q_length
-    if mask_function is bidirectional_mask_function or written - kv_offset == kv_length:
-        return None
-    # A static cache, whose places beyond what was written hold nothing.
-    if kv_offset:
-        fail(_CALL, "cache_implementation", "a dynamic one, because of the window", "a static one", NotImplementedError)
-    return torch.ones(batch_size, written, dtype=torch.bool, device=device)
+    end = int(q_offset) + q_length if causal else kv_offset + kv_length
+    if attention_mask is None:
+        if not causal:
+            return None
+        mask = torch.ones(batch_size, end - kv_offset, dtype=torch.bool, device=device)
+    elif hasattr(attention_mask, "causal"):  # made here before, as generate does for a static cache
+        return attention_mask
+    else:
+        width = attention_mask.shape[-1]
+        if attention_mask.dim() != 2 or (causal and width < end):
+            fail(_CALL, "attention_mask", f"shape [B,S] with a column for each of {end} keys", attention_mask)
+        mask = torch.nn.functional.pad(attention_mask.bool(), (0, max(end - width, 0)))[:, kv_offset:end].contiguous()
+    mask.causal, mask.full = causal, attention_mask is None
+    return mask
 
 
 def _slides(mask_function) -> bool:
@@ -110,17 +156,24 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query [B,H,T,D], key and value [B,G,S,D] -> [B,T,H,D], and no weights.
 
-    attention_mask: bool [B,S] as made by ``padding_mask``. NotImplementedError for what ``composite_attention`` does
-    not do: soft caps, attention sinks, packed sequences, weights as an output, a position_bias that is not T5's.
+    attention_mask: bool [B,S] as made by ``padding_mask``, which decides whether the attention is causal; without it
+    is_causal or the module do. NotImplementedError for what ``composite_attention`` does not do: soft caps, attention
+    sinks, packed sequences, weights as an output, a position_bias that is not T5's.
     """
     _refuse(_CALL, {name: value for name, value in kwargs.items() if name in _UNKNOWN})
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)  # as transformers has it
     if attention_mask is not None:
         _check_mask(attention_mask)
-        # A static cache is longer than what has been written to it.
-        k, v = k[:, : attention_mask.shape[1]], v[:, : attention_mask.shape[1]]
+        causal = getattr(attention_mask, "causal", causal)
+        if causal:  # a static cache is longer than what has been written to it
+            k, v = k[:, : attention_mask.shape[1]], v[:, : attention_mask.shape[1]]
+        expected = [k.shape[0], k.shape[1]]
+        if list(attention_mask.shape) != expected:
+            fail(_CALL, "attention_mask", f"shape [B,S] = {expected}, a column for each key", attention_mask)
+        if getattr(attention_mask, "full", False):
+            attention_mask = None
     T, S = q.shape[1], k.shape[1]
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)  # as transformers has it
     options = {}
     if position_bias is not None:
         options = dict(bias=_by_distance(module, position_bias[..., :S]), window=(S - 1, T - 1))
@@ -245,11 +298,29 @@ def _self_attention(model: nn.Module) -> list[str]:
         name
         for name, module in model.named_modules()
         if type(module).__name__.endswith("SelfAttention")
+        and not type(module).__name__.startswith(_APPROXIMATE)
         and ".crossattention." not in name  # of the same type in some models
         and all(isinstance(getattr(module, part, None), nn.Linear) for part in ("query", "key", "value"))
         and isinstance(getattr(module, "num_attention_heads", None), int)
-        and module.query.in_features == module.query.out_features == module.value.out_features
+        and module.query.in_features == module.query.out_features
+        and all(module.query.weight.shape == getattr(module, part).weight.shape for part in ("key", "value"))
+        and list(inspect.signature(module.forward).parameters)[:2] == ["hidden_states", "attention_mask"]
     ]
+
+
+def _layers(layers: Iterable[int] | None, count: int) -> list[int]:
+    """Those to replace, each once."""
+    if layers is None:
+        return list(range(count))
+    try:
+        given = list(layers)
+    except TypeError:
+        given = [None]
+    if any(not isinstance(layer, Integral) or not 0 <= layer < count for layer in given):
+        fail("replace_attention", "layers", f"numbers from 0 to {count - 1}", layers)
+    if len(set(given)) < len(given):
+        fail("replace_attention", "layers", "each layer once", given)
+    return given
 
 
 def replace_attention(
@@ -278,20 +349,28 @@ def replace_attention(
         fail("replace_attention", "kind", "'composite', 'lightweight' or 'dynamic'", repr(kind))
     found = _self_attention(model)
     if not found:
-        expected = "self-attention with maps query, key and value of equal sizes in it"
+        expected = "self-attention of hidden_states and attention_mask, with maps query, key and value of equal sizes"
         fail("replace_attention", "model", expected, type(model).__name__)
-    wanted = range(len(found)) if layers is None else list(layers)
-    if any(not 0 <= layer < len(found) for layer in wanted):
-        fail("replace_attention", "layers", f"numbers from 0 to {len(found) - 1}", wanted)
-    register()
+    wanted = _layers(layers, len(found))
+    whole = not _calls_interface(type(model))
+    if whole and len(wanted) < len(found):
+        expected = "None, because the other layers of this model cannot read the padding mask"
+        fail("replace_attention", "layers", expected, wanted)
+    new = {}
     for layer in wanted:
         old = model.get_submodule(found[layer])
         if kind == "composite":
-            new = _CompositeSelfAttention(old, **options)
+            new[found[layer]] = _CompositeSelfAttention(old, **options)
         else:
-            new = _ConvSelfAttention(old, kind, kernel_size, filters, **options)
-        model.set_submodule(found[layer], new.train(old.training))
-    model.set_attn_implementation(NAME)
+            new[found[layer]] = _ConvSelfAttention(old, kind, kernel_size, filters, **options)
+        new[found[layer]].train(old.training)
+    register()
+    for name, module in new.items():
+        model.set_submodule(name, module)
+    if whole:  # nothing is left that transformers could ask whether it takes the mask
+        model.config._attn_implementation_internal = NAME
+    else:
+        model.set_attn_implementation(NAME)
     return model
 
 

@@ -36,6 +36,8 @@ class _Conv(nn.Module):
         """
         name, held = type(self).__name__, [*self.parameters(), *self.buffers()]
         _validate.integer(name, "batch", batch, "an integer >= 0")
+        if batch < 0:
+            _validate.fail(name, "batch", "an integer >= 0", batch)
         if dtype is None:
             found = (value.dtype for value in held if value.dtype in _validate.FLOATS)
             dtype = next(found, torch.get_default_dtype())

@@ -337,6 +337,10 @@ def step(
         if position.dim() != 1 or position.shape[0] not in (1, B):
             fail(function, "position", f"shape [B] = [{_size(B)}] or [1]", position)
         same_device(function, "position", position, x)
+        if position.device.type == "cpu" and real(position):
+            numbers = position.tolist()
+            if any(number < 0 for number in numbers):
+                fail(function, "position", "numbers of positions >= 0", numbers)
     inputs = {"x": x, "weight": weight_, "bias": bias_, "gate": gate_}
     for argument, value in {**inputs, "state": state}.items():
         if value is not None and value.requires_grad and torch.is_grad_enabled():
