@@ -350,8 +350,8 @@ def test_masks_decide_what_is_causal(name):
 
 
 EAGER = [
-    "BigBird", "Bloom", "Canine", "ConvBert", "IBert", "LED", "Luke", "MPNet", "MegatronBert", "Mpt", "Nystromformer",
-    "RemBert", "RoFormer",
+    "BigBird", "BigBirdPegasus", "Bloom", "Canine", "ConvBert", "IBert", "LED", "Luke", "MPNet", "MegatronBert", "Mpt",
+    "Nystromformer", "RemBert", "RoFormer",
 ]  # fmt: skip
 
 

@@ -43,6 +43,8 @@ NAME = "convkernels"
 _CALL = f"attn_implementation={NAME!r}"
 # Models whose position_bias is a function of the distance alone.
 _RELATIVE = ("t5", "mt5", "umt5")
+# Models whose attention is transformers' interface in one part alone.
+_MIXED = ("bigbird_pegasus",)
 # Models of BERT's form whose attention is not softmax(QK^T)V.
 _APPROXIMATE = ("Mra", "Nystromformer", "Yoso")
 # Arguments of transformers' attention functions that change results, and that composite_attention does not have.
@@ -90,6 +92,8 @@ def _calls_interface(made: type[PreTrainedModel]) -> bool:
     """Whether a model calls the attention it is told to, as it says itself or as transformers finds in its source."""
     if made._supports_attention_backend or issubclass(made, PreTrained):
         return True
+    if getattr(made.config_class, "model_type", None) in _MIXED:
+        return False
     bases = (base for base in made.__mro__ if issubclass(base, PreTrainedModel) and base is not PreTrainedModel)
     return all(base._can_set_attn_implementation() for base in bases)
 
