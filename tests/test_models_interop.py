@@ -297,6 +297,16 @@ def test_masks_that_leave_keys_out(kind):
             bert(attn_implementation="convkernels")(ids, attention_mask=mask)
 
 
+def test_masks_decide_on_the_window():
+    """Phimoe's attention does not pass it on."""
+    model, (ids, mask) = llama("PhimoeForCausalLM", sliding_window=5, num_local_experts=2), inputs().values()
+    huggingface.register()
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+        model.set_attn_implementation("convkernels")
+        equal_where_real(model(ids, attention_mask=mask).logits, expected, mask)
+
+
 @pytest.mark.parametrize("name", ["MistralForCausalLM", "Gemma3ForCausalLM"])
 def test_a_static_cache_of_windows(name):
     """generate makes the masks for it beforehand."""
@@ -340,8 +350,8 @@ def test_masks_decide_what_is_causal(name):
 
 
 EAGER = [
-    "BigBird", "Bloom", "Canine", "ConvBert", "IBert", "LED", "Luke", "MPNet", "MegatronBert", "Mpt", "Nystromformer",
-    "RemBert", "RoFormer",
+    "BigBird", "BigBirdPegasus", "Bloom", "Canine", "ConvBert", "IBert", "LED", "Luke", "MPNet", "MegatronBert", "Mpt",
+    "Nystromformer", "RemBert", "RoFormer",
 ]  # fmt: skip
 
 

@@ -43,6 +43,8 @@ NAME = "convkernels"
 _CALL = f"attn_implementation={NAME!r}"
 # Models whose position_bias is a function of the distance alone.
 _RELATIVE = ("t5", "mt5", "umt5")
+# Models whose attention is transformers' interface in one part alone.
+_MIXED = ("bigbird_pegasus",)
 # Models of BERT's form whose attention is not softmax(QK^T)V.
 _APPROXIMATE = ("Mra", "Nystromformer", "Yoso")
 # Arguments of transformers' attention functions that change results, and that composite_attention does not have.
@@ -90,6 +92,8 @@ def _calls_interface(made: type[PreTrainedModel]) -> bool:
     """Whether a model calls the attention it is told to, as it says itself or as transformers finds in its source."""
     if made._supports_attention_backend or issubclass(made, PreTrained):
         return True
+    if getattr(made.config_class, "model_type", None) in _MIXED:
+        return False
     bases = (base for base in made.__mro__ if issubclass(base, PreTrainedModel) and base is not PreTrainedModel)
     return all(base._can_set_attn_implementation() for base in bases)
 
@@ -108,14 +112,13 @@ def padding_mask(
     """transformers' mask for this attention: bool [B,S], or None where nothing hides a key from any query.
 
     A causal one ends at the last query: a static cache has keys beyond that, and ``attention_mask`` may have columns.
-    Its attributes ``causal`` and ``full``, which is whether it is True everywhere, are what ``attention_forward`` goes
-    by; sliding windows come as arguments. NotImplementedError for what a mask can say beyond that: packed sequences,
-    chunks, windows to both sides, masks of a model's own.
+    ``attention_forward`` goes by its attributes ``causal``, ``sliding_window`` and ``full``, which is whether it is
+    True everywhere. NotImplementedError for what a mask can say beyond that: packed sequences, chunks, windows to both
+    sides, masks of a model's own.
     """
-    causal = mask_function is not bidirectional_mask_function
-    if causal and mask_function is not causal_mask_function and not _slides(mask_function):
-        expected = "the causal or bidirectional one or a causal sliding window (use 'sdpa' for this model)"
-        fail(_CALL, "mask_function", expected, mask_function, NotImplementedError)
+    causal, window = mask_function is not bidirectional_mask_function, None
+    if causal and mask_function is not causal_mask_function:
+        window = _sliding_window(mask_function)
     end = int(q_offset) + q_length if causal else kv_offset + kv_length
     if attention_mask is None:
         if not causal:
@@ -128,17 +131,19 @@ def padding_mask(
         if attention_mask.dim() != 2 or (causal and width < end):
             fail(_CALL, "attention_mask", f"shape [B,S] with a column for each of {end} keys", attention_mask)
         mask = torch.nn.functional.pad(attention_mask.bool(), (0, max(end - width, 0)))[:, kv_offset:end].contiguous()
-    mask.causal, mask.full = causal, attention_mask is None
+    mask.causal, mask.sliding_window, mask.full = causal, window, attention_mask is None
     return mask
 
 
-def _slides(mask_function) -> bool:
-    """Whether it is transformers' sliding window under a causal mask, and nothing else."""
-    if getattr(mask_function, "__qualname__", "") != sliding_window_causal_mask_function(1).__qualname__:
-        return False
-    parts = mask_function.__closure__[0].cell_contents
+def _sliding_window(mask_function) -> int:
+    """The size of transformers' sliding window under a causal mask; an error for any other function."""
     overlay = sliding_window_overlay(1).__qualname__
-    return len(parts) == 2 and parts[0].__qualname__ == overlay and parts[1] is causal_mask_function
+    if getattr(mask_function, "__qualname__", "") == sliding_window_causal_mask_function(1).__qualname__:
+        parts = mask_function.__closure__[0].cell_contents
+        if len(parts) == 2 and parts[0].__qualname__ == overlay and parts[1] is causal_mask_function:
+            return parts[0].__closure__[0].cell_contents
+    expected = "the causal or bidirectional one or a causal sliding window (use 'sdpa' for this model)"
+    fail(_CALL, "mask_function", expected, mask_function, NotImplementedError)
 
 
 def attention_forward(
@@ -156,9 +161,10 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query [B,H,T,D], key and value [B,G,S,D] -> [B,T,H,D], and no weights.
 
-    attention_mask: bool [B,S] as made by ``padding_mask``, which decides whether the attention is causal; without it
-    is_causal or the module do. NotImplementedError for what ``composite_attention`` does not do: soft caps, attention
-    sinks, packed sequences, weights as an output, a position_bias that is not T5's.
+    attention_mask: bool [B,S] as made by ``padding_mask``, which decides whether the attention is causal and has a
+    sliding window; without it the other arguments and the module do. NotImplementedError for what
+    ``composite_attention`` does not do: soft caps, attention sinks, packed sequences, weights as an output, a
+    position_bias that is not T5's.
     """
     _refuse(_CALL, {name: value for name, value in kwargs.items() if name in _UNKNOWN})
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
@@ -166,6 +172,7 @@ def attention_forward(
     if attention_mask is not None:
         _check_mask(attention_mask)
         causal = getattr(attention_mask, "causal", causal)
+        sliding_window = getattr(attention_mask, "sliding_window", sliding_window)
         if causal:  # a static cache is longer than what has been written to it
             k, v = k[:, : attention_mask.shape[1]], v[:, : attention_mask.shape[1]]
         expected = [k.shape[0], k.shape[1]]
