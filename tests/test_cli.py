@@ -170,7 +170,7 @@ def test_missing_modules_are_said_first(capsys, nothing_runs, monkeypatch, tmp_p
 
 def test_interrupted_bench_keeps_and_prints_what_it_has(tmp_path):
     # Of so many tokens that what comes after the first length and dtype takes much longer than noticing the file.
-    options = "bench --lengths 64,128 --compile-seconds 0 --seconds 20 --tokens 8192 --no-plots --output"
+    options = "bench --lengths 64,128 --compile-seconds 0 --seconds 20 --tokens 4096 --no-plots --output"
     process = start(*options.split(), str(tmp_path), stderr=subprocess.PIPE)
     try:
         end = time.monotonic() + 300
