@@ -7,7 +7,7 @@ import torch
 
 import convkernels as ck
 from convkernels.ops.attention.reference import relation
-from convkernels.testing.attention import INPUTS, AttentionProblem
+from convkernels.testing.attention import DELTA_THROUGH_OUT, INPUTS, AttentionProblem, Elements
 
 OP = "attention_grad"
 MODES = {
@@ -186,3 +186,40 @@ def test_all_scores_of_minus_infinity(dtype, backend):
     assert (out == 0).all() and (lse == -torch.inf).all()
     for gradient in torch.autograd.grad(out.float().sum(), (q, k, v, bias)):
         assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("key_lengths", [(0, 9), (20, 0, 9), (3, 0, 0, 40)], ids=str)
+def test_a_sequence_without_keys_is_not_the_next_one(ops, key_lengths):
+    """Their queries' places follow each other, and both sequences of keys begin at the same key."""
+    lengths = tuple(length or 2 for length in key_lengths)
+    problem = AttentionProblem(
+        batch=1, length=sum(lengths), keys=sum(key_lengths), head_size=8, left=4, right=3, bias=True, query_rel=2,
+        key_rel=2, value_conv=1, lengths=lengths, key_lengths=key_lengths,
+    )  # fmt: skip
+    tensors = problem.tensors()
+    elements = Elements(problem, tensors)
+    found = results(ops, problem, tensors)
+    elements.check_out(found.pop("out"), found.pop("lse"))
+    given = {name: gradient for name, gradient in found.items() if tensors[name] is not None}
+    elements.check_gradients(given, through_out=ops.backend in DELTA_THROUGH_OUT)
+
+
+@pytest.mark.parametrize(
+    "hiding",
+    [{"causal": True}, {"window": 0, "outside": "mask"}, {"packed": True}],
+    ids=["causal", "mask", "packed"],
+)
+def test_products_of_hidden_pairs_may_overflow(backend, hiding):
+    """All inputs are finite, and the gradient of a hidden p is not."""
+    q, k, v = (torch.ones(1, 2, 1, 16) for _ in range(3))
+    v[:, 1] = 3e38
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    options = dict(hiding)
+    if options.pop("packed", False):
+        options = {name: torch.tensor([0, 1, 2]) for name in ("cu_seqlens_q", "cu_seqlens_k")}
+    if "window" in options:
+        options["bias"] = torch.zeros(1, 1)
+    grad = torch.zeros_like(q)
+    grad[:, 0] = 10
+    found = torch.autograd.grad(ck.composite_attention(*leaves, **options, backend=backend), leaves, grad)
+    assert [gradient[0, :, 0, 0].tolist() for gradient in found] == [[0, 0], [0, 0], [10, 0]]

@@ -222,8 +222,10 @@ class QueryBlock {
   void each_run(const Body& body) const {
     for (int64_t r = 0, end; r < rows_; r = end) {
       end = r + 1;
-      while (end < rows_ && place(end).at == place(end - 1).at + 1 &&
-             place(end).sequence.first == place(r).sequence.first)
+      // A sequence without keys begins where the next one does.
+      const Range& sequence = place(r).sequence;
+      while (end < rows_ && place(end).at == place(end - 1).at + 1 && place(end).sequence.first == sequence.first &&
+             place(end).sequence.end == sequence.end)
         ++end;
       body(r, end);
     }

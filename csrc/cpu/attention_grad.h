@@ -187,14 +187,13 @@ class GradientTask {
     }
     if (dp == nullptr) return;
     if (careful) hide(r, first, n, dp);
-    Vec<C> total = {}, product = {};
-    for (int64_t j = 0; j < n; j += V) {
-      const Vec<C> e = load_bytes<Vec<C>>(p_row + j);
-      total += e;
-      product += e * load_bytes<Vec<C>>(dp + j);
+    C product = dot(p_row, dp, n);
+    if (!careful && product - product != C{0}) {  // a hidden pair's dP may be beyond all numbers, and its p 0
+      hide(r, first, n, dp);
+      product = dot(p_row, dp, n);
     }
-    total_[r] += sum_lanes<C>(total);
-    delta_[r] += sum_lanes<C>(product);
+    total_[r] += sum(p_row, n);
+    delta_[r] += product;
   }
 
   // Clears what a row of a block of keys does not see.
