@@ -59,7 +59,9 @@ def info(arguments: argparse.Namespace) -> int:
             rows.append((name, device.type, "no" if reasons else "yes", "; ".join(reasons)))
     table("backends", ("backend", "device", "usable", "why not"), rows)
     rows = [row for device in devices for row in environment.automatic(device)]
-    table("what backend='auto' takes", ("device", "dtype", "op", "backend", "because"), rows)
+    means = os.environ.get("CONVKERNELS_BACKEND") or "auto"
+    without = "" if means == "auto" else f" (CONVKERNELS_BACKEND is {means}: nothing but that is taken)"
+    table(f"what backend='auto' takes{without}", ("device", "dtype", "op", "backend", "because"), rows)
     table("environment variables", ("name", "value", "meaning"), environment.variables())
     return 0
 
@@ -472,6 +474,15 @@ def _numbers(value: str) -> list[int]:
     return _distinct([_positive(part) for part in value.split(",")])
 
 
+def _check_variables() -> None:
+    """Mistake for variables that every call of the package would stumble over."""
+    for name, values in {"CONVKERNELS_BACKEND": ("auto", *convkernels.backends.names()),
+                         "CONVKERNELS_CPU_ISA": ("avx512", "avx2", "portable")}.items():  # fmt: skip
+        value = os.environ.get(name)
+        if value and value not in values:
+            raise Mistake(f"environment variable '{name}': expected one of {', '.join(values)}, got {value!r}")
+
+
 def _first_sentence(command) -> str:
     return " ".join(command.__doc__.split()).split(". ")[0]
 
@@ -577,6 +588,7 @@ def main(arguments: list[str] | None = None) -> int:
     if sys.stdout is None:  # closed by the shell
         sys.stdout = open(os.devnull, "w")
     try:
+        _check_variables()
         status = parsed.run(parsed)
         sys.stdout.flush()
         return status

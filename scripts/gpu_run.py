@@ -151,6 +151,8 @@ def main() -> int:
         if step.part in (arguments.part or (1, 2, 3))
         and (not arguments.only or any(name in step.name for name in arguments.only))
     ]
+    if not steps:
+        parser.error("no step is meant by that; --list shows them")
     if arguments.list:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
         print("\n".join(f"{step.part}  {step.name:18} {step.seconds:5.0f} s  {step.command}" for step in steps))
@@ -168,6 +170,7 @@ def main() -> int:
     outcomes: dict[str, dict] = {}
     if (work / "steps.json").exists():
         outcomes = json.loads((work / "steps.json").read_text())
+    where = arguments.device + (" simulated" if os.environ.get("CONVKERNELS_SIMT") == "1" else "")
     words = {
         "python": sys.executable,
         "results": str(work / "results"),
@@ -175,7 +178,9 @@ def main() -> int:
         "workers": str(arguments.workers),
     }
     for step in steps:
-        if outcomes.get(step.name, {}).get("ended") == PASSED and not arguments.again:
+        before = outcomes.get(step.name, {})
+        if before.get("ended") == PASSED and before.get("on") == where and not arguments.again:
+            print(f"{step.name:18} passed before, in this checkout; --again runs it once more", flush=True)
             continue
         left = arguments.seconds - (time.monotonic() - began) - 2 * GRACE
         if left < 5:
@@ -187,7 +192,7 @@ def main() -> int:
         except OSError as error:
             ended = f"not begun: {error.strerror}"
         seconds = time.monotonic() - start
-        outcomes[step.name] = {"ended": ended, "seconds": round(seconds, 1), "last": last_line(log)}
+        outcomes[step.name] = {"ended": ended, "on": where, "seconds": round(seconds, 1), "last": last_line(log)}
         print(f"{step.name:18} {ended:20} {seconds:6.1f} s  {outcomes[step.name]['last']}", flush=True)
         if ended != PASSED:
             print(f"{'':18} its output: {log}", flush=True)

@@ -87,6 +87,13 @@ def test_mistakes_are_one_line_and_nothing_is_measured(capsys, nothing_runs, com
     assert said in message and "Traceback" not in message
 
 
+@pytest.mark.parametrize("name", ["CONVKERNELS_BACKEND", "CONVKERNELS_CPU_ISA"])
+def test_variables_are_named(capsys, nothing_runs, monkeypatch, name):
+    monkeypatch.setenv(name, "sse")
+    for command in ("info", "check", QUICK):
+        assert f"environment variable '{name}': expected one of" in refused(capsys, command)
+
+
 def test_bench_checks_where_it_writes_first(capsys, nothing_runs, tmp_path):
     file = tmp_path / "file"
     file.write_text("")

@@ -69,9 +69,17 @@ def test_without_a_gpu_nothing_but_the_environment_is_looked_at(gpu_run, monkeyp
 
 def test_what_has_passed_is_not_run_again(gpu_run, monkeypatch, tmp_path):
     steps = [gpu_run.Step("counts", 1, 20, "echo x >> {results}/count"), gpu_run.Step("fails", 1, 20, "exit 1")]
+    assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "out", "--device", "cpu") == 1  # elsewhere
+    (tmp_path / "build" / "gpu-work" / "results" / "count").unlink()
     for arguments, expected in ((), 1), ((), 1), (("--again",), 2):
         assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "out", *arguments) == 1
         assert len((tmp_path / "build" / "gpu-work" / "results" / "count").read_text().split()) == expected
+
+
+def test_a_step_that_does_not_exist(gpu_run, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        execute(gpu_run, monkeypatch, [gpu_run.Step("smoke", 1, 20, "true")], "--only", "smok1")
+    assert "no step is meant by that" in capsys.readouterr().err
 
 
 def test_an_output_folder_that_cannot_be_written_to_stops_nothing(gpu_run, monkeypatch, tmp_path, capsys):

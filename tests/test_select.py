@@ -50,6 +50,10 @@ def test_why_not():
     assert "it runs on cpu tensors, not on cuda" in ck.why_not("cpu", device="cuda")
     with pytest.raises(ValueError, match="argument 'backend': expected one of 'auto', .*, got 'gpu'"):
         ck.why_not("gpu")
+    with pytest.raises(ValueError, match="argument 'op': expected one of .*'tap_conv', .*, got 'conv'"):
+        ck.why_not("cpu", op="conv")
+    with pytest.raises(TypeError, match="argument 'dtype': expected a torch.dtype, got 'float16'"):
+        ck.why_not("cpu", dtype="float16")
 
 
 def test_the_reasons_are_those_of_the_error(no_fast_backend):

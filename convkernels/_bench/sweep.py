@@ -217,6 +217,9 @@ class Sweep:
         ]
         for line, length, dtype, direction in order:
             if time.perf_counter() - start >= settings.compile_seconds:
+                if settings.compile_seconds == 0:
+                    self.note(line.label, "left out (--compile-seconds 0)")
+                    return
                 spent = f"{settings.compile_seconds:g} s are spent (--compile-seconds)"
                 self.note(line.label, f"not compiled for every length and dtype: {spent}")
                 return

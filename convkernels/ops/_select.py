@@ -21,6 +21,10 @@ from . import _spec
 
 AUTO = "auto"
 _CALLERS = ("convkernels", "torch", "transformers", "accelerate")
+# What users call, by whose names they may ask, too.
+_FUNCTIONS = ("composite_attention",) + tuple(
+    f"{kind}_conv1d{step}" for kind in ("depthwise", "lightweight", "dynamic") for step in ("", "_step")
+)
 _resets: list = []
 _announced: set[str] = set()
 
@@ -77,8 +81,13 @@ def why_not(
     op: the name of an operator ("tap_conv", "attention", ...), which a backend may not have yet, or of a public
     function.
     Further keyword arguments are facts about the call (for example ``K=31``) for backends with limits of their own.
-    ValueError for a backend that does not exist.
+    ValueError for a backend or an op that does not exist, TypeError for what is not a dtype.
     """
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"why_not: argument 'dtype': expected a torch.dtype, got {dtype!r}")
+    if op not in _FUNCTIONS and op not in _spec.OPERATORS:
+        names = ", ".join(map(repr, (*_spec.OPERATORS, *_FUNCTIONS)))
+        raise ValueError(f"why_not: argument 'op': expected one of {names}, got {op!r}")
     if backend == AUTO:
         return []
     known("why_not", backend)
