@@ -292,8 +292,9 @@ def bench(arguments: argparse.Namespace) -> int:
 
 def _disturbance(device: torch.device) -> float:
     """The CPUs that other processes keep busy, with a warning, where that leaves too few for the threads; else 0."""
-    busy, threads, cpus = timing.busy_cpus(), torch.get_num_threads(), len(timing.own_cpus())
-    if device.type != "cpu" or busy < max(0.5, cpus - threads + 0.5):
+    threads, cpus = torch.get_num_threads(), len(timing.own_cpus())
+    busy = timing.busy_cpus() if device.type == "cpu" else 0.0
+    if busy < max(0.5, cpus - threads + 0.5):
         return 0.0
     print(
         f"bench: warning: other processes keep {busy:.1f} of {cpus} CPUs busy, and {threads} threads are measured: "
@@ -476,8 +477,10 @@ def _numbers(value: str) -> list[int]:
 
 def _check_variables() -> None:
     """Mistake for variables that every call of the package would stumble over."""
-    for name, values in {"CONVKERNELS_BACKEND": ("auto", *convkernels.backends.names()),
-                         "CONVKERNELS_CPU_ISA": ("avx512", "avx2", "portable")}.items():  # fmt: skip
+    native, known = environment.native_module(), {"CONVKERNELS_BACKEND": ("auto", *convkernels.backends.names())}
+    if native:
+        known["CONVKERNELS_CPU_ISA"] = tuple(native.compiled_isas())
+    for name, values in known.items():
         value = os.environ.get(name)
         if value and value not in values:
             raise Mistake(f"environment variable '{name}': expected one of {', '.join(values)}, got {value!r}")

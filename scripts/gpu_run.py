@@ -70,12 +70,8 @@ STEPS = (
 
 
 def sees_a_gpu() -> bool:
-    return (
-        subprocess.run(
-            [sys.executable, "-c", "import torch; torch.zeros(1, device='cuda')"], stderr=subprocess.DEVNULL
-        ).returncode
-        == 0
-    )
+    command = [sys.executable, "-c", "import torch; torch.zeros(1, device='cuda')"]
+    return subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
 
 
 def run(step: Step, seconds: float, words: dict[str, str], log: Path) -> str:
@@ -163,6 +159,8 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
+    # What a shell starts in the background ignores it, and so would the steps when they are asked to end.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     began = time.monotonic()
     work = ROOT / "build" / "gpu-work"
     for name in ("logs", "results"):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 import tarfile
 import time
 from pathlib import Path
@@ -56,6 +57,18 @@ def test_a_step_that_goes_wrong_costs_only_itself(gpu_run, monkeypatch, tmp_path
     with tarfile.open(out / "logs.tar.gz") as logs:
         assert logs.extractfile("logs/fails.log").read() == b"before\n"
         assert logs.extractfile("logs/hangs.log").read() == b"waiting\n"
+
+
+def test_steps_are_asked_to_end_in_the_background_too(gpu_run, monkeypatch, tmp_path):
+    """Where SIGINT is ignored; a shell cannot trap what was ignored when it began."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    monkeypatch.setattr(gpu_run, "GRACE", 5.0)
+    steps = [gpu_run.Step("hangs", 1, 1.0, "trap 'echo asked; exit 1' INT; sleep 60 & wait")]
+    try:
+        assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "out") == 1
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert json.loads((tmp_path / "out" / "steps.json").read_text())["hangs"]["last"] == "asked"
 
 
 def test_without_a_gpu_nothing_but_the_environment_is_looked_at(gpu_run, monkeypatch, tmp_path, capsys):

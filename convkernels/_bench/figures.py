@@ -82,15 +82,15 @@ class Plot:
         curves: dict[str, list] = {}
         for r in section[self.records]:
             curves.setdefault(r["line"], []).append((r["direction"], r["dtype"], r["length"], self.value(r)))
+        alike: dict[tuple, list[str]] = {}
+        for label, values in curves.items():
+            alike.setdefault(tuple(values), []).append(label)
         found = []
-        while curves:
-            first, values = curves.popitem()
-            alike = [first, *(label for label in list(curves) if curves[label] == values)]
-            curves = {label: other for label, other in curves.items() if label not in alike}
-            if not any(v[-1] for v in values):
-                found.append(f"not drawn, as nothing but element-wise work is left to count: {'; '.join(alike)}")
-            elif len(alike) > 1:
-                found.append(f"on one line, as they do the same multiplications: {'; '.join(sorted(alike))}")
+        for values, labels in reversed(alike.items()):
+            if not any(value[-1] for value in values):
+                found.append(f"not drawn, as nothing but element-wise work is left to count: {'; '.join(labels)}")
+            elif len(labels) > 1:
+                found.append(f"on one line, as they do the same multiplications: {'; '.join(sorted(labels))}")
         return found
 
 
