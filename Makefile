@@ -83,10 +83,11 @@ $(VENV)/.triton: $(VENV)/.requirements
 	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet --no-compile "$(TRITON)"
 	@touch $@
 
-# The models, which the benchmark does not need.
+# The models and what their tests need; the benchmark needs neither.
 $(VENV)/.hf: $(VENV)/.requirements
-	$(BIN)/python -m pip install --quiet --no-compile $$($(BIN)/python -c \
-	    'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["hf"])')
+	$(BIN)/python -m pip install --quiet --no-compile $$($(BIN)/python -c 'import tomllib; \
+	    extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+	    print(*extras["hf"], *extras["test-hf"])')
 	@touch $@
 
 build: $(NATIVE)/.built

@@ -49,7 +49,7 @@ def test_setup_does_not_import_torch_and_is_short():
 def test_dependencies(project):
     assert not [r for r in project["build-system"]["requires"] if re.match(r"torch\b", r)]
     assert project["project"]["dependencies"] == ["torch>=2.10"]
-    assert {"bench", "hf", "test", "dev"} <= set(project["project"]["optional-dependencies"])
+    assert {"bench", "hf", "test", "test-hf", "dev"} <= set(project["project"]["optional-dependencies"])
     triton = project["project"]["optional-dependencies"]["triton"]
     assert all("platform_system == 'Linux'" in requirement for requirement in triton)
 
