@@ -383,7 +383,9 @@ def test_what_the_interface_refuses():
     for argument in ("s_aux", "sinks", "cu_seq_lens_q", "head_mask"):
         with pytest.raises(NotImplementedError, match=f"argument '{argument}': expected None, because"):
             huggingface.attention_forward(module, q, q, q, None, **{argument: torch.zeros(2)})
-    with pytest.raises(NotImplementedError, match="argument 'output_attentions': expected None, .* got True"):
+    with pytest.raises(
+        NotImplementedError, match="argument 'output_attentions': expected None, .*'eager' may.*, got True"
+    ):
         llama(attn_implementation="convkernels")(text(1, 8), output_attentions=True)
     with pytest.raises(ValueError, match="argument 'attention_mask': expected a bool tensor.* \\[1, 1, 4, 4\\]"):
         huggingface.attention_forward(module, q, q, q, torch.zeros(1, 1, 4, 4))
@@ -491,6 +493,18 @@ def test_bad_replacements():
         huggingface.replace_attention(model, layers=[0, 0])
     with pytest.raises(ValueError, match="argument 'window'"):
         huggingface.replace_attention(model, window=-3)
+    with pytest.raises(ValueError, match="argument 'kernel_size': expected None, because kind='composite'"):
+        huggingface.replace_attention(model, kernel_size=5)
+    with pytest.raises(ValueError, match="argument 'heads': expected a positive integer"):
+        huggingface.replace_attention(model, "dynamic", filters=0)
+    for kind, name, other in (
+        ("composite", "biass", "bias"),
+        ("composite", "dropout", "span"),
+        ("dynamic", "window", "dilation"),
+    ):
+        expected = f"argument '{name}': expected an argument of kind='{kind}': .*{other}.*, got {name}"
+        with pytest.raises(TypeError, match=expected):
+            huggingface.replace_attention(model, kind, **{name: 1})
     assert [type(module) for module in model.modules()] == types
     for name in ("LiltModel", "MobileBertModel", "NystromformerModel"):
         other = bert(name, hidden_size=48)

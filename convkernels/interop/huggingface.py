@@ -52,6 +52,9 @@ _UNKNOWN = (
     "softcap", "s_aux", "sinks", "indices", "block_indices", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "head_mask",
     "output_attentions",
 )  # fmt: skip
+# What replace_attention puts in, and the arguments of these that the replaced module decides.
+_KINDS = {"composite": CompositeAttention, "lightweight": LightweightConv1d, "dynamic": DynamicConv1d}
+_DECIDED = ("channels", "heads", "kernel_size", "causal", "dropout", "padding", "weight_dropout", "device", "dtype")
 # Arguments that reach self-attention modules of transformers and change nothing there.
 _HARMLESS = ("num_items_in_batch", "output_hidden_states", "output_router_logits", "position_ids", "use_cache")
 
@@ -248,17 +251,17 @@ class _CompositeSelfAttention(nn.Module):
 class _ConvSelfAttention(nn.Module):
     """A gated convolution in the place of a BERT-like self-attention module: conv(value(x) * sigmoid(gate(x)))."""
 
-    def __init__(self, old: nn.Module, kind: str, kernel_size: int, filters: int | None, **options):
+    def __init__(self, old: nn.Module, kind: str, kernel_size: int | None, filters: int | None, **options):
         super().__init__()
         channels = old.value.in_features
         placed = dict(device=old.value.weight.device, dtype=old.value.weight.dtype)
-        made = LightweightConv1d if kind == "lightweight" else DynamicConv1d
         self.value = old.value
         self.gate = nn.Linear(channels, channels, **placed)
+        size = 7 if kernel_size is None else kernel_size
+        filters = old.num_attention_heads if filters is None else filters
         padding = "causal" if _causal(old) else "same"
-        self.conv = made(
-            channels, kernel_size, filters or old.num_attention_heads, padding=padding, weight_dropout=_dropout(old),
-            **placed, **options,
+        self.conv = _KINDS[kind](
+            channels, size, filters, padding=padding, weight_dropout=_dropout(old), **placed, **options,
         )  # fmt: skip
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *more, **options):
@@ -279,7 +282,10 @@ def _refuse(function: str, arguments: dict) -> None:
     for argument, value in arguments.items():
         if value is not None and value is not False:
             shown = value if isinstance(value, Tensor | bool | int | float | str) else f"a {type(value).__name__}"
-            fail(function, argument, "None, because the attention here has no such thing", shown, NotImplementedError)
+            expected = "None, because the attention here has no such thing"
+            if function == _CALL:
+                expected += " (attn_implementation='eager' may)"
+            fail(function, argument, expected, shown, NotImplementedError)
 
 
 def _dropout(old: nn.Module) -> float:
@@ -335,7 +341,7 @@ def replace_attention(
     kind: str = "composite",
     *,
     layers: Iterable[int] | None = None,
-    kernel_size: int = 7,
+    kernel_size: int | None = None,
     filters: int | None = None,
     **options,
 ) -> PreTrainedModel:
@@ -344,16 +350,24 @@ def replace_attention(
     kind: "composite": ``nn.CompositeAttention`` with ``options`` as its arguments (window, bias, query_rel, key_rel,
         value_conv, query_key, value, ...). It takes over queries, keys and values, and its new terms start at zero, so
         unless ``query_key`` or ``value`` changes the projections the model computes what it did until it is trained.
-        "lightweight", "dynamic": a gated convolution of ``kernel_size`` taps with ``filters`` filters (by default as
-        many as heads), whose input is the old value map; ``options`` are arguments of the convolution.
+        "lightweight", "dynamic": a gated convolution of ``kernel_size`` taps (by default 7) with ``filters`` filters
+        (by default as many as heads), whose input is the old value map; ``options`` are arguments of the convolution.
     layers: which ones, counted from 0; by default all.
 
     The model's attention implementation becomes "convkernels", so that the new modules are given the padding mask as
     it is. Returns the model. To load such a model from a checkpoint make it again in this way and use load_state_dict.
     ValueError if there is nothing to replace.
     """
-    if kind not in ("composite", "lightweight", "dynamic"):
+    if kind not in tuple(_KINDS):
         fail("replace_attention", "kind", "'composite', 'lightweight' or 'dynamic'", repr(kind))
+    if kind == "composite":
+        for argument, value in (("kernel_size", kernel_size), ("filters", filters)):
+            if value is not None:
+                fail("replace_attention", argument, "None, because kind='composite' has none (see window)", value)
+    allowed = [name for name in inspect.signature(_KINDS[kind]).parameters if name not in _DECIDED]
+    for name in options:
+        if name not in allowed:
+            fail("replace_attention", name, f"an argument of kind={kind!r}: {', '.join(allowed)}", name, TypeError)
     found = _self_attention(model)
     if not found:
         expected = "self-attention of hidden_states and attention_mask, with maps query, key and value of equal sizes"

@@ -73,10 +73,14 @@ def floating(function: str, argument: str, value: Tensor) -> None:
         fail(function, argument, f"a tensor of {_FLOAT_NAMES}", value, TypeError)
 
 
-def shape(function: str, argument: str, value: Tensor, expected: tuple, letters: str) -> None:
-    """Shape equal to ``expected``; ``letters`` names the dimensions in the message."""
+def shape(
+    function: str, argument: str, value: Tensor, expected: tuple, letters: str, turned: tuple | None = None
+) -> None:
+    """Shape equal to ``expected``; ``letters`` names the dimensions in the message. ``turned``: the shape that would be
+    right if x were channels first."""
     if value.dim() != len(expected) or any(size != want for size, want in zip(value.shape, expected, strict=True)):
-        fail(function, argument, f"shape {letters} = {[_size(n) for n in expected]}", value)
+        hint = " (x is read as [B,T,C]: give x.mT if channels come first)" if value.shape == turned else ""
+        fail(function, argument, f"shape {letters} = {[_size(n) for n in expected]}{hint}", value)
 
 
 # `name` is what the input x, which decides for the others, is called in messages.
@@ -173,16 +177,22 @@ def weight(function: str, value: Any, x: Tensor, leading: tuple, letters: str) -
     rank = len(leading) + 2
     C = x.shape[-1]
     if value.dim() != rank:
-        fail(function, "weight", f"a tensor of {rank} dimensions {letters}", value)
+        hint = ""
+        if not leading and value.dim() == 3 and value.shape[1] == 1:
+            hint = " (from a Conv1d: weight.squeeze(1))"
+        elif leading and value.shape[:-1] == leading:
+            hint = " (from a Linear: weight.unflatten(-1, (H, K)))"
+        fail(function, "weight", f"a tensor of {rank} dimensions {letters}{hint}", value)
     H, K = value.shape[-2:]
     if leading:
-        shape(function, "weight", value, (*leading, H, K), letters)
+        turned = (x.shape[0], C, H, K) if x.dim() == 3 else None
+        shape(function, "weight", value, (*leading, H, K), letters, turned)
     if H == 0:
         fail(function, "weight", f"at least one row of weights in {letters}", value)
     if K == 0:
         fail(function, "weight", f"at least one tap, K >= 1, in {letters}", value)
     if letters == "[C,K]":
-        shape(function, "weight", value, (C, K), letters)
+        shape(function, "weight", value, (C, K), letters, (x.shape[1], K) if x.dim() == 3 else None)
     elif C % H != 0:
         fail(function, "weight", f"a number of heads H in {letters} that divides C = {_size(C)}", value)
     parameter_dtype(function, "weight", value, x)
