@@ -169,7 +169,8 @@ def attention_forward(
     ``composite_attention`` does not do: soft caps, attention sinks, packed sequences, weights as an output, a
     position_bias that is not T5's.
     """
-    _refuse(_CALL, {name: value for name, value in kwargs.items() if name in _UNKNOWN})
+    unknown = {name: value for name, value in kwargs.items() if name in _UNKNOWN}
+    _refuse(_CALL, unknown, " (attn_implementation='eager' may)")
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)  # as transformers has it
     if attention_mask is not None:
@@ -277,14 +278,12 @@ def _check_call(attention_mask, more: tuple, options: dict) -> None:
     _refuse("replace_attention", given | {name: options[name] for name in options if name not in _HARMLESS})
 
 
-def _refuse(function: str, arguments: dict) -> None:
-    """NotImplementedError for an argument that asks for something; None and False do not."""
+def _refuse(function: str, arguments: dict, instead: str = "") -> None:
+    """NotImplementedError for an argument that asks for something; None and False do not. instead: what has it."""
     for argument, value in arguments.items():
         if value is not None and value is not False:
             shown = value if isinstance(value, Tensor | bool | int | float | str) else f"a {type(value).__name__}"
-            expected = "None, because the attention here has no such thing"
-            if function == _CALL:
-                expected += " (attn_implementation='eager' may)"
+            expected = f"None, because the attention here has no such thing{instead}"
             fail(function, argument, expected, shown, NotImplementedError)
 
 

@@ -53,6 +53,11 @@ def real(value: Tensor) -> bool:
     )
 
 
+def readable(value: Tensor) -> bool:
+    """Whether the values of a tensor may be looked at without waiting for a device."""
+    return value.device.type == "cpu" and real(value)
+
+
 def tensor(function: str, argument: str, value: Any, *, optional: bool = False) -> None:
     """A dense tensor (or None where optional)."""
     if value is None and optional:
@@ -261,7 +266,7 @@ def boundaries(
     same_device(function, argument, value, x, name)
     if x.shape[0] != 1:
         fail(function, name, f"shape {letters}, one row of packed sequences, because {argument} is given", x)
-    if value.device.type != "cpu" or not real(value):
+    if not readable(value):
         return
     bounds = value.tolist()
     if bounds[0] != 0:
@@ -336,7 +341,7 @@ def step(
             fail(function, "state_index", "an int64 tensor", state_index, TypeError)
         shape(function, "state_index", state_index, (B,), "[B]")
         same_device(function, "state_index", state_index, x)
-        if state_index.device.type == "cpu" and real(state_index):
+        if readable(state_index):
             rows = state_index.tolist()
             if any(not 0 <= row < B for row in rows):
                 fail(function, "state_index", f"rows of the state, 0 to {B - 1}", rows)
@@ -347,7 +352,7 @@ def step(
         if position.dim() != 1 or position.shape[0] not in (1, B):
             fail(function, "position", f"shape [B] = [{_size(B)}] or [1]", position)
         same_device(function, "position", position, x)
-        if position.device.type == "cpu" and real(position):
+        if readable(position):
             numbers = position.tolist()
             if any(number < 0 for number in numbers):
                 fail(function, "position", "numbers of positions >= 0", numbers)

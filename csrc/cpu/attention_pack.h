@@ -275,20 +275,24 @@ class PackedTable {
 
 inline bool any(const bool* flags, int64_t n) { return memchr(flags, 1, static_cast<size_t>(n)) != nullptr; }
 
+// Rows with zeros in the place of the odd ones, in `clean`; the rows themselves where none is odd.
+template <class C>
+inline const C* without_odd(int64_t n, const C* rows, int64_t pitch, const bool* odd, C* clean) {
+  if (!any(odd, n)) return rows;
+  memcpy(static_cast<void*>(clean), rows, static_cast<size_t>(n * pitch) * sizeof(C));
+  for (int64_t i = 0; i < n; ++i)
+    if (odd[i]) clear(clean + i * pitch, pitch);
+  return clean;
+}
+
 // c[r] += sum over k of a[r][k] * b[k], rows of `width` and `pitch`, where a is 0 unless sees(r, k). Of the odd rows of
 // b each is added by itself, to the rows of c that see it. clean: room for b.
 template <class C, class Sees>
 inline void multiply_seen(int64_t rows, int64_t width, int64_t depth, Factor<C> a, const C* b, int64_t pitch,
                           const bool* odd, C* clean, C* c, const Sees& sees) {
-  if (!any(odd, depth)) {
-    multiply<true>(rows, width, depth, a, {b, pitch}, Vectors<C>{c, pitch});
-    return;
-  }
-  memcpy(static_cast<void*>(clean), b, static_cast<size_t>(depth * pitch) * sizeof(C));
-  for (int64_t k = 0; k < depth; ++k)
-    if (odd[k]) clear(clean + k * pitch, width);
-  multiply<true>(rows, width, depth, a, {clean, pitch}, Vectors<C>{c, pitch});
-  for (int64_t k = 0; k < depth; ++k)
+  const C* const even = without_odd(depth, b, pitch, odd, clean);
+  multiply<true>(rows, width, depth, a, {even, pitch}, Vectors<C>{c, pitch});
+  for (int64_t k = 0; even != b && k < depth; ++k)
     for (int64_t r = 0; odd[k] && r < rows; ++r)
       if (sees(r, k)) add_to(c + r * pitch, b + k * pitch, width, a.data[r * a.row + k * a.step]);
 }
@@ -298,12 +302,9 @@ inline void multiply_seen(int64_t rows, int64_t width, int64_t depth, Factor<C> 
 template <class C>
 inline void multiply_met(int64_t rows, int64_t columns, int64_t depth, const C* a, int64_t a_row, const bool* odd,
                          C* clean, const C* b, int64_t b_row, Vectors<C> c) {
-  const bool selects = any(odd, depth);
-  if (selects) memcpy(static_cast<void*>(clean), a, static_cast<size_t>(depth * a_row) * sizeof(C));
-  for (int64_t k = 0; selects && k < depth; ++k)
-    if (odd[k]) clear(clean + k * a_row, a_row);
-  multiply<true>(rows, columns, depth, Factor<C>{selects ? clean : a, 1, a_row}, {b, b_row}, c);
-  for (int64_t k = 0; selects && k < depth; ++k)
+  const C* const even = without_odd(depth, a, a_row, odd, clean);
+  multiply<true>(rows, columns, depth, Factor<C>{even, 1, a_row}, {b, b_row}, c);
+  for (int64_t k = 0; even != a && k < depth; ++k)
     for (int64_t r = 0; odd[k] && r < rows; ++r)
       for (int64_t i = 0; i < columns; ++i)
         if (b[k * b_row + i] != C{0})
