@@ -155,8 +155,8 @@ def _show_kernels(name: str, rules, results: list, arguments: argparse.Namespace
 
 
 def check(arguments: argparse.Namespace) -> int:
-    """Compare every usable backend with float64, convolutions, attention and models, on every instruction set of this
-    CPU; exit status 1 when an error exceeds its bound."""
+    """Compare every usable backend with float64: convolutions and attention on every instruction set of this CPU, and
+    models; exit status 1 when an error exceeds its bound."""
     if arguments.kernels:
         return _check_kernels(arguments)
     for name in ("architectures", "only", "json", "update_budget"):

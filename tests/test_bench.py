@@ -9,7 +9,17 @@ import pytest
 import torch
 
 from convkernels import cli
-from convkernels._bench import acceptance, attention, attention_targets, peers, streaming, sweep, text, timing
+from convkernels._bench import (
+    acceptance,
+    attention,
+    attention_targets,
+    environment,
+    peers,
+    streaming,
+    sweep,
+    text,
+    timing,
+)
 
 CPU = torch.device("cpu")
 
@@ -240,6 +250,25 @@ def test_plots_say_what_their_curves_do_not():
         "on one line, as they do the same multiplications: a; c",
     ]
     assert figures.SPEED.remarks(section) == ["x: stops"]
+
+
+def test_panels_share_the_lengths_of_all(tmp_path, monkeypatch):
+    """Also those that only one of them has, as a bench that was interrupted leaves."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    figures = pytest.importorskip("convkernels._bench.figures")
+    ticks = []
+    monkeypatch.setattr(plt, "close", lambda figure: ticks.append([list(axes.get_xticks()) for axes in figure.axes]))
+    records = [
+        {"line": "a", "direction": figures.FORWARD, "dtype": dtype, "length": length, "examples_per_second": 1.0}
+        for dtype, lengths in (("float32", (64, 128, 512)), ("bfloat16", (64, 128)))
+        for length in lengths
+    ]
+    settings = {"channels": 8, "heads": 2, "taps": 3, "tokens": 64}
+    section = {"records": records, "settings": settings, "environment": environment.describe(CPU)}
+    figures._save(figures.SPEED, section, ["float32", "bfloat16"], tmp_path / "speed.png")
+    assert ticks == [[[64, 128, 512]] * 4]
+    figures._save(figures.SPEED, section, ["bfloat16"], tmp_path / "speed.png")
+    assert ticks[1:] == [[[64, 128]] * 2]
 
 
 def test_target_table_says_pass_miss_and_not_measured():

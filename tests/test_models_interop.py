@@ -351,7 +351,7 @@ def test_masks_decide_what_is_causal(name):
 
 EAGER = [
     "BigBird", "BigBirdPegasus", "Bloom", "Canine", "ConvBert", "IBert", "LED", "Luke", "MPNet", "MegatronBert", "Mpt",
-    "Nystromformer", "RemBert", "RoFormer",
+    "LayoutLM", "MarkupLM", "Nystromformer", "RemBert", "RoFormer",
 ]  # fmt: skip
 
 
@@ -501,15 +501,32 @@ def test_bad_replacements():
         ("composite", "biass", "bias"),
         ("composite", "dropout", "span"),
         ("dynamic", "window", "dilation"),
+        ("dynamic", "query_size", "in_proj"),
     ):
         expected = f"argument '{name}': expected an argument of kind='{kind}': .*{other}.*, got {name}"
         with pytest.raises(TypeError, match=expected):
             huggingface.replace_attention(model, kind, **{name: 1})
     assert [type(module) for module in model.modules()] == types
-    for name in ("LiltModel", "MobileBertModel", "NystromformerModel"):
-        other = bert(name, hidden_size=48)
+    for layers in ([True], [0, False]):
+        with pytest.raises(ValueError, match="argument 'layers': expected numbers from 0 to 1, got"):
+            huggingface.replace_attention(model, layers=layers)
+    for other in (model.bert.encoder, torch.nn.Sequential(model), torch.compile(model), None):
+        with pytest.raises(TypeError, match="argument 'model': expected a transformers.PreTrainedModel, as it is"):
+            huggingface.replace_attention(other)
+    for name in ("LayoutLM", "Lilt", "MarkupLM", "MobileBert", "Nystromformer", "RoFormer"):
+        other = bert(f"{name}Model", hidden_size=48)
         with pytest.raises(ValueError, match=f"argument 'model': expected self-attention of hidden_.*, got {name}"):
             huggingface.replace_attention(other)
+
+
+def test_replaced_maps_without_bias():
+    model, given = bert(), inputs()
+    for module in model.modules():
+        if hasattr(module, "query"):
+            module.query.bias = module.key.bias = module.value.bias = None
+    expected = model(**given).logits.detach()
+    huggingface.replace_attention(model)
+    equal_where_real(model(**given).logits, expected, given["attention_mask"])
 
 
 def test_replacement_in_a_model_that_computes_its_attention_itself():

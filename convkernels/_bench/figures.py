@@ -56,7 +56,6 @@ def _draw(axes, records: list[dict[str, Any]], value: Callable[[dict[str, Any]],
             axes.plot(*zip(*points, strict=True), label=name, **style)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(lengths, [str(length) for length in lengths])
     axes.minorticks_off()
     axes.grid(True, which="major", color="#dddddd", linewidth=0.7)
     axes.set_axisbelow(True)
@@ -138,6 +137,8 @@ def _save(plot: Plot, section: dict[str, Any], dtypes: list[str], path: Path) ->
             suffix = f", {_DTYPES.get(dtype, dtype)}" if plot.by_dtype else ""
             axes.set_title(direction + suffix, fontsize=10.5)
         grid[row][0].set_ylabel(plot.label)
+    lengths = sorted({r["length"] for r in section[plot.records] if not plot.by_dtype or r["dtype"] in rows})
+    grid[0][0].set_xticks(lengths, [str(length) for length in lengths])  # all panels share them
     for axes in grid[-1]:
         axes.set_xlabel("sequence length [tokens]")
     entries = {}

@@ -43,10 +43,10 @@ NAME = "convkernels"
 _CALL = f"attn_implementation={NAME!r}"
 # Models whose position_bias is a function of the distance alone.
 _RELATIVE = ("t5", "mt5", "umt5")
-# Models whose attention is transformers' interface in one part alone.
-_MIXED = ("bigbird_pegasus",)
-# Models of BERT's form whose attention is not softmax(QK^T)V.
-_APPROXIMATE = ("Mra", "Nystromformer", "Yoso")
+# Models whose attention is transformers' interface in one part alone, or with a mask that they make themselves.
+_MIXED = ("bigbird_pegasus", "layoutlm", "markuplm")
+# Models of BERT's form whose attention is not softmax(QK^T)V, or has more than a padding mask for an input.
+_UNLIKE = ("Mra", "Nystromformer", "Yoso", "BigBirdPegasus", "Git", "LayoutLM", "MarkupLM", "RoFormer")
 # Arguments of transformers' attention functions that change results, and that composite_attention does not have.
 _UNKNOWN = (
     "softcap", "s_aux", "sinks", "indices", "block_indices", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "head_mask",
@@ -54,7 +54,10 @@ _UNKNOWN = (
 )  # fmt: skip
 # What replace_attention puts in, and the arguments of these that the replaced module decides.
 _KINDS = {"composite": CompositeAttention, "lightweight": LightweightConv1d, "dynamic": DynamicConv1d}
-_DECIDED = ("channels", "heads", "kernel_size", "causal", "dropout", "padding", "weight_dropout", "device", "dtype")
+_DECIDED = (
+    "channels", "heads", "kernel_size", "query_size", "causal", "dropout", "padding", "weight_dropout", "device",
+    "dtype",
+)  # fmt: skip
 # Arguments that reach self-attention modules of transformers and change nothing there.
 _HARMLESS = ("num_items_in_batch", "output_hidden_states", "output_router_logits", "position_ids", "use_cache")
 
@@ -208,7 +211,7 @@ def attention_forward(
 
 def _check_mask(mask: Tensor) -> None:
     if mask.dim() != 2 or mask.dtype != torch.bool:
-        fail(_CALL, "attention_mask", "a bool tensor [B,S], which register() makes models give", mask)
+        fail(_CALL, "attention_mask", "a bool tensor [B,S], the padding (for a mask of more: 'eager')", mask)
 
 
 def _by_distance(module: nn.Module, bias: Tensor) -> Tensor:
@@ -301,7 +304,10 @@ def _take_over(new: CompositeAttention, name: str, old: nn.Linear) -> None:
     if linear is not None:
         rows = linear.out_features
         linear.weight.copy_(old.weight[-rows:])
-        linear.bias.copy_(old.bias[-rows:])
+        if old.bias is None:
+            linear.bias.zero_()
+        else:
+            linear.bias.copy_(old.bias[-rows:])
 
 
 def _self_attention(model: nn.Module) -> list[str]:
@@ -310,7 +316,7 @@ def _self_attention(model: nn.Module) -> list[str]:
         name
         for name, module in model.named_modules()
         if type(module).__name__.endswith("SelfAttention")
-        and not type(module).__name__.startswith(_APPROXIMATE)
+        and not type(module).__name__.startswith(_UNLIKE)
         and ".crossattention." not in name  # of the same type in some models
         and all(isinstance(getattr(module, part, None), nn.Linear) for part in ("query", "key", "value"))
         and isinstance(getattr(module, "num_attention_heads", None), int)
@@ -328,7 +334,7 @@ def _layers(layers: Iterable[int] | None, count: int) -> list[int]:
         given = list(layers)
     except TypeError:
         given = [None]
-    if any(not isinstance(layer, Integral) or not 0 <= layer < count for layer in given):
+    if any(not isinstance(layer, Integral) or isinstance(layer, bool) or not 0 <= layer < count for layer in given):
         fail("replace_attention", "layers", f"numbers from 0 to {count - 1}", layers)
     if len(set(given)) < len(given):
         fail("replace_attention", "layers", "each layer once", given)
@@ -357,6 +363,9 @@ def replace_attention(
     it is. Returns the model. To load such a model from a checkpoint make it again in this way and use load_state_dict.
     ValueError if there is nothing to replace.
     """
+    if not isinstance(model, PreTrainedModel):
+        expected = "a transformers.PreTrainedModel, as it is before it is compiled or given adapters"
+        fail("replace_attention", "model", expected, type(model).__name__, TypeError)
     if kind not in tuple(_KINDS):
         fail("replace_attention", "kind", "'composite', 'lightweight' or 'dynamic'", repr(kind))
     if kind == "composite":

@@ -13,7 +13,9 @@ from ..ops.tap_conv import api
 class _Conv(nn.Module):
     """What the three convolutions share: the options of the function behind them, and the decoding state."""
 
-    def __init__(self, channels, kernel_size, heads, softmax, renormalize, padding, dilation, weight_dropout, backend):
+    def __init__(
+        self, channels, kernel_size, heads, softmax, renormalize, padding, dilation, weight_dropout, backend, **biases
+    ):
         super().__init__()
         name = type(self).__name__
         for argument, value in (("channels", channels), ("kernel_size", kernel_size), ("heads", heads)):
@@ -23,6 +25,8 @@ class _Conv(nn.Module):
         _validate.kernel_options(name, softmax, renormalize, dilation, kernel_size)
         _validate.padding_left(name, padding, kernel_size, dilation)
         _validate.probability(name, "weight_dropout", weight_dropout)
+        for argument, value in biases.items():
+            _validate.flag(name, argument, value)
         _select.known(name, backend)
         self.channels, self.kernel_size, self.heads = channels, kernel_size, heads
         self.softmax, self.renormalize = softmax, renormalize
@@ -47,6 +51,11 @@ class _Conv(nn.Module):
             device = held[0].device
         rows = (self.kernel_size - 1) * self.dilation
         return torch.zeros(batch, rows, self.channels, dtype=dtype, device=device)
+
+    def _expect(self, argument: str, value, letters: str, size: int) -> None:
+        """That a tensor has the size it must have last, which the function behind cannot know."""
+        if isinstance(value, Tensor) and (value.dim() == 0 or value.shape[-1] != size):
+            _validate.fail(type(self).__name__, argument, f"a last dimension of {letters} = {size}", value)
 
     @staticmethod
     def _hide(x: Tensor, gate: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -106,7 +115,9 @@ class LightweightConv1d(_Conv):
         device=None,
         dtype=None,
     ):
-        super().__init__(channels, kernel_size, heads, softmax, renormalize, padding, dilation, weight_dropout, backend)
+        super().__init__(
+            channels, kernel_size, heads, softmax, renormalize, padding, dilation, weight_dropout, backend, bias=bias
+        )
         self.weight = nn.Parameter(torch.empty(heads, 1, kernel_size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(channels, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
@@ -130,6 +141,7 @@ class LightweightConv1d(_Conv):
     ):
         """x [B,T,C] -> [B,T,C]; with ``return_state`` also the state after the last position. ``step`` holds the
         arguments of the method of that name, which calls the module, so that its hooks run for steps too."""
+        self._expect("x", x, "C", self.channels)
         if step is not None:
             return self._step(x, mask, **step)
         return api.lightweight_conv1d(
@@ -203,7 +215,10 @@ class DynamicConv1d(_Conv):
         device=None,
         dtype=None,
     ):
-        super().__init__(channels, kernel_size, heads, softmax, renormalize, padding, dilation, weight_dropout, backend)
+        super().__init__(
+            channels, kernel_size, heads, softmax, renormalize, padding, dilation, weight_dropout, backend, bias=bias,
+            conv_bias=conv_bias,
+        )  # fmt: skip
         name = type(self).__name__
         for argument, value in (("in_proj", in_proj), ("mask_query", mask_query)):
             _validate.flag(name, argument, value)
@@ -226,6 +241,9 @@ class DynamicConv1d(_Conv):
         self, x: Tensor, gate: Tensor | None, query: Tensor | None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The convolution's input, its gate, and the kernels [..., H, K]."""
+        self._expect("x", x, "C", self.channels)
+        if query is not None or self.query_size != self.channels:
+            self._expect("query", x if query is None else query, "query_size", self.query_size)
         if query is None:
             if gate is not None:
                 # The product is needed for the kernels anyway, so the convolution gets it ready-made.
@@ -322,7 +340,7 @@ class DepthwiseConv1d(_Conv):
         device=None,
         dtype=None,
     ):
-        super().__init__(channels, kernel_size, channels, False, False, padding, dilation, 0.0, backend)
+        super().__init__(channels, kernel_size, channels, False, False, padding, dilation, 0.0, backend, bias=bias)
         self.weight = nn.Parameter(torch.empty(channels, 1, kernel_size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(channels, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()

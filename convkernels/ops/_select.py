@@ -170,7 +170,11 @@ def choose(
 
 def pick(*call) -> str:
     """``choose``, for code that may be compiled: a constant there."""
-    return choose(*call)
+    try:
+        return choose(*call)
+    except TypeError:  # of the cache, for what cannot be its key
+        known(call[1], call[0])
+        raise
 
 
 # What torch.compiler.assume_constant_result does; calling it would import the compiler (1.3 s) along with this package.

@@ -78,14 +78,10 @@ def floating(function: str, argument: str, value: Tensor) -> None:
         fail(function, argument, f"a tensor of {_FLOAT_NAMES}", value, TypeError)
 
 
-def shape(
-    function: str, argument: str, value: Tensor, expected: tuple, letters: str, turned: tuple | None = None
-) -> None:
-    """Shape equal to ``expected``; ``letters`` names the dimensions in the message. ``turned``: the shape that would be
-    right if x were channels first."""
+def shape(function: str, argument: str, value: Tensor, expected: tuple, letters: str) -> None:
+    """Shape equal to ``expected``; ``letters`` names the dimensions in the message."""
     if value.dim() != len(expected) or any(size != want for size, want in zip(value.shape, expected, strict=True)):
-        hint = " (x is read as [B,T,C]: give x.mT if channels come first)" if value.shape == turned else ""
-        fail(function, argument, f"shape {letters} = {[_size(n) for n in expected]}{hint}", value)
+        fail(function, argument, f"shape {letters} = {[_size(n) for n in expected]}", value)
 
 
 # `name` is what the input x, which decides for the others, is called in messages.
@@ -155,13 +151,13 @@ def reach(function: str, dilation: Any, K: int) -> None:
 
 def padding_left(function: str, padding: Any, K: int, dilation: int) -> int:
     """Number of input positions to the left of an output that its first tap reaches."""
-    if padding == "same":
-        return dilation * (K // 2)
-    if padding == "causal":
-        return dilation * (K - 1)
     limit = (K - 1) * dilation
     expected = f"'same', 'causal' or an integer from 0 to (K-1)*dilation = {limit}"
     if isinstance(padding, str):
+        if padding == "same":
+            return dilation * (K // 2)
+        if padding == "causal":
+            return limit
         fail(function, "padding", expected, repr(padding))
     integer(function, "padding", padding, expected)
     if not 0 <= padding <= limit:
@@ -178,26 +174,38 @@ def kernel_options(function: str, softmax: Any, renormalize: Any, dilation: Any,
 
 
 def weight(function: str, value: Any, x: Tensor, leading: tuple, letters: str) -> tuple[int, int]:
-    """The weight [*leading, H, K]; returns H and K."""
+    """The weight [*leading, H, K]; returns H and K. The error says where it would be right for x.mT."""
+    try:
+        return _weight(function, value, x, leading, letters)
+    except ValueError as error:
+        if x.dim() != 3:
+            raise
+        try:
+            _weight(function, value, x.mT, leading and (x.shape[0], x.shape[2]), letters)
+        except (TypeError, ValueError):
+            raise error from None
+        raise ValueError(f"{error} (x is read as [B,T,C]: give x.mT if channels come first)") from None
+
+
+def _weight(function: str, value: Any, x: Tensor, leading: tuple, letters: str) -> tuple[int, int]:
     rank = len(leading) + 2
     C = x.shape[-1]
     if value.dim() != rank:
         hint = ""
-        if not leading and value.dim() == 3 and value.shape[1] == 1:
+        if value.numel() and not leading and value.dim() == 3 and value.shape[1] == 1:
             hint = " (from a Conv1d: weight.squeeze(1))"
-        elif leading and value.shape[:-1] == leading:
+        elif value.numel() and leading and value.shape[:-1] == leading:
             hint = " (from a Linear: weight.unflatten(-1, (H, K)))"
         fail(function, "weight", f"a tensor of {rank} dimensions {letters}{hint}", value)
     H, K = value.shape[-2:]
     if leading:
-        turned = (x.shape[0], C, H, K) if x.dim() == 3 else None
-        shape(function, "weight", value, (*leading, H, K), letters, turned)
+        shape(function, "weight", value, (*leading, H, K), letters)
     if H == 0:
         fail(function, "weight", f"at least one row of weights in {letters}", value)
     if K == 0:
         fail(function, "weight", f"at least one tap, K >= 1, in {letters}", value)
     if letters == "[C,K]":
-        shape(function, "weight", value, (C, K), letters, (x.shape[1], K) if x.dim() == 3 else None)
+        shape(function, "weight", value, (C, K), letters)
     elif C % H != 0:
         fail(function, "weight", f"a number of heads H in {letters} that divides C = {_size(C)}", value)
     parameter_dtype(function, "weight", value, x)
