@@ -144,7 +144,7 @@ interpreted: install
 
 # The tests of the cuda backend, its kernels on this CPU: all recorded results, one in SIMULATED_EVERY of each other
 # test's cases, and random problems with the threads of a block in four other orders, two of them with as little shared
-# memory as GPUs of compute capability 8.6 and 8.9 have.
+# memory as GPUs of compute capability 8.6, 8.9 and 12.x have.
 SIMULATED_EVERY ?= 6
 simulated: export CONVKERNELS_SIMT = 1
 simulated: install simt-build

@@ -19,6 +19,7 @@ import convkernels
 from ._bench import environment, timing
 from ._bench.console import progress, say, table
 from ._bench.results import Mistake, Store, is_section, read, reason_of, understood, writable_folder, write
+from .backends import cuda
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended
@@ -51,6 +52,7 @@ def info(arguments: argparse.Namespace) -> int:
         ]
     if torch.cuda.is_available():
         rows.append(("GPU", torch.cuda.get_device_name()))
+        rows.append(("compute capability", cuda.describe(torch.cuda.get_device_capability(), native)))
     table("versions", ("what", "value"), rows)
     devices = [cpu] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
     rows = []

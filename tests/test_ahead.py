@@ -184,3 +184,14 @@ def test_machine_code_is_counted():
     }  # fmt: skip
     usage = "REG:52 STACK:8 SHARED:2048 LOCAL:16 CONSTANT[0]:816"
     assert machine_code.read_usage(usage) == {"registers": 52, "spills": 24, "shared": 2048}
+
+
+def test_ptx_among_the_machine_code_is_passed_over():
+    parts = (
+        ("elf", "90a", "\n Function f:\n  REG:1\n"),
+        ("ptx", "100", "ptxasOptions =\n"),
+        ("elf", "100", "\n Function f:\n  REG:2\n"),
+    )
+    text = "".join(f"\nFatbin {kind} code:\n================\narch = sm_{name}\n{rest}" for kind, name, rest in parts)
+    found = cuda_ahead._kernels(text, r"\n Function ")
+    assert {key: rest.split()[0] for key, rest in found.items()} == {("f", "90a"): "REG:1", ("f", "100"): "REG:2"}

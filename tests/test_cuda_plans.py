@@ -28,7 +28,7 @@ SHAPES = [
 ]  # fmt: skip
 
 
-# Bytes of shared memory that a block may have with compute capability 8.0 and up, but for 8.6 and 8.9.
+# Bytes of shared memory that a block may have with compute capability 8.0 and up, but for 8.6, 8.9 and 12.x.
 LARGE, SMALL = 160 << 10, 99 << 10
 
 

@@ -59,7 +59,7 @@ def test_native_module_describes_the_build():
     info = native.build_info()
     assert info["version"] == native.version == convkernels.__version__
     assert info["torch_target"] == "2.10"
-    assert all(re.fullmatch(r"\d+a?", name) for name in info["cuda_archs"])
+    assert all(re.fullmatch(r"\d+[af]?(\+PTX|-virtual)?", name) for name in info["cuda_archs"])
     assert set(info["compilers"]) == {"c++", "cuda"} if info["cuda_archs"] else {"c++"}
     assert all(re.fullmatch(r"\w+ [\d.]+", version) for version in info["compilers"].values())
     assert "portable" in info["compiled_isas"]

@@ -15,6 +15,7 @@ import torch
 import convkernels as ck
 from benchmarks import prefer
 from convkernels._bench import attention_targets, environment
+from convkernels.backends import cuda as cuda_backend
 from convkernels.backends import preference
 from convkernels.backends import triton as triton_backend
 from convkernels.backends.switches import switch
@@ -397,3 +398,18 @@ def test_triton_takes_an_assembler_that_makes_right_code(tmp_path, monkeypatch):
     reason, chosen = choose("12.8", newer="12.9", given="12.4")
     assert "given is older than 12.9" in reason and "set TRITON_PTXAS_PATH" in reason and chosen == "given"
     assert "ptxas is older than 12.9" in choose("12.8", newer="12.8")[0]
+
+
+@pytest.mark.parametrize(
+    ("capability", "later"),
+    [((8, 0), False), ((8, 9), False), ((9, 0), False), ((10, 3), False), ((11, 0), True), ((12, 1), True)],
+)
+def test_who_waits_for_the_drivers_compiler(capability, later):
+    """A GPU for which the library holds no machine code, but what the driver makes it from."""
+    build = SimpleNamespace(cuda_archs=["80", "90a", "100+PTX"])
+    said = cuda_backend.describe(capability, build)
+    assert said.startswith(".".join(map(str, capability))) and ("first used" in said) == later
+    build.cuda_archs.append("120")
+    assert ("first used" in cuda_backend.describe(capability, build)) == (later and capability[0] != 12)
+    for unknown in (None, SimpleNamespace(cuda_archs=[])):
+        assert cuda_backend.describe(capability, unknown) == ".".join(map(str, capability))

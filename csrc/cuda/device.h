@@ -5,8 +5,8 @@
 
 namespace ck::cuda {
 
-// No block takes more shared memory, wherever it runs: what compute capability 8.0 has, less a rest. 8.6 and 8.9 have
-// 99 KB, and fewer kernels that fit.
+// No block takes more shared memory, wherever it runs: what compute capability 8.0 has, less a rest. 8.6, 8.9 and
+// 12.x have 99 KB, and fewer kernels that fit.
 constexpr int64_t kBlockMemory = 160 << 10;
 
 // By default, one on which everything fits.

@@ -25,7 +25,7 @@ std::map<std::string, std::string> compilers() {
   return found;
 }
 
-// The GPU architectures with compiled kernels.
+// The GPU architectures with compiled kernels; "+PTX" where the driver can compile them for newer ones.
 std::vector<std::string> cuda_archs() {
   std::vector<std::string> names;
 #if defined(CK_CUDA_ARCHS)
