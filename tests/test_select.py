@@ -1,5 +1,6 @@
 """Which backend runs, why another does not, and the environment variables that decide."""
 
+import contextlib
 import json
 import os
 import re
@@ -413,3 +414,72 @@ def test_who_waits_for_the_drivers_compiler(capability, later):
     assert ("first used" in cuda_backend.describe(capability, build)) == (later and capability[0] != 12)
     for unknown in (None, SimpleNamespace(cuda_archs=[])):
         assert cuda_backend.describe(capability, unknown) == ".".join(map(str, capability))
+
+
+@pytest.fixture
+def fresh_gpu(monkeypatch):
+    """A machine with a GPU and the CUDA library; the capability and what the library finds are to be filled in."""
+    found = SimpleNamespace(capability=(9, 0), support=(13000, 13000, None), asked=[])
+    monkeypatch.delenv("CONVKERNELS_SIMT", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: found.capability)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: found.asked.append(index) or contextlib.nullcontext())
+    monkeypatch.setattr(cuda_backend, "load_library", lambda name: None)
+    monkeypatch.setattr(cuda_backend, "support", lambda name: found.support)
+    monkeypatch.setattr(_select, "_load", lambda name: cuda_backend.load())
+    monkeypatch.setattr(_select, "_implements", lambda name, op: True)
+    entry = ck.backends.BACKENDS["cuda"]
+    monkeypatch.setitem(ck.backends.BACKENDS, "cuda", entry._replace(devices=("cuda",)))  # simulated or not
+    cuda_backend.load.cache_clear()
+    _select.reset()
+    yield found
+    cuda_backend.load.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("support", "reason"),
+    [
+        ((13000, 13000, None), None),
+        ((13010, 13000, None), None),
+        ((12040, 12080, None), None),  # any driver of the same major version
+        (
+            (12040, 13000, "CUDA driver version is insufficient for CUDA runtime version"),
+            "its library was built with CUDA 13.0: expected an NVIDIA driver for CUDA 13.0 (580 or newer), got one for "
+            "CUDA 12.4; update the driver, or build with nvcc 12.x",
+        ),
+        (
+            (11080, 12090, "insufficient"),
+            "driver for CUDA 12.0 (525.60 or newer), got one for CUDA 11.8; update the driver",
+        ),
+        (
+            (13000, 14020, "insufficient"),
+            "built with CUDA 14.2: expected an NVIDIA driver for CUDA 14.0, got one for CUDA",
+        ),
+        ((13000, 13000, "no kernel image is available"), "does not run on this GPU: no kernel image is available"),
+    ],
+)
+def test_a_driver_or_a_gpu_that_cannot_run_the_library(fresh_gpu, support, reason):
+    """Said before the first launch, once, by why_not and by the error alike."""
+    fresh_gpu.support = support
+    reasons = ck.why_not("cuda", device="cuda")
+    assert fresh_gpu.asked == [1] and ck.why_not("cuda", device="cuda") == reasons and fresh_gpu.asked == [1]
+    if reason is None:
+        assert reasons == []
+        return
+    assert len(reasons) == 1 and reason in reasons[0]
+    with pytest.raises(RuntimeError, match=f"backend 'cuda': {re.escape(reasons[0])}"):
+        _select.choose("cuda", "lightweight_conv1d", "cuda", torch.float32)
+
+
+def test_an_old_gpu_is_not_asked(fresh_gpu):
+    fresh_gpu.capability = (7, 5)
+    assert ck.why_not("cuda", device="cuda") == ["this GPU's compute capability is 7.5, expected 8.0 or newer"]
+    assert fresh_gpu.asked == []
+
+
+def test_the_simulated_library_answers_too():
+    if cuda_backend.load_library("simt"):
+        pytest.skip("the simulated library was not built")
+    assert cuda_backend.support("simt") == (0, 0, None) and cuda_backend.reason_of(0, 0, None) is None

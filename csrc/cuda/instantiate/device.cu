@@ -1,4 +1,5 @@
 #include "../device.h"
+#include "../families.h"
 #include "../primitives.cuh"
 
 namespace ck::cuda {
@@ -30,3 +31,23 @@ Device current_device() {
 }
 
 }  // namespace ck::cuda
+
+// For Python, before the first call, since the runtime in this library may need a newer driver than torch's: the CUDA
+// versions of driver and runtime, and why no kernel can be loaded on the current device, or nullptr. Nothing is
+// launched.
+extern "C" __attribute__((visibility("default"))) const char* convkernels_cuda_support(int* driver, int* runtime) {
+  *driver = *runtime = 0;
+#if !defined(CK_SIMT)
+  int devices = 0;
+  cudaFuncAttributes attributes;
+  cudaDriverGetVersion(driver);
+  cudaRuntimeGetVersion(runtime);
+  cudaError_t error = cudaGetDeviceCount(&devices);  // makes no context, unlike what follows
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, ck::cuda::Reduce<float>::sample());
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return cudaGetErrorString(error);
+  }
+#endif
+  return nullptr;
+}

@@ -16,6 +16,11 @@ const char* Reduce<C>::bias(const Backward& p, int64_t rows, Stream stream) {
                 p, rows);
 }
 
+template <class C>
+const void* Reduce<C>::sample() {
+  return reinterpret_cast<const void*>(reduce_bias<C>);
+}
+
 template struct Reduce<float>;
 template struct Reduce<double>;
 
