@@ -252,12 +252,29 @@ RAW = [
 ]
 
 
-def test_no_backend_takes_a_dilation_that_overflows(ops):
+def test_no_backend_takes_a_dilation_that_leaves_the_memory(ops):
     """Compiled code and whoever calls the operators get there without the checks of the functions."""
-    for dilation in (2**63 - 1, 2**62, 2**62 + 1, 2**28 + 1):
-        for call in (ops.tap_conv, lambda *a: ops.tap_grad(torch.randn(B, T, C), *a)):
-            with pytest.raises((RuntimeError, ValueError), match="argument 'dilation': expected .* at most 2\\^30"):
-                call(torch.randn(B, T, C), torch.randn(H, K), 0, dilation)
+    for dilation in (2**63 - 1, 2**62, 2**62 + 1, 2**28 + 1, 0, -1):
+        for call in (
+            lambda d: ops.tap_conv(torch.randn(B, T, C), torch.randn(H, K), 0, d),
+            lambda d: ops.tap_grad(torch.randn(B, T, C), torch.randn(B, T, C), torch.randn(H, K), 0, d),
+            lambda d: ops.tap_step(**good(LS), dilation=d),
+        ):
+            with pytest.raises((RuntimeError, ValueError), match="argument 'dilation': expected .*positive"):
+                call(dilation)
+
+
+def test_no_backend_takes_a_state_of_another_length(ops):
+    for state in (
+        torch.zeros(B, K, C),
+        torch.zeros(B, K - 2, C),
+        torch.zeros(B + 1, K - 1, C),
+        torch.zeros(B, K - 1, 1),
+    ):
+        with pytest.raises(
+            (RuntimeError, ValueError), match="argument 'state': expected .*dilation \\* \\(taps - 1\\)"
+        ):
+            ops.tap_step(**{**good(LS), "state": state})
 
 
 @pytest.mark.parametrize("row", range(len(RAW)), ids=lambda i: f"{i}-{RAW[i][0]}")
@@ -292,3 +309,52 @@ def test_the_native_step_refuses_to_leave_its_memory(argument, changes):
         pytest.skip("; ".join(reasons))
     with pytest.raises(RuntimeError, match=f"argument '{argument}'"):
         torch.ops.convkernels._tap_step.cpu(**{**good(LS), **changes})
+
+
+def everything(name):
+    """Arguments of a raw operator, all tensors that it can take among them."""
+    x, bias, seed = torch.randn(1, T, C), torch.randn(C), torch.tensor([3])
+    offsets, state = torch.tensor([0, 3, T]), torch.randn(2, K - 1, C)
+    if name == "tap_step":
+        return {**good(LS), "bias": bias, "gate": torch.randn(B, C), "state_index": torch.tensor([1, 0]),
+                "position": torch.tensor([2, 9])}  # fmt: skip
+    if name.startswith("tap"):
+        rest = {
+            "weight": torch.randn(H, K), "left": K - 1, "softmax": True, "dropout": 0.2, "seed": seed, "gate": x.sin(),
+            "mask": torch.ones(1, T, dtype=torch.bool), "cu_seqlens": offsets, "initial_state": state,
+        }  # fmt: skip
+        return {"x": x, "bias": bias, **rest} if name == "tap_conv" else {"grad": x.cos(), "x": x, **rest}
+    q, window, rank = torch.randn(1, T, H, 4), 5, 3
+    arguments = {
+        "q": q, "k": q.sin(), "v": q.cos(), "left": 2, "right": 2, "outside": 0, "causal": False, "qk": True,
+        "scale": 0.5, "rel_scale": 1.0, "dropout": 0.2, "seed": seed, "bias": torch.randn(H, window),
+        "query_rel": torch.randn(rank, window), "rel_query": torch.randn(1, T, H, rank),
+        "key_rel": torch.randn(4, window), "value_conv": torch.randn(H, 4, window),
+        "value_conv_bias": torch.randn(H, 4), "value_conv_scale": torch.randn(H),
+        "key_mask": torch.ones(1, T, dtype=torch.bool), "cu_seqlens_q": offsets, "cu_seqlens_k": offsets.clone(),
+    }  # fmt: skip
+    if name == "attention":
+        return arguments
+    lse = torch.zeros(1, H, T)
+    return {"grad": q.exp(), "grad_lse": lse.sin(), "out": q, "lse": lse, **arguments, "needs": 1023}
+
+
+@pytest.mark.parametrize("name", ["tap_conv", "tap_grad", "tap_step", "attention", "attention_grad"])
+def test_every_tensor_is_where_the_call_computes(ops, name):
+    """Dispatch looks at one device among those of all arguments, and kernels read pointers."""
+    if ops.backend not in ("cpu", "cuda"):
+        pytest.skip("its kernels take no pointers of tensors elsewhere")
+    own = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, ops.device.upper()))
+    for op in (getattr(ops, name), getattr(getattr(torch.ops.convkernels, name), ops.backend)):
+        given = everything(name)
+        named = [argument.name for argument in op._schema.arguments if "Tensor" in str(argument.type)]
+        assert all(isinstance(given[argument], torch.Tensor) for argument in named)
+        op(**everything(name))
+        for argument in named:
+            elsewhere = given | {argument: given[argument].to("meta")}
+            first = argument == {"t": "x", "a": "q"}[name[0]] and ops.device != "cpu"
+            expected = (
+                "a CUDA device" if first else f"{ops.device}.*, where this call computes, got one on another kind"
+            )
+            with pytest.raises(RuntimeError, match=f"argument '{argument}': expected a tensor on {expected}"):
+                op.redispatch(own, **elsewhere)

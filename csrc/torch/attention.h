@@ -41,10 +41,10 @@ inline Dtype table_dtype(const View& t, const Attention& p, const char* argument
 }
 
 // [heads, rows, window], or without heads where `shared` is allowed.
-inline HeadTable set_table(const Optional& tensor, const Attention& p, int64_t rows, bool shared, const char* argument,
-                           const char* expected) {
+inline HeadTable set_table(const Place& place, const Optional& tensor, const Attention& p, int64_t rows, bool shared,
+                           const char* argument, const char* expected) {
   if (!tensor) return {};
-  const View t(*tensor);
+  const View t(place, *tensor, argument);
   require(t.dim == 3 || (shared && t.dim == 2), argument, expected);
   const int64_t row = t.dim - 2;
   require((row == 0 || t.size[0] == p.heads) && t.size[row] == rows && t.size[row + 1] == p.window(), argument,
@@ -52,17 +52,17 @@ inline HeadTable set_table(const Optional& tensor, const Attention& p, int64_t r
   return {t.data, table_dtype(t, p, argument), row == 1, row == 1 ? t.stride[0] : 0, t.stride[row], t.stride[row + 1]};
 }
 
-inline void set_depthwise(Attention& p, const AttentionOptions& o) {
-  p.value_conv = set_table(o.value_conv, p, p.channels, false, "value_conv", "[heads, channels, window]");
+inline void set_depthwise(Attention& p, const Place& place, const AttentionOptions& o) {
+  p.value_conv = set_table(place, o.value_conv, p, p.channels, false, "value_conv", "[heads, channels, window]");
   require(o.value_conv || !(o.value_conv_bias || o.value_conv_scale), "value_conv",
           "a tensor, because value_conv_bias or value_conv_scale is given");
   if (o.value_conv_bias) {
-    const View t(*o.value_conv_bias);
+    const View t(place, *o.value_conv_bias, "value_conv_bias");
     require(t.dim == 2 && t.size[0] == p.heads && t.size[1] == p.channels, "value_conv_bias", "[heads, channels]");
     p.value_conv_bias = {t.data, table_dtype(t, p, "value_conv_bias"), true, t.stride[0], t.stride[1], 0};
   }
   if (o.value_conv_scale) {
-    const View t(*o.value_conv_scale);
+    const View t(place, *o.value_conv_scale, "value_conv_scale");
     require(t.dim == 1 && t.size[0] == p.heads, "value_conv_scale", "[heads]");
     p.value_conv_scale = {t.data, table_dtype(t, p, "value_conv_scale"), true, t.stride[0], 0, 0};
   }
@@ -87,6 +87,7 @@ template <class P, class Side>
 void set_attention(P& p, Side& side, const View& q, const View& k, const View& v, int64_t left, int64_t right,
                    int64_t outside, bool causal, bool qk, double scale, double rel_scale, double dropout,
                    const AttentionOptions& o) {
+  const Place& place = side.place;
   require(q.dim == 4 && q.size[2] > 0 && q.size[3] > 0, "q",
           "[batch, time, heads, channels] with at least one head and one channel");
   p.dtype = float_dtype(q.type, "q");
@@ -109,23 +110,24 @@ void set_attention(P& p, Side& side, const View& q, const View& k, const View& v
 
   if (o.rel_query) {
     require(o.query_rel.has_value(), "query_rel", "a tensor, because rel_query is given");
-    const View r(*o.rel_query);
+    const View r(place, *o.rel_query, "rel_query");
     require(r.dim == 4, "rel_query", "four dimensions");
     p.rank = r.size[3];
     p.rel_query = head_rows(r, q.type, {p.batch, p.queries, p.heads, p.rank}, "rel_query",
                             "[batch, time, heads, rank] of q's dtype");
   }
   if (o.bias) {
-    const View t(*o.bias);
+    const View t(place, *o.bias, "bias");
     require(t.dim == 2 && t.size[0] == p.heads && t.size[1] == p.window(), "bias", "[heads, window]");
     p.bias = {t.data, table_dtype(t, p, "bias"), true, t.stride[0], 0, t.stride[1]};
   }
-  p.query_rel = set_table(o.query_rel, p, p.rank, true, "query_rel", "[rank, window] or [heads, rank, window]");
-  p.key_rel = set_table(o.key_rel, p, p.channels, true, "key_rel", "[channels, window] or [heads, channels, window]");
-  set_depthwise(p, o);
+  p.query_rel = set_table(place, o.query_rel, p, p.rank, true, "query_rel", "[rank, window] or [heads, rank, window]");
+  p.key_rel =
+      set_table(place, o.key_rel, p, p.channels, true, "key_rel", "[channels, window] or [heads, channels, window]");
+  set_depthwise(p, place, o);
 
   if (o.key_mask) {
-    const View mask(*o.key_mask);
+    const View mask(place, *o.key_mask, "key_mask");
     require(mask.dim == 2 && mask.type == ScalarType::Bool && mask.size[0] == p.batch && mask.size[1] == p.keys,
             "key_mask", "bool [batch, keys]");
     p.key_mask = static_cast<const bool*>(mask.data);
@@ -135,7 +137,7 @@ void set_attention(P& p, Side& side, const View& q, const View& k, const View& v
   require(o.cu_seqlens_q.has_value() == o.cu_seqlens_k.has_value(), "cu_seqlens_k",
           "boundaries if and only if cu_seqlens_q is given");
   if (o.cu_seqlens_q) {
-    const View of_queries(*o.cu_seqlens_q), of_keys(*o.cu_seqlens_k);
+    const View of_queries(place, *o.cu_seqlens_q, "cu_seqlens_q"), of_keys(place, *o.cu_seqlens_k, "cu_seqlens_k");
     require(p.batch == 1, "q", "one batch row, because cu_seqlens_q is given");
     require(of_queries.dim == 1 && of_queries.size[0] >= 1, "cu_seqlens_q", "one dimension, at least one number");
     require(of_keys.dim == 1 && of_keys.size[0] == of_queries.size[0], "cu_seqlens_k", "the shape of cu_seqlens_q");
@@ -147,7 +149,7 @@ void set_attention(P& p, Side& side, const View& q, const View& k, const View& v
   if (dropout > 0.0) {
     require(o.seed.has_value() && o.seed->scalar_type() == ScalarType::Long && o.seed->numel() == 1, "seed",
             "one int64 number if dropout > 0");
-    side.set_seed(p, *o.seed);
+    side.set_seed(p, checked(place, *o.seed, "seed"));
   }
 }
 
@@ -170,12 +172,12 @@ TenTensors set_attention_gradients(P& p, const Place& place, const Tensor& grad,
                                    const Tensor& out, const Tensor& lse, const Tensor& q, const Tensor& k,
                                    const Tensor& v, const AttentionOptions& o, int64_t needs) {
   const View query(q);
-  p.grad =
-      head_rows(View(grad), query.type, {p.batch, p.queries, p.heads, p.channels}, "grad", "the shape and dtype of q");
-  p.out =
-      head_rows(View(out), query.type, {p.batch, p.queries, p.heads, p.channels}, "out", "the shape and dtype of q");
-  p.lse = head_scalars(View(lse), p, "lse");
-  if (grad_lse) p.grad_lse = head_scalars(View(*grad_lse), p, "grad_lse");
+  p.grad = head_rows(View(place, grad, "grad"), query.type, {p.batch, p.queries, p.heads, p.channels}, "grad",
+                     "the shape and dtype of q");
+  p.out = head_rows(View(place, out, "out"), query.type, {p.batch, p.queries, p.heads, p.channels}, "out",
+                    "the shape and dtype of q");
+  p.lse = head_scalars(View(place, lse, "lse"), p, "lse");
+  if (grad_lse) p.grad_lse = head_scalars(View(place, *grad_lse, "grad_lse"), p, "grad_lse");
   int64_t bit = 1;
   const auto wanted = [&] {
     const bool result = (needs & bit) != 0;

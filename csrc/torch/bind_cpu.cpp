@@ -26,7 +26,7 @@ std::vector<int64_t> read_offsets(const View& cu_seqlens, int64_t end, const cha
 
 // Offsets, seeds and rows are read here.
 struct Host {
-  Place place = Place::cpu();
+  Place place;
   std::vector<int64_t> offsets, key_offsets, state_rows;
 
   template <class P>
@@ -96,9 +96,9 @@ Tensor tap_conv(Tensor x, Tensor weight, int64_t left, int64_t dilation, bool so
   ck::cpu::Forward p;
   Host host;
   Copies copies;
-  const View input(x);
-  const bool per_batch = set_problem(p, host, input, View(weight), left, dilation, softmax, renormalize, dropout, seed,
-                                     gate, mask, cu_seqlens, initial_state, copies);
+  const View input(host.place, x, "x");
+  const bool per_batch = set_problem(p, host, input, View(host.place, weight, "weight"), left, dilation, softmax,
+                                     renormalize, dropout, seed, gate, mask, cu_seqlens, initial_state, copies);
   set_threads(p);
   if (bias) set_bias(p, host.place, *bias, copies);
   Tensor y = allocate_like(host.place, x, input);
@@ -119,7 +119,7 @@ FiveTensors tap_grad(Tensor grad, Tensor x, Tensor weight, int64_t left, int64_t
   ck::cpu::Backward p;
   Host host;
   Copies copies;
-  const View input(x), filter(weight);
+  const View input(host.place, x, "x"), filter(host.place, weight, "weight");
   const bool per_batch = set_problem(p, host, input, filter, left, dilation, softmax, renormalize, dropout, seed, gate,
                                      mask, cu_seqlens, initial_state, copies);
   set_threads(p);
@@ -148,9 +148,9 @@ Tensor tap_step(Tensor x, Tensor state, Tensor weight, int64_t dilation, bool so
   ck::cpu::Forward p;
   Host host;
   Copies copies;
-  const View input(x);
-  set_step(p, host.place, input, state, View(weight), dilation, softmax, renormalize, bias, gate, state_index, position,
-           copies);
+  const View input(host.place, x, "x");
+  set_step(p, host.place, input, state, View(host.place, weight, "weight"), dilation, softmax, renormalize, bias, gate,
+           state_index, position, copies);
   set_threads(p);
   if (state_index) {
     const View index(*state_index);
@@ -187,8 +187,9 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, int64_t left,
   const AttentionOptions options{seed,     bias,         query_rel,       rel_query,
                                  key_rel,  value_conv,   value_conv_bias, value_conv_scale,
                                  key_mask, cu_seqlens_q, cu_seqlens_k};
-  const View query(q);
-  set_attention(p, host, query, View(k), View(v), left, right, outside, causal, qk, scale, rel_scale, dropout, options);
+  const View query(host.place, q, "q");
+  set_attention(p, host, query, View(host.place, k, "k"), View(host.place, v, "v"), left, right, outside, causal, qk,
+                scale, rel_scale, dropout, options);
   set_threads(p);
   std::tuple<Tensor, Tensor> results = set_attention_results(p, host.place, q, query);
   check_status(ck::cpu::kernels().attention(p));
@@ -206,8 +207,8 @@ TenTensors attention_grad(Tensor grad, Optional grad_lse, Tensor out, Tensor lse
   const AttentionOptions options{seed,     bias,         query_rel,       rel_query,
                                  key_rel,  value_conv,   value_conv_bias, value_conv_scale,
                                  key_mask, cu_seqlens_q, cu_seqlens_k};
-  set_attention(p, host, View(q), View(k), View(v), left, right, outside, causal, qk, scale, rel_scale, dropout,
-                options);
+  set_attention(p, host, View(host.place, q, "q"), View(host.place, k, "k"), View(host.place, v, "v"), left, right,
+                outside, causal, qk, scale, rel_scale, dropout, options);
   set_threads(p);
   TenTensors results = set_attention_gradients(p, host.place, grad, grad_lse, out, lse, q, k, v, options, needs);
   check_status(ck::cpu::kernels().attention_grad(p));

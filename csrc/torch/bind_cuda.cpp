@@ -18,11 +18,11 @@ using namespace ck::binding;
 class Device {
  public:
 #if defined(CK_SIMT)
-  explicit Device(const Tensor&) : place(Place::cpu()) {}
+  Device(const Tensor&, const char*) {}
 
   ck::cuda::Stream stream() const { return nullptr; }
 #else
-  explicit Device(const Tensor& x) : place{aoti_torch_device_type_cuda(), index_of(x)}, guard_(place.index) {}
+  Device(const Tensor& x, const char* argument) : place(place_of(x, argument)), guard_(place.index) {}
 
   ck::cuda::Stream stream() const {
     void* stream = nullptr;
@@ -57,10 +57,10 @@ class Device {
 
  private:
 #if !defined(CK_SIMT)
-  static int32_t index_of(const Tensor& x) {
-    int32_t index = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
-    return index;
+  static Place place_of(const Tensor& x, const char* argument) {
+    const Place place = Place::of(x);
+    require(place.type == aoti_torch_device_type_cuda(), argument, "a tensor on a CUDA device");
+    return place;
   }
 
   torch::stable::accelerator::DeviceGuard guard_;
@@ -76,9 +76,9 @@ Tensor tap_conv(Tensor x, Tensor weight, int64_t left, int64_t dilation, bool so
                 Optional seed, Optional bias, Optional gate, Optional mask, Optional cu_seqlens,
                 Optional initial_state) {
   ck::cuda::Forward p;
-  Device device(x);
+  Device device(x, "x");
   Copies copies;
-  const View input(x), filter(weight);
+  const View input(device.place, x, "x"), filter(device.place, weight, "weight");
   set_problem(p, device, input, filter, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens,
               initial_state, copies);
   p.per_batch = filter.dim == 4;
@@ -93,9 +93,9 @@ FiveTensors tap_grad(Tensor grad, Tensor x, Tensor weight, int64_t left, int64_t
                      bool renormalize, double dropout, Optional seed, Optional gate, Optional mask, Optional cu_seqlens,
                      Optional initial_state, int64_t needs) {
   ck::cuda::Backward p;
-  Device device(x);
+  Device device(x, "x");
   Copies copies;
-  const View input(x), filter(weight);
+  const View input(device.place, x, "x"), filter(device.place, weight, "weight");
   set_problem(p, device, input, filter, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens,
               initial_state, copies);
   p.per_batch = filter.dim == 4;
@@ -109,11 +109,11 @@ FiveTensors tap_grad(Tensor grad, Tensor x, Tensor weight, int64_t left, int64_t
 Tensor tap_step(Tensor x, Tensor state, Tensor weight, int64_t dilation, bool softmax, bool renormalize, Optional bias,
                 Optional gate, Optional state_index, Optional position) {
   ck::cuda::Step p;
-  Device device(x);
+  Device device(x, "x");
   Copies copies;
-  const View input(x);
-  set_step(p, device.place, input, state, View(weight), dilation, softmax, renormalize, bias, gate, state_index,
-           position, copies);
+  const View input(device.place, x, "x");
+  set_step(p, device.place, input, state, View(device.place, weight, "weight"), dilation, softmax, renormalize, bias,
+           gate, state_index, position, copies);
   Tensor y = allocate_like(device.place, x, input);
   if (p.batch * p.channels == 0) return y;
   const View output(y);
@@ -137,13 +137,13 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, int64_t left,
                                      Optional value_conv_scale, Optional key_mask, Optional cu_seqlens_q,
                                      Optional cu_seqlens_k) {
   ck::cuda::AttentionForward p;
-  Device device(q);
+  Device device(q, "q");
   const AttentionOptions options{seed,     bias,         query_rel,       rel_query,
                                  key_rel,  value_conv,   value_conv_bias, value_conv_scale,
                                  key_mask, cu_seqlens_q, cu_seqlens_k};
-  const View query(q);
-  set_attention(p, device, query, View(k), View(v), left, right, outside, causal, qk, scale, rel_scale, dropout,
-                options);
+  const View query(device.place, q, "q");
+  set_attention(p, device, query, View(device.place, k, "k"), View(device.place, v, "v"), left, right, outside, causal,
+                qk, scale, rel_scale, dropout, options);
   std::tuple<Tensor, Tensor> results = set_attention_results(p, device.place, q, query);
   Tensor workspace = allocate(device.place, {ck::cuda::workspace_bytes(p)}, ScalarType::Byte);
   check_status(ck::cuda::attention(p, workspace.mutable_data_ptr(), device.stream()));
@@ -157,12 +157,12 @@ TenTensors attention_grad(Tensor grad, Optional grad_lse, Tensor out, Tensor lse
                           Optional value_conv_scale, Optional key_mask, Optional cu_seqlens_q, Optional cu_seqlens_k,
                           int64_t needs) {
   ck::cuda::AttentionBackward p;
-  Device device(q);
+  Device device(q, "q");
   const AttentionOptions options{seed,     bias,         query_rel,       rel_query,
                                  key_rel,  value_conv,   value_conv_bias, value_conv_scale,
                                  key_mask, cu_seqlens_q, cu_seqlens_k};
-  set_attention(p, device, View(q), View(k), View(v), left, right, outside, causal, qk, scale, rel_scale, dropout,
-                options);
+  set_attention(p, device, View(device.place, q, "q"), View(device.place, k, "k"), View(device.place, v, "v"), left,
+                right, outside, causal, qk, scale, rel_scale, dropout, options);
   TenTensors results = set_attention_gradients(p, device.place, grad, grad_lse, out, lse, q, k, v, options, needs);
   Tensor workspace = allocate(device.place, {ck::cuda::workspace_bytes(p)}, ScalarType::Byte);
   check_status(ck::cuda::attention_grad(p, workspace.mutable_data_ptr(), device.stream()));

@@ -34,7 +34,7 @@ inline void set_taps(Problem& p, int64_t heads, int64_t taps, int64_t left, int6
 }
 
 inline void set_bias(Problem& p, const Place& place, const Tensor& bias, Copies& copies) {
-  const View b(bias);
+  const View b(place, bias, "bias");
   require(b.dim == 1 && b.size[0] == p.channels, "bias", "[channels]");
   p.bias_dtype = parameter_dtype(b, p.dtype, "bias");
   p.bias = copies.bias.data(place, bias);
@@ -91,18 +91,18 @@ bool set_problem(P& p, Side& side, const View& x, const View& weight, int64_t le
   if (dropout > 0.0) {
     require(seed.has_value() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, "seed",
             "one int64 number if dropout > 0");
-    side.set_seed(p, *seed);
+    side.set_seed(p, checked(side.place, *seed, "seed"));
   }
-  if (gate) p.gate = rows_like(View(*gate), x, "gate");
-  if (mask) set_mask(p, View(*mask));
+  if (gate) p.gate = rows_like(View(side.place, *gate, "gate"), x, "gate");
+  if (mask) set_mask(p, View(side.place, *mask, "mask"));
   if (cu_seqlens) {
-    const View offsets(*cu_seqlens);
+    const View offsets(side.place, *cu_seqlens, "cu_seqlens");
     check_offsets(offsets);
     p.sequences = offsets.size[0] - 1;
     side.set_offsets(p, *cu_seqlens, offsets);
   }
   if (state) {
-    const View s(*state);
+    const View s(side.place, *state, "initial_state");
     require(s.dim == 3 && s.type == x.type && s.size[0] == p.batch * p.sequences && s.size[1] == p.taps.span() &&
                 s.size[2] == p.channels,
             "initial_state", "[sequences, dilation * (taps - 1), channels] of x's dtype");
@@ -117,7 +117,7 @@ using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 template <class P>
 FiveTensors set_gradients(P& p, const Place& place, const Tensor& grad, const Tensor& x, const View& input,
                           const View& weight, const Optional& gate, const Optional& state, int64_t needs) {
-  p.grad = rows_like(View(grad), input, "grad");
+  p.grad = rows_like(View(place, grad, "grad"), input, "grad");
   const auto wanted = [&](int64_t bit) { return (needs & bit) != 0; };
   const auto none = [&](ScalarType type) { return allocate(place, {0}, type); };
   const bool need_gate = wanted(8) && gate.has_value(), need_state = wanted(16) && state.has_value();
@@ -170,25 +170,25 @@ void set_step(P& p, const Place& place, const View& x, const Tensor& state, cons
   p.softmax = softmax;
   p.renormalize = renormalize && softmax;
 
-  const View rows(state);
+  const View rows(place, state, "state");
   require(rows.dim == 3 && rows.type == x.type && rows.size[0] == p.batch && rows.size[1] == p.taps.span() &&
               rows.size[2] == p.channels && state.is_contiguous(),
           "state", "contiguous [batch, dilation * (taps - 1), channels] of x's dtype");
   p.state = rows.data;
   if (gate) {
-    const View g(*gate);
+    const View g(place, *gate, "gate");
     require(g.dim == 2 && g.type == x.type && g.size[0] == p.batch && g.size[1] == p.channels, "gate",
             "the shape and dtype of x");
     p.gate = {g.data, g.stride[0], 0, g.stride[1]};
   }
   if (bias) set_bias(p, place, *bias, copies);
   if (state_index) {
-    const View index(*state_index);
+    const View index(place, *state_index, "state_index");
     require(index.dim == 1 && index.type == ScalarType::Long && index.size[0] == p.batch, "state_index",
             "int64 [batch]");
   }
   if (position) {
-    const View at(*position);
+    const View at(place, *position, "position");
     require(at.dim == 1 && at.type == ScalarType::Long && (at.size[0] == p.batch || at.size[0] == 1), "position",
             "int64 [batch] or [1]");
     p.position = static_cast<const int64_t*>(at.data);

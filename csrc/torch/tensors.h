@@ -43,8 +43,39 @@ inline Dtype float_dtype(ScalarType type, const char* argument) {
                            "': expected dtype float64, float32, bfloat16 or float16");
 }
 
+inline const int32_t kCpu = aoti_torch_device_type_cpu();
+
+// Where a tensor is, and results are allocated.
+struct Place {
+  int32_t type = kCpu, index = 0;
+
+  static Place of(const Tensor& t) {
+    Place place;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &place.type));
+    if (place.type != kCpu) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &place.index));
+    return place;
+  }
+
+  std::string name() const {
+    if (type == kCpu) return "cpu";
+    return type == aoti_torch_device_type_cuda() ? "cuda:" + std::to_string(index) : "another kind of device";
+  }
+};
+
+// `t`, which has to be where the call computes: dispatch looks at one device of all that the arguments are on.
+inline const Tensor& checked(const Place& place, const Tensor& t, const char* argument) {
+  const Place at = Place::of(t);
+  if (at.type != place.type || at.index != place.index)
+    throw std::runtime_error(std::string("argument '") + argument + "': expected a tensor on " + place.name() +
+                             ", where this call computes, got one on " + at.name());
+  return t;
+}
+
 // What the stable interface tells about a tensor, asked once: every question is a call into torch.
 struct View {
+  View(const Place& place, const Tensor& t, const char* argument) : View(checked(place, t, argument)) {}
+
+  // A result, or an argument that has been checked.
   explicit View(const Tensor& t)
       : data(t.mutable_data_ptr()),
         dim(t.dim()),
@@ -65,16 +96,8 @@ inline Rows rows_like(const View& t, const View& x, const char* argument) {
   return {t.data, t.stride[0], t.stride[1], t.stride[2]};
 }
 
-// Where results are allocated.
-struct Place {
-  int32_t type, index;
-
-  static Place cpu() { return {aoti_torch_device_type_cpu(), 0}; }
-};
-
 inline void poison(const Place& place, const Tensor& t) {
-  if (place.type == aoti_torch_device_type_cpu())
-    ck::poison(t.mutable_data_ptr(), static_cast<size_t>(t.numel()) * t.element_size());
+  if (place.type == kCpu) ck::poison(t.mutable_data_ptr(), static_cast<size_t>(t.numel()) * t.element_size());
 }
 
 // An uninitialised tensor. torch's own empty_like and new_empty look their operators up by name, which takes longer

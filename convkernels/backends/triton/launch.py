@@ -41,6 +41,12 @@ def _threshold(dropout: float) -> int:
     return word - 2**32 if word >= 2**31 else word
 
 
+def check_dilation(dilation: int, K: int) -> None:
+    if not 0 < dilation <= configs.FARTHEST // max(K - 1, 1):
+        expected = f"a positive number, at most 2^30, also times K - 1 = {K - 1}"
+        raise ValueError(f"argument 'dilation': expected {expected}, got {dilation}")
+
+
 @dataclass
 class Call:
     """What forward and gradient share: the problem, its tensors and the arguments that describe them to a kernel."""
@@ -61,9 +67,7 @@ class Call:
     def __post_init__(self):
         self.B, self.T, self.C = self.x.shape
         self.H, self.K = self.weight.shape[-2:]
-        if not 0 < self.dilation <= configs.FARTHEST // max(self.K - 1, 1):
-            expected = f"a positive number, at most 2^30, also times K - 1 = {self.K - 1}"
-            raise ValueError(f"argument 'dilation': expected {expected}, got {self.dilation}")
+        check_dilation(self.dilation, self.K)
         # A kernel gets a pointer for every tensor; what is absent is not looked at.
         self.has_mask, self.packed, self.has_state = (
             value is not None for value in (self.mask, self.cu_seqlens, self.state)
@@ -366,6 +370,12 @@ def tap_step(
     position=None,
 ) -> Tensor:  # fmt: skip
     """The operator ``tap_step``: one launch (one per 65,535 rows)."""
+    K = weight.shape[-1]
+    check_dilation(dilation, K)
+    shape = (x.shape[0], dilation * (K - 1), x.shape[1])
+    if state.shape != shape or not state.is_contiguous():
+        expected = f"contiguous [batch, dilation * (taps - 1), channels] = {shape}"
+        raise ValueError(f"argument 'state': expected {expected}, got {tuple(state.shape)}")
     y = torch.empty_like(x)
     if y.numel() == 0:
         return y

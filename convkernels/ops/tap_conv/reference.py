@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._numbers import accumulate_dtype, dropout_mask
-from .._validate import reach
+from .._validate import fail, reach
 
 # -- the pieces of the definition, differentiable; the double backward is built from them too -------------------------
 
@@ -217,6 +217,10 @@ def tap_step(
     """One position of the causal convolution. The window is the S rows of the state and the new input; ``state``
     [B,S,C] then drops its oldest row and takes the new one. Tap j reads row dilation*j of the window."""
     dtype, S, K = accumulate_dtype(x.dtype), state.shape[1], weight.shape[-1]
+    reach("tap_step", dilation, K)
+    rows = (x.shape[0], dilation * (K - 1), x.shape[1])
+    if state.shape != rows:
+        fail("tap_step", "state", f"[batch, dilation * (taps - 1), channels] = {rows}", tuple(state.shape))
     z = gated_input(x.to(dtype), None if gate is None else gate.to(dtype), None)
     old = state if state_index is None else state.index_select(0, state_index)
     window = torch.cat([old.to(dtype), z[:, None]], 1)
