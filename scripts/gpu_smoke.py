@@ -254,13 +254,15 @@ def planned(problem, device):
     plan = {Problem: cuda_plan, AttentionProblem: cuda_attention_plan}.get(type(problem))
     if plan is None:
         return None
-    facts = problem.plan_facts()
+    convolution = isinstance(problem, Problem)
+    both = [problem.plan_facts(backward) if convolution else problem.plan_facts() for backward in (False, True)]
     if device == "cuda":
         about = torch.cuda.get_device_properties(torch.cuda.current_device())
         if about.shared_memory_per_block_optin < 160 << 10:
             return None
-        facts["multiprocessors"] = about.multi_processor_count
-    return tuple(plan(backward, **facts)["family"] for backward in (False, True))
+        for facts in both:
+            facts["multiprocessors"] = about.multi_processor_count
+    return tuple(plan(backward, **facts)["family"] for backward, facts in enumerate(both))
 
 
 def run_case(case, backend, device):

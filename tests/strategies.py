@@ -91,7 +91,7 @@ def large_problems(draw):
 
 @st.composite
 def wide_problems(draw):
-    """Tensors that can be read in whole vectors, along channels or along positions: what the fast kernels of the GPU
+    """Tensors whose channels or positions lie side by side, mostly in whole vectors: what the fast kernels of the GPU
     backends serve, around their numbers of channels, positions and taps.
     """
     problem = draw(problems())
@@ -99,15 +99,17 @@ def wide_problems(draw):
     choose = random.Random(draw(st.integers(0, 2**60))).choice
     heads, head_size = choose(
         ((1, 8), (2, 8), (8, 1), (3, 16), (16, 1), (2, 64), (260, 1), (2, 4), (4, 2), (40, 5), (2, 72), (16, 16))
+        if choose((False, True))
+        else ((1, 1), (3, 1), (2, 3), (6, 5), (3, 4), (15, 4), (131, 1), (2, 75), (5, 26), (3, 33), (2, 65), (1, 14))
     )
     taps = choose((1, 2, 3, 4, 7, 8, 9, 12, 15, 17, 31, 33, 63))
     span = (taps - 1) * problem.dilation
     dtype = choose(LOW)
     kind = choose(("light", "light", "row", "dynamic", "dynamic"))
-    layout = choose(("contiguous", "contiguous", "swap_last"))
+    layout = choose(("contiguous",) * 4 + ("swap_last",) * 3 + ("sliced", "offset1", "step2_time"))
     return problem.with_(
         batch=choose((1, 2, 3)),
-        length=choose((8, 16, 32, 40, 64, 136, 264)),
+        length=choose((8, 16, 32, 40, 64, 136, 264) if choose((False, True)) else (1, 7, 18, 33, 77, 100, 129)),
         lengths=choose(((64, 3, 0, 5), (1, 7), (17, 40, 31))) if problem.lengths else (),
         heads=heads,
         head_size=head_size,
@@ -120,7 +122,7 @@ def wide_problems(draw):
         weight_dtype=choose((dtype, torch.float32)),
         bias_dtype=None,
         layout=layout,
-        grad_layout=layout,
+        grad_layout=choose((layout, layout, layout, "contiguous")),
     )
 
 

@@ -14,16 +14,16 @@ SHAPES = [
     {
         "batch": 2, "time": time, "channels": heads * head_channels, "heads": heads, "taps": taps, "dilation": dilation,
         "dtype": dtype, "per_position": per_position, "renormalize": packed, "gate": per_position, "packed": packed,
-        "state": packed != per_position, "channel_vectors": vectors == "channels", "time_vectors": vectors == "time",
+        "state": packed != per_position, **layout,
     }
-    for time, (heads, head_channels), taps, dilation, dtype, (per_position, packed), vectors in itertools.product(
+    for time, (heads, head_channels), taps, dilation, dtype, (per_position, packed), layout in itertools.product(
         (1, 33, 4096),
         ((1, 1), (768, 1), (12, 64), (3, 333)),
         (1, 2, 17, 18, 66, 255),
         (1, 3),
         ("bfloat16", "float16", "float32", "float64"),
         ((False, False), (True, False), (False, True)),
-        ("channels", "time", "none"),
+        ({"channel_bytes": 16}, {"channel_bytes": 0, "time_bytes": 16}, {"channel_bytes": 0}),
     )
 ]  # fmt: skip
 
@@ -52,7 +52,7 @@ def test_random_problems_reach_every_family(backward):
     @hypothesis.settings(max_examples=1000)
     @hypothesis.given(problem=wide_problems())
     def count(problem):
-        families[plan(backward, **problem.plan_facts())["family"]] += 1
+        families[plan(backward, **problem.plan_facts(backward))["family"]] += 1
 
     count()
     assert min(families[name] for name in ("stream", "time", "band", "rows")) >= 12, families
@@ -60,7 +60,7 @@ def test_random_problems_reach_every_family(backward):
 
 def test_any_problem_that_is_hard_to_read_or_exact_is_plain():
     for shape in SHAPES:
-        if shape["dtype"] == "float64" or not (shape["channel_vectors"] or shape["time_vectors"]):
+        if shape["dtype"] == "float64" or not (shape["channel_bytes"] or shape.get("time_bytes")):
             assert plan(False, **shape)["family"] == plan(True, **shape)["family"] == "plain", shape
 
 
@@ -68,15 +68,15 @@ def test_little_shared_memory_is_enough_for_most_of_16_bits():
     """The same kernels as with much; gated filters that are dynamic, or long and of float16, are an exception."""
     for dtype, taps, per_position, gate, backward, layout in itertools.product(
         ("bfloat16", "float16"), (3, 7, 31), (False, True), (False, True), (False, True),
-        ("channel_vectors", "time_vectors"),
+        ("channel_bytes", "time_bytes"),
     ):  # fmt: skip
-        if per_position and layout == "time_vectors":
+        if per_position and layout == "time_bytes":
             continue
         facts = {"batch": 8, "time": 512, "channels": 768, "heads": 12, "taps": taps, "gate": gate, "dtype": dtype,
-                 "per_position": per_position, "channel_vectors": False, layout: True}  # fmt: skip
+                 "per_position": per_position, "channel_bytes": 0, layout: 16}  # fmt: skip
         family = plan(backward, **facts, block_memory=LARGE)["family"]
         assert family != "plain"
-        if gate and backward and (per_position or (taps == 31 and dtype == "float16" and layout == "channel_vectors")):
+        if gate and backward and (per_position or (taps == 31 and dtype == "float16" and layout == "channel_bytes")):
             family = "plain"
         assert plan(backward, **facts, block_memory=SMALL)["family"] == family, facts
 

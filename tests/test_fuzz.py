@@ -106,7 +106,7 @@ def test_step_quick(ops):
 
 @pytest.mark.parametrize("check", [check_forward, check_gradients])
 def test_wide_quick(check, ops):
-    """Tensors that are read in whole vectors."""
+    """Tensors that are read in vectors, or in pieces of them."""
     run(check, wide_problems(), ops, WIDE_OF_SLOW if ops.slow and not ops.full else WIDE, INTERPRETED_WIDE)
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-LAYOUTS = ("contiguous", "swap01", "swap_last", "step2", "step2_time", "offset1", "expanded", "guarded")
+LAYOUTS = ("contiguous", "swap01", "swap_last", "step2", "step2_time", "offset1", "expanded", "guarded", "sliced")
 WEIGHT_KINDS = ("light", "dynamic", "row")
 
 # Values come from a fixed pool: drawing per tensor would cost more than a small kernel call.
@@ -41,7 +41,8 @@ def arrange(tensor, layout):
 
     contiguous; swap01 (storage TBC for a BTC tensor); swap_last (storage BCT); step2 (every second element of the last
     axis); step2_time (of axis 1, or 0); offset1 (storage offset of one element, so not aligned); expanded (stride 0
-    along axis 0); guarded (the middle of a buffer with a margin in every direction).
+    along axis 0); guarded (the middle of a buffer with a margin in every direction); sliced (of the last axis, three
+    elements of a buffer before it and two behind; a stride of no meaning for an axis 0 of one element).
     """
     if tensor.dim() == 0 or layout == "contiguous":
         return tensor.clone(memory_format=torch.contiguous_format)
@@ -60,6 +61,10 @@ def arrange(tensor, layout):
         view = _garbage([size + 2 * margin for size in shape], tensor.dtype)
         for axis in range(tensor.dim()):
             view = view.narrow(axis, margin, shape[axis])
+    elif layout == "sliced":
+        view = _garbage([*shape[:-1], shape[-1] + 5], tensor.dtype)[..., 3:-2]
+        if shape[0] == 1:
+            view = view.as_strided(shape, (view.stride(0) + 1, *view.stride()[1:]))
     else:
         axis = min(1, last) if layout == "step2_time" else last
         doubled = list(shape)
@@ -67,6 +72,18 @@ def arrange(tensor, layout):
         view = _garbage(doubled, tensor.dtype)[(slice(None),) * axis + (slice(0, None, 2),)]
     view.copy_(tensor)
     return view
+
+
+def row_bytes(tensor, axis):
+    """Bytes, 16 at most, at which rows of a [batch, time, channels] tensor along an axis can be read; 0 where they do
+    not lie side by side. The storage is aligned.
+    """
+    steps = [stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    if (tensor.stride(2) if axis == 2 else steps[1]) != 1:
+        return 0
+    numbers = tensor.storage_offset() | steps[0] | steps[3 - axis] | tensor.shape[axis]
+    bits = numbers * tensor.dtype.itemsize | 16
+    return bits & -bits
 
 
 @dataclass(frozen=True)
@@ -178,15 +195,21 @@ class Problem:
             t["initial_state"],
         )
 
-    def plan_facts(self):
+    def plan_facts(self, backward):
         """What a call with these tensors looks like to the plans of the cuda backend."""
-        whole = self.channels * self.dtype.itemsize % 16 == 0
+        shape = (self.batch, self.length, self.channels)
+        with torch.device("meta"):
+            x, grad = (arrange(torch.empty(shape, dtype=self.dtype), at) for at in (self.layout, self.grad_layout))
+        # Results lie as x does, or one number after the other; so does a copy of a state that does not.
+        tensors = [x, torch.empty_like(x), *([grad] if backward else [])]
+        aligned = not (self.state and self.span and self.layout == "offset1")
         return {
             "batch": self.batch, "time": self.length, "channels": self.channels, "heads": self.heads,
             "taps": self.taps, "dilation": self.dilation, "dtype": str(self.dtype).removeprefix("torch."),
             "per_position": self.kind == "dynamic", "renormalize": self.renormalize,
             "per_batch": self.kind != "light", "gate": self.gate, "packed": bool(self.lengths), "state": self.state,
-            "channel_vectors": self.layout == "contiguous" and whole, "time_vectors": self.layout == "swap_last",
+            "channel_bytes": min(16 if aligned else self.dtype.itemsize, *(row_bytes(t, 2) for t in tensors)),
+            "time_bytes": min(row_bytes(t, 1) for t in tensors),
         }  # fmt: skip
 
     def grad_arguments(self, tensors, needs=31):

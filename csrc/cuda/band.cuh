@@ -239,9 +239,9 @@ CK_DEVICE void band_product(float (&out)[4][4], const BandFilter<kSteps>& filter
 
 // Stores two rows, lane / 4 and the eighth after it, of a product of 32 channels, of which a lane has pairs: lanes of
 // four exchange theirs for whole vectors. value(n, e): element e of the matrix of 8 channels n. row(half): where the
-// channels of the row begin, nullptr: nowhere.
+// channels of the row begin, nullptr: nowhere. In pieces of `bytes`.
 template <class T, class Value, class Row>
-CK_DEVICE void store_product(int channels, int lane, const Value& value, const Row& row) {
+CK_DEVICE void store_product(int channels, int lane, int bytes, const Value& value, const Row& row) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     uint32_t v[4];
@@ -258,7 +258,7 @@ CK_DEVICE void store_product(int channels, int lane, const Value& value, const R
     }
     T* const to = row(half);
     const int c = lane % 4 * kVector<T>;
-    if (to != nullptr && c < channels) *reinterpret_cast<uint4*>(to + c) = {v[0], v[1], v[2], v[3]};
+    if (to != nullptr) store_pieces(to + c, v, channels - c, bytes);
   }
 }
 
@@ -375,7 +375,7 @@ void band_forward(const CK_PARAM Forward p, int64_t groups) {
         float out[4][4] = {};
         band_product<T, Feed::kParts>(out, *filter, steps, window, warp, column, lane);
         store_product<T>(
-            block.channels - column, lane,
+            block.channels - column, lane, p.vector_bytes,
             [&](int j, int e) { return out[j][e] + bias[column + 8 * j + lane % 4 * 2 + e % 2]; },
             [&](int half) {
               const int64_t t = first + (lane / 4 + 8 * half) * p.taps.dilation;

@@ -155,7 +155,8 @@ void band_backward(const CK_PARAM Backward p) {
           return widen(*Feed::at(feed.raw(i, tensor) + row + column + 8 * j + lane % 4 * 2 + e % 2));
         };
         store_product<T>(
-            channels, lane, [&](int j, int e) { return kGate ? dz[j][e] * sigmoid<T>(raw(1, j, e)) : dz[j][e]; },
+            channels, lane, p.vector_bytes,
+            [&](int j, int e) { return kGate ? dz[j][e] * sigmoid<T>(raw(1, j, e)) : dz[j][e]; },
             [&](int half) {
               const int64_t s = position(half);
               return s >= 0 ? row_of(p.grad_x, half)
@@ -163,7 +164,7 @@ void band_backward(const CK_PARAM Backward p) {
             });
         if (kGate && p.grad_gate.data != nullptr)
           store_product<T>(
-              channels, lane,
+              channels, lane, p.vector_bytes,
               [&](int j, int e) {
                 const float open = sigmoid<T>(raw(1, j, e));
                 return dz[j][e] * raw(0, j, e) * open * (1 - open);

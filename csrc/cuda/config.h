@@ -32,8 +32,9 @@ struct Facts {
   int64_t batch = 1, time = 1, channels = 1, heads = 1, taps = 1, dilation = 1;
   Dtype dtype = Dtype::kFloat32;
   bool per_position = false, renormalize = false, per_batch = false, gate = false, packed = false, state = false;
-  // Every tensor like x can be read 16 bytes at a time along its channels, or along its positions.
-  bool channel_vectors = true, time_vectors = false;
+  // Bytes, 16 at most, at which every tensor like x can be read and written along its channels, or along its positions;
+  // 0 where these do not lie side by side. Rows have a whole number of such pieces.
+  int64_t channel_bytes = 16, time_bytes = 0;
   Device device;
 
   bool per_row() const { return per_position || renormalize; }
@@ -120,9 +121,9 @@ CK_HD int64_t stream_backward_bytes(int64_t taps, int64_t size, bool shared, boo
   return stream_table_bytes(taps, shared) + (taps <= kFewTaps ? 0 : sums) + (rings < end ? end : rings);
 }
 
-// Chunks of an owner's batch rows, phase by phase.
-inline int64_t stream_chunks(const Facts& f) {
-  const int64_t rows = (f.time + f.dilation - 1) / f.dilation;
+// Chunks of an owner's batch rows, phase by phase. A backward pass also walks the rows of the state.
+inline int64_t stream_chunks(const Facts& f, bool backward) {
+  const int64_t rows = (f.time + f.dilation - 1) / f.dilation + (f.state && backward ? f.taps - 1 : 0);
   return f.batch / f.owners() * f.dilation * ((rows + kChunk - 1) / kChunk);
 }
 
@@ -132,19 +133,20 @@ inline int64_t stream_bytes(const Facts& f, bool backward) {
 }
 
 inline bool stream_possible(const Facts& f, bool backward) {
-  if (!f.channel_vectors || f.dtype == Dtype::kFloat64 || f.per_row() || f.dilation > f.time) return false;
+  if (f.channel_bytes == 0 || f.dtype == Dtype::kFloat64 || f.per_row() || f.dilation > f.time) return false;
   // Rows of the state are neither gated nor in the middle of a row.
-  if (f.state && (f.gate || f.packed || backward)) return false;
+  if (f.state && (f.gate || f.packed)) return false;
   return stream_bytes(f, backward) <= f.device.block_memory;
 }
 
 // Blocks that registers leave room for: 128 threads of at most 168, or 255.
 constexpr int64_t kForwardBlocks = 3, kBackwardBlocks = 2;
 
-inline Plan walk_plan(Family family, const Facts& f, int64_t bytes, int64_t blocks) {
+inline Plan walk_plan(Family family, const Facts& f, bool backward, int64_t bytes, int64_t blocks) {
   const int64_t columns = (f.channels + kLaneRow - 1) / kLaneRow * f.owners();
   // A block fills its window, makes its filters and adds up its sums besides.
-  return {family, best_groups(f, stream_chunks(f), columns, slots_of(f, bytes, blocks), stream_window(f.taps) + 1),
+  return {family,
+          best_groups(f, stream_chunks(f, backward), columns, slots_of(f, bytes, blocks), stream_window(f.taps) + 1),
           bytes};
 }
 
@@ -166,7 +168,7 @@ inline int64_t rows_bytes(const Facts& f, bool backward) {
 }
 
 inline bool rows_possible(const Facts& f, bool backward) {
-  if (!f.channel_vectors || f.dtype == Dtype::kFloat64 || !f.per_row() || f.dilation > f.time) return false;
+  if (f.channel_bytes == 0 || f.dtype == Dtype::kFloat64 || !f.per_row() || f.dilation > f.time) return false;
   if (f.head_channels() % kQuad != 0 || kLaneRow % f.head_channels() != 0) return false;
   if (f.state && (f.gate || f.packed || backward)) return false;
   // Gradients of shared filters would have to be summed over positions.
@@ -233,7 +235,7 @@ inline int64_t band_bytes(const Facts& f, bool backward) {
 inline bool band_possible(const Facts& f, bool backward) {
   const bool narrow = f.dtype == Dtype::kBFloat16 || f.dtype == Dtype::kFloat16;
   const int64_t R = f.head_channels();
-  if (!narrow || f.per_row() || !f.channel_vectors || f.taps > kBandMost || R < kBandTile || R % 8 != 0) return false;
+  if (!narrow || f.per_row() || f.channel_bytes == 0 || f.taps > kBandMost || R < kBandTile || R % 8 != 0) return false;
   // Positions are counted in 32 bits where there are at least as many as phases.
   return f.dilation <= f.time && !(f.state && (f.packed || f.gate)) &&
          band_bytes(f, backward) + kBandStatic <= f.device.block_memory;
@@ -264,7 +266,7 @@ inline int64_t time_room(const Device& device) {
 
 // Rows of the state have their channels side by side; they are left to the plain family.
 inline bool time_possible(const Facts& f, bool backward) {
-  if (!f.time_vectors || f.dtype == Dtype::kFloat64 || f.per_row() || f.state) return false;
+  if (f.time_bytes == 0 || f.dtype == Dtype::kFloat64 || f.per_row() || f.state) return false;
   const int64_t room = time_room(f.device), span = f.dilation * (f.taps - 1);
   const int size = static_cast<int>(size_of(f.dtype));
   if (span > kTimeSpan) return false;
@@ -285,19 +287,20 @@ inline Plan time_plan(const Facts& f) {
   return {Family::kTime, wanted < possible ? wanted : possible, kTimeWarps * room};
 }
 
+// A single channel is a row of positions rather than rows of channels.
 inline Plan plan_forward(const Facts& f) {
   if (band_wanted(f, false)) return band_plan(f, false);
-  if (rows_possible(f, false)) return walk_plan(Family::kRows, f, rows_bytes(f, false), kBackwardBlocks);
-  if (stream_possible(f, false)) return walk_plan(Family::kStream, f, stream_bytes(f, false), kForwardBlocks);
+  if (rows_possible(f, false)) return walk_plan(Family::kRows, f, false, rows_bytes(f, false), kBackwardBlocks);
   if (time_possible(f, false)) return time_plan(f);
+  if (stream_possible(f, false)) return walk_plan(Family::kStream, f, false, stream_bytes(f, false), kForwardBlocks);
   return {};
 }
 
 inline Plan plan_backward(const Facts& f) {
   if (band_wanted(f, true)) return band_plan(f, true);
-  if (rows_possible(f, true)) return walk_plan(Family::kRows, f, rows_bytes(f, true), kBackwardBlocks);
-  if (stream_possible(f, true)) return walk_plan(Family::kStream, f, stream_bytes(f, true), kBackwardBlocks);
+  if (rows_possible(f, true)) return walk_plan(Family::kRows, f, true, rows_bytes(f, true), kBackwardBlocks);
   if (time_possible(f, true)) return time_plan(f);
+  if (stream_possible(f, true)) return walk_plan(Family::kStream, f, true, stream_bytes(f, true), kBackwardBlocks);
   const int64_t columns = f.per_row() ? f.heads / 8 : f.channels / 32 * ((f.taps + 7) / 8);
   return {Family::kPlain, groups_of(f, f.owner_rows(), columns)};
 }

@@ -1,6 +1,7 @@
 // From a problem to the launches that compute it. No device code.
 #include "families.h"
 
+#include <algorithm>
 #include <type_traits>
 
 #include "../common/switch.h"
@@ -10,20 +11,22 @@ namespace ck::cuda {
 
 namespace {
 
-constexpr int64_t kVectorBytes = 16;
+// The greatest power of two that divides all bits: of 16 and the addresses of pieces of rows, the bytes of a piece.
+int64_t greatest_piece(uint64_t bits) { return static_cast<int64_t>((bits | 16) & (~(bits | 16) + 1)); }
 
-bool aligned(const Rows& rows, int64_t size, int64_t along, int64_t other) {
-  return along == 1 && reinterpret_cast<uintptr_t>(rows.data) % kVectorBytes == 0 &&
-         rows.batch * size % kVectorBytes == 0 && other * size % kVectorBytes == 0;
+// The bytes at which rows of `length` numbers, `other` apart, can be read and written; 0 if less than a number.
+int64_t piece_of(const Rows& rows, int64_t size, int64_t length, int64_t along, int64_t other) {
+  const int64_t bytes = greatest_piece(reinterpret_cast<uintptr_t>(rows.data) |
+                                       static_cast<uint64_t>((rows.batch | other | length) * size));
+  return along == 1 && bytes >= size ? bytes : 0;
 }
 
-// Adds to `f` whether a tensor like x can be read and written whole vectors at a time.
+// Adds to `f` how a tensor like x can be read and written.
 void look_at(Facts& f, const Rows& rows) {
   if (rows.data == nullptr) return;
-  const int64_t size = size_of(f.dtype);
-  f.channel_vectors =
-      f.channel_vectors && aligned(rows, size, rows.channel, rows.time) && f.channels * size % kVectorBytes == 0;
-  f.time_vectors = f.time_vectors && aligned(rows, size, rows.time, rows.channel) && f.time * size % kVectorBytes == 0;
+  const int64_t size = size_of(f.dtype), channel = f.channels == 1 ? 0 : rows.channel;
+  f.channel_bytes = std::min(f.channel_bytes, piece_of(rows, size, f.channels, rows.channel, rows.time));
+  f.time_bytes = std::min(f.time_bytes, piece_of(rows, size, f.time, rows.time, channel));
 }
 
 Facts common_facts(const Problem& p) {
@@ -41,11 +44,11 @@ Facts common_facts(const Problem& p) {
   f.gate = p.gate.data != nullptr;
   f.packed = p.offsets != nullptr;
   f.state = p.state != nullptr;
-  f.channel_vectors = f.time_vectors = true;
+  f.channel_bytes = f.time_bytes = 16;
   f.device = current_device();
   look_at(f, p.x);
   look_at(f, p.gate);
-  f.channel_vectors = f.channel_vectors && reinterpret_cast<uintptr_t>(p.state) % kVectorBytes == 0;
+  f.channel_bytes = std::min(f.channel_bytes, greatest_piece(reinterpret_cast<uintptr_t>(p.state)));
   return f;
 }
 
@@ -67,6 +70,10 @@ const char* with_family(const Plan& plan, Dtype dtype, const Run& run) {
     }
     return run(Plain<T>{});
   });
+}
+
+void set_pieces(Problem& p, const Facts& facts, const Plan& plan) {
+  p.vector_bytes = static_cast<int>(plan.family == Family::kTime ? facts.time_bytes : facts.channel_bytes);
 }
 
 // Enters where partial sums go. Returns the bytes they take.
@@ -97,8 +104,10 @@ Facts facts_of(const Backward& p) {
   return f;
 }
 
-const char* forward(const Forward& p, Stream stream) {
-  const Plan plan = plan_forward(facts_of(p));
+const char* forward(Forward p, Stream stream) {
+  const Facts facts = facts_of(p);
+  const Plan plan = plan_forward(facts);
+  set_pieces(p, facts, plan);
   return with_family(plan, p.dtype, [&](auto family) { return family.forward(p, plan, stream); });
 }
 
@@ -108,7 +117,9 @@ int64_t workspace_bytes(const Backward& p) {
 }
 
 const char* backward(Backward p, void* workspace, Stream stream) {
-  const Plan plan = plan_backward(facts_of(p));
+  const Facts facts = facts_of(p);
+  const Plan plan = plan_backward(facts);
+  set_pieces(p, facts, plan);
   assign(p, plan, workspace);
   return with_family(plan, p.dtype, [&](auto family) { return family.backward(p, plan, stream); });
 }

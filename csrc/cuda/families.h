@@ -53,7 +53,7 @@ struct Reduce {
 Facts facts_of(const Forward& p);
 Facts facts_of(const Backward& p);
 
-const char* forward(const Forward& p, Stream stream);
+const char* forward(Forward p, Stream stream);
 // Bytes that a backward pass needs besides its arguments.
 int64_t workspace_bytes(const Backward& p);
 const char* backward(Backward p, void* workspace, Stream stream);

@@ -16,6 +16,7 @@ struct Problem : ck::Problem {
   uint64_t drop_below = 0;  // dropout drops an element whose random word is below this,
   double keep_scale = 1.0;  // and multiplies the others by this
   bool per_batch = false;   // each batch row has filters of its own (for all its positions, unless per_position)
+  int vector_bytes = 16;    // rows of tensors like x, and of the state, are read and written so many bytes at a time
 
   // Whether the filters of two positions can differ.
   CK_HD bool per_row() const { return per_position || renormalize; }

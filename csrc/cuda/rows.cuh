@@ -256,8 +256,10 @@ void rows_backward(const CK_PARAM Backward p) {
         for (int i = 0; i < kRun; ++i) {
           const int64_t s = reach.from.position(n + i), c = work.c0 + lane * kQuad;
           if (s >= p.time || c >= p.channels || masked(p, run.b, s)) continue;
-          gate_gradient<T>(dz[i], dgate[i], load_quad(cuda::at<const T>(p.x, run.b, s, c)),
-                           load_quad(cuda::at<const T>(p.gate, run.b, s, c)));
+          const auto quad = [&](const Rows& rows) {
+            return load_quad(cuda::at<const T>(rows, run.b, s, c), p.channels - c, p.vector_bytes);
+          };
+          gate_gradient<T>(dz[i], dgate[i], quad(p.x), quad(p.gate));
         }
         if (p.grad_gate.data != nullptr) store_rows<T>(p, p.grad_gate, dgate, reach.from, run.b, n, work, lane);
       }

@@ -27,8 +27,10 @@ void stream_backward(const CK_PARAM Backward p) {
   const Taps taps = p.taps.transposed();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, K = static_cast<int>(taps.taps);
   const int window = static_cast<int>(stream_window(K));
-  Work work(p, p.groups);
-  const bool need_input = p.grad_x.data != nullptr || p.grad_gate.data != nullptr;
+  // Rows of the state come before the others.
+  const int64_t before = p.state == nullptr ? 0 : taps.span();
+  Work work(p, p.groups, before);
+  const bool need_input = p.grad_x.data != nullptr || p.grad_gate.data != nullptr || p.grad_state != nullptr;
   const bool need_weight = p.grad_weight != nullptr, need_bias = p.grad_bias != nullptr;
   const bool gated = p.gate.data != nullptr;
 
@@ -50,7 +52,7 @@ void stream_backward(const CK_PARAM Backward p) {
 
   table.fill(p, work.owner, work.c0);
   for (Run run; work.next(run);) {
-    const Reach reach(taps, run.phase);
+    const Reach reach(taps, run.phase - before);
     const int64_t n0 = run.start * kChunk, m0 = n0 + reach.offset;
     const auto issue = [&](int64_t chunk, int64_t own) {
       if (chunk < run.count + window - 1)
@@ -102,8 +104,12 @@ void stream_backward(const CK_PARAM Backward p) {
                         if (tap == j) Sums::add(few[tap], products);
                     }
                   });
-      // Row n of the phase of d(y): with as many rows as the phase of x, or one more, all are met.
-      if (need_bias) add_rows(bias_sum, ring, k * kChunk + warp * kRun - reach.offset, lane);
+      // Row n of the phase of d(y), without those before it: with as many rows as the phase of x, or one more, all are
+      // met.
+      if (need_bias) {
+        const int64_t ahead = p.state == nullptr ? 0 : K - 1;
+        add_rows(bias_sum, ring, k * kChunk + warp * kRun - reach.offset - ahead, lane);
+      }
       if (!need_input) continue;
       mask_rows(p, dz, reach.from, run.b, n);
       if (gated) {
@@ -114,6 +120,8 @@ void stream_backward(const CK_PARAM Backward p) {
         if (p.grad_gate.data != nullptr) store_rows<T>(p, p.grad_gate, dgate, reach.from, run.b, n, work, lane);
       }
       if (p.grad_x.data != nullptr) store_rows<T>(p, p.grad_x, dz, reach.from, run.b, n, work, lane);
+      if (p.grad_state != nullptr && reach.from.position(n) < 0)
+        store_state<T>(p, dz, reach.from, run.b, n, work, lane);
     }
   }
 

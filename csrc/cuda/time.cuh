@@ -23,17 +23,8 @@ CK_DEVICE Words<E>* vector_at(char* row, int v) {
   return reinterpret_cast<Words<E>*>(row) + (sizeof(E) == 4 ? v + v / 8 : v);
 }
 
-// Where position s of a tensor lies, in whole vectors; nullptr if there is no tensor.
 template <class T>
-CK_DEVICE const Words<T>* words_at(const Rows& rows, int64_t b, int64_t s, int64_t c) {
-  return rows.data == nullptr ? nullptr : reinterpret_cast<const Words<T>*>(at<const T>(rows, b, s, c));
-}
-
-// Reads 16 bytes at once, which a copy of Words does not.
-template <class T>
-CK_DEVICE void unpack(const Words<T>& from, float* to) {
-  uint32_t bits[4];
-  __builtin_memcpy(bits, __builtin_assume_aligned(&from, 16), 16);
+CK_DEVICE void unpack(const uint32_t (&bits)[4], float* to) {
 #pragma unroll
   for (int k = 0; k < kVector<T>; ++k) {
     if constexpr (sizeof(T) == 4)
@@ -41,6 +32,14 @@ CK_DEVICE void unpack(const Words<T>& from, float* to) {
     else
       to[k] = widen(T{static_cast<uint16_t>(bits[k / 2] >> k % 2 * 16)});
   }
+}
+
+// Reads 16 bytes at once, which a copy of Words does not.
+template <class T>
+CK_DEVICE void unpack(const Words<T>& from, float* to) {
+  uint32_t bits[4];
+  __builtin_memcpy(bits, __builtin_assume_aligned(&from, 16), 16);
+  unpack<T>(bits, to);
 }
 
 template <class E>
@@ -52,30 +51,36 @@ CK_DEVICE void read_chunk(char* row, int n, float* to) {
 
 // Stores a lane's positions t .. t + 7 as far as they exist.
 template <class T>
-CK_DEVICE void store_chunk(const Rows& rows, int64_t b, int64_t t, int64_t c, int64_t time,
+CK_DEVICE void store_chunk(const Problem& p, const Rows& rows, int64_t b, int64_t t, int64_t c,
                            const float (&from)[kEight]) {
 #pragma unroll
   for (int v = 0; v < kEight; v += kVector<T>) {
-    if (t + v >= time) return;
-    uint4 out;
-    if constexpr (sizeof(T) == 4)
-      out = {__float_as_uint(from[v]), __float_as_uint(from[v + 1]), __float_as_uint(from[v + 2]),
-             __float_as_uint(from[v + 3])};
-    else
-      out = {narrow_pair<T>(from[0], from[1]), narrow_pair<T>(from[2], from[3]), narrow_pair<T>(from[4], from[5]),
-             narrow_pair<T>(from[6], from[7])};
-    *reinterpret_cast<uint4*>(at<T>(rows, b, t + v, c)) = out;
+    if (t + v >= p.time) return;
+    uint32_t out[4];
+    for (int w = 0; w < 4; ++w) {
+      if constexpr (sizeof(T) == 4)
+        out[w] = __float_as_uint(from[v + w]);
+      else
+        out[w] = narrow_pair<T>(from[2 * w], from[2 * w + 1]);
+    }
+    store_pieces(at<T>(rows, b, t + v, c), out, p.time - t - v, p.vector_bytes);
   }
 }
 
 // z at positions s .. s + 7 of a row: x * open, or 0 by selection where a position is `off`. Vector v of x lies at
-// x[v * step], that of the gate at gate[v * step]; nullptr: not needed, or none. Outside of the row nothing is read.
+// x[v * step], in pieces of `bytes`, that of the gate at gate[v * step]; nullptr: not needed, or none. Outside of the
+// row nothing is read, or, in shared memory, zeros.
 template <class T>
 struct ChunkInputs {
   float x[kEight] = {}, open[kEight];
   unsigned off = 0;
 
-  CK_DEVICE ChunkInputs(const Problem& p, int64_t b, int64_t s, const Words<T>* x_at, const Words<T>* gate, int step) {
+  CK_DEVICE ChunkInputs(const Problem& p, int64_t b, int64_t s, const T* x_at, const T* gate, int step, int bytes) {
+    const auto load = [&](const T* from, int64_t count, float* to) {
+      uint32_t words[4];
+      load_pieces(words, from, count, bytes);
+      unpack<T>(words, to);
+    };
 #pragma unroll
     for (int i = 0; i < kEight; ++i) open[i] = 1;
 #pragma unroll
@@ -85,15 +90,16 @@ struct ChunkInputs {
         continue;
       }
       const int v = k0 / kVector<T> * step;
-      if (x_at != nullptr) unpack(x_at[v], x + k0);
+      const int64_t count = p.time - s - k0;
+      if (x_at != nullptr) load(x_at + v, count, x + k0);
       if (gate != nullptr) {
-        unpack(gate[v], open + k0);
+        load(gate + v, count, open + k0);
 #pragma unroll
         for (int k = 0; k < kVector<T>; ++k) open[k0 + k] = sigmoid<T>(open[k0 + k]);
       }
       if (p.mask != nullptr)
 #pragma unroll
-        for (int k = 0; k < kVector<T>; ++k) off |= unsigned{masked(p, b, s + k0 + k)} << (k0 + k);
+        for (int k = 0; k < kVector<T>; ++k) off |= unsigned{k < count && masked(p, b, s + k0 + k)} << (k0 + k);
     }
   }
 
@@ -302,7 +308,7 @@ struct TimeLane {
   }
 };
 
-// Starts the copy of a lane's share of its row, if the channel exists: a vector lies in the row of positions, or
+// Starts the copy of a lane's share of its row, if the channel exists: a vector begins in the row of positions, or lies
 // outside.
 template <class T>
 CK_DEVICE void stage_row(const Problem& p, const TimeTiles& g, const TimeLane& self, const Rows& rows,
@@ -315,7 +321,8 @@ CK_DEVICE void stage_row(const Problem& p, const TimeTiles& g, const TimeLane& s
 #pragma unroll 1
   for (int e = self.part * kVector<T>; e < elements; e += g.lanes * kVector<T>) {
     const bool inside = e >= begin && e < end;
-    cp_async<16>(vector_at<T>(row, e / kVector<T>), inside ? static_cast<const void*>(line + e) : rows.data, inside);
+    stage_pieces(vector_at<T>(row, e / kVector<T>)->at, inside ? line + e : static_cast<const T*>(rows.data),
+                 inside ? end - e : 0, p.vector_bytes);
   }
 }
 
@@ -351,7 +358,9 @@ void time_forward(const CK_PARAM Forward p, const CK_PARAM TimeTiles g, int64_t 
         const int64_t s = start + n * kEight;
         // A channel that does not exist reads another one: nobody stores what becomes of it.
         const int64_t from = exists ? c : 0;
-        const ChunkInputs<T> inputs(p, b, s, words_at<T>(p.x, b, s, from), words_at<T>(p.gate, b, s, from), 1);
+        const ChunkInputs<T> inputs(p, b, s, at<const T>(p.x, b, s, from),
+                                    p.gate.data == nullptr ? nullptr : at<const T>(p.gate, b, s, from), kVector<T>,
+                                    p.vector_bytes);
 #pragma unroll
         for (int v = 0; v < kEight; v += kVector<float>) {
           Words<float> z;
@@ -372,7 +381,7 @@ void time_forward(const CK_PARAM Forward p, const CK_PARAM TimeTiles g, int64_t 
     });
 #pragma unroll
     for (int i = 0; i < kEight; ++i) sum[i] += bias;
-    if (exists) store_chunk<T>(p.y, b, t, c, p.time, sum);
+    if (exists) store_chunk<T>(p, p.y, b, t, c, sum);
     __syncwarp();
   }
 }

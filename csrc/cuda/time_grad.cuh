@@ -23,10 +23,10 @@ void time_backward(const CK_PARAM Backward p, const CK_PARAM TimeTiles g, int64_
   if (need_input) self.fill(p, g, true, work);
   float sums[kChunks * kEight] = {}, bias = 0;
   // Vector v of the lane's chunk of x, and from v = kEight / kVector<T> on of the gate, is 32 v vectors further.
-  constexpr int kStep = 32, kCount = kEight / kVector<T>;
+  constexpr int kStep = 32 * kVector<T>, kCount = kEight / kVector<T>;
   const auto own_of = [&](int tile) {
     char* const end = self.tile(g, tile) - self.row * g.row_bytes + g.stage_bytes() - g.own_bytes;
-    return reinterpret_cast<Words<T>*>(end) + lane;
+    return reinterpret_cast<T*>(end) + lane * kVector<T>;
   };
   TimePlace place = work.start, next = place;
   const auto stage = [&](int tile) {
@@ -36,8 +36,14 @@ void time_backward(const CK_PARAM Backward p, const CK_PARAM TimeTiles g, int64_
 #pragma unroll
       for (int v = 0; v < kCount; ++v) {
         const int64_t s = t + v * kVector<T>;
-        if (need_x) stage_vector(own_of(tile)[v * kStep].at, p.x, next.b, s, c, exists && s < p.time);
-        if (gated) stage_vector(own_of(tile)[(kCount + v) * kStep].at, p.gate, next.b, s, c, exists && s < p.time);
+        const auto copy = [&](int n, const Rows& rows) {
+          const bool inside = exists && s < p.time;
+          stage_pieces(own_of(tile) + n * kStep,
+                       inside ? at<const T>(rows, next.b, s, c) : static_cast<const T*>(rows.data),
+                       inside ? p.time - s : 0, p.vector_bytes);
+        };
+        if (need_x) copy(v, p.x);
+        if (gated) copy(kCount + v, p.gate);
       }
       next.advance(g, p.time);
     }
@@ -53,8 +59,8 @@ void time_backward(const CK_PARAM Backward p, const CK_PARAM TimeTiles g, int64_
     cp_async_wait<kTimeStages - 1>();
     __syncwarp();
     const auto inputs_of = [&] {
-      const Words<T>* const own = own_of(tile);
-      return ChunkInputs<T>(p, b, t, need_x ? own : nullptr, gated ? own + kCount * kStep : nullptr, kStep);
+      const T* const own = own_of(tile);
+      return ChunkInputs<T>(p, b, t, need_x ? own : nullptr, gated ? own + kCount * kStep : nullptr, kStep, 16);
     };
     float dz[kEight];
     for_parts<kPacked>(p, g, t, [&](const ChunkPart& part) {
@@ -74,13 +80,13 @@ void time_backward(const CK_PARAM Backward p, const CK_PARAM TimeTiles g, int64_
       if (p.grad_x.data != nullptr) {
 #pragma unroll
         for (int i = 0; i < kEight; ++i) out[i] = inputs.is_off(i) ? 0.0f : dz[i] * inputs.open[i];
-        store_chunk<T>(p.grad_x, b, t, c, p.time, out);
+        store_chunk<T>(p, p.grad_x, b, t, c, out);
       }
       if (need_gate) {
 #pragma unroll
         for (int i = 0; i < kEight; ++i)
           out[i] = inputs.is_off(i) ? 0.0f : dz[i] * inputs.x[i] * inputs.open[i] * (1 - inputs.open[i]);
-        store_chunk<T>(p.grad_gate, b, t, c, p.time, out);
+        store_chunk<T>(p, p.grad_gate, b, t, c, out);
       }
     }
     if (need_bias) {

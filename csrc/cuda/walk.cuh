@@ -13,18 +13,18 @@ struct Run {
 };
 
 // What a block does: a block of kLaneRow channels, and of an owner's batch rows, phase by phase, the chunks of one
-// group. Blocks are channel blocks, then groups, then owners.
+// group. Blocks are channel blocks, then groups, then owners. Positions begin at -before, a multiple of the dilation.
 struct Work {
   int64_t c0, channels, group, owner;
 
-  CK_DEVICE Work(const Problem& p, int64_t groups) {
+  CK_DEVICE Work(const Problem& p, int64_t groups, int64_t before = 0) {
     const int64_t blocks = ceil_div(p.channels, kLaneRow);
     c0 = blockIdx.x % blocks * kLaneRow;
     channels = least(p.channels - c0, int64_t{kLaneRow});
     group = blockIdx.x / blocks % groups;
     owner = blockIdx.x / blocks / groups;
     dilation_ = p.taps.dilation;
-    per_phase_ = ceil_div(ceil_div(p.time, dilation_), kChunk);
+    per_phase_ = ceil_div(ceil_div(p.time + before, dilation_), kChunk);
     const int64_t all = p.owner_batch() * dilation_ * per_phase_, each = ceil_div(all, groups);
     next_ = group * each;
     last_ = least(next_ + each, all);
@@ -106,8 +106,11 @@ template <class T>
 CK_DEVICE void store_rows(const Problem& p, const Rows& to, const Quad (&run)[kRun], const Phase& phase, int64_t b,
                           int64_t n, const Work& work, int lane) {
   const int64_t t = phase.position(n);
-  store_run(run, lane, work.channels, static_cast<T*>(to.data) + b * to.batch + t * to.time + work.c0,
-            phase.dilation * to.time, t, p.time, phase.dilation);
+  T* const row = static_cast<T*>(to.data) + b * to.batch + t * to.time + work.c0;
+  if (p.vector_bytes == 16)
+    store_vectors(run, lane, work.channels, row, phase.dilation * to.time, t, p.time, phase.dilation);
+  else
+    store_pieces(run, lane, work.channels, row, phase.dilation * to.time, t, p.time, phase.dilation, p.vector_bytes);
 }
 
 template <class T>
@@ -141,7 +144,16 @@ CK_DEVICE void mask_rows(const Problem& p, Quad (&run)[kRun], const Phase& phase
   const int64_t stride = phase.dilation * p.mask_time;
 #pragma unroll
   for (int i = 0; i < kRun; ++i, s += phase.dilation, mask += stride)
-    if (s < p.time && !*mask) run[i] = {};
+    if (within(s, p.time) && !*mask) run[i] = {};
+}
+
+// Stores those of rows n .. n + kRun - 1 that are rows of the state.
+template <class T>
+CK_DEVICE void store_state(const Backward& p, const Quad (&run)[kRun], const Phase& phase, int64_t b, int64_t n,
+                           const Work& work, int lane) {
+  const int64_t span = p.taps.span(), row = phase.position(n) + span;
+  store_pieces(run, lane, work.channels, static_cast<T*>(p.grad_state) + (b * span + row) * p.channels + work.c0,
+               phase.dilation * p.channels, row, span, phase.dilation, p.vector_bytes);
 }
 
 // From d(z) to d(x), in place, and d(gate).

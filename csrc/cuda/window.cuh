@@ -31,53 +31,122 @@ struct Reach {
   }
 };
 
-// Starts the copy of 16 bytes of a row to shared memory; zeros where it is not wanted.
+// Elements of a word.
 template <class T>
-CK_DEVICE void stage_vector(T* shared, const Rows& rows, int64_t b, int64_t s, int64_t c, bool wanted) {
-  cp_async<16>(shared, wanted ? static_cast<const void*>(at<const T>(rows, b, s, c)) : rows.data, wanted);
-}
+constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
 
-// The same for x or the gate: zeros where a position is masked, the state's rows before position 0 of an unpacked row.
-template <class T>
-CK_DEVICE void stage_input(T* shared, const Problem& p, const Rows& rows, int64_t b, int64_t s, int64_t c) {
-  if (s < 0 && p.state != nullptr) {
-    const T* const row =
-        c < p.channels ? state_at<const T>(p, const_cast<void*>(p.state), b, s, c, {0, 0, p.time, 0}) : nullptr;
-    cp_async<16>(shared, row == nullptr ? p.state : row, row != nullptr);
-    return;
+// Loads words of a row in pieces of `bytes`: the first `count` elements, which are whole pieces, and zeros.
+template <class T, int kWords>
+CK_DEVICE void load_pieces(uint32_t (&words)[kWords], const T* from, int64_t count, int bytes) {
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) words[w] = 0;
+  if (kWords == 4 && bytes == 16) {
+    if (count <= 0) return;
+    const uint4 piece = *reinterpret_cast<const uint4*>(from);
+    words[0] = piece.x, words[1] = piece.y, words[kWords - 2] = piece.z, words[kWords - 1] = piece.w;
+  } else if (bytes >= 8) {
+#pragma unroll
+    for (int w = 0; w < kWords; w += 2) {
+      if (w * kPerWord<T> >= count) continue;
+      const uint2 piece = *reinterpret_cast<const uint2*>(from + w * kPerWord<T>);
+      words[w] = piece.x;
+      words[w + 1] = piece.y;
+    }
+  } else if (bytes == 4) {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w)
+      if (w * kPerWord<T> < count) words[w] = *reinterpret_cast<const uint32_t*>(from + w * kPerWord<T>);
+  } else if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (int e = 0; e < 2 * kWords; ++e)
+      if (e < count) words[e / 2] |= uint32_t{from[e].bits} << e % 2 * 16;
   }
-  stage_vector(shared, rows, b, s, c, c < p.channels && s >= 0 && s < p.time && !masked(p, b, s));
 }
 
-// The same for d(loss)/d(y), which no mask concerns.
+// Stores them.
+template <class T, int kWords>
+CK_DEVICE void store_pieces(T* to, const uint32_t (&words)[kWords], int64_t count, int bytes) {
+  if (kWords == 4 && bytes == 16) {
+    if (count > 0) *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[kWords - 2], words[kWords - 1]);
+  } else if (bytes >= 8) {
+#pragma unroll
+    for (int w = 0; w < kWords; w += 2)
+      if (w * kPerWord<T> < count) *reinterpret_cast<uint2*>(to + w * kPerWord<T>) = make_uint2(words[w], words[w + 1]);
+  } else if (bytes == 4) {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w)
+      if (w * kPerWord<T> < count) *reinterpret_cast<uint32_t*>(to + w * kPerWord<T>) = words[w];
+  } else if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (int e = 0; e < 2 * kWords; ++e)
+      if (e < count) to[e] = {static_cast<uint16_t>(words[e / 2] >> e % 2 * 16)};
+  }
+}
+
+// Starts the copy of 16 bytes of a row to shared memory in pieces of `bytes`: the first `count` elements, which are
+// whole pieces, and zeros. Two bytes are fewer than cp.async takes: these are loaded, and stored at once.
 template <class T>
-CK_DEVICE void stage_gradient(T* shared, const Backward& p, int64_t b, int64_t s, int64_t c) {
-  stage_vector(shared, p.grad, b, s, c, c < p.channels && s >= 0 && s < p.time);
+CK_DEVICE void stage_pieces(T* shared, const T* from, int64_t count, int bytes) {
+  if (bytes == 16) {
+    cp_async<16>(shared, from, count > 0);
+  } else if (bytes == 8) {
+#pragma unroll
+    for (int e = 0; e < kVector<T>; e += kVector<T> / 2) cp_async<8>(shared + e, from + e, e < count);
+  } else if (bytes == 4) {
+#pragma unroll
+    for (int e = 0; e < kVector<T>; e += kPerWord<T>) cp_async<4>(shared + e, from + e, e < count);
+  } else {
+    uint32_t words[4];
+    load_pieces(words, from, count, bytes);
+    *reinterpret_cast<uint4*>(shared) = make_uint4(words[0], words[1], words[2], words[3]);
+  }
 }
 
 // Starts the copies of kRows rows at positions s, s + dilation, ... to shared memory, by kThreads threads: of x or the
-// gate (kInput), or of d(y); 1 << log_vectors times 16 bytes of each from channel c0 on, of which `channels` exist.
-// Only the first `wanted` rows are needed. kBatch rows of a thread wait for their masks together.
+// gate (kInput), zeros where a position is masked, or of d(y), which no mask concerns; 1 << log_vectors times 16 bytes
+// of each from channel c0 on, of which `channels` exist. Only the first `wanted` rows are needed. kBatch rows of a
+// thread wait for their masks together. A thread has the same channels in all its rows: those from `column` on in rows
+// first, first + step, ... of the tensor.
+template <class T, bool kInput, int kRows, int kBatch, class P>
+CK_DEVICE void stage_edges(T* to, int pitch, const P& p, const Rows& rows, int64_t b, int64_t s, int64_t dilation,
+                           int wanted, int64_t c, int64_t count, int first, int step) {
+  if (count <= 0) wanted = 0;
+#pragma unroll 1
+  for (int row = first; row < kRows; row += kBatch * step) {
+    unsigned valid = 0;
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      const int64_t position = s + (row + k * step) * dilation;
+      const bool exists = row + k * step < wanted && position >= 0 && position < p.time;
+      valid |= unsigned{exists && !(kInput && masked(p, b, position))} << k;
+    }
+#pragma unroll 1
+    for (int k = 0; k < kBatch; ++k, valid >>= 1) {
+      const int64_t position = s + (row + k * step) * dilation;
+      const T* from = (valid & 1) != 0 ? at<const T>(rows, b, position, c) : nullptr;
+      // The state's rows come before position 0 of an unpacked row.
+      if (kInput && position < 0 && p.state != nullptr && row + k * step < wanted)
+        from = state_at<const T>(p, const_cast<void*>(p.state), b, position, c, {0, 0, p.time, 0});
+      const bool found = from != nullptr;
+      stage_pieces(to + (row + k * step) * pitch, found ? from : static_cast<const T*>(rows.data), found ? count : 0,
+                   p.vector_bytes);
+    }
+  }
+}
+
 template <class T, bool kInput, int kRows, int kThreads, int kBatch, class P>
 CK_DEVICE void stage_rows(T* to, int pitch, int log_vectors, const P& p, const Rows& rows, int64_t b, int64_t s,
                           int64_t dilation, int wanted, int64_t c0, int channels) {
-  // A thread has the same channels in all its rows.
   const int column = (threadIdx.x & ((1 << log_vectors) - 1)) * kVector<T>, step = kThreads >> log_vectors;
   const int first = threadIdx.x >> log_vectors;
   const bool there = column < channels;
-  to += first * pitch + column;
-  if (s < 0 || s + (kRows - 1) * dilation >= p.time || wanted < kRows) {
-#pragma unroll 1
-    for (int row = first; row < kRows; row += step, to += step * pitch) {
-      const int64_t position = s + row * dilation, c = there && row < wanted ? c0 + column : p.channels;
-      if constexpr (kInput)
-        stage_input(to, p, rows, b, position, c);
-      else
-        stage_gradient(to, p, b, position, c);
-    }
-    return;
-  }
-  // All rows exist: one address is found and moved on.
+  to += column;
+  if (p.vector_bytes != 16 || s < 0 || s + (kRows - 1) * dilation >= p.time || wanted < kRows)
+    // What it computes is not to be found before, for the other rows as well.
+    return stage_edges<T, kInput, kRows, kBatch>(to, pitch, p, rows, b, s, dilation, wanted, c0 + column,
+                                                 channels - column, opaque(first), step);
+  // All rows exist, in whole vectors: one address is found and moved on.
+  to += first * pitch;
   const T* from = static_cast<const T*>(rows.data);
   int64_t stride = 0;
   if (there) {

@@ -62,8 +62,8 @@ void each_field(ck::cuda::Facts& facts, Field&& field) {
   field("gate", facts.gate);
   field("packed", facts.packed);
   field("state", facts.state);
-  field("channel_vectors", facts.channel_vectors);
-  field("time_vectors", facts.time_vectors);
+  field("channel_bytes", facts.channel_bytes);
+  field("time_bytes", facts.time_bytes);
   field("multiprocessors", facts.device.multiprocessors);
   field("block_memory", facts.device.block_memory);
 }

@@ -23,7 +23,7 @@ struct AttentionOptions {
 inline HeadRows head_rows(const View& t, ScalarType type, std::initializer_list<int64_t> size, const char* argument,
                           const char* expected) {
   require(t.dim == 4 && t.type == type && std::equal(size.begin(), size.end(), t.size), argument, expected);
-  return {t.data, t.stride[0], t.stride[1], t.stride[2], t.stride[3]};
+  return {t.data, t.step(0), t.step(1), t.step(2), t.stride[3]};
 }
 
 // A [batch, heads, time] tensor of the type that results are accumulated in.
@@ -189,7 +189,7 @@ TenTensors set_attention_gradients(P& p, const Place& place, const Tensor& grad,
     const View like(*t);
     Tensor result = allocate_like(place, *t, like);
     const View view(result);
-    out = {view.data, view.stride[0], view.stride[1], view.stride[2], view.stride[3]};
+    out = {view.data, view.step(0), view.step(1), view.step(2), view.stride[3]};
     return result;
   };
   const auto table = [&](const Optional& t, void*& out) {

@@ -87,13 +87,17 @@ struct View {
   int64_t dim;
   const int64_t *size, *stride;
   ScalarType type;
+
+  // The stride of a dimension that is not the last, 0 if nothing follows its first element: how it is written there is
+  // no reason to take a tensor for misaligned.
+  int64_t step(int64_t i) const { return size[i] <= 1 ? 0 : stride[i]; }
 };
 
 // A [batch, time, channels] tensor of x's shape and dtype.
 inline Rows rows_like(const View& t, const View& x, const char* argument) {
   require(t.dim == 3 && t.type == x.type, argument, "three dimensions and the dtype of x");
   require(t.size[0] == x.size[0] && t.size[1] == x.size[1] && t.size[2] == x.size[2], argument, "the shape of x");
-  return {t.data, t.stride[0], t.stride[1], t.stride[2]};
+  return {t.data, t.step(0), t.step(1), t.stride[2]};
 }
 
 inline void poison(const Place& place, const Tensor& t) {
