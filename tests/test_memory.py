@@ -70,6 +70,48 @@ def test_guard_bands(name, dtype, ops):
         guard.check(n)
 
 
+# Channels and positions around a quad, a vector and a block, of which a number that is odd is read at a time.
+IN_PIECES = {
+    "depthwise": {"heads": 135, "head_size": 1, "taps": 3, "softmax": True, "bias": True, "padding_mask": 2},
+    "light": {"heads": 3, "head_size": 9, "taps": 7, "gate": True, "padding_mask": 1},
+    "long": {"heads": 3, "head_size": 24, "taps": 31, "bias": True},
+    "long gate": {"heads": 2, "head_size": 40, "taps": 15, "gate": True, "padding_mask": 2},
+    "dynamic": {"heads": 3, "head_size": 4, "taps": 5, "gate": True, "kind": "dynamic", "softmax": True},
+    "state": {"heads": 5, "head_size": 1, "taps": 4, "dilation": 2, "state": True, "left": 6, "padding_mask": 2},
+    "packed": {"batch": 1, "heads": 11, "head_size": 1, "taps": 3, "lengths": (40, 0, 1, 33)},
+}
+
+
+@pytest.mark.parametrize("positions", [False, True], ids=["channels", "positions"])
+@pytest.mark.parametrize("piece", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", IN_PIECES)
+def test_guard_bands_of_pieces(name, dtype, piece, positions, ops):
+    """The same where channels, or positions, can be read `piece` at a time and no more."""
+    options = IN_PIECES[name]
+    wide = options["head_size"] % 4 != 0 and not positions
+    problem = Problem(**{
+        "batch": 2, "length": 67 * (piece if positions else 1), "left": 1, "dtype": dtype, "weight_dtype": dtype,
+        **options, "head_size": options["head_size"] * (piece if wide else 1),
+    })  # fmt: skip
+    plain = problem.tensors()
+    guards, t = {}, dict(plain)
+    for n, tensor in plain.items():
+        if tensor is not None:
+            turned = positions and n in ("x", "gate", "grad")
+            guards[n] = Guarded(tensor.transpose(1, 2) if turned else tensor, piece)
+            t[n] = guards[n].view.transpose(1, 2) if turned else guards[n].view
+    bounds = Bounds(*problem.op_arguments(plain))
+    bounds.output().check(ops.tap_conv(*problem.op_arguments(t)), "y")
+    gradients = ops.tap_grad(*problem.grad_arguments(t))
+    expected = bounds.gradients(plain["grad"])
+    for result, grad in zip(("x", "weight", "bias", "gate", "initial_state"), gradients, strict=True):
+        if grad.shape != (0,):
+            expected[result].check(grad, f"grad_{result}")
+    for n, guard in guards.items():
+        guard.check(n)
+
+
 @pytest.mark.parametrize("taps", [1, 2, 7])
 def test_guard_bands_of_a_step(taps, ops):
     """The state is written in place: exactly the state, and nothing beside it."""

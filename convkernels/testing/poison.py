@@ -33,11 +33,11 @@ class Guarded:
     to an input by `check(unchanged=True)`.
     """
 
-    def __init__(self, tensor):
-        shape = [size + 2 * MARGIN for size in tensor.shape]
+    def __init__(self, tensor, margin=MARGIN):
+        shape = [size + 2 * margin for size in tensor.shape]
         fill = float("nan") if tensor.dtype.is_floating_point else (True if tensor.dtype == torch.bool else 99)
         self.buffer = torch.full(shape, fill, dtype=tensor.dtype, device=tensor.device)
-        self.index = tuple(slice(MARGIN, MARGIN + size) for size in tensor.shape)
+        self.index = tuple(slice(margin, margin + size) for size in tensor.shape)
         self.view = self.buffer[self.index]
         self.view.copy_(tensor)
         self.before = self.buffer.clone()

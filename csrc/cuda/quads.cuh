@@ -1,6 +1,8 @@
 // Four adjacent channels of a row in a thread's registers, and runs of rows of them.
 #pragma once
 
+#include <type_traits>
+
 #include "../common/switch.h"
 #include "config.h"
 #include "filters.cuh"
@@ -40,17 +42,6 @@ CK_DEVICE Quad load_quad(const T* from, int64_t count, int bytes) {
       q.v[e] = widen(T{static_cast<uint16_t>(words[e / 2] >> e % 2 * 16)});
   }
   return q;
-}
-template <class T>
-CK_DEVICE void store_quad(T* to, const Quad& q, int64_t count, int bytes) {
-  uint32_t words[kQuadWords<T>];
-  for (int w = 0; w < kQuadWords<T>; ++w) {
-    if constexpr (sizeof(T) == 4)
-      words[w] = __float_as_uint(q.v[w]);
-    else
-      words[w] = narrow_pair<T>(q.v[2 * w], q.v[2 * w + 1]);
-  }
-  store_pieces(to, words, count, bytes);
 }
 
 CK_DEVICE void add_product(Quad& sum, const Quad& a, const Quad& b) {
@@ -102,10 +93,27 @@ CK_DEVICE void store_vectors(const Quad (&run)[kRun], int lane, int64_t channels
 template <class T>
 CK_DEVICE void store_pieces(const Quad (&run)[kRun], int lane, int64_t channels, T* to, int64_t stride, int64_t t,
                             int64_t time, int64_t dilation, int bytes) {
-  to += lane * kQuad;
+  uint32_t words[kRun][kQuadWords<T>];
 #pragma unroll
-  for (int i = 0; i < kRun; ++i, to += stride, t += dilation)
-    if (within(t, time)) store_quad(to, run[i], channels - lane * kQuad, bytes);
+  for (int i = 0; i < kRun; ++i)
+    for (int w = 0; w < kQuadWords<T>; ++w) {
+      if constexpr (sizeof(T) == 4)
+        words[i][w] = __float_as_uint(run[i].v[w]);
+      else
+        words[i][w] = narrow_pair<T>(run[i].v[2 * w], run[i].v[2 * w + 1]);
+    }
+  const auto store = [&](auto known) {
+#pragma unroll
+    for (int i = 0; i < kRun; ++i, to += stride, t += dilation)
+      if (within(t, time)) store_pieces(to, words[i], channels - lane * kQuad, decltype(known)::value);
+  };
+  to += lane * kQuad;
+  if (bytes >= 8)
+    store(std::integral_constant<int, 8>{});
+  else if (bytes == 4)
+    store(std::integral_constant<int, 4>{});
+  else if constexpr (sizeof(T) == 2)
+    store(std::integral_constant<int, 2>{});
 }
 
 // Chunks of rows of kLaneRow channels in shared memory, overwritten in turn.

@@ -66,17 +66,21 @@ void stream_forward(const CK_PARAM Forward p, int64_t groups) {
       cp_async_commit();
     };
     __syncthreads();  // the run before this one has been read
-    for (int chunk = 0; chunk < (kGate ? kAhead : window + kAhead - 1); ++chunk) issue(chunk);
-    // The chunks of the first window are gated before there is anything to compute.
-    for (int64_t k = kGate ? 1 - window : 0; k < run.count; ++k) {
-      cp_async_wait<kAhead - 1>();
-      __syncthreads();
-      issue(k + window + kAhead - 1);
-      if constexpr (kGate) {
-        input.gate(k + window - 1, lane, warp);
+    // At first there is nothing to wait for. The chunks of the first window are gated before there is anything to
+    // compute.
+    const int first = kGate ? 1 - window : 0;
+    for (int64_t k = 1 - window - kAhead; k < run.count; ++k) {
+      if (k >= first) {
+        cp_async_wait<kAhead - 1>();
         __syncthreads();
-        if (k < 0) continue;
       }
+      issue(k + window + kAhead - 1);
+      if constexpr (kGate)
+        if (k >= first) {
+          input.gate(k + window - 1, lane, warp);
+          __syncthreads();
+        }
+      if (k < 0) continue;
       const int64_t n = n0 + k * kChunk + warp * kRun;
       Quad total[kRun] = {};
       const Borders borders(p, p.taps, reach.from, n);

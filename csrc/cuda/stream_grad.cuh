@@ -57,18 +57,20 @@ void stream_backward(const CK_PARAM Backward p) {
     const auto issue = [&](int64_t chunk, int64_t own) {
       if (chunk < run.count + window - 1)
         copy_gradient(ring.chunk(chunk), p, reach.to, run.b, m0 + chunk * kChunk, work.c0);
-      if (own < run.count) {
+      if (own >= 0 && own < run.count) {
         if (need_weight || gated) copy_input(own_x.chunk(own), p, p.x, reach.from, run.b, n0 + own * kChunk, work.c0);
         if (gated) copy_input(own_gate.chunk(own), p, p.gate, reach.from, run.b, n0 + own * kChunk, work.c0);
       }
       cp_async_commit();
     };
     __syncthreads();  // the run before this one has been read
-    for (int chunk = 0; chunk < window + kAhead - 1; ++chunk) issue(chunk, chunk < kAhead ? chunk : run.count);
-    for (int64_t k = 0; k < run.count; ++k) {
-      cp_async_wait<kAhead - 1>();
-      __syncthreads();
+    for (int64_t k = 1 - window - kAhead; k < run.count; ++k) {
+      if (k >= 0) {  // before, there is nothing to wait for
+        cp_async_wait<kAhead - 1>();
+        __syncthreads();
+      }
       issue(k + window + kAhead - 1, k + kAhead);
+      if (k < 0) continue;
       const int64_t n = n0 + k * kChunk + warp * kRun;
       const T* const x = own_x.chunk(k) + warp * kRun * kLaneRow + lane * kQuad;
       const T* const gate = own_gate.chunk(k) + warp * kRun * kLaneRow + lane * kQuad;

@@ -97,43 +97,59 @@ CK_DEVICE void stage_pieces(T* shared, const T* from, int64_t count, int bytes) 
     for (int e = 0; e < kVector<T>; e += kPerWord<T>) cp_async<4>(shared + e, from + e, e < count);
   } else {
     uint32_t words[4];
-    load_pieces(words, from, count, bytes);
+    load_pieces(words, from, count, 2);
     *reinterpret_cast<uint4*>(shared) = make_uint4(words[0], words[1], words[2], words[3]);
+  }
+}
+
+// What stage_rows does, for rows of which some do not exist, or that are read in pieces: those of one thread, `first`
+// and every `step` after it, `count` channels from c on.
+template <class T, bool kInput, int kRows, int kBatch, class P>
+CK_DEVICE void stage_any_rows(T* to, int pitch, const P& p, const Rows& rows, int64_t b, int64_t s, int64_t dilation,
+                              int wanted, int64_t c, int64_t count, int first, int step) {
+  if (count <= 0) wanted = 0;
+  int64_t position = s + first * dilation;
+  const int64_t hop = step * dilation, stride = hop * rows.time;
+  const T* from = at<const T>(rows, b, position, c);
+  to += first * pitch;
+#pragma unroll 1
+  for (int row = first; row < kRows;) {
+    unsigned valid = 0;
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      const int64_t t = position + k * hop;
+      valid |= unsigned{row + k * step < wanted && t >= 0 && t < p.time} << k;
+    }
+    if (kInput && p.mask != nullptr) {
+      // Read for every row, so that no branch comes between: the first of the mask where there is none.
+      bool open[kBatch];
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k)
+        open[k] = p.mask[(valid >> k & 1) != 0 ? b * p.mask_batch + (position + k * hop) * p.mask_time : 0];
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) valid &= ~(unsigned{!open[k]} << k);
+    }
+    // One after the other: of all at once there would be much code.
+#pragma unroll 1
+    for (int k = 0; k < kBatch; ++k) {
+      const T* found = (valid >> k & 1) != 0 ? from : nullptr;
+      // The state's rows come before position 0 of an unpacked row.
+      if (kInput && position < 0 && p.state != nullptr && row < wanted)
+        found = state_at<const T>(p, const_cast<void*>(p.state), b, position, c, {0, 0, p.time, 0});
+      stage_pieces(to, found == nullptr ? static_cast<const T*>(rows.data) : found, found == nullptr ? 0 : count,
+                   p.vector_bytes);
+      row += step;
+      position += hop;
+      from += stride;
+      to += step * pitch;
+    }
   }
 }
 
 // Starts the copies of kRows rows at positions s, s + dilation, ... to shared memory, by kThreads threads: of x or the
 // gate (kInput), zeros where a position is masked, or of d(y), which no mask concerns; 1 << log_vectors times 16 bytes
 // of each from channel c0 on, of which `channels` exist. Only the first `wanted` rows are needed. kBatch rows of a
-// thread wait for their masks together. A thread has the same channels in all its rows: those from `column` on in rows
-// first, first + step, ... of the tensor.
-template <class T, bool kInput, int kRows, int kBatch, class P>
-CK_DEVICE void stage_edges(T* to, int pitch, const P& p, const Rows& rows, int64_t b, int64_t s, int64_t dilation,
-                           int wanted, int64_t c, int64_t count, int first, int step) {
-  if (count <= 0) wanted = 0;
-#pragma unroll 1
-  for (int row = first; row < kRows; row += kBatch * step) {
-    unsigned valid = 0;
-#pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      const int64_t position = s + (row + k * step) * dilation;
-      const bool exists = row + k * step < wanted && position >= 0 && position < p.time;
-      valid |= unsigned{exists && !(kInput && masked(p, b, position))} << k;
-    }
-#pragma unroll 1
-    for (int k = 0; k < kBatch; ++k, valid >>= 1) {
-      const int64_t position = s + (row + k * step) * dilation;
-      const T* from = (valid & 1) != 0 ? at<const T>(rows, b, position, c) : nullptr;
-      // The state's rows come before position 0 of an unpacked row.
-      if (kInput && position < 0 && p.state != nullptr && row + k * step < wanted)
-        from = state_at<const T>(p, const_cast<void*>(p.state), b, position, c, {0, 0, p.time, 0});
-      const bool found = from != nullptr;
-      stage_pieces(to + (row + k * step) * pitch, found ? from : static_cast<const T*>(rows.data), found ? count : 0,
-                   p.vector_bytes);
-    }
-  }
-}
-
+// thread wait for their masks together. A thread has the same channels in all its rows.
 template <class T, bool kInput, int kRows, int kThreads, int kBatch, class P>
 CK_DEVICE void stage_rows(T* to, int pitch, int log_vectors, const P& p, const Rows& rows, int64_t b, int64_t s,
                           int64_t dilation, int wanted, int64_t c0, int channels) {
@@ -142,9 +158,9 @@ CK_DEVICE void stage_rows(T* to, int pitch, int log_vectors, const P& p, const R
   const bool there = column < channels;
   to += column;
   if (p.vector_bytes != 16 || s < 0 || s + (kRows - 1) * dilation >= p.time || wanted < kRows)
-    // What it computes is not to be found before, for the other rows as well.
-    return stage_edges<T, kInput, kRows, kBatch>(to, pitch, p, rows, b, s, dilation, wanted, c0 + column,
-                                                 channels - column, opaque(first), step);
+    // Opaque, so that nothing of it is computed ahead, for the case below as well.
+    return stage_any_rows<T, kInput, kRows, kBatch>(to, pitch, p, rows, b, s, dilation, wanted, c0 + column,
+                                                    channels - column, opaque(first), step);
   // All rows exist, in whole vectors: one address is found and moved on.
   to += first * pitch;
   const T* from = static_cast<const T*>(rows.data);
