@@ -47,6 +47,7 @@ struct Plan {
   Family family = Family::kPlain;
   int64_t groups = 1;        // pieces of an owner's positions, each computed, and summed, by one block
   int64_t shared_bytes = 0;  // of a block's memory; of the time family, what its tiles may take
+  int64_t lanes = 0;         // of the rows family: of a warp, that a head has
 };
 
 inline int64_t at_least_one(int64_t n) { return n < 1 ? 1 : n; }
@@ -86,11 +87,25 @@ inline int64_t slots_of(const Facts& f, int64_t bytes, int64_t most) {
 // ---- stream: blocks of 128 channels, 32 rows at a time
 
 constexpr int kQuad = 4;              // channels per thread
-constexpr int kLaneRow = 32 * kQuad;  // channels of a warp, and of a block
+constexpr int kLaneRow = 32 * kQuad;  // channels of a warp, and of a block at most
 constexpr int kRun = 8;               // consecutive rows of a thread
 constexpr int kStreamWarps = 4, kStreamThreads = 32 * kStreamWarps;
 constexpr int kChunk = kStreamWarps * kRun;  // rows that are copied, and computed, at a time
 constexpr int kAhead = 2;                    // chunks on their way while one is computed
+
+// How channels are cut into blocks: from every `span`-th on, `pieces` blocks of `width` channels, of which the last may
+// have fewer.
+struct Columns {
+  int64_t span, width;
+  uint32_t pieces, blocks;
+
+  CK_HD Columns(int64_t channels, int64_t span, int64_t width, int64_t pieces)
+      : span(span),
+        width(width),
+        pieces(static_cast<uint32_t>(pieces)),
+        blocks(static_cast<uint32_t>((channels + span - 1) / span * pieces)) {}
+  CK_HD explicit Columns(int64_t channels) : Columns(channels, kLaneRow, kLaneRow, 1) {}
+};
 
 // Filters with at most this many taps have the sums for their gradient in registers, longer ones in shared memory.
 constexpr int kFewTaps = kRun;
@@ -142,38 +157,71 @@ inline bool stream_possible(const Facts& f, bool backward) {
 // Blocks that registers leave room for: 128 threads of at most 168, or 255.
 constexpr int64_t kForwardBlocks = 3, kBackwardBlocks = 2;
 
-inline Plan walk_plan(Family family, const Facts& f, bool backward, int64_t bytes, int64_t blocks) {
-  const int64_t columns = (f.channels + kLaneRow - 1) / kLaneRow * f.owners();
+inline Plan walk_plan(Family family, const Facts& f, bool backward, const Columns& cut, int64_t bytes, int64_t blocks) {
+  const int64_t columns = cut.blocks * f.owners();
   // A block fills its window, makes its filters and adds up its sums besides.
   return {family,
           best_groups(f, stream_chunks(f, backward), columns, slots_of(f, bytes, blocks), stream_window(f.taps) + 1),
           bytes};
 }
 
-// ---- rows: blocks as of the stream kernels, which hold whole heads
-
-CK_HD int64_t rows_heads(int64_t head_channels) { return kLaneRow / head_channels; }
-CK_HD int64_t rows_pitch(int64_t taps) { return taps / 2 * 2 + 1; }
-// Filters of a chunk of rows.
-CK_HD int64_t rows_table_bytes(int64_t taps, int64_t head_channels) {
-  return kChunk * rows_heads(head_channels) * rows_pitch(taps) * 4;
+inline Plan stream_plan(const Facts& f, bool backward) {
+  return walk_plan(Family::kStream, f, backward, Columns(f.channels), stream_bytes(f, backward),
+                   backward ? kBackwardBlocks : kForwardBlocks);
 }
 
-inline int64_t rows_bytes(const Facts& f, bool backward) {
-  const int64_t size = size_of(f.dtype), window = stream_window(f.taps),
-                table = rows_table_bytes(f.taps, f.head_channels());
+// ---- rows: blocks as of the stream kernels, which hold whole heads, or a piece of one that is longer than a block
+
+// Blocks that share a head of R channels.
+inline int64_t rows_pieces(int64_t R) { return (R + kLaneRow - 1) / kLaneRow; }
+// lanes: of a warp, that a head has.
+inline Columns rows_columns(int64_t channels, int64_t R, int64_t lanes) {
+  const int64_t pieces = rows_pieces(R), whole = 32 / lanes * R;
+  if (pieces == 1) return {channels, whole, whole, 1};
+  return {channels, R, ((R + pieces - 1) / pieces + 7) / 8 * 8, pieces};  // whole vectors, of 16 bits as well
+}
+
+CK_HD int64_t rows_pitch(int64_t taps) { return taps / 2 * 2 + 1; }
+// Filters of `rows` rows.
+CK_HD int64_t rows_table_bytes(int64_t taps, int64_t lanes, int64_t rows = kChunk) {
+  return (rows * (32 / lanes) * rows_pitch(taps) * 4 + 15) / 16 * 16;
+}
+
+inline int64_t rows_bytes(const Facts& f, int64_t lanes, bool backward) {
+  const int64_t size = size_of(f.dtype), window = stream_window(f.taps), table = rows_table_bytes(f.taps, lanes);
   const int64_t input = f.gate ? window * stream_chunk_bytes(4) + 2 * (1 + kAhead) * stream_chunk_bytes(size)
                                : (window + kAhead) * stream_chunk_bytes(size);
-  return backward ? (window + 1) * table + (window + kAhead) * stream_chunk_bytes(size) + input : table + input;
+  // Where positions share filters, a warp keeps those of whole windows, and sums for their gradient.
+  const int64_t own = f.per_position ? 0 : kStreamWarps;
+  if (!backward) return rows_table_bytes(f.taps, lanes, kChunk + own) + input;
+  return (window + 1) * table + rows_table_bytes(f.taps, lanes, 2 * own) +
+         (window + kAhead) * stream_chunk_bytes(size) + input;
+}
+
+// Lanes of a head: a power of two, for sums over them. The fewest that its quads need, or more, for fewer filters per
+// block, until these fit; 0 if nothing does. The others are idle.
+inline int64_t rows_lanes(const Facts& f, bool backward) {
+  const int64_t R = f.head_channels();
+  if (R % kQuad != 0) return 0;  // a lane serves one head
+  for (int64_t lanes = 1; lanes <= 32; lanes *= 2) {
+    const bool enough = lanes == 32 || lanes * kQuad >= R;
+    if (enough && rows_bytes(f, lanes, backward) <= f.device.block_memory) return lanes;
+  }
+  return 0;
 }
 
 inline bool rows_possible(const Facts& f, bool backward) {
   if (f.channel_bytes == 0 || f.dtype == Dtype::kFloat64 || !f.per_row() || f.dilation > f.time) return false;
-  if (f.head_channels() % kQuad != 0 || kLaneRow % f.head_channels() != 0) return false;
   if (f.state && (f.gate || f.packed || backward)) return false;
-  // Gradients of shared filters would have to be summed over positions.
-  if (backward && !f.per_position) return false;
-  return rows_bytes(f, backward) <= f.device.block_memory;
+  return rows_lanes(f, backward) != 0;
+}
+
+inline Plan rows_plan(const Facts& f, bool backward) {
+  const int64_t lanes = rows_lanes(f, backward);
+  Plan plan = walk_plan(Family::kRows, f, backward, rows_columns(f.channels, f.head_channels(), lanes),
+                        rows_bytes(f, lanes, backward), kBackwardBlocks);
+  plan.lanes = lanes;
+  return plan;
 }
 
 // ---- band: blocks of 32 or 64 channels of a head, 64 rows at a time
@@ -290,17 +338,17 @@ inline Plan time_plan(const Facts& f) {
 // A single channel is a row of positions rather than rows of channels.
 inline Plan plan_forward(const Facts& f) {
   if (band_wanted(f, false)) return band_plan(f, false);
-  if (rows_possible(f, false)) return walk_plan(Family::kRows, f, false, rows_bytes(f, false), kBackwardBlocks);
+  if (rows_possible(f, false)) return rows_plan(f, false);
   if (time_possible(f, false)) return time_plan(f);
-  if (stream_possible(f, false)) return walk_plan(Family::kStream, f, false, stream_bytes(f, false), kForwardBlocks);
+  if (stream_possible(f, false)) return stream_plan(f, false);
   return {};
 }
 
 inline Plan plan_backward(const Facts& f) {
   if (band_wanted(f, true)) return band_plan(f, true);
-  if (rows_possible(f, true)) return walk_plan(Family::kRows, f, true, rows_bytes(f, true), kBackwardBlocks);
+  if (rows_possible(f, true)) return rows_plan(f, true);
   if (time_possible(f, true)) return time_plan(f);
-  if (stream_possible(f, true)) return walk_plan(Family::kStream, f, true, stream_bytes(f, true), kBackwardBlocks);
+  if (stream_possible(f, true)) return stream_plan(f, true);
   const int64_t columns = f.per_row() ? f.heads / 8 : f.channels / 32 * ((f.taps + 7) / 8);
   return {Family::kPlain, groups_of(f, f.owner_rows(), columns)};
 }

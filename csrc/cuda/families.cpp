@@ -73,7 +73,11 @@ const char* with_family(const Plan& plan, Dtype dtype, const Run& run) {
 }
 
 void set_pieces(Problem& p, const Facts& facts, const Plan& plan) {
-  p.vector_bytes = static_cast<int>(plan.family == Family::kTime ? facts.time_bytes : facts.channel_bytes);
+  int64_t bytes = plan.family == Family::kTime ? facts.time_bytes : facts.channel_bytes;
+  // Their blocks begin with a head.
+  if (plan.family == Family::kRows)
+    bytes = std::min(bytes, greatest_piece(static_cast<uint64_t>(facts.head_channels() * size_of(p.dtype))));
+  p.vector_bytes = static_cast<int>(bytes);
 }
 
 // Enters where partial sums go. Returns the bytes they take.
@@ -81,10 +85,13 @@ int64_t assign(Backward& p, const Plan& plan, void* workspace) {
   p.groups = plan.groups;
   Rooms rooms(workspace, p.dtype);
   const int64_t rows = p.owners() * p.groups;
+  const int64_t pieces = plan.family == Family::kRows ? rows_pieces(p.head_channels()) : 1;
   if (p.grad_weight != nullptr && !p.per_position)
-    p.partial_weight = rooms.take(rows * (p.renormalize ? p.heads : p.channels) * p.taps.taps);
+    p.partial_weight = rooms.take(rows * (p.renormalize ? p.heads * pieces : p.channels) * p.taps.taps);
+  if (p.grad_weight != nullptr && p.per_position && pieces > 1)
+    p.partial_weight = rooms.take(pieces * p.filters() * p.taps.taps);
   if (p.grad_bias != nullptr) p.partial_bias = rooms.take(rows * p.channels);
-  if (p.per_row() && p.softmax) p.statistics = rooms.take(2 * p.batch * p.time * p.heads);
+  if (p.per_row() && p.softmax && plan.family == Family::kPlain) p.statistics = rooms.take(2 * p.filters());
   return rooms.used();
 }
 

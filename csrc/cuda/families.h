@@ -49,6 +49,9 @@ struct Reduce {
   static const void* sample();
 };
 
+// grad_weight of filters per position, from sums over pieces of their heads.
+const char* add_pieces(const Backward& p, int64_t pieces, Stream stream);
+
 // What the choice of kernels depends on.
 Facts facts_of(const Forward& p);
 Facts facts_of(const Backward& p);

@@ -24,6 +24,8 @@ struct Problem : ck::Problem {
   // An owner is a set of filters that positions share, and the batch rows it serves: all, or one.
   CK_HD int64_t owners() const { return per_batch && !per_position ? batch : 1; }
   CK_HD int64_t owner_batch() const { return owners() == 1 ? batch : 1; }
+  // Filters that differ between positions.
+  CK_HD int64_t filters() const { return batch * time * heads; }
 };
 
 struct Forward : Problem {
@@ -33,7 +35,7 @@ struct Forward : Problem {
 struct Backward : Problem, Gradients {
   // Sums over positions are first made piece by piece, in these, and then added in a fixed order: [owner, group,
   // column, taps] and [group, channels] of the accumulation type. An owner is a set of filters: one, or one per batch
-  // row.
+  // row. Filters per position whose heads are cut have sums over their pieces: [piece, batch, time, heads, taps].
   void* partial_weight = nullptr;
   void* partial_bias = nullptr;
   int64_t groups = 1;  // pieces per owner

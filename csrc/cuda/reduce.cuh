@@ -63,6 +63,17 @@ void reduce_weight(const CK_PARAM Backward p, int64_t pieces, bool finished) {
   }
 }
 
+// grad_weight of filters per position from partial_weight [pieces, filters, K], a thread per number.
+CK_GLOBAL(kReduceThreads, 2)
+void reduce_pieces(const CK_PARAM Backward p, int64_t pieces) {
+  const int64_t count = p.filters() * p.taps.taps, i = int64_t{blockIdx.x} * kReduceThreads + threadIdx.x;
+  if (i >= count) return;
+  const float* const from = static_cast<const float*>(p.partial_weight) + i;
+  float total = 0;
+  for (int64_t piece = 0; piece < pieces; ++piece) total += from[piece * count];
+  store_as(p.grad_weight, i, p.weight_dtype, total);
+}
+
 // grad_bias from partial_bias [rows, channels]; a block per 32 channels.
 template <class C>
 CK_GLOBAL(kReduceThreads, 2)

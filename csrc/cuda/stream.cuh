@@ -52,7 +52,7 @@ CK_GLOBAL(kStreamThreads, 3)
 void stream_forward(const CK_PARAM Forward p, int64_t groups) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, K = static_cast<int>(p.taps.taps);
   const int window = static_cast<int>(stream_window(K));
-  Work work(p, groups);
+  Work work(p, groups, Columns(p.channels));
   const FilterTable<kShared> table{reinterpret_cast<float*>(shared_memory())};
   const InputRing<T, kGate> input(shared_memory() + stream_table_bytes(K, kShared), window);
   table.fill(p, work.owner, work.c0);
@@ -62,7 +62,7 @@ void stream_forward(const CK_PARAM Forward p, int64_t groups) {
     const Reach reach(p.taps, run.phase);
     const int64_t n0 = run.start * kChunk, m0 = n0 + reach.offset;
     const auto issue = [&](int64_t chunk) {
-      if (chunk < run.count + window - 1) input.issue(p, reach.to, run.b, m0 + chunk * kChunk, chunk, work.c0);
+      if (chunk < run.count + window - 1) input.issue(p, reach.to, run.b, m0 + chunk * kChunk, chunk, work);
       cp_async_commit();
     };
     __syncthreads();  // the run before this one has been read

@@ -29,7 +29,7 @@ void stream_backward(const CK_PARAM Backward p) {
   const int window = static_cast<int>(stream_window(K));
   // Rows of the state come before the others.
   const int64_t before = p.state == nullptr ? 0 : taps.span();
-  Work work(p, p.groups, before);
+  Work work(p, p.groups, Columns(p.channels), before);
   const bool need_input = p.grad_x.data != nullptr || p.grad_gate.data != nullptr || p.grad_state != nullptr;
   const bool need_weight = p.grad_weight != nullptr, need_bias = p.grad_bias != nullptr;
   const bool gated = p.gate.data != nullptr;
@@ -56,10 +56,10 @@ void stream_backward(const CK_PARAM Backward p) {
     const int64_t n0 = run.start * kChunk, m0 = n0 + reach.offset;
     const auto issue = [&](int64_t chunk, int64_t own) {
       if (chunk < run.count + window - 1)
-        copy_gradient(ring.chunk(chunk), p, reach.to, run.b, m0 + chunk * kChunk, work.c0);
+        copy_gradient(ring.chunk(chunk), p, reach.to, run.b, m0 + chunk * kChunk, work);
       if (own >= 0 && own < run.count) {
-        if (need_weight || gated) copy_input(own_x.chunk(own), p, p.x, reach.from, run.b, n0 + own * kChunk, work.c0);
-        if (gated) copy_input(own_gate.chunk(own), p, p.gate, reach.from, run.b, n0 + own * kChunk, work.c0);
+        if (need_weight || gated) copy_input(own_x.chunk(own), p, p.x, reach.from, run.b, n0 + own * kChunk, work);
+        if (gated) copy_input(own_gate.chunk(own), p, p.gate, reach.from, run.b, n0 + own * kChunk, work);
       }
       cp_async_commit();
     };
@@ -149,7 +149,7 @@ void stream_backward(const CK_PARAM Backward p) {
       }
     }
   }
-  if (need_bias) store_bias_sums(p, bias_sum, reinterpret_cast<float*>(room), partial, work);
+  if (need_bias) store_bias_sums(p, bias_sum, reinterpret_cast<float*>(room), partial, work, lane);
 }
 
 }  // namespace ck::cuda

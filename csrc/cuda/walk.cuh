@@ -12,17 +12,22 @@ struct Run {
   int64_t b, phase, start, count;
 };
 
-// What a block does: a block of kLaneRow channels, and of an owner's batch rows, phase by phase, the chunks of one
-// group. Blocks are channel blocks, then groups, then owners. Positions begin at -before, a multiple of the dilation.
+// What a block does: a block of at most kLaneRow channels, and of an owner's batch rows, phase by phase, the chunks of
+// one group. Blocks are channel blocks, then groups, then owners. Positions begin at -before, a multiple of the
+// dilation.
 struct Work {
   int64_t c0, channels, group, owner;
+  int piece;  // of a head, if heads are cut
 
-  CK_DEVICE Work(const Problem& p, int64_t groups, int64_t before = 0) {
-    const int64_t blocks = ceil_div(p.channels, kLaneRow);
-    c0 = blockIdx.x % blocks * kLaneRow;
-    channels = least(p.channels - c0, int64_t{kLaneRow});
-    group = blockIdx.x / blocks % groups;
-    owner = blockIdx.x / blocks / groups;
+  CK_DEVICE Work(const Problem& p, int64_t groups, const Columns& columns, int64_t before = 0) {
+    // A grid has fewer than 2^31 blocks.
+    const uint32_t block = blockIdx.x % columns.blocks, others = blockIdx.x / columns.blocks;
+    const int64_t first = block / columns.pieces * columns.span;
+    piece = static_cast<int>(block % columns.pieces);
+    c0 = first + piece * columns.width;
+    channels = least(least(first + columns.span, p.channels) - c0, columns.width);
+    group = others % static_cast<uint32_t>(groups);
+    owner = others / static_cast<uint32_t>(groups);
     dilation_ = p.taps.dilation;
     per_phase_ = ceil_div(ceil_div(p.time + before, dilation_), kChunk);
     const int64_t all = p.owner_batch() * dilation_ * per_phase_, each = ceil_div(all, groups);
@@ -45,19 +50,19 @@ struct Work {
 // Starts the copy of a chunk of x or the gate, or of d(y), whose first row is row `first` of the phase.
 template <class T, bool kInput, class P>
 CK_DEVICE void copy_chunk(T* to, const P& p, const Rows& rows, const Phase& phase, int64_t b, int64_t first,
-                          int64_t c0) {
+                          const Work& work) {
   stage_rows<T, kInput, kChunk, kStreamThreads, 4>(to, kLaneRow, sizeof(T) == 4 ? 5 : 4, p, rows, b,
-                                                   phase.position(first), phase.dilation, kChunk, c0,
-                                                   static_cast<int>(least(p.channels - c0, int64_t{kLaneRow})));
+                                                   phase.position(first), phase.dilation, kChunk, work.c0,
+                                                   static_cast<int>(work.channels));
 }
 template <class T>
 CK_DEVICE void copy_input(T* to, const Problem& p, const Rows& rows, const Phase& phase, int64_t b, int64_t first,
-                          int64_t c0) {
-  copy_chunk<T, true>(to, p, rows, phase, b, first, c0);
+                          const Work& work) {
+  copy_chunk<T, true>(to, p, rows, phase, b, first, work);
 }
 template <class T>
-CK_DEVICE void copy_gradient(T* to, const Backward& p, const Phase& phase, int64_t b, int64_t first, int64_t c0) {
-  copy_chunk<T, false>(to, p, p.grad, phase, b, first, c0);
+CK_DEVICE void copy_gradient(T* to, const Backward& p, const Phase& phase, int64_t b, int64_t first, const Work& work) {
+  copy_chunk<T, false>(to, p, p.grad, phase, b, first, work);
 }
 
 // Rows of z in windows of some chunks. With a gate they are gated on their way, once: x and gate come in through rings
@@ -76,9 +81,9 @@ struct InputRing {
         open{x.end(), kRaw} {}
 
   CK_DEVICE void issue(const Problem& p, const Phase& phase, int64_t b, int64_t first, int64_t chunk,
-                       int64_t c0) const {
-    copy_input(x.chunk(chunk), p, p.x, phase, b, first, c0);
-    if (kGate) copy_input(open.chunk(chunk), p, p.gate, phase, b, first, c0);
+                       const Work& work) const {
+    copy_input(x.chunk(chunk), p, p.x, phase, b, first, work);
+    if (kGate) copy_input(open.chunk(chunk), p, p.gate, phase, b, first, work);
   }
 
   // Gates a chunk that has arrived.
@@ -167,9 +172,10 @@ CK_DEVICE void gate_gradient(Quad& dz, Quad& dgate, const Quad& x, const Quad& g
 }
 
 // partial_bias of a block: its warps' sums, added in order. `room`: shared memory that nobody needs any more.
-CK_DEVICE void store_bias_sums(const Backward& p, const Quad& sum, float* room, int64_t partial, const Work& work) {
+CK_DEVICE void store_bias_sums(const Backward& p, const Quad& sum, float* room, int64_t partial, const Work& work,
+                               int lane) {
   __syncthreads();
-  store_quad(room + threadIdx.x * kQuad, sum);
+  store_quad(room + threadIdx.x / 32 * kLaneRow + lane * kQuad, sum);
   __syncthreads();
   if (threadIdx.x >= work.channels) return;
   float total = 0;

@@ -73,6 +73,7 @@ void each_field(ck::cuda::Plan& plan, Field&& field) {
   field("family", plan.family);
   field("groups", plan.groups);
   field("shared_bytes", plan.shared_bytes);
+  field("lanes", plan.lanes);
 }
 
 template <class Field>
