@@ -8,6 +8,7 @@ anything failed. On a machine without a GPU: CONVKERNELS_SIMT=1 python scripts/g
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import shlex
@@ -79,6 +80,15 @@ CONVOLUTIONS = {
 }  # fmt: skip
 
 
+# Rows that are read 2, 4 or 8 bytes at a time in 16-bit types, and a slice of wider rows.
+PIECES = {
+    " C=135": {"heads": 135, "head_size": 1},
+    " C=134": {"heads": 67, "head_size": 2},
+    " C=140": {"heads": 35, "head_size": 4},
+    " sliced": {"heads": 17, "head_size": 8, "layout": "sliced"},
+}
+
+
 def convolution(group, name, families, dtype, length=77, **options):
     if "lengths" in options:
         options["batch"] = 1
@@ -92,23 +102,35 @@ def convolution(group, name, families, dtype, length=77, **options):
     return Case(f"{group}-{short(dtype)}", name, problem, families)
 
 
-def convolutions(group, family, dtype, possible=lambda own: True, backward=lambda own: True, **options):
+def convolutions(group, family, dtype, possible=lambda own: True, backward=lambda own: True, suffix="", **options):
     """One case for each entry of CONVOLUTIONS that is `possible`. The family computes the backward pass of those that
     `backward` says."""
     for name, own in CONVOLUTIONS.items():
         if possible(own):
             families = (family, family if backward(own) else None)
-            yield convolution(group, name, families, dtype, **{**own, **options})
+            yield convolution(group, name + suffix, families, dtype, **{**own, **options})
 
 
 def convolution_cases():
     for dtype in (BF16, F16, F32):
-        # What does not fit in shared memory, or would have a gradient of the state, is left to others.
+        # What does not fit in shared memory, or would have a gradient of a state and filters of its own for every
+        # position, is left to others.
         wide = dtype == F32
         yield from convolutions(
             "stream", "stream", dtype, heads=17, head_size=8,
-            backward=lambda own, wide=wide: not (own.get("state") or (wide and own.get("gate") and own["taps"] > 1)),
+            backward=lambda own, wide=wide: not (wide and own.get("gate") and own["taps"] > 1),
         )  # fmt: skip
+        for suffix, channels in PIECES.items():
+            few = [CONVOLUTIONS[name] for name in ("k7 packed", "k3 gate+mask", "k3 state")]
+            yield from convolutions(
+                "stream", "stream", dtype, suffix=suffix, possible=lambda own, few=few: own in few,
+                backward=lambda own, wide=wide: not (wide and own.get("gate")), **channels,
+            )  # fmt: skip
+            if channels["head_size"] % 4 == 0:
+                yield from convolutions(
+                    "rows", "rows", dtype, suffix=suffix, possible=lambda own, few=few[:2]: own in few,
+                    backward=lambda own, wide=wide: not wide, kind="dynamic", **channels,
+                )  # fmt: skip
         for taps, gate in ((3, False), (15, False), (31, False), (7, True)):
             families = ("stream", None if wide and (gate or taps == 31) else "stream")
             name = f"k{taps} depthwise{' gate' if gate else ''}"
@@ -127,7 +149,12 @@ def convolution_cases():
             "time", "time", dtype, length=72, heads=5, head_size=8, layout="swap_last",
             possible=lambda own: not own.get("state"),
         )  # fmt: skip
-        yield from convolutions("plain", "plain", dtype, heads=3, head_size=3)
+        for length, name in itertools.product((77, 66, 68), ("k7 bias softmax", "k3 gate+mask")):
+            yield convolution(
+                "time", f"{name} T={length}", ("time",) * 2, dtype, heads=5, head_size=8, layout="swap_last",
+                **{"length": length, **CONVOLUTIONS[name]},
+            )  # fmt: skip
+        yield from convolutions("plain", "plain", dtype, heads=3, head_size=3, layout="step2")
     yield from convolutions("plain", "plain", F64, heads=2, head_size=8)
     for dtype in (F32, F64):
         yield from convolutions("plain-dynamic", "plain", dtype, heads=3, head_size=3, kind="dynamic", softmax=True)
@@ -138,6 +165,11 @@ def convolution_cases():
         yield convolution(
             "band", "k63 gate", ("band",) * 2, dtype, length=140, taps=63, gate=True, heads=2, head_size=24
         )
+        for name in ("k15 gate+mask bias", "k31", "k15 state dilation 2"):
+            yield convolution(
+                "band", f"{name} sliced", ("band",) * 2, dtype, heads=3, head_size=24, layout="sliced",
+                **CONVOLUTIONS[name],
+            )  # fmt: skip
     for dtype in (BF16, F32):
         # Few channels and many rows: sums of several pieces.
         yield convolution("reduce", "k7", ("stream",) * 2, dtype, length=300, batch=4, taps=7, heads=2, head_size=8)

@@ -5,7 +5,10 @@ import itertools
 
 import hypothesis
 import pytest
+import torch
 from strategies import wide_problems
+
+from convkernels.testing.inputs import Problem, arrange, row_bytes
 
 plan = pytest.importorskip("convkernels._C").cuda_plan
 attention_plan = pytest.importorskip("convkernels._C").cuda_attention_plan
@@ -56,6 +59,54 @@ def test_random_problems_reach_every_family(backward):
 
     count()
     assert min(families[name] for name in ("stream", "time", "band", "rows")) >= 12, families
+
+
+# Tensors that people have, and that no one would think slow: numbers of channels that are no multiple of a vector,
+# slices, sequences of one position or of odd length, a batch of one whose stride means nothing.
+ORDINARY = {
+    "C=300": ({"heads": 75, "head_size": 4}, "contiguous", ("stream", "stream")),
+    "C=300, 4 heads": ({"heads": 4, "head_size": 75}, "contiguous", ("stream", "stream")),
+    "C=100, depthwise": ({"heads": 100, "head_size": 1}, "contiguous", ("stream", "stream")),
+    "C=30": ({"heads": 30, "head_size": 1}, "contiguous", ("stream", "stream")),
+    "odd C": ({"heads": 33, "head_size": 1}, "contiguous", ("stream", "stream")),
+    "C=1": ({"heads": 1, "head_size": 1}, "contiguous", ("time", "time")),
+    "slice": ({"heads": 2, "head_size": 32}, "sliced", ("stream", "stream")),
+    "slice, long": ({"heads": 2, "head_size": 32, "taps": 31}, "sliced", ("band", "band")),
+    "slice, dynamic": ({"heads": 2, "head_size": 32, "kind": "dynamic"}, "sliced", ("rows", "rows")),
+    "dynamic": ({"heads": 25, "head_size": 4, "kind": "dynamic"}, "contiguous", ("rows", "rows")),
+    "misaligned": ({"heads": 2, "head_size": 32}, "offset1", ("stream", "stream")),
+    "every second position": ({"heads": 3, "head_size": 5}, "step2_time", ("stream", "stream")),
+    "one position": ({"heads": 3, "head_size": 5, "length": 1}, "sliced", ("stream", "stream")),
+    "batch of one": ({"heads": 2, "head_size": 32, "batch": 1}, "sliced", ("stream", "stream")),
+    "expanded": ({"heads": 2, "head_size": 32}, "expanded", ("stream", "stream")),
+    "state": ({"heads": 2, "head_size": 32, "state": True}, "contiguous", ("stream", "stream")),
+    "state, odd C": ({"heads": 33, "head_size": 1, "state": True}, "contiguous", ("stream", "stream")),
+    "T=1001, channels first": ({"heads": 2, "head_size": 32, "length": 1001}, "swap_last", ("time", "time")),
+    "T=50, channels first": ({"heads": 3, "head_size": 3, "length": 50}, "swap_last", ("time", "time")),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ORDINARY)
+def test_ordinary_tensors_get_fast_kernels(name, dtype):
+    options, layout, families = ORDINARY[name]
+    if dtype == torch.float32:  # no tensor cores; filters of many heads and all of x do not fit
+        families = tuple("stream" if family == "band" else family for family in families)
+        families = ("rows", "plain") if name == "dynamic" else families
+    problem = Problem(**{"length": 100, "taps": 3, "dtype": dtype, "layout": layout, "grad_layout": layout, **options})
+    chosen = tuple(plan(backward, **problem.plan_facts(backward))["family"] for backward in (False, True))
+    assert chosen == families
+
+
+@pytest.mark.parametrize(("layout", "shape", "pieces"), [
+    ("contiguous", (2, 9, 8), (16, 0)), ("contiguous", (2, 9, 300), (8, 0)), ("contiguous", (2, 9, 50), (4, 0)),
+    ("contiguous", (2, 9, 33), (2, 0)), ("offset1", (2, 9, 8), (2, 0)), ("sliced", (2, 9, 64), (2, 0)),
+    ("sliced", (1, 1, 64), (2, 0)), ("step2", (2, 9, 8), (0, 0)), ("step2_time", (2, 9, 300), (8, 0)),
+    ("swap_last", (2, 16, 3), (0, 16)), ("swap_last", (2, 1001, 3), (0, 2)), ("contiguous", (2, 16, 1), (2, 16)),
+])  # fmt: skip
+def test_how_many_bytes_are_read_at_a_time(layout, shape, pieces):
+    x = arrange(torch.zeros(shape, dtype=torch.bfloat16), layout)
+    assert (row_bytes(x, 2), row_bytes(x, 1)) == pieces
 
 
 def test_any_problem_that_is_hard_to_read_or_exact_is_plain():
