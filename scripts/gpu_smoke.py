@@ -137,14 +137,23 @@ def convolution_cases():
             yield convolution("stream", name, families, dtype, taps=taps, gate=gate, heads=136, head_size=1)
         yield from convolutions(
             "rows", "rows", dtype, heads=5, head_size=32, kind="dynamic",
-            backward=lambda own, wide=wide: not (
-                own.get("state") or (wide and (own.get("gate") or own["taps"] == 31))
-            ),
+            backward=lambda own, wide=wide: not (own.get("state") or (wide and own.get("gate"))),
         )  # fmt: skip
-        yield convolution(
-            "rows", "k7 renormalize", ("rows", None), dtype, taps=7, heads=2, head_size=64, softmax=True,
-            renormalize=True, padding_mask=2,
-        )  # fmt: skip
+        for name, options in {
+            "mask": {"padding_mask": 2},
+            "packed": {"lengths": (90, 0, 7, 120), "bias": True},
+            "filters per row, dropout": {"kind": "row", "head_size": 160, "dropout": 0.3},
+            "dynamic": {"kind": "dynamic", "padding_mask": 2},
+        }.items():
+            yield convolution(
+                "rows", f"k7 renormalize, {name}", ("rows",) * 2, dtype,
+                **{"taps": 7, "heads": 2, "head_size": 64, "softmax": True, "renormalize": True, **options},
+            )  # fmt: skip
+        for head_size in (24, 48, 96, 256):
+            yield convolution(
+                "rows", f"k7 heads of {head_size}", ("rows",) * 2, dtype, taps=7, heads=3, head_size=head_size,
+                kind="dynamic", softmax=True, bias=True,
+            )  # fmt: skip
         yield from convolutions(
             "time", "time", dtype, length=72, heads=5, head_size=8, layout="swap_last",
             possible=lambda own: not own.get("state"),

@@ -98,10 +98,12 @@ def wide_problems(draw):
     # Hypothesis likes to repeat what it has drawn; these are to be met evenly.
     choose = random.Random(draw(st.integers(0, 2**60))).choice
     heads, head_size = choose(
-        ((1, 8), (2, 8), (8, 1), (3, 16), (16, 1), (2, 64), (260, 1), (2, 4), (4, 2), (40, 5), (2, 72), (16, 16))
+        ((1, 8), (2, 8), (8, 1), (3, 16), (16, 1), (2, 64), (260, 1), (2, 4), (4, 2), (40, 5), (2, 72), (16, 16),
+         (2, 96), (3, 48), (1, 160), (5, 24), (4, 12), (1, 256))
         if choose((False, True))
-        else ((1, 1), (3, 1), (2, 3), (6, 5), (3, 4), (15, 4), (131, 1), (2, 75), (5, 26), (3, 33), (2, 65), (1, 14))
-    )
+        else ((1, 1), (3, 1), (2, 3), (6, 5), (3, 4), (15, 4), (131, 1), (2, 75), (5, 26), (3, 33), (2, 65), (1, 14),
+              (2, 12), (3, 36), (1, 132))
+    )  # fmt: skip
     taps = choose((1, 2, 3, 4, 7, 8, 9, 12, 15, 17, 31, 33, 63))
     span = (taps - 1) * problem.dilation
     dtype = choose(LOW)
@@ -116,7 +118,6 @@ def wide_problems(draw):
         taps=taps,
         left=choose((span // 2, span, 0, span // 3)),
         kind=kind,
-        renormalize=problem.renormalize and kind == "dynamic",
         state=problem.state and choose((False, True)),
         dtype=dtype,
         weight_dtype=choose((dtype, torch.float32)),

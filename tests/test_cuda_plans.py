@@ -90,9 +90,8 @@ ORDINARY = {
 @pytest.mark.parametrize("name", ORDINARY)
 def test_ordinary_tensors_get_fast_kernels(name, dtype):
     options, layout, families = ORDINARY[name]
-    if dtype == torch.float32:  # no tensor cores; filters of many heads and all of x do not fit
+    if dtype == torch.float32:  # no tensor cores
         families = tuple("stream" if family == "band" else family for family in families)
-        families = ("rows", "plain") if name == "dynamic" else families
     problem = Problem(**{"length": 100, "taps": 3, "dtype": dtype, "layout": layout, "grad_layout": layout, **options})
     chosen = tuple(plan(backward, **problem.plan_facts(backward))["family"] for backward in (False, True))
     assert chosen == families
@@ -107,6 +106,41 @@ def test_ordinary_tensors_get_fast_kernels(name, dtype):
 def test_how_many_bytes_are_read_at_a_time(layout, shape, pieces):
     x = arrange(torch.zeros(shape, dtype=torch.bfloat16), layout)
     assert (row_bytes(x, 2), row_bytes(x, 1)) == pieces
+
+
+# Channels and heads of filters that differ between positions.
+HEADS = [
+    (512, 4), (512, 16), (512, 64), (640, 8), (768, 8), (768, 12), (768, 16), (768, 32), (1024, 1), (1024, 4),
+    (1024, 16), (1200, 5), (1280, 8), (2048, 4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("memory", [LARGE, SMALL])
+@pytest.mark.parametrize("backward", [False, True])
+def test_heads_of_any_width_have_fast_kernels(backward, memory):
+    for (channels, heads), dtype, taps, (per_position, renormalize), gate in itertools.product(
+        HEADS, ("bfloat16", "float16", "float32"), (3, 7, 15, 31), ((True, False), (True, True), (False, True)),
+        (False, True),
+    ):  # fmt: skip
+        # The rows of d(y), x, the gate and z fill a block's memory, of less memory two of these.
+        if backward + gate + (dtype == "float32") + (memory == SMALL) > 2 or (
+            memory == SMALL and dtype == "float32" and backward
+        ):
+            continue
+        chosen = plan(
+            backward, batch=8, time=512, channels=channels, heads=heads, taps=taps, dtype=dtype, gate=gate,
+            per_position=per_position, renormalize=renormalize, block_memory=memory,
+        )  # fmt: skip
+        assert chosen["family"] == "rows", (channels, heads, taps, dtype, gate, per_position, renormalize)
+        assert chosen["lanes"] in (1, 2, 4, 8, 16, 32) and chosen["lanes"] * 4 >= min(channels // heads, 128)
+
+
+def test_heads_are_whole_quads():
+    """Nothing else is served by lanes of four channels."""
+    for head_channels in (4, 6, 8, 9, 36, 72, 98, 100):
+        facts = {"batch": 2, "time": 99, "channels": 8 * head_channels, "heads": 8, "taps": 7, "per_position": True}
+        for backward, dtype in itertools.product((False, True), ("bfloat16", "float16", "float32")):
+            assert plan(backward, **facts, dtype=dtype)["family"] == ("plain" if head_channels % 4 else "rows")
 
 
 def test_any_problem_that_is_hard_to_read_or_exact_is_plain():
