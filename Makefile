@@ -27,7 +27,7 @@ test test-fast interpreted: export TRITON_DEFAULT_FP_FUSION = 1
 
 .PHONY: help install build simt-build bench test test-full test-fast lint format ctest abi asan interpreted simulated mutants cross \
         models-oldest \
-        gpu-build gpu-run gpu-smoke gpu-test gpu-sanitize gpu-bench clean
+        gpu-build gpu-run gpu-smoke gpu-test gpu-sanitize gpu-bench gpu-rehearsal clean
 .NOTPARALLEL:
 
 help:
@@ -42,6 +42,7 @@ help:
 	@echo "make lint|format|ctest|abi|asan|mutants|cross|clean"
 	@echo "make gpu-run    on a machine with a GPU, with PYTHON=<one that has torch>, no network needed: every check and figure"
 	@echo "make gpu-smoke|gpu-test|gpu-sanitize|gpu-bench   parts of it"
+	@echo "make gpu-rehearsal   all of it without a GPU, in the software of a machine that has one"
 
 # ---- environment: each stamp depends on what would make it stale. Compiling all of torch's Python files ahead would take
 # longer than a run needs; what is imported is compiled then.
@@ -207,6 +208,33 @@ gpu-test: STEPS = smoke tests
 gpu-sanitize: STEPS = check
 gpu-bench: STEPS = streaming attention sweep counters
 
+# The same steps where there is no GPU, in the software that a machine with one has, the kernels simulated: in a copy of
+# the checkout, which is built there, so that nothing of the usual build is touched. The NumPy is one that the
+# interpreter of this torch's Triton works with. STEPS="smoke sweep": only these.
+GPU_PYTHON ?= $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null || echo $(PYTHON))
+GPU_PACKAGES := torch==2.11.0 transformers==5.17.0 "numpy<2.4"
+GPU_VENV := .venv-gpu
+REHEARSAL := build/rehearsal
+REHEARSED := $(CURDIR)/$(GPU_VENV)/bin/python
+
+$(GPU_VENV)/.packages: pyproject.toml
+	$(GPU_PYTHON) -m venv --clear $(GPU_VENV)
+	$(REHEARSED) -m pip install --quiet --no-compile $(GPU_PACKAGES) $$($(REHEARSED) -c 'import tomllib; \
+	    content = tomllib.load(open("pyproject.toml", "rb")); extras = content["project"]["optional-dependencies"]; \
+	    print(*content["build-system"]["requires"], *(r for e in ("bench", "hf", "test-hf", "test") for r in extras[e]))')
+	@touch $@
+
+gpu-rehearsal: $(GPU_VENV)/.packages
+	mkdir -p $(REHEARSAL)
+	find $(REHEARSAL) -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
+	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents --preserve=timestamps -t $(REHEARSAL)
+	$(MAKE) -C $(REHEARSAL) gpu-build PYTHON=$(REHEARSED)
+	cmake --build $(REHEARSAL)/build/native --target convkernels_simt
+	cmake --install $(REHEARSAL)/build/native --prefix $(REHEARSAL)/convkernels --component simt >/dev/null
+	cd $(REHEARSAL) && $(REHEARSED) -m pytest -q tests/test_packaging.py -k registers_its_operators
+	cd $(REHEARSAL) && $(REHEARSED) scripts/gpu_run.py --again --device cpu --workers $(WORKERS) \
+	    --output $(CURDIR)/build/gpu-rehearsal $(addprefix --only ,$(STEPS))
+
 clean:
-	rm -rf build dist $(VENV) $(OLDEST) $(RESULTS) $(NATIVE) convkernels/_C*.so *.egg-info
+	rm -rf build dist $(VENV) $(OLDEST) $(GPU_VENV) $(RESULTS) $(NATIVE) convkernels/_C*.so *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

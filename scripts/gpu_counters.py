@@ -26,7 +26,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-DEVICE, WARM_UP = "cuda", 3
+WARM_UP = 3
+# Rows and positions of a batch, of convolutions and of attention: on a GPU, and where ncu is only rehearsed.
+SIZES = {"cuda": ((16, 4096), (8, 2048)), "cpu": ((1, 32), (1, 64))}
 # The kernel of torch.cuda._sleep, launched in front of each case, tells whose the kernels after it are.
 MARKER = "spin_kernel"
 FORBIDDEN = "ERR_NVGPUCTRPERM"
@@ -103,46 +105,51 @@ PREFIXES = {"n": 1e-9, "u": 1e-6, "m": 1e-3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 
 # ---- what is profiled
 
 
-def convolution(op: str, taps: int, direction: str, backend: str, gate: bool = False) -> Callable[[], object]:
+def convolution(
+    op: str, taps: int, direction: str, backend: str, device: str, gate: bool = False
+) -> Callable[[], object]:
     import torch
 
     from convkernels._bench import streaming
 
-    suite = streaming.Streaming(streaming.Settings(compiled=False, backend=backend), torch.device(DEVICE))
+    (batch, length), _ = SIZES[device]
+    settings = streaming.Settings(batch, length, compiled=False, backend=backend)
+    suite = streaming.Streaming(settings, torch.device(device))
     makers = dict(suite._calls(streaming.Case(op, taps, (0.0, 0.0), gate)))
     return makers[direction][streaming.OURS]()
 
 
-def time_layout(backend: str) -> Callable[[], object]:
+def time_layout(backend: str, device: str) -> Callable[[], object]:
     import torch
 
     import convkernels
     from convkernels._bench import streaming
 
-    s = streaming.Settings()
-    x = torch.randn(s.batch, s.channels, s.length, dtype=s.dtype, device=DEVICE).transpose(1, 2)
-    weight = torch.randn(s.heads, 7, dtype=s.dtype, device=DEVICE)
+    s = streaming.Settings(*SIZES[device][0])
+    x = torch.randn(s.batch, s.channels, s.length, dtype=s.dtype, device=device).transpose(1, 2)
+    weight = torch.randn(s.heads, 7, dtype=s.dtype, device=device)
     return lambda: convkernels.lightweight_conv1d(x, weight, backend=backend)
 
 
-def attention(form: str, head_size: int, direction: str, backend: str) -> Callable[[], object]:
+def attention(form: str, head_size: int, direction: str, backend: str, device: str) -> Callable[[], object]:
     import torch
 
     from convkernels._bench import attention as bench
 
-    device = torch.device(DEVICE)
-    settings = bench.Settings(batch=8, heads=12, head_size=head_size, backend=backend)
-    suite = bench.Suite(settings, device)
-    inputs = bench.make_inputs(settings, 2048, torch.bfloat16, device)
+    _, (batch, length) = SIZES[device]
+    settings = bench.Settings(batch=batch, heads=12, head_size=head_size, backend=backend)
+    suite = bench.Suite(settings, torch.device(device))
+    inputs = bench.make_inputs(settings, length, torch.bfloat16, torch.device(device))
     calls = suite._calls({form: bench.FORMS[form]}, inputs, direction, direction)
     if suite.errors:
         raise RuntimeError(suite.errors[0])
     return calls[form]
 
 
-def _cases() -> dict[str, Callable[[str], Callable[[], object]]]:
-    """Names of the families that the cuda backend takes for these shapes; other backends get the same problems."""
-    cases: dict[str, Callable[[str], Callable[[], object]]] = {}
+def _cases() -> dict[str, Callable[[str, str], Callable[[], object]]]:
+    """Names of the families that the cuda backend takes for these shapes; other backends get the same problems. What
+    makes a call, of a backend and a device."""
+    cases: dict[str, Callable[[str, str], Callable[[], object]]] = {}
     passes = {"fwd": "forward", "bwd": "backward"}
 
     def add(name: str, make: Callable, *arguments: object, directions=("fwd", "bwd"), **options: object) -> None:
@@ -165,18 +172,21 @@ def _cases() -> dict[str, Callable[[str], Callable[[], object]]]:
 CASES = _cases()
 
 
-def launch(names: list[str], backend: str) -> int:
+def launch(names: list[str], backend: str, device: str) -> int:
     """A case that fails is named; unless it took the device along, the others are still profiled."""
     import torch
 
     status = 0
     for name in names:
         try:
-            call = CASES[name](backend)
-            for _ in range(WARM_UP):
+            call = CASES[name](backend, device)
+            for _ in range(WARM_UP if device == "cuda" else 0):
                 call()
-            torch.cuda.synchronize()
             print(f"launched {name}", flush=True)
+            if device == "cpu":
+                call()
+                continue
+            torch.cuda.synchronize()
             with torch.cuda.profiler.profile():
                 torch.cuda._sleep(1)
                 call()
@@ -288,7 +298,7 @@ def find_ncu() -> str | None:
     return shutil.which("ncu") or next((str(p) for p in places if p.exists()), None)
 
 
-def command(ncu: str, log: Path, names: list[str], backend: str, plan: tuple[str, ...]) -> list[str]:
+def command(ncu: str, log: Path, names: list[str], backend: str, device: str, plan: tuple[str, ...]) -> list[str]:
     options = ["--clock-control", "none", "--profile-from-start", "off", "--target-processes", "all"]
     options += ["--csv", "--page", "raw", "--print-units", "base", "--log-file", str(log), "--force-overwrite"]
     return [
@@ -301,6 +311,8 @@ def command(ncu: str, log: Path, names: list[str], backend: str, plan: tuple[str
         ",".join(names),
         "--backend",
         backend,
+        "--device",
+        device,
     ]
 
 
@@ -320,8 +332,8 @@ def run(arguments: list[str], timeout: float) -> str:
 
 
 class Profiler:
-    def __init__(self, ncu: str, folder: Path, backend: str, timeout: float) -> None:
-        self.ncu, self.backend, self.timeout = ncu, backend, timeout
+    def __init__(self, ncu: str, folder: Path, backend: str, timeout: float, device: str = "cuda") -> None:
+        self.ncu, self.backend, self.timeout, self.device = ncu, backend, timeout, device
         self.files = {kind: folder / f"counters-{backend}.{kind}" for kind in ("md", "json", "csv.gz")}
         self.files["csv.gz"].unlink(missing_ok=True)
         self.plans = list(PLANS)
@@ -333,7 +345,7 @@ class Profiler:
         with tempfile.TemporaryDirectory() as folder:
             log = Path(folder, "log.csv")
             timeout = self.timeout * len(names)
-            printed = run(command(self.ncu, log, names, self.backend, self.plans[0]), timeout)
+            printed = run(command(self.ncu, log, names, self.backend, self.device, self.plans[0]), timeout)
             text = log.read_text(errors="replace") if log.exists() else ""
         with gzip.open(self.files["csv.gz"], "at") as raw:
             raw.write(text)
@@ -367,6 +379,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--launch", help="cases to call, instead of running ncu")
     parser.add_argument("--backend", choices=("cuda", "triton"), default="cuda")
+    parser.add_argument("--device", choices=tuple(SIZES), default="cuda", help="cpu: small tensors, to rehearse")
     parser.add_argument(
         "--only", default="", help="cases whose name contains this, or one of these with commas between"
     )
@@ -376,14 +389,14 @@ def main() -> int:
     parser.add_argument("--ncu", default=find_ncu())
     arguments = parser.parse_args()
     if arguments.launch:
-        return launch(arguments.launch.split(","), arguments.backend)
+        return launch(arguments.launch.split(","), arguments.backend, arguments.device)
     if not arguments.ncu:
         parser.error("ncu is not on PATH, in /usr/local/cuda or in /opt/nvidia/nsight-compute: give --ncu")
     names = [name for name in CASES if any(part in name for part in arguments.only.split(","))]
     if not names:
         parser.error(f"--only {arguments.only}: expected part of one of {', '.join(CASES)}")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    profiler = Profiler(arguments.ncu, arguments.output, arguments.backend, arguments.timeout)
+    profiler = Profiler(arguments.ncu, arguments.output, arguments.backend, arguments.timeout, arguments.device)
     size = max(arguments.together, 1)
     for start in range(0, len(names), size):
         profiler.measure(names[start : start + size])

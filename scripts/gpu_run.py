@@ -1,35 +1,42 @@
 """Everything that only a GPU can show, most valuable first: python scripts/gpu_run.py [--part 1] [--only NAME ...].
 
-Every step is a process of its own with its own time limit: one that fails, hangs or crashes costs only itself. After
-each step its log and what has been measured so far are in the output folder (--output, else $OUT, else build/gpu), as a
-few files that are small enough to carry away: steps.json, logs.tar.gz, results.tar.gz. A step that has passed is not
-run again by the next call in this checkout. The exit status is 1 where a step did not pass. docs/gpu.md says what each
-result decides.
+Every step is a process of its own with its own time limit: one that fails, hangs, crashes or writes without end costs
+only itself. After each step its log and what has been measured so far are in the output folder (--output, else $OUT,
+else build/gpu), as a few files that are small enough to carry away: steps.json, logs.tar.gz, results.tar.gz. A step
+that has passed is not run again by the next call in this checkout. The exit status is 1 where a step did not pass.
+docs/gpu.md says what each result decides. With --device cpu the same commands are rehearsed, on less and with the
+kernels simulated.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
+import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 GRACE = 10.0  # seconds between the request to end, on which pytest and the benchmarks write what they have, and the end
 PASSED = "passed"
-SLOWER = 10  # times as long a step may take in a rehearsal
+SLOWER = 10  # times as long anything may take in a rehearsal
+LONGEST_LOG = 256 << 20  # bytes; a step that writes more is ended
+SHOWN = 256 << 10  # bytes of the beginning and of the end of a log, which the archive keeps
+LARGEST_ARCHIVE = 15 << 20  # bytes
 
 
 @dataclass(frozen=True)
 class Step:
-    """command: of the shell; {python} is the interpreter, {results} the folder of results, {device} what it runs on."""
+    """command: of the shell, with the words that `words_for` gives in braces. It leaves something in {results}."""
 
     name: str
     part: int
@@ -38,35 +45,86 @@ class Step:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-PYTEST = "{python} -m pytest -q -p no:cacheprovider --timeout=120 --timeout-method=thread -rfE --tb=short"
+# How much is done: on a GPU, and in a rehearsal, where tensors of the host that meet some of a GPU are looked for too.
+AMOUNTS = {
+    "slower": ("1", str(SLOWER)),
+    "tests": ("", "--second-device --every 12"),
+    "slow_tests": ("", "--every 12"),
+    "triton_tests": ("--every 24", "--every 192"),  # each case is a kernel to compile
+    "checked": ("", "--only reduce"),
+    "streamed": ("--seconds 0.4", "--seconds 0.01 --batch 1 --lengths 32"),
+    "attended": (
+        "--seconds 1 --batch 8 --lengths 512,2048,4096",
+        "--seconds 0.01 --batch 1 --lengths 64,80 --channels 128 --heads 2",
+    ),
+    "swept": ("", "--seconds 1 --compile-seconds 5 --max-length 128 --dtypes bfloat16"),
+}
+PYTEST = (
+    "{python} -m pytest -q -p no:cacheprovider --timeout=$((120 * {slower})) --timeout-method=thread -rfEs --tb=short "
+    "--junitxml {result}.xml --max-worker-restart 1000"
+)
 BENCH = "{python} -m convkernels.cli bench --device {device} --overwrite --output {results}"
-ATTENTION = BENCH + " --suite attention --dtypes bfloat16 --batch 8 --seconds 1"
+STREAMING = BENCH + " --suite streaming {streamed}"
+ATTENTION = BENCH + " --suite attention --dtypes bfloat16 {attended}"
+SMOKE = "{python} scripts/gpu_smoke.py --device {device} --jobs {workers} --json {result}.jsonl"
 # Without torch's memory pool, so that every tensor has an end that can be overrun. Other kernels than these are neither
 # slowed nor reported, but initcheck has to see who else writes, and memory must not be filled before.
-SMOKE = "{python} scripts/gpu_smoke.py --device {device} --jobs {workers}"
 UNDER = (
-    "PYTORCH_NO_CUDA_MEMORY_CACHING=1 " + SMOKE + " --timeout 150 --under 'compute-sanitizer --error-exitcode 1 --tool "
+    "PYTORCH_NO_CUDA_MEMORY_CACHING=1 " + SMOKE + " {checked} --timeout $((150 * {slower})) "
+    "--under 'compute-sanitizer --error-exitcode 1 --tool "
 )
 OURS = " --kernel-name kns=ck'"
 STEPS = (
-    Step("environment", 1, 40, "nvidia-smi; nvcc --version; {python} -m convkernels.cli info"),
-    Step("smoke", 1, 90, SMOKE + " --json {results}/smoke.jsonl"),
-    Step("gpu tests cuda", 1, 90, PYTEST + " -m gpu -k cuda -n 4"),
-    Step("streaming cuda", 1, 90, BENCH + " --suite streaming --backend cuda --compile-seconds 0 --seconds 0.4"),
-    Step("attention cuda", 1, 120, ATTENTION + " --backend cuda --lengths 512,2048,4096 --compile-seconds 0"),
-    Step("counters cuda", 1, 150, "{python} scripts/gpu_counters.py --output {results}"),
-    Step("cuda tests", 1, 240, PYTEST + " -k cuda -m 'not gpu and not slow' -n {workers}"),
-    Step("streaming triton", 2, 120, BENCH + " --suite streaming --backend triton --seconds 0.4"),
-    Step("attention triton", 2, 180, ATTENTION + " --backend triton --lengths 512,2048,4096"),
-    Step("gpu tests triton", 2, 120, PYTEST + " -m gpu -k triton -n {workers}"),
-    Step("triton tests", 2, 240, PYTEST + " -k triton -m 'not gpu and not slow' -n {workers} --every 24"),
+    Step(
+        "environment",
+        1,
+        40,
+        "set -o pipefail; (nvidia-smi; nvcc --version; {python} -m convkernels.cli info) 2>&1 | tee {result}.txt",
+    ),
+    Step("smoke", 1, 90, SMOKE + " --timeout $((60 * {slower}))"),
+    Step("gpu tests cuda", 1, 90, PYTEST + " tests/test_gpu.py -k cuda -n 4"),
+    Step("streaming cuda", 1, 90, STREAMING + " --backend cuda --compile-seconds 0"),
+    Step("attention cuda", 1, 120, ATTENTION + " --backend cuda --compile-seconds 0"),
+    Step("counters cuda", 1, 150, "{python} scripts/gpu_counters.py --device {device} --output {results}"),
+    Step("cuda tests", 1, 240, PYTEST + " -k cuda -m 'not gpu and not slow' -n {workers} {tests}"),
+    Step("streaming triton", 2, 120, STREAMING + " --backend triton"),
+    Step("attention triton", 2, 180, ATTENTION + " --backend triton"),
+    Step("gpu tests triton", 2, 120, PYTEST + " tests/test_gpu.py -k triton -n {workers}"),
+    Step("triton tests", 2, 240, PYTEST + " -k triton -m 'not gpu and not slow' -n {workers} {triton_tests}"),
     Step("memcheck", 3, 120, UNDER + "memcheck --report-api-errors no" + OURS),
     Step("racecheck", 3, 120, UNDER + "racecheck" + OURS),
     Step("synccheck", 3, 120, UNDER + "synccheck" + OURS),
     Step("initcheck", 3, 120, "CONVKERNELS_POISON=0 " + UNDER + "initcheck'"),
-    Step("sweep", 3, 120, BENCH),
-    Step("slow cuda tests", 3, 300, PYTEST + " -k cuda -m 'slow and not gpu' -n {workers}"),
+    Step("sweep", 3, 120, BENCH + " {swept}"),
+    Step("slow cuda tests", 3, 300, PYTEST + " -k cuda -m 'slow and not gpu' -n {workers} {slow_tests}"),
 )
+
+
+def file_of(step: Step) -> str:
+    """The name, without an ending, of a step's log and of the results that are its own."""
+    return step.name.replace(" ", "-")
+
+
+def words_for(step: Step, arguments: argparse.Namespace, work: Path) -> dict[str, str]:
+    """What the words in the command of a step stand for."""
+    results = work / "results"
+    return {
+        "python": sys.executable,
+        "results": str(results),
+        "result": str(results / file_of(step)),
+        "device": arguments.device,
+        "workers": str(arguments.workers),
+        **{word: amounts[arguments.device == "cpu"] for word, amounts in AMOUNTS.items()},
+    }
+
+
+def environment_for(step: Step, device: str) -> dict[str, str]:
+    """In a rehearsal both backends run on the CPU, and programs that need a GPU have an understudy."""
+    found = {**os.environ, "PYTHONUNBUFFERED": "1", **step.environment}
+    if device == "cpu":
+        found |= {"CONVKERNELS_SIMT": "1", "TRITON_INTERPRET": "1"}
+        found["PATH"] = f"{ROOT / 'scripts' / 'rehearsal'}{os.pathsep}{found['PATH']}"
+    return found
 
 
 def sees_a_gpu() -> bool:
@@ -74,60 +132,147 @@ def sees_a_gpu() -> bool:
     return subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
 
 
-def run(step: Step, seconds: float, words: dict[str, str], log: Path) -> str:
+def run(step: Step, seconds: float, words: dict[str, str], environment: dict[str, str], log: Path) -> str:
     """Run one step, its output in `log`. How it ended: passed, or in what way not."""
+    others, began = descendants(), time.time()
     with log.open("wb") as output:
         process = subprocess.Popen(
             ["bash", "-c", step.command.format(**words)],
             cwd=ROOT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **step.environment},
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # so that a signal reaches all that it has started
         )
-        ended = "stopped"
         try:
-            status = process.wait(seconds)
-            ended = PASSED if status == 0 else f"status {status}"
-        except subprocess.TimeoutExpired:
-            ended = f"longer than {seconds:.0f} s"
+            ended = watch(process, seconds, log)
         finally:
-            end(process)
-    return ended
+            end(process, others)
+    newest = max((file.stat().st_mtime for file in files_in(Path(words["results"]))), default=0.0)
+    return "left no result" if ended == PASSED and newest < began - 0.1 else ended
 
 
-def end(process: subprocess.Popen) -> None:
-    """End a process and all that it has started, asking first."""
-    for wish, wait in ((signal.SIGINT, GRACE), (signal.SIGKILL, None)):
+def watch(process: subprocess.Popen, seconds: float, log: Path) -> str:
+    """Wait until the process has ended, or must be."""
+    deadline = time.monotonic() + seconds
+    while True:
         try:
-            os.killpg(process.pid, wish)
-        except ProcessLookupError:
-            break
-        try:
-            process.wait(wait)
+            status = process.wait(max(min(deadline - time.monotonic(), 0.5), 0.0))
+            return PASSED if status == 0 else f"status {status}"
         except subprocess.TimeoutExpired:
-            continue
+            if time.monotonic() >= deadline:
+                return f"longer than {seconds:.0f} s"
+            if log.stat().st_size > LONGEST_LOG:
+                return f"over {LONGEST_LOG >> 20} MB of output"
 
 
-def save(folder: Path, work: Path, outcomes: dict[str, dict]) -> str:
-    """Put all that there is so far into the output folder; the reason where that cannot be done."""
+def end(process: subprocess.Popen, others: set[int]) -> None:
+    """End a process, asking first, and then all that it has started, but for the processes that were there before.
+    One that the kernel holds back, which a GPU can bring about, is not waited for."""
+    for wish in (signal.SIGINT, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, wish)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+    for pid in descendants() - others:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
+
+
+def adopt_orphans() -> None:
+    """What a step leaves behind, in a session of its own too, becomes a child of this process, where `end` finds it."""
+    pr_set_child_subreaper = 36
+    ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
+
+
+def descendants() -> set[int]:
+    """Processes that this one has started, and those have started."""
+    parents = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(file.parent.name)] = int(file.read_text().rpartition(")")[2].split()[1])
+    found, size = {os.getpid()}, 0
+    while len(found) > size:
+        size = len(found)
+        found |= {pid for pid, parent in parents.items() if parent in found}
+    return found - {os.getpid()}
+
+
+def files_in(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.rglob("*")) if file.is_file()]
+
+
+def place(file: Path, write: Callable[[Path], object]) -> list[str]:
+    """Write a file, which holds its old content or the new one at every moment; why it cannot be done."""
+    part = file.with_name(f".{file.name}.part")
+    try:
+        write(part)
+        os.replace(part, file)
+    except OSError as error:
+        return [f"{file}: {error.strerror or error}"]
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+    return []
+
+
+def ends_of(file: Path) -> bytes:
+    """What there is in it, without the middle of what is long."""
+    size = file.stat().st_size
+    if size <= 2 * SHOWN:
+        return file.read_bytes()
+    with file.open("rb") as content:
+        first = content.read(SHOWN)
+        content.seek(size - SHOWN)
+        return first + f"\n... {size - 2 * SHOWN} bytes are left out here ...\n".encode() + content.read()
+
+
+def pack(folder: Path, archive: Path, read: Callable[[Path], bytes]) -> list[Path]:
+    """All files of the folder in an archive that is small enough; those left out for that, the largest."""
+    files, left_out = sorted(files_in(folder), key=lambda file: file.stat().st_size), []
+    while True:
+        with tarfile.open(archive, "w:gz") as packed:
+            for file in files:
+                content, entry = read(file), tarfile.TarInfo(str(file.relative_to(folder.parent)))
+                entry.size, entry.mtime = len(content), int(file.stat().st_mtime)
+                packed.addfile(entry, io.BytesIO(content))
+        if archive.stat().st_size <= LARGEST_ARCHIVE or not files:
+            return left_out
+        left_out.append(files.pop())
+
+
+def save(folder: Path, work: Path, outcomes: dict[str, dict]) -> list[str]:
+    """Put all that there is so far into the output folder; what could not be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (work / "steps.json").write_text(json.dumps(outcomes, indent=1) + "\n")
-        shutil.copy(work / "steps.json", folder)
-        for name in ("results", "logs"):
-            with tarfile.open(folder / f"{name}.tar.gz", "w:gz") as archive:
-                archive.add(work / name, name)
     except OSError as error:
-        return f"{folder}: {error.strerror or error}"
-    return ""
+        return [f"{folder}: {error.strerror or error}"]
+    left_out: list[Path] = []
+    reasons = []
+    text = json.dumps(outcomes, indent=1) + "\n"
+    for target in (work, folder):
+        reasons += place(target / "steps.json", lambda file: file.write_text(text))
+    for name, read in (("results", Path.read_bytes), ("logs", ends_of)):
+        reasons += place(
+            folder / f"{name}.tar.gz", lambda file, name=name, read=read: left_out.extend(pack(work / name, file, read))
+        )
+    return reasons + [f"{file}: too large for the archive" for file in left_out]
+
+
+def passed_before(work: Path) -> dict[str, dict]:
+    try:
+        return json.loads((work / "steps.json").read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def last_line(log: Path) -> str:
     """The last line that says something: a pytest summary, a mistake, an exception."""
-    lines = log.read_text(errors="replace").strip().splitlines()
-    return lines[-1].strip("= ") if lines else ""
+    lines = ends_of(log).decode(errors="replace").strip().splitlines() if log.exists() else []
+    return lines[-1].strip("= ")[:300] if lines else ""
 
 
 def main() -> int:
@@ -136,8 +281,8 @@ def main() -> int:
     parser.add_argument("--only", action="append", default=[], help="only steps whose name contains this")
     parser.add_argument("--again", action="store_true", help="also what has passed before")
     parser.add_argument("--seconds", type=float, default=3600.0, help="for everything; what is left over is not begun")
-    parser.add_argument("--output", type=Path, default=os.environ.get("OUT") or ROOT / "build" / "gpu")
-    parser.add_argument("--device", default="cuda", help="cpu: a rehearsal, with the kernels simulated")
+    parser.add_argument("--output", type=Path, default=os.environ.get("OUT"))
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a rehearsal")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 4) - 2))
     parser.add_argument("--list", action="store_true")
     arguments = parser.parse_args()
@@ -159,45 +304,48 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    # What a shell starts in the background ignores it, and so would the steps when they are asked to end.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    began = time.monotonic()
-    work = ROOT / "build" / "gpu-work"
+    # What a shell starts in the background ignores SIGINT, and so would the steps when they are asked to end.
+    for request in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(request, signal.default_int_handler)
+    adopt_orphans()
+    kind = "gpu" if arguments.device == "cuda" else "gpu-rehearsal"
+    work, output = ROOT / "build" / f"{kind}-work", arguments.output or ROOT / "build" / kind
     for name in ("logs", "results"):
         (work / name).mkdir(parents=True, exist_ok=True)
-    outcomes: dict[str, dict] = {}
-    if (work / "steps.json").exists():
-        outcomes = json.loads((work / "steps.json").read_text())
-    where = arguments.device + (" simulated" if os.environ.get("CONVKERNELS_SIMT") == "1" else "")
-    words = {
-        "python": sys.executable,
-        "results": str(work / "results"),
-        "device": arguments.device,
-        "workers": str(arguments.workers),
-    }
+    try:
+        return run_all(steps, arguments, work, output)
+    except KeyboardInterrupt:
+        print(f"gpu_run: interrupted; what there is until then: {output}", file=sys.stderr)
+        return 130
+
+
+def run_all(steps: list[Step], arguments: argparse.Namespace, work: Path, output: Path) -> int:
+    began, outcomes, reasons = time.monotonic(), passed_before(work), []
     for step in steps:
-        before = outcomes.get(step.name, {})
-        if before.get("ended") == PASSED and before.get("on") == where and not arguments.again:
+        if outcomes.get(step.name, {}).get("ended") == PASSED and not arguments.again:
             print(f"{step.name:18} passed before, in this checkout; --again runs it once more", flush=True)
             continue
         left = arguments.seconds - (time.monotonic() - began) - 2 * GRACE
         if left < 5:
             outcomes[step.name] = {"ended": "not begun", "seconds": 0.0}
             continue
-        log, start = work / "logs" / f"{step.name.replace(' ', '-')}.log", time.monotonic()
+        log, start = work / "logs" / f"{file_of(step)}.log", time.monotonic()
+        limit = min(step.seconds * (SLOWER if arguments.device == "cpu" else 1), left)
+        ended = "stopped"
         try:
-            ended = run(step, min(step.seconds * (SLOWER if arguments.device == "cpu" else 1), left), words, log)
+            ended = run(step, limit, words_for(step, arguments, work), environment_for(step, arguments.device), log)
         except OSError as error:
             ended = f"not begun: {error.strerror}"
-        seconds = time.monotonic() - start
-        outcomes[step.name] = {"ended": ended, "on": where, "seconds": round(seconds, 1), "last": last_line(log)}
+        finally:
+            seconds = time.monotonic() - start
+            outcomes[step.name] = {"ended": ended, "seconds": round(seconds, 1), "last": last_line(log)}
+            reasons = save(output, work, outcomes)
         print(f"{step.name:18} {ended:20} {seconds:6.1f} s  {outcomes[step.name]['last']}", flush=True)
         if ended != PASSED:
             print(f"{'':18} its output: {log}", flush=True)
-        reason = save(arguments.output, work, outcomes)
-        if reason:
-            print(f"gpu_run: nothing saved: {reason}", file=sys.stderr, flush=True)
-    save(arguments.output, work, outcomes)
+        for reason in reasons:
+            print(f"gpu_run: not saved: {reason}", file=sys.stderr, flush=True)
+    save(output, work, outcomes)
     failed = [step.name for step in steps if outcomes[step.name]["ended"] != PASSED]
     print(
         f"{len(steps) - len(failed)} of {len(steps)} steps passed" + (f"; not: {', '.join(failed)}" if failed else "")

@@ -444,7 +444,7 @@ def main():
     parser.add_argument("--only", default="", metavar="TEXT", help="cases with this text in their group and name")
     parser.add_argument("--list", action="store_true", help="print the groups and cases, and run nothing")
     parser.add_argument("--group", metavar="NAME", help="run this group, in this process")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="where the tensors are")
+    parser.add_argument("--device", default="cuda", help="where the tensors are (cpu: with the kernels simulated)")
     parser.add_argument("--backend", default="cuda", help="whose kernels run (default: cuda)")
     parser.add_argument("--json", metavar="FILE", help="also write the results there, a line of JSON for each case")
     parser.add_argument("--jobs", type=int, default=6, help="groups that run at a time (default: 6)")

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import os
 import sys
+import types
 
 # Results must not depend on it (tests/test_determinism.py), and with several pytest workers more threads only cost
 # time.
@@ -71,6 +72,19 @@ def pytest_addoption(parser):
         help="of the cases of each test run the first and then every N-th (kernels for GPUs are slow on a CPU)",
     )
     parser.addoption("--full", action="store_true", help="also the cases that tests marked thin(n) leave out")
+    parser.addoption(
+        "--second-device",
+        action="store_true",
+        help="with the kernels simulated: fail where tensors of the host meet those that a GPU would have",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--second-device"):
+        import second_device
+
+        config.pluginmanager.register(second_device)
+        _SIMULATED.device = str(second_device.DEVICE)
 
 
 @pytest.hookimpl(trylast=True)  # after -k and -m have made their choice
@@ -106,8 +120,13 @@ def pytest_runtest_teardown(item):
         os._exit(70)
 
 
+_SIMULATED = types.SimpleNamespace(device="cpu")  # what stands for a GPU
+
+
 def device_of(name):
-    """A device type that the backend runs on, the CPU where it can."""
+    """A device that the backend runs on, the CPU where it can."""
+    if simulated(name):
+        return _SIMULATED.device
     devices = convkernels.backends.BACKENDS[name].devices
     return "cpu" if devices is None or "cpu" in devices else devices[0]
 
@@ -119,7 +138,7 @@ def interpreted(name):
 
 def simulated(name):
     """Whether the backend's kernels are the CUDA ones on the CPU, which is slow: a fiber switch at each wait."""
-    return name == "cuda" and device_of(name) == "cpu"
+    return name == "cuda" and "cpu" in convkernels.backends.BACKENDS[name].devices
 
 
 @pytest.fixture(params=list(convkernels.backends.BACKENDS))

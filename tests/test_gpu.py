@@ -11,11 +11,13 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
 ]
-BACKENDS = [
-    name
-    for name, entry in ck.backends.BACKENDS.items()
-    if torch.cuda.is_available() and entry.fast and not ck.why_not(name, device="cuda")
-]
+
+
+def those_for_gpus(op):
+    """The backends, skipped where they are not usable, so that they have their names without a GPU too."""
+    for name in ("triton", "cuda"):
+        reasons = ck.why_not(name, op=op, device="cuda")
+        yield pytest.param(name, marks=pytest.mark.skipif(bool(reasons), reason="; ".join(reasons) or "usable"))
 
 
 def packed(length=512, heads=4, head_size=32, taps=7, dtype=torch.bfloat16, device="cuda"):
@@ -33,7 +35,7 @@ def run(backend, arguments, options):
     return (y, *torch.autograd.grad(y, (*arguments, options["gate"]), torch.ones_like(y)))
 
 
-@pytest.fixture(params=BACKENDS or [pytest.param(None, marks=pytest.mark.skip("no backend for GPUs is usable here"))])
+@pytest.fixture(params=those_for_gpus("tap_conv"))
 def backend(request):
     return request.param
 
@@ -116,10 +118,7 @@ def test_more_elements_than_32_bits_count(backend):
 
 # -- attention ---------------------------------------------------------------------------------------------------------
 
-ATTENDING = [name for name in BACKENDS if not ck.why_not(name, op="attention_grad", device="cuda")]
-attending = pytest.mark.parametrize(
-    "attending", ATTENDING or [pytest.param(None, marks=pytest.mark.skip("no backend for GPUs has attention yet"))]
-)
+attending = pytest.mark.parametrize("attending", those_for_gpus("attention_grad"))
 
 
 def attention_inputs(length, heads=4, head_size=64, window=8, dtype=torch.bfloat16, batch=2):

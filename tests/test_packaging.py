@@ -12,8 +12,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import convkernels
+from convkernels.backends.library import missing
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = (
@@ -104,6 +106,26 @@ def test_cuda_is_built_where_nvcc_is(tmp_path):
     compiler.touch(mode=0o755)
     for place in ({"CUDA_HOME": str(tmp_path)}, {"CUDA_PATH": str(tmp_path)}, {"PATH": str(compiler.parent)}):
         assert resolve(**place) == (["none", "cpu", "cuda", "cuda"], "")
+
+
+# Loads both libraries as on a machine with a GPU, and finds the kernels that are missing for one.
+LOAD = """
+import torch
+from convkernels.backends.library import load_library
+assert not any(map(load_library, ("cpu", "cuda"))), [load_library("cpu"), load_library("cuda")]
+names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("convkernels::")]
+names = [name for name in names if name.endswith(".cuda")]
+assert len(names) == 10, names
+print(*(name for name in names if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")))
+"""
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch was built without CUDA")
+def test_the_cuda_library_registers_its_operators_without_a_gpu():
+    if missing("cuda"):
+        pytest.skip(missing("cuda"))
+    done = run(sys.executable, "-c", LOAD, cwd=ROOT, CONVKERNELS_SIMT="0")
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
 
 
 # Runs setup.py where another setuptools is installed.

@@ -157,7 +157,7 @@ def _on_the_cpu(method):
 
     @functools.wraps(method)
     def call(*arguments, **options):
-        if torch.get_default_device().type == "cpu":
+        if torch.get_default_device() == torch.device("cpu"):
             return method(*arguments, **options)
         with torch.device("cpu"):
             return method(*arguments, **options)
