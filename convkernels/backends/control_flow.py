@@ -1,0 +1,332 @@
+"""The paths that machine code of a kernel can take: basic blocks, natural loops, and what one pass of a loop executes.
+
+A pass is found from the work that it does, `{"LDGSTS": 4, "STG": 4, "FFMA": 224}`: of all ways from the loop's head
+around to it again that execute exactly these numbers of such instructions, inner loops as often as it takes, the one of
+the fewest instructions. So what a compiler does to branches and loops is no matter, and what is not needed for the work
+(masks, rows that lie outside, warps that diverge) is not counted. But a block that is jumped over, an `if` without
+`else`, is executed, unless it does work of the kinds named: {"LDG": 0} leaves out what loads.
+"""
+
+import heapq
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+
+# Names of instructions without what follows the first dot, by what they take: memory and its pipes, the integer pipe
+# (alu), the one for multiplications (imad and float), and so on. What is in none is "other".
+CLASSES = {
+    "global": "LDG STG LD ST RED ATOM ATOMG LDL STL",
+    "shared": "LDS STS LDSM STSM ATOMS SHFL",
+    "copies": "LDGSTS LDGDEPBAR DEPBAR ARRIVES SYNCS UBLKCP UBLKRED UTMALDG UTMASTG UTMACMDFLUSH",
+    "alu": "IADD3 IADD LEA LOP3 LOP SHF SHL SHR ISETP SEL PRMT IMNMX IABS VIADD VIADDMNMX VIMNMX MOV BMSK SGXT PLOP3 "
+    "P2R R2P FSETP FSEL FMNMX FCHK VABSDIFF",
+    "imad": "IMAD IDP",
+    "float": "FFMA FMUL FADD FFMA2 FMUL2 FADD2 HFMA2 HADD2 HMUL2 HSETP2 HMNMX2 DADD DMUL DFMA DSETP",
+    "special": "MUFU POPC FLO BREV",
+    "matrix": "HMMA IMMA DMMA QMMA HGMMA WGMMA UTCHMMA",
+    "conversions": "F2F F2FP I2F F2I I2FP F2IP I2I FRND",
+    "control": "BRA BRX JMP JMX CALL RET EXIT BSSY BSYNC BREAK BAR WARPSYNC NANOSLEEP YIELD NOP BMOV KILL MEMBAR ERRBAR "
+    "ACQBULK WARPGROUP",
+}
+CLASS_OF = {name: kind for kind, names in CLASSES.items() for name in names.split()}
+COUNTED = (*CLASSES, "other")
+MOST_STATES = 1_000_000
+
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?(\w[\w.]*)([^;]*);")
+_TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
+_SECOND = re.compile(r"\bU?P\d\b")  # a branch may have a condition among its operands
+
+
+class Unreadable(ValueError):
+    """Machine code that does not look as expected."""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    name: str  # with all that follows its dots
+    target: int | None  # of a jump
+    conditional: bool
+
+    @property
+    def base(self) -> str:
+        return self.name.partition(".")[0]
+
+
+def instructions_of(code: str) -> list[Instruction]:
+    """Those of one kernel as `cuobjdump -sass` writes them."""
+    found = []
+    for address, guard, name, operands in _INSTRUCTION.findall(code):
+        jumps = name.startswith(("BRA", "CALL.REL", "BSSY", "JMP"))
+        target = _TARGET.search(operands) if jumps else None
+        if jumps and not target:
+            raise Unreadable(f"{name}{operands}: expected an address")
+        conditional = bool(guard and guard != "PT") or ".DIV" in name or bool(jumps and _SECOND.search(operands))
+        found.append(Instruction(int(address, 16), name, int(target[1], 16) if target else None, conditional))
+    return found
+
+
+@dataclass
+class Block:
+    """Instructions that are executed one after the other."""
+
+    instructions: list[Instruction]
+    after: list[int] = field(default_factory=list)  # blocks
+    calls: int | None = None  # a block
+
+    @cached_property
+    def classes(self) -> Counter:
+        return Counter(CLASS_OF.get(i.base, "other") for i in self.instructions)
+
+    def work(self, kinds: list[re.Pattern]) -> tuple[int, ...]:
+        return tuple(sum(bool(kind.match(i.name)) for i in self.instructions) for kind in kinds)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one pass of a loop does: so many instructions whose names begin like this, besides what `loops` within it
+    do, so many passes of each."""
+
+    counts: dict[str, int]
+    loops: tuple[tuple[float, "Work"], ...] = ()
+
+    @cached_property
+    def kinds(self) -> list[re.Pattern]:
+        return [re.compile(rf"{name}(?![A-Z0-9])") for name in self.counts]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count} {name}" for name, count in self.counts.items())
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one pass of a loop executes."""
+
+    path: tuple[int, ...]  # blocks
+    classes: Counter  # instructions
+
+    @property
+    def instructions(self) -> int:
+        return self.classes.total()
+
+
+class ControlFlow:
+    def __init__(self, code: str):
+        instructions = instructions_of(code)
+        if not instructions:
+            raise Unreadable("no instructions")
+        starts, after = {instructions[0].address}, None
+        for i in instructions:
+            if after:
+                starts.add(i.address)
+            after = i.base in ("BRA", "BRX", "JMP", "EXIT", "RET", "CALL", "BSYNC", "KILL")
+            if i.target is not None:
+                starts.add(i.target)
+        self.blocks: list[Block] = []
+        for i in instructions:
+            if i.address in starts:
+                self.blocks.append(Block([]))
+            self.blocks[-1].instructions.append(i)
+        self._number = {block.instructions[0].address: n for n, block in enumerate(self.blocks)}
+        for n, block in enumerate(self.blocks):
+            last = block.instructions[-1]
+            if last.base in ("BRA", "JMP") and ".DIV" not in last.name:  # nothing here makes warps come apart
+                block.after.append(self._block_at(last.target))
+            ends = last.base in ("BRA", "JMP", "BRX", "EXIT", "RET", "KILL") and not last.conditional
+            if not ends and n + 1 < len(self.blocks):
+                block.after.append(n + 1)
+        # A call may be a jump to where no return is.
+        returning = self._leading_to({n for n, b in enumerate(self.blocks) if b.instructions[-1].base == "RET"})
+        for block in self.blocks:
+            last = block.instructions[-1]
+            if last.base == "CALL":
+                target = self._block_at(last.target)
+                if target in returning:
+                    block.calls = target
+                else:
+                    block.after = [target, *block.after] if last.conditional else [target]
+
+    def _block_at(self, address: int) -> int:
+        if address not in self._number:
+            raise Unreadable(f"a jump to 0x{address:x}, where no instruction is")
+        return self._number[address]
+
+    @cached_property
+    def _order(self) -> list[int]:
+        """Blocks that can be reached, each but for loops after those before it."""
+        seen, order, stack = {0}, [], [(0, iter(self.blocks[0].after))]
+        while stack:
+            block, rest = stack[-1]
+            following = next((b for b in rest if b not in seen), None)
+            if following is None:
+                order.append(stack.pop()[0])
+            else:
+                seen.add(following)
+                stack.append((following, iter(self.blocks[following].after)))
+        return order[::-1]
+
+    @cached_property
+    def before(self) -> dict[int, list[int]]:
+        """By block, those that lead to it."""
+        found: dict[int, list[int]] = {block: [] for block in self._order}
+        for block in self._order:
+            for following in self.blocks[block].after:
+                found[following].append(block)
+        return found
+
+    @cached_property
+    def dominators(self) -> dict[int, int]:
+        """By block, the last one that all ways to it pass (Cooper, Harvey and Kennedy)."""
+        place = {block: n for n, block in enumerate(self._order)}
+        found, changed = {0: 0}, True
+        while changed:
+            changed = False
+            for block in self._order[1:]:
+                known = [b for b in self.before[block] if b in found]
+                one = known[0]
+                for other in known[1:]:
+                    while one != other:
+                        if place[one] > place[other]:
+                            one = found[one]
+                        else:
+                            other = found[other]
+                if found.get(block) != one:
+                    found[block], changed = one, True
+        return found
+
+    def dominates(self, one: int, other: int) -> bool:
+        while other not in (one, 0):
+            other = self.dominators[other]
+        return other == one
+
+    @cached_property
+    def loops(self) -> dict[int, set[int]]:
+        """Natural loops: by head, the blocks that come back to it without leaving what it dominates."""
+        found: dict[int, set[int]] = {}
+        for block in self._order:
+            for head in self.blocks[block].after:
+                if self.dominates(head, block):
+                    body, waiting = found.setdefault(head, {head}), [block]
+                    while waiting:
+                        one = waiting.pop()
+                        if one not in body:
+                            body.add(one)
+                            waiting += self.before[one]
+        return found
+
+    def _subroutine(self, entry: int) -> Counter:
+        """The shortest way through a subroutine."""
+        waiting, seen = [(0, entry, Counter())], set()
+        while waiting:
+            length, block, classes = heapq.heappop(waiting)
+            if block in seen:
+                continue
+            seen.add(block)
+            here = self.blocks[block]
+            classes = classes + here.classes
+            if here.instructions[-1].base == "RET":
+                return classes
+            for following in here.after:
+                heapq.heappush(waiting, (length + len(here.instructions), following, classes))
+        raise Unreadable("a subroutine that does not return")
+
+    def cheapest_pass(self, work: Work) -> Pass:
+        """The shortest pass that does this work, of the innermost loops that have all kinds of it."""
+        found = self._passes(work, self.loops)
+        if not found:
+            raise Unreadable(f"no pass of a loop does exactly this: {work}")
+        return min(found, key=lambda one: one.instructions)
+
+    def _passes(self, work: Work, loops: dict[int, set[int]]) -> list[Pass]:
+        able = {head: body for head, body in loops.items() if self._has_kinds(work, body)}
+        found = []
+        for head, body in able.items():
+            if any(other != head and other in body for other in able):
+                continue
+            within = {h: b for h, b in self.loops.items() if h != head and h in body}
+            choices = [self._passes(inner, within) for _, inner in work.loops]
+            if all(choices):
+                inside = [min(passes, key=lambda one: one.instructions) for passes in choices]
+                found.append(self._shortest(head, body, work, inside))
+        return [one for one in found if one]
+
+    def _has_kinds(self, work: Work, body: set[int]) -> bool:
+        names = {i.name for b in body for i in self.blocks[b].instructions}
+        return all(
+            any(kind.match(name) for name in names) for kind, n in zip(work.kinds, work.counts.values()) if n
+        ) and all(self._has_kinds(inner, body) for _, inner in work.loops)
+
+    def _leading_to(self, goals: set[int], head: int | None = None) -> set[int]:
+        """Blocks from which one can get to these, not by way of a loop's head."""
+        before: dict[int, list[int]] = {}
+        for number, block in enumerate(self.blocks):
+            for following in block.after:
+                before.setdefault(following, []).append(number)
+        found, waiting = set(), list(goals)
+        while waiting:
+            block = waiting.pop()
+            if block not in found:
+                found.add(block)
+                waiting += before.get(block, []) if block != head else []
+        return found
+
+    def _unavoidable(self, block: int, done: dict) -> list[int]:
+        """What follows a block, but for ways around a block that does no work."""
+        after = self.blocks[block].after
+        for body in after:
+            around = [other for other in after if other != body]
+            if around and self.blocks[body].after == around and self.before[body] == [block] and not any(done[body]):
+                return [body]
+        return after
+
+    def _shortest(self, head: int, body: set[int], work: Work, inside: list[Pass]) -> Pass | None:
+        """Dijkstra's algorithm over blocks and what has been done. inside: passes of the loops of the work."""
+        done = {b: self.blocks[b].work(work.kinds) for b in body}
+        classes = {
+            b: self.blocks[b].classes + (self._subroutine(self.blocks[b].calls) if self.blocks[b].calls else Counter())
+            for b in body
+        }
+        after = {b: self._unavoidable(b, done) for b in body}
+        wanted = (*work.counts.values(), *(1 for _ in inside))
+        done = {b: (*done[b], *(0 for _ in inside)) for b in body}
+        for n, (one, (times, _)) in enumerate(zip(inside, work.loops, strict=True)):
+            # All passes of an inner loop at once, then what comes after it.
+            inner, within = one.path[0], self.loops[one.path[0]]
+            if not any(one.path[0] == other.path[0] for other in inside[:n]):
+                classes[inner], done[inner] = Counter(), tuple(0 for _ in wanted)
+            classes[inner] += Counter({kind: times * count for kind, count in one.classes.items()})
+            after[inner] = list(dict.fromkeys(a for b in within for a in self.blocks[b].after if a not in within))
+            done[inner] = tuple(d + (k == n + len(work.counts)) for k, d in enumerate(done[inner]))
+        length = {b: c.total() for b, c in classes.items()}
+        still = [self._leading_to({b for b in body if done[b][k]}, head) for k in range(len(wanted))]
+        start = (head, tuple(0 for _ in wanted))
+        waiting, best, came = [(0, start)], {start: 0}, {}
+        while waiting:
+            cost, state = heapq.heappop(waiting)
+            if cost > best[state]:
+                continue
+            block, so_far = state
+            if block == head and cost:
+                path = []
+                while state in came:
+                    state = came[state]
+                    path.append(state[0])
+                return Pass(tuple(path[::-1]), sum((classes[b] for b in path), Counter()))
+            now = tuple(a + b for a, b in zip(so_far, done[block], strict=True))
+            if any(a > b for a, b in zip(now, wanted, strict=True)):
+                continue
+            for following in after[block]:
+                if following not in body or (following == head and now != wanted):
+                    continue
+                if following != head and any(
+                    a < b and following not in s for a, b, s in zip(now, wanted, still, strict=True)
+                ):
+                    continue  # from there on this kind of work is not to be had
+                reached, price = (following, now), cost + length[block]
+                if price < best.get(reached, price + 1):
+                    if len(best) > MOST_STATES:
+                        raise Unreadable(f"too many ways around a loop to look for {wanted}")
+                    best[reached], came[reached] = price, state
+                    heapq.heappush(waiting, (price, reached))
+        return None
