@@ -144,6 +144,15 @@ def _show_kernels(name: str, rules, results: list, arguments: argparse.Namespace
     columns = ("variant", "kernel", "for", "registers", "spilled bytes", "shared bytes", "loads 16 B / less",
                "stores 16 B / less", "matrix instructions")  # fmt: skip
     table(f"ahead-of-time compiled kernels, {name}", columns, rows)
+    loops = [(r, loop) for r in results for loop in r.loops if not loop.fault]
+    if loops:
+        kinds = list(loops[0][1].classes)
+        rows = [
+            (loop.variant, loop.kernel, loop.case, f"sm_{r.architecture}", f"{loop.instructions:.1f} / {loop.per}",
+             *(f"{loop.classes[kind]:.1f}" for kind in kinds))
+            for r, loop in loops
+        ]  # fmt: skip
+        table(f"instructions of main loops, {name}", ("variant", "kernel", "case", "for", "all", *kinds), rows)
     if arguments.json:
         write(arguments.json, rules.to_json(results))
         say(f"wrote {arguments.json}")

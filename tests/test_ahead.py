@@ -142,6 +142,24 @@ def test_cuda_budget():
     assert {"plain_forward", "plain_weight", "reduce_weight", "step"} <= {result.kernel for result in results}
     assert {"bf16", "f16", "float", "double"} <= {result.variant for result in results}
     assert not cuda_ahead.rules().violations(results)
+    described = {(loop.kernel, loop.variant, loop.case) for loop in cuda_ahead.MAIN_LOOPS}
+    assert described == {(loop.kernel, loop.variant, loop.case) for result in results for loop in result.loops}
+
+
+@pytest.mark.slow
+def test_main_loops_alone():
+    """What counts them for other purposes reads only their kernels."""
+    if cuda_ahead.missing():
+        pytest.skip(cuda_ahead.missing())
+    if not cuda_ahead.rules().limits():
+        pytest.skip("another version of nvcc compiled the library")
+    costs = cuda_ahead.main_loops("100")
+    assert [cost.case for cost in costs] == [loop.case for loop in cuda_ahead.MAIN_LOOPS]
+    for cost in costs:
+        assert cost.instructions == pytest.approx(sum(cost.classes.values()))
+        assert cost.classes["copies"] > 0 and (cost.classes["matrix"] > 0) == (cost.kernel in cuda_ahead.BANDED)
+    with pytest.raises(ValueError, match="no such kernel for sm_35"):
+        cuda_ahead.main_loops("35")
 
 
 def test_what_breaks_a_rule_is_found(tmp_path):
@@ -169,6 +187,15 @@ def test_what_breaks_a_rule_is_found(tmp_path):
     assert budgeted.violations([dataclasses.replace(good, spills=8)]) == []
     (text,) = budgeted.violations([dataclasses.replace(good, spills=12)])
     assert "spills 12, the budget has 8" in text
+    loop = machine_code.LoopCost("stream", "bf16", "7 taps", "output", 24.0, {"alu": 24.0})
+    budget.write_text(rules.to_budget([dataclasses.replace(good, loops=(loop,))]))
+    more = dataclasses.replace(loop, instructions=24.2)
+    assert rules.violations([dataclasses.replace(good, loops=(more,))]) == []
+    more = dataclasses.replace(loop, instructions=24.3)
+    assert "7 taps: 24.30 instructions per output, the budget has 24.0" in found(good, loops=(more,))
+    other = dataclasses.replace(loop, case="3 taps")
+    assert "3 taps: instructions are not in the budget" in found(good, loops=(other,))
+    assert "7 taps: unreadable" in found(good, loops=(dataclasses.replace(loop, fault="unreadable"),))
     # The figures of another compiler are not comparable.
     other = dataclasses.replace(rules, version="13.1")
     assert other.violations([dataclasses.replace(good, registers=65, spills=8)]) == []

@@ -26,8 +26,8 @@ CLASSES = {
     "special": "MUFU POPC FLO BREV",
     "matrix": "HMMA IMMA DMMA QMMA HGMMA WGMMA UTCHMMA",
     "conversions": "F2F F2FP I2F F2I I2FP F2IP I2I FRND",
-    "control": "BRA BRX JMP JMX CALL RET EXIT BSSY BSYNC BREAK BAR WARPSYNC NANOSLEEP YIELD NOP BMOV KILL MEMBAR ERRBAR "
-    "ACQBULK WARPGROUP",
+    "control": "BRA BRX JMP JMX CALL RET EXIT BSSY BSYNC BREAK BMOV BAR WARPSYNC WARPGROUP NANOSLEEP YIELD NOP KILL "
+    "MEMBAR ERRBAR ACQBULK",
 }
 CLASS_OF = {name: kind for kind, names in CLASSES.items() for name in names.split()}
 COUNTED = (*CLASSES, "other")
@@ -75,6 +75,10 @@ class Block:
     after: list[int] = field(default_factory=list)  # blocks
     calls: int | None = None  # a block
 
+    @property
+    def last(self) -> Instruction:
+        return self.instructions[-1]
+
     @cached_property
     def classes(self) -> Counter:
         return Counter(CLASS_OF.get(i.base, "other") for i in self.instructions)
@@ -111,46 +115,54 @@ class Pass:
         return self.classes.total()
 
 
+ENDS = ("BRA", "BRX", "JMP", "EXIT", "RET", "CALL", "BSYNC", "KILL")  # of a block
+
+
 class ControlFlow:
+    """Of one kernel, from what `cuobjdump -sass` writes of it."""
+
     def __init__(self, code: str):
-        instructions = instructions_of(code)
-        if not instructions:
-            raise Unreadable("no instructions")
-        starts, after = {instructions[0].address}, None
-        for i in instructions:
-            if after:
-                starts.add(i.address)
-            after = i.base in ("BRA", "BRX", "JMP", "EXIT", "RET", "CALL", "BSYNC", "KILL")
-            if i.target is not None:
-                starts.add(i.target)
         self.blocks: list[Block] = []
+        instructions = instructions_of(code)
+        targets, before = {i.target for i in instructions}, None
         for i in instructions:
-            if i.address in starts:
+            if before is None or before.base in ENDS or i.address in targets:
                 self.blocks.append(Block([]))
             self.blocks[-1].instructions.append(i)
-        self._number = {block.instructions[0].address: n for n, block in enumerate(self.blocks)}
-        for n, block in enumerate(self.blocks):
-            last = block.instructions[-1]
-            if last.base in ("BRA", "JMP") and ".DIV" not in last.name:  # nothing here makes warps come apart
+            before = i
+        if not self.blocks:
+            raise Unreadable("no instructions")
+        self._numbers = {block.instructions[0].address: n for n, block in enumerate(self.blocks)}
+        for number, block in enumerate(self.blocks):
+            last = block.last
+            # Warps that have come apart are not followed.
+            if last.base in ("BRA", "JMP") and ".DIV" not in last.name:
                 block.after.append(self._block_at(last.target))
-            ends = last.base in ("BRA", "JMP", "BRX", "EXIT", "RET", "KILL") and not last.conditional
-            if not ends and n + 1 < len(self.blocks):
-                block.after.append(n + 1)
-        # A call may be a jump to where no return is.
-        returning = self._leading_to({n for n, b in enumerate(self.blocks) if b.instructions[-1].base == "RET"})
-        for block in self.blocks:
-            last = block.instructions[-1]
-            if last.base == "CALL":
-                target = self._block_at(last.target)
-                if target in returning:
-                    block.calls = target
-                else:
-                    block.after = [target, *block.after] if last.conditional else [target]
+            ends = last.base in ("BRA", "BRX", "JMP", "EXIT", "RET", "KILL") and not last.conditional
+            if not ends and number + 1 < len(self.blocks):
+                block.after.append(number + 1)
+        calls = {n: self._block_at(b.last.target) for n, b in enumerate(self.blocks) if b.last.base == "CALL"}
+        returning = {target for target in calls.values() if self._returns(target)}
+        for number, target in calls.items():
+            block = self.blocks[number]
+            if target in returning:
+                block.calls = target
+            else:  # a jump to far away
+                block.after = [target, *(block.after if block.last.conditional else [])]
 
-    def _block_at(self, address: int) -> int:
-        if address not in self._number:
-            raise Unreadable(f"a jump to 0x{address:x}, where no instruction is")
-        return self._number[address]
+    def _block_at(self, address: int | None) -> int:
+        if address not in self._numbers:
+            raise Unreadable(f"a jump to {address}, where no instruction begins")
+        return self._numbers[address]
+
+    def _returns(self, entry: int) -> bool:
+        seen, waiting = set(), [entry]
+        while waiting:
+            block = waiting.pop()
+            if block not in seen:
+                seen.add(block)
+                waiting += self.blocks[block].after
+        return any(self.blocks[block].last.base == "RET" for block in seen)
 
     @cached_property
     def _order(self) -> list[int]:
@@ -225,7 +237,7 @@ class ControlFlow:
             seen.add(block)
             here = self.blocks[block]
             classes = classes + here.classes
-            if here.instructions[-1].base == "RET":
+            if here.last.base == "RET":
                 return classes
             for following in here.after:
                 heapq.heappush(waiting, (length + len(here.instructions), following, classes))
@@ -253,26 +265,23 @@ class ControlFlow:
 
     def _has_kinds(self, work: Work, body: set[int]) -> bool:
         names = {i.name for b in body for i in self.blocks[b].instructions}
-        return all(
-            any(kind.match(name) for name in names) for kind, n in zip(work.kinds, work.counts.values()) if n
-        ) and all(self._has_kinds(inner, body) for _, inner in work.loops)
+        own = [kind for kind, count in zip(work.kinds, work.counts.values(), strict=True) if count]
+        return all(any(map(kind.match, names)) for kind in own) and all(
+            self._has_kinds(inner, body) for _, inner in work.loops
+        )
 
-    def _leading_to(self, goals: set[int], head: int | None = None) -> set[int]:
-        """Blocks from which one can get to these, not by way of a loop's head."""
-        before: dict[int, list[int]] = {}
-        for number, block in enumerate(self.blocks):
-            for following in block.after:
-                before.setdefault(following, []).append(number)
+    def _leading_to(self, goals: set[int], head: int) -> set[int]:
+        """Blocks of a loop from which one can get to these within the same pass."""
         found, waiting = set(), list(goals)
         while waiting:
             block = waiting.pop()
             if block not in found:
                 found.add(block)
-                waiting += before.get(block, []) if block != head else []
+                waiting += self.before[block] if block != head else []
         return found
 
-    def _unavoidable(self, block: int, done: dict) -> list[int]:
-        """What follows a block, but for ways around a block that does no work."""
+    def _following(self, block: int, done: dict) -> list[int]:
+        """What may follow a block: not the way around another that does no work."""
         after = self.blocks[block].after
         for body in after:
             around = [other for other in after if other != body]
@@ -281,25 +290,29 @@ class ControlFlow:
         return after
 
     def _shortest(self, head: int, body: set[int], work: Work, inside: list[Pass]) -> Pass | None:
-        """Dijkstra's algorithm over blocks and what has been done. inside: passes of the loops of the work."""
-        done = {b: self.blocks[b].work(work.kinds) for b in body}
-        classes = {
-            b: self.blocks[b].classes + (self._subroutine(self.blocks[b].calls) if self.blocks[b].calls else Counter())
-            for b in body
-        }
-        after = {b: self._unavoidable(b, done) for b in body}
+        """Dijkstra's algorithm over blocks and what has been done. inside: passes of the loops of the work, which are
+        work as well."""
         wanted = (*work.counts.values(), *(1 for _ in inside))
-        done = {b: (*done[b], *(0 for _ in inside)) for b in body}
-        for n, (one, (times, _)) in enumerate(zip(inside, work.loops, strict=True)):
-            # All passes of an inner loop at once, then what comes after it.
-            inner, within = one.path[0], self.loops[one.path[0]]
-            if not any(one.path[0] == other.path[0] for other in inside[:n]):
-                classes[inner], done[inner] = Counter(), tuple(0 for _ in wanted)
+        after, done, classes = {}, {}, {}
+        for b in body:
+            block, counts = self.blocks[b], self.blocks[b].work(work.kinds)
+            done[b] = (*counts, *(0 for _ in inside))
+            classes[b] = block.classes + (self._subroutine(block.calls) if block.calls else Counter())
+        for b in body:
+            after[b] = [a for a in self._following(b, done) if a in body]
+        for inner in {one.path[0] for one in inside}:  # all its passes at once, then what comes after it
+            within = self.loops[inner]
+            outside = {a: None for b in within for a in self.blocks[b].after if a in body - within}
+            after[inner], done[inner], classes[inner] = list(outside), tuple(0 for _ in wanted), Counter()
+        for n, (one, (times, _)) in enumerate(zip(inside, work.loops, strict=True), len(work.counts)):
+            inner = one.path[0]
             classes[inner] += Counter({kind: times * count for kind, count in one.classes.items()})
-            after[inner] = list(dict.fromkeys(a for b in within for a in self.blocks[b].after if a not in within))
-            done[inner] = tuple(d + (k == n + len(work.counts)) for k, d in enumerate(done[inner]))
+            done[inner] = tuple(count + (k == n) for k, count in enumerate(done[inner]))
         length = {b: c.total() for b, c in classes.items()}
-        still = [self._leading_to({b for b in body if done[b][k]}, head) for k in range(len(wanted))]
+        # By block, the kinds of work that are not to be had from there on.
+        places = [self._leading_to({b for b in body if done[b][k]}, head) for k in range(len(wanted))]
+        over = {b: [k for k, place in enumerate(places) if b not in place] for b in body}
+
         start = (head, tuple(0 for _ in wanted))
         waiting, best, came = [(0, start)], {start: 0}, {}
         while waiting:
@@ -313,20 +326,16 @@ class ControlFlow:
                     state = came[state]
                     path.append(state[0])
                 return Pass(tuple(path[::-1]), sum((classes[b] for b in path), Counter()))
-            now = tuple(a + b for a, b in zip(so_far, done[block], strict=True))
-            if any(a > b for a, b in zip(now, wanted, strict=True)):
+            now = tuple(map(int.__add__, so_far, done[block])) if any(done[block]) else so_far
+            if any(map(int.__gt__, now, wanted)):
                 continue
             for following in after[block]:
-                if following not in body or (following == head and now != wanted):
+                if now != wanted and (following == head or any(now[k] < wanted[k] for k in over[following])):
                     continue
-                if following != head and any(
-                    a < b and following not in s for a, b, s in zip(now, wanted, still, strict=True)
-                ):
-                    continue  # from there on this kind of work is not to be had
                 reached, price = (following, now), cost + length[block]
                 if price < best.get(reached, price + 1):
-                    if len(best) > MOST_STATES:
-                        raise Unreadable(f"too many ways around a loop to look for {wanted}")
                     best[reached], came[reached] = price, state
                     heapq.heappush(waiting, (price, reached))
+            if len(best) > MOST_STATES:
+                raise Unreadable(f"too many ways around a loop: {work}")
         return None

@@ -2,9 +2,11 @@
 
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
-from . import library, machine_code
+from . import control_flow, library, machine_code
+from .cuda_loops import MAIN_LOOPS
 
 LIBRARY = library.path_of("cuda")
 # By kernel, without its template arguments: the families that were written to move memory, and to use matrix units.
@@ -48,32 +50,72 @@ def _kernels(text: str, marker: str) -> dict[tuple[str, str], str]:
     return found
 
 
-def _short_name(mangled: str) -> tuple[str, str]:
-    """(kernel, template arguments), both without namespaces."""
-    demangled = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
-    kernel, arguments = re.fullmatch(r"(?:void )?([\w:]+)(?:<(.*)>)?\(.*\)", demangled).groups()
-    return kernel.split("::")[-1], re.sub(r"\b(?:\w+::)+|\(\w+\)(?=\d)", "", arguments or "")
+def _short_names(mangled: set[str]) -> dict[str, tuple[str, str]]:
+    """(kernel, template arguments) by mangled name, both without namespaces."""
+    names = "\n".join(mangled)
+    plain = subprocess.run(["c++filt"], input=names, capture_output=True, text=True, check=True).stdout.splitlines()
+    found = {}
+    for name, demangled in zip(mangled, plain, strict=True):
+        kernel, arguments = re.fullmatch(r"(?:void )?([\w:]+)(?:<(.*)>)?\(.*\)", demangled).groups()
+        found[name] = kernel.split("::")[-1], re.sub(r"\b(?:\w+::)+|\(\w+\)(?=\d)", "", arguments or "")
+    return found
+
+
+def _main_loops(kernel: str, variant: str, code: str) -> tuple[machine_code.LoopCost, ...]:
+    """The cost of the main loops that cuda_loops describes of this kernel."""
+    loops = [loop for loop in MAIN_LOOPS if (loop.kernel, loop.variant) == (kernel, variant)]
+    if not loops:
+        return ()
+    flow, costs = control_flow.ControlFlow(code), []
+    for loop in loops:
+        try:
+            classes, fault = flow.cheapest_pass(loop.work).classes, ""
+        except control_flow.Unreadable as error:
+            classes, fault = {}, f"{error}: cuda_loops.py no longer describes this kernel"
+        shares = {name: classes.get(name, 0) / loop.makes for name in control_flow.COUNTED}
+        costs.append(machine_code.LoopCost(kernel, variant, loop.case, loop.per, sum(shares.values()), shares, fault))
+    return tuple(costs)
+
+
+def _measure(wanted: Callable[[str, str, str], bool], all_kernels: bool) -> list[machine_code.Resources]:
+    """The kernels that are wanted(kernel, variant, architecture). Where most are it is faster to read all."""
+    usage = _kernels(machine_code.run_tool("cuobjdump", "--dump-resource-usage", LIBRARY), r"\n Function ")
+    names = _short_names({mangled for mangled, _ in usage})
+    found: dict[str, list[str]] = {}
+    for mangled, architecture in usage:
+        if wanted(*names[mangled], architecture):
+            found.setdefault(architecture, []).append(mangled)
+    results = []
+    for architecture, mangled_names in found.items():  # to disassemble takes by far the longest
+        only = [] if all_kernels else ["-fun", ",".join(mangled_names)]
+        code = machine_code.run_tool("cuobjdump", "-sass", "-arch", f"sm_{architecture}", *only, LIBRARY)
+        for (mangled, _), instructions in _kernels(code, r"\n\t\tFunction ").items():
+            if mangled in mangled_names:
+                kernel, variant = names[mangled]
+                figures = machine_code.read_usage(usage[mangled, architecture]) | machine_code.read_code(instructions)
+                loops = _main_loops(kernel, variant, instructions)
+                results.append(machine_code.Resources(variant, kernel, architecture, **figures, loops=loops))
+    return sorted(results, key=lambda r: (r.kernel, r.variant))
 
 
 def measure_all(architectures: tuple[str, ...] = (), only: str | None = None) -> list[machine_code.Resources]:
     """Every kernel of the library; of these architectures if any are given, and with `only` in its key."""
-    usage = _kernels(machine_code.run_tool("cuobjdump", "--dump-resource-usage", LIBRARY), r"\n Function ")
-    compiled = sorted({architecture for _, architecture in usage}, key=lambda name: int(name.rstrip("af")))
-    names = {mangled: _short_name(mangled) for mangled in {mangled for mangled, _ in usage}}
 
-    def wanted(mangled: str, architecture: str) -> bool:
-        kernel, variant = names[mangled]
+    def wanted(kernel: str, variant: str, architecture: str) -> bool:
         key = f"{variant} / {kernel} / sm_{architecture}"
         return (not architectures or architecture.rstrip("af") in architectures) and (not only or only in key)
 
-    results = []
-    for architecture in compiled:
-        if not any(wanted(*one) for one in usage if one[1] == architecture):
-            continue  # to disassemble takes by far the longest
-        code = machine_code.run_tool("cuobjdump", "-sass", "-arch", f"sm_{architecture}", LIBRARY)
-        for (mangled, _), instructions in _kernels(code, r"\n\t\tFunction ").items():
-            if wanted(mangled, architecture):
-                kernel, variant = names[mangled]
-                figures = machine_code.read_usage(usage[mangled, architecture]) | machine_code.read_code(instructions)
-                results.append(machine_code.Resources(variant, kernel, architecture, **figures))
-    return sorted(results, key=lambda r: (r.kernel, r.variant))
+    return _measure(wanted, not only)
+
+
+def main_loops(architecture: str = "90a") -> list[machine_code.LoopCost]:
+    """What the main loops of cuda_loops cost in the code for one architecture, in the order they have there."""
+    described = {(loop.kernel, loop.variant) for loop in MAIN_LOOPS}
+    results = _measure(lambda kernel, variant, code: code == architecture and (kernel, variant) in described, False)
+    costs = {(cost.kernel, cost.variant, cost.case): cost for result in results for cost in result.loops}
+    found = [costs.get((loop.kernel, loop.variant, loop.case)) for loop in MAIN_LOOPS]
+    for loop, cost in zip(MAIN_LOOPS, found, strict=True):
+        if cost is None or cost.fault:
+            why = cost.fault if cost else f"the library has no such kernel for sm_{architecture}"
+            raise control_flow.Unreadable(f"{loop.variant} / {loop.kernel}, {loop.case}: {why}")
+    return found

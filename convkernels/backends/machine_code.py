@@ -11,10 +11,24 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
+class LoopCost:
+    """Instructions of a thread in a main loop, all and by class, per output of the thread or per tile of its warp; 0
+    where `fault` says why they could not be counted."""
+
+    kernel: str
+    variant: str
+    case: str
+    per: str
+    instructions: float
+    classes: dict[str, float]
+    fault: str = ""
+
+
+@dataclass(frozen=True)
 class Resources:
     """What one kernel takes. spills: bytes of stack per thread. wide and narrow: loads and stores of global memory of
     16 bytes per thread or more, and of fewer. matrix: matrix instructions. unit: the matrix unit they are for, by the
-    name of its instruction in PTX, where that is known."""
+    name of its instruction in PTX, where that is known. loops: its main loops, those that are described."""
 
     variant: str
     kernel: str
@@ -28,10 +42,15 @@ class Resources:
     narrow_stores: int
     matrix: int
     unit: str = ""
+    loops: tuple[LoopCost, ...] = ()
 
     @property
     def key(self) -> str:
         return f"{self.variant} / {self.kernel} / sm_{self.architecture}"
+
+    def counts(self) -> dict[str, float]:
+        """Instructions of the main loops that could be counted, as a budget has them."""
+        return {loop.case: round(loop.instructions, 2) for loop in self.loops if not loop.fault}
 
 
 def tools() -> Path | None:
@@ -74,6 +93,24 @@ def read_code(code: str) -> dict[str, int]:
         # By its end, since a pattern that begins with a literal is found many times faster.
         "matrix": sum(code[found.start() - 1].isalnum() for found in re.finditer(r"MMA\b", code)),
     }
+
+
+# Instructions of a main loop may grow by this much: the compiler orders them anew after any change.
+GROWTH = 1.01
+
+
+def _grown(loops: tuple[LoopCost, ...], limits: dict[str, float]) -> list[str]:
+    """Loops that have more instructions than these limits, or none to compare."""
+    found = []
+    for loop in loops:
+        allowed = limits.get(loop.case)
+        if loop.fault:
+            found.append(f"{loop.case}: {loop.fault}")
+        elif allowed is None:
+            found.append(f"{loop.case}: instructions are not in the budget")
+        elif loop.instructions > allowed * GROWTH:
+            found.append(f"{loop.case}: {loop.instructions:.2f} instructions per {loop.per}, the budget has {allowed}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -122,6 +159,7 @@ class Rules:
                         for name in ("registers", "shared", *(("spills",) if budgeted else ()))
                         if getattr(result, name) > allowed[name]
                     ]
+                    found += [f"{result.key}, {text}" for text in _grown(result.loops, allowed.get("instructions", {}))]
         return found
 
     def to_budget(self, results: list[Resources]) -> str:
@@ -129,6 +167,7 @@ class Rules:
         limits = {
             result.key: {"registers": result.registers, "shared": result.shared}
             | ({"spills": result.spills} if result.kernel in self.spilling else {})
+            | ({"instructions": counts} if (counts := result.counts()) else {})
             for result in results
         }
         return json.dumps({self.compiler: self.version, "limits": limits}, indent=1) + "\n"
