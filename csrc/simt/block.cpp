@@ -1,11 +1,13 @@
 #include "csrc/simt/block.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <numeric>
 #include <stdexcept>
 #include <utility>
@@ -65,6 +67,8 @@ struct Thread {
   void* operand = nullptr;
   std::vector<Copy> copies;
   unsigned group = 0;
+  // The calls that led to where it is, as one number each.
+  std::vector<uint64_t> path;
 };
 
 struct Gathering {
@@ -89,6 +93,7 @@ struct Engine {
   std::vector<Warp> warps;
   std::vector<unsigned> order;
   SharedMemory shared;
+  std::unique_ptr<Tally> tally;  // of a launch that is counted
   Fiber scheduler;
   Random random{0};
   const Launch* launch = nullptr;
@@ -175,10 +180,18 @@ struct Engine {
       return false;
     }
     barrier_count = predicates;
+    if (tally) {
+      tally->count(Meeting::kBarrier);
+      meet_all();
+    }
     for (unsigned i = 0; i < count; ++i) threads[i]->waits = nullptr;
     for (Warp& warp : warps) warp.ready = warp.lanes;
     random.shuffle(order.data(), static_cast<unsigned>(order.size()));
     return true;
+  }
+
+  void meet_all() {
+    for (unsigned w = 0; w < warps.size(); ++w) tally->meet(w);
   }
 
   std::string describe(unsigned exited) const {
@@ -218,7 +231,9 @@ struct Engine {
       t.waits = nullptr;
       t.copies.clear();
       t.group = 0;
+      t.path.assign(1, 0);
     }
+    if (tally) tally->begin_block(static_cast<unsigned>(warps.size()));
     for (unsigned w = 0; w < warps.size(); ++w) {
       const unsigned lanes = std::min(kWarp, count - w * kWarp);
       warps[w].lanes = warps[w].ready = ~0u >> (kWarp - lanes);
@@ -242,7 +257,8 @@ struct Engine {
         }
       }
     } while (open_barrier());
-    if (!failure.empty()) unwind();
+    if (!failure.empty()) return unwind();
+    if (tally) meet_all();
   }
 
   void unwind() {
@@ -287,6 +303,10 @@ std::string problem_with(const Launch& launch) {
   return "";
 }
 
+std::atomic<bool> counting = false;
+std::mutex counted_mutex;
+std::vector<Counted> counted;
+
 uint64_t from_environment(const char* name, uint64_t otherwise) {
   const char* text = std::getenv(name);
   if (text == nullptr) return otherwise;
@@ -317,8 +337,14 @@ const char* run(const Launch& launch) {
     engine->prepare(launch.block.x * launch.block.y * launch.block.z);
     blockDim = launch.block;
     gridDim = launch.grid;
+    engine->tally = counting ? std::make_unique<Tally>() : nullptr;
     engine->run_grid(seed);
     status = engine->failure;
+    if (engine->tally) {
+      engine->tally->end_launch();
+      const std::lock_guard lock(counted_mutex);
+      counted.push_back({launch.kernel, launch.grid, launch.block, launch.shared_bytes, engine->tally->counts});
+    }
   } catch (const std::exception& error) {
     status = std::string("simt: ") + error.what();
   }
@@ -351,6 +377,10 @@ void warp_wait(const Collective& what, unsigned mask, void* operand) {
       thread.waits = nullptr;
     }
     if (what.finish != nullptr) what.finish(operands, mask);
+    if (e.tally) {
+      e.tally->count(what.kind);
+      if (mask == warp.lanes) e.tally->meet(self.id / kWarp);
+    }
     warp.ready |= mask;
   }
   e.suspend();
@@ -381,12 +411,72 @@ void check_shared(const char* what, const void* pointer, size_t bytes) {
   if (!engine->shared.holds(pointer, bytes)) fail(std::string(what) + ": an address is not in shared memory");
 }
 
+namespace {
+
+void count_in_tally(Access access, const void* pointer, size_t bytes, const void* instruction) {
+  const Thread& self = *current;
+  // Places are told apart by the calls that led to them too.
+  const uint64_t place = self.path.back() + reinterpret_cast<uintptr_t>(instruction);
+  engine->tally->add(self.id / kWarp, self.id % kWarp, access, place, pointer, static_cast<unsigned>(bytes));
+}
+
+bool lies_in(const void* pointer, const void* begin, size_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) - reinterpret_cast<uintptr_t>(begin) < bytes;
+}
+
+}  // namespace
+
+void count_access(bool write, const void* pointer, size_t bytes, const void* instruction) {
+  if (current == nullptr || !engine->tally) return;
+  // Local memory, parameters and built-in variables.
+  const Launch& launch = *engine->launch;
+  if (current->fiber.holds(pointer) || lies_in(pointer, launch.arguments, launch.argument_bytes) ||
+      lies_in(pointer, &threadIdx, sizeof threadIdx) || lies_in(pointer, &blockIdx, sizeof blockIdx) ||
+      lies_in(pointer, &blockDim, sizeof blockDim) || lies_in(pointer, &gridDim, sizeof gridDim))
+    return;
+  if (engine->shared.holds(pointer, bytes))
+    count_in_tally(write ? Access::kSharedStore : Access::kSharedLoad, pointer, bytes, instruction);
+  else
+    count_in_tally(write ? Access::kStore : Access::kLoad, pointer, bytes, instruction);
+}
+
+void count_matrix_load(const void* pointer) {
+  if (engine->tally) count_in_tally(Access::kMatrixLoad, pointer, 16, nullptr);
+}
+
+void enter_function(const void* caller) {
+  if (current == nullptr || !engine->tally) return;
+  const uint64_t from = current->path.back() + reinterpret_cast<uintptr_t>(caller);
+  current->path.push_back(from * 0x9E3779B97F4A7C15u);
+}
+
+void leave_function() {
+  if (current != nullptr && engine->tally) current->path.pop_back();
+}
+
+void start_counting() {
+  const std::lock_guard lock(counted_mutex);
+  counted.clear();
+  counting = true;
+}
+
+std::vector<Counted> stop_counting() {
+  const std::lock_guard lock(counted_mutex);
+  counting = false;
+  return std::exchange(counted, {});
+}
+
 void copy_async(void* to, const void* from, size_t bytes, bool valid) {
   check_aligned("cp.async, destination", to, bytes);
   check_aligned("cp.async, source", from, bytes);
   check_shared("cp.async, destination", to, bytes);
   Copy copy{static_cast<char*>(to), {}, static_cast<unsigned>(bytes), current->group};
   if (valid) std::memcpy(copy.data, from, bytes);
+  if (engine->tally) {
+    const void* const instruction = __builtin_return_address(0);
+    if (valid) count_in_tally(Access::kCopyRead, from, bytes, instruction);
+    count_in_tally(Access::kCopyWrite, to, bytes, instruction);
+  }
   std::memset(to, 0xFF, bytes);
   current->copies.push_back(copy);
 }

@@ -10,6 +10,7 @@
 #include <source_location>
 #include <string>
 
+#include "csrc/simt/counters.h"
 #include "csrc/simt/types.h"
 
 namespace ck::simt {
@@ -21,6 +22,8 @@ struct Launch {
   std::source_location where;
   void (*call)(const void* arguments);
   const void* arguments;
+  size_t argument_bytes;
+  const void* kernel;
 };
 
 // Runs the grid. nullptr, or what went wrong first; the text is valid until this OS thread launches again.
@@ -39,6 +42,7 @@ size_t shared_memory_limit();
 struct Collective {
   const char* name;
   void (*finish)(void* const* operands, unsigned lanes);
+  Meeting kind;
 };
 
 // Waits for the lanes of this warp in `mask` to arrive at the same collective with the same mask.
@@ -62,5 +66,13 @@ void check_shared(const char* what, const void* pointer, size_t bytes);
 void copy_async(void* to, const void* from, size_t bytes, bool valid);
 void copy_commit();
 void copy_wait(unsigned newest);
+
+// Counts an access of the calling thread to memory that it shares with others, if this launch is counted.
+void count_access(bool write, const void* pointer, size_t bytes, const void* instruction);
+// The same for ldmatrix, which reads 16 bytes of shared memory.
+void count_matrix_load(const void* pointer);
+// The thread calls a function, or returns from it.
+void enter_function(const void* caller);
+void leave_function();
 
 }  // namespace ck::simt

@@ -149,6 +149,10 @@ Fiber::~Fiber() {
   munmap(mapping_, page() + kStackBytes);
 }
 
+bool Fiber::holds(const void* pointer) const {
+  return reinterpret_cast<uintptr_t>(pointer) - reinterpret_cast<uintptr_t>(bottom_) < size_;
+}
+
 void Fiber::start() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &previous->bottom_, &previous->size_);

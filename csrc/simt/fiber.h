@@ -19,16 +19,19 @@ class Fiber {
   // Stops here and goes on in `next`, both of this OS thread, until something resumes this fiber.
   void switch_to(Fiber& next);
 
+  // Whether `pointer` points into the stack of this fiber, which is not that of the caller.
+  bool holds(const void* pointer) const;
+
  private:
   static void start();
 
   void* context_ = nullptr;
   void (*entry_)() = nullptr;
   char* mapping_ = nullptr;
-  // Known to AddressSanitizer alone: which stack the code runs on.
-  void* fake_stack_ = nullptr;
   const void* bottom_ = nullptr;
   size_t size_ = 0;
+  // Known to AddressSanitizer alone: which stack the code runs on.
+  void* fake_stack_ = nullptr;
 };
 
 }  // namespace ck::simt

@@ -42,10 +42,10 @@ T shuffle(Shuffle mode, unsigned mask, T value, int argument, int width) {
       static_cast<Bits>(shuffle(mode, mask, uint64_t{std::bit_cast<Bits>(value)}, argument, width)));
 }
 
-inline constexpr Collective kSyncthreads{"__syncthreads", nullptr};
-inline constexpr Collective kSyncthreadsOr{"__syncthreads_or", nullptr};
-inline constexpr Collective kSyncthreadsAnd{"__syncthreads_and", nullptr};
-inline constexpr Collective kSyncthreadsCount{"__syncthreads_count", nullptr};
+inline constexpr Collective kSyncthreads{"__syncthreads", nullptr, Meeting::kBarrier};
+inline constexpr Collective kSyncthreadsOr{"__syncthreads_or", nullptr, Meeting::kBarrier};
+inline constexpr Collective kSyncthreadsAnd{"__syncthreads_and", nullptr, Meeting::kBarrier};
+inline constexpr Collective kSyncthreadsCount{"__syncthreads_count", nullptr, Meeting::kBarrier};
 
 }  // namespace ck::simt
 
@@ -175,7 +175,8 @@ const char* launch(void (*kernel)(Parameters...), Grid grid, dim3 block, size_t 
     const Call& call = *static_cast<const Call*>(p);
     std::apply(call.kernel, call.values);
   };
-  return simt::run({grid, block, shared_bytes, grid.where, run, &call});
+  return simt::run(
+      {grid, block, shared_bytes, grid.where, run, &call, sizeof call, reinterpret_cast<const void*>(kernel)});
 }
 
 }  // namespace ck::cuda

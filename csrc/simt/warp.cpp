@@ -119,19 +119,20 @@ void finish_multiply(void* const* operands, unsigned) {
   }
 }
 
-constexpr Collective kBarrier{"__syncwarp", nullptr};
-constexpr Collective kShuffles[] = {{"__shfl_sync", finish_shuffle},
-                                    {"__shfl_up_sync", finish_shuffle},
-                                    {"__shfl_down_sync", finish_shuffle},
-                                    {"__shfl_xor_sync", finish_shuffle}};
-constexpr Collective kVotes[] = {
-    {"__ballot_sync", finish_vote}, {"__any_sync", finish_vote}, {"__all_sync", finish_vote}};
-constexpr Collective kLoads[] = {{"ldmatrix.x2", finish_load<2, false>},
-                                 {"ldmatrix.x2.trans", finish_load<2, true>},
-                                 {"ldmatrix.x4", finish_load<4, false>},
-                                 {"ldmatrix.x4.trans", finish_load<4, true>}};
-constexpr Collective kMultiplyF16{"mma.m16n8k16.f16", finish_multiply<from_f16>};
-constexpr Collective kMultiplyBf16{"mma.m16n8k16.bf16", finish_multiply<from_bf16>};
+constexpr Collective kBarrier{"__syncwarp", nullptr, Meeting::kWarpBarrier};
+constexpr Collective kShuffles[] = {{"__shfl_sync", finish_shuffle, Meeting::kShuffle},
+                                    {"__shfl_up_sync", finish_shuffle, Meeting::kShuffle},
+                                    {"__shfl_down_sync", finish_shuffle, Meeting::kShuffle},
+                                    {"__shfl_xor_sync", finish_shuffle, Meeting::kShuffle}};
+constexpr Collective kVotes[] = {{"__ballot_sync", finish_vote, Meeting::kVote},
+                                 {"__any_sync", finish_vote, Meeting::kVote},
+                                 {"__all_sync", finish_vote, Meeting::kVote}};
+constexpr Collective kLoads[] = {{"ldmatrix.x2", finish_load<2, false>, Meeting::kMatrixLoad},
+                                 {"ldmatrix.x2.trans", finish_load<2, true>, Meeting::kMatrixLoad},
+                                 {"ldmatrix.x4", finish_load<4, false>, Meeting::kMatrixLoad},
+                                 {"ldmatrix.x4.trans", finish_load<4, true>, Meeting::kMatrixLoad}};
+constexpr Collective kMultiplyF16{"mma.m16n8k16.f16", finish_multiply<from_f16>, Meeting::kMatrixProduct};
+constexpr Collective kMultiplyBf16{"mma.m16n8k16.bf16", finish_multiply<from_bf16>, Meeting::kMatrixProduct};
 
 }  // namespace
 
@@ -157,6 +158,7 @@ void load_matrices(uint32_t* registers, int count, bool transposed, const void* 
   if (lane() < static_cast<unsigned>(8 * count)) {
     check_aligned(what.name, row, 16);
     check_shared(what.name, row, 16);
+    count_matrix_load(row);
   }
   Loaded operand{registers, row};
   warp_wait(what, kAll, &operand);

@@ -1,0 +1,102 @@
+#include "csrc/simt/counters.h"
+
+#include <algorithm>
+#include <bit>
+
+namespace ck::simt {
+namespace {
+
+constexpr unsigned kWarp = 32;
+constexpr uintptr_t kSector = 32;
+
+}  // namespace
+
+void Tally::begin_block(unsigned warps) {
+  ++counts.blocks;
+  entries_.resize(warps * kWarp);
+}
+
+void Tally::add(unsigned warp, unsigned lane, Access access, uint64_t place, const void* pointer, unsigned bytes) {
+  entries_[warp * kWarp + lane].push_back(
+      {place, reinterpret_cast<uintptr_t>(pointer), static_cast<uint8_t>(bytes), access});
+}
+
+void Tally::meet(unsigned warp) {
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    auto& entries = entries_[warp * kWarp + lane];
+    for (const Entry& entry : entries) {
+      // One place can be a load of shared memory for one call and of global memory for another.
+      Place& place =
+          places_[entry.place * 0x9E3779B97F4A7C15u + static_cast<unsigned>(entry.access) * kWarp + entry.bytes];
+      if (place.requests.empty()) visited_.push_back(&place);
+      const unsigned time = place.times[lane]++;
+      if (time >= place.requests.size()) place.requests.emplace_back();
+      Request& request = place.requests[time];
+      request.bytes = entry.bytes;
+      request.access = entry.access;
+      request.lane[request.lanes] = static_cast<uint8_t>(lane);
+      request.address[request.lanes++] = entry.address;
+    }
+    entries.clear();
+  }
+  for (Place* place : visited_) {
+    for (const Request& request : place->requests) count(request);
+    place->requests.clear();
+    std::fill_n(place->times, kWarp, 0u);
+  }
+  visited_.clear();
+}
+
+void Tally::count(const Request& request) {
+  Requests& into = counts.accesses[static_cast<unsigned>(request.access)];
+  ++into.requests;
+  into.bytes += uint64_t{request.bytes} * request.lanes;
+  if (is_global(request.access))
+    count_sectors(request, into);
+  else
+    count_wavefronts(request, into);
+}
+
+void Tally::count_sectors(const Request& request, Requests& into) {
+  uintptr_t sectors[2 * kWarp];
+  unsigned n = 0;
+  const unsigned shift = request.access == Access::kStore ? 32 : 0;
+  for (unsigned i = 0; i < request.lanes; ++i) {
+    const uintptr_t first = request.address[i], end = first + request.bytes;
+    for (uintptr_t sector = first / kSector; sector * kSector < end; ++sector) {
+      const uintptr_t from = std::max(first, sector * kSector) % kSector;
+      const uintptr_t bytes = std::min(end, (sector + 1) * kSector) - std::max(first, sector * kSector);
+      touched_[sector] |= ((uint64_t{1} << bytes) - 1) << from << shift;
+      if (n == 0 || sectors[n - 1] != sector) sectors[n++] = sector;
+    }
+  }
+  std::sort(sectors, sectors + n);
+  into.sectors += static_cast<uint64_t>(std::unique(sectors, sectors + n) - sectors);
+}
+
+void Tally::count_wavefronts(const Request& request, Requests& into) {
+  const unsigned lanes = request.bytes > 8 ? 8 : request.bytes > 4 ? 16 : kWarp;
+  for (unsigned i = 0; i < request.lanes;) {
+    const unsigned phase = request.lane[i] / lanes;
+    uintptr_t words[2 * kWarp];
+    unsigned n = 0;
+    for (; i < request.lanes && request.lane[i] / lanes == phase; ++i)
+      for (uintptr_t word = request.address[i] / 4; word * 4 < request.address[i] + request.bytes; ++word)
+        words[n++] = word;
+    std::sort(words, words + n);
+    n = static_cast<unsigned>(std::unique(words, words + n) - words);
+    unsigned of_bank[32] = {}, most = 0;
+    for (unsigned w = 0; w < n; ++w) most = std::max(most, ++of_bank[words[w] % 32]);
+    into.wavefronts += most;
+    into.conflicts += most - 1;
+  }
+}
+
+void Tally::end_launch() {
+  for (const auto& [sector, bytes] : touched_) {
+    counts.bytes_read += static_cast<unsigned>(std::popcount(static_cast<uint32_t>(bytes)));
+    counts.bytes_written += static_cast<unsigned>(std::popcount(bytes >> 32));
+  }
+}
+
+}  // namespace ck::simt

@@ -1,0 +1,103 @@
+// What a launch asks of memory and of the units that the threads share.
+//
+// A request is what the lanes of a warp do by one instruction: the n-th time that each comes to a place in the program
+// since all of them last met. A place is an address in the machine code and the calls that led to it. So it does not
+// matter in which order threads run.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <unordered_map>
+#include <vector>
+
+#include "csrc/simt/types.h"
+
+namespace ck::simt {
+
+// Loads and stores, copies by cp.async from global to shared memory, and ldmatrix.
+enum class Access : uint8_t { kLoad, kStore, kCopyRead, kSharedLoad, kSharedStore, kCopyWrite, kMatrixLoad };
+inline constexpr unsigned kAccesses = 7;
+inline constexpr bool is_global(Access access) { return access <= Access::kCopyRead; }
+
+// What all threads of a block, or those of a warp, do together.
+enum class Meeting : uint8_t { kBarrier, kWarpBarrier, kShuffle, kVote, kMatrixLoad, kMatrixProduct };
+inline constexpr unsigned kMeetings = 6;
+
+struct Requests {
+  uint64_t requests, bytes;
+  // In global memory: pieces of 32 bytes that requests touch.
+  uint64_t sectors;
+  // In shared memory: how often its 32 banks of 4 bytes are asked, and how much of that is beyond once per phase. A
+  // phase is 8 lanes with 16 bytes each, 16 with 8, or all.
+  uint64_t wavefronts, conflicts;
+
+  bool operator==(const Requests&) const = default;
+};
+
+struct Counts {
+  uint64_t blocks, meetings[kMeetings];
+  Requests accesses[kAccesses];
+  // Different bytes of global memory: the least that a launch can move to compute the same.
+  uint64_t bytes_read, bytes_written;
+
+  uint64_t of(Meeting meeting) const { return meetings[static_cast<unsigned>(meeting)]; }
+  const Requests& of(Access access) const { return accesses[static_cast<unsigned>(access)]; }
+  bool operator==(const Counts&) const = default;
+};
+
+// Gathers the accesses of the threads of a block into requests.
+class Tally {
+ public:
+  Counts counts{};
+
+  void begin_block(unsigned warps);
+  void count(Meeting meeting) { ++counts.meetings[static_cast<unsigned>(meeting)]; }
+  // At most 16 bytes.
+  void add(unsigned warp, unsigned lane, Access access, uint64_t place, const void* pointer, unsigned bytes);
+  // The lanes of a warp have met.
+  void meet(unsigned warp);
+  void end_launch();
+
+ private:
+  struct Entry {
+    uint64_t place;
+    uintptr_t address;
+    uint8_t bytes;
+    Access access;
+  };
+  struct Request {
+    uint8_t bytes;
+    Access access;
+    uint8_t lanes = 0;
+    uint8_t lane[32];
+    uintptr_t address[32];
+  };
+  struct Place {
+    unsigned times[32] = {};
+    std::vector<Request> requests;
+  };
+
+  void count(const Request& request);
+  void count_sectors(const Request& request, Requests& into);
+  static void count_wavefronts(const Request& request, Requests& into);
+
+  std::vector<std::vector<Entry>> entries_;  // of each lane of each warp
+  std::unordered_map<uint64_t, Place> places_;
+  std::vector<Place*> visited_;
+  // Which bytes of a sector have been read, and in the upper half, written.
+  std::unordered_map<uintptr_t, uint64_t> touched_;
+};
+
+// A launch that was counted. kernel: the function, by which its name can be found.
+struct Counted {
+  const void* kernel;
+  dim3 grid, block;
+  size_t shared_bytes;
+  Counts counts;
+};
+
+// Counts the launches of all OS threads from now on; ends that, and returns those since.
+void start_counting();
+std::vector<Counted> stop_counting();
+
+}  // namespace ck::simt
