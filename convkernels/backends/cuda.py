@@ -24,7 +24,8 @@ def simulating() -> bool:
 def load() -> str | None:
     """Load the library; None, or the reason why its kernels cannot run. Only a torch built with CUDA can load it."""
     if simulating():
-        return load_library("simt") or reason_of(*support("simt"))
+        name = "counted" if switch("CONVKERNELS_SIMT_COUNTED") else "simt"
+        return load_library(name) or reason_of(*support(name))
     if torch.version.cuda is None:
         return "this PyTorch was built without CUDA, and CONVKERNELS_SIMT=1 is not set"
     if not torch.cuda.is_available():

@@ -10,6 +10,7 @@ LEFT_OUT = {
     "cpu": "CONVKERNELS_BUILD=none, or no C++ compiler at build time",
     "cuda": "CONVKERNELS_BUILD=cpu, or no nvcc at build time",
     "simt": "it is made for tests, by `make simt-build`",
+    "counted": "it is made for tests, by `make counted-build`",
 }
 
 

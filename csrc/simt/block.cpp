@@ -343,7 +343,7 @@ const char* run(const Launch& launch) {
     if (engine->tally) {
       engine->tally->end_launch();
       const std::lock_guard lock(counted_mutex);
-      counted.push_back({launch.kernel, launch.grid, launch.block, launch.shared_bytes, engine->tally->counts});
+      counted.push_back({launch.kernel, launch.block, engine->tally->counts});
     }
   } catch (const std::exception& error) {
     status = std::string("simt: ") + error.what();

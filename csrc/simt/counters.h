@@ -91,8 +91,7 @@ class Tally {
 // A launch that was counted. kernel: the function, by which its name can be found.
 struct Counted {
   const void* kernel;
-  dim3 grid, block;
-  size_t shared_bytes;
+  dim3 block;
   Counts counts;
 };
 

@@ -68,29 +68,35 @@ CK_EXPORT const char* ck_stop_counting() {
   static constexpr const char* kMeetingNames[kMeetings] = {"barriers", "warp_barriers", "shuffles",
                                                            "votes",    "matrix_loads",  "matrix_products"};
   thread_local std::string text;
-  const auto entry = [](const char* name, uint64_t value) {
-    return ", \"" + std::string(name) + "\": " + std::to_string(value);
+  text.clear();
+  const auto add = [](const std::string& name, uint64_t value) {
+    text += ", \"" + name + "\": " + std::to_string(value);
   };
-  text = "[";
   for (const Counted& launch : stop_counting()) {
     Dl_info library{};
     dladdr(launch.kernel, &library);
+    const auto kernel = static_cast<const char*>(launch.kernel) - static_cast<const char*>(library.dli_fbase);
+    text += (text.empty() ? "[{\"kernel\": " : "}, {\"kernel\": ") + std::to_string(kernel);
     const Counts& c = launch.counts;
-    text += (text.size() > 1 ? ", {" : "{") + std::string("\"kernel\": ") +
-            std::to_string(static_cast<const char*>(launch.kernel) - static_cast<const char*>(library.dli_fbase)) +
-            entry("blocks", c.blocks) + entry("threads", launch.block.x * launch.block.y * launch.block.z) +
-            entry("shared_bytes", launch.shared_bytes) + entry("bytes_read", c.bytes_read) +
-            entry("bytes_written", c.bytes_written);
-    for (unsigned i = 0; i < kMeetings; ++i) text += entry(kMeetingNames[i], c.meetings[i]);
+    add("blocks", c.blocks);
+    add("threads", c.blocks * launch.block.x * launch.block.y * launch.block.z);
+    add("bytes_read", c.bytes_read);
+    add("bytes_written", c.bytes_written);
+    for (unsigned i = 0; i < kMeetings; ++i) add(kMeetingNames[i], c.meetings[i]);
     for (unsigned i = 0; i < kAccesses; ++i) {
+      const std::string name = kAccessNames[i];
       const Requests& a = c.accesses[i];
-      text += ", \"" + std::string(kAccessNames[i]) + "\": {\"requests\": " + std::to_string(a.requests) +
-              entry("bytes", a.bytes) + entry("sectors", a.sectors) + entry("wavefronts", a.wavefronts) +
-              entry("conflicts", a.conflicts) + "}";
+      add(name + "_requests", a.requests);
+      add(name + "_bytes", a.bytes);
+      if (is_global(static_cast<Access>(i))) {
+        add(name + "_sectors", a.sectors);
+      } else {
+        add(name + "_wavefronts", a.wavefronts);
+        add(name + "_conflicts", a.conflicts);
+      }
     }
-    text += "}";
   }
-  text += "]";
+  text += text.empty() ? "[]" : "}]";
   return text.c_str();
 }
 

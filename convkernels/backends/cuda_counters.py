@@ -1,0 +1,85 @@
+"""Counts what launches of the CUDA kernels ask of memory and of shared units, without a GPU: the library that
+`make counted-build` makes, with ``CONVKERNELS_SIMT=1`` and ``CONVKERNELS_SIMT_COUNTED=1``.
+
+    with counted() as launches:
+        ck.lightweight_conv1d(x, weight, backend="cuda")
+    print(launches[0].kernel, launches[0]["load_sectors"])
+
+Keys: blocks, threads; bytes_read and bytes_written, every byte of global memory once; barriers of blocks, warp_barriers,
+shuffles, votes, matrix_loads and matrix_products of warps. load, store and copy_read (cp.async) reach global memory:
+_requests of warps, _bytes that threads ask for, _sectors of 32 bytes that requests touch. shared_load, shared_store,
+copy_write (cp.async) and matrix_load (ldmatrix) reach shared memory: _requests, _bytes, _wavefronts, and _conflicts, the
+wavefronts beyond one per phase.
+"""
+
+import ctypes
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+from . import library
+
+LIBRARY = library.path_of("counted")
+SECTOR = 32
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The figures of a launch; `kernel` without namespaces and template arguments, which are `variant`."""
+
+    kernel: str
+    variant: str
+    figures: dict[str, int]
+
+    def __getitem__(self, name: str) -> int:
+        return self.figures[name]
+
+    @property
+    def moved(self) -> int:
+        """Bytes of the sectors that requests touch."""
+        return SECTOR * (self["load_sectors"] + self["copy_read_sectors"] + self["store_sectors"])
+
+    @property
+    def least(self) -> int:
+        """Bytes of global memory that are read or written, each once."""
+        return self["bytes_read"] + self["bytes_written"]
+
+    @property
+    def wavefronts(self) -> int:
+        return sum(self[f"{access}_wavefronts"] for access in SHARED)
+
+    @property
+    def conflicts(self) -> int:
+        return sum(self[f"{access}_conflicts"] for access in SHARED)
+
+
+GLOBAL = ("load", "copy_read", "store")
+SHARED = ("shared_load", "shared_store", "copy_write", "matrix_load")
+
+
+@cache
+def _names() -> dict[int, tuple[str, str]]:
+    """(kernel, template arguments) of the functions of the library, by their place in it."""
+    listed = subprocess.run(["nm", "-C", str(LIBRARY)], capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"^(\w+) \w (?:void )?(?:\w+::)*(\w+)(?:<(.*?)>)?\(", listed, re.MULTILINE)
+    return {int(place, 16): (kernel, re.sub(r"\b(?:\w+::)+", "", variant)) for place, kernel, variant in found}
+
+
+@contextmanager
+def counted() -> Iterator[list[Launch]]:
+    """A list of the launches within, which is filled at the end."""
+    if (reason := library.missing("counted")) is not None:
+        raise RuntimeError(reason)
+    native = ctypes.CDLL(str(LIBRARY))
+    native.ck_stop_counting.restype = ctypes.c_char_p
+    launches: list[Launch] = []
+    native.ck_start_counting()
+    try:
+        yield launches
+    finally:
+        for figures in json.loads(native.ck_stop_counting()):
+            launches.append(Launch(*_names()[figures.pop("kernel")], figures))

@@ -1,0 +1,300 @@
+"""Counts what the CUDA kernels move, simulated on the CPU, and holds it to a budget that only falls.
+
+    python scripts/launch_counters.py [--only NAME]              # table, and comparison with the budget
+    python scripts/launch_counters.py --update                   # the counts of now are the budget
+    python scripts/launch_counters.py --estimate [--instructions FILE]   # what an H100 would take at least
+
+needs the library of `make counted-build`. Problems are small; the estimate scales their counts to the shapes of the
+streaming and attention suites. FILE: JSON, warp instructions per output by kernel or by "case kernel".
+Exit status 1 if a count is above its budget, or a kernel has none.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+os.environ |= {"CONVKERNELS_SIMT": "1", "CONVKERNELS_SIMT_COUNTED": "1"}
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+import convkernels
+from convkernels._bench import attention, streaming
+from convkernels._bench.console import markdown_table
+from convkernels.backends.cuda_ahead import STREAMING
+from convkernels.backends.cuda_counters import GLOBAL, SECTOR, Launch, counted
+
+BUDGET = Path(__file__).resolve().parents[1] / "tests" / "launch_budget.json"
+# What a budget holds: totals of a launch, of which less is better.
+HELD: dict[str, Callable[[Launch], int]] = {
+    "bytes": lambda launch: launch.moved,
+    "requests": lambda launch: sum(launch[f"{access}_requests"] for access in GLOBAL),
+    "wavefronts": lambda launch: launch.wavefronts,
+    "conflicts": lambda launch: launch.conflicts,
+    "barriers": lambda launch: launch["barriers"],
+    "shuffles": lambda launch: launch["shuffles"],
+    "matrix products": lambda launch: launch["matrix_products"],
+}
+# Another compiler may keep a number that this one loads twice.
+SLACK = 1.01
+
+# What an H100 does per second: sizes and clock by its data sheet, bytes as measured. Matrix units reach 62 % of their
+# rate through mma.sync, a measurement of others. The estimate stands and falls with these.
+PROCESSORS, CLOCK = 132, 1.755e9
+COPY_BYTES, CACHE_BYTES = 3.0e12, 5.5e12
+WAVEFRONTS = PROCESSORS * CLOCK
+PRODUCTS = PROCESSORS * CLOCK * 2048 * 0.62 / (16 * 8 * 16)
+INSTRUCTIONS = PROCESSORS * CLOCK * 4
+
+
+# ---- what is counted
+
+
+@dataclass(frozen=True)
+class Case:
+    """make(settings) gives the call. Counts grow like `work`, the bytes of tensors like `outputs`; `least`: how many
+    bytes the problem moves at least, `flops`: what it computes."""
+
+    make: Callable
+    small: object
+    large: object
+
+    def outputs(self, settings) -> int:
+        if isinstance(settings, streaming.Settings):
+            return settings.batch * settings.length * settings.channels
+        return settings.batch * settings.heads * settings.lengths[0] * settings.head_size
+
+    def work(self, settings) -> int:
+        pairs = 1 if isinstance(settings, streaming.Settings) else settings.lengths[0]
+        return self.outputs(settings) * pairs
+
+
+def convolution(op: str, taps: int, direction: str, gate: bool = False) -> Callable:
+    def make(settings):
+        suite = streaming.Streaming(settings, torch.device("cpu"))
+        return dict(suite._calls(streaming.Case(op, taps, (0.0, 0.0), gate)))[direction][streaming.OURS]()
+
+    return make
+
+
+def time_layout(direction: str) -> Callable:
+    def make(s):
+        x = torch.randn(s.batch, s.channels, s.length).to(s.dtype).transpose(1, 2).requires_grad_()
+        weight = torch.randn(s.heads, 7).to(s.dtype).requires_grad_()
+        if direction == "forward":
+            return lambda: convkernels.lightweight_conv1d(x.detach(), weight.detach(), backend="cuda")
+        y = convkernels.lightweight_conv1d(x, weight, backend="cuda")
+        return lambda: torch.autograd.grad(y, (x, weight), torch.ones_like(x), retain_graph=True)
+
+    return make
+
+
+def attend(form: str, direction: str) -> Callable:
+    def make(settings):
+        suite = attention.Suite(settings, torch.device("cpu"))
+        inputs = attention.make_inputs(settings, settings.lengths[0], torch.bfloat16, suite.device)
+        calls = suite._calls({form: attention.FORMS[form]}, inputs, direction, direction)
+        if suite.errors:
+            raise RuntimeError(suite.errors[0])
+        return calls[form]
+
+    return make
+
+
+def _cases() -> dict[str, Case]:
+    cases = {}
+    large = streaming.Settings(backend="cuda", compiled=False)
+    # Several blocks of channels and of rows; of the latter few enough that each walks far, as in large problems.
+    small = replace(large, batch=2, length=512, channels=256, heads=4)
+    float32 = {"dtype": torch.float32}
+    pairs = {"fwd": "forward", "bwd": "backward"}
+    for short, direction in pairs.items():
+        for name, op, taps, options, changes in (
+            ("stream-k3", streaming.LIGHTWEIGHT, 3, {}, {}),
+            ("stream-k7", streaming.LIGHTWEIGHT, 7, {}, {}),
+            ("stream-k7-float32", streaming.LIGHTWEIGHT, 7, {}, float32),
+            ("band-k15", streaming.LIGHTWEIGHT, 15, {}, {}),
+            ("band-k31", streaming.LIGHTWEIGHT, 31, {}, {}),
+            ("gate-k7", streaming.LIGHTWEIGHT, 7, {"gate": True}, {}),
+            ("gate-k31", streaming.LIGHTWEIGHT, 31, {"gate": True}, {}),
+            ("rows-k7", streaming.DYNAMIC, 7, {}, {}),
+            ("rows-k31", streaming.DYNAMIC, 31, {}, {}),
+        ):
+            make = convolution(op, taps, direction, **options)
+            cases[f"{name}-{short}"] = Case(make, replace(small, **changes), replace(large, **changes))
+        cases[f"time-k7-{short}"] = Case(time_layout(direction), small, large)
+        for name, form, size in (
+            ("attention-d64-plain", attention.PLAIN, 64),
+            ("attention-d64", attention.COMPOSITE, 64),
+            ("attention-d128", attention.COMPOSITE, 128),
+        ):
+            shape = attention.Settings(lengths=(2048,), batch=8, heads=12, head_size=size, backend="cuda")
+            # More keys than are kept in shared memory all at once.
+            few = replace(shape, lengths=(320,), batch=1, heads=2)
+            cases[f"{name}-{short}"] = Case(attend(form, direction), few, shape)
+    return cases
+
+
+CASES = _cases()
+
+
+def measure(case: Case) -> dict[str, Launch]:
+    """The launches of a call by kernel; a second one of the same kernel has a number."""
+    call = case.make(case.small)
+    with counted() as launches:
+        call()
+    found: dict[str, Launch] = {}
+    for launch in launches:
+        same = sum(key.split("#")[0] == launch.kernel for key in found)
+        found[f"{launch.kernel}#{same + 1}" if same else launch.kernel] = launch
+    return found
+
+
+# ---- what is said of it
+
+
+def _ratio(a: float, b: float) -> str:
+    return f"{a / b:.2f}" if b else "-"
+
+
+COLUMNS = ("case", "kernel", "bytes over least", "sectors per load", "per copy", "per store", "shared wavefronts per output",
+           "conflicts per output", "barriers per block", "shuffles per output", "matrix products per 1000 outputs")  # fmt: skip
+
+
+def row(name: str, key: str, launch: Launch, outputs: int) -> tuple[str, ...]:
+    sectors = [_ratio(launch[f"{access}_sectors"], launch[f"{access}_requests"]) for access in GLOBAL]
+    return (name, key, _ratio(launch.moved, launch.least), *sectors, f"{launch.wavefronts / outputs:.4f}",
+            f"{launch.conflicts / outputs:.4f}", _ratio(launch["barriers"], launch["blocks"]),
+            f"{launch['shuffles'] / outputs:.4f}", f"{1000 * launch['matrix_products'] / outputs:.3f}")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds that each unit of an H100 takes for a launch of the large problem."""
+
+    memory: float
+    cache: float
+    shared: float
+    matrix: float
+    issue: float | None
+
+    def bound(self) -> tuple[str, float]:
+        times = {name: value for name, value in vars(self).items() if value is not None}
+        name = max(times, key=times.__getitem__)
+        return name, times[name]
+
+
+def estimate(case: Case, launch: Launch, instructions: float | None = None) -> Estimate:
+    """instructions: of warps, per output."""
+    outputs = case.outputs(case.large)
+    size, work = outputs / case.outputs(case.small), case.work(case.large) / case.work(case.small)
+    # Shuffles go through the same wires as shared memory.
+    return Estimate(
+        memory=launch.least * size / COPY_BYTES,
+        cache=launch.moved * work / CACHE_BYTES,
+        shared=(launch.wavefronts + launch["shuffles"]) * work / WAVEFRONTS,
+        matrix=launch["matrix_products"] * work / PRODUCTS,
+        issue=None if instructions is None else instructions * outputs / INSTRUCTIONS,
+    )
+
+
+def reached(case: Case, launch: Launch, seconds: float) -> str:
+    """The fraction of a copy, or of attention what its products with matrices make per second."""
+    if isinstance(case.large, streaming.Settings):
+        least = launch.least * case.outputs(case.large) / case.outputs(case.small)
+        return f"{least / COPY_BYTES / seconds:.2f} of a copy"
+    products = launch["matrix_products"] * case.work(case.large) / case.work(case.small)
+    return f"{2 * 16 * 8 * 16 * products / seconds / 1e12:.0f} TFLOP/s"
+
+
+def estimates(results: dict[str, dict[str, Launch]], instructions: dict[str, float]) -> str:
+    rows = []
+    for name, launches in results.items():
+        for key, launch in launches.items():
+            if launch.kernel not in STREAMING:
+                continue
+            known = instructions.get(f"{name} {key}", instructions.get(key))
+            e = estimate(CASES[name], launch, known)
+            unit, seconds = e.bound()
+            us = (e.memory, e.cache, e.shared, e.matrix, e.issue)
+            rows.append((name, key, *("-" if t is None else f"{t * 1e6:.0f}" for t in us), unit,
+                         reached(CASES[name], launch, seconds)))  # fmt: skip
+    columns = ("case", "kernel", "memory us", "cache us", "shared us", "matrix us", "issue us", "bound", "at most")
+    return markdown_table(columns, rows)
+
+
+# ---- the budget
+
+
+def held(results: dict[str, dict[str, Launch]]) -> dict[str, dict[str, dict[str, int]]]:
+    return {
+        name: {key: {what: count(launch) for what, count in HELD.items()} for key, launch in launches.items()}
+        for name, launches in results.items()
+    }
+
+
+def violations(now: dict, budget: dict) -> list[str]:
+    found = []
+    for name, launches in now.items():
+        for key, figures in launches.items():
+            allowed = budget.get(name, {}).get(key)
+            if allowed is None:
+                found.append(f"{name} {key}: no budget")
+                continue
+            found += [
+                f"{name} {key}: {what} {value}, budget {allowed[what]}"
+                for what, value in figures.items()
+                if value > allowed[what] * SLACK
+            ]
+    return found
+
+
+def improvements(now: dict, budget: dict) -> int:
+    return sum(
+        value < budget.get(name, {}).get(key, {}).get(what, 0)
+        for name, launches in now.items()
+        for key, figures in launches.items()
+        for what, value in figures.items()
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--update", action="store_true", help="write the budget")
+    parser.add_argument("--estimate", action="store_true", help="print what an H100 would take at least")
+    parser.add_argument("--instructions", type=Path)
+    parser.add_argument("--budget", type=Path, default=BUDGET)
+    arguments = parser.parse_args()
+    names = [name for name in CASES if arguments.only in name]
+    if not names:
+        parser.error(f"--only {arguments.only}: expected part of one of {', '.join(CASES)}")
+    if arguments.update and arguments.only:
+        parser.error("--update: expected without --only, the budget is of all cases")
+    results = {name: measure(CASES[name]) for name in names}
+    if arguments.estimate:
+        known = json.loads(arguments.instructions.read_text()) if arguments.instructions else {}
+        print(estimates(results, known))
+    else:
+        outputs = {name: CASES[name].outputs(CASES[name].small) for name in names}
+        print(markdown_table(COLUMNS, [row(name, key, launch, outputs[name])
+                                       for name, launches in results.items() for key, launch in launches.items()]))  # fmt: skip
+    now = held(results)
+    if arguments.update:
+        arguments.budget.write_text(json.dumps(now, indent=1) + "\n")
+        return 0
+    budget = json.loads(arguments.budget.read_text()) if arguments.budget.exists() else {}
+    found = violations(now, budget)
+    for line in found:
+        print(f"above the budget: {line}")
+    if better := improvements(now, budget):
+        print(f"{better} counts are below the budget; --update lowers it")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
