@@ -56,21 +56,26 @@ INSTRUCTIONS = PROCESSORS * CLOCK * 4
 
 @dataclass(frozen=True)
 class Case:
-    """make(settings) gives the call. Counts grow like `work`, the bytes of tensors like `outputs`; `least`: how many
-    bytes the problem moves at least, `flops`: what it computes."""
+    """make(settings) gives the call."""
 
     make: Callable
     small: object
     large: object
 
-    def outputs(self, settings) -> int:
-        if isinstance(settings, streaming.Settings):
-            return settings.batch * settings.length * settings.channels
-        return settings.batch * settings.heads * settings.lengths[0] * settings.head_size
+    @property
+    def is_attention(self) -> bool:
+        return isinstance(self.small, attention.Settings)
 
-    def work(self, settings) -> int:
-        pairs = 1 if isinstance(settings, streaming.Settings) else settings.lengths[0]
-        return self.outputs(settings) * pairs
+    def outputs(self, settings) -> int:
+        if self.is_attention:
+            return settings.batch * settings.heads * settings.lengths[0] * settings.head_size
+        return settings.batch * settings.length * settings.channels
+
+    def twice(self):
+        """The small problem with twice as many positions."""
+        if self.is_attention:
+            return replace(self.small, lengths=(2 * self.small.lengths[0],))
+        return replace(self.small, length=2 * self.small.length)
 
 
 def convolution(op: str, taps: int, direction: str, gate: bool = False) -> Callable:
@@ -134,7 +139,7 @@ def _cases() -> dict[str, Case]:
         ):
             shape = attention.Settings(lengths=(2048,), batch=8, heads=12, head_size=size, backend="cuda")
             # More keys than are kept in shared memory all at once.
-            few = replace(shape, lengths=(320,), batch=1, heads=2)
+            few = replace(shape, lengths=(384,), batch=1, heads=2)
             cases[f"{name}-{short}"] = Case(attend(form, direction), few, shape)
     return cases
 
@@ -142,9 +147,9 @@ def _cases() -> dict[str, Case]:
 CASES = _cases()
 
 
-def measure(case: Case) -> dict[str, Launch]:
+def measure(case: Case, settings: object | None = None) -> dict[str, Launch]:
     """The launches of a call by kernel; a second one of the same kernel has a number."""
-    call = case.make(case.small)
+    call = case.make(settings or case.small)
     with counted() as launches:
         call()
     found: dict[str, Launch] = {}
@@ -152,6 +157,26 @@ def measure(case: Case) -> dict[str, Launch]:
         same = sum(key.split("#")[0] == launch.kernel for key in found)
         found[f"{launch.kernel}#{same + 1}" if same else launch.kernel] = launch
     return found
+
+
+def extrapolate(case: Case) -> dict[str, Launch]:
+    """What the kernels would count in the large problem, from the small one and one of twice the length. Convolutions
+    do something once per block, of which a GPU has as many more as it has processors, the rest per position; attention
+    per position and per pair of them, but for the different bytes it meets."""
+    once, twice = measure(case), measure(case, case.twice())
+    rows = case.outputs(case.large) / case.outputs(case.small)
+
+    def grown(name: str, a: int, b: int) -> int:
+        if not case.is_attention or name in ("bytes_read", "bytes_written"):
+            return round((2 * a - b) * PROCESSORS + (b - a) * rows)
+        pairs = (b - 2 * a) / 2
+        return round((a - pairs) * rows + pairs * rows * case.large.lengths[0] / case.small.lengths[0])
+
+    return {
+        key: replace(launch, figures={name: grown(name, a, twice[key][name]) for name, a in launch.figures.items()})
+        for key, launch in once.items()
+        if launch.kernel in STREAMING
+    }
 
 
 # ---- what is said of it
@@ -165,7 +190,8 @@ COLUMNS = ("case", "kernel", "bytes over least", "sectors per load", "per copy",
            "conflicts per output", "barriers per block", "shuffles per output", "matrix products per 1000 outputs")  # fmt: skip
 
 
-def row(name: str, key: str, launch: Launch, outputs: int) -> tuple[str, ...]:
+def row(name: str, key: str, launch: Launch) -> tuple[str, ...]:
+    outputs = CASES[name].outputs(CASES[name].small)
     sectors = [_ratio(launch[f"{access}_sectors"], launch[f"{access}_requests"]) for access in GLOBAL]
     return (name, key, _ratio(launch.moved, launch.least), *sectors, f"{launch.wavefronts / outputs:.4f}",
             f"{launch.conflicts / outputs:.4f}", _ratio(launch["barriers"], launch["blocks"]),
@@ -174,7 +200,7 @@ def row(name: str, key: str, launch: Launch, outputs: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds that each unit of an H100 takes for a launch of the large problem."""
+    """Seconds that each unit of an H100 takes for a launch."""
 
     memory: float
     cache: float
@@ -188,41 +214,37 @@ class Estimate:
         return name, times[name]
 
 
-def estimate(case: Case, launch: Launch, instructions: float | None = None) -> Estimate:
-    """instructions: of warps, per output."""
-    outputs = case.outputs(case.large)
-    size, work = outputs / case.outputs(case.small), case.work(case.large) / case.work(case.small)
-    # Shuffles go through the same wires as shared memory.
+def estimate(launch: Launch, instructions: float | None = None) -> Estimate:
+    """instructions: all that warps execute."""
+    # Loads are left out of what reaches the second cache: the first one may have them.
+    cached = launch["copy_read_sectors"] + launch["store_sectors"]
     return Estimate(
-        memory=launch.least * size / COPY_BYTES,
-        cache=launch.moved * work / CACHE_BYTES,
-        shared=(launch.wavefronts + launch["shuffles"]) * work / WAVEFRONTS,
-        matrix=launch["matrix_products"] * work / PRODUCTS,
-        issue=None if instructions is None else instructions * outputs / INSTRUCTIONS,
+        memory=launch.least / COPY_BYTES,
+        cache=SECTOR * cached / CACHE_BYTES,
+        # Shuffles go through the same wires.
+        shared=(launch.wavefronts + launch["shuffles"]) / WAVEFRONTS,
+        matrix=launch["matrix_products"] / PRODUCTS,
+        issue=None if instructions is None else instructions / INSTRUCTIONS,
     )
 
 
 def reached(case: Case, launch: Launch, seconds: float) -> str:
-    """The fraction of a copy, or of attention what its products with matrices make per second."""
-    if isinstance(case.large, streaming.Settings):
-        least = launch.least * case.outputs(case.large) / case.outputs(case.small)
-        return f"{least / COPY_BYTES / seconds:.2f} of a copy"
-    products = launch["matrix_products"] * case.work(case.large) / case.work(case.small)
-    return f"{2 * 16 * 8 * 16 * products / seconds / 1e12:.0f} TFLOP/s"
+    """The fraction of a copy; of attention, what its products of matrices make per second."""
+    if case.is_attention:
+        return f"{2 * 16 * 8 * 16 * launch['matrix_products'] / seconds / 1e12:.0f} TFLOP/s"
+    return f"{launch.least / COPY_BYTES / seconds:.2f} of a copy"
 
 
-def estimates(results: dict[str, dict[str, Launch]], instructions: dict[str, float]) -> str:
+def estimates(names: list[str], instructions: dict[str, float]) -> str:
     rows = []
-    for name, launches in results.items():
-        for key, launch in launches.items():
-            if launch.kernel not in STREAMING:
-                continue
+    for name in names:
+        case = CASES[name]
+        for key, launch in extrapolate(case).items():
             known = instructions.get(f"{name} {key}", instructions.get(key))
-            e = estimate(CASES[name], launch, known)
+            e = estimate(launch, None if known is None else known * case.outputs(case.large))
             unit, seconds = e.bound()
-            us = (e.memory, e.cache, e.shared, e.matrix, e.issue)
-            rows.append((name, key, *("-" if t is None else f"{t * 1e6:.0f}" for t in us), unit,
-                         reached(CASES[name], launch, seconds)))  # fmt: skip
+            rows.append((name, key, *("-" if t is None else f"{t * 1e6:.0f}" for t in vars(e).values()), unit,
+                         reached(case, launch, seconds)))  # fmt: skip
     columns = ("case", "kernel", "memory us", "cache us", "shared us", "matrix us", "issue us", "bound", "at most")
     return markdown_table(columns, rows)
 
@@ -275,14 +297,13 @@ def main() -> int:
         parser.error(f"--only {arguments.only}: expected part of one of {', '.join(CASES)}")
     if arguments.update and arguments.only:
         parser.error("--update: expected without --only, the budget is of all cases")
-    results = {name: measure(CASES[name]) for name in names}
     if arguments.estimate:
         known = json.loads(arguments.instructions.read_text()) if arguments.instructions else {}
-        print(estimates(results, known))
-    else:
-        outputs = {name: CASES[name].outputs(CASES[name].small) for name in names}
-        print(markdown_table(COLUMNS, [row(name, key, launch, outputs[name])
-                                       for name, launches in results.items() for key, launch in launches.items()]))  # fmt: skip
+        print(estimates(names, known))
+        return 0
+    results = {name: measure(CASES[name]) for name in names}
+    rows = [row(name, key, launch) for name, launches in results.items() for key, launch in launches.items()]
+    print(markdown_table(COLUMNS, rows))
     now = held(results)
     if arguments.update:
         arguments.budget.write_text(json.dumps(now, indent=1) + "\n")

@@ -74,8 +74,20 @@ void Tally::count_sectors(const Request& request, Requests& into) {
   into.sectors += static_cast<uint64_t>(std::unique(sectors, sectors + n) - sectors);
 }
 
+// Whether each pair of lanes, `apart` from each other, has one address, or one of them none.
+bool Tally::lanes_agree(const Request& request, unsigned apart) {
+  uintptr_t address[kWarp] = {};
+  for (unsigned i = 0; i < request.lanes; ++i) address[request.lane[i]] = request.address[i];
+  for (unsigned i = 0; i < kWarp; ++i) {
+    const uintptr_t a = address[i], b = address[i ^ apart];
+    if (a != b && a != 0 && b != 0) return false;
+  }
+  return true;
+}
+
 void Tally::count_wavefronts(const Request& request, Requests& into) {
-  const unsigned lanes = request.bytes > 8 ? 8 : request.bytes > 4 ? 16 : kWarp;
+  unsigned lanes = request.bytes > 8 ? 8 : request.bytes > 4 ? 16 : kWarp;
+  if (lanes < kWarp && (lanes_agree(request, 1) || lanes_agree(request, 2))) lanes *= 2;
   for (unsigned i = 0; i < request.lanes;) {
     const unsigned phase = request.lane[i] / lanes;
     uintptr_t words[2 * kWarp];

@@ -28,7 +28,8 @@ struct Requests {
   // In global memory: pieces of 32 bytes that requests touch.
   uint64_t sectors;
   // In shared memory: how often its 32 banks of 4 bytes are asked, and how much of that is beyond once per phase. A
-  // phase is 8 lanes with 16 bytes each, 16 with 8, or all.
+  // phase is 8 lanes with 16 bytes each, 16 with 8, or all; twice as many where every two lanes that are 1 apart, or
+  // every two that are 2 apart (lane ^ 1, lane ^ 2), ask for the same.
   uint64_t wavefronts, conflicts;
 
   bool operator==(const Requests&) const = default;
@@ -79,6 +80,7 @@ class Tally {
 
   void count(const Request& request);
   void count_sectors(const Request& request, Requests& into);
+  static bool lanes_agree(const Request& request, unsigned apart);
   static void count_wavefronts(const Request& request, Requests& into);
 
   std::vector<std::vector<Entry>> entries_;  // of each lane of each warp

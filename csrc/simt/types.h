@@ -1,26 +1,43 @@
 // The types and built-in variables of CUDA that kernels use, for a host compiler.
 #pragma once
 
+// Where accesses are counted, what is assigned to a vector is one of them, also if it is given member by member.
+#if defined(CK_COUNTED)
+#define CK_WHOLE(type)                            \
+  type& operator=(const type& other) {            \
+    __builtin_memcpy(this, &other, sizeof(type)); \
+    return *this;                                 \
+  }
+#else
+#define CK_WHOLE(type)
+#endif
+
 struct alignas(8) float2 {
   float x, y;
+  CK_WHOLE(float2)
 };
 struct alignas(16) float4 {
   float x, y, z, w;
+  CK_WHOLE(float4)
 };
 struct alignas(8) int2 {
   int x, y;
+  CK_WHOLE(int2)
 };
 struct alignas(16) int4 {
   int x, y, z, w;
+  CK_WHOLE(int4)
 };
 struct alignas(8) uint2 {
   unsigned x, y;
+  CK_WHOLE(uint2)
 };
 struct uint3 {
   unsigned x, y, z;
 };
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
+  CK_WHOLE(uint4)
 };
 struct dim3 {
   unsigned x, y, z;

@@ -101,12 +101,16 @@ CK_GLOBAL(32, 1) void sums_parts(float* to, const float* from) {
   const float4 whole = *reinterpret_cast<const float4*>(from + threadIdx.x * 4);
   const float total = sum_of(whole);
   store_four(to + threadIdx.x * 4, total, whole.x, 0, 1);
+  const bool odd = threadIdx.x % 2 != 0;
+  float4* const second = reinterpret_cast<float4*>(to) + 32 + threadIdx.x;
+  *second = odd ? make_float4(total, 1, 2, 3) : make_float4(0, total, 1, 2);
+  second[32] = {total, 1, whole.y, 3};
 }
 
 CK_TEST(the_parts_of_a_vector_are_not_accesses) {
   const Counts c = counts_of(sums_parts, 1, 32, memory() + kFloats, memory());
   check_global(c.of(Access::kLoad), 1, 512, 16);
-  check_global(c.of(Access::kStore), 1, 512, 16);
+  check_global(c.of(Access::kStore), 3, 3 * 512, 3 * 16);
 }
 
 struct Parameters {
@@ -170,6 +174,8 @@ CK_TEST(wide_accesses_come_in_phases) {
   check_shared(shared_loads<float4>(2), 1, 8, 4);
   check_shared(shared_loads<float4>(8), 1, 32, 28);
   check_shared(shared_loads<float4>(9), 1, 4, 0);
+  check_shared(shared_loads<float2>(0), 1, 1, 0);
+  check_shared(shared_loads<float4>(0), 1, 2, 0);
 }
 
 CK_GLOBAL(64, 1) void multiplies(float* to, int pitch) {
