@@ -99,15 +99,15 @@ def wide_problems(draw):
     choose = random.Random(draw(st.integers(0, 2**60))).choice
     heads, head_size = choose(
         ((1, 8), (2, 8), (8, 1), (3, 16), (16, 1), (2, 64), (260, 1), (2, 4), (4, 2), (40, 5), (2, 72), (16, 16),
-         (2, 96), (3, 48), (1, 160), (5, 24), (4, 12), (1, 256))
-        if choose((False, True))
+         (2, 96), (3, 48), (1, 160), (5, 24), (4, 12), (1, 256), (2, 16), (1, 40), (3, 32), (1, 104))
+        if choose((False, True, True, True))
         else ((1, 1), (3, 1), (2, 3), (6, 5), (3, 4), (15, 4), (131, 1), (2, 75), (5, 26), (3, 33), (2, 65), (1, 14),
               (2, 12), (3, 36), (1, 132))
     )  # fmt: skip
     taps = choose((1, 2, 3, 4, 7, 8, 9, 12, 15, 17, 31, 33, 63))
     span = (taps - 1) * problem.dilation
     dtype = choose(LOW)
-    kind = choose(("light", "light", "row", "dynamic", "dynamic"))
+    kind = choose(("light", "light", "light", "row", "dynamic", "dynamic"))
     layout = choose(("contiguous",) * 4 + ("swap_last",) * 3 + ("sliced", "offset1", "step2_time"))
     return problem.with_(
         batch=choose((1, 2, 3)),
