@@ -74,6 +74,7 @@ ORDINARY = {
     "slice, long": ({"heads": 2, "head_size": 32, "taps": 31}, "sliced", ("band", "band")),
     "slice, dynamic": ({"heads": 2, "head_size": 32, "kind": "dynamic"}, "sliced", ("rows", "rows")),
     "dynamic": ({"heads": 25, "head_size": 4, "kind": "dynamic"}, "contiguous", ("rows", "rows")),
+    "dynamic, C=300": ({"heads": 3, "head_size": 100, "kind": "dynamic"}, "contiguous", ("rows", "rows")),
     "misaligned": ({"heads": 2, "head_size": 32}, "offset1", ("stream", "stream")),
     "every second position": ({"heads": 3, "head_size": 5}, "step2_time", ("stream", "stream")),
     "one position": ({"heads": 3, "head_size": 5, "length": 1}, "sliced", ("stream", "stream")),

@@ -74,9 +74,9 @@ const char* with_family(const Plan& plan, Dtype dtype, const Run& run) {
 
 void set_pieces(Problem& p, const Facts& facts, const Plan& plan) {
   int64_t bytes = plan.family == Family::kTime ? facts.time_bytes : facts.channel_bytes;
-  // Their blocks begin with a head.
-  if (plan.family == Family::kRows)
-    bytes = std::min(bytes, greatest_piece(static_cast<uint64_t>(facts.head_channels() * size_of(p.dtype))));
+  // Their blocks begin at a head, and two lanes together have 16 bytes of one.
+  if (plan.family == Family::kRows && plan.lanes > 1)
+    bytes = std::min(bytes, greatest_piece(static_cast<uint64_t>(p.head_channels() * size_of(p.dtype))));
   p.vector_bytes = static_cast<int>(bytes);
 }
 

@@ -331,10 +331,10 @@ void rows_backward(const CK_PARAM Backward p, const CK_PARAM Columns columns, in
         Quad dgate[kRun] = {};
 #pragma unroll
         for (int i = 0; i < kRun; ++i) {
-          const int64_t s = reach.from.position(n + i), channels = work.channels - quad * kQuad;
-          if (s >= p.time || channels <= 0 || masked(p, run.b, s)) continue;
+          const int64_t s = reach.from.position(n + i), c = work.c0 + quad * kQuad;
+          if (s >= p.time || quad * kQuad >= work.channels || masked(p, run.b, s)) continue;
           const auto load = [&](const Rows& rows) {
-            return load_quad(cuda::at<const T>(rows, run.b, s, work.c0 + quad * kQuad), channels, p.vector_bytes);
+            return load_quad(cuda::at<const T>(rows, run.b, s, c), kQuad, p.vector_bytes);
           };
           gate_gradient<T>(dz[i], dgate[i], load(p.x), load(p.gate));
         }
