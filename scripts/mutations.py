@@ -268,13 +268,13 @@ CUDA_MUTATIONS = [
         "__shfl_xor_sync(kAllLanes, give.x, 2)",
     ),
     Mutation(
-        "filters of whole windows kept before all lanes have written them",
+        "rows: filters of whole windows kept before all lanes have written them",
         "csrc/cuda/rows.cuh",
         "    if (!whole) return;\n    __syncwarp();",
         "    if (!whole) return;",
     ),
     Mutation(
-        "pieces of a head written to one place",
+        "rows: pieces of a head written to one place",
         "csrc/cuda/rows.cuh",
         "(cut ? piece * p.batch : 0)",
         "(cut ? 0 * p.batch : 0)",

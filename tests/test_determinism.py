@@ -15,6 +15,8 @@ PROBLEMS = {
     "packed": Problem(batch=1, lengths=(100, 3, 0, 97), heads=2, head_size=33, taps=5, left=4, state=True,
     renormalize=True,
                       softmax=True),
+    "long_heads": Problem(batch=2, length=90, heads=2, head_size=160, taps=9, left=8, kind="dynamic", softmax=True),
+    "renormalize": Problem(batch=3, length=120, heads=3, head_size=48, taps=7, left=3, softmax=True, renormalize=True),
     "bct": Problem(batch=2, length=130, heads=2, head_size=16, taps=31, left=15, layout="swap_last",
     grad_layout="swap_last"),
 }  # fmt: skip
@@ -57,7 +59,7 @@ def test_any_number_of_threads(name, dtype, ops):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["light", "depthwise", "dynamic", "bct"])
+@pytest.mark.parametrize("name", ["light", "depthwise", "dynamic", "long_heads", "renormalize", "bct"])
 def test_a_row_does_not_see_its_batch(name, dtype, ops):
     """Outputs, input gradients and per-position weight gradients of a row are the same bits alone and in a batch."""
     problem = PROBLEMS[name].with_(dtype=dtype, weight_dtype=dtype)
