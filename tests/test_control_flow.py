@@ -135,6 +135,25 @@ def test_a_pass_is_the_shortest_that_does_the_work():
     assert found.cheapest_pass(Work({"FFMA": 4})).path == (max(found.loops),)
 
 
+@pytest.mark.parametrize(("length", "executed"), [(3, True), (30, True), (60, False)])
+def test_nested_conditions_are_met(length, executed):
+    """`if (a && b)` as well, if it is short; what else leads into it is no `if`."""
+    text = f"""
+        again:
+        {COPY}
+        @P0 BRA end
+        {READ}
+        @P1 BRA end
+        {length} {ADD}
+        end:
+        @P2 BRA again
+        EXIT
+    """
+    assert flow(text).cheapest_pass(Work({"LDGSTS": 1})).instructions == 3 + (2 + length if executed else 0)
+    other = text.replace(COPY, f"{COPY}\n@P3 BRA inside").replace(READ, f"inside:\n{READ}")
+    assert flow(other).cheapest_pass(Work({"LDGSTS": 1})).instructions == 4
+
+
 def test_passes_of_inner_loops_are_counted():
     found, inner = flow(NESTED), Work({"FFMA": 4})
     work = {"LDGSTS": 1, "FFMA": 0, "STG.E.128": 1, "LDG": 0}

@@ -3,8 +3,8 @@
 A pass is found from the work that it does, `{"LDGSTS": 4, "STG": 4, "FFMA": 224}`: of all ways from the loop's head
 around to it again that execute exactly these numbers of such instructions, inner loops as often as it takes, the one of
 the fewest instructions. So what a compiler does to branches and loops is no matter, and what is not needed for the work
-(masks, rows that lie outside, warps that diverge) is not counted. But a block that is jumped over, an `if` without
-`else`, is executed, unless it does work of the kinds named: {"LDG": 0} leaves out what loads.
+(masks, rows that lie outside, warps that diverge) is not counted. But few instructions that are jumped over, an `if`
+without `else`, are executed, unless they do work of the kinds named: {"LDG": 0} leaves out what loads.
 """
 
 import heapq
@@ -20,7 +20,7 @@ CLASSES = {
     "shared": "LDS STS LDSM STSM ATOMS SHFL",
     "copies": "LDGSTS LDGDEPBAR DEPBAR ARRIVES SYNCS UBLKCP UBLKRED UTMALDG UTMASTG UTMACMDFLUSH",
     "alu": "IADD3 IADD LEA LOP3 LOP SHF SHL SHR ISETP SEL PRMT IMNMX IABS VIADD VIADDMNMX VIMNMX MOV BMSK SGXT PLOP3 "
-    "P2R R2P FSETP FSEL FMNMX FCHK VABSDIFF",
+    "P2R R2P FSETP FSEL FMNMX FMNMX3 FCHK VABSDIFF",
     "imad": "IMAD IDP",
     "float": "FFMA FMUL FADD FFMA2 FMUL2 FADD2 HFMA2 HADD2 HMUL2 HSETP2 HMNMX2 DADD DMUL DFMA DSETP",
     "special": "MUFU POPC FLO BREV",
@@ -32,6 +32,7 @@ CLASSES = {
 CLASS_OF = {name: kind for kind, names in CLASSES.items() for name in names.split()}
 COUNTED = (*CLASSES, "other")
 MOST_STATES = 1_000_000
+MOST_OPTIONAL = 48  # instructions of an `if` that is taken to be what is usual
 
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?(\w[\w.]*)([^;]*);")
 _TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
@@ -280,14 +281,30 @@ class ControlFlow:
                 waiting += self.before[block] if block != head else []
         return found
 
-    def _following(self, block: int, done: dict) -> list[int]:
-        """What may follow a block: not the way around another that does no work."""
-        after = self.blocks[block].after
-        for body in after:
-            around = [other for other in after if other != body]
-            if around and self.blocks[body].after == around and self.before[body] == [block] and not any(done[body]):
-                return [body]
+    def _following(self, block: int, body: set[int], done: dict) -> list[int]:
+        """What may follow a block: not the way around others that do no work."""
+        after = [other for other in self.blocks[block].after if other in body]
+        for first, end in (after, after[::-1]) if len(after) == 2 else ():
+            if self._optional(block, first, end, body, done):
+                return [first]
         return after
+
+    def _optional(self, block: int, first: int, end: int, body: set[int], done: dict) -> bool:
+        """Whether all ways from `first` lead to `end`, past few instructions that are no work, and none comes there but
+        by way of `block`."""
+        found, waiting, length = {block}, [first], 0
+        while waiting:
+            one = waiting.pop()
+            if one in found or one == end:
+                continue
+            found.add(one)
+            length += len(self.blocks[one].instructions)
+            after = self.blocks[one].after
+            if length > MOST_OPTIONAL or any(done[one]) or not after or not set(after) <= body - {block}:
+                return False
+            waiting += after
+        inside = found - {block}
+        return first in inside and all(set(self.before[one]) <= found for one in inside)
 
     def _shortest(self, head: int, body: set[int], work: Work, inside: list[Pass]) -> Pass | None:
         """Dijkstra's algorithm over blocks and what has been done. inside: passes of the loops of the work, which are
@@ -299,7 +316,7 @@ class ControlFlow:
             done[b] = (*counts, *(0 for _ in inside))
             classes[b] = block.classes + (self._subroutine(block.calls) if block.calls else Counter())
         for b in body:
-            after[b] = [a for a in self._following(b, done) if a in body]
+            after[b] = self._following(b, body, done)
         for inner in {one.path[0] for one in inside}:  # all its passes at once, then what comes after it
             within = self.loops[inner]
             outside = {a: None for b in within for a in self.blocks[b].after if a in body - within}

@@ -85,7 +85,7 @@ def _attention(channels: int) -> list[MainLoop]:
     finds a larger score than in the tiles before, which is rare."""
     product, copies, variant = channels // 4, channels // 16, f"bf16, {channels}"
     own = 32 if channels <= 64 else 16
-    forward = Work({COPY: copies, "HMMA": 2 * product * own // 16, "MUFU.EX2": 18 * own // 16, "LDG": 0})
+    forward = Work({COPY: copies, "HMMA": 2 * product * own // 16, "MUFU.EX2": 18 * own // 16, "FMUL": 0, "LDG": 0})
     queries = Work({COPY: copies, "HMMA": 3 * product, "MUFU.EX2": 16, "LDG": 0})
     keys = Work({COPY: copies, "HMMA": 4 * product, "MUFU.EX2": 16, "LDG": 1})
     return [
