@@ -21,11 +21,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # Some containers set it; then each of many processes compiles torch's Python files anew, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
 # One test process per core: more threads in each would only fight.
-test test-fast asan interpreted simulated models-oldest: export OMP_NUM_THREADS = 1
+test test-fast asan interpreted simulated counters models-oldest: export OMP_NUM_THREADS = 1
 # Without it Triton 3.9 warns at every compilation that a default will change.
 test test-fast interpreted: export TRITON_DEFAULT_FP_FUSION = 1
 
-.PHONY: help install build simt-build bench test test-full test-fast lint format ctest abi asan interpreted simulated mutants cross \
+.PHONY: help install build simt-build counted-build bench test test-full test-fast lint format ctest abi asan interpreted simulated counters mutants cross \
         models-oldest \
         gpu-build gpu-run gpu-smoke gpu-test gpu-sanitize gpu-bench gpu-rehearsal clean
 .NOTPARALLEL:
@@ -38,6 +38,7 @@ help:
 	@echo "make test-fast  the Python and C++ tests that are quick"
 	@echo "make interpreted the tests of the triton backend in Triton's interpreter (EVERY=1: all of them, for hours)"
 	@echo "make simulated  the tests of the cuda backend, its kernels simulated on the CPU"
+	@echo "make counters   what the simulated kernels move, held to a budget"
 	@echo "make models-oldest the tests of the models with the oldest transformers that they work with"
 	@echo "make lint|format|ctest|abi|asan|mutants|cross|clean"
 	@echo "make gpu-run    on a machine with a GPU, with PYTHON=<one that has torch>, no network needed: every check and figure"
@@ -78,6 +79,12 @@ $(NATIVE)/.simt: $(NATIVE)/.built
 	cmake --install $(BUILD) --prefix convkernels --component simt >/dev/null
 	@touch $@
 
+# The same, counting what they move.
+$(NATIVE)/.counted: $(NATIVE)/.built
+	cmake --build $(BUILD) --target convkernels_counted
+	cmake --install $(BUILD) --prefix convkernels --component counted >/dev/null
+	@touch $@
+
 # The kernels for GPUs can be interpreted, and compiled ahead of time, on a machine without one. A torch for GPUs has
 # brought its own Triton; for the others it is the version whose budget of registers is committed.
 $(VENV)/.triton: $(VENV)/.requirements
@@ -94,6 +101,8 @@ $(VENV)/.hf: $(VENV)/.requirements
 build: $(NATIVE)/.built
 
 simt-build: $(NATIVE)/.simt
+
+counted-build: $(NATIVE)/.counted
 
 install: build $(VENV)/.triton $(VENV)/.hf
 
@@ -155,6 +164,10 @@ simulated: install simt-build
 	printf 'CONVKERNELS_SIMT_SEED=%s CONVKERNELS_SIMT_SHARED=%s\n' 1 232448 2 232448 3 101376 4 101376 | \
 	    xargs -P $(WORKERS) -L 1 sh -c 'env "$$@" $(BIN)/python -m pytest -q -k "cuda and wide" tests/test_fuzz.py \
 	    tests/test_attention_fragments.py $(PYTEST_FLAGS)' sh
+
+# What launches on small problems move, held to tests/launch_budget.json; scripts/launch_counters.py --update lowers it.
+counters: counted-build
+	$(BIN)/python scripts/launch_counters.py
 
 # The full run comes last, so that its summary closes the output.
 test: lint install ctest abi asan interpreted simulated

@@ -17,7 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-os.environ |= {"CONVKERNELS_SIMT": "1", "CONVKERNELS_SIMT_COUNTED": "1"}
+if __name__ == "__main__":
+    os.environ |= {"CONVKERNELS_SIMT": "1", "CONVKERNELS_SIMT_COUNTED": "1"}
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -186,16 +187,17 @@ def _ratio(a: float, b: float) -> str:
     return f"{a / b:.2f}" if b else "-"
 
 
-COLUMNS = ("case", "kernel", "bytes over least", "sectors per load", "per copy", "per store", "shared wavefronts per output",
-           "conflicts per output", "barriers per block", "shuffles per output", "matrix products per 1000 outputs")  # fmt: skip
+# Those of shared memory, shuffles and products are per 1000 outputs.
+COLUMNS = ("case", "kernel", "bytes over least", "sectors per load", "per copy", "per store", "wavefronts", "conflicts",
+           "shuffles", "matrix products", "barriers per block")  # fmt: skip
 
 
 def row(name: str, key: str, launch: Launch) -> tuple[str, ...]:
     outputs = CASES[name].outputs(CASES[name].small)
     sectors = [_ratio(launch[f"{access}_sectors"], launch[f"{access}_requests"]) for access in GLOBAL]
-    return (name, key, _ratio(launch.moved, launch.least), *sectors, f"{launch.wavefronts / outputs:.4f}",
-            f"{launch.conflicts / outputs:.4f}", _ratio(launch["barriers"], launch["blocks"]),
-            f"{launch['shuffles'] / outputs:.4f}", f"{1000 * launch['matrix_products'] / outputs:.3f}")  # fmt: skip
+    shared = (launch.wavefronts, launch.conflicts, launch["shuffles"], launch["matrix_products"])
+    return (name, key, _ratio(launch.moved, launch.least), *sectors, *(f"{1000 * n / outputs:.1f}" for n in shared),
+            _ratio(launch["barriers"], launch["blocks"]))  # fmt: skip
 
 
 @dataclass(frozen=True)

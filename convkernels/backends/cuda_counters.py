@@ -5,11 +5,11 @@
         ck.lightweight_conv1d(x, weight, backend="cuda")
     print(launches[0].kernel, launches[0]["load_sectors"])
 
-Keys: blocks, threads; bytes_read and bytes_written, every byte of global memory once; barriers of blocks, warp_barriers,
-shuffles, votes, matrix_loads and matrix_products of warps. load, store and copy_read (cp.async) reach global memory:
-_requests of warps, _bytes that threads ask for, _sectors of 32 bytes that requests touch. shared_load, shared_store,
-copy_write (cp.async) and matrix_load (ldmatrix) reach shared memory: _requests, _bytes, _wavefronts, and _conflicts, the
-wavefronts beyond one per phase.
+Keys: blocks, threads; bytes_read and bytes_written, every byte of global memory once; barriers of blocks;
+warp_barriers, shuffles, votes, matrix_loads and matrix_products of warps. load, store and copy_read (cp.async) reach
+global memory: _requests of warps, _bytes that threads ask for, _sectors of 32 bytes that requests touch. shared_load,
+shared_store, copy_write (cp.async) and matrix_load (ldmatrix) reach shared memory: _requests, _bytes, _wavefronts, and
+_conflicts, the wavefronts beyond one per phase. csrc/simt/counters.h says what a request and a phase are.
 """
 
 import ctypes

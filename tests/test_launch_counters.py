@@ -1,0 +1,113 @@
+"""What scripts/launch_counters.py makes of counts; with the counted library, that they are always the same."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from convkernels.backends import cuda_counters, library
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "scripts" / "launch_counters.py"
+if not SCRIPT.exists():
+    pytest.skip("a copy of the tests without the scripts", allow_module_level=True)
+spec = importlib.util.spec_from_file_location("launch_counters", SCRIPT)
+launch_counters = importlib.util.module_from_spec(spec)
+sys.modules["launch_counters"] = launch_counters
+spec.loader.exec_module(launch_counters)
+
+needs_library = pytest.mark.skipif(library.missing("counted") is not None, reason="needs make counted-build")
+NAMES = ("blocks", "bytes_read", "bytes_written", "barriers", "shuffles", "matrix_products",
+         *(f"{access}_{what}" for access in cuda_counters.GLOBAL for what in ("requests", "sectors")),
+         *(f"{access}_{what}" for access in cuda_counters.SHARED for what in ("wavefronts", "conflicts")))  # fmt: skip
+
+
+def launch(kernel="stream_forward", **figures):
+    return cuda_counters.Launch(kernel, "bf16", dict.fromkeys(NAMES, 0) | figures)
+
+
+def test_totals_of_a_launch():
+    one = launch(load_sectors=1, copy_read_sectors=2, store_sectors=3, bytes_read=60, bytes_written=4,
+                 shared_load_wavefronts=5, matrix_load_wavefronts=7, copy_write_conflicts=2)  # fmt: skip
+    assert (one.moved, one.least, one.wavefronts, one.conflicts) == (192, 64, 12, 2)
+
+
+def test_more_than_the_budget_is_named_and_less_is_not():
+    now = {"a": {"k": {"bytes": 1000, "conflicts": 1}, "new": {"bytes": 1}}}
+    budget = {"a": {"k": {"bytes": 995, "conflicts": 0}}}
+    assert launch_counters.violations(now, budget) == ["a k: conflicts 1, budget 0", "a new: no budget"]
+    assert launch_counters.violations(now, {"a": now["a"] | {"k": {"bytes": 980, "conflicts": 1}}}) == [
+        "a k: bytes 1000, budget 980"
+    ]
+    assert launch_counters.improvements(now, {"a": {"k": {"bytes": 1001, "conflicts": 1}}}) == 1
+
+
+def test_the_budget_is_of_the_cases():
+    budget = json.loads(launch_counters.BUDGET.read_text())
+    assert list(budget) == list(launch_counters.CASES)
+    for launches in budget.values():
+        assert all(list(figures) == list(launch_counters.HELD) for figures in launches.values())
+
+
+@pytest.mark.parametrize("name, beginning, per_row, per_pair", [
+    ("stream-k7-fwd", 5, 3, 0), ("attention-d64-fwd", 0, 7, 2)
+])  # fmt: skip
+def test_counts_grow_as_the_program_does(name, beginning, per_row, per_pair, monkeypatch):
+    case = launch_counters.CASES[name]
+
+    def rows(settings):
+        return case.outputs(settings) // 64
+
+    def measured(of, settings=None):
+        settings = settings or of.small
+        length = settings.lengths[0] if of.is_attention else 0
+        count = beginning + rows(settings) * (per_row + per_pair * length)
+        return {"stream_forward": launch(load_sectors=count, bytes_read=beginning + rows(settings))}
+
+    monkeypatch.setattr(launch_counters, "measure", measured)
+    found = launch_counters.extrapolate(case)["stream_forward"]
+    length = case.large.lengths[0] if case.is_attention else 0
+    once = beginning * launch_counters.PROCESSORS
+    assert found["load_sectors"] == once + rows(case.large) * (per_row + per_pair * length)
+    assert found["bytes_read"] == once + rows(case.large)
+
+
+def test_the_slowest_unit_is_the_bound():
+    one = launch(bytes_read=3 * 10**9, shared_load_wavefronts=10**6, matrix_products=10**3)
+    assert launch_counters.estimate(one).bound() == ("memory", 1e-3)
+    unit, seconds = launch_counters.estimate(one, instructions=4 * 132 * 1.755e6 * 2).bound()
+    assert (unit, seconds) == ("issue", pytest.approx(2e-3))
+    case = launch_counters.CASES["stream-k7-fwd"]
+    assert launch_counters.reached(case, one, 2e-3) == "0.50 of a copy"
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["stream-k7-bwd", "band-k31-fwd", "attention-d64-fwd"])
+def test_counts_are_those_of_the_budget_in_any_order(name, tmp_path):
+    for seed in ("1", "2"):
+        environment = os.environ | {"CONVKERNELS_SIMT_SEED": seed, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, SCRIPT, "--only", name, "--budget", tmp_path / "none.json"]
+        output = subprocess.run(command, env=environment, capture_output=True, text=True)
+        (tmp_path / seed).write_text(output.stdout)
+        assert output.returncode == 1 and "no budget" in output.stdout, output.stderr
+    assert (tmp_path / "1").read_text() == (tmp_path / "2").read_text()
+
+
+@needs_library
+def test_calls_are_counted():
+    program = """
+import torch, convkernels as ck
+from convkernels.backends.cuda_counters import counted
+x, weight = torch.ones(2, 64, 128, dtype=torch.bfloat16), torch.ones(2, 3, dtype=torch.bfloat16)
+with counted() as launches:
+    ck.lightweight_conv1d(x, weight, backend="cuda")
+ck.lightweight_conv1d(x, weight, backend="cuda")
+print([(one.kernel, one["bytes_written"]) for one in launches])
+"""
+    environment = os.environ | {"CONVKERNELS_SIMT": "1", "CONVKERNELS_SIMT_COUNTED": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == str([("stream_forward", 2 * 64 * 128 * 2)]), done.stderr
