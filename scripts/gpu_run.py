@@ -246,15 +246,14 @@ def pack(folder: Path, archive: Path, read: Callable[[Path], bytes]) -> list[Pat
 
 def save(folder: Path, work: Path, outcomes: dict[str, dict]) -> list[str]:
     """Put all that there is so far into the output folder; what could not be."""
+    text = json.dumps(outcomes, indent=1) + "\n"
+    reasons = place(work / "steps.json", lambda file: file.write_text(text))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        return [f"{folder}: {error.strerror or error}"]
+        return [*reasons, f"{folder}: {error.strerror or error}"]
+    reasons += place(folder / "steps.json", lambda file: file.write_text(text))
     left_out: list[Path] = []
-    reasons = []
-    text = json.dumps(outcomes, indent=1) + "\n"
-    for target in (work, folder):
-        reasons += place(target / "steps.json", lambda file: file.write_text(text))
     for name, read in (("results", Path.read_bytes), ("logs", ends_of)):
         reasons += place(
             folder / f"{name}.tar.gz", lambda file, name=name, read=read: left_out.extend(pack(work / name, file, read))

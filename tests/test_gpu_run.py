@@ -2,25 +2,34 @@
 
 import importlib.util
 import json
+import os
+import resource
+import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parents[1]
+if not (ROOT / "scripts" / "gpu_run.py").exists():
+    pytest.skip("a copy of the tests without the scripts", allow_module_level=True)
+
 
 @pytest.fixture
 def gpu_run(tmp_path, monkeypatch):
     """scripts/gpu_run.py with its working folder elsewhere."""
-    path = Path(__file__).parents[1] / "scripts" / "gpu_run.py"
-    spec = importlib.util.spec_from_file_location("gpu_run", path)
+    spec = importlib.util.spec_from_file_location("gpu_run", ROOT / "scripts" / "gpu_run.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(__import__("sys").modules, "gpu_run", module)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(module, "GRACE", 0.2)
     monkeypatch.setattr(module, "sees_a_gpu", lambda: True)
+    monkeypatch.setattr(module, "adopt_orphans", lambda: None)  # those of this process are others' too
     return module
 
 
@@ -38,7 +47,8 @@ def test_a_step_that_goes_wrong_costs_only_itself(gpu_run, monkeypatch, tmp_path
         step("crashes", 1, 20, "kill -SEGV $$"),
         step("writes", 1, 20, "echo '{{}}' > {results}/figures.json"),
         step("starts nothing", 1, 20, "no-such-program"),
-        step("works", 1, 20, "echo all is well"),
+        step("measures nothing", 1, 20, "sleep 0.2"),
+        step("works", 1, 20, "touch {result}; echo all is well"),
     ]
     out, start = tmp_path / "out", time.monotonic()
     assert execute(gpu_run, monkeypatch, steps, "--output", out) == 1
@@ -50,6 +60,7 @@ def test_a_step_that_goes_wrong_costs_only_itself(gpu_run, monkeypatch, tmp_path
         "crashes": "status -11",
         "writes": "passed",
         "starts nothing": "status 127",
+        "measures nothing": "left no result",
         "works": "passed",
     }
     with tarfile.open(out / "results.tar.gz") as results:
@@ -73,7 +84,7 @@ def test_steps_are_asked_to_end_in_the_background_too(gpu_run, monkeypatch, tmp_
 
 def test_without_a_gpu_nothing_but_the_environment_is_looked_at(gpu_run, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu_run, "sees_a_gpu", lambda: False)
-    steps = [gpu_run.Step("environment", 1, 20, "true"), gpu_run.Step("other", 1, 20, "true")]
+    steps = [gpu_run.Step("environment", 1, 20, "touch {result}"), gpu_run.Step("other", 1, 20, "touch {result}")]
     assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "out") == 2
     assert "no GPU" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "out", "--only", "environment") == 0
@@ -83,7 +94,6 @@ def test_without_a_gpu_nothing_but_the_environment_is_looked_at(gpu_run, monkeyp
 def test_what_has_passed_is_not_run_again(gpu_run, monkeypatch, tmp_path):
     steps = [gpu_run.Step("counts", 1, 20, "echo x >> {results}/count"), gpu_run.Step("fails", 1, 20, "exit 1")]
     assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "out", "--device", "cpu") == 1  # elsewhere
-    (tmp_path / "build" / "gpu-work" / "results" / "count").unlink()
     for arguments, expected in ((), 1), ((), 1), (("--again",), 2):
         assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "out", *arguments) == 1
         assert len((tmp_path / "build" / "gpu-work" / "results" / "count").read_text().split()) == expected
@@ -91,19 +101,162 @@ def test_what_has_passed_is_not_run_again(gpu_run, monkeypatch, tmp_path):
 
 def test_a_step_that_does_not_exist(gpu_run, monkeypatch, capsys):
     with pytest.raises(SystemExit):
-        execute(gpu_run, monkeypatch, [gpu_run.Step("smoke", 1, 20, "true")], "--only", "smok1")
+        execute(gpu_run, monkeypatch, [gpu_run.Step("smoke", 1, 20, "touch {result}")], "--only", "smok1")
     assert "no step is meant by that" in capsys.readouterr().err
 
 
 def test_an_output_folder_that_cannot_be_written_to_stops_nothing(gpu_run, monkeypatch, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    steps = [gpu_run.Step("one", 1, 20, "true"), gpu_run.Step("two", 1, 20, "true")]
+    steps = [gpu_run.Step("one", 1, 20, "touch {result}"), gpu_run.Step("two", 1, 20, "touch {result}")]
     assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "file") == 0
     printed = capsys.readouterr()
-    assert "nothing saved" in printed.err and "2 of 2 steps passed" in printed.out
+    assert "not saved" in printed.err and "2 of 2 steps passed" in printed.out
 
 
 def test_steps_for_which_no_time_is_left_are_named(gpu_run, monkeypatch, tmp_path):
-    steps = [gpu_run.Step("late", 1, 20, "true")]
+    steps = [gpu_run.Step("late", 1, 20, "touch {result}")]
     assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "out", "--seconds", 1) == 1
     assert json.loads((tmp_path / "out" / "steps.json").read_text())["late"]["ended"] == "not begun"
+
+
+def test_a_record_that_was_cut_off_stops_nothing(gpu_run, monkeypatch, tmp_path):
+    work = tmp_path / "build" / "gpu-work"
+    work.mkdir(parents=True)
+    (work / "steps.json").write_text('{"one": {"end')
+    steps = [gpu_run.Step("one", 1, 20, "touch {result}")]
+    assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "out") == 0
+    assert json.loads((work / "steps.json").read_text())["one"]["ended"] == "passed"
+
+
+FAULTS = """
+import os, time, pytest, torch
+
+@pytest.mark.parametrize("number", range(8))
+def test_right(number):
+    pass
+
+def test_wrong():
+    assert 1 + 1 == 3
+
+def test_crashes():
+    os.abort()
+
+def test_hangs():
+    time.sleep(60)
+
+def test_leaves_an_error_behind():
+    def fail():
+        raise RuntimeError("an illegal memory access was encountered")
+    torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, fail
+"""
+
+
+@pytest.mark.slow
+def test_a_test_that_goes_wrong_costs_only_itself(gpu_run, monkeypatch, tmp_path):
+    (tmp_path / "test_faults.py").write_text(FAULTS)
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    command = gpu_run.PYTEST + " -n 2 --timeout 5 test_faults.py"
+    steps = [
+        gpu_run.Step("faults", 1, 400, command, {"PYTHONPATH": str(ROOT)}),
+        gpu_run.Step("next", 1, 20, "touch {result}"),
+    ]
+    assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "out") == 1
+    outcomes = json.loads((tmp_path / "out" / "steps.json").read_text())
+    log = (tmp_path / "build" / "gpu-work" / "logs" / "faults.log").read_text()
+    assert (outcomes["faults"]["ended"], outcomes["next"]["ended"]) == ("status 1", "passed"), log
+    # One of them has passed before its error is seen.
+    assert outcomes["faults"]["last"].startswith("4 failed, 9 passed"), log
+    for name in ("crashes", "hangs", "leaves_an_error_behind"):
+        assert f"crashed while running 'test_faults.py::test_{name}'" in log
+    assert "FAILED test_faults.py::test_wrong" in log
+    assert "test_leaves_an_error_behind: an illegal memory access was encountered" in log
+    with tarfile.open(tmp_path / "out" / "results.tar.gz") as results:
+        assert results.extractfile("results/faults.xml").read().count(b"test_right") == 8
+
+
+def test_a_full_output_folder_keeps_what_it_has(gpu_run, monkeypatch, tmp_path, capsys):
+    """Where no file may be larger than 20 kB, an archive of 100 kB of noise does not get to its end."""
+    out, noise = tmp_path / "out", "head -c 100000 /dev/urandom > {results}/noise"
+    steps = [gpu_run.Step("small", 1, 20, "touch {result}")]
+    assert execute(gpu_run, monkeypatch, steps, "--output", out) == 0
+    before = (out / "results.tar.gz").read_bytes()
+    pack, limits = gpu_run.pack, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def pack_without_space(*arguments):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        try:
+            return pack(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(gpu_run, "pack", pack_without_space)
+    steps += [gpu_run.Step("large", 1, 20, noise), gpu_run.Step("next", 1, 20, "touch {result}")]
+    assert execute(gpu_run, monkeypatch, steps, "--output", out) == 0
+    assert "not saved" in capsys.readouterr().err
+    assert {file.name for file in out.iterdir()} == {"steps.json", "results.tar.gz", "logs.tar.gz"}
+    assert (out / "results.tar.gz").read_bytes() == before
+    assert json.loads((out / "steps.json").read_text())["next"]["ended"] == "passed"
+
+
+def test_archives_stay_small(gpu_run, monkeypatch, tmp_path, capsys):
+    """Of a log the ends are kept, of results the smaller ones, and a step that writes without end is ended."""
+    for name, size in (("LARGEST_ARCHIVE", 50_000), ("SHOWN", 1000), ("LONGEST_LOG", 10 << 20)):
+        monkeypatch.setattr(gpu_run, name, size)
+    steps = [
+        gpu_run.Step("large", 1, 20, "head -c 100000 /dev/urandom > {result}; echo few > {results}/few"),
+        gpu_run.Step("long", 1, 20, "touch {result}; echo first; seq 10000; echo last"),
+        gpu_run.Step("endless", 1, 20, "echo first; yes"),
+    ]
+    assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "out") == 1
+    outcomes = json.loads((tmp_path / "out" / "steps.json").read_text())
+    assert [outcomes[step.name]["ended"] for step in steps] == ["passed", "passed", "over 10 MB of output"]
+    assert "results/large: too large for the archive" in capsys.readouterr().err
+    with tarfile.open(tmp_path / "out" / "results.tar.gz") as results:
+        assert {Path(name).name for name in results.getnames()} == {"few", "long"}
+    with tarfile.open(tmp_path / "out" / "logs.tar.gz") as logs:
+        for name, last in (("long", b"last\n"), ("endless", b"y\n")):
+            log = logs.extractfile(f"logs/{name}.log").read()
+            assert log.startswith(b"first\n") and log.endswith(last) and b"are left out here" in log and len(log) < 2100
+
+
+MAIN = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import gpu_run
+gpu_run.ROOT, gpu_run.GRACE, gpu_run.sees_a_gpu = Path.cwd(), 0.5, lambda: True
+gpu_run.STEPS = (gpu_run.Step("leaves", 1, 20, sys.argv[2]), gpu_run.Step("next", 1, 20, "touch {result}"))
+sys.argv[1:] = []
+sys.exit(gpu_run.main())
+"""
+
+
+def start(command, folder):
+    program = [sys.executable, "-c", MAIN, str(ROOT / "scripts"), command]
+    return subprocess.Popen(program, cwd=folder, env={**os.environ, "OUT": str(folder / "out")})
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_nothing_that_a_step_started_is_left(tmp_path):
+    """Not what has a session of its own either, and asks not to be ended."""
+    command = "setsid bash -c 'trap \"\" INT TERM; echo $$ > pid; touch {result}; sleep 60 & wait' & sleep 1"
+    assert start(command, tmp_path).wait(30) == 0
+    assert not is_running((tmp_path / "pid").read_text().strip())
+
+
+def test_who_ends_the_run_gets_what_there_is(tmp_path):
+    process = start("echo begun; touch started; sleep 60", tmp_path)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 130
+    assert json.loads((tmp_path / "out" / "steps.json").read_text())["leaves"]["ended"] == "stopped"
+    with tarfile.open(tmp_path / "out" / "logs.tar.gz") as logs:
+        assert logs.extractfile("logs/leaves.log").read() == b"begun\n"
