@@ -113,8 +113,7 @@ def convolutions(group, family, dtype, possible=lambda own: True, backward=lambd
 
 def convolution_cases():
     for dtype in (BF16, F16, F32):
-        # What does not fit in shared memory, or would have a gradient of a state and filters of its own for every
-        # position, is left to others.
+        # What does not fit in shared memory is left to others.
         wide = dtype == F32
         yield from convolutions(
             "stream", "stream", dtype, heads=17, head_size=8,
@@ -128,8 +127,8 @@ def convolution_cases():
             )  # fmt: skip
             if channels["head_size"] % 4 == 0:
                 yield from convolutions(
-                    "rows", "rows", dtype, suffix=suffix, possible=lambda own, few=few[:2]: own in few,
-                    backward=lambda own, wide=wide: not wide, kind="dynamic", **channels,
+                    "rows", "rows", dtype, suffix=suffix, possible=lambda own, few=few: own in few,
+                    backward=lambda own, wide=wide: not (wide and own.get("gate")), kind="dynamic", **channels,
                 )  # fmt: skip
         for taps, gate in ((3, False), (15, False), (31, False), (7, True)):
             families = ("stream", None if wide and (gate or taps == 31) else "stream")
@@ -137,10 +136,11 @@ def convolution_cases():
             yield convolution("stream", name, families, dtype, taps=taps, gate=gate, heads=136, head_size=1)
         yield from convolutions(
             "rows", "rows", dtype, heads=5, head_size=32, kind="dynamic",
-            backward=lambda own, wide=wide: not (own.get("state") or (wide and own.get("gate"))),
+            backward=lambda own, wide=wide: not (wide and own.get("gate")),
         )  # fmt: skip
         for name, options in {
             "mask": {"padding_mask": 2},
+            "state": {"state": True, "padding_mask": 2},
             "packed": {"lengths": (90, 0, 7, 120), "bias": True},
             "filters per row, dropout": {"kind": "row", "head_size": 160, "dropout": 0.3},
             "dynamic": {"kind": "dynamic", "padding_mask": 2},

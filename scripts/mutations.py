@@ -258,8 +258,20 @@ CUDA_MUTATIONS = [
     Mutation(
         "no barrier after the copies of other threads",
         "csrc/cuda/stream_grad.cuh",
-        "      cp_async_wait<kAhead - 1>();\n      __syncthreads();",
-        "      cp_async_wait<kAhead - 1>();",
+        "        cp_async_wait<kAhead - 1>();\n        __syncthreads();",
+        "        cp_async_wait<kAhead - 1>();",
+    ),
+    Mutation(
+        "channels stored that do not exist",
+        "csrc/cuda/window.cuh",
+        "if (e < count) to[e] =",
+        "to[e] =",
+    ),
+    Mutation(
+        "gradients of the state one row late",
+        "csrc/cuda/walk.cuh",
+        "row = phase.position(n) + span;",
+        "row = phase.position(n) + span + 1;",
     ),
     Mutation(
         "halves exchanged with the wrong lane",

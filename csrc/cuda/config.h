@@ -212,7 +212,7 @@ inline int64_t rows_lanes(const Facts& f, bool backward) {
 
 inline bool rows_possible(const Facts& f, bool backward) {
   if (f.channel_bytes == 0 || f.dtype == Dtype::kFloat64 || !f.per_row() || f.dilation > f.time) return false;
-  if (f.state && (f.gate || f.packed || backward)) return false;
+  if (f.state && (f.gate || f.packed)) return false;
   // In float32, d(y), x, the gate and z alone take all of kBlockMemory: there is no such kernel.
   if (backward && f.gate && f.dtype == Dtype::kFloat32) return false;
   return rows_lanes(f, backward) != 0;

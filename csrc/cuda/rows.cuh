@@ -224,10 +224,13 @@ CK_DEVICE void finish_filters(const Backward& p, const FilterRows& products, con
   });
   __syncwarp();
   if (!p.per_position) {
-    int exist = 0;
+    int first = 0;
 #pragma unroll 1
-    while (exist < rows && phase.position(n + exist) < p.time) ++exist;
-    products.add_up(warp * kRun, exist, sum);
+    while (first < rows && phase.position(n + first) < 0) ++first;
+    int end = first;
+#pragma unroll 1
+    while (end < rows && phase.position(n + end) < p.time) ++end;
+    products.add_up(warp * kRun + first, end - first, sum);
   }
 }
 
@@ -240,9 +243,11 @@ void rows_backward(const CK_PARAM Backward p, const CK_PARAM Columns columns, in
   const int window = static_cast<int>(stream_window(K));
   const int64_t R = p.head_channels();
   const int quad = quad_of_lane(R, lanes, lane);
-  Work work(p, p.groups, columns);
+  // Rows of the state come before the others; d(y) has none of them.
+  const int64_t before = p.state == nullptr ? 0 : taps.span(), ahead = p.state == nullptr ? 0 : K - 1;
+  Work work(p, p.groups, columns, before);
   const int64_t h0 = work.c0 / R;
-  const bool need_input = p.grad_x.data != nullptr || p.grad_gate.data != nullptr;
+  const bool need_input = p.grad_x.data != nullptr || p.grad_gate.data != nullptr || p.grad_state != nullptr;
   const bool need_weight = p.grad_weight != nullptr, need_bias = p.grad_bias != nullptr;
   const int64_t table_bytes = rows_table_bytes(K, lanes);
 
@@ -262,10 +267,10 @@ void rows_backward(const CK_PARAM Backward p, const CK_PARAM Columns columns, in
   Quad bias_sum{};
 
   for (Run run; work.next(run);) {
-    const Reach reach(taps, run.phase);
+    const Reach reach(taps, run.phase - before);
     // Outputs of the phase of d(y) read inputs of this one.
     const Reach back(p.taps, reach.to.first);
-    const int64_t n0 = run.start * kChunk, m0 = n0 + reach.offset, z0 = n0 + back.offset;
+    const int64_t n0 = run.start * kChunk, m0 = n0 + reach.offset, z0 = n0 - ahead + back.offset;
     const auto issue = [&](int64_t chunk) {
       if (chunk < run.count + window - 1) {
         copy_gradient(ring.chunk(chunk), p, reach.to, run.b, m0 + chunk * kChunk, work);
@@ -288,13 +293,13 @@ void rows_backward(const CK_PARAM Backward p, const CK_PARAM Columns columns, in
       __syncthreads();
       if (k < 0) continue;
       const int64_t own = k * kChunk + warp * kRun, n = n0 + own;
-      if (need_bias) add_rows(bias_sum, ring, own - reach.offset, quad);
+      if (need_bias) add_rows(bias_sum, ring, own - reach.offset - ahead, quad);
       if (need_weight) {
         Quad dy[kRun];
-        const T* row = ring.row(own - reach.offset);
+        const T* row = ring.row(own - reach.offset - ahead);
 #pragma unroll
         for (int i = 0; i < kRun; ++i, row = ring.next(row)) dy[i] = load_quad(row + quad * kQuad);
-        const Borders borders(p, p.taps, back.from, n);
+        const Borders borders(p, p.taps, back.from, n - ahead);
         walk_within(borders, input.ring, own, K, quad, [&](auto fast, int j, const Quad(&rows)[kRun], int turn) {
           RowSums product_sums;
 #pragma unroll
@@ -310,7 +315,7 @@ void rows_backward(const CK_PARAM Backward p, const CK_PARAM Columns columns, in
             if (i < product_sums.count) to[i * products.heads * products.pitch] = product_sums.values[i];
         });
         __syncwarp();
-        finish_filters(p, products, back.from, run.b, n, h0, work.piece, warp, sums.row(warp));
+        finish_filters(p, products, back.from, run.b, n - ahead, h0, work.piece, warp, sums.row(warp));
       }
       if (!need_input) continue;
       Quad dz[kRun] = {};
@@ -341,6 +346,8 @@ void rows_backward(const CK_PARAM Backward p, const CK_PARAM Columns columns, in
         if (p.grad_gate.data != nullptr) store_rows<T>(p, p.grad_gate, dgate, reach.from, run.b, n, work, quad);
       }
       if (p.grad_x.data != nullptr) store_rows<T>(p, p.grad_x, dz, reach.from, run.b, n, work, quad);
+      if (p.grad_state != nullptr && reach.from.position(n) < 0)
+        store_state<T>(p, dz, reach.from, run.b, n, work, quad);
     }
   }
   const int64_t partial = work.owner * p.groups + work.group;

@@ -27,8 +27,8 @@ void stream_backward(const CK_PARAM Backward p) {
   const Taps taps = p.taps.transposed();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, K = static_cast<int>(taps.taps);
   const int window = static_cast<int>(stream_window(K));
-  // Rows of the state come before the others.
-  const int64_t before = p.state == nullptr ? 0 : taps.span();
+  // Rows of the state come before the others; d(y) has none of them.
+  const int64_t before = p.state == nullptr ? 0 : taps.span(), ahead = p.state == nullptr ? 0 : K - 1;
   Work work(p, p.groups, Columns(p.channels), before);
   const bool need_input = p.grad_x.data != nullptr || p.grad_gate.data != nullptr || p.grad_state != nullptr;
   const bool need_weight = p.grad_weight != nullptr, need_bias = p.grad_bias != nullptr;
@@ -106,12 +106,8 @@ void stream_backward(const CK_PARAM Backward p) {
                         if (tap == j) Sums::add(few[tap], products);
                     }
                   });
-      // Row n of the phase of d(y), without those before it: with as many rows as the phase of x, or one more, all are
-      // met.
-      if (need_bias) {
-        const int64_t ahead = p.state == nullptr ? 0 : K - 1;
-        add_rows(bias_sum, ring, k * kChunk + warp * kRun - reach.offset - ahead, lane);
-      }
+      // Row n - ahead of the phase of d(y): with as many rows as the phase of x, or one more, all are met.
+      if (need_bias) add_rows(bias_sum, ring, k * kChunk + warp * kRun - reach.offset - ahead, lane);
       if (!need_input) continue;
       mask_rows(p, dz, reach.from, run.b, n);
       if (gated) {
