@@ -66,9 +66,10 @@ def _main_loops(kernel: str, variant: str, code: str) -> tuple[machine_code.Loop
     loops = [loop for loop in MAIN_LOOPS if (loop.kernel, loop.variant) == (kernel, variant)]
     if not loops:
         return ()
-    flow, costs = control_flow.ControlFlow(code), []
+    flow, costs = None, []
     for loop in loops:
         try:
+            flow = flow or control_flow.ControlFlow(code)
             classes, fault = flow.cheapest_pass(loop.work).classes, ""
         except control_flow.Unreadable as error:
             classes, fault = {}, f"{error}: cuda_loops.py no longer describes this kernel"
@@ -86,11 +87,12 @@ def _measure(wanted: Callable[[str, str, str], bool], all_kernels: bool) -> list
         if wanted(*names[mangled], architecture):
             found.setdefault(architecture, []).append(mangled)
     results = []
-    for architecture, mangled_names in found.items():  # to disassemble takes by far the longest
-        only = [] if all_kernels else ["-fun", ",".join(mangled_names)]
+    for architecture in sorted(found, key=lambda name: int(name.rstrip("af"))):
+        # To disassemble takes by far the longest.
+        only = [] if all_kernels else ["-fun", ",".join(found[architecture])]
         code = machine_code.run_tool("cuobjdump", "-sass", "-arch", f"sm_{architecture}", *only, LIBRARY)
         for (mangled, _), instructions in _kernels(code, r"\n\t\tFunction ").items():
-            if mangled in mangled_names:
+            if mangled in found[architecture]:
                 kernel, variant = names[mangled]
                 figures = machine_code.read_usage(usage[mangled, architecture]) | machine_code.read_code(instructions)
                 loops = _main_loops(kernel, variant, instructions)
