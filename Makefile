@@ -222,8 +222,8 @@ gpu-sanitize: STEPS = check
 gpu-bench: STEPS = streaming attention sweep counters
 
 # The same steps where there is no GPU, in the software that a machine with one has, the kernels simulated: in a copy of
-# the checkout, which is built there, so that nothing of the usual build is touched. The NumPy is one that the
-# interpreter of this torch's Triton works with. STEPS="smoke sweep": only these.
+# the checkout, which is built there, for one architecture, so that nothing of the usual build is touched. The NumPy is
+# one that the interpreter of this torch's Triton works with. STEPS="smoke sweep": only these.
 GPU_PYTHON ?= $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null || echo $(PYTHON))
 GPU_PACKAGES := torch==2.11.0 transformers==5.17.0 "numpy<2.4"
 GPU_VENV := .venv-gpu
@@ -241,7 +241,7 @@ gpu-rehearsal: $(GPU_VENV)/.packages
 	mkdir -p $(REHEARSAL)
 	find $(REHEARSAL) -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
 	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents --preserve=timestamps -t $(REHEARSAL)
-	$(MAKE) -C $(REHEARSAL) gpu-build PYTHON=$(REHEARSED)
+	CMAKE_ARGS="-DCK_CUDA_ARCHITECTURES=90a-real $(CMAKE_ARGS)" $(MAKE) -C $(REHEARSAL) gpu-build PYTHON=$(REHEARSED)
 	cmake --build $(REHEARSAL)/build/native --target convkernels_simt
 	cmake --install $(REHEARSAL)/build/native --prefix $(REHEARSAL)/convkernels --component simt >/dev/null
 	cd $(REHEARSAL) && $(REHEARSED) -m pytest -q tests/test_packaging.py -k registers_its_operators
