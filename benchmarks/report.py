@@ -1,7 +1,8 @@
 """Rewrite the generated parts of docs/performance.md: python -m benchmarks.report FILE.json
 
-FILE is the results of `convkernels bench --suite acceptance`, of `--suite attention`, or of both, or what `convkernels
-check --kernels --backend NAME --json FILE` writes.
+FILE is the results of `convkernels bench --suite acceptance`, of `--suite attention`, or of both; on a GPU of the suites
+streaming and attention with `--backend cuda` and `--backend triton`; or what `convkernels check --kernels --backend
+NAME --json FILE` writes.
 """
 
 import json
@@ -9,7 +10,9 @@ import sys
 from pathlib import Path
 
 from convkernels._bench import acceptance, attention
-from convkernels._bench.console import markdown_table
+from convkernels._bench.attention_targets import BACKWARD, COMPOSITE, EAGER, FLASH, FLEX, FORWARD, SDPA_BIAS
+from convkernels._bench.console import markdown_table, quantity
+from convkernels._bench.streaming import OURS
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 SHOWN = ("90", "90a")  # the architecture whose kernels the page lists
@@ -27,16 +30,63 @@ def kernels(content: dict) -> str:
     return f"{content['compiler']}, sm_{SHOWN[0]}:\n\n{markdown_table(columns, rows)}"
 
 
+def of_backends(content: dict, suite: str) -> dict[str, dict]:
+    return {name: content[f"{suite} {name}"] for name in ("cuda", "triton") if f"{suite} {name}" in content}
+
+
+def gpu_convolutions(content: dict) -> str:
+    """Times of the backends, the fraction of a copy, and F.conv1d's time in units of the first one's."""
+    found = {
+        name: {(r["case"], r["direction"]): r for r in section["records"]}
+        for name, section in of_backends(content, "streaming").items()
+    }
+    rows = []
+    for case in next(iter(found.values())):
+        cells, times = list(case), next(iter(found.values()))[case]["seconds"]
+        for records in found.values():
+            r = records.get(case)
+            cells += [f"{r['seconds'][OURS] * 1e6:.0f}", f"{r['fraction']:.2f}"] if r else ["-", "-"]
+        rows.append((*cells, f"{times['conv1d'] / times[OURS]:.1f}" if "conv1d" in times else ""))
+    titles = [title for name in found for title in (f"{name}, us", "of a copy")]
+    return markdown_table(("case", "direction", *titles, "times faster than conv1d"), rows)
+
+
+def gpu_attention(content: dict) -> str:
+    """Times of the backends, and of what others offer: from the last section that has them."""
+    sections = of_backends(content, "attention")
+    times = {}
+    for name, section in sections.items():
+        for r in section["records"]:
+            line = name if r["line"] == COMPOSITE else r["line"]
+            times[line, r["direction"], r["length"]] = quantity(r["seconds"], "s")
+    lines = (*sections, FLASH, FLEX, SDPA_BIAS, EAGER)
+    lengths = sorted({length for _, _, length in times})
+    rows = [
+        (str(length), direction, *(times.get((line, direction, length), "-") for line in lines))
+        for direction in (FORWARD, BACKWARD)
+        for length in lengths
+    ]
+    return markdown_table(("T", "direction", *lines), rows)
+
+
 def parts(content: dict) -> dict[str, str]:
     """The page's parts that can be written from a file, by name."""
     if "kernels" in content:
         return {f"{content['compiler'].split()[0]} kernels": kernels(content)}
     writers = {"acceptance": ("targets", acceptance.markdown), "attention": ("attention", attention.markdown)}
-    return {part: write(content[key]) for key, (part, write) in writers.items() if key in content}
+    found = {part: write(content[key]) for key, (part, write) in writers.items() if key in content}
+    if of_backends(content, "streaming"):
+        found["GPU convolutions"] = gpu_convolutions(content)
+    if of_backends(content, "attention"):
+        found["GPU attention"] = gpu_attention(content)
+    return found
 
 
 def main(path: str) -> None:
-    for part, text in parts(json.loads(Path(path).read_text())).items():
+    written = parts(json.loads(Path(path).read_text()))
+    if not written:
+        sys.exit(f"{path} holds nothing that {PAGE.name} shows")
+    for part, text in written.items():
         before, begin, rest = PAGE.read_text().partition(f"<!-- {part}: begin -->")
         _, end, after = rest.partition(f"<!-- {part}: end -->")
         if not begin or not end:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import convkernels as ck
-from benchmarks import prefer
+from benchmarks import prefer, report
 from convkernels._bench import attention_targets, environment
 from convkernels.backends import cuda as cuda_backend
 from convkernels.backends import preference
@@ -265,6 +265,15 @@ def test_the_committed_preferences_name_what_exists():
                 assert isinstance(getattr(torch, dtype), torch.dtype), (device, op)
                 assert set(names) <= {None, *preference.PROBLEMS}, (device, op)
                 assert set(names.values()) <= set(ck.backends.BACKENDS), (device, op)
+
+
+def test_the_page_shows_what_a_gpu_gave():
+    page = report.PAGE.read_text()
+    (results,) = (report.PAGE.parents[1] / "benchmarks" / "results").glob("nvidia*.json")
+    parts = report.parts(json.loads(results.read_text()))
+    assert set(parts) == {"GPU convolutions", "GPU attention"}
+    for part, text in parts.items():
+        assert f"<!-- {part}: begin -->\n\n{text}\n\n<!-- {part}: end -->" in page
 
 
 def test_preferences_come_from_results(monkeypatch, tmp_path):
