@@ -1,8 +1,8 @@
 """Rewrite the generated parts of docs/performance.md: python -m benchmarks.report FILE.json
 
-FILE is the results of `convkernels bench --suite acceptance`, of `--suite attention`, or of both; on a GPU of the suites
-streaming and attention with `--backend cuda` and `--backend triton`; or what `convkernels check --kernels --backend
-NAME --json FILE` writes.
+FILE is the results of `convkernels bench --suite acceptance`, of `--suite attention`, or of both; on a GPU of the
+suites streaming and attention with `--backend cuda` and `--backend triton`; or what `convkernels check --kernels
+--backend NAME --json FILE` writes.
 """
 
 import json
