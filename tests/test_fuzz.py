@@ -7,14 +7,14 @@ A failing problem is printed as a constructor call; paste it into `Problem(...)`
 import pytest
 import torch
 from hypothesis import given, settings
-from strategies import large_problems, problems, step_problems, wide_problems
+from strategies import large_problems, problems, row_problems, step_problems, wide_problems
 
 from convkernels.testing.bounds import Bounds, StepBounds
 
 FULL, QUICK, LARGE, WIDE = 5_000, 300, 240, 300
 # The reference is slower than the oracle and simpler than a kernel, CUDA kernels on a CPU and sanitized ones are slow:
 # they get fewer.
-FULL_OF_SLOW, WIDE_OF_SLOW = 1_500, 120
+FULL_OF_SLOW, WIDE_OF_SLOW, ROWS_OF_SLOW = 1_500, 120, 60
 # Triton's interpreter takes half a second for a case; with --full it gets twice as many.
 INTERPRETED, INTERPRETED_LARGE, INTERPRETED_WIDE = 90, 2, 4
 NEEDS = {"x": 1, "weight": 2, "bias": 4, "gate": 8, "initial_state": 16}
@@ -108,6 +108,12 @@ def test_step_quick(ops):
 def test_wide_quick(check, ops):
     """Tensors that are read in vectors, or in pieces of them."""
     run(check, wide_problems(), ops, WIDE_OF_SLOW if ops.slow and not ops.full else WIDE, INTERPRETED_WIDE)
+
+
+@pytest.mark.parametrize("check", [check_forward, check_gradients])
+def test_rows_quick(check, ops):
+    """Filters that differ between positions, for heads of many widths."""
+    run(check, row_problems(), ops, ROWS_OF_SLOW if ops.slow and not ops.full else WIDE, INTERPRETED_WIDE)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
