@@ -280,10 +280,10 @@ CUDA_MUTATIONS = [
         "__shfl_xor_sync(kAllLanes, give.x, 2)",
     ),
     Mutation(
-        "rows: filters of whole windows kept before all lanes have written them",
+        "rows: gradients added before all lanes have finished theirs",
         "csrc/cuda/rows.cuh",
-        "    if (!whole) return;\n    __syncwarp();",
-        "    if (!whole) return;",
+        "  __syncwarp();\n  if (!p.per_position) {",
+        "  if (!p.per_position) {",
     ),
     Mutation(
         "rows: pieces of a head written to one place",
