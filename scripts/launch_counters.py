@@ -1,6 +1,7 @@
 """Counts what the CUDA kernels move, simulated on the CPU, and holds it to a budget that only falls.
 
     python scripts/launch_counters.py [--only NAME]              # table, and comparison with the budget
+    python scripts/launch_counters.py --lines [--only NAME]      # which lines have conflicts or touch too much
     python scripts/launch_counters.py --update                   # the counts of now are the budget
     python scripts/launch_counters.py --estimate [--instructions FILE]   # what an H100 would take at least
 
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +29,7 @@ import convkernels
 from convkernels._bench import attention, streaming
 from convkernels._bench.console import markdown_table
 from convkernels.backends.cuda_ahead import STREAMING
-from convkernels.backends.cuda_counters import GLOBAL, SECTOR, Launch, counted
+from convkernels.backends.cuda_counters import GLOBAL, SECTOR, Launch, counted, source_lines
 
 BUDGET = Path(__file__).resolve().parents[1] / "tests" / "launch_budget.json"
 # What a budget holds: totals of a launch, of which less is better.
@@ -200,6 +202,27 @@ def row(name: str, key: str, launch: Launch) -> tuple[str, ...]:
             _ratio(launch["barriers"], launch["blocks"]))  # fmt: skip
 
 
+LINE_COLUMNS = ("case", "kernel", "line", "access", "requests", "bytes each", "sectors or wavefronts", "conflicts")
+
+
+def lines(name: str, key: str, launch: Launch) -> list[tuple[str, ...]]:
+    """Lines with bank conflicts, or whose sectors are half empty, if they make a hundredth of the kernel's."""
+    where = source_lines(one["place"] for one in launch.instructions)
+    sums: dict[tuple[str, str], Counter] = {}
+    for one in launch.instructions:
+        access = next(n for n in one if n.endswith("_requests")).removesuffix("_requests")
+        figures = {n.removeprefix(f"{access}_"): value for n, value in one.items() if n != "place"}
+        sums.setdefault((where[one["place"]], access), Counter()).update(figures)
+    found = []
+    for (line, access), n in sums.items():
+        asked = n["sectors"] + n["wavefronts"]
+        share = asked / (launch.moved / SECTOR if access in GLOBAL else launch.wavefronts)
+        if share >= 0.01 and (n["conflicts"] or n["sectors"] * SECTOR >= 2 * n["bytes"]):
+            each = (n["requests"], f"{n['bytes'] / n['requests']:.0f}", f"{asked / n['requests']:.2f}", n["conflicts"])
+            found.append((name, key, line, access, *map(str, each)))
+    return sorted(found, key=lambda cells: -int(cells[-1]))
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Seconds that each unit of an H100 takes for a launch."""
@@ -290,6 +313,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--update", action="store_true", help="write the budget")
+    parser.add_argument("--lines", action="store_true", help="print which lines have conflicts or touch too much")
     parser.add_argument("--estimate", action="store_true", help="print what an H100 would take at least")
     parser.add_argument("--instructions", type=Path)
     parser.add_argument("--budget", type=Path, default=BUDGET)
@@ -304,7 +328,11 @@ def main() -> int:
         print(estimates(names, known))
         return 0
     results = {name: measure(CASES[name]) for name in names}
-    rows = [row(name, key, launch) for name, launches in results.items() for key, launch in launches.items()]
+    launches = [(name, key, launch) for name, found in results.items() for key, launch in found.items()]
+    if arguments.lines:
+        print(markdown_table(LINE_COLUMNS, [line for one in launches for line in lines(*one)]))
+        return 0
+    rows = [row(*one) for one in launches]
     print(markdown_table(COLUMNS, rows))
     now = held(results)
     if arguments.update:

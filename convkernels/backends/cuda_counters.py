@@ -16,7 +16,7 @@ import ctypes
 import json
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -29,11 +29,13 @@ SECTOR = 32
 
 @dataclass(frozen=True)
 class Launch:
-    """The figures of a launch; `kernel` without namespaces and template arguments, which are `variant`."""
+    """The figures of a launch, and of its accesses those of each instruction, at a `place` in the library; `kernel`
+    without namespaces and template arguments, which are `variant`."""
 
     kernel: str
     variant: str
     figures: dict[str, int]
+    instructions: list[dict[str, int]]
 
     def __getitem__(self, name: str) -> int:
         return self.figures[name]
@@ -82,4 +84,18 @@ def counted() -> Iterator[list[Launch]]:
         yield launches
     finally:
         for figures in json.loads(native.ck_stop_counting()):
-            launches.append(Launch(*_names()[figures.pop("kernel")], figures))
+            instructions = figures.pop("instructions")
+            launches.append(Launch(*_names()[figures.pop("kernel")], figures, instructions))
+
+
+def source_lines(places: Iterable[int]) -> dict[int, str]:
+    """The line of csrc/cuda that an instruction belongs to, and those that call it, as far as it was compiled there."""
+    places = sorted(set(places))
+    if not places:
+        return {}
+    # A place is where the compiler's call returns to.
+    command = ["addr2line", "-a", "-i", "-e", str(LIBRARY), *(hex(place - 1) for place in places)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    blocks = re.split(r"^0x\w+$", found, flags=re.MULTILINE)[1:]
+    lines = [re.findall(r"csrc/cuda/(?:instantiate/../)?(\S+:\d+)", block) for block in blocks]
+    return {place: " < ".join(dict.fromkeys(chain[:3])) or "?" for place, chain in zip(places, lines, strict=True)}

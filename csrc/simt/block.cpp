@@ -343,7 +343,7 @@ const char* run(const Launch& launch) {
     if (engine->tally) {
       engine->tally->end_launch();
       const std::lock_guard lock(counted_mutex);
-      counted.push_back({launch.kernel, launch.block, engine->tally->counts});
+      counted.push_back({launch.kernel, launch.block, engine->tally->counts, std::move(engine->tally->instructions)});
     }
   } catch (const std::exception& error) {
     status = std::string("simt: ") + error.what();
@@ -417,7 +417,8 @@ void count_in_tally(Access access, const void* pointer, size_t bytes, const void
   const Thread& self = *current;
   // Places are told apart by the calls that led to them too.
   const uint64_t place = self.path.back() + reinterpret_cast<uintptr_t>(instruction);
-  engine->tally->add(self.id / kWarp, self.id % kWarp, access, place, pointer, static_cast<unsigned>(bytes));
+  engine->tally->add(self.id / kWarp, self.id % kWarp, access, instruction, place, pointer,
+                     static_cast<unsigned>(bytes));
 }
 
 bool lies_in(const void* pointer, const void* begin, size_t bytes) {
@@ -440,8 +441,8 @@ void count_access(bool write, const void* pointer, size_t bytes, const void* ins
     count_in_tally(write ? Access::kStore : Access::kLoad, pointer, bytes, instruction);
 }
 
-void count_matrix_load(const void* pointer) {
-  if (engine->tally) count_in_tally(Access::kMatrixLoad, pointer, 16, nullptr);
+void count_matrix_load(const void* pointer, const void* instruction) {
+  if (engine->tally) count_in_tally(Access::kMatrixLoad, pointer, 16, instruction);
 }
 
 void enter_function(const void* caller) {

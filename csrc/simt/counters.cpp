@@ -11,14 +11,24 @@ constexpr uintptr_t kSector = 32;
 
 }  // namespace
 
+Requests& Requests::operator+=(const Requests& other) {
+  requests += other.requests;
+  bytes += other.bytes;
+  sectors += other.sectors;
+  wavefronts += other.wavefronts;
+  conflicts += other.conflicts;
+  return *this;
+}
+
 void Tally::begin_block(unsigned warps) {
   ++counts.blocks;
   entries_.resize(warps * kWarp);
 }
 
-void Tally::add(unsigned warp, unsigned lane, Access access, uint64_t place, const void* pointer, unsigned bytes) {
+void Tally::add(unsigned warp, unsigned lane, Access access, const void* instruction, uint64_t place,
+                const void* pointer, unsigned bytes) {
   entries_[warp * kWarp + lane].push_back(
-      {place, reinterpret_cast<uintptr_t>(pointer), static_cast<uint8_t>(bytes), access});
+      {instruction, place, reinterpret_cast<uintptr_t>(pointer), static_cast<uint8_t>(bytes), access});
 }
 
 void Tally::meet(unsigned warp) {
@@ -32,6 +42,7 @@ void Tally::meet(unsigned warp) {
       const unsigned time = place.times[lane]++;
       if (time >= place.requests.size()) place.requests.emplace_back();
       Request& request = place.requests[time];
+      request.instruction = entry.instruction;
       request.bytes = entry.bytes;
       request.access = entry.access;
       request.lane[request.lanes] = static_cast<uint8_t>(lane);
@@ -48,17 +59,17 @@ void Tally::meet(unsigned warp) {
 }
 
 void Tally::count(const Request& request) {
-  Requests& into = counts.accesses[static_cast<unsigned>(request.access)];
-  ++into.requests;
-  into.bytes += uint64_t{request.bytes} * request.lanes;
+  Requests one{1, uint64_t{request.bytes} * request.lanes, 0, 0, 0};
   if (is_global(request.access))
-    count_sectors(request, into);
+    one.sectors = sectors(request);
   else
-    count_wavefronts(request, into);
+    count_wavefronts(request, one);
+  counts.accesses[static_cast<unsigned>(request.access)] += one;
+  instructions[{request.instruction, request.access}] += one;
 }
 
-void Tally::count_sectors(const Request& request, Requests& into) {
-  uintptr_t sectors[2 * kWarp];
+uint64_t Tally::sectors(const Request& request) {
+  uintptr_t touched[2 * kWarp];
   unsigned n = 0;
   const unsigned shift = request.access == Access::kStore ? 32 : 0;
   for (unsigned i = 0; i < request.lanes; ++i) {
@@ -67,11 +78,11 @@ void Tally::count_sectors(const Request& request, Requests& into) {
       const uintptr_t from = std::max(first, sector * kSector) % kSector;
       const uintptr_t bytes = std::min(end, (sector + 1) * kSector) - std::max(first, sector * kSector);
       touched_[sector] |= ((uint64_t{1} << bytes) - 1) << from << shift;
-      if (n == 0 || sectors[n - 1] != sector) sectors[n++] = sector;
+      if (n == 0 || touched[n - 1] != sector) touched[n++] = sector;
     }
   }
-  std::sort(sectors, sectors + n);
-  into.sectors += static_cast<uint64_t>(std::unique(sectors, sectors + n) - sectors);
+  std::sort(touched, touched + n);
+  return static_cast<uint64_t>(std::unique(touched, touched + n) - touched);
 }
 
 // Whether each pair of lanes, `apart` from each other, has one address, or one of them none.

@@ -7,7 +7,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "csrc/simt/types.h"
@@ -32,6 +34,7 @@ struct Requests {
   // every two that are 2 apart (lane ^ 1, lane ^ 2), ask for the same.
   uint64_t wavefronts, conflicts;
 
+  Requests& operator+=(const Requests& other);
   bool operator==(const Requests&) const = default;
 };
 
@@ -49,24 +52,30 @@ struct Counts {
 // Gathers the accesses of the threads of a block into requests.
 class Tally {
  public:
+  using Instructions = std::map<std::pair<const void*, Access>, Requests>;
+
   Counts counts{};
+  Instructions instructions;  // what each of them asks for
 
   void begin_block(unsigned warps);
   void count(Meeting meeting) { ++counts.meetings[static_cast<unsigned>(meeting)]; }
   // At most 16 bytes.
-  void add(unsigned warp, unsigned lane, Access access, uint64_t place, const void* pointer, unsigned bytes);
+  void add(unsigned warp, unsigned lane, Access access, const void* instruction, uint64_t place, const void* pointer,
+           unsigned bytes);
   // The lanes of a warp have met.
   void meet(unsigned warp);
   void end_launch();
 
  private:
   struct Entry {
+    const void* instruction;
     uint64_t place;
     uintptr_t address;
     uint8_t bytes;
     Access access;
   };
   struct Request {
+    const void* instruction;
     uint8_t bytes;
     Access access;
     uint8_t lanes = 0;
@@ -79,7 +88,7 @@ class Tally {
   };
 
   void count(const Request& request);
-  void count_sectors(const Request& request, Requests& into);
+  uint64_t sectors(const Request& request);
   static bool lanes_agree(const Request& request, unsigned apart);
   static void count_wavefronts(const Request& request, Requests& into);
 
@@ -95,6 +104,7 @@ struct Counted {
   const void* kernel;
   dim3 block;
   Counts counts;
+  Tally::Instructions instructions;
 };
 
 // Counts the launches of all OS threads from now on; ends that, and returns those since.

@@ -72,29 +72,39 @@ CK_EXPORT const char* ck_stop_counting() {
   const auto add = [](const std::string& name, uint64_t value) {
     text += ", \"" + name + "\": " + std::to_string(value);
   };
+  const auto add_requests = [&](unsigned access, const Requests& r) {
+    const std::string name = kAccessNames[access];
+    add(name + "_requests", r.requests);
+    add(name + "_bytes", r.bytes);
+    if (is_global(static_cast<Access>(access))) {
+      add(name + "_sectors", r.sectors);
+    } else {
+      add(name + "_wavefronts", r.wavefronts);
+      add(name + "_conflicts", r.conflicts);
+    }
+  };
   for (const Counted& launch : stop_counting()) {
     Dl_info library{};
     dladdr(launch.kernel, &library);
-    const auto kernel = static_cast<const char*>(launch.kernel) - static_cast<const char*>(library.dli_fbase);
-    text += (text.empty() ? "[{\"kernel\": " : "}, {\"kernel\": ") + std::to_string(kernel);
+    const auto place = [&](const void* code) {
+      return std::to_string(static_cast<const char*>(code) - static_cast<const char*>(library.dli_fbase));
+    };
+    text += (text.empty() ? "[{\"kernel\": " : "}, {\"kernel\": ") + place(launch.kernel);
     const Counts& c = launch.counts;
     add("blocks", c.blocks);
     add("threads", c.blocks * launch.block.x * launch.block.y * launch.block.z);
     add("bytes_read", c.bytes_read);
     add("bytes_written", c.bytes_written);
     for (unsigned i = 0; i < kMeetings; ++i) add(kMeetingNames[i], c.meetings[i]);
-    for (unsigned i = 0; i < kAccesses; ++i) {
-      const std::string name = kAccessNames[i];
-      const Requests& a = c.accesses[i];
-      add(name + "_requests", a.requests);
-      add(name + "_bytes", a.bytes);
-      if (is_global(static_cast<Access>(i))) {
-        add(name + "_sectors", a.sectors);
-      } else {
-        add(name + "_wavefronts", a.wavefronts);
-        add(name + "_conflicts", a.conflicts);
-      }
+    for (unsigned i = 0; i < kAccesses; ++i) add_requests(i, c.accesses[i]);
+    text += ", \"instructions\": [";
+    bool first = true;
+    for (const auto& [what, requests] : launch.instructions) {
+      text += (first ? "{\"place\": " : "}, {\"place\": ") + place(what.first);
+      add_requests(static_cast<unsigned>(what.second), requests);
+      first = false;
     }
+    text += first ? "]" : "}]";
   }
   text += text.empty() ? "[]" : "}]";
   return text.c_str();

@@ -115,8 +115,9 @@ using Stream = void*;
 
 inline char* shared_memory() { return simt::dynamic_shared(); }
 
+// Inline, so that what is counted has the place of its use.
 template <int Bytes>
-void cp_async(void* shared, const void* global, bool valid) {
+[[gnu::always_inline]] inline void cp_async(void* shared, const void* global, bool valid) {
   static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16);
   simt::copy_async(shared, global, Bytes, valid);
 }

@@ -158,7 +158,7 @@ void load_matrices(uint32_t* registers, int count, bool transposed, const void* 
   if (lane() < static_cast<unsigned>(8 * count)) {
     check_aligned(what.name, row, 16);
     check_shared(what.name, row, 16);
-    count_matrix_load(row);
+    count_matrix_load(row, __builtin_return_address(0));
   }
   Loaded operand{registers, row};
   warp_wait(what, kAll, &operand);
