@@ -340,7 +340,7 @@ const char* run(const Launch& launch) {
     engine->tally = counting ? std::make_unique<Tally>() : nullptr;
     engine->run_grid(seed);
     status = engine->failure;
-    if (engine->tally) {
+    if (engine->tally && status.empty()) {
       engine->tally->end_launch();
       const std::lock_guard lock(counted_mutex);
       counted.push_back({launch.kernel, launch.block, engine->tally->counts, std::move(engine->tally->instructions)});
