@@ -3,20 +3,21 @@
     python scripts/launch_counters.py [--only NAME]              # table, and comparison with the budget
     python scripts/launch_counters.py --lines [--only NAME]      # which lines have conflicts or touch too much
     python scripts/launch_counters.py --update                   # the counts of now are the budget
-    python scripts/launch_counters.py --estimate [--instructions FILE]   # what an H100 would take at least
+    python scripts/launch_counters.py --estimate                 # what an H100 would take at least
 
 needs the library of `make counted-build`. Problems are small; the estimate scales their counts to the shapes of the
-streaming and attention suites. FILE: JSON, warp instructions per output by kernel or by "case kernel".
+streaming and attention suites, and reads instructions from the library for GPUs, if there is one.
 Exit status 1 if a count is above its budget, or a kernel has none.
 """
 
 import argparse
 import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -28,8 +29,9 @@ import torch
 import convkernels
 from convkernels._bench import attention, streaming
 from convkernels._bench.console import markdown_table
-from convkernels.backends.cuda_ahead import STREAMING
+from convkernels.backends import cuda_ahead
 from convkernels.backends.cuda_counters import GLOBAL, SECTOR, Launch, counted, source_lines
+from convkernels.backends.machine_code import LoopCost
 
 BUDGET = Path(__file__).resolve().parents[1] / "tests" / "launch_budget.json"
 # What a budget holds: totals of a launch, of which less is better.
@@ -59,11 +61,12 @@ INSTRUCTIONS = PROCESSORS * CLOCK * 4
 
 @dataclass(frozen=True)
 class Case:
-    """make(settings) gives the call."""
+    """make(settings) gives the call. taps: of a convolution like those whose main loops are described."""
 
     make: Callable
     small: object
     large: object
+    taps: int = 0
 
     @property
     def is_attention(self) -> bool:
@@ -133,8 +136,10 @@ def _cases() -> dict[str, Case]:
             ("rows-k31", streaming.DYNAMIC, 31, {}, {}),
         ):
             make = convolution(op, taps, direction, **options)
-            cases[f"{name}-{short}"] = Case(make, replace(small, **changes), replace(large, **changes))
-        cases[f"time-k7-{short}"] = Case(time_layout(direction), small, large)
+            cases[f"{name}-{short}"] = Case(
+                make, replace(small, **changes), replace(large, **changes), 0 if options else taps
+            )
+        cases[f"time-k7-{short}"] = Case(time_layout(direction), small, large, 7)
         for name, form, size in (
             ("attention-d64-plain", attention.PLAIN, 64),
             ("attention-d64", attention.COMPOSITE, 64),
@@ -178,7 +183,7 @@ def extrapolate(case: Case) -> dict[str, Launch]:
     return {
         key: replace(launch, figures={name: grown(name, a, twice[key][name]) for name, a in launch.figures.items()})
         for key, launch in once.items()
-        if launch.kernel in STREAMING
+        if launch.kernel in cuda_ahead.STREAMING
     }
 
 
@@ -232,6 +237,7 @@ class Estimate:
     shared: float
     matrix: float
     issue: float | None
+    integers: float | None
 
     def bound(self) -> tuple[str, float]:
         times = {name: value for name, value in vars(self).items() if value is not None}
@@ -239,8 +245,23 @@ class Estimate:
         return name, times[name]
 
 
-def estimate(launch: Launch, instructions: float | None = None) -> Estimate:
-    """instructions: all that warps execute."""
+def instructions(case: Case, launch: Launch, loops: list[LoopCost]) -> tuple[float, float] | None:
+    """What warps execute at least, and how much of that is for the integer units, if there is a main loop like this."""
+    for loop in loops:
+        if (loop.kernel, loop.variant) != (launch.kernel, launch.variant):
+            continue
+        times = case.outputs(case.large) / 32
+        if loop.per == "tile":
+            rows, columns = map(int, re.findall(r"\d+", loop.case))
+            times = case.large.batch * case.large.heads * case.large.lengths[0] ** 2 / (rows * columns)
+        elif loop.case != f"{case.taps} taps":
+            continue
+        return loop.instructions * times, loop.classes["alu"] * times
+    return None
+
+
+def estimate(launch: Launch, executed: tuple[float, float] | None = None) -> Estimate:
+    """executed: instructions of warps, all and those of the integer units, which take twice as long."""
     # Loads are left out of what reaches the second cache: the first one may have them.
     cached = launch["copy_read_sectors"] + launch["store_sectors"]
     return Estimate(
@@ -249,7 +270,8 @@ def estimate(launch: Launch, instructions: float | None = None) -> Estimate:
         # Shuffles go through the same wires.
         shared=(launch.wavefronts + launch["shuffles"]) / WAVEFRONTS,
         matrix=launch["matrix_products"] / PRODUCTS,
-        issue=None if instructions is None else instructions / INSTRUCTIONS,
+        issue=executed and executed[0] / INSTRUCTIONS,
+        integers=executed and 2 * executed[1] / INSTRUCTIONS,
     )
 
 
@@ -260,17 +282,17 @@ def reached(case: Case, launch: Launch, seconds: float) -> str:
     return f"{launch.least / COPY_BYTES / seconds:.2f} of a copy"
 
 
-def estimates(names: list[str], instructions: dict[str, float]) -> str:
+def estimates(names: list[str]) -> str:
     rows = []
+    loops = [] if cuda_ahead.missing() else cuda_ahead.main_loops()
     for name in names:
         case = CASES[name]
         for key, launch in extrapolate(case).items():
-            known = instructions.get(f"{name} {key}", instructions.get(key))
-            e = estimate(launch, None if known is None else known * case.outputs(case.large))
+            e = estimate(launch, instructions(case, launch, loops))
             unit, seconds = e.bound()
             rows.append((name, key, *("-" if t is None else f"{t * 1e6:.0f}" for t in vars(e).values()), unit,
                          reached(case, launch, seconds)))  # fmt: skip
-    columns = ("case", "kernel", "memory us", "cache us", "shared us", "matrix us", "issue us", "bound", "at most")
+    columns = ("case", "kernel", *(f"{unit.name} us" for unit in fields(Estimate)), "bound", "at most")
     return markdown_table(columns, rows)
 
 
@@ -315,7 +337,6 @@ def main() -> int:
     parser.add_argument("--update", action="store_true", help="write the budget")
     parser.add_argument("--lines", action="store_true", help="print which lines have conflicts or touch too much")
     parser.add_argument("--estimate", action="store_true", help="print what an H100 would take at least")
-    parser.add_argument("--instructions", type=Path)
     parser.add_argument("--budget", type=Path, default=BUDGET)
     arguments = parser.parse_args()
     names = [name for name in CASES if arguments.only in name]
@@ -324,8 +345,7 @@ def main() -> int:
     if arguments.update and arguments.only:
         parser.error("--update: expected without --only, the budget is of all cases")
     if arguments.estimate:
-        known = json.loads(arguments.instructions.read_text()) if arguments.instructions else {}
-        print(estimates(names, known))
+        print(estimates(names))
         return 0
     results = {name: measure(CASES[name]) for name in names}
     launches = [(name, key, launch) for name, found in results.items() for key, launch in found.items()]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from convkernels.backends import cuda_counters, library
+from convkernels.backends.machine_code import LoopCost
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "launch_counters.py"
@@ -98,10 +99,26 @@ def test_lines_that_touch_too_much_are_named(monkeypatch):
 def test_the_slowest_unit_is_the_bound():
     one = launch(bytes_read=3 * 10**9, shared_load_wavefronts=10**6, matrix_products=10**3)
     assert launch_counters.estimate(one).bound() == ("memory", 1e-3)
-    unit, seconds = launch_counters.estimate(one, instructions=4 * 132 * 1.755e6 * 2).bound()
+    a_millisecond = 4 * 132 * 1.755e6
+    unit, seconds = launch_counters.estimate(one, (2 * a_millisecond, 0.9 * a_millisecond)).bound()
     assert (unit, seconds) == ("issue", pytest.approx(2e-3))
+    unit, seconds = launch_counters.estimate(one, (2 * a_millisecond, 1.5 * a_millisecond)).bound()
+    assert (unit, seconds) == ("integers", pytest.approx(3e-3))
     case = launch_counters.CASES["stream-k7-fwd"]
     assert launch_counters.reached(case, one, 2e-3) == "0.50 of a copy"
+
+
+def test_instructions_are_those_of_the_main_loop_of_the_problem():
+    loops = [
+        LoopCost("stream_forward", "bf16", "3 taps", "output", 20.0, {"alu": 5.0}),
+        LoopCost("stream_forward", "bf16", "7 taps", "output", 30.0, {"alu": 6.0}),
+        LoopCost("attention_forward", "bf16", "32 x 16 pairs", "tile", 500.0, {"alu": 100.0}),
+    ]
+    rows, pairs = launch_counters.CASES["stream-k7-fwd"], launch_counters.CASES["attention-d64-fwd"]
+    outputs, tiles = 16 * 4096 * 1024, 8 * 12 * 2048**2 / 512
+    assert launch_counters.instructions(rows, launch(), loops) == (30.0 * outputs / 32, 6.0 * outputs / 32)
+    assert launch_counters.instructions(pairs, launch("attention_forward"), loops) == (500.0 * tiles, 100.0 * tiles)
+    assert launch_counters.instructions(rows, launch("band_forward"), loops) is None
 
 
 @needs_library
