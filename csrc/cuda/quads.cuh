@@ -31,7 +31,7 @@ constexpr int kQuadWords = kQuad / kPerWord<T>;
 
 // The first `count` channels of a quad of a row in global memory, in pieces of `bytes`, and zeros.
 template <class T>
-CK_DEVICE Quad load_quad(const T* from, int64_t count, int bytes) {
+CK_DEVICE Quad load_quad(const T* from, int count, int bytes) {
   uint32_t words[kQuadWords<T>];
   load_pieces(words, from, count, bytes);
   Quad q;
@@ -105,7 +105,8 @@ CK_DEVICE void store_pieces(const Quad (&run)[kRun], int lane, int64_t channels,
   const auto store = [&](auto known) {
 #pragma unroll
     for (int i = 0; i < kRun; ++i, to += stride, t += dilation)
-      if (within(t, time)) store_pieces(to, words[i], channels - lane * kQuad, decltype(known)::value);
+      if (within(t, time))
+        store_pieces(to, words[i], static_cast<int>(channels) - lane * kQuad, decltype(known)::value);
   };
   to += lane * kQuad;
   if (bytes >= 8)

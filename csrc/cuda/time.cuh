@@ -49,6 +49,12 @@ CK_DEVICE void read_chunk(char* row, int n, float* to) {
   for (int v = 0; v < kCount; ++v) unpack(*vector_at<E>(row, n * kCount + v), to + v * kVector<E>);
 }
 
+// Of a vector of positions from t on, those that exist.
+template <class T>
+CK_DEVICE int rest_of(const Problem& p, int64_t t) {
+  return static_cast<int>(least(p.time - t, int64_t{kVector<T>}));
+}
+
 // Stores a lane's positions t .. t + 7 as far as they exist.
 template <class T>
 CK_DEVICE void store_chunk(const Problem& p, const Rows& rows, int64_t b, int64_t t, int64_t c,
@@ -63,23 +69,27 @@ CK_DEVICE void store_chunk(const Problem& p, const Rows& rows, int64_t b, int64_
       else
         out[w] = narrow_pair<T>(from[2 * w], from[2 * w + 1]);
     }
-    store_pieces(at<T>(rows, b, t + v, c), out, p.time - t - v, p.vector_bytes);
+    store_pieces(at<T>(rows, b, t + v, c), out, rest_of<T>(p, t + v), p.vector_bytes);
   }
 }
 
 // z at positions s .. s + 7 of a row: x * open, or 0 by selection where a position is `off`. Vector v of x lies at
-// x[v * step], in pieces of `bytes`, that of the gate at gate[v * step]; nullptr: not needed, or none. Outside of the
-// row nothing is read, or, in shared memory, zeros.
-template <class T>
+// x[v * step], that of the gate at gate[v * step]; nullptr: not needed, or none. kStaged: in shared memory, with zeros
+// outside of the row, where otherwise nothing is read.
+template <class T, bool kStaged>
 struct ChunkInputs {
   float x[kEight] = {}, open[kEight];
   unsigned off = 0;
 
-  CK_DEVICE ChunkInputs(const Problem& p, int64_t b, int64_t s, const T* x_at, const T* gate, int step, int bytes) {
-    const auto load = [&](const T* from, int64_t count, float* to) {
-      uint32_t words[4];
-      load_pieces(words, from, count, bytes);
-      unpack<T>(words, to);
+  CK_DEVICE ChunkInputs(const Problem& p, int64_t b, int64_t s, const T* x_at, const T* gate, int step) {
+    const auto load = [&](const T* from, int count, float* to) {
+      if constexpr (kStaged) {
+        unpack(*reinterpret_cast<const Words<T>*>(from), to);
+      } else {
+        uint32_t words[4];
+        load_pieces(words, from, count, p.vector_bytes);
+        unpack<T>(words, to);
+      }
     };
 #pragma unroll
     for (int i = 0; i < kEight; ++i) open[i] = 1;
@@ -90,16 +100,17 @@ struct ChunkInputs {
         continue;
       }
       const int v = k0 / kVector<T> * step;
-      const int64_t count = p.time - s - k0;
+      const int count = rest_of<T>(p, s + k0);
       if (x_at != nullptr) load(x_at + v, count, x + k0);
       if (gate != nullptr) {
         load(gate + v, count, open + k0);
 #pragma unroll
         for (int k = 0; k < kVector<T>; ++k) open[k0 + k] = sigmoid<T>(open[k0 + k]);
       }
-      if (p.mask != nullptr)
+      if (p.mask == nullptr) continue;
+      const bool* mask = p.mask + b * p.mask_batch + (s + k0) * p.mask_time;
 #pragma unroll
-        for (int k = 0; k < kVector<T>; ++k) off |= unsigned{k < count && masked(p, b, s + k0 + k)} << (k0 + k);
+      for (int k = 0; k < kVector<T>; ++k, mask += p.mask_time) off |= unsigned{k < count && !*mask} << (k0 + k);
     }
   }
 
@@ -346,10 +357,9 @@ void time_forward(const CK_PARAM Forward p, const CK_PARAM TimeTiles g, int64_t 
     }
     cp_async_commit();
   };
-  if constexpr (!kReady)
-#pragma unroll
-    for (int tile = 0; tile < kTimeStages - 1; ++tile) stage(tile);
-  for (int tile = 0; tile < work.count; ++tile) {
+  for (int tile = kReady ? 0 : 1 - kTimeStages; tile < work.count; ++tile) {
+    if constexpr (!kReady) stage(tile + kTimeStages - 1);
+    if (tile < 0) continue;
     char* const row = self.tile(g, kReady ? 0 : tile);
     const int64_t b = place.b, t = place.t + kEight * self.part;
     if constexpr (kReady) {
@@ -358,9 +368,9 @@ void time_forward(const CK_PARAM Forward p, const CK_PARAM TimeTiles g, int64_t 
         const int64_t s = start + n * kEight;
         // A channel that does not exist reads another one: nobody stores what becomes of it.
         const int64_t from = exists ? c : 0;
-        const ChunkInputs<T> inputs(p, b, s, at<const T>(p.x, b, s, from),
-                                    p.gate.data == nullptr ? nullptr : at<const T>(p.gate, b, s, from), kVector<T>,
-                                    p.vector_bytes);
+        const ChunkInputs<T, false> inputs(p, b, s, at<const T>(p.x, b, s, from),
+                                           p.gate.data == nullptr ? nullptr : at<const T>(p.gate, b, s, from),
+                                           kVector<T>);
 #pragma unroll
         for (int v = 0; v < kEight; v += kVector<float>) {
           Words<float> z;
@@ -370,7 +380,6 @@ void time_forward(const CK_PARAM Forward p, const CK_PARAM TimeTiles g, int64_t 
         }
       }
     } else {
-      stage(tile + kTimeStages - 1);
       cp_async_wait<kTimeStages - 1>();
     }
     place.advance(g, p.time);

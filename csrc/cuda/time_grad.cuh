@@ -40,7 +40,7 @@ void time_backward(const CK_PARAM Backward p, const CK_PARAM TimeTiles g, int64_
           const bool inside = exists && s < p.time;
           stage_pieces(own_of(tile) + n * kStep,
                        inside ? at<const T>(rows, next.b, s, c) : static_cast<const T*>(rows.data),
-                       inside ? p.time - s : 0, p.vector_bytes);
+                       inside ? rest_of<T>(p, s) : 0, p.vector_bytes);
         };
         if (need_x) copy(v, p.x);
         if (gated) copy(kCount + v, p.gate);
@@ -49,24 +49,23 @@ void time_backward(const CK_PARAM Backward p, const CK_PARAM TimeTiles g, int64_
     }
     cp_async_commit();
   };
-#pragma unroll
-  for (int tile = 0; tile < kTimeStages - 1; ++tile) stage(tile);
-  for (int tile = 0; tile < work.count; ++tile) {
+  for (int tile = 1 - kTimeStages; tile < work.count; ++tile) {
+    stage(tile + kTimeStages - 1);
+    if (tile < 0) continue;
     char* const row = self.tile(g, tile);
     const int64_t b = place.b, t = place.t + kEight * self.part;
     place.advance(g, p.time);
-    stage(tile + kTimeStages - 1);
     cp_async_wait<kTimeStages - 1>();
     __syncwarp();
     const auto inputs_of = [&] {
       const T* const own = own_of(tile);
-      return ChunkInputs<T>(p, b, t, need_x ? own : nullptr, gated ? own + kCount * kStep : nullptr, kStep, 16);
+      return ChunkInputs<T, true>(p, b, t, need_x ? own : nullptr, gated ? own + kCount * kStep : nullptr, kStep);
     };
     float dz[kEight];
     for_parts<kPacked>(p, g, t, [&](const ChunkPart& part) {
       const ChunkWindow<T, kPacked> dy(row, self.part, part);
       if (need_weight) {
-        const ChunkInputs<T> inputs = inputs_of();
+        const ChunkInputs<T, true> inputs = inputs_of();
         float z[kEight];
 #pragma unroll
         for (int i = 0; i < kEight; ++i) z[i] = part.has(i) ? inputs.z(i) : 0.0f;
@@ -75,7 +74,7 @@ void time_backward(const CK_PARAM Backward p, const CK_PARAM TimeTiles g, int64_
       if (need_input) correlate(dz, dy, g, self.masks, self.filter);
     });
     if (need_input && exists) {
-      const ChunkInputs<T> inputs = inputs_of();
+      const ChunkInputs<T, true> inputs = inputs_of();
       float out[kEight];
       if (p.grad_x.data != nullptr) {
 #pragma unroll

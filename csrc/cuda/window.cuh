@@ -37,7 +37,7 @@ constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
 
 // Loads words of a row in pieces of `bytes`: the first `count` elements, which are whole pieces, and zeros.
 template <class T, int kWords>
-CK_DEVICE void load_pieces(uint32_t (&words)[kWords], const T* from, int64_t count, int bytes) {
+CK_DEVICE void load_pieces(uint32_t (&words)[kWords], const T* from, int count, int bytes) {
 #pragma unroll
   for (int w = 0; w < kWords; ++w) words[w] = 0;
   if (kWords == 4 && bytes == 16) {
@@ -65,7 +65,7 @@ CK_DEVICE void load_pieces(uint32_t (&words)[kWords], const T* from, int64_t cou
 
 // Stores them.
 template <class T, int kWords>
-CK_DEVICE void store_pieces(T* to, const uint32_t (&words)[kWords], int64_t count, int bytes) {
+CK_DEVICE void store_pieces(T* to, const uint32_t (&words)[kWords], int count, int bytes) {
   if (kWords == 4 && bytes == 16) {
     if (count > 0) *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[kWords - 2], words[kWords - 1]);
   } else if (bytes >= 8) {
@@ -86,7 +86,7 @@ CK_DEVICE void store_pieces(T* to, const uint32_t (&words)[kWords], int64_t coun
 // Starts the copy of 16 bytes of a row to shared memory in pieces of `bytes`: the first `count` elements, which are
 // whole pieces, and zeros. Two bytes are fewer than cp.async takes: these are loaded, and stored at once.
 template <class T>
-CK_DEVICE void stage_pieces(T* shared, const T* from, int64_t count, int bytes) {
+CK_DEVICE void stage_pieces(T* shared, const T* from, int count, int bytes) {
   if (bytes == 16) {
     cp_async<16>(shared, from, count > 0);
   } else if (bytes == 8) {
@@ -106,7 +106,7 @@ CK_DEVICE void stage_pieces(T* shared, const T* from, int64_t count, int bytes) 
 // and every `step` after it, `count` channels from c on.
 template <class T, bool kInput, int kRows, int kBatch, class P>
 CK_DEVICE void stage_any_rows(T* to, int pitch, const P& p, const Rows& rows, int64_t b, int64_t s, int64_t dilation,
-                              int wanted, int64_t c, int64_t count, int first, int step) {
+                              int wanted, int64_t c, int count, int first, int step) {
   if (count <= 0) wanted = 0;
   int64_t position = s + first * dilation;
   const int64_t hop = step * dilation, stride = hop * rows.time;
