@@ -133,7 +133,10 @@ def sees_a_gpu() -> bool:
 
 
 def run(step: Step, seconds: float, words: dict[str, str], environment: dict[str, str], log: Path) -> str:
-    """Run one step, its output in `log`. How it ended: passed, or in what way not."""
+    """Run one step, its output in `log`; results of its own from before are removed. How it ended: passed, or in what
+    way not."""
+    for old in Path(words["results"]).glob(f"{file_of(step)}.*"):
+        old.unlink()
     others, began = descendants(), time.time()
     with log.open("wb") as output:
         process = subprocess.Popen(

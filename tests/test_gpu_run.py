@@ -119,6 +119,14 @@ def test_steps_for_which_no_time_is_left_are_named(gpu_run, monkeypatch, tmp_pat
     assert json.loads((tmp_path / "out" / "steps.json").read_text())["late"]["ended"] == "not begun"
 
 
+def test_a_step_that_fails_leaves_no_result_of_a_time_before(gpu_run, monkeypatch, tmp_path):
+    for command, ended in (("touch {result}.xml", 0), ("exit 1", 1)):
+        steps = [gpu_run.Step("tests", 1, 20, command)]
+        assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "out", "--again") == ended
+        with tarfile.open(tmp_path / "out" / "results.tar.gz") as results:
+            assert len(results.getnames()) == 1 - ended
+
+
 def test_a_record_that_was_cut_off_stops_nothing(gpu_run, monkeypatch, tmp_path):
     work = tmp_path / "build" / "gpu-work"
     work.mkdir(parents=True)
