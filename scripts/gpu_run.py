@@ -55,7 +55,7 @@ AMOUNTS = {
     "streamed": ("--seconds 0.4", "--seconds 0.01 --batch 1 --lengths 32"),
     "attended": (
         "--seconds 1 --batch 8 --lengths 512,2048,4096",
-        "--seconds 0.01 --batch 1 --lengths 64,80 --channels 128 --heads 2",
+        "--seconds 0.01 --batch 1 --lengths 64 --channels 64 --heads 1",
     ),
     "swept": ("", "--seconds 1 --compile-seconds 5 --max-length 128 --dtypes bfloat16"),
 }
