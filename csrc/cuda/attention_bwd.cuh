@@ -548,12 +548,10 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
         // What queries from i0 on have one number of: each warp an array.
         const auto load_scalars = [&](int i0) {
           const int which = warp, i = i0 + lane;
-          float value = which == 0 ? infinity<float>() : 0.0f;
+          float value = which == 0 ? -infinity<float>() : 0.0f;
           if (i < queries.end) {
             if (which == 0) {
-              // Whoever sees nothing has no probabilities.
-              const float found = at<float>(p.lse, b, h, i);
-              if (found != -infinity<float>()) value = found * kLog2e;
+              value = at<float>(p.lse, b, h, i);
             } else if (which == 1) {
               if (scores) value = static_cast<const float*>(p.delta)[(b * p.heads + h) * p.queries + i];
             } else if (edges != nullptr) {
@@ -562,7 +560,10 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
           }
           return value;
         };
+        // Only here, when the number has come, is it looked at.
         const auto store_scalars = [&](int stage, float value) {
+          // Whoever sees nothing has no probabilities.
+          if (warp == 0) value = value == -infinity<float>() ? infinity<float>() : value * kLog2e;
           scalars[(stage * 4 + warp) * kQueries + lane] = value;
         };
         if (queries.first < queries.end) {
