@@ -8,7 +8,7 @@ namespace ck::cuda {
 // A warp has kChunks chunks of the window, whose sums for d(filters) its lanes have in registers; the warp with the
 // first ones also makes everything else. Inputs see d(y) through the transposed relation, g.taps.
 template <class T, bool kPacked, int kChunks>
-CK_GLOBAL(32 * kTimeWarps, kPacked || (kChunks > 2 && sizeof(T) == 4) ? 3 : 4)
+CK_GLOBAL(32 * kTimeWarps, 4 - (kPacked ? 1 : 0) - (kChunks > 2 && sizeof(T) == 4 ? 1 : 0))
 void time_backward(const CK_PARAM Backward p, const CK_PARAM TimeTiles g, int64_t windows) {
   const TimeLane self(g);
   const TimeWork work(p, g, p.groups, windows);
