@@ -118,7 +118,7 @@ def test_more_elements_than_32_bits_count(backend):
 
 # -- attention ---------------------------------------------------------------------------------------------------------
 
-attending = pytest.mark.parametrize("attending", those_for_gpus("attention_grad"))
+attending = pytest.mark.parametrize("attending", list(those_for_gpus("attention_grad")))
 
 
 def attention_inputs(length, heads=4, head_size=64, window=8, dtype=torch.bfloat16, batch=2):
