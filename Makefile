@@ -206,8 +206,9 @@ cross:
 
 # ---- on a machine with a GPU: no network, no .venv, only what $(PYTHON) has
 
+# With line numbers, for what compute-sanitizer and Nsight Compute say.
 gpu-build:
-	$(PYTHON) scripts/build_native.py
+	CMAKE_ARGS="-DCMAKE_CUDA_FLAGS=-lineinfo $(CMAKE_ARGS)" $(PYTHON) scripts/build_native.py
 
 # The steps of scripts/gpu_run.py, which go on where one goes wrong: all, or some. What they leave is in build/gpu.
 gpu-run: gpu-build

@@ -105,10 +105,13 @@ def sample(op, index):
 
 def check(name, op, backend, indices):
     operator = getattr(getattr(torch.ops.convkernels, name), backend)
+    utilities = "test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"
+    # Before 2.13 torch asserts something else of its own of second derivatives with dynamic shapes.
+    old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
     for index in indices:
         problem, arguments = sample(op, index)
         try:
-            torch.library.opcheck(operator, arguments)
+            torch.library.opcheck(operator, arguments, test_utils=utilities[:3] if old and "grad" in op else utilities)
         except Exception as error:
             raise AssertionError(f"opcheck of {operator} failed on sample {index}: {problem!r}") from error
 
