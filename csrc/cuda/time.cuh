@@ -276,6 +276,7 @@ struct TimeWork {
 // What a lane works on, and where.
 struct TimeLane {
   int part, row;  // its chunk of the tile, and its channel row
+  int stage_bytes;
   uint8_t* masks;
   float* filters;  // of the warp's rows
   float* filter;   // of the lane's row
@@ -287,6 +288,7 @@ struct TimeLane {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     part = lane % g.lanes;
     row = lane / g.lanes;
+    stage_bytes = opaque(g.stage_bytes());  // a division, which is otherwise made for every tile
     masks = reinterpret_cast<uint8_t*>(room);
     filters = reinterpret_cast<float*>(room + g.mask_bytes() + warp * g.warp_bytes);
     filter = filters + row * g.filter_pitch;
@@ -301,7 +303,7 @@ struct TimeLane {
 
   // The lane's row of a tile; tiles take turns.
   CK_DEVICE char* tile(const TimeTiles& g, int number) const {
-    return tiles + number % kTimeStages * g.stage_bytes() + row * g.row_bytes;
+    return tiles + number % kTimeStages * stage_bytes + row * g.row_bytes;
   }
 
   // The filters of the warp's channels, by the warp; value j lies where the window has what tap j reads.

@@ -25,7 +25,7 @@ void time_backward(const CK_PARAM Backward p, const CK_PARAM TimeTiles g, int64_
   // Vector v of the lane's chunk of x, and from v = kEight / kVector<T> on of the gate, is 32 v vectors further.
   constexpr int kStep = 32 * kVector<T>, kCount = kEight / kVector<T>;
   const auto own_of = [&](int tile) {
-    char* const end = self.tile(g, tile) - self.row * g.row_bytes + g.stage_bytes() - g.own_bytes;
+    char* const end = self.tile(g, tile) - self.row * g.row_bytes + self.stage_bytes - g.own_bytes;
     return reinterpret_cast<T*>(end) + lane * kVector<T>;
   };
   TimePlace place = work.start, next = place;
