@@ -162,7 +162,7 @@ simulated: install simt-build
 	$(BIN)/python -m pytest $(PARALLEL) -k cuda -m "not slow and not gpu" --every $(SIMULATED_EVERY) \
 	    --ignore tests/test_golden.py --ignore tests/test_attention_golden.py $(PYTEST_FLAGS)
 	printf 'CONVKERNELS_SIMT_SEED=%s CONVKERNELS_SIMT_SHARED=%s\n' 1 232448 2 232448 3 101376 4 101376 | \
-	    xargs -P $(WORKERS) -L 1 sh -c 'env "$$@" $(BIN)/python -m pytest -q -k "cuda and wide" tests/test_fuzz.py \
+	    xargs -P $(WORKERS) -L 1 sh -c 'env "$$@" $(BIN)/python -m pytest -q -k "cuda and (wide or rows_quick)" tests/test_fuzz.py \
 	    tests/test_attention_fragments.py $(PYTEST_FLAGS)' sh
 
 # What launches on small problems move, held to tests/launch_budget.json; scripts/launch_counters.py --update lowers it.

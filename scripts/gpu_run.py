@@ -137,7 +137,7 @@ def run(step: Step, seconds: float, words: dict[str, str], environment: dict[str
     way not."""
     for old in Path(words["results"]).glob(f"{file_of(step)}.*"):
         old.unlink()
-    others, began = descendants(), time.time()
+    others, before = descendants(), written_in(Path(words["results"]))
     with log.open("wb") as output:
         process = subprocess.Popen(
             ["bash", "-c", step.command.format(**words)],
@@ -152,8 +152,7 @@ def run(step: Step, seconds: float, words: dict[str, str], environment: dict[str
             ended = watch(process, seconds, log)
         finally:
             end(process, others)
-    newest = max((file.stat().st_mtime for file in files_in(Path(words["results"]))), default=0.0)
-    return "left no result" if ended == PASSED and newest < began - 0.1 else ended
+    return "left no result" if ended == PASSED and not written_in(Path(words["results"])) - before else ended
 
 
 def watch(process: subprocess.Popen, seconds: float, log: Path) -> str:
@@ -206,6 +205,11 @@ def descendants() -> set[int]:
 
 def files_in(folder: Path) -> list[Path]:
     return [file for file in sorted(folder.rglob("*")) if file.is_file()]
+
+
+def written_in(folder: Path) -> set[tuple[Path, int]]:
+    """The files, and when each was written."""
+    return {(file, file.stat().st_mtime_ns) for file in files_in(folder)}
 
 
 def place(file: Path, write: Callable[[Path], object]) -> list[str]:

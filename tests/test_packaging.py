@@ -157,7 +157,7 @@ def test_kernels_are_built_without_setuptools():
     assert re.search(r"cmake -S \S+ -B \S+build/native -G Ninja .*-DCK_PYTHON=AUTO", done.stdout)
     assert done.returncode == 0, done.stderr
     recipe = re.search(r"^gpu-build:\n\t(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE).group(1)
-    assert recipe == "$(PYTHON) scripts/build_native.py"
+    assert recipe.endswith(" $(PYTHON) scripts/build_native.py")
 
 
 def test_a_package_without_its_module_is_refused(tmp_path):
