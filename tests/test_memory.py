@@ -51,14 +51,8 @@ def test_poisoned_allocations(check, strategy, ops):
     over_all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_guard_bands(name, dtype, ops):
-    """Every input is a view inside NaN; results stay exact and nothing around the inputs changes."""
-    problem = PROBLEMS[name].with_(dtype=dtype, weight_dtype=dtype)
-    plain = problem.tensors()
-    guards = {n: Guarded(t) for n, t in plain.items() if t is not None}
-    t = {n: guards[n].view if n in guards else None for n in plain}
+def check_guarded(ops, problem, plain, t, guards):
+    """Results of `t`, views inside NaN, are those of the same tensors `plain`; nothing around the views changes."""
     bounds = Bounds(*problem.op_arguments(plain))
     bounds.output().check(ops.tap_conv(*problem.op_arguments(t)), "y")
     gradients = ops.tap_grad(*problem.grad_arguments(t))
@@ -68,6 +62,17 @@ def test_guard_bands(name, dtype, ops):
             expected[result].check(grad, f"grad_{result}")
     for n, guard in guards.items():
         guard.check(n)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_guard_bands(name, dtype, ops):
+    """Every input is a view inside NaN; results stay exact and nothing around the inputs changes."""
+    problem = PROBLEMS[name].with_(dtype=dtype, weight_dtype=dtype)
+    plain = problem.tensors()
+    guards = {n: Guarded(t) for n, t in plain.items() if t is not None}
+    t = {n: guards[n].view if n in guards else None for n in plain}
+    check_guarded(ops, problem, plain, t, guards)
 
 
 # Channels and positions around a quad, a vector and a block, of which a number that is odd is read at a time.
@@ -101,15 +106,7 @@ def test_guard_bands_of_pieces(name, dtype, piece, positions, ops):
             turned = positions and n in ("x", "gate", "grad")
             guards[n] = Guarded(tensor.transpose(1, 2) if turned else tensor, piece)
             t[n] = guards[n].view.transpose(1, 2) if turned else guards[n].view
-    bounds = Bounds(*problem.op_arguments(plain))
-    bounds.output().check(ops.tap_conv(*problem.op_arguments(t)), "y")
-    gradients = ops.tap_grad(*problem.grad_arguments(t))
-    expected = bounds.gradients(plain["grad"])
-    for result, grad in zip(("x", "weight", "bias", "gate", "initial_state"), gradients, strict=True):
-        if grad.shape != (0,):
-            expected[result].check(grad, f"grad_{result}")
-    for n, guard in guards.items():
-        guard.check(n)
+    check_guarded(ops, problem, plain, t, guards)
 
 
 @pytest.mark.parametrize("taps", [1, 2, 7])

@@ -149,7 +149,7 @@ CK_DEVICE void stage_any_rows(T* to, int pitch, const P& p, const Rows& rows, in
 // Starts the copies of kRows rows at positions s, s + dilation, ... to shared memory, by kThreads threads: of x or the
 // gate (kInput), zeros where a position is masked, or of d(y), which no mask concerns; 1 << log_vectors times 16 bytes
 // of each from channel c0 on, of which `channels` exist. Only the first `wanted` rows are needed. kBatch rows of a
-// thread wait for their masks together. A thread has the same channels in all its rows.
+// thread wait for their masks together; it has a whole number of them. A thread has the same channels in all its rows.
 template <class T, bool kInput, int kRows, int kThreads, int kBatch, class P>
 CK_DEVICE void stage_rows(T* to, int pitch, int log_vectors, const P& p, const Rows& rows, int64_t b, int64_t s,
                           int64_t dilation, int wanted, int64_t c0, int channels) {
