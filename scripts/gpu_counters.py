@@ -26,6 +26,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import kernel_cases
+import torch
+
+from convkernels._bench import attention, streaming
+
 WARM_UP = 3
 # Rows and positions of a batch, of convolutions and of attention: on a GPU, and where ncu is only rehearsed.
 SIZES = {"cuda": ((16, 4096), (8, 2048)), "cpu": ((1, 32), (1, 64))}
@@ -105,67 +112,36 @@ PREFIXES = {"n": 1e-9, "u": 1e-6, "m": 1e-3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 
 # ---- what is profiled
 
 
-def convolution(
-    op: str, taps: int, direction: str, backend: str, device: str, gate: bool = False
-) -> Callable[[], object]:
-    import torch
-
-    from convkernels._bench import streaming
-
-    (batch, length), _ = SIZES[device]
-    settings = streaming.Settings(batch, length, compiled=False, backend=backend)
-    suite = streaming.Streaming(settings, torch.device(device))
-    makers = dict(suite._calls(streaming.Case(op, taps, (0.0, 0.0), gate)))
-    return makers[direction][streaming.OURS]()
-
-
-def time_layout(backend: str, device: str) -> Callable[[], object]:
-    import torch
-
-    import convkernels
-    from convkernels._bench import streaming
-
-    s = streaming.Settings(*SIZES[device][0])
-    x = torch.randn(s.batch, s.channels, s.length, dtype=s.dtype, device=device).transpose(1, 2)
-    weight = torch.randn(s.heads, 7, dtype=s.dtype, device=device)
-    return lambda: convkernels.lightweight_conv1d(x, weight, backend=backend)
-
-
-def attention(form: str, head_size: int, direction: str, backend: str, device: str) -> Callable[[], object]:
-    import torch
-
-    from convkernels._bench import attention as bench
-
-    _, (batch, length) = SIZES[device]
-    settings = bench.Settings(batch=batch, heads=12, head_size=head_size, backend=backend)
-    suite = bench.Suite(settings, torch.device(device))
-    inputs = bench.make_inputs(settings, length, torch.bfloat16, torch.device(device))
-    calls = suite._calls({form: bench.FORMS[form]}, inputs, direction, direction)
-    if suite.errors:
-        raise RuntimeError(suite.errors[0])
-    return calls[form]
-
-
 def _cases() -> dict[str, Callable[[str, str], Callable[[], object]]]:
     """Names of the families that the cuda backend takes for these shapes; other backends get the same problems. What
     makes a call, of a backend and a device."""
     cases: dict[str, Callable[[str, str], Callable[[], object]]] = {}
-    passes = {"fwd": "forward", "bwd": "backward"}
 
-    def add(name: str, make: Callable, *arguments: object, directions=("fwd", "bwd"), **options: object) -> None:
+    def rows(backend: str, device: str) -> streaming.Settings:
+        return streaming.Settings(*SIZES[device][0], compiled=False, backend=backend)
+
+    def pairs(head_size: int, backend: str, device: str) -> attention.Settings:
+        batch, length = SIZES[device][1]
+        return attention.Settings(lengths=(length,), batch=batch, heads=12, head_size=head_size, backend=backend)
+
+    def add(name: str, settings: Callable, make: Callable, *arguments: object, directions=("fwd", "bwd"), **options):
         for short in directions:
-            cases[f"{name}-{short}"] = partial(make, *arguments, passes[short], **options)
+            made = make(*arguments, {"fwd": "forward", "bwd": "backward"}[short], **options)
+            cases[f"{name}-{short}"] = lambda backend, device, made=made: made(settings(backend, device), device)
 
-    add("stream-k7", convolution, "lightweight", 7)
-    add("stream-k3", convolution, "lightweight", 3, directions=("fwd",))
-    add("band-k31", convolution, "lightweight", 31)
-    add("gate-k7", convolution, "lightweight", 7, gate=True)
-    add("rows-k7", convolution, "dynamic", 7)
-    add("rows-k31", convolution, "dynamic", 31, directions=("fwd",))
-    cases["time-k7-fwd"] = time_layout
-    add("attention-d64-plain", attention, "attention, no positions", 64)
-    add("attention-d64", attention, "composite attention", 64)
-    add("attention-d128", attention, "composite attention", 128)
+    add("stream-k7", rows, kernel_cases.convolution, streaming.LIGHTWEIGHT, 7)
+    add("stream-k3", rows, kernel_cases.convolution, streaming.LIGHTWEIGHT, 3, directions=("fwd",))
+    add("band-k31", rows, kernel_cases.convolution, streaming.LIGHTWEIGHT, 31)
+    add("gate-k7", rows, kernel_cases.convolution, streaming.LIGHTWEIGHT, 7, gate=True)
+    add("rows-k7", rows, kernel_cases.convolution, streaming.DYNAMIC, 7)
+    add("rows-k31", rows, kernel_cases.convolution, streaming.DYNAMIC, 31, directions=("fwd",))
+    add("time-k7", rows, kernel_cases.time_layout, directions=("fwd",))
+    for name, form, head_size in (
+        ("attention-d64-plain", attention.PLAIN, 64),
+        ("attention-d64", attention.COMPOSITE, 64),
+        ("attention-d128", attention.COMPOSITE, 128),
+    ):
+        add(name, partial(pairs, head_size), kernel_cases.attend, form)
     return cases
 
 
@@ -174,8 +150,6 @@ CASES = _cases()
 
 def launch(names: list[str], backend: str, device: str) -> int:
     """A case that fails is named; unless it took the device along, the others are still profiled."""
-    import torch
-
     status = 0
     for name in names:
         try:

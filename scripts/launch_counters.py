@@ -23,10 +23,11 @@ from pathlib import Path
 if __name__ == "__main__":
     os.environ |= {"CONVKERNELS_SIMT": "1", "CONVKERNELS_SIMT_COUNTED": "1"}
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import kernel_cases
 import torch
 
-import convkernels
 from convkernels._bench import attention, streaming
 from convkernels._bench.console import markdown_table
 from convkernels.backends import cuda_ahead
@@ -61,7 +62,7 @@ INSTRUCTIONS = PROCESSORS * CLOCK * 4
 
 @dataclass(frozen=True)
 class Case:
-    """make(settings) gives the call. taps: of a convolution like those whose main loops are described."""
+    """make(settings, device) gives the call. taps: of a convolution like those whose main loops are described."""
 
     make: Callable
     small: object
@@ -84,38 +85,6 @@ class Case:
         return replace(self.small, length=2 * self.small.length)
 
 
-def convolution(op: str, taps: int, direction: str, gate: bool = False) -> Callable:
-    def make(settings):
-        suite = streaming.Streaming(settings, torch.device("cpu"))
-        return dict(suite._calls(streaming.Case(op, taps, (0.0, 0.0), gate)))[direction][streaming.OURS]()
-
-    return make
-
-
-def time_layout(direction: str) -> Callable:
-    def make(s):
-        x = torch.randn(s.batch, s.channels, s.length).to(s.dtype).transpose(1, 2).requires_grad_()
-        weight = torch.randn(s.heads, 7).to(s.dtype).requires_grad_()
-        if direction == "forward":
-            return lambda: convkernels.lightweight_conv1d(x.detach(), weight.detach(), backend="cuda")
-        y = convkernels.lightweight_conv1d(x, weight, backend="cuda")
-        return lambda: torch.autograd.grad(y, (x, weight), torch.ones_like(x), retain_graph=True)
-
-    return make
-
-
-def attend(form: str, direction: str) -> Callable:
-    def make(settings):
-        suite = attention.Suite(settings, torch.device("cpu"))
-        inputs = attention.make_inputs(settings, settings.lengths[0], torch.bfloat16, suite.device)
-        calls = suite._calls({form: attention.FORMS[form]}, inputs, direction, direction)
-        if suite.errors:
-            raise RuntimeError(suite.errors[0])
-        return calls[form]
-
-    return make
-
-
 def _cases() -> dict[str, Case]:
     cases = {}
     large = streaming.Settings(backend="cuda", compiled=False)
@@ -135,11 +104,11 @@ def _cases() -> dict[str, Case]:
             ("rows-k7", streaming.DYNAMIC, 7, {}, {}),
             ("rows-k31", streaming.DYNAMIC, 31, {}, {}),
         ):
-            make = convolution(op, taps, direction, **options)
+            make = kernel_cases.convolution(op, taps, direction, **options)
             cases[f"{name}-{short}"] = Case(
                 make, replace(small, **changes), replace(large, **changes), 0 if options else taps
             )
-        cases[f"time-k7-{short}"] = Case(time_layout(direction), small, large, 7)
+        cases[f"time-k7-{short}"] = Case(kernel_cases.time_layout(direction), small, large, 7)
         for name, form, size in (
             ("attention-d64-plain", attention.PLAIN, 64),
             ("attention-d64", attention.COMPOSITE, 64),
@@ -148,7 +117,7 @@ def _cases() -> dict[str, Case]:
             shape = attention.Settings(lengths=(2048,), batch=8, heads=12, head_size=size, backend="cuda")
             # More keys than are kept in shared memory all at once.
             few = replace(shape, lengths=(384,), batch=1, heads=2)
-            cases[f"{name}-{short}"] = Case(attend(form, direction), few, shape)
+            cases[f"{name}-{short}"] = Case(kernel_cases.attend(form, direction), few, shape)
     return cases
 
 
@@ -157,7 +126,7 @@ CASES = _cases()
 
 def measure(case: Case, settings: object | None = None) -> dict[str, Launch]:
     """The launches of a call by kernel; a second one of the same kernel has a number."""
-    call = case.make(settings or case.small)
+    call = case.make(settings or case.small, "cpu")
     with counted() as launches:
         call()
     found: dict[str, Launch] = {}

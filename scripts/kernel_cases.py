@@ -1,0 +1,45 @@
+"""Calls of the streaming and attention suites whose kernels are counted: by Nsight Compute on a GPU (gpu_counters.py)
+and in the simulation (launch_counters.py). Each function gives make(settings, device), which gives the call."""
+
+from collections.abc import Callable
+
+import torch
+
+import convkernels
+from convkernels._bench import attention, streaming
+
+
+def convolution(op: str, taps: int, direction: str, gate: bool = False) -> Callable:
+    def make(settings: streaming.Settings, device: str) -> Callable[[], object]:
+        suite = streaming.Streaming(settings, torch.device(device))
+        return dict(suite._calls(streaming.Case(op, taps, (0.0, 0.0), gate)))[direction][streaming.OURS]()
+
+    return make
+
+
+def time_layout(direction: str) -> Callable:
+    """7 taps, positions side by side in memory."""
+
+    def make(s: streaming.Settings, device: str) -> Callable[[], object]:
+        x = torch.randn(s.batch, s.channels, s.length, device=device).to(s.dtype).transpose(1, 2).requires_grad_()
+        weight = torch.randn(s.heads, 7, device=device).to(s.dtype).requires_grad_()
+        if direction == "forward":
+            return lambda: convkernels.lightweight_conv1d(x.detach(), weight.detach(), backend=s.backend)
+        y = convkernels.lightweight_conv1d(x, weight, backend=s.backend)
+        return lambda: torch.autograd.grad(y, (x, weight), torch.ones_like(x), retain_graph=True)
+
+    return make
+
+
+def attend(form: str, direction: str) -> Callable:
+    """Of the first length in the settings."""
+
+    def make(settings: attention.Settings, device: str) -> Callable[[], object]:
+        suite = attention.Suite(settings, torch.device(device))
+        inputs = attention.make_inputs(settings, settings.lengths[0], torch.bfloat16, suite.device)
+        calls = suite._calls({form: attention.FORMS[form]}, inputs, direction, direction)
+        if suite.errors:
+            raise RuntimeError(suite.errors[0])
+        return calls[form]
+
+    return make
