@@ -24,15 +24,15 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import kernel_cases
 import torch
 
 from convkernels._bench import attention, streaming
 
+ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 3
 # Rows and positions of a batch, of convolutions and of attention: on a GPU, and where ncu is only rehearsed.
 SIZES = {"cuda": ((16, 4096), (8, 2048)), "cpu": ((1, 32), (1, 64))}
