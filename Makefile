@@ -170,7 +170,7 @@ counters: counted-build
 	$(BIN)/python scripts/launch_counters.py
 
 # The full run comes last, so that its summary closes the output.
-test: lint install ctest abi asan interpreted simulated
+test: lint install ctest abi asan interpreted simulated counters
 	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_FLAGS)
 
 # With all cases of the tests marked thin, and more of those of the kernels for GPUs.

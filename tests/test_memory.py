@@ -12,9 +12,10 @@ from strategies import problems, step_problems
 from test_fuzz import check_forward, check_gradients, check_step, shorter
 
 import convkernels as ck
+from convkernels.testing.attention import AttentionProblem
 from convkernels.testing.bounds import Bounds, StepBounds
 from convkernels.testing.inputs import Problem, StepProblem, values
-from convkernels.testing.poison import Guarded, poisoned_allocations
+from convkernels.testing.poison import Guarded, fenced, poisoned_allocations
 
 PROBLEMS = {
     "light": Problem(length=19, heads=2, head_size=9, taps=5, left=2, softmax=True, bias=True),
@@ -73,6 +74,32 @@ def test_guard_bands(name, dtype, ops):
     guards = {n: Guarded(t) for n, t in plain.items() if t is not None}
     t = {n: guards[n].view if n in guards else None for n in plain}
     check_guarded(ops, problem, plain, t, guards)
+
+
+ATTENTION = {
+    # The first tiles of queries see no key.
+    "few_keys": AttentionProblem(batch=1, length=300, keys=20, causal=True, padding=1, head_size=20, left=4, right=2),
+    "no_keys": AttentionProblem(keys=0, padding=1),
+    "windows": AttentionProblem(length=20, keys=70, outside=2, padding=1, left=40, bias=True, query_rel=2, key_rel=1),
+    "sequences": AttentionProblem(batch=1, lengths=(7, 0, 33, 9), padding=1, value_conv=3, bias=True, dropout=0.2),
+}
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("name", [*PROBLEMS, *ATTENTION])
+def test_nothing_beside_a_tensor_is_touched(name, after, ops):
+    """Before or after every input there is no memory."""
+    problem = (PROBLEMS | ATTENTION)[name].with_(dtype=torch.bfloat16)
+    plain = problem.tensors()
+    t = {n: fenced(tensor, after).to(tensor.device) if tensor is not None else None for n, tensor in plain.items()}
+    for tensors, results in ((plain, expected := []), (t, found := [])):
+        if name in PROBLEMS:
+            results += [ops.tap_conv(*problem.op_arguments(tensors)), *ops.tap_grad(*problem.grad_arguments(tensors))]
+        else:
+            out, lse = ops.attention(*problem.op_arguments(tensors))
+            results += [out, lse, *ops.attention_grad(*problem.grad_arguments(tensors, out, lse))]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 # Channels and positions around a quad, a vector and a block, of which a number that is odd is read at a time.

@@ -1,6 +1,9 @@
-"""Two traps for memory errors: fresh memory full of NaN, and inputs that lie inside storage which must not change."""
+"""Traps for memory errors: fresh memory full of NaN, inputs that lie inside storage which must not change, and inputs
+beside memory that cannot be touched."""
 
 import contextlib
+import ctypes
+import mmap
 
 import torch
 
@@ -49,3 +52,21 @@ class Guarded:
             expected[self.index] = self.view
         same = torch.equal(self.buffer.view(torch.uint8), expected.view(torch.uint8))
         assert same, f"{name}: memory {'of or ' if unchanged else ''}around the tensor was overwritten"
+
+
+def fenced(tensor: torch.Tensor, after: bool) -> torch.Tensor:
+    """A contiguous copy on the CPU with inaccessible memory right after it, or right before it: whoever reads or writes
+    there ends the process."""
+    count = tensor.numel()
+    size = count * tensor.element_size()
+    room = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, room + mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    if ctypes.CDLL(None, use_errno=True).mprotect(
+        ctypes.c_void_p(address + (room if after else 0)), ctypes.c_size_t(mmap.PAGESIZE), 0
+    ):
+        raise OSError(ctypes.get_errno(), "mprotect")
+    offset = room - size if after else mmap.PAGESIZE
+    if count == 0:
+        return torch.empty_like(tensor)
+    return torch.frombuffer(memory, dtype=tensor.dtype, count=count, offset=offset).view(tensor.shape).copy_(tensor)

@@ -253,11 +253,11 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
                                 rank,
                                 partial_bias,
                                 lane};
-  const auto copy_keys = [&](int stage, int j0, Span keys) {
+  const auto copy_keys = [&](int stage, int j0, Span keys, unsigned real) {
     T* const to = ring + stage * 2 * kKeys * kPitch;
-    copy_tile(to, kPitch, p, p.k, b, g, j0, kKeys, keys.first, keys.end, channels, padded, true, t.vectors);
-    copy_tile(to + kKeys * kPitch, kPitch, p, p.v, b, g, j0, kKeys, keys.first, keys.end, channels, padded, true,
-              t.vectors);
+    const unsigned there = real & those_in(keys, j0);
+    copy_rows(to, kPitch, p.k, b, g, j0, there, channels, padded, t.vectors);
+    copy_rows(to + kKeys * kPitch, kPitch, p.v, b, g, j0, there, channels, padded, t.vectors);
   };
 
 #pragma unroll 1
@@ -267,11 +267,12 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
     const Span keys = visible_keys(p, tile, tile.first, tile.first + tile.count);
     const int begin = keys.first >= keys.end ? keys.end : keys.first / 8 * 8, end = tile.first + tile.count;
     __syncthreads();
-    copy_tile(q_rows, kPitch, p, p.q, b, h, tile.first, kGradRows, 0, end, channels, padded, false, t.vectors);
-    copy_tile(g_rows, kPitch, p, p.grad, b, h, tile.first, kGradRows, 0, end, channels, padded, false, t.vectors);
+    const Span queries{tile.first, end};
+    copy_tile<kGradRows>(q_rows, kPitch, p.q, b, h, tile.first, queries, channels, padded, t.vectors);
+    copy_tile<kGradRows>(g_rows, kPitch, p.grad, b, h, tile.first, queries, channels, padded, t.vectors);
     if (low_rank)
-      copy_tile(r_rows, rel_pitch, p, p.rel_query, b, h, tile.first, kGradRows, 0, end, rank,
-                static_cast<int>(t.rank_pitch), false, t.rank_vectors);
+      copy_tile<kGradRows>(r_rows, rel_pitch, p.rel_query, b, h, tile.first, queries, rank,
+                           static_cast<int>(t.rank_pitch), t.rank_vectors);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
@@ -329,12 +330,17 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
     int walks = p.needs_queries() ? 2 : 1;
 #pragma unroll 1
     for (int walk = walks_first; walk < walks; ++walk) {
-      if (begin < keys.end) copy_keys(0, begin, keys);
+      unsigned coming = real_keys(p, ask_mask(p, b, begin, lane));  // of the next tile
+      if (begin < keys.end) copy_keys(0, begin, keys, coming);
+      unsigned asked = ask_mask(p, b, begin + kKeys, lane);
       cp_async_commit();
       int stage = 0;
 #pragma unroll 1
       for (int j0 = begin; j0 < keys.end; j0 += kKeys, stage = 1 - stage) {
-        if (j0 + kKeys < keys.end) copy_keys(1 - stage, j0 + kKeys, keys);
+        const unsigned real = coming;
+        coming = real_keys(p, asked);
+        if (j0 + kKeys < keys.end) copy_keys(1 - stage, j0 + kKeys, keys, coming);
+        asked = ask_mask(p, b, j0 + 2 * kKeys, lane);
         cp_async_commit();
         cp_async_wait<1>();
         __syncthreads();
@@ -344,7 +350,6 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
           float s[kKeys / 8][4] = {}, ds[kKeys / 8][4];
           if (p.qk) multiply_pairs<T, D, kKeys>(s, q_rows + own * kPitch, k_rows, kPitch, all, lane);
           multiply_pairs<T, D, kKeys>(ds, g_rows + own * kPitch, v_rows, kPitch, all, lane);
-          const unsigned real = real_keys(p, b, j0, lane);
           const Meeting<Own::kQueries, kKeys> pairs(i0, j0);
           float factor = t.score_factor, added[2] = {};
           uint32_t seen = kEveryPair;
@@ -486,10 +491,13 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
     const int key_end = tile.first + tile.count;
     const Span queries = seeing_queries(p, tile, most(tile.first, tile.key_begin), key_end);
     __syncthreads();
-    copy_tile(k_rows, kPitch, p, p.k, b, g, tile.first, kGradRows, tile.key_begin, key_end, channels, D, true,
-              t.vectors);
-    copy_tile(v_rows, kPitch, p, p.v, b, g, tile.first, kGradRows, tile.key_begin, key_end, channels, D, true,
-              t.vectors);
+#pragma unroll
+    for (int r = 0; r < kGradRows; r += 32) {
+      const int first = tile.first + r;
+      const unsigned there = real_keys(p, ask_mask(p, b, first, lane)) & those_in({tile.key_begin, key_end}, first);
+      copy_rows(k_rows + r * kPitch, kPitch, p.k, b, g, first, there, channels, D, t.vectors);
+      copy_rows(v_rows + r * kPitch, kPitch, p.v, b, g, first, there, channels, D, t.vectors);
+    }
     cp_async_commit();
     const int j0 = tile.first + own;
     const bool works = own < tile.count;
@@ -499,7 +507,7 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
       for (int e = 0; e < 4; ++e) grad_k[c][e] = grad_v[c][e] = 0;
     for (int e = lane; e < 16 * sum_pitch; e += 32) sums[e] = 0;
     __syncwarp();
-    const unsigned real = real_keys(p, b, j0, lane);
+    const unsigned real = real_keys(p, ask_mask(p, b, j0, lane));
     const bool all_real = (real & 0xFFFFu) == 0xFFFFu;
     const FarTiles<Own::kKeys, kQueries, 16> far(p, tile, j0);
 
@@ -537,13 +545,12 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
         if (folds && !finite && t.whole_strips) folded.clear();
         const auto copy_queries = [&](int stage, int i0) {
           T* const to = ring + stage * stage_size;
-          copy_tile(to, kPitch, p, p.q, b, h, i0, kQueries, queries.first, queries.end, channels, padded, false,
-                    t.vectors);
-          copy_tile(to + kQueries * kPitch, kPitch, p, p.grad, b, h, i0, kQueries, queries.first, queries.end, channels,
-                    padded, false, t.vectors);
+          const unsigned there = those_in(queries, i0);
+          copy_rows(to, kPitch, p.q, b, h, i0, there, channels, padded, t.vectors);
+          copy_rows(to + kQueries * kPitch, kPitch, p.grad, b, h, i0, there, channels, padded, t.vectors);
           if (low_rank)
-            copy_tile(to + 2 * kQueries * kPitch, rel_pitch, p, p.rel_query, b, h, i0, kQueries, queries.first,
-                      queries.end, static_cast<int>(p.rank), static_cast<int>(t.rank_pitch), false, t.rank_vectors);
+            copy_rows(to + 2 * kQueries * kPitch, rel_pitch, p.rel_query, b, h, i0, there, static_cast<int>(p.rank),
+                      static_cast<int>(t.rank_pitch), t.rank_vectors);
         };
         // What queries from i0 on have one number of: each warp an array.
         const auto load_scalars = [&](int i0) {

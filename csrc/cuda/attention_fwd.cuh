@@ -57,13 +57,14 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
   const int strip_pitch = static_cast<int>(t.strip_pitch);
   float* const strip = strips + warp * 16 * strip_pitch;
   const auto key_rows = [&](int stage) { return ring + stage * 2 * kKeys * kPitch; };
-  const auto copy_keys = [&](int stage, int j0, int begin, int end) {
-    copy_tile(key_rows(stage), kPitch, p, p.k, b, g, j0, kKeys, begin, end, channels, padded, true, t.vectors);
-    copy_tile(key_rows(stage) + kKeys * kPitch, kPitch, p, p.v, b, g, j0, kKeys, begin, end, channels, padded, true,
-              t.vectors);
+  const auto copy_keys = [&](int stage, int j0, Span keys, unsigned real) {
+    const unsigned there = real & those_in(keys, j0);
+    copy_rows(key_rows(stage), kPitch, p.k, b, g, j0, there, channels, padded, t.vectors);
+    copy_rows(key_rows(stage) + kKeys * kPitch, kPitch, p.v, b, g, j0, there, channels, padded, t.vectors);
   };
   if (resident) {
-    for (int n = 0; n < stages; ++n) copy_keys(n, n * kKeys, 0, static_cast<int>(p.keys));
+    for (int n = 0; n < stages; ++n)
+      copy_keys(n, n * kKeys, Span{0, static_cast<int>(p.keys)}, real_keys(p, ask_mask(p, b, n * kKeys, lane)));
     cp_async_commit();
   }
 
@@ -75,11 +76,11 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
     const Span keys = visible_keys(p, tile, tile.first, tile.first + tile.count);
     const int begin = keys.first >= keys.end ? keys.end : keys.first / (resident ? kKeys : 8) * (resident ? kKeys : 8);
     __syncthreads();
-    copy_tile(q_rows, kPitch, p, p.q, b, h, tile.first, kRows, 0, tile.first + tile.count, channels, padded, false,
-              t.vectors);
+    const Span queries{tile.first, tile.first + tile.count};
+    copy_tile<kRows>(q_rows, kPitch, p.q, b, h, tile.first, queries, channels, padded, t.vectors);
     if (low_rank)
-      copy_tile(r_rows, rel_pitch, p, p.rel_query, b, h, tile.first, kRows, 0, tile.first + tile.count,
-                static_cast<int>(p.rank), static_cast<int>(t.rank_pitch), false, t.rank_vectors);
+      copy_tile<kRows>(r_rows, rel_pitch, p.rel_query, b, h, tile.first, queries, static_cast<int>(p.rank),
+                       static_cast<int>(t.rank_pitch), t.rank_vectors);
     cp_async_commit();
 
     const int own = warp * 16 * kM;  // first row of the warp
@@ -88,7 +89,9 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
     bool finite = false;  // what is not finite in the values is left out
 #pragma unroll 1
     for (int walk = 0; walk < (finite ? 2 : 1); ++walk) {
-      if (!resident && begin < keys.end) copy_keys(0, begin, keys.first, keys.end);
+      unsigned coming = real_keys(p, ask_mask(p, b, begin, lane));  // of the next tile
+      if (!resident && begin < keys.end) copy_keys(0, begin, keys, coming);
+      unsigned asked = ask_mask(p, b, begin + kKeys, lane);
       cp_async_commit();
       cp_async_wait<1>();
       __syncthreads();
@@ -115,7 +118,10 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
 #pragma unroll 1
       for (int j0 = begin; j0 < keys.end; j0 += kKeys) {
         const int stage = resident ? j0 / kKeys : (j0 - begin) / kKeys % 2;
-        if (!resident && j0 + kKeys < keys.end) copy_keys(1 - stage, j0 + kKeys, keys.first, keys.end);
+        const unsigned real = coming;
+        coming = real_keys(p, asked);
+        if (!resident && j0 + kKeys < keys.end) copy_keys(1 - stage, j0 + kKeys, keys, coming);
+        asked = ask_mask(p, b, j0 + 2 * kKeys, lane);
         cp_async_commit();
         cp_async_wait<1>();
         __syncthreads();
@@ -141,7 +147,6 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
               }
             });
           }
-          const unsigned real = real_keys(p, opaque(b), j0, opaque(lane));
           const bool all_far = edges == nullptr && far.has(j0, real == ~0u);
 #pragma unroll
           for (int m = 0; m < kM; ++m) {

@@ -78,42 +78,49 @@ void attention_edges(const CK_PARAM Attention p, float* edges, bool keys) {
   }
 }
 
-// Copies `rows` rows of head h from position `first` on to shared memory, `padded` channels each, by all threads. Zeros
-// stand where there is no row or channel, and for padded keys (`masked`). The pitch is 8 channels more than there is
+// Bit n: whether position first + n is in the span.
+CK_DEVICE unsigned those_in(const Span& span, int first) {
+  const auto from = [&](int position) { return __funnelshift_lc(0, ~0u, most(position - first, 0)); };
+  return from(span.first) & ~from(span.end);
+}
+
+static_assert(kForwardKeys == 32 && kGradOthers == 32);  // bits of a word
+
+// Copies the 32 rows of head h from position `first` on to shared memory, `padded` channels each, by all threads. Zeros
+// stand where `there` has no bit for a row, and where there is no channel. The pitch is 8 channels more than there is
 // room for.
 template <class T>
-CK_DEVICE void copy_tile(T* to, int pitch, const Attention& p, const HeadRows& t, int64_t b, int64_t h, int first,
-                         int rows, int begin, int end, int channels, int padded, bool masked, bool vectors) {
+CK_DEVICE void copy_rows(T* to, int pitch, const HeadRows& t, int64_t b, int64_t h, int first, unsigned there,
+                         int channels, int padded, bool vectors) {
   // A thread has the same 8 channels of all its rows. As many threads as a power of two share a row, some of which may
   // have nothing to do: a division would take longer.
   const int log = pitch > 72 ? 4 : pitch > 40 ? 3 : 2, step = kTensorThreads >> log, row = threadIdx.x >> log;
-  const int c = (threadIdx.x & ((1 << log) - 1)) * 8, count = rows >> (7 - log);
-  static_assert(kTensorThreads == 1 << 7);
+  const int c = (threadIdx.x & ((1 << log) - 1)) * 8;
   if (c >= padded) return;
-  unsigned valid = c < channels ? ~0u : 0u;  // bit n: of its n-th row
-  masked = masked && p.key_mask != nullptr;
-  if (masked || first < begin || first + rows > end) {
-#pragma unroll 4
-    for (int n = 0; n < count; ++n) {
-      const int j = first + row + n * step;
-      const bool there = j >= begin && j < end && (!masked || real_key(p, b, j));
-      valid &= ~(unsigned{!there} << n);
-    }
-  }
+  const unsigned valid = c < channels ? there >> row : 0;
   const T* from = at<T>(t, b, 0, h) + int64_t{first + row} * t.time;
   const int64_t stride = step * t.time;
   T* out = to + row * pitch + c;
   if (vectors) {
     from += c;
 #pragma unroll 4
-    for (int n = 0; n < count; ++n, from += stride, out += step * pitch)
-      cp_async<16>(out, from, (valid >> n & 1u) != 0);
+    for (int r = 0; r < 32; r += step, from += stride, out += step * pitch)
+      cp_async<16>(out, from, (valid >> r & 1u) != 0);
   } else {
 #pragma unroll 1
-    for (int n = 0; n < count; ++n, from += stride, out += step * pitch)
+    for (int r = 0; r < 32; r += step, from += stride, out += step * pitch)
       for (int e = 0; e < 8; ++e)
-        out[e] = (valid >> n & 1u) != 0 && c + e < channels ? from[(c + e) * t.channel] : T{0};
+        out[e] = (valid >> r & 1u) != 0 && c + e < channels ? from[(c + e) * t.channel] : T{0};
   }
+}
+
+// The same for kRows rows, of which those of `span` are there.
+template <int kRows, class T>
+CK_DEVICE void copy_tile(T* to, int pitch, const HeadRows& t, int64_t b, int64_t h, int first, const Span& span,
+                         int channels, int padded, bool vectors) {
+#pragma unroll 1
+  for (int r = 0; r < kRows; r += 32)
+    copy_rows(to + r * pitch, pitch, t, b, h, first + r, those_in(span, first + r), channels, padded, vectors);
 }
 
 // step(0) to step(kSteps - 1) for D channels in equal pieces; the last 32 channels may be padding, and take part only
@@ -265,11 +272,16 @@ CK_DEVICE void multiply_table(float (&out)[4], const T* rows, int row_pitch, con
   }
 }
 
-// Which of the keys first .. first + 31 the mask leaves, as bits; by a warp.
-CK_DEVICE unsigned real_keys(const Attention& p, int64_t b, int first, int lane) {
-  if (p.key_mask == nullptr) return ~0u;
+// Which of the keys first .. first + 31 the mask leaves, by a warp: what it says of this lane's key, and all as bits.
+// Asked for a tile ahead, it has been read when the tile's turn comes.
+CK_DEVICE unsigned ask_mask(const Attention& p, int64_t b, int first, int lane) {
+  if (p.key_mask == nullptr) return 1;
   const int j = first + lane;
-  return __ballot_sync(kEveryLane, j < p.keys && real_key(p, b, j));
+  if (j < 0 || j >= p.keys) return 0;
+  return reinterpret_cast<const uint8_t*>(p.key_mask)[b * p.mask_batch + j * p.mask_key];
+}
+CK_DEVICE unsigned real_keys(const Attention& p, unsigned asked) {
+  return p.key_mask == nullptr ? ~0u : __ballot_sync(kEveryLane, asked != 0);
 }
 
 // A side of the pairs: 16 queries that meet other keys, or 16 keys that meet other queries.

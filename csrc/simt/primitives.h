@@ -1,6 +1,7 @@
 // The primitives of csrc/cuda/primitives.cuh, and the part of CUDA's language that kernels use, for a host compiler.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <concepts>
@@ -99,6 +100,10 @@ inline void __threadfence_block() {}
 
 inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
+inline unsigned __funnelshift_lc(unsigned low, unsigned high, unsigned by) {
+  const uint64_t both = uint64_t{high} << 32 | low;
+  return static_cast<unsigned>(both << std::min(by, 32u) >> 32);
+}
 inline int __popc(unsigned bits) { return std::popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline float __expf(float x) { return std::exp(x); }
