@@ -344,7 +344,8 @@ def test_every_tensor_is_where_the_call_computes(ops, name):
     """Dispatch looks at one device among those of all arguments, and kernels read pointers."""
     if ops.backend not in ("cpu", "cuda"):
         pytest.skip("its kernels take no pointers of tensors elsewhere")
-    own = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, ops.device.upper()))
+    kind = torch.device(ops.device).type
+    own = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, kind.upper()))
     for op in (getattr(ops, name), getattr(getattr(torch.ops.convkernels, name), ops.backend)):
         given = everything(name)
         named = [argument.name for argument in op._schema.arguments if "Tensor" in str(argument.type)]
@@ -352,9 +353,7 @@ def test_every_tensor_is_where_the_call_computes(ops, name):
         op(**everything(name))
         for argument in named:
             elsewhere = given | {argument: given[argument].to("meta")}
-            first = argument == {"t": "x", "a": "q"}[name[0]] and ops.device != "cpu"
-            expected = (
-                "a CUDA device" if first else f"{ops.device}.*, where this call computes, got one on another kind"
-            )
+            first = argument == {"t": "x", "a": "q"}[name[0]] and kind != "cpu"
+            expected = "a CUDA device" if first else f"{kind}.*, where this call computes, got one on another kind"
             with pytest.raises(RuntimeError, match=f"argument '{argument}': expected a tensor on {expected}"):
                 op.redispatch(own, **elsewhere)
