@@ -206,13 +206,14 @@ cross:
 
 # ---- on a machine with a GPU: no network, no .venv, only what $(PYTHON) has
 
-# With line numbers, for what compute-sanitizer and Nsight Compute say.
+# With line numbers, for what compute-sanitizer and Nsight Compute say. A shell without a login may lack the toolkit's
+# folder in PATH.
 gpu-build:
-	CMAKE_ARGS="-DCMAKE_CUDA_FLAGS=-lineinfo $(CMAKE_ARGS)" $(PYTHON) scripts/build_native.py
+	PATH="$$PATH:/usr/local/cuda/bin" CONVKERNELS_BUILD=cuda CMAKE_ARGS="-DCMAKE_CUDA_FLAGS=-lineinfo $(CMAKE_ARGS)" $(PYTHON) scripts/build_native.py
 
 # The steps of scripts/gpu_run.py, which go on where one goes wrong: all, or some. What they leave is in build/gpu.
 gpu-run: gpu-build
-	$(PYTHON) scripts/gpu_run.py --again
+	$(PYTHON) scripts/gpu_run.py
 
 gpu-smoke gpu-test gpu-sanitize gpu-bench: gpu-build
 	$(PYTHON) scripts/gpu_run.py --again $(addprefix --only ,$(STEPS))

@@ -249,6 +249,11 @@ def counters(row: dict) -> dict[str, float | str | None]:
     return result
 
 
+def is_counted(kernel: dict) -> bool:
+    """Whether ncu has reported anything of it."""
+    return any(kernel[title] is not None for title in COUNTERS)
+
+
 def _cell(value: float | str | None) -> str:
     if value is None:
         return ""
@@ -340,10 +345,11 @@ class Profiler:
                 self.measure([name])
                 continue
             found = kernels.get(name, [])
+            shown = [counters(row) for row in found]
             self.results[name] = {
-                "kernels": [counters(row) for row in found],
+                "kernels": shown,
                 "names": [row["Kernel Name"] for row in found],
-                "error": None if found else printed[-1500:].strip() or "no output",
+                "error": None if any(map(is_counted, shown)) else printed[-1500:].strip() or "no output",
             }
         self.files["json"].write_text(json.dumps(self.results, indent=1) + "\n")
         self.files["md"].write_text(markdown(self.results))
@@ -379,7 +385,7 @@ def main() -> int:
             print(f"{FORBIDDEN}: the driver does not let this user read counters", file=sys.stderr)
             break
     print(profiler.files["md"].read_text())
-    return 0 if all(profiler.results.get(name, {}).get("kernels") for name in names) else 1
+    return 0 if all(name in profiler.results and not profiler.results[name]["error"] for name in names) else 1
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 Every step is a process of its own with its own time limit: one that fails, hangs, crashes or writes without end costs
 only itself. After each step its log and what has been measured so far are in the output folder (--output, else $OUT,
 else build/gpu), as a few files that are small enough to carry away: steps.json, logs.tar.gz, results.tar.gz. A step
-that has passed is not run again by the next call in this checkout. The exit status is 1 where a step did not pass.
+that has passed is not run again by the next call with the same files and GPU; what others gave is never mixed with it.
+The exit status is 1 where a step did not pass or the output could not be saved.
 docs/gpu.md says what each result decides. With --device cpu the same commands are rehearsed, on less and with the
 kernels simulated.
 """
@@ -13,21 +14,27 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import fcntl
+import hashlib
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
 GRACE = 10.0  # seconds between the request to end, on which pytest and the benchmarks write what they have, and the end
 PASSED = "passed"
+PART = 540.0  # seconds that a part may take, where a command may take ten minutes
+REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # to end
 SLOWER = 10  # times as long anything may take in a rehearsal
 LONGEST_LOG = 256 << 20  # bytes; a step that writes more is ended
 SHOWN = 256 << 10  # bytes of the beginning and of the end of a log, which the archive keeps
@@ -66,11 +73,12 @@ PYTEST = (
 BENCH = "{python} -m convkernels.cli bench --device {device} --overwrite --output {results}"
 STREAMING = BENCH + " --suite streaming {streamed}"
 ATTENTION = BENCH + " --suite attention --dtypes bfloat16 {attended}"
+ONE_GPU_TEST = " --timeout=$((60 * {slower}))"
 SMOKE = "{python} scripts/gpu_smoke.py --device {device} --jobs {workers} --json {result}.jsonl"
 # Without torch's memory pool, so that every tensor has an end that can be overrun. Other kernels than these are neither
 # slowed nor reported, but initcheck has to see who else writes, and memory must not be filled before.
 UNDER = (
-    "PYTORCH_NO_CUDA_MEMORY_CACHING=1 " + SMOKE + " {checked} --timeout $((150 * {slower})) "
+    "PYTORCH_NO_CUDA_MEMORY_CACHING=1 " + SMOKE + " {checked} --timeout $((100 * {slower})) --expect 'SUMMARY: 0 ' "
     "--under 'compute-sanitizer --error-exitcode 1 --tool "
 )
 OURS = " --kernel-name kns=ck'"
@@ -79,24 +87,33 @@ STEPS = (
         "environment",
         1,
         40,
-        "set -o pipefail; (nvidia-smi; nvcc --version; {python} -m convkernels.cli info) 2>&1 | tee {result}.txt",
+        "set -o pipefail; "
+        "(git describe --always --dirty; nvidia-smi; nvcc --version; {python} -m convkernels.cli info) 2>&1 "
+        "| tee {result}.txt",
     ),
-    Step("smoke", 1, 90, SMOKE + " --timeout $((60 * {slower}))"),
-    Step("gpu tests cuda", 1, 90, PYTEST + " tests/test_gpu.py -k cuda -n 4"),
+    Step("smoke", 1, 90, SMOKE + " --timeout $((40 * {slower}))"),
+    Step("gpu tests cuda", 1, 90, PYTEST + ONE_GPU_TEST + " tests/test_gpu.py -k cuda --require cuda -n 4"),
     Step("streaming cuda", 1, 90, STREAMING + " --backend cuda --compile-seconds 0"),
     Step("attention cuda", 1, 120, ATTENTION + " --backend cuda --compile-seconds 0"),
-    Step("counters cuda", 1, 150, "{python} scripts/gpu_counters.py --device {device} --output {results}"),
-    Step("cuda tests", 1, 240, PYTEST + " -k cuda -m 'not gpu and not slow' -n {workers} {tests}"),
+    Step("counters cuda", 1, 150, "{python} scripts/gpu_counters.py --device {device} --timeout 30 --output {results}"),
+    Step("cuda tests", 1, 240, PYTEST + " -k cuda --require cuda -m 'not gpu and not slow' -n {workers} {tests}"),
     Step("streaming triton", 2, 120, STREAMING + " --backend triton"),
     Step("attention triton", 2, 180, ATTENTION + " --backend triton"),
-    Step("gpu tests triton", 2, 120, PYTEST + " tests/test_gpu.py -k triton -n {workers}"),
-    Step("triton tests", 2, 240, PYTEST + " -k triton -m 'not gpu and not slow' -n {workers} {triton_tests}"),
+    Step(
+        "gpu tests triton", 2, 120, PYTEST + ONE_GPU_TEST + " tests/test_gpu.py -k triton --require triton -n {workers}"
+    ),
+    Step(
+        "triton tests",
+        2,
+        240,
+        PYTEST + " -k triton --require triton -m 'not gpu and not slow' -n {workers} {triton_tests}",
+    ),
     Step("memcheck", 3, 120, UNDER + "memcheck --report-api-errors no" + OURS),
     Step("racecheck", 3, 120, UNDER + "racecheck" + OURS),
     Step("synccheck", 3, 120, UNDER + "synccheck" + OURS),
     Step("initcheck", 3, 120, "CONVKERNELS_POISON=0 " + UNDER + "initcheck'"),
     Step("sweep", 3, 120, BENCH + " {swept}"),
-    Step("slow cuda tests", 3, 300, PYTEST + " -k cuda -m 'slow and not gpu' -n {workers} {slow_tests}"),
+    Step("slow cuda tests", 3, 300, PYTEST + " -k cuda --require cuda -m 'slow and not gpu' -n {workers} {slow_tests}"),
 )
 
 
@@ -109,9 +126,9 @@ def words_for(step: Step, arguments: argparse.Namespace, work: Path) -> dict[str
     """What the words in the command of a step stand for."""
     results = work / "results"
     return {
-        "python": sys.executable,
-        "results": str(results),
-        "result": str(results / file_of(step)),
+        "python": shlex.quote(sys.executable),
+        "results": shlex.quote(str(results)),
+        "result": shlex.quote(str(results / file_of(step))),
         "device": arguments.device,
         "workers": str(arguments.workers),
         **{word: amounts[arguments.device == "cpu"] for word, amounts in AMOUNTS.items()},
@@ -127,17 +144,33 @@ def environment_for(step: Step, device: str) -> dict[str, str]:
     return found
 
 
-def sees_a_gpu() -> bool:
-    command = [sys.executable, "-c", "import torch; torch.zeros(1, device='cuda')"]
-    return subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
+def look_for_a_gpu() -> tuple[str, str]:
+    """The GPU and the torch that works with it, or nothing and why not."""
+    ask = "import torch; torch.zeros(1, device='cuda'); print(torch.cuda.get_device_name(), torch.__version__)"
+    try:
+        asked = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        return "", "torch has not found one within 120 s"
+    return (asked.stdout.strip(), "") if asked.returncode == 0 else ("", asked.stderr.strip().rpartition("\n")[2])
+
+
+def version_of(device: str) -> str:
+    """A name for the files that results depend on, of this device: those of another version are others."""
+    digest = hashlib.sha256(f"{device} {sys.executable}".encode())
+    for folder in ("benchmarks", "convkernels", "scripts", "tests"):
+        for file in files_in(ROOT / folder):
+            if "__pycache__" not in file.parts:
+                digest.update(f"{file.relative_to(ROOT)} {file.stat().st_size} ".encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def run(step: Step, seconds: float, words: dict[str, str], environment: dict[str, str], log: Path) -> str:
     """Run one step, its output in `log`; results of its own from before are removed. How it ended: passed, or in what
     way not."""
-    for old in Path(words["results"]).glob(f"{file_of(step)}.*"):
+    results = log.parent.parent / "results"
+    for old in results.glob(f"{file_of(step)}.*"):
         old.unlink()
-    others, before = descendants(), written_in(Path(words["results"]))
+    others, before = descendants(), written_in(results)
     with log.open("wb") as output:
         process = subprocess.Popen(
             ["bash", "-c", step.command.format(**words)],
@@ -151,8 +184,9 @@ def run(step: Step, seconds: float, words: dict[str, str], environment: dict[str
         try:
             ended = watch(process, seconds, log)
         finally:
-            end(process, others)
-    return "left no result" if ended == PASSED and not written_in(Path(words["results"])) - before else ended
+            with undisturbed():
+                end(process, others)
+    return "left no result" if ended == PASSED and not written_in(results) - before else ended
 
 
 def watch(process: subprocess.Popen, seconds: float, log: Path) -> str:
@@ -182,6 +216,17 @@ def end(process: subprocess.Popen, others: set[int]) -> None:
             os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Who has asked this process to end need not ask again."""
+    handlers = {request: signal.signal(request, signal.SIG_IGN) for request in REQUESTS}
+    try:
+        yield
+    finally:
+        for request, handler in handlers.items():
+            signal.signal(request, handler)
 
 
 def adopt_orphans() -> None:
@@ -251,15 +296,18 @@ def pack(folder: Path, archive: Path, read: Callable[[Path], bytes]) -> list[Pat
         left_out.append(files.pop())
 
 
+def record(folder: Path, outcomes: dict[str, dict]) -> list[str]:
+    return place(folder / "steps.json", lambda file: file.write_text(json.dumps(outcomes, indent=1) + "\n"))
+
+
 def save(folder: Path, work: Path, outcomes: dict[str, dict]) -> list[str]:
     """Put all that there is so far into the output folder; what could not be."""
-    text = json.dumps(outcomes, indent=1) + "\n"
-    reasons = place(work / "steps.json", lambda file: file.write_text(text))
+    reasons = record(work, outcomes)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         return [*reasons, f"{folder}: {error.strerror or error}"]
-    reasons += place(folder / "steps.json", lambda file: file.write_text(text))
+    reasons += record(folder, outcomes)
     left_out: list[Path] = []
     for name, read in (("results", Path.read_bytes), ("logs", ends_of)):
         reasons += place(
@@ -270,15 +318,25 @@ def save(folder: Path, work: Path, outcomes: dict[str, dict]) -> list[str]:
 
 def passed_before(work: Path) -> dict[str, dict]:
     try:
-        return json.loads((work / "steps.json").read_text())
+        found = json.loads((work / "steps.json").read_text())
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def last_line(log: Path) -> str:
     """The last line that says something: a pytest summary, a mistake, an exception."""
     lines = ends_of(log).decode(errors="replace").strip().splitlines() if log.exists() else []
-    return lines[-1].strip("= ")[:300] if lines else ""
+    return "".join(filter(str.isprintable, lines[-1])).strip("= ")[:300] if lines else ""
+
+
+def say(text: str, to: TextIO | None = None) -> None:
+    """Also where nobody listens any more."""
+    to = to or sys.stdout
+    try:
+        print(text, file=to, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), to.fileno())
 
 
 def main() -> int:
@@ -286,8 +344,8 @@ def main() -> int:
     parser.add_argument("--part", type=int, action="append", choices=(1, 2, 3), help="only the steps of this part")
     parser.add_argument("--only", action="append", default=[], help="only steps whose name contains this")
     parser.add_argument("--again", action="store_true", help="also what has passed before")
-    parser.add_argument("--seconds", type=float, default=3600.0, help="for everything; what is left over is not begun")
-    parser.add_argument("--output", type=Path, default=os.environ.get("OUT"))
+    parser.add_argument("--seconds", type=float, help=f"what is left over is not begun (default: {PART:.0f} a part)")
+    parser.add_argument("--output", type=Path, default=os.environ.get("OUT") or None)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a rehearsal")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 4) - 2))
     parser.add_argument("--list", action="store_true")
@@ -296,7 +354,7 @@ def main() -> int:
         step
         for step in STEPS
         if step.part in (arguments.part or (1, 2, 3))
-        and (not arguments.only or any(name in step.name for name in arguments.only))
+        and (not arguments.only or any(name.replace("-", " ") in step.name for name in arguments.only))
     ]
     if not steps:
         parser.error("no step is meant by that; --list shows them")
@@ -304,32 +362,40 @@ def main() -> int:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
         print("\n".join(f"{step.part}  {step.name:18} {step.seconds:5.0f} s  {step.command}" for step in steps))
         return 0
-    if arguments.device == "cuda" and any(step.name != "environment" for step in steps) and not sees_a_gpu():
-        print(
-            "gpu_run: torch finds no GPU that works. --only environment says more; docs/gpu.md has a rehearsal",
-            file=sys.stderr,
-        )
-        return 2
     # What a shell starts in the background ignores SIGINT, and so would the steps when they are asked to end.
-    for request in (signal.SIGINT, signal.SIGTERM):
+    for request in REQUESTS:
         signal.signal(request, signal.default_int_handler)
     adopt_orphans()
-    kind = "gpu" if arguments.device == "cuda" else "gpu-rehearsal"
-    work, output = ROOT / "build" / f"{kind}-work", arguments.output or ROOT / "build" / kind
-    for name in ("logs", "results"):
-        (work / name).mkdir(parents=True, exist_ok=True)
+    rehearsed = arguments.device == "cpu"
+    device, reason = ("cpu", "") if rehearsed else look_for_a_gpu()
+    if reason:
+        say(f"gpu_run: torch finds no GPU that works: {reason}. docs/gpu.md has a rehearsal", sys.stderr)
+        steps = [step for step in steps if step.name == "environment"]
+    if arguments.seconds is None:
+        arguments.seconds = PART * len({step.part for step in steps}) * (SLOWER if rehearsed else 1)
+    kind = "gpu-rehearsal" if rehearsed else "gpu"
+    work, output = ROOT / "build" / f"{kind}-work" / version_of(device), arguments.output or ROOT / "build" / kind
     try:
-        return run_all(steps, arguments, work, output)
+        for name in ("logs", "results"):
+            (work / name).mkdir(parents=True, exist_ok=True)
+        with (work.parent / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return run_all(steps, arguments, work, output) or (2 if reason else 0)
+    except BlockingIOError:
+        say("gpu_run: another one is at work in this checkout", sys.stderr)
+    except OSError as error:
+        say(f"gpu_run: {error}", sys.stderr)
     except KeyboardInterrupt:
-        print(f"gpu_run: interrupted; what there is until then: {output}", file=sys.stderr)
+        say(f"gpu_run: interrupted; what there is until then: {output}", sys.stderr)
         return 130
+    return 2
 
 
 def run_all(steps: list[Step], arguments: argparse.Namespace, work: Path, output: Path) -> int:
     began, outcomes, reasons = time.monotonic(), passed_before(work), []
     for step in steps:
         if outcomes.get(step.name, {}).get("ended") == PASSED and not arguments.again:
-            print(f"{step.name:18} passed before, in this checkout; --again runs it once more", flush=True)
+            say(f"{step.name:18} passed before, with the same files; --again runs it once more")
             continue
         left = arguments.seconds - (time.monotonic() - began) - 2 * GRACE
         if left < 5:
@@ -338,6 +404,9 @@ def run_all(steps: list[Step], arguments: argparse.Namespace, work: Path, output
         log, start = work / "logs" / f"{file_of(step)}.log", time.monotonic()
         limit = min(step.seconds * (SLOWER if arguments.device == "cpu" else 1), left)
         ended = "stopped"
+        # So it stays if this process does not come to the end of the step.
+        outcomes[step.name] = {"ended": ended, "seconds": 0.0}
+        record(work, outcomes)
         try:
             ended = run(step, limit, words_for(step, arguments, work), environment_for(step, arguments.device), log)
         except OSError as error:
@@ -346,17 +415,19 @@ def run_all(steps: list[Step], arguments: argparse.Namespace, work: Path, output
             seconds = time.monotonic() - start
             outcomes[step.name] = {"ended": ended, "seconds": round(seconds, 1), "last": last_line(log)}
             reasons = save(output, work, outcomes)
-        print(f"{step.name:18} {ended:20} {seconds:6.1f} s  {outcomes[step.name]['last']}", flush=True)
+        say(f"{step.name:18} {ended:20} {seconds:6.1f} s  {outcomes[step.name]['last']}")
         if ended != PASSED:
-            print(f"{'':18} its output: {log}", flush=True)
+            say(f"{'':18} its output: {log}")
         for reason in reasons:
-            print(f"gpu_run: not saved: {reason}", file=sys.stderr, flush=True)
-    save(output, work, outcomes)
+            say(f"gpu_run: not saved: {reason}", sys.stderr)
+    reasons = save(output, work, outcomes)
     failed = [step.name for step in steps if outcomes[step.name]["ended"] != PASSED]
-    print(
-        f"{len(steps) - len(failed)} of {len(steps)} steps passed" + (f"; not: {', '.join(failed)}" if failed else "")
+    say(
+        f"{len(steps) - len(failed)} of {len(steps)} steps passed"
+        + (f"; not: {', '.join(failed)}" if failed else "")
+        + (f"; not saved: {'; '.join(reasons)}" if reasons else "")
     )
-    return 1 if failed else 0
+    return 1 if failed or reasons else 0
 
 
 if __name__ == "__main__":

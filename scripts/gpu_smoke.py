@@ -20,6 +20,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 # What a kernel leaves unwritten is NaN, and fails.
 os.environ.setdefault("CONVKERNELS_POISON", "1")
@@ -373,12 +374,21 @@ def run_group(cases, arguments):
 
 
 RUNNING = set()
+WRITING = Lock()  # the file of results
 
 
 def kill(process):
     """With what it has started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def read_what_is_left(process):
+    """Of a process that was ended, unless the kernel holds it back, which a GPU can bring about."""
+    try:
+        return process.communicate(timeout=10)[0]
+    except subprocess.TimeoutExpired as error:
+        return (error.output or b"").decode(errors="replace")
 
 
 def start_group(group, cases, arguments):
@@ -399,14 +409,19 @@ def start_group(group, cases, arguments):
         try:
             output, _ = process.communicate(timeout=arguments.timeout)
             ending = f"exit status {process.returncode}" if process.returncode else ""
+            if arguments.expect not in output:
+                ending = ending or f"has not said '{arguments.expect}'"
         except subprocess.TimeoutExpired:
             kill(process)
-            output, _ = process.communicate()
+            output = read_what_is_left(process)
             ending = f"stopped after {arguments.timeout:g} s"
         RUNNING.discard(process)
         print(output, end="", flush=True)
         lines = results.read_text().splitlines() if results.exists() else []
     said = [json.loads(line) for line in lines]
+    if arguments.json:
+        with WRITING, open(arguments.json, "a") as file:
+            file.writelines(f"{line}\n" for line in lines)
     if not ending and len(said) < len(cases):
         ending = "ended early"
     return {"group": group, "seconds": time.perf_counter() - start, "ending": ending, "cases": said}
@@ -414,6 +429,8 @@ def start_group(group, cases, arguments):
 
 def run_groups(groups, arguments):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    if arguments.json:
+        open(arguments.json, "w").close()
     pool = ThreadPoolExecutor(arguments.jobs)
     try:
         futures = [pool.submit(start_group, group, cases, arguments) for group, cases in groups.items()]
@@ -433,9 +450,6 @@ def run_groups(groups, arguments):
             f"{end['group']:22} {len(groups[end['group']]):5} {len(said):5} {failures:6} "
             f"{max(shares, default=float('nan')):11.2f} {end['seconds']:8.1f}  {end['ending'] or 'ok'}"
         )
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            file.writelines(json.dumps(case) + "\n" for end in ended for case in end["cases"])
     return failed
 
 
@@ -450,6 +464,7 @@ def main():
     parser.add_argument("--jobs", type=int, default=6, help="groups that run at a time (default: 6)")
     parser.add_argument("--timeout", type=float, default=60, help="seconds that a group may take (default: 60)")
     parser.add_argument("--under", default="", metavar="COMMAND", help="run each group's process under this command")
+    parser.add_argument("--expect", default="", metavar="TEXT", help="what each group's process has to print")
     arguments = parser.parse_args()
 
     groups = {}

@@ -73,6 +73,9 @@ def pytest_addoption(parser):
     )
     parser.addoption("--full", action="store_true", help="also the cases that tests marked thin(n) leave out")
     parser.addoption(
+        "--require", metavar="BACKEND", help="fail where this backend does not run, instead of skipping tests"
+    )
+    parser.addoption(
         "--second-device",
         action="store_true",
         help="with the kernels simulated: fail where tensors of the host meet those that a GPU would have",
@@ -85,6 +88,12 @@ def pytest_configure(config):
 
         config.pluginmanager.register(second_device)
         _SIMULATED.device = str(second_device.DEVICE)
+    if required := config.getoption("--require"):
+        reasons = {
+            op: convkernels.why_not(required, op=op, device=device_of(required)) for op in ("tap_conv", "attention")
+        }
+        if any(reasons.values()):
+            raise pytest.UsageError(f"--require {required}: {reasons}")
 
 
 @pytest.hookimpl(trylast=True)  # after -k and -m have made their choice

@@ -18,7 +18,7 @@ DEVICE = torch.device("cpu:0")
 MAKES = _device_constructors()
 # Calls that move numbers from one device to another, or tensors without a look at their numbers. grad gets from torch's
 # own checks what does not say where it is.
-MOVES = {"copy_", "set_", "swap_tensors", "_make_subclass", "grad"}
+MOVES = {"copy_", "set_", "__set__", "swap_tensors", "_make_subclass", "_has_compatible_shallow_copy_type", "grad"}
 TRACED = "what is traced or compiled is not seen"
 AGAIN = "tensors that autograd computes again, or that were pickled, do not say where they are"
 BATCHED = "what torch's own checks compute inside of vmap to compare with does not say where it is"
@@ -86,6 +86,8 @@ class SecondDevice(TorchFunctionMode):
         host = [t for t in tensors if self.device_of(t) == torch.device("cpu")]
         if name in ("numpy", "__array__") and here:
             self.refuse(f"{name} of a tensor on the device")
+        if here and kwargs.get("generator") is not None:
+            self.refuse(f"{name} with a generator of the host")
         if isinstance(func, torch._ops.OpOverload) and func.namespace == "convkernels" and "cuda" in func._overloadname:
             if host:
                 self.refuse(f"{func} got tensors of the host: {[tuple(t.shape) for t in host]}")

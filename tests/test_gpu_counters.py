@@ -109,3 +109,13 @@ def test_counters_that_are_not_allowed(tmp_path):
     profiler = gpu_counters.Profiler(ncu, tmp_path, "cuda", timeout=30.0)
     profiler.measure(["one", "two"])
     assert profiler.forbidden and gpu_counters.FORBIDDEN in profiler.results["two"]["error"]
+
+
+def test_a_page_without_counters_is_an_error(tmp_path):
+    empty = "\n".join(
+        [line(COLUMNS), *(line([n, name, *["n/a"] * (len(COLUMNS) - 2)]) for n, name in enumerate((SLEEP, STREAM)))]
+    )
+    ncu = fake_ncu(tmp_path, f"open(log, 'w').write({empty!r})\nprint('launched one')\n")
+    profiler = gpu_counters.Profiler(ncu, tmp_path, "cuda", timeout=30.0)
+    profiler.measure(["one"])
+    assert profiler.results["one"]["error"] == "launched one"

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+import convkernels
+
 ROOT = Path(__file__).resolve().parents[1]
 if not (ROOT / "scripts" / "gpu_run.py").exists():
     pytest.skip("a copy of the tests without the scripts", allow_module_level=True)
@@ -28,9 +30,15 @@ def gpu_run(tmp_path, monkeypatch):
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(module, "GRACE", 0.2)
-    monkeypatch.setattr(module, "sees_a_gpu", lambda: True)
+    monkeypatch.setattr(module, "look_for_a_gpu", lambda: ("a GPU", ""))
     monkeypatch.setattr(module, "adopt_orphans", lambda: None)  # those of this process are others' too
     return module
+
+
+def work_of(folder, *names):
+    """A file of the only run in it."""
+    (found,) = (folder / "build" / "gpu-work").glob("/".join(["*", *names]))
+    return found
 
 
 def execute(module, monkeypatch, steps, *arguments):
@@ -83,11 +91,11 @@ def test_steps_are_asked_to_end_in_the_background_too(gpu_run, monkeypatch, tmp_
 
 
 def test_without_a_gpu_nothing_but_the_environment_is_looked_at(gpu_run, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(gpu_run, "sees_a_gpu", lambda: False)
+    monkeypatch.setattr(gpu_run, "look_for_a_gpu", lambda: ("", "the driver is too old"))
     steps = [gpu_run.Step("environment", 1, 20, "touch {result}"), gpu_run.Step("other", 1, 20, "touch {result}")]
     assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "out") == 2
-    assert "no GPU" in capsys.readouterr().err and not (tmp_path / "out").exists()
-    assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "out", "--only", "environment") == 0
+    assert "no GPU that works: the driver is too old" in capsys.readouterr().err
+    assert set(json.loads((tmp_path / "out" / "steps.json").read_text())) == {"environment"}
     assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "out", "--device", "cpu") == 0
 
 
@@ -96,7 +104,20 @@ def test_what_has_passed_is_not_run_again(gpu_run, monkeypatch, tmp_path):
     assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "out", "--device", "cpu") == 1  # elsewhere
     for arguments, expected in ((), 1), ((), 1), (("--again",), 2):
         assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "out", *arguments) == 1
-        assert len((tmp_path / "build" / "gpu-work" / "results" / "count").read_text().split()) == expected
+        assert len(work_of(tmp_path, "results", "count").read_text().split()) == expected
+
+
+def test_what_others_gave_is_not_taken_over(gpu_run, monkeypatch, tmp_path):
+    """Where a file has changed since, or the GPU is another: no step has passed, and no result is there."""
+    (tmp_path / "scripts").mkdir()
+    steps = [gpu_run.Step("counts", 1, 20, "echo x >> {results}/count")]
+    for text, gpu in (("1", "one"), ("2", "one"), ("2", "other"), ("2", "other")):
+        (tmp_path / "scripts" / "a.py").write_text(text)
+        monkeypatch.setattr(gpu_run, "look_for_a_gpu", lambda gpu=gpu: (gpu, ""))
+        assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "out") == 0
+        with tarfile.open(tmp_path / "out" / "results.tar.gz") as results:
+            assert results.extractfile("results/count").read() == b"x\n"
+    assert len(list((tmp_path / "build" / "gpu-work").glob("*/steps.json"))) == 3
 
 
 def test_a_step_that_does_not_exist(gpu_run, monkeypatch, capsys):
@@ -108,9 +129,9 @@ def test_a_step_that_does_not_exist(gpu_run, monkeypatch, capsys):
 def test_an_output_folder_that_cannot_be_written_to_stops_nothing(gpu_run, monkeypatch, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     steps = [gpu_run.Step("one", 1, 20, "touch {result}"), gpu_run.Step("two", 1, 20, "touch {result}")]
-    assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "file") == 0
+    assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "file") == 1
     printed = capsys.readouterr()
-    assert "not saved" in printed.err and "2 of 2 steps passed" in printed.out
+    assert "not saved" in printed.err and "2 of 2 steps passed; not saved: " in printed.out
 
 
 def test_steps_for_which_no_time_is_left_are_named(gpu_run, monkeypatch, tmp_path):
@@ -128,12 +149,48 @@ def test_a_step_that_fails_leaves_no_result_of_a_time_before(gpu_run, monkeypatc
 
 
 def test_a_record_that_was_cut_off_stops_nothing(gpu_run, monkeypatch, tmp_path):
-    work = tmp_path / "build" / "gpu-work"
-    work.mkdir(parents=True)
-    (work / "steps.json").write_text('{"one": {"end')
     steps = [gpu_run.Step("one", 1, 20, "touch {result}")]
+    for cut_off in (None, '{"one": {"end', "[1]"):
+        if cut_off:
+            work_of(tmp_path, "steps.json").write_text(cut_off)
+        assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "out") == 0
+        assert json.loads(work_of(tmp_path, "steps.json").read_text())["one"]["ended"] == "passed"
+
+
+def test_a_step_that_is_at_work_has_not_passed(gpu_run, monkeypatch, tmp_path):
+    """Whatever ends all processes then."""
+    steps = [gpu_run.Step("one", 1, 20, "cp {results}/../steps.json {result}")]
+    for _ in range(2):
+        assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "out", "--again") == 0
+        assert json.loads(work_of(tmp_path, "results", "one").read_text())["one"]["ended"] == "stopped"
+
+
+def test_two_at_once(gpu_run, monkeypatch, tmp_path, capsys):
+    inner = [gpu_run.Step("inner", 1, 20, "touch {result}")]
+
+    def run_meanwhile(*arguments):
+        assert execute(gpu_run, monkeypatch, inner, "--output", tmp_path / "other") == 2
+        return gpu_run.PASSED
+
+    monkeypatch.setattr(gpu_run, "run", run_meanwhile)
+    assert execute(gpu_run, monkeypatch, [gpu_run.Step("outer", 1, 20, "")], "--output", tmp_path / "out") == 0
+    assert "another one is at work" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+def test_a_folder_with_spaces(gpu_run, monkeypatch, tmp_path):
+    (tmp_path / "with a space").mkdir()
+    monkeypatch.setattr(gpu_run, "ROOT", tmp_path / "with a space")
+    steps = [gpu_run.Step("one", 1, 20, "{python} -c pass && touch {result}.txt {results}/two")]
     assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "out") == 0
-    assert json.loads((work / "steps.json").read_text())["one"]["ended"] == "passed"
+    with tarfile.open(tmp_path / "out" / "results.tar.gz") as results:
+        assert sorted(results.getnames()) == ["results/one.txt", "results/two"]
+
+
+def test_a_part_fits_its_command(gpu_run, monkeypatch, tmp_path):
+    steps = [gpu_run.Step(f"part {n}", n, 1000, "sleep 9") for n in (1, 2)]
+    monkeypatch.setattr(gpu_run, "PART", 6.0)
+    assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "out", "--part", 1) == 1
+    assert json.loads((tmp_path / "out" / "steps.json").read_text())["part 1"]["ended"] == "longer than 6 s"
 
 
 FAULTS = """
@@ -170,7 +227,7 @@ def test_a_test_that_goes_wrong_costs_only_itself(gpu_run, monkeypatch, tmp_path
     ]
     assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "out") == 1
     outcomes = json.loads((tmp_path / "out" / "steps.json").read_text())
-    log = (tmp_path / "build" / "gpu-work" / "logs" / "faults.log").read_text()
+    log = work_of(tmp_path, "logs", "faults.log").read_text()
     assert (outcomes["faults"]["ended"], outcomes["next"]["ended"]) == ("status 1", "passed"), log
     # One of them has passed before its error is seen.
     assert outcomes["faults"]["last"].startswith("4 failed, 9 passed"), log
@@ -199,7 +256,7 @@ def test_a_full_output_folder_keeps_what_it_has(gpu_run, monkeypatch, tmp_path, 
 
     monkeypatch.setattr(gpu_run, "pack", pack_without_space)
     steps += [gpu_run.Step("large", 1, 20, noise), gpu_run.Step("next", 1, 20, "touch {result}")]
-    assert execute(gpu_run, monkeypatch, steps, "--output", out) == 0
+    assert execute(gpu_run, monkeypatch, steps, "--output", out) == 1
     assert "not saved" in capsys.readouterr().err
     assert {file.name for file in out.iterdir()} == {"steps.json", "results.tar.gz", "logs.tar.gz"}
     assert (out / "results.tar.gz").read_bytes() == before
@@ -232,16 +289,16 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import gpu_run
-gpu_run.ROOT, gpu_run.GRACE, gpu_run.sees_a_gpu = Path.cwd(), 0.5, lambda: True
+gpu_run.ROOT, gpu_run.GRACE, gpu_run.look_for_a_gpu = Path.cwd(), 0.5, lambda: ("a GPU", "")
 gpu_run.STEPS = (gpu_run.Step("leaves", 1, 20, sys.argv[2]), gpu_run.Step("next", 1, 20, "touch {result}"))
 sys.argv[1:] = []
 sys.exit(gpu_run.main())
 """
 
 
-def start(command, folder):
+def start(command, folder, **options):
     program = [sys.executable, "-c", MAIN, str(ROOT / "scripts"), command]
-    return subprocess.Popen(program, cwd=folder, env={**os.environ, "OUT": str(folder / "out")})
+    return subprocess.Popen(program, cwd=folder, env={**os.environ, "OUT": str(folder / "out")}, **options)
 
 
 def is_running(pid):
@@ -258,13 +315,36 @@ def test_nothing_that_a_step_started_is_left(tmp_path):
     assert not is_running((tmp_path / "pid").read_text().strip())
 
 
-def test_who_ends_the_run_gets_what_there_is(tmp_path):
-    process = start("echo begun; touch started; sleep 60", tmp_path)
+@pytest.mark.parametrize("request_", [signal.SIGTERM, signal.SIGHUP])
+def test_who_ends_the_run_gets_what_there_is(tmp_path, request_):
+    process = start("trap '' INT; echo begun; touch started; sleep 60 & wait", tmp_path)
     deadline = time.monotonic() + 30
     while not (tmp_path / "started").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    for _ in range(2):  # also where the request is repeated
+        process.send_signal(request_)
+        time.sleep(0.2)
     assert process.wait(30) == 130
     assert json.loads((tmp_path / "out" / "steps.json").read_text())["leaves"]["ended"] == "stopped"
     with tarfile.open(tmp_path / "out" / "logs.tar.gz") as logs:
         assert logs.extractfile("logs/leaves.log").read() == b"begun\n"
+
+
+def test_nobody_listens_any_more(tmp_path):
+    process = start("touch {result}", tmp_path, stdout=subprocess.PIPE)
+    process.stdout.close()
+    assert process.wait(30) == 0
+    assert json.loads((tmp_path / "out" / "steps.json").read_text())["next"]["ended"] == "passed"
+
+
+@pytest.mark.parametrize(("backend", "status"), [("cpu", 0), ("cuda", 4)])
+def test_skipped_tests_of_a_backend_that_must_run_are_no_success(backend, status, tmp_path):
+    if convkernels.why_not("cpu") or not convkernels.why_not("cuda", device="cuda"):
+        pytest.skip("without cpu, or with cuda")
+    (tmp_path / "test_it.py").write_text("def test_it(backend):\n    pass\n")
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", backend, "--require", backend, "."]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CONVKERNELS_SIMT": "0"}
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == status, ran.stdout + ran.stderr
+    assert ("--require cuda: " in ran.stderr) == (status != 0)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -48,5 +49,25 @@ def test_a_process_that_ends_badly_or_is_too_slow_fails(monkeypatch, capfd):
     assert run(monkeypatch, *reduce) == 0
     assert run(monkeypatch, *reduce, "--timeout", "0.5", "--under", "sh -c 'sleep 60; true'") == 1
     assert run(monkeypatch, *reduce, "--under", "false") == 1
+    assert run(monkeypatch, *reduce, "--expect", "0 errors", "--under", "env") == 1
+    assert run(monkeypatch, *reduce, "--expect", "0 errors", "--under", "sh -c '\"$@\"; echo 0 errors' sh") == 0
     said = capfd.readouterr().out
-    assert "stopped after 0.5 s" in said and "exit status 1" in said
+    assert "stopped after 0.5 s" in said and "exit status 1" in said and "has not said '0 errors'" in said
+
+
+def test_what_has_been_found_is_there_when_the_rest_is_stopped(monkeypatch, tmp_path):
+    """A group writes its results as soon as it has ended."""
+    results, started = tmp_path / "results", gpu_smoke.start_group
+
+    def stop(group, *others):
+        deadline = time.monotonic() + 60
+        while group == "reduce-float32" and time.monotonic() < deadline:
+            if results.read_text():
+                raise KeyboardInterrupt
+            time.sleep(0.05)
+        return started(group, *others)
+
+    monkeypatch.setattr(gpu_smoke, "start_group", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, "--only", "reduce", "--device", "cpu", "--backend", "cpu", "--json", str(results))
+    assert json.loads(results.read_text())["group"] == "reduce-bfloat16"

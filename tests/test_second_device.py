@@ -25,6 +25,7 @@ def second():
         lambda x: torch.func.vmap(torch.add)(x, HOST),
         lambda x: x.numpy(),
         lambda x: torch.rand(2, generator=torch.Generator().manual_seed(1)),
+        lambda x: x.uniform_(generator=torch.Generator().manual_seed(1)),
         lambda x: HOST[x.long()],
         lambda x: torch.testing.assert_close(x, HOST),
     ],
@@ -46,6 +47,9 @@ def test_allows(second):
     leaf = x.clone().requires_grad_()
     leaf.square().sum().backward()
     assert leaf.grad.device == torch.func.grad(lambda t: t.sum())(x).device == DEVICE
+    with torch.device("cpu"):
+        layer = torch.nn.Linear(3, 2)
+    assert layer.to(DEVICE).weight.device == layer(x).device == DEVICE
     assert not second.refused
 
 
