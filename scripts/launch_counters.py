@@ -336,7 +336,7 @@ def main() -> int:
         return 0
     found = violations(now, budget)
     for line in found:
-        print(f"not in the budget: {line}")
+        print(f"outside the budget: {line}")
     if better := improvements(now, budget):
         print(f"{better} counts are below the budget; --update lowers it")
     return 1 if found else 0
