@@ -149,17 +149,21 @@ def _show_kernels(name: str, rules, results: list, arguments: argparse.Namespace
         kinds = list(loops[0][1].classes)
         rows = [
             (loop.variant, loop.kernel, loop.case, f"sm_{r.architecture}", f"{loop.instructions:.1f} / {loop.per}",
-             *(f"{loop.classes[kind]:.1f}" for kind in kinds))
+             str(loop.body), *(f"{loop.classes[kind]:.1f}" for kind in kinds))
             for r, loop in loops
         ]  # fmt: skip
-        table(f"instructions of main loops, {name}", ("variant", "kernel", "case", "for", "all", *kinds), rows)
+        table(f"instructions of main loops, {name}", ("variant", "kernel", "case", "for", "all", "body", *kinds), rows)
     if arguments.json:
         write(arguments.json, rules.to_json(results))
         say(f"wrote {arguments.json}")
     if arguments.update_budget:
-        rules.budget.write_text(rules.to_budget(results))
-        say(f"wrote {rules.budget}")
-    violations = rules.violations(results)
+        up = rules.update(results)
+        say(f"wrote {rules.budget}: {'these go up' if up else 'nothing goes up'}")
+        for line in up:
+            say(line)
+    if (why := rules.not_compared()) is not None:
+        print(f"convkernels check --kernels: {name}: {why}", file=sys.stderr)
+    violations = rules.violations(results, everything=not arguments.only)
     for violation in violations:
         say(violation)
     return 1 if violations else 0

@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+from convkernels import cli
 from convkernels.backends import cuda_ahead, machine_code
 
 
@@ -141,7 +142,7 @@ def test_cuda_budget():
     results = cuda_ahead.measure_all(("90",))
     assert {"plain_forward", "plain_weight", "reduce_weight", "step"} <= {result.kernel for result in results}
     assert {"bf16", "f16", "float", "double"} <= {result.variant for result in results}
-    assert not cuda_ahead.rules().violations(results)
+    assert not cuda_ahead.rules().violations(results, everything=True)
     described = {(loop.kernel, loop.variant, loop.case) for loop in cuda_ahead.MAIN_LOOPS}
     assert described == {(loop.kernel, loop.variant, loop.case) for result in results for loop in result.loops}
 
@@ -187,18 +188,64 @@ def test_what_breaks_a_rule_is_found(tmp_path):
     assert budgeted.violations([dataclasses.replace(good, spills=8)]) == []
     (text,) = budgeted.violations([dataclasses.replace(good, spills=12)])
     assert "spills 12, the budget has 8" in text
-    loop = machine_code.LoopCost("stream", "bf16", "7 taps", "output", 24.0, {"alu": 24.0})
+    loop = machine_code.LoopCost("stream", "bf16", "7 taps", "output", 24.0, {"alu": 24.0}, body=1000)
     budget.write_text(rules.to_budget([dataclasses.replace(good, loops=(loop,))]))
-    more = dataclasses.replace(loop, instructions=24.2)
+    more = dataclasses.replace(loop, instructions=24.2, body=1030)
     assert rules.violations([dataclasses.replace(good, loops=(more,))]) == []
     more = dataclasses.replace(loop, instructions=24.3)
     assert "7 taps: 24.30 instructions per output, the budget has 24.0" in found(good, loops=(more,))
+    more = dataclasses.replace(loop, body=1031)
+    assert "7 taps: 1031 instructions in the loop's body, the budget has 1000" in found(good, loops=(more,))
     other = dataclasses.replace(loop, case="3 taps")
     assert "3 taps: instructions are not in the budget" in found(good, loops=(other,))
     assert "7 taps: unreadable" in found(good, loops=(dataclasses.replace(loop, fault="unreadable"),))
+    described = dataclasses.replace(rules, described=frozenset({("stream", "bf16"), ("stream", "f16")}))
+    assert described.violations([good]) == []
+    (text,) = described.violations([good], everything=True)
+    assert text == "f16 / stream: its main loop is described, but no kernel is this one"
     # The figures of another compiler are not comparable.
+    assert rules.not_compared() is None
     other = dataclasses.replace(rules, version="13.1")
     assert other.violations([dataclasses.replace(good, registers=65, spills=8)]) == []
+    assert "budget.json is of nvcc 13.0, these kernels of nvcc 13.1;" in other.not_compared()
+
+
+def test_a_new_budget_says_what_it_raises(tmp_path):
+    budget = tmp_path / "budget.json"
+    rules = machine_code.Rules(budget, "nvcc", "13.0")
+    loop = machine_code.LoopCost("stream", "bf16", "7 taps", "output", 24.0, {}, body=1000)
+    good = machine_code.Resources("bf16", "stream", "90", 64, 0, 512, 1, 0, 1, 0, 0, loops=(loop,))
+    budget.write_text(rules.to_budget([good]))
+    assert rules.update([dataclasses.replace(good, registers=63)]) == []
+    more = dataclasses.replace(loop, instructions=24.5, body=999)
+    assert rules.update([dataclasses.replace(good, loops=(more,)), dataclasses.replace(good, variant="f16")]) == [
+        "bf16 / stream / sm_90, registers: from 63 to 64",
+        "bf16 / stream / sm_90, instructions, 7 taps: from 24.0 to 24.5",
+        "f16 / stream / sm_90: new",
+    ]
+    assert rules.limits()["bf16 / stream / sm_90"]["bodies"] == {"7 taps": 999}
+
+
+def test_check_says_what_it_does_not_compare_and_what_it_raises(tmp_path, monkeypatch, capsys):
+    rules = machine_code.Rules(tmp_path / "budget.json", "nvcc", "13.0", described=frozenset({("stream", "f16")}))
+    good = machine_code.Resources("bf16", "stream", "90", 64, 0, 512, 1, 0, 1, 0, 0)
+    rules.budget.write_text(rules.to_budget([dataclasses.replace(good, registers=60)]))
+    unknown = dataclasses.replace(rules, version="unknown", described=frozenset())
+    outcome = [unknown, [good]]
+    monkeypatch.setitem(cli.KERNELS, "cuda", lambda arguments: tuple(outcome))
+    command = ["check", "--kernels", "--backend", "cuda"]
+    assert cli.main(command) == 0
+    assert "is of nvcc 13.0, these kernels of nvcc unknown" in capsys.readouterr().err
+    outcome[0] = rules
+    assert cli.main(command) == 1
+    said = capsys.readouterr()
+    assert "f16 / stream: its main loop is described" in said.out and "registers 64" in said.out and not said.err
+    assert cli.main([*command, "--only", "bf16"]) == 1
+    assert "is described" not in capsys.readouterr().out
+    outcome[0] = dataclasses.replace(rules, described=frozenset())
+    for expected in ("these go up\nbf16 / stream / sm_90, registers: from 60 to 64", "nothing goes up"):
+        assert cli.main([*command, "--update-budget"]) == 0
+        assert expected in capsys.readouterr().out
 
 
 def test_machine_code_is_counted():
@@ -211,6 +258,16 @@ def test_machine_code_is_counted():
     }  # fmt: skip
     usage = "REG:52 STACK:8 SHARED:2048 LOCAL:16 CONSTANT[0]:816"
     assert machine_code.read_usage(usage) == {"registers": 52, "spills": 24, "shared": 2048}
+
+
+def test_names_of_kernels_are_short():
+    for demangled, expected in (
+        ("void ck::cuda::f<ck::bf16, (ck::Kind)1, 3>(ck::Call<ck::bf16>)", ("f", "bf16, 1, 3")),
+        ("void f<__half, (int)3, (bool)1>(A<__half>, int (*)(int))", ("f", "__half, 3, 1")),
+        ("ck::f(int)", ("f", "")),
+        ("ck::value", None),
+    ):
+        assert machine_code.short_name(demangled) == expected
 
 
 def test_ptx_among_the_machine_code_is_passed_over():

@@ -154,6 +154,16 @@ def test_nested_conditions_are_met(length, executed):
     assert flow(other).cheapest_pass(Work({"LDGSTS": 1})).instructions == 4
 
 
+def test_the_body_has_what_a_pass_leaves_out():
+    """Branches that are not taken, and inner loops once; not what surrounds the loop, nor subroutines."""
+    found = flow(NESTED)
+    for work, length in ((Work({"LDGSTS": 1, "FFMA": 4, "LDG": 0}), 17), (Work({"FFMA": 4}), 6)):
+        assert found.body_length(found.cheapest_pass(work)) == length
+    long = flow(NESTED.replace(f"3 {ADD}", f"2000 {ADD}"))
+    one = long.cheapest_pass(Work({"LDGSTS": 1, "FFMA": 4, "LDG": 0}))
+    assert (one.instructions, long.body_length(one)) == (12, 17 + 1997)
+
+
 def test_passes_of_inner_loops_are_counted():
     found, inner = flow(NESTED), Work({"FFMA": 4})
     work = {"LDGSTS": 1, "FFMA": 0, "STG.E.128": 1, "LDG": 0}

@@ -22,7 +22,7 @@ sys.modules["launch_counters"] = launch_counters
 spec.loader.exec_module(launch_counters)
 
 needs_library = pytest.mark.skipif(library.missing("counted") is not None, reason="needs make counted-build")
-NAMES = ("blocks", "bytes_read", "bytes_written", "barriers", "shuffles", "matrix_products",
+NAMES = ("blocks", "bytes_read", "bytes_written", "barriers", "warp_barriers", "shuffles", "votes", "matrix_products",
          *(f"{access}_{what}" for access in cuda_counters.GLOBAL for what in ("requests", "sectors")),
          *(f"{access}_{what}" for access in cuda_counters.SHARED for what in ("wavefronts", "conflicts")))  # fmt: skip
 
@@ -45,6 +45,37 @@ def test_more_than_the_budget_is_named_and_less_is_not():
         "a k: bytes 1000, budget 980"
     ]
     assert launch_counters.improvements(now, {"a": {"k": {"bytes": 1001, "conflicts": 1}}}) == 1
+
+
+def test_a_kernel_that_is_no_longer_launched_is_named():
+    budget = {"a": {"k": {"bytes": 1}, "old": {"bytes": 1}}, "not measured": {"k": {"bytes": 1}}}
+    now = {"a": {"k": {"bytes": 1}}}
+    assert launch_counters.violations(now, budget) == ["a old: no longer launched, --update takes it out"]
+
+
+def test_copies_that_become_loads_and_stores_are_more():
+    def held(**figures):
+        return launch_counters.held({"a": {"k": launch(**figures)}})
+
+    copied = held(copy_read_requests=4, copy_write_wavefronts=16, votes=1)
+    loaded = held(load_requests=4, shared_store_wavefronts=16, warp_barriers=1)
+    assert launch_counters.violations(loaded, copied) == [
+        f"a k: {name}, budget 0" for name in ("load requests 4", "shared store wavefronts 16", "warp barriers 1")
+    ]
+
+
+@pytest.mark.parametrize("before", [8, 10, 12])
+def test_a_new_budget_says_what_it_raises(before, tmp_path, monkeypatch, capsys):
+    (name, case), *_ = launch_counters.CASES.items()
+    monkeypatch.setattr(launch_counters, "CASES", {name: case})
+    monkeypatch.setattr(launch_counters, "measure", lambda case: {"k": launch(blocks=1, votes=10)})
+    budget = tmp_path / "budget.json"
+    budget.write_text(json.dumps(launch_counters.held({name: {"k": launch(votes=before)}})))
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--update", "--budget", str(budget)])
+    assert launch_counters.main() == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == (f"{name}, k, votes: from 8 to 10" if before == 8 else "nothing goes up")
+    assert json.loads(budget.read_text())[name]["k"]["votes"] == 10
 
 
 def test_the_budget_is_of_the_cases():
@@ -134,11 +165,26 @@ def test_counts_are_those_of_the_budget_in_any_order(name, tmp_path):
     assert (tmp_path / "1").read_text() == (tmp_path / "2").read_text()
 
 
+@pytest.mark.parametrize("left_out", ["CONVKERNELS_SIMT", "CONVKERNELS_SIMT_COUNTED"])
+def test_nothing_is_counted_in_another_library(left_out, monkeypatch):
+    for name in ("CONVKERNELS_SIMT", "CONVKERNELS_SIMT_COUNTED"):
+        monkeypatch.setenv(name, "0" if name == left_out else "1")
+    with pytest.raises(RuntimeError, match=f"expected the environment variable {left_out}=1"):
+        with cuda_counters.counted():
+            pass
+
+
 @needs_library
 def test_calls_are_counted():
     program = """
 import torch, convkernels as ck
 from convkernels.backends.cuda_counters import counted, source_lines
+with counted() as none:
+    try:
+        with counted():
+            pass
+    except RuntimeError as error:
+        print(error)
 x, weight = torch.ones(2, 64, 128, dtype=torch.bfloat16), torch.ones(2, 3, dtype=torch.bfloat16)
 with counted() as launches:
     ck.lightweight_conv1d(x, weight, backend="cuda")
@@ -149,4 +195,8 @@ print([line.split(":")[0] for line in source_lines(stores).values()])
 """
     environment = os.environ | {"CONVKERNELS_SIMT": "1", "CONVKERNELS_SIMT_COUNTED": "1"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.stdout.splitlines() == [str([("stream_forward", 2 * 64 * 128 * 2)]), str(["quads.cuh"])], done.stderr
+    assert done.stdout.splitlines() == [
+        "counted(): expected one at a time, got one within another",
+        str([("stream_forward", 2 * 64 * 128 * 2)]),
+        str(["quads.cuh"]),
+    ], done.stderr

@@ -228,6 +228,10 @@ class ControlFlow:
                             waiting += self.before[one]
         return found
 
+    def body_length(self, one: Pass) -> int:
+        """Instructions of all blocks of the loop that a pass is of, executed or not, without those of subroutines."""
+        return sum(len(self.blocks[block].instructions) for block in self.loops[one.path[0]])
+
     def _subroutine(self, entry: int) -> Counter:
         """The shortest way through a subroutine."""
         waiting, seen = [(0, entry, Counter())], set()

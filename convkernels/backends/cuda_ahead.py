@@ -36,7 +36,9 @@ def missing() -> str | None:
 
 def rules() -> machine_code.Rules:
     budget = Path(__file__).parent / "cuda_budget.json"
-    return machine_code.Rules(budget, "nvcc", compiler_version(), STREAMING, BANDED, spilling=SPILLING)
+    described = frozenset((loop.kernel, loop.variant) for loop in MAIN_LOOPS)
+    version = compiler_version()
+    return machine_code.Rules(budget, "nvcc", version, STREAMING, BANDED, spilling=SPILLING, described=described)
 
 
 def _kernels(text: str, marker: str) -> dict[tuple[str, str], str]:
@@ -54,11 +56,7 @@ def _short_names(mangled: set[str]) -> dict[str, tuple[str, str]]:
     """(kernel, template arguments) by mangled name, both without namespaces."""
     names = "\n".join(mangled)
     plain = subprocess.run(["c++filt"], input=names, capture_output=True, text=True, check=True).stdout.splitlines()
-    found = {}
-    for name, demangled in zip(mangled, plain, strict=True):
-        kernel, arguments = re.fullmatch(r"(?:void )?([\w:]+)(?:<(.*)>)?\(.*\)", demangled).groups()
-        found[name] = kernel.split("::")[-1], re.sub(r"\b(?:\w+::)+|\(\w+\)(?=\d)", "", arguments or "")
-    return found
+    return dict(zip(mangled, map(machine_code.short_name, plain), strict=True))
 
 
 def _main_loops(kernel: str, variant: str, code: str) -> tuple[machine_code.LoopCost, ...]:
@@ -70,11 +68,13 @@ def _main_loops(kernel: str, variant: str, code: str) -> tuple[machine_code.Loop
     for loop in loops:
         try:
             flow = flow or control_flow.ControlFlow(code)
-            classes, fault = flow.cheapest_pass(loop.work).classes, ""
+            one = flow.cheapest_pass(loop.work)
+            classes, body, fault = one.classes, flow.body_length(one), ""
         except control_flow.Unreadable as error:
-            classes, fault = {}, f"{error}: cuda_loops.py no longer describes this kernel"
+            classes, body, fault = {}, 0, f"{error}: cuda_loops.py no longer describes this kernel"
         shares = {name: classes.get(name, 0) / loop.makes for name in control_flow.COUNTED}
-        costs.append(machine_code.LoopCost(kernel, variant, loop.case, loop.per, sum(shares.values()), shares, fault))
+        total = sum(shares.values())
+        costs.append(machine_code.LoopCost(kernel, variant, loop.case, loop.per, total, shares, fault, body))
     return tuple(costs)
 
 

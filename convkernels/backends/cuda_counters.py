@@ -16,15 +16,18 @@ import ctypes
 import json
 import re
 import subprocess
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
-from . import library
+from . import library, machine_code
+from .switches import switch
 
 LIBRARY = library.path_of("counted")
 SECTOR = 32
+_counting = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -67,23 +70,32 @@ SHARED = ("shared_load", "shared_store", "copy_write", "matrix_load")
 def _names() -> dict[int, tuple[str, str]]:
     """(kernel, template arguments) of the functions of the library, by their place in it."""
     listed = subprocess.run(["nm", "-C", str(LIBRARY)], capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"^(\w+) \w (?:void )?(?:\w+::)*(\w+)(?:<(.*?)>)?\(", listed, re.MULTILINE)
-    return {int(place, 16): (kernel, re.sub(r"\b(?:\w+::)+", "", variant)) for place, kernel, variant in found}
+    found = re.findall(r"^(\w+) \w (.*)$", listed, re.MULTILINE)
+    names = {int(place, 16): machine_code.short_name(demangled) for place, demangled in found}
+    return {place: name for place, name in names.items() if name}
 
 
 @contextmanager
 def counted() -> Iterator[list[Launch]]:
-    """A list of the launches within, which is filled at the end."""
+    """A list of the launches within, those of all threads, which is filled at the end. RuntimeError where kernels do
+    not run in the counted library, and within another one."""
+    for name in ("CONVKERNELS_SIMT", "CONVKERNELS_SIMT_COUNTED"):
+        if not switch(name):
+            raise RuntimeError(f"counted(): expected the environment variable {name}=1 from the program's start on")
     if (reason := library.missing("counted")) is not None:
         raise RuntimeError(reason)
     native = ctypes.CDLL(str(LIBRARY))
     native.ck_stop_counting.restype = ctypes.c_char_p
     launches: list[Launch] = []
+    if not _counting.acquire(blocking=False):
+        raise RuntimeError("counted(): expected one at a time, got one within another")
     native.ck_start_counting()
     try:
         yield launches
     finally:
-        for figures in json.loads(native.ck_stop_counting()):
+        found = json.loads(native.ck_stop_counting())
+        _counting.release()
+        for figures in found:
             instructions = figures.pop("instructions")
             launches.append(Launch(*_names()[figures.pop("kernel")], figures, instructions))
 

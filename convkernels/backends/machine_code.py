@@ -13,7 +13,7 @@ from pathlib import Path
 @dataclass(frozen=True)
 class LoopCost:
     """Instructions of a thread in a main loop, all and by class, per output of the thread or per tile of its warp; 0
-    where `fault` says why they could not be counted."""
+    where `fault` says why they could not be counted. body: those of the whole loop, needed or not."""
 
     kernel: str
     variant: str
@@ -22,6 +22,7 @@ class LoopCost:
     instructions: float
     classes: dict[str, float]
     fault: str = ""
+    body: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,11 @@ class Resources:
     def key(self) -> str:
         return f"{self.variant} / {self.kernel} / sm_{self.architecture}"
 
-    def counts(self) -> dict[str, float]:
-        """Instructions of the main loops that could be counted, as a budget has them."""
-        return {loop.case: round(loop.instructions, 2) for loop in self.loops if not loop.fault}
+    def counts(self) -> dict[str, dict[str, float]]:
+        """Instructions of the main loops that could be counted, of a pass and of the body, as a budget has them."""
+        loops = [loop for loop in self.loops if not loop.fault]
+        passes = {loop.case: round(loop.instructions, 2) for loop in loops}
+        return {"instructions": passes, "bodies": {loop.case: loop.body for loop in loops}} if loops else {}
 
 
 def tools() -> Path | None:
@@ -70,6 +73,12 @@ def run_tool(name: str, *arguments: str | Path) -> str:
     path = os.pathsep.join([str(folder), os.environ.get("PATH", "")])
     command, environment = [folder / name, *arguments], {**os.environ, "PATH": path}
     return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
+
+def short_name(demangled: str) -> tuple[str, str] | None:
+    """(function, template arguments), both without namespaces and types of numbers; None for what is no function."""
+    found = re.match(r"(?:void )?(?:\w+::)*(\w+)(?:<(.*?)>)?\(", demangled)
+    return found and (found[1], re.sub(r"\b(?:\w+::)+|\([\w:]+\)(?=\d)", "", found[2] or ""))
 
 
 def read_usage(usage: str) -> dict[str, int]:
@@ -97,19 +106,39 @@ def read_code(code: str) -> dict[str, int]:
 
 # Instructions of a main loop may grow by this much: the compiler orders them anew after any change.
 GROWTH = 1.01
+# Their bodies by more: what a pass leaves out, edges and masks, is often there twice or merged, as branches fall.
+BODY_GROWTH = 1.03
 
 
-def _grown(loops: tuple[LoopCost, ...], limits: dict[str, float]) -> list[str]:
+def _grown(loops: tuple[LoopCost, ...], limits: dict[str, dict]) -> list[str]:
     """Loops that have more instructions than these limits, or none to compare."""
     found = []
     for loop in loops:
-        allowed = limits.get(loop.case)
+        allowed, body = (limits.get(name, {}).get(loop.case) for name in ("instructions", "bodies"))
         if loop.fault:
             found.append(f"{loop.case}: {loop.fault}")
-        elif allowed is None:
+        elif allowed is None or body is None:
             found.append(f"{loop.case}: instructions are not in the budget")
-        elif loop.instructions > allowed * GROWTH:
-            found.append(f"{loop.case}: {loop.instructions:.2f} instructions per {loop.per}, the budget has {allowed}")
+        else:
+            if loop.instructions > allowed * GROWTH:
+                per = f"instructions per {loop.per}"
+                found.append(f"{loop.case}: {loop.instructions:.2f} {per}, the budget has {allowed}")
+            if loop.body > body * BODY_GROWTH:
+                found.append(f"{loop.case}: {loop.body} instructions in the loop's body, the budget has {body}")
+    return found
+
+
+def raised(before: dict, after: dict, name: str = "") -> list[str]:
+    """What goes up from one budget to the next, and what is new there, by the keys that lead to it."""
+    found = []
+    for key, value in after.items():
+        here, old = f"{name}, {key}" if name else key, before.get(key)
+        if old is None:
+            found.append(f"{here}: new")
+        elif isinstance(value, dict):
+            found += raised(old, value, here)
+        elif value > old:
+            found.append(f"{here}: from {old} to {value}")
     return found
 
 
@@ -129,16 +158,34 @@ class Rules:
     units: dict[str, str] = field(default_factory=dict)
     spilling: tuple[str, ...] = ()
     """Kernels that may keep as many bytes on the stack as the budget says; the others none."""
+    described: frozenset[tuple[str, str]] = frozenset()
+    """(kernel, variant) of those whose main loops are described, which have to be there."""
+
+    def _budget(self) -> dict:
+        return json.loads(self.budget.read_text())
 
     def limits(self) -> dict[str, dict[str, int]]:
         """The committed budget by key; empty for another version of the compiler."""
-        budget = json.loads(self.budget.read_text())
+        budget = self._budget()
         return budget["limits"] if budget[self.compiler] == self.version else {}
 
-    def violations(self, results: list[Resources]) -> list[str]:
+    def not_compared(self) -> str | None:
+        """That the budget is of another version of the compiler; None if it is of this one."""
+        of = self._budget()[self.compiler]
+        if of == self.version:
+            return None
+        return (
+            f"registers, stack, shared memory and instructions were not compared: {self.budget.name} is of "
+            f"{self.compiler} {of}, these kernels of {self.compiler} {self.version}; the other rules were checked"
+        )
+
+    def violations(self, results: list[Resources], everything: bool = False) -> list[str]:
         """What breaks a rule or takes more registers or shared memory than the committed budget allows. Another
-        version of the compiler may keep some bytes on the stack."""
+        version of the compiler may keep some bytes on the stack. everything: the results are of all kernels."""
         limits, found = self.limits(), []
+        if everything:
+            absent = self.described - {(result.kernel, result.variant) for result in results}
+            found += [f"{v} / {k}: its main loop is described, but no kernel is this one" for k, v in sorted(absent)]
         for result in results:
             budgeted = result.kernel in self.spilling
             if limits and result.spills and not budgeted:
@@ -159,15 +206,21 @@ class Rules:
                         for name in ("registers", "shared", *(("spills",) if budgeted else ()))
                         if getattr(result, name) > allowed[name]
                     ]
-                    found += [f"{result.key}, {text}" for text in _grown(result.loops, allowed.get("instructions", {}))]
+                    found += [f"{result.key}, {text}" for text in _grown(result.loops, allowed)]
         return found
+
+    def update(self, results: list[Resources]) -> list[str]:
+        """Write the budget that these results just meet; returns what it raises."""
+        before, text = self._budget()["limits"], self.to_budget(results)
+        self.budget.write_text(text)
+        return raised(before, json.loads(text)["limits"])
 
     def to_budget(self, results: list[Resources]) -> str:
         """The text of the budget file that these results just meet."""
         limits = {
             result.key: {"registers": result.registers, "shared": result.shared}
             | ({"spills": result.spills} if result.kernel in self.spilling else {})
-            | ({"instructions": counts} if (counts := result.counts()) else {})
+            | result.counts()
             for result in results
         }
         return json.dumps({self.compiler: self.version, "limits": limits}, indent=1) + "\n"

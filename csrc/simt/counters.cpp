@@ -101,7 +101,7 @@ void Tally::count_wavefronts(const Request& request, Requests& into) {
   if (lanes < kWarp && (lanes_agree(request, 1) || lanes_agree(request, 2))) lanes *= 2;
   for (unsigned i = 0; i < request.lanes;) {
     const unsigned phase = request.lane[i] / lanes;
-    uintptr_t words[2 * kWarp];
+    uintptr_t words[3 * kWarp];  // one more for each lane that begins within a word
     unsigned n = 0;
     for (; i < request.lanes && request.lane[i] / lanes == phase; ++i)
       for (uintptr_t word = request.address[i] / 4; word * 4 < request.address[i] + request.bytes; ++word)

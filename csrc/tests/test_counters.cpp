@@ -178,6 +178,19 @@ CK_TEST(wide_accesses_come_in_phases) {
   check_shared(shared_loads<float4>(0), 1, 2, 0);
 }
 
+CK_TEST(wide_accesses_that_begin_within_a_word_touch_one_more) {
+  alignas(128) static char shared[1024];
+  for (const unsigned bytes : {8u, 16u}) {
+    ck::simt::Tally tally;
+    tally.begin_block(1);
+    // Every two lanes ask for the same, so that phases are merged.
+    for (unsigned lane = 0; lane < 32; ++lane)
+      tally.add(0, lane, Access::kSharedLoad, shared, 1, shared + 2 + lane / 2 * bytes, bytes);
+    tally.meet(0);
+    check_shared(tally.counts.of(Access::kSharedLoad), 1, bytes == 8 ? 2 : 4, bytes == 8 ? 1 : 2);
+  }
+}
+
 CK_GLOBAL(64, 1) void multiplies(float* to, int pitch) {
   float d[4] = {};
   uint32_t a[4], b[2];
