@@ -289,9 +289,9 @@ def violations(now: dict, budget: dict) -> list[str]:
                 found.append(f"{name} {key}: no budget")
                 continue
             found += [
-                f"{name} {key}: {what} {value}, budget {allowed[what]}"
+                f"{name} {key}: {what} {value}, budget {allowed.get(what, 0)}"
                 for what, value in figures.items()
-                if value > allowed[what] * SLACK
+                if value > allowed.get(what, 0) * SLACK
             ]
     return found
 

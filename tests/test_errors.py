@@ -357,3 +357,7 @@ def test_every_tensor_is_where_the_call_computes(ops, name):
             expected = "a CUDA device" if first else f"{kind}.*, where this call computes, got one on another kind"
             with pytest.raises(RuntimeError, match=f"argument '{argument}': expected a tensor on {expected}"):
                 op.redispatch(own, **elsewhere)
+            with pytest.raises(
+                RuntimeError, match=f"argument '{argument}': expected a tensor on {kind}.*, got one on meta"
+            ):
+                op(**elsewhere)

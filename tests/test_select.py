@@ -421,6 +421,9 @@ def test_who_waits_for_the_drivers_compiler(capability, later):
     assert said.startswith(".".join(map(str, capability))) and ("first used" in said) == later
     build.cuda_archs.append("120")
     assert ("first used" in cuda_backend.describe(capability, build)) == (later and capability[0] != 12)
+    for too_new in (["130+PTX"], ["90a"] if capability != (9, 0) else ["80a"]):
+        said = cuda_backend.describe(capability, SimpleNamespace(cuda_archs=too_new))
+        assert said.endswith(": this build has no CUDA kernels for it")
     for unknown in (None, SimpleNamespace(cuda_archs=[])):
         assert cuda_backend.describe(capability, unknown) == ".".join(map(str, capability))
 

@@ -78,8 +78,12 @@ def dotted(capability: tuple[int, int]) -> str:
 
 def describe(capability: tuple[int, int], native) -> str:
     """A compute capability, and what the build, of which module ``convkernels._C`` tells, means for such a GPU."""
-    major, minor = capability
-    made = [re.fullmatch(r"(\d+)(\d)[af]?(?:\+PTX)?", name) for name in getattr(native, "cuda_archs", ())]
-    if not made or any(of and int(of[1]) == major and int(of[2]) <= minor for of in made):
+    archs = [re.fullmatch(r"(\d+)(\d)([af]?)(\+PTX)?", name) for name in getattr(native, "cuda_archs", ())]
+    made = [((int(of[1]), int(of[2])), of) for of in archs if of]
+    if not made or any(
+        least == capability or least[0] == capability[0] and least < capability and of[3] != "a" for least, of in made
+    ):
         return dotted(capability)
-    return f"{dotted(capability)}: no machine code, the driver compiles each CUDA kernel when it is first used"
+    if any(least <= capability and of[4] and not of[3] for least, of in made):
+        return f"{dotted(capability)}: no machine code, the driver compiles each CUDA kernel when it is first used"
+    return f"{dotted(capability)}: this build has no CUDA kernels for it"

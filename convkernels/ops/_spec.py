@@ -8,6 +8,7 @@ Python functions of this package call the raw ones.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -58,13 +59,33 @@ def implement(name: str, backend: str, kernel: Callable) -> None:
         _LIBRARY.impl(f"{full}.{backend}", kernel, key)
 
 
+def _on_one_device(spec: OpSpec) -> Callable:
+    """The fake, which refuses what kernels refuse: one tensor on device meta among others takes the call to it."""
+    names = [argument.name for argument in torch._C.parse_schema(spec.name + spec.schema).arguments]
+
+    @wraps(spec.fake)
+    def fake(*args, **kwargs):
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        devices = {name: value.device for name, value in given.items() if isinstance(value, torch.Tensor)}
+        here = next((device for device in devices.values() if device.type != "meta"), torch.device("meta"))
+        for name, device in devices.items():
+            if device != here:
+                raise RuntimeError(
+                    f"argument '{name}': expected a tensor on {here}, where this call computes, got one on {device}"
+                )
+        return spec.fake(*args, **kwargs)
+
+    return fake
+
+
 def register(spec: OpSpec) -> None:
     """Define the operator for every backend in the table."""
     OPERATORS.add(spec.name)
+    fake = _on_one_device(spec)
     for backend in BACKENDS:
         for full in (spec.name, f"_{spec.name}"):
             _LIBRARY.define(f"{full}.{backend}{spec.schema}")
-            torch.library.register_fake(f"{NAMESPACE}::{full}.{backend}", spec.fake, lib=_LIBRARY)
+            torch.library.register_fake(f"{NAMESPACE}::{full}.{backend}", fake, lib=_LIBRARY)
         if spec.autograd is not None:
             hooks = spec.autograd(backend)
             torch.library.register_autograd(
