@@ -57,16 +57,15 @@ class Guarded:
 def fenced(tensor: torch.Tensor, after: bool) -> torch.Tensor:
     """A contiguous copy on the CPU with inaccessible memory right after it, or right before it: whoever reads or writes
     there ends the process."""
-    count = tensor.numel()
-    size = count * tensor.element_size()
+    if tensor.numel() == 0:
+        return torch.empty_like(tensor)
+    size = tensor.numel() * tensor.element_size()
     room = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
     memory = mmap.mmap(-1, room + mmap.PAGESIZE)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    if ctypes.CDLL(None, use_errno=True).mprotect(
-        ctypes.c_void_p(address + (room if after else 0)), ctypes.c_size_t(mmap.PAGESIZE), 0
-    ):
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + (room if after else 0)
+    if ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(address), ctypes.c_size_t(mmap.PAGESIZE), 0):
         raise OSError(ctypes.get_errno(), "mprotect")
-    offset = room - size if after else mmap.PAGESIZE
-    if count == 0:
-        return torch.empty_like(tensor)
-    return torch.frombuffer(memory, dtype=tensor.dtype, count=count, offset=offset).view(tensor.shape).copy_(tensor)
+    flat = torch.frombuffer(
+        memory, dtype=tensor.dtype, count=tensor.numel(), offset=room - size if after else mmap.PAGESIZE
+    )
+    return flat.view(tensor.shape).copy_(tensor)
