@@ -27,7 +27,7 @@ test test-fast interpreted: export TRITON_DEFAULT_FP_FUSION = 1
 
 .PHONY: help install build simt-build counted-build bench test test-full test-fast lint format ctest abi asan interpreted simulated counters mutants cross \
         models-oldest \
-        gpu-build gpu-run gpu-smoke gpu-test gpu-sanitize gpu-bench gpu-rehearsal clean
+        gpu-build gpu-run gpu-smoke gpu-test gpu-sanitize gpu-bench gpu-rehearsal rehearsed-steps clean
 .NOTPARALLEL:
 
 help:
@@ -232,6 +232,11 @@ GPU_VENV := .venv-gpu
 REHEARSAL := build/rehearsal
 REHEARSED := $(CURDIR)/$(GPU_VENV)/bin/python
 
+# What is mistyped is told before anything is installed.
+rehearsed-steps:
+	@$(GPU_PYTHON) scripts/gpu_run.py --list $(addprefix --only ,$(STEPS)) >/dev/null
+	@echo "rehearsing with $$($(GPU_PYTHON) --version); GPU_PYTHON=... takes another"
+
 $(GPU_VENV)/.packages: pyproject.toml
 	$(GPU_PYTHON) -m venv --clear $(GPU_VENV)
 	$(REHEARSED) -m pip install --quiet --no-compile $(GPU_PACKAGES) $$($(REHEARSED) -c 'import tomllib; \
@@ -239,7 +244,7 @@ $(GPU_VENV)/.packages: pyproject.toml
 	    print(*content["build-system"]["requires"], *(r for e in ("bench", "hf", "test-hf", "test") for r in extras[e]))')
 	@touch $@
 
-gpu-rehearsal: $(GPU_VENV)/.packages
+gpu-rehearsal: rehearsed-steps $(GPU_VENV)/.packages
 	mkdir -p $(REHEARSAL)
 	find $(REHEARSAL) -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
 	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents --preserve=timestamps -t $(REHEARSAL)

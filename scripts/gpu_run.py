@@ -87,9 +87,10 @@ STEPS = (
         "environment",
         1,
         40,
-        "set -o pipefail; "
-        "(git describe --always --dirty; nvidia-smi; nvcc --version; {python} -m convkernels.cli info) 2>&1 "
-        "| tee {result}.txt",
+        "set -o pipefail; (git describe --always --dirty; nvidia-smi; nvcc --version; "
+        "{python} -m convkernels.cli info && "
+        '{python} -c \'import platform, torch; print("Python", platform.python_version(), "torch", torch.__version__, '
+        'torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU")\') 2>&1 | tee {result}.txt',
     ),
     Step("smoke", 1, 90, SMOKE + " --timeout $((40 * {slower}))"),
     Step("gpu tests cuda", 1, 90, PYTEST + ONE_GPU_TEST + " tests/test_gpu.py -k cuda --require cuda -n 4"),
@@ -350,14 +351,17 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 4) - 2))
     parser.add_argument("--list", action="store_true")
     arguments = parser.parse_args()
+    wanted = [name.lower().replace("-", " ") for name in arguments.only] or [""]
+    for name in wanted:
+        if not any(name in step.name for step in STEPS):
+            parser.error(f"--only {name}: expected part of one of {', '.join(map(file_of, STEPS))}")
     steps = [
         step
         for step in STEPS
-        if step.part in (arguments.part or (1, 2, 3))
-        and (not arguments.only or any(name.replace("-", " ") in step.name for name in arguments.only))
+        if step.part in (arguments.part or (1, 2, 3)) and any(name in step.name for name in wanted)
     ]
     if not steps:
-        parser.error("no step is meant by that; --list shows them")
+        parser.error(f"--only {', '.join(wanted)}: no such step in part {', '.join(map(str, arguments.part))}")
     if arguments.list:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
         print("\n".join(f"{step.part}  {step.name:18} {step.seconds:5.0f} s  {step.command}" for step in steps))
@@ -425,7 +429,7 @@ def run_all(steps: list[Step], arguments: argparse.Namespace, work: Path, output
     say(
         f"{len(steps) - len(failed)} of {len(steps)} steps passed"
         + (f"; not: {', '.join(failed)}" if failed else "")
-        + (f"; not saved: {'; '.join(reasons)}" if reasons else "")
+        + (f"; not saved: {'; '.join(reasons)}" if reasons else f"; results: {output}")
     )
     return 1 if failed or reasons else 0
 

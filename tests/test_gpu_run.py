@@ -120,10 +120,19 @@ def test_what_others_gave_is_not_taken_over(gpu_run, monkeypatch, tmp_path):
     assert len(list((tmp_path / "build" / "gpu-work").glob("*/steps.json"))) == 3
 
 
-def test_a_step_that_does_not_exist(gpu_run, monkeypatch, capsys):
+@pytest.mark.parametrize("more", [(), ("--only", "smoke")])
+def test_a_step_that_does_not_exist(gpu_run, monkeypatch, capsys, more):
     with pytest.raises(SystemExit):
-        execute(gpu_run, monkeypatch, [gpu_run.Step("smoke", 1, 20, "touch {result}")], "--only", "smok1")
-    assert "no step is meant by that" in capsys.readouterr().err
+        execute(gpu_run, monkeypatch, [gpu_run.Step("smoke test", 1, 20, "touch {result}")], "--only", "smok1", *more)
+    assert "--only smok1: expected part of one of smoke-test" in capsys.readouterr().err
+
+
+def test_names_of_steps_as_files_have_them(gpu_run, monkeypatch, tmp_path):
+    steps = [
+        gpu_run.Step(name, 1, 20, "touch {result}") for name in ("cuda tests", "slow cuda tests", "streaming cuda")
+    ]
+    assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "out", "--only", "Streaming-cuda") == 0
+    assert set(json.loads((tmp_path / "out" / "steps.json").read_text())) == {"streaming cuda"}
 
 
 def test_an_output_folder_that_cannot_be_written_to_stops_nothing(gpu_run, monkeypatch, tmp_path, capsys):
