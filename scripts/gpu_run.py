@@ -373,8 +373,15 @@ def main() -> int:
     rehearsed = arguments.device == "cpu"
     device, reason = ("cpu", "") if rehearsed else look_for_a_gpu()
     if reason:
-        say(f"gpu_run: torch finds no GPU that works: {reason}. docs/gpu.md has a rehearsal", sys.stderr)
+        left_out = ", ".join(step.name for step in steps if step.name != "environment")
+        say(
+            f"gpu_run: torch of {sys.executable} finds no GPU that works: {reason}. docs/gpu.md has a rehearsal"
+            + (f"; not run: {left_out}" if left_out else ""),
+            sys.stderr,
+        )
         steps = [step for step in steps if step.name == "environment"]
+        if not steps:
+            return 2
     if arguments.seconds is None:
         arguments.seconds = PART * len({step.part for step in steps}) * (SLOWER if rehearsed else 1)
     kind = "gpu-rehearsal" if rehearsed else "gpu"
@@ -404,6 +411,7 @@ def run_all(steps: list[Step], arguments: argparse.Namespace, work: Path, output
         left = arguments.seconds - (time.monotonic() - began) - 2 * GRACE
         if left < 5:
             outcomes[step.name] = {"ended": "not begun", "seconds": 0.0}
+            say(f"{step.name:18} not begun: too little is left of --seconds {arguments.seconds:.0f}")
             continue
         log, start = work / "logs" / f"{file_of(step)}.log", time.monotonic()
         limit = min(step.seconds * (SLOWER if arguments.device == "cpu" else 1), left)

@@ -94,7 +94,8 @@ def test_without_a_gpu_nothing_but_the_environment_is_looked_at(gpu_run, monkeyp
     monkeypatch.setattr(gpu_run, "look_for_a_gpu", lambda: ("", "the driver is too old"))
     steps = [gpu_run.Step("environment", 1, 20, "touch {result}"), gpu_run.Step("other", 1, 20, "touch {result}")]
     assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "out") == 2
-    assert "no GPU that works: the driver is too old" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "no GPU that works: the driver is too old" in said and "not run: other" in said
     assert set(json.loads((tmp_path / "out" / "steps.json").read_text())) == {"environment"}
     assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "out", "--device", "cpu") == 0
 
@@ -143,10 +144,11 @@ def test_an_output_folder_that_cannot_be_written_to_stops_nothing(gpu_run, monke
     assert "not saved" in printed.err and "2 of 2 steps passed; not saved: " in printed.out
 
 
-def test_steps_for_which_no_time_is_left_are_named(gpu_run, monkeypatch, tmp_path):
+def test_steps_for_which_no_time_is_left_are_named(gpu_run, monkeypatch, tmp_path, capsys):
     steps = [gpu_run.Step("late", 1, 20, "touch {result}")]
     assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "out", "--seconds", 1) == 1
     assert json.loads((tmp_path / "out" / "steps.json").read_text())["late"]["ended"] == "not begun"
+    assert "late               not begun: too little is left of --seconds 1" in capsys.readouterr().out
 
 
 def test_a_step_that_fails_leaves_no_result_of_a_time_before(gpu_run, monkeypatch, tmp_path):
