@@ -165,10 +165,13 @@ def version_of(device: str) -> str:
     return digest.hexdigest()[:12]
 
 
-def run(step: Step, seconds: float, words: dict[str, str], environment: dict[str, str], log: Path) -> str:
-    """Run one step, its output in `log`; results of its own from before are removed. How it ended: passed, or in what
-    way not."""
-    results = log.parent.parent / "results"
+def log_of(step: Step, work: Path) -> Path:
+    return work / "logs" / f"{file_of(step)}.log"
+
+
+def run(step: Step, seconds: float, words: dict[str, str], environment: dict[str, str], work: Path) -> str:
+    """Run one step; results of its own from before are removed. How it ended: passed, or in what way not."""
+    results, log = work / "results", log_of(step, work)
     for old in results.glob(f"{file_of(step)}.*"):
         old.unlink()
     others, before = descendants(), written_in(results)
@@ -403,7 +406,7 @@ def main() -> int:
 
 
 def run_all(steps: list[Step], arguments: argparse.Namespace, work: Path, output: Path) -> int:
-    began, outcomes, reasons = time.monotonic(), passed_before(work), []
+    began, outcomes, reasons, saved = time.monotonic(), passed_before(work), [], None
     for step in steps:
         if outcomes.get(step.name, {}).get("ended") == PASSED and not arguments.again:
             say(f"{step.name:18} passed before, with the same files; --again runs it once more")
@@ -413,26 +416,27 @@ def run_all(steps: list[Step], arguments: argparse.Namespace, work: Path, output
             outcomes[step.name] = {"ended": "not begun", "seconds": 0.0}
             say(f"{step.name:18} not begun: too little is left of --seconds {arguments.seconds:.0f}")
             continue
-        log, start = work / "logs" / f"{file_of(step)}.log", time.monotonic()
+        log, start = log_of(step, work), time.monotonic()
         limit = min(step.seconds * (SLOWER if arguments.device == "cpu" else 1), left)
         ended = "stopped"
         # So it stays if this process does not come to the end of the step.
         outcomes[step.name] = {"ended": ended, "seconds": 0.0}
         record(work, outcomes)
         try:
-            ended = run(step, limit, words_for(step, arguments, work), environment_for(step, arguments.device), log)
+            ended = run(step, limit, words_for(step, arguments, work), environment_for(step, arguments.device), work)
         except OSError as error:
             ended = f"not begun: {error.strerror}"
         finally:
             seconds = time.monotonic() - start
             outcomes[step.name] = {"ended": ended, "seconds": round(seconds, 1), "last": last_line(log)}
-            reasons = save(output, work, outcomes)
+            reasons, saved = save(output, work, outcomes), dict(outcomes)
         say(f"{step.name:18} {ended:20} {seconds:6.1f} s  {outcomes[step.name]['last']}")
         if ended != PASSED:
             say(f"{'':18} its output: {log}")
         for reason in reasons:
             say(f"gpu_run: not saved: {reason}", sys.stderr)
-    reasons = save(output, work, outcomes)
+    if outcomes != saved:  # by steps that are not begun, or where none was run and the output folder may be another
+        reasons = save(output, work, outcomes)
     failed = [step.name for step in steps if outcomes[step.name]["ended"] != PASSED]
     say(
         f"{len(steps) - len(failed)} of {len(steps)} steps passed"
