@@ -16,7 +16,7 @@ from .backends import native
 from .ops._select import why_not
 from .ops.attention.api import composite_attention
 from .ops.attention.t5 import t5_relative_bias
-from .ops.tap_conv.api import (
+from .ops.conv.api import (
     depthwise_conv1d,
     depthwise_conv1d_step,
     dynamic_conv1d,

@@ -61,122 +61,122 @@ CPU_MUTATIONS = [
     ),
     Mutation(
         "mask not selected",
-        "csrc/cpu/rows.h",
+        "csrc/cpu/conv/rows.h",
         "if (position >= s.length() || masked(s, position)) return nullptr;",
         "if (position >= s.length()) return nullptr;",
     ),
     Mutation(
         "one halo row of a window dropped",
-        "csrc/cpu/rows.h",
+        "csrc/cpu/conv/rows.h",
         "static_cast<size_t>(halo_ * width_) * sizeof(Elem));",
         "static_cast<size_t>((halo_ > 0 ? halo_ - 1 : 0) * width_) * sizeof(Elem));",
     ),
     Mutation(
         "accumulation with 12 bits",
-        "csrc/cpu/convolve.h",
+        "csrc/cpu/conv/convolve.h",
         "sum[i][u * kWidth + p] += held[k] * x[u * kWidth + p];",
         "sum[i][u * kWidth + p] = (sum[i][u * kWidth + p] + held[k] * x[u * kWidth + p]"
         " + splat(static_cast<C>(4096 * sizeof(C) / 4))) - splat(static_cast<C>(4096 * sizeof(C) / 4));",
     ),
     Mutation(
         "channel stride ignored",
-        "csrc/cpu/rows.h",
+        "csrc/cpu/conv/rows.h",
         "const int64_t stride = position < 0 ? 1 : rows.channel;",
         "const int64_t stride = 1;",
     ),
     Mutation(
         "taps of d(input) not reversed",
-        "csrc/cpu/tap_conv.h",
+        "csrc/cpu/conv/forward.h",
         "sign_ = transpose ? -1 : 1;",
         "sign_ = 1, last_ = 0;",
     ),
     Mutation(
         "last rows left out of d(weight)",
-        "csrc/cpu/tap_grad.h",
+        "csrc/cpu/conv/backward.h",
         "last = work.size() * (group + 1) / groups;",
         "last = work.size() * (group + 1) / groups - (groups > 1 && group + 1 == groups ? 1 : 0);",
     ),
     Mutation(
         "words of a Philox block in the wrong order",
-        "csrc/cpu/filters.h",
+        "csrc/cpu/conv/filters.h",
         "random.word[i] >= threshold",
         "random.word[3 - i] >= threshold",
     ),
     Mutation(
         "tail channels missing",
-        "csrc/cpu/tap_conv.h",
+        "csrc/cpu/conv/forward.h",
         "ceil_div(plan.main, plan.per_block) + (plan.main < p.channels ? 1 : 0);",
         "most(1, ceil_div(plan.main, plan.per_block));",
     ),
     Mutation(
         "softmax without the maximum",
-        "csrc/cpu/filters.h",
+        "csrc/cpu/conv/filters.h",
         "vexp(load_bytes<Vec<C>>(out + k * pitch) - top);",
         "vexp(load_bytes<Vec<C>>(out + k * pitch));",
     ),
     Mutation(
         "softmax of another head's row",
-        "csrc/cpu/filters.h",
+        "csrc/cpu/conv/filters.h",
         "const C* row = logits + h * K;",
         "const C* row = logits + (h > 0 ? h - 1 : 0) * K;",
     ),
     Mutation(
         "windows reach into the next packed sequence",
-        "csrc/cpu/rows.h",
+        "csrc/cpu/conv/rows.h",
         "s.end = p.offsets != nullptr ? p.offsets[i + 1] : p.time;",
         "s.end = p.time;",
     ),
     Mutation(
         "state read one row too early",
-        "csrc/cpu/rows.h",
+        "csrc/cpu/conv/rows.h",
         "return state + (s.state_row * span + span + position) * channels;",
         "return state + (s.state_row * span + (span + position > 0 ? span + position - 1 : 0)) * channels;",
     ),
     Mutation(
         "derivative of the sigmoid without its second factor",
-        "csrc/cpu/rows.h",
+        "csrc/cpu/conv/rows.h",
         "xv[part] * (sig * (splat(C{1}) - sig));",
         "xv[part] * sig;",
     ),
     Mutation(
         "attention: edge not repeated left of the window",
-        "csrc/cpu/attention_block.h",
+        "csrc/cpu/attention/block.h",
         "c.window) > 0 ? left_[r] : C{0},",
         "c.window) > 0 ? C{0} : C{0},",
     ),
     Mutation(
         "attention: sum of a row not rescaled",
-        "csrc/cpu/attention.h",
+        "csrc/cpu/attention/forward.h",
         "sum_[r] = sum_[r] * factor + sum;",
         "sum_[r] = sum_[r] + sum;",
     ),
     Mutation(
         "attention: the next key is seen",
-        "csrc/cpu/attention_pack.h",
+        "csrc/cpu/attention/pack.h",
         "visible.end = least(visible.end, place.at + 1);",
         "visible.end = least(visible.end, place.at + 2);",
     ),
     Mutation(
         "attention: padding is seen",
-        "csrc/cpu/attention_block.h",
+        "csrc/cpu/attention/block.h",
         "if (d_.count_real(batch(), first + c.first, first + c.end) < c.end - c.first) {",
         "if (d_.count_real(batch(), first + c.first, first + c.end) < 0) {",
     ),
     Mutation(
         "attention: the gradient of lse taken the other way",
-        "csrc/cpu/attention_grad.h",
+        "csrc/cpu/attention/backward.h",
         "delta_[r] / total_[r]) - grad_lse_[r];",
         "delta_[r] / total_[r]) + grad_lse_[r];",
     ),
     Mutation(
         "attention: dropout of another block of words",
-        "csrc/cpu/attention_block.h",
+        "csrc/cpu/attention/block.h",
         "static_cast<uint32_t>((first + j) / 4)};",
         "static_cast<uint32_t>(j / 4)};",
     ),
     Mutation(
         "attention: the sums of a second task not added",
-        "csrc/cpu/attention_sums.h",
+        "csrc/cpu/attention/sums.h",
         "if (first != task) add_to(",
         "if (first + 1 < task) add_to(",
     ),
@@ -185,169 +185,169 @@ CPU_MUTATIONS = [
 CUDA_MUTATIONS = [
     Mutation(
         "no barrier before a block's sums are read",
-        "csrc/cuda/plain.cuh",
+        "csrc/cuda/conv/plain.cuh",
         "sums[threadIdx.x] = total[u];\n      __syncthreads();",
         "sums[threadIdx.x] = total[u];",
     ),
     Mutation(
         "no barrier before a block's sums are overwritten",
-        "csrc/cuda/plain.cuh",
+        "csrc/cuda/conv/plain.cuh",
         "* K + j0 + u] = all;\n      }\n      __syncthreads();",
         "* K + j0 + u] = all;\n      }",
     ),
     Mutation(
         "no barrier in the last sums",
-        "csrc/cuda/reduce.cuh",
+        "csrc/cuda/conv/reduce.cuh",
         "sums[threadIdx.x] = total;\n    __syncthreads();",
         "sums[threadIdx.x] = total;",
     ),
     Mutation(
         "barrier that some threads leave out",
-        "csrc/cuda/reduce.cuh",
+        "csrc/cuda/conv/reduce.cuh",
         "  sums[threadIdx.x] = total;\n  __syncthreads();\n  if (warp > 0 || c >= p.channels) return;",
         "  sums[threadIdx.x] = total;\n  if (warp > 0 || c >= p.channels) return;\n  __syncthreads();",
     ),
     Mutation(
         "shuffle with the wrong lane",
-        "csrc/cuda/filters.cuh",
+        "csrc/cuda/conv/filters.cuh",
         "value += __shfl_xor_sync(kAllLanes, value, distance);",
         "value += __shfl_xor_sync(kAllLanes, value, distance > 1 ? distance : 2);",
     ),
     Mutation(
         "shuffle that waits for lanes that are not there",
-        "csrc/cuda/reduce.cuh",
+        "csrc/cuda/conv/reduce.cuh",
         "    inner = lane_sum(inner);",
         "    if (lane < 16) inner = lane_sum(inner);",
     ),
     Mutation(
         "read past the end of the row",
-        "csrc/cuda/inputs.cuh",
+        "csrc/cuda/conv/inputs.cuh",
         "return s >= begin && s < end; }",
         "return s >= begin && s <= end; }",
     ),
     Mutation(
         "write past the last channel",
-        "csrc/cuda/plain.cuh",
+        "csrc/cuda/conv/plain.cuh",
         "if (c < p.channels && s < p.time)",
         "if (s < p.time)",
     ),
     Mutation(
         "too little shared memory",
-        "csrc/cuda/instantiate/reduce.cu",
+        "csrc/cuda/conv/instantiate/reduce.cu",
         "static_cast<size_t>(p.taps.taps) * sizeof(C)",
         "static_cast<size_t>(p.taps.taps - 1) * sizeof(C)",
     ),
     Mutation(
         "last group of partial sums left out",
-        "csrc/cuda/reduce.cuh",
+        "csrc/cuda/conv/reduce.cuh",
         "group < p.groups; group += group_step",
         "group < most(int64_t{1}, p.groups - 1); group += group_step",
     ),
     Mutation(
         "mask not selected, only multiplied",
-        "csrc/cuda/inputs.cuh",
+        "csrc/cuda/conv/inputs.cuh",
         "return masked(p, b, s) ? Compute<T>{0} : gated<T>(p, b, s, c);",
         "return gated<T>(p, b, s, c) * Compute<T>(masked(p, b, s) ? 0 : 1);",
     ),
     Mutation(
         "copies not waited for",
-        "csrc/cuda/stream.cuh",
+        "csrc/cuda/conv/stream.cuh",
         "      cp_async_wait<kAhead - 1>();",
         "      cp_async_wait<kAhead + 1>();",
     ),
     Mutation(
         "no barrier after the copies of other threads",
-        "csrc/cuda/stream_grad.cuh",
+        "csrc/cuda/conv/stream_backward.cuh",
         "        cp_async_wait<kAhead - 1>();\n        __syncthreads();",
         "        cp_async_wait<kAhead - 1>();",
     ),
     Mutation(
         "channels stored that do not exist",
-        "csrc/cuda/window.cuh",
+        "csrc/cuda/conv/window.cuh",
         "if (e < count) to[e] =",
         "to[e] =",
     ),
     Mutation(
         "gradients of the state one row late",
-        "csrc/cuda/walk.cuh",
+        "csrc/cuda/conv/walk.cuh",
         "row = phase.position(n) + span;",
         "row = phase.position(n) + span + 1;",
     ),
     Mutation(
         "halves exchanged with the wrong lane",
-        "csrc/cuda/quads.cuh",
+        "csrc/cuda/conv/quads.cuh",
         "__shfl_xor_sync(kAllLanes, give.x, 1)",
         "__shfl_xor_sync(kAllLanes, give.x, 2)",
     ),
     Mutation(
         "rows: gradients added before all lanes have finished theirs",
-        "csrc/cuda/rows.cuh",
+        "csrc/cuda/conv/rows.cuh",
         "  __syncwarp();\n  if (!p.per_position) {",
         "  if (!p.per_position) {",
     ),
     Mutation(
         "rows: pieces of a head written to one place",
-        "csrc/cuda/rows.cuh",
+        "csrc/cuda/conv/rows.cuh",
         "(cut ? piece * p.batch : 0)",
         "(cut ? 0 * p.batch : 0)",
     ),
     Mutation(
         "state overwritten while others read it",
-        "csrc/cuda/step.cuh",
+        "csrc/cuda/conv/step.cuh",
         "p.state_row == nullptr ? p.next_state : p.scratch",
         "p.next_state",
     ),
     Mutation(
         "attention: keys read before they have come",
-        "csrc/cuda/attention_fwd.cuh",
+        "csrc/cuda/attention/forward.cuh",
         "        cp_async_wait<1>();\n        __syncthreads();\n        const T* const k_rows",
         "        __syncthreads();\n        const T* const k_rows",
     ),
     Mutation(
         "attention: no barrier before keys are overwritten",
-        "csrc/cuda/attention_fwd.cuh",
+        "csrc/cuda/attention/forward.cuh",
         "        __syncthreads();\n      }\n      // Values of other sequences",
         "      }\n      // Values of other sequences",
     ),
     Mutation(
         "attention: no barrier before queries are overwritten, backward",
-        "csrc/cuda/attention_bwd.cuh",
+        "csrc/cuda/attention/backward.cuh",
         "        cp_async_wait<0>();\n        __syncthreads();\n        if (folds && works",
         "        cp_async_wait<0>();\n        if (folds && works",
     ),
     Mutation(
         "attention: the last column taken for the edge",
-        "csrc/cuda/attention_tiles.cuh",
+        "csrc/cuda/attention/tiles.cuh",
         "is_right = all_right || c >= W;",
         "is_right = all_right || c >= W - 1;",
     ),
     Mutation(
         "attention: sums of a row not shrunk",
-        "csrc/cuda/attention_fwd.cuh",
+        "csrc/cuda/attention/forward.cuh",
         "total[m][half] = total[m][half] * shrink[half] + sum;",
         "total[m][half] = total[m][half] + sum;",
     ),
     Mutation(
         "attention: dropout of the wrong row of a pair",
-        "csrc/cuda/attention_tiles.cuh",
+        "csrc/cuda/attention/tiles.cuh",
         "pairs.own + lane / 4 + (odd ? 8 : 0)",
         "pairs.own + lane / 4 + (odd ? 0 : 8)",
     ),
     Mutation(
         "attention: strips of gradients keep an earlier tile",
-        "csrc/cuda/attention_bwd.cuh",
+        "csrc/cuda/attention/backward.cuh",
         "  if (!to.whole) to.clear();\n  const int base",
         "  const int base",
     ),
     Mutation(
         "attention: padding is seen",
-        "csrc/cuda/attention_tiles.cuh",
+        "csrc/cuda/attention/tiles.cuh",
         "const bool sees = there && other",
         "const bool sees = other",
     ),
     Mutation(
         "attention: no barrier in the plain products",
-        "csrc/cuda/attention_plain.cuh",
+        "csrc/cuda/attention/plain.cuh",
         "      stage_keys(keys, d0);\n      __syncthreads();",
         "      stage_keys(keys, d0);",
     ),
@@ -355,7 +355,7 @@ CUDA_MUTATIONS = [
 
 # The CPU library chooses among instruction sets at run time; a mutant has only one of them.
 STUB = """
-#include "csrc/cpu/problem.h"
+#include "csrc/cpu/kernels.h"
 namespace ck::cpu {
 extern const Kernels kKernels_avx2, kKernels_avx512;
 const Kernels kKernels_avx2 = {"avx2"}, kKernels_avx512 = {"avx512"};
@@ -381,9 +381,8 @@ def cpu_units(root):
 
 def cuda_units(root):
     csrc = root / "csrc"
-    families = [csrc / "cuda/families.cpp", csrc / "cuda/attention_families.cpp"]
-    host = [*families, csrc / "common/poison.cpp", csrc / "torch/bind_cuda.cpp"]
-    return [*sorted(csrc.glob("cuda/instantiate/*.cu")), *host, *sorted(csrc.glob("simt/*.cpp"))]
+    host = [*sorted(csrc.glob("cuda/*/families.cpp")), csrc / "common/poison.cpp", csrc / "torch/bind_cuda.cpp"]
+    return [*sorted(csrc.glob("cuda/**/*.cu")), *host, *sorted(csrc.glob("simt/*.cpp"))]
 
 
 LIBRARIES = {
@@ -409,6 +408,10 @@ def mutate(mutation, sources):
     path.write_text(text.replace(mutation.before, mutation.after))
 
 
+def object_name(unit):
+    return str(unit.with_suffix(".o")).replace("/", "-")
+
+
 class Mutants:
     """Builds copies of the package in a folder. Files that a mutation does not reach are compiled once."""
 
@@ -422,7 +425,7 @@ class Mutants:
         self.reads = {}
         for unit in library.units(ROOT):
             name = unit.relative_to(ROOT)
-            self.shared[name] = folder / f"{unit.stem}.o"
+            self.shared[name] = folder / object_name(name)
             self.compile(unit, self.shared[name], ROOT)
             rule = run([*self.command(unit, ROOT), "-MM"]).replace("\\\n", " ").split(":", 1)[1]
             self.reads[name] = {Path(os.path.normpath(ROOT / file)).relative_to(ROOT) for file in rule.split()}
@@ -449,7 +452,7 @@ class Mutants:
             mutate(mutation, work)
             for name in objects:
                 if Path(mutation.file) in self.reads[name]:
-                    objects[name] = work / f"{name.stem}.o"
+                    objects[name] = work / object_name(name)
                     self.compile(work / name, objects[name], work)
         library = work / "convkernels" / "_native" / self.library.name
         library.parent.mkdir()

@@ -92,7 +92,7 @@ def test_attention_fits_into_little_shared_memory(channels, sides, dtype):
 def test_attention_is_compiled_once_for_all_lengths():
     """What a launch is specialised for does not depend on the length, the window within its width, or the scale."""
     ahead = triton_ahead()
-    from convkernels.backends.triton import attention_launch
+    from convkernels.backends.triton.attention import launch as attention_launch
 
     def specialisations(length, left, scale, cu_seqlens=None):
         q = torch.empty(2 if cu_seqlens is None else 1, length, 4, 64, dtype=torch.bfloat16, device="meta")

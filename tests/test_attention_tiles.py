@@ -104,7 +104,7 @@ def test_tiles_of_older_gpus(ops, monkeypatch):
     """Matrix units that read registers walk the same tiles in another way."""
     if not ops.interpreted:
         pytest.skip("on a GPU the tiles are those of its architecture")
-    from convkernels.backends.triton import attention_launch
+    from convkernels.backends.triton.attention import launch as attention_launch
 
     asked = []
     monkeypatch.setattr(attention_launch, "architecture_of", lambda device: asked.append(device) or 80)

@@ -8,8 +8,9 @@ import torch
 from conftest import interpreted
 
 import convkernels as ck
-from convkernels.backends.triton import configs, tuning
-from convkernels.backends.triton.configs import Band, Shape, Tile, Window
+from convkernels.backends.triton import tuning
+from convkernels.backends.triton.conv import configs
+from convkernels.backends.triton.conv.configs import Band, Shape, Tile, Window
 
 SHAPES = [
     Shape(2, time, heads * head_channels, heads, taps, dilation, dtype, per_row, gate, packed, state)

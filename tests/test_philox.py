@@ -6,7 +6,7 @@ import torch
 from conftest import interpreted
 
 import convkernels as ck
-from convkernels.ops import _numbers
+from convkernels.ops import _dtypes
 from convkernels.testing.philox import keep_mask, philox4x32
 
 # Known-answer test of Random123 (Salmon et al. 2011) for Philox4x32-10: counter, key, result.
@@ -28,9 +28,9 @@ def test_known_answers(counter, key, expected):
 
 def test_reference_generator_draws_the_same_words():
     """The known answer at counter 0, and every coordinate of a small tensor."""
-    assert int(_numbers.philox_uniform_bits(torch.tensor([0]), (1, 1, 1, 1))) == KNOWN[0][2][0]
+    assert int(_dtypes.philox_uniform_bits(torch.tensor([0]), (1, 1, 1, 1))) == KNOWN[0][2][0]
     seed = torch.tensor([-(2**63) + 12345])
-    words = _numbers.philox_uniform_bits(seed, (2, 3, 2, 9))
+    words = _dtypes.philox_uniform_bits(seed, (2, 3, 2, 9))
     unsigned = int(seed) & 0xFFFFFFFFFFFFFFFF
     for b in range(2):
         for t in range(3):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from convkernels.ops.tap_conv.reference import source_rows
+from convkernels.ops.conv.reference import source_rows
 
 TABLE = Path(__file__).with_name("taps_table.inc")
 ROWS = [

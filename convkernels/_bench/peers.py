@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import convkernels
-from convkernels.ops._cost import NEED_WEIGHT, NEED_X, conv_bytes, grad_bytes
+from convkernels.ops.conv.flops import NEED_WEIGHT, NEED_X, conv_bytes, grad_bytes
 
 LIGHTWEIGHT, DYNAMIC, DEPTHWISE = "lightweight", "dynamic", "depthwise"
 

@@ -109,5 +109,5 @@ def source_lines(places: Iterable[int]) -> dict[int, str]:
     command = ["addr2line", "-a", "-i", "-e", str(LIBRARY), *(hex(place - 1) for place in places)]
     found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     blocks = re.split(r"^0x\w+$", found, flags=re.MULTILINE)[1:]
-    lines = [re.findall(r"csrc/cuda/(?:instantiate/../)?(\S+:\d+)", block) for block in blocks]
+    lines = [re.findall(r"csrc/cuda/(\S+:\d+)", block) for block in blocks]
     return {place: " < ".join(dict.fromkeys(chain[:3])) or "?" for place, chain in zip(places, lines, strict=True)}

@@ -10,7 +10,7 @@ from ..ops import _select, _validate
 from ..ops.attention import checks
 from ..ops.attention.api import composite_attention
 from ..ops.attention.weights import attention_weights
-from ..ops.tap_conv import api
+from ..ops.conv import api
 from .conv import DepthwiseConv1d
 
 PROJECTIONS = ("linear", "conv", "mixed")

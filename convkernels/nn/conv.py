@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _select, _validate
-from ..ops.tap_conv import api
+from ..ops.conv import api, checks
 
 
 class _Conv(nn.Module):
@@ -22,8 +22,8 @@ class _Conv(nn.Module):
             _validate.positive(name, argument, value)
         if channels % heads != 0:
             _validate.fail(name, "heads", f"a divisor of {channels}", heads)
-        _validate.kernel_options(name, softmax, renormalize, dilation, kernel_size)
-        _validate.padding_left(name, padding, kernel_size, dilation)
+        checks.kernel_options(name, softmax, renormalize, dilation, kernel_size)
+        checks.padding_left(name, padding, kernel_size, dilation)
         _validate.probability(name, "weight_dropout", weight_dropout)
         for argument, value in biases.items():
             _validate.flag(name, argument, value)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..backends import BACKENDS
-from . import _late
+from ._on_import import when_imported
 
 NAMESPACE = "convkernels"
 OPERATORS: set[str] = set()
@@ -93,4 +93,4 @@ def register(spec: OpSpec) -> None:
             )
     implement(spec.name, "reference", spec.reference)
     packets = [getattr(getattr(torch.ops, NAMESPACE), full) for full in (spec.name, f"_{spec.name}")]
-    _late.when_imported("torch.utils.flop_counter", lambda counter: counter.register_flop_formula(packets)(spec.flops))
+    when_imported("torch.utils.flop_counter", lambda counter: counter.register_flop_formula(packets)(spec.flops))

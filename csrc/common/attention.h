@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "dtypes.h"
-#include "taps.h"
+#include "csrc/common/dtypes.h"
+#include "csrc/common/taps.h"
 
 namespace ck {
 

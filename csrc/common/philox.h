@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "taps.h"
+#include "csrc/common/taps.h"
 
 namespace ck {
 

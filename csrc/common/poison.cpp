@@ -1,4 +1,4 @@
-#include "poison.h"
+#include "csrc/common/poison.h"
 
 #include <cstdlib>
 #include <string>

@@ -1,7 +1,7 @@
 // From a number known at run time to a type or constant known to the compiler. Every switch ends in an error.
 #pragma once
 
-#include "dtypes.h"
+#include "csrc/common/dtypes.h"
 
 namespace ck {
 

@@ -1,4 +1,4 @@
-#include "dispatch.h"
+#include "csrc/cpu/dispatch.h"
 
 #include <cstdlib>
 #include <stdexcept>

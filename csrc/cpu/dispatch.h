@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "problem.h"
+#include "csrc/cpu/kernels.h"
 
 namespace ck::cpu {
 

@@ -1,11 +1,12 @@
 // What each instruction set exports. Included once by every file of isa/.
 #pragma once
 
-#include "attention.h"
-#include "attention_grad.h"
-#include "tap_conv.h"
-#include "tap_grad.h"
-#include "tap_step.h"
+#include "csrc/cpu/attention/backward.h"
+#include "csrc/cpu/attention/forward.h"
+#include "csrc/cpu/conv/backward.h"
+#include "csrc/cpu/conv/forward.h"
+#include "csrc/cpu/conv/step.h"
+#include "csrc/cpu/kernels.h"
 
 namespace ck::cpu::CK_ISA {
 

@@ -14,7 +14,8 @@
 #include <type_traits>
 #include <utility>
 
-#include "problem.h"
+#include "csrc/common/dtypes.h"
+#include "csrc/common/poison.h"
 
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -434,5 +435,53 @@ CK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 CK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 CK_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 CK_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+typedef uint16_t Narrow __attribute__((vector_size(kVectorBytes / 2)));  // 16 bits for each lane of a float vector
+
+// n contiguous values of T in natural order; what lies beyond `limit` is not touched.
+template <class T>
+CK_INLINE Vec<Compute<T>> load_natural(const T* p, const T* limit) {
+  using C = Compute<T>;
+  constexpr int V = kLanes<C>;
+  T copy[V];
+  if (p + V > limit) {
+    memset(static_cast<void*>(copy), 0, sizeof copy);
+    memcpy(static_cast<void*>(copy), p, static_cast<size_t>(limit - p) * sizeof(T));
+    p = copy;
+  }
+  if constexpr (sizeof(T) == 2 && Lanes<T>::kParts == 2) {
+    return (Vec<float>)(__builtin_convertvector(load_bytes<Narrow>(p), Vec<uint32_t>) << 16);
+  } else {
+    return Lanes<T>::template load<0>(p, 0);
+  }
+}
+
+// The first n lanes to contiguous memory.
+template <class T>
+CK_INLINE void store_natural(T* p, Vec<Compute<T>> v, int64_t n) {
+  constexpr int V = kLanes<Compute<T>>;
+  T copy[V];
+  T* const to = n >= V ? p : copy;
+  if constexpr (sizeof(T) == 2 && Lanes<T>::kParts == 2) {
+    using U = Vec<uint32_t>;
+    const U bits = (U)v, rounded = v == v ? bits + 0x7fffu + ((bits >> 16) & 1u) : bits | 0x400000u;
+    store_bytes(to, __builtin_convertvector(rounded >> 16, Narrow));
+  } else {
+    Lanes<T>::store(to, 0, &v, false);
+  }
+  if (n < V) memcpy(static_cast<void*>(p), copy, static_cast<size_t>(n) * sizeof(T));
+}
+
+// Calls body with a typed null pointer for the storage type. Returns false for an unknown one.
+template <class Body>
+CK_INLINE bool with_dtype(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::kFloat64: body(static_cast<double*>(nullptr)); return true;
+    case Dtype::kFloat32: body(static_cast<float*>(nullptr)); return true;
+    case Dtype::kBFloat16: body(static_cast<bf16*>(nullptr)); return true;
+    case Dtype::kFloat16: body(static_cast<f16*>(nullptr)); return true;
+  }
+  return false;
+}
 
 }  // namespace ck::cpu::CK_ISA

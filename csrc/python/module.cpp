@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "csrc/cpu/dispatch.h"
-#include "csrc/cuda/attention_config.h"
-#include "csrc/cuda/config.h"
+#include "csrc/cuda/attention/plan.h"
+#include "csrc/cuda/conv/plan.h"
 
 namespace py = pybind11;
 
@@ -175,7 +175,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa_supported", &ck::cpu::isa_supported, py::arg("name"), "Whether this machine can run the named kernels");
   m.def("build_info", &build_info, "All of the above in one dictionary");
   m.def("cuda_plan", &cuda_plan, py::arg("backward"),
-        "The launch plan of the CUDA kernels for a problem, given as the fields of Facts in csrc/cuda/config.h");
+        "The launch plan of the CUDA kernels for a problem, given as the fields of Facts in csrc/cuda/conv/plan.h");
   m.def("cuda_attention_plan", &cuda_attention_plan, py::arg("backward"),
-        "The same for attention: the fields of AttentionFacts in csrc/cuda/attention_config.h");
+        "The same for attention: the fields of AttentionFacts in csrc/cuda/attention/plan.h");
 }

@@ -1,4 +1,5 @@
-// The primitives of csrc/cuda/primitives.cuh, and the part of CUDA's language that kernels use, for a host compiler.
+// The primitives of csrc/cuda/device/primitives.cuh, and the part of CUDA's language that kernels use, for a host
+// compiler.
 #pragma once
 
 #include <algorithm>

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "csrc/cuda/primitives.cuh"
+#include "csrc/cuda/device/primitives.cuh"
 #include "csrc/tests/check.h"
 
 namespace {

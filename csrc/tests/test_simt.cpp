@@ -7,7 +7,7 @@
 #include <thread>
 #include <vector>
 
-#include "csrc/cuda/primitives.cuh"
+#include "csrc/cuda/device/primitives.cuh"
 #include "csrc/tests/check.h"
 
 namespace {

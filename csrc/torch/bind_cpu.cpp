@@ -3,7 +3,7 @@
 
 #include "csrc/cpu/dispatch.h"
 #include "csrc/torch/attention.h"
-#include "csrc/torch/convolutions.h"
+#include "csrc/torch/conv.h"
 
 namespace {
 

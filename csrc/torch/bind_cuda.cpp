@@ -1,9 +1,9 @@
 // The CUDA operators, registered through torch's stable C interface. No device code. With CK_SIMT the same kernels run
 // on the host, and the operators take CPU tensors.
-#include "csrc/cuda/attention_families.h"
-#include "csrc/cuda/families.h"
+#include "csrc/cuda/attention/families.h"
+#include "csrc/cuda/conv/families.h"
 #include "csrc/torch/attention.h"
-#include "csrc/torch/convolutions.h"
+#include "csrc/torch/conv.h"
 
 #if !defined(CK_SIMT)
 #include <torch/csrc/stable/accelerator.h>

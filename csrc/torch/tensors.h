@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-#include "csrc/common/problem.h"
+#include "csrc/common/conv.h"
 #include "csrc/torch/memory.h"
 
 // The name that torch 2.10 to 2.12 have for it.

@@ -72,8 +72,9 @@ def load() -> str | None:
         reason = choose_assembler(Path(triton.__file__).parent / "backends" / "nvidia" / "bin")
         if reason:
             return reason
-    from . import attention_launch, launch
+    from .attention import launch as attention
+    from .conv import launch as conv
 
-    KERNELS.update(tap_conv=launch.tap_conv, tap_grad=launch.tap_grad, tap_step=launch.tap_step)
-    KERNELS.update(attention=attention_launch.attention, attention_grad=attention_launch.attention_grad)
+    KERNELS.update(tap_conv=conv.tap_conv, tap_grad=conv.tap_grad, tap_step=conv.tap_step)
+    KERNELS.update(attention=attention.attention, attention_grad=attention.attention_grad)
     return None

@@ -14,7 +14,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..machine_code import Resources, Rules, read_code, read_usage, run_tool
-from . import attention_launch, configs, launch
+from .attention import launch as attention_launch
+from .conv import configs, launch
 
 ARCHITECTURES = (80, 90, 100)
 # The instruction by which each architecture's matrix unit multiplies at its full speed.

@@ -18,8 +18,8 @@ from typing import get_args
 import torch
 
 from ..switches import switch
-from . import configs
-from .configs import Band, Config, Shape
+from .conv import configs
+from .conv.configs import Band, Config, Shape
 
 REPEATS = 10
 _KINDS = {kind.__name__: kind for kind in get_args(Config)}

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from ...backends import BACKENDS
-from .. import _late
+from .._dtypes import accumulate_dtype
 from .._functorch import refuse_tangents, transforming
-from .._numbers import accumulate_dtype
+from .._on_import import when_imported
 from .._spec import Autograd, OpSpec, overload, register
-from . import batching, composite, cost, reference
+from . import double_backward, flops, reference, vmap
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, int left=0, int right=0, int outside=0, bool causal=False, bool qk=True, "
@@ -33,7 +33,7 @@ _GRAD_SCHEMA = (
 _ARITY, _GRAD_ARITY = 22, 27
 _FIRST = 4
 """Where the arguments of ``attention`` begin in those of ``attention_grad``."""
-INPUTS = composite.INPUTS
+INPUTS = double_backward.INPUTS
 
 
 class Kernels(NamedTuple):
@@ -97,7 +97,7 @@ def _grad_backward(ctx, grads) -> tuple:
     grad, grad_lse, *tensors = ctx.saved_tensors
     args = (*tensors[:3], *ctx.setting, *tensors[3:])
     grads = [value if ctx.needs & 1 << bit else None for bit, value in enumerate(grads)]
-    found = composite.double_backward(grads, grad, grad_lse, args)
+    found = double_backward.double_backward(grads, grad, grad_lse, args)
     given = ctx.needs_input_grad + (False,) * (_GRAD_ARITY - len(ctx.needs_input_grad))
     result: list[Tensor | None] = [None] * _GRAD_ARITY
     for index, value in zip((0, 1, *(i + _FIRST for i in INPUTS)), found, strict=True):
@@ -134,7 +134,7 @@ class AttentionGrad(Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        return batching.grad(partial(_apply, AttentionGrad, args[-1]), info.batch_size, in_dims[:-1], args[:-1])
+        return vmap.grad(partial(_apply, AttentionGrad, args[-1]), info.batch_size, in_dims[:-1], args[:-1])
 
 
 class Attention(Function):
@@ -161,7 +161,7 @@ class Attention(Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        return batching.forward(partial(_apply, Attention, args[-1]), info.batch_size, in_dims[:-1], args[:-1])
+        return vmap.forward(partial(_apply, Attention, args[-1]), info.batch_size, in_dims[:-1], args[:-1])
 
 
 def _apply(function, backend: str, *args):
@@ -217,8 +217,8 @@ def _fake_grad(grad, grad_lse, out, lse, *args) -> tuple[Tensor, ...]:
     return tuple(results)
 
 
-register(OpSpec("attention", _SCHEMA, _fake, reference.attention, cost.flops, _autograd))
-register(OpSpec("attention_grad", _GRAD_SCHEMA, _fake_grad, reference.attention_grad, cost.grad_flops, _grad_autograd))
+register(OpSpec("attention", _SCHEMA, _fake, reference.attention, flops.flops, _autograd))
+register(OpSpec("attention_grad", _GRAD_SCHEMA, _fake_grad, reference.attention_grad, flops.grad_flops, _grad_autograd))
 
 
 def _kernels(backend: str) -> Kernels:
@@ -230,7 +230,7 @@ def _kernels(backend: str) -> Kernels:
 KERNELS.update({name: _kernels(name) for name in BACKENDS})
 
 
-@partial(_late.when_imported, "torch._dynamo")
+@partial(when_imported, "torch._dynamo")
 def _keep_whole(dynamo) -> None:
     """Have the compiler call the Functions instead of tracing into them (see ``tap_conv``)."""
     dynamo.allow_in_graph(Attention)

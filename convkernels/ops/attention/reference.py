@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._numbers import accumulate_dtype, dropout_mask
+from .._dtypes import accumulate_dtype, dropout_mask
 
 CLIP, ZERO, MASK = 0, 1, 2
 """What the relative terms do outside the window: repeat the outermost column, vanish, or forbid attention."""

@@ -1,6 +1,6 @@
 #define CK_ISA avx2
 #define CK_VECTOR_BYTES 32
-#include "../kernels.inc.h"
+#include "csrc/cpu/kernels.inc.h"
 
 namespace ck::cpu {
 

@@ -1,6 +1,6 @@
 #define CK_ISA avx512
 #define CK_VECTOR_BYTES 64
-#include "../kernels.inc.h"
+#include "csrc/cpu/kernels.inc.h"
 
 namespace ck::cpu {
 

@@ -1,6 +1,6 @@
 #define CK_ISA portable
 #define CK_VECTOR_BYTES 16
-#include "../kernels.inc.h"
+#include "csrc/cpu/kernels.inc.h"
 
 namespace ck::cpu {
 

@@ -1,0 +1,466 @@
+"""Public functions of the convolution family.
+
+Each call first tries a short path: a few comparisons that together prove a plain call valid, then the operator.
+Anything else (optional arguments, autocast, torch.func, torch.compile, mistakes) goes through ``_general``, which
+checks everything.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .. import _dtypes, _functorch, _select, _validate
+from . import checks, op, reference
+
+_autocast_somewhere = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+_transforms_active = _functorch.transforms_active
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_STRIDED = torch.strided
+_FARTHEST = _dtypes.FARTHEST
+
+# (backend, dtype of x, dtype of weight, device of x, device of weight) of calls that passed all checks -> (raw,
+# record).
+_proven: dict[tuple, tuple] = {}
+_select.on_reset(_proven.clear)
+
+
+def depthwise_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    padding: str | int = "same",
+    dilation: int = 1,
+    gate: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    backend: str = "auto",
+):
+    """Depthwise convolution: one kernel per channel.
+
+        y[b,t,c] = bias[c] + sum_j weight[c,j] * x[b, t + dilation*j - P, c]
+
+    with x = 0 outside the sequence. It is ``lightweight_conv1d`` with H = C and without softmax.
+
+    x: [B,T,C], float64, float32, bfloat16 or float16, any strides; the result has its shape, dtype and layout.
+    bias: [C], optional.
+    weight: [C,K].
+    mask: bool [B,T], False for padding: x is taken as 0 there whatever it holds, NaN included, and gets no gradient.
+    gate: like x; the input becomes x * sigmoid(gate) inside the kernel.
+    padding: "same" (P = dilation*(K//2)), "causal" (P = dilation*(K-1)) or P itself, from 0 to dilation*(K-1).
+    cu_seqlens: int32 or int64 [N+1], from 0 to T, never decreasing: x is [1,T,C] and holds N sequences one after the
+        other; no window reaches from one into another.
+    initial_state: [B,S,C] ([N,S,C] when packed), S = dilation*(K-1), causal only: the inputs before the first, gate and
+        mask already applied, oldest first.
+    return_state: also return the state after the last position, same shape; causal only. Differentiable.
+    backend: "auto" or a name from ``convkernels.backends.names()``; a named one never falls back.
+
+    The arithmetic is float32 (float64 for float64); weight and bias may be of another float dtype than x, except that
+    float64 goes only with float64. Under autocast x, gate and initial_state are cast, the parameters are not.
+    Raises ValueError or TypeError naming the argument, what was expected and what was given, and RuntimeError if the
+    backend named cannot run the call.
+    Source: Chang et al. 2021 (depthwise terms of convolutional attention); Tay et al. 2021.
+    """
+    return _conv(
+        "depthwise_conv1d", "[C,K]", x, weight, bias, False, False, padding, dilation, 0.0, False, None, gate, mask,
+        cu_seqlens, initial_state, return_state, backend,
+    )  # fmt: skip
+
+
+def lightweight_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softmax: bool = True,
+    renormalize: bool = False,
+    padding: str | int = "same",
+    dilation: int = 1,
+    weight_dropout: float = 0.0,
+    training: bool = False,
+    seed: Tensor | None = None,
+    gate: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    backend: str = "auto",
+):
+    """Lightweight convolution: one kernel per head, the same at every position.
+
+        y[b,t,c] = bias[c] + sum_j w[h,j] * x[b, t + dilation*j - P, c],   h = c // (C/H),   w = softmax_j(weight)
+
+    with x = 0 outside the sequence.
+
+    x: [B,T,C], float64, float32, bfloat16 or float16, any strides; the result has its shape, dtype and layout.
+    bias: [C], optional.
+    weight: [H,K], H divides C.
+    softmax: use softmax over the K taps of ``weight`` (taps outside the sequence keep their share).
+    renormalize: leave taps outside the sequence out of the softmax, so that the others sum to 1. Masked positions and
+        rows of the initial state are inside.
+    weight_dropout: probability of dropping a (softmaxed) tap, scaling the kept ones by 1/(1-p); only if ``training``.
+        One mask [H,K] serves the whole batch.
+    seed: int64 [1], fixes the dropout mask; by default drawn from PyTorch's generator of x's device.
+    mask: bool [B,T], False for padding: x is taken as 0 there whatever it holds, NaN included, and gets no gradient.
+    gate: like x; the input becomes x * sigmoid(gate) inside the kernel.
+    padding: "same" (P = dilation*(K//2)), "causal" (P = dilation*(K-1)) or P itself, from 0 to dilation*(K-1).
+    cu_seqlens: int32 or int64 [N+1], from 0 to T, never decreasing: x is [1,T,C] and holds N sequences one after the
+        other; no window reaches from one into another.
+    initial_state: [B,S,C] ([N,S,C] when packed), S = dilation*(K-1), causal only: the inputs before the first, gate and
+        mask already applied, oldest first.
+    return_state: also return the state after the last position, same shape; causal only. Differentiable.
+    backend: "auto" or a name from ``convkernels.backends.names()``; a named one never falls back.
+
+    The arithmetic is float32 (float64 for float64); weight and bias may be of another float dtype than x, except that
+    float64 goes only with float64. Under autocast x, gate and initial_state are cast, the parameters are not.
+    Raises ValueError or TypeError naming the argument, what was expected and what was given, and RuntimeError if the
+    backend named cannot run the call.
+    Source: Wu et al. 2019, "Pay less attention with lightweight and dynamic convolutions"; Tay et al. 2021, equation 2.
+    """
+    return _conv(
+        "lightweight_conv1d", "[H,K]", x, weight, bias, softmax, renormalize, padding, dilation, weight_dropout,
+        training, seed, gate, mask, cu_seqlens, initial_state, return_state, backend,
+    )  # fmt: skip
+
+
+def dynamic_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softmax: bool = True,
+    renormalize: bool = False,
+    padding: str | int = "same",
+    dilation: int = 1,
+    weight_dropout: float = 0.0,
+    training: bool = False,
+    seed: Tensor | None = None,
+    gate: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    backend: str = "auto",
+):
+    """Dynamic convolution: every output position has kernels of its own.
+
+        y[b,t,c] = bias[c] + sum_j w[b,t,h,j] * x[b, t + dilation*j - P, c],   h = c // (C/H),   w = softmax_j(weight)
+
+    with x = 0 outside the sequence.
+
+    x: [B,T,C], float64, float32, bfloat16 or float16, any strides; the result has its shape, dtype and layout.
+    bias: [C], optional.
+    weight: [B,T,H,K], usually a linear map of x, H divides C.
+    softmax: use softmax over the K taps of ``weight`` (taps outside the sequence keep their share).
+    renormalize: leave taps outside the sequence out of the softmax, so that the others sum to 1. Masked positions and
+        rows of the initial state are inside.
+    weight_dropout: probability of dropping a (softmaxed) tap, scaling the kept ones by 1/(1-p); only if ``training``.
+        Every tap of every position is dropped on its own.
+    seed: int64 [1], fixes the dropout mask; by default drawn from PyTorch's generator of x's device.
+    mask: bool [B,T], False for padding: x is taken as 0 there whatever it holds, NaN included, and gets no gradient.
+    gate: like x; the input becomes x * sigmoid(gate) inside the kernel.
+    padding: "same" (P = dilation*(K//2)), "causal" (P = dilation*(K-1)) or P itself, from 0 to dilation*(K-1).
+    cu_seqlens: int32 or int64 [N+1], from 0 to T, never decreasing: x is [1,T,C] and holds N sequences one after the
+        other; no window reaches from one into another.
+    initial_state: [B,S,C] ([N,S,C] when packed), S = dilation*(K-1), causal only: the inputs before the first, gate and
+        mask already applied, oldest first.
+    return_state: also return the state after the last position, same shape; causal only. Differentiable.
+    backend: "auto" or a name from ``convkernels.backends.names()``; a named one never falls back.
+
+    The arithmetic is float32 (float64 for float64); weight and bias may be of another float dtype than x, except that
+    float64 goes only with float64. Under autocast x, gate and initial_state are cast, the parameters are not.
+    Raises ValueError or TypeError naming the argument, what was expected and what was given, and RuntimeError if the
+    backend named cannot run the call.
+    Source: Wu et al. 2019, "Pay less attention with lightweight and dynamic convolutions"; Tay et al. 2021, equation 3.
+    """
+    return _conv(
+        "dynamic_conv1d", "[B,T,H,K]", x, weight, bias, softmax, renormalize, padding, dilation, weight_dropout,
+        training, seed, gate, mask, cu_seqlens, initial_state, return_state, backend,
+    )  # fmt: skip
+
+
+def _conv(
+    name, letters, x, weight, bias, softmax, renormalize, padding, dilation, p, training, seed, gate, mask, cu_seqlens,
+    initial_state, return_state, backend,
+):  # fmt: skip
+    plain = (
+        not _is_compiling()
+        and gate is None
+        and mask is None
+        and cu_seqlens is None
+        and initial_state is None
+        and renormalize is False
+        and return_state is False
+        and (training is False or (training is True and p == 0.0))
+        and seed is None
+        and dilation.__class__ is int
+        and 0 < dilation <= _FARTHEST
+        and (softmax is True or softmax is False)
+        and p.__class__ is float
+        and 0.0 <= p <= 1.0
+        and not _transforms_active()
+        and not _autocast_somewhere()
+        and forward_ad._current_level < 0
+    )
+    if plain:
+        try:
+            B, T, C = x.shape
+            if letters == "[B,T,H,K]":
+                b, t, H, K = weight.shape
+                fits = b == B and t == T
+            else:
+                H, K = weight.shape
+                fits = letters == "[H,K]" or H == C
+            raw, record = _proven[name, backend, x.dtype, weight.dtype, x.device, weight.device]
+            if padding == "same":
+                left = dilation * (K // 2)
+            elif padding == "causal":
+                left = dilation * (K - 1)
+            else:
+                left = padding if padding.__class__ is int else -1
+            fits = (
+                fits
+                and x.layout is weight.layout is _STRIDED
+                and K > 0
+                and C % H == 0
+                and 0 <= left <= (K - 1) * dilation <= _FARTHEST
+            )
+            if fits and bias is None:
+                recorded = _is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+                return (record if recorded else raw)(x, weight, left, dilation, softmax)
+            if fits and bias.shape == (C,) and bias.dtype is weight.dtype and bias.device == x.device:
+                recorded = _is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad)
+                return (record if recorded else raw)(x, weight, left, dilation, softmax, False, 0.0, None, bias)
+        except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError, ZeroDivisionError):
+            pass  # `_general` says what is wrong, if anything is
+        except RuntimeError:
+            if not any(getattr(value, "is_nested", False) for value in (x, weight, bias)):
+                raise
+    return _general(
+        name, letters, x, weight, bias, softmax, renormalize, padding, dilation, p, training, seed, gate, mask,
+        cu_seqlens, initial_state, return_state, backend,
+    )  # fmt: skip
+
+
+def _general(
+    name, letters, x, weight, bias, softmax, renormalize, padding, dilation, p, training, seed, gate, mask, cu_seqlens,
+    initial_state, return_state, backend,
+):  # fmt: skip
+    """Every check and every feature."""
+    transforming = _functorch.transforming()
+    if forward_ad._current_level >= 0:
+        _functorch.refuse_tangents(name, x=x, weight=weight, bias=bias, gate=gate, initial_state=initial_state)
+    x, gate, initial_state = _validate.autocast(x, gate, initial_state)
+    left = checks.convolution(
+        name, x, weight, bias, softmax, renormalize, padding, dilation, p, training, seed, gate, mask, cu_seqlens,
+        initial_state, return_state, letters=letters,
+    )  # fmt: skip
+    chosen = _select.pick(backend, name, x.device.type, x.dtype)
+    kernels = op.KERNELS[chosen]
+    if not transforming:
+        _proven[name, backend, x.dtype, weight.dtype, x.device, weight.device] = kernels.fast, kernels.record
+    dropout = float(p) if training else 0.0
+    if dropout == 0.0:
+        seed = None
+    elif seed is None:
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    if transforming:
+        y = op.TapConv.apply(
+            x, weight, left, dilation, softmax, renormalize, dropout, seed, bias, gate, mask, cu_seqlens, initial_state,
+            chosen,
+        )  # fmt: skip
+        return (y, _final_state(x, gate, mask, cu_seqlens, initial_state, left)) if return_state else y
+    call = kernels.fast
+    if torch.is_grad_enabled() and any(
+        value is not None and value.requires_grad for value in (x, weight, bias, gate, initial_state)
+    ):
+        call = kernels.record
+    y = call(
+        x, weight, left, dilation, softmax, renormalize, dropout, seed, bias, gate, mask, cu_seqlens, initial_state
+    )
+    if not return_state:
+        return y
+    return y, _final_state(x, gate, mask, cu_seqlens, initial_state, left)
+
+
+def _final_state(x, gate, mask, cu_seqlens, initial_state, S: int) -> Tensor:
+    """The last S rows of [initial state, z] of every sequence, [B,S,C] or [N,S,C]; gathered without asking how long the
+    sequences are, so that it neither waits for a device nor ties a compiled graph to lengths."""
+    B, T, C = x.shape
+    row = torch.arange(S, device=x.device)
+    if cu_seqlens is None:
+        lengths = end = torch.full((1, 1), T, device=x.device)
+    else:
+        cu = cu_seqlens.to(torch.int64)
+        lengths, end = (cu[1:] - cu[:-1])[:, None], cu[1:, None]
+    sequences = B if cu_seqlens is None else lengths.shape[0]
+    source = end - S + row
+
+    def gather(value):
+        if value is None:
+            return None
+        if T == 0:
+            return value.new_zeros(sequences, S, *value.shape[2:])
+        index = source.clamp(0, T - 1)
+        return value[:, index[0]] if cu_seqlens is None else value[0, index]
+
+    z = reference.gated_input(gather(x), gather(gate), gather(mask))
+    if initial_state is None:
+        before = torch.zeros_like(z)
+    else:
+        index = (lengths + row).clamp(max=max(S - 1, 0))
+        before = initial_state.gather(1, index[..., None].expand(sequences, S, C))
+    return torch.where((lengths + row >= S)[..., None], z, before)
+
+
+def depthwise_conv1d_step(
+    x: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dilation: int = 1,
+    gate: Tensor | None = None,
+    state_index: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """One position of a causal depthwise convolution.
+
+        y[b,c] = bias[c] + sum_j weight[c,j] * window[b, dilation*j, c],   window = [state, x]
+
+    x: [B,C], the new position.
+    state: [B,S,C] contiguous, S = dilation*(K-1), dtype of x: the inputs before it, gate applied, oldest first;
+        start with zeros. Updated in place: the oldest row leaves, the new one enters.
+    bias: [C], optional.  gate: [B,C], the input becomes x * sigmoid(gate).
+    weight: [C,K].
+    state_index: int64 [B]; row b continues from row state_index[b] of the old state (beam search). Rows may repeat.
+    backend: as for ``depthwise_conv1d``.
+
+    Step by step this equals ``depthwise_conv1d`` with padding="causal". Inference only: ValueError if an input
+    requires grad in grad mode; other errors as for ``depthwise_conv1d``. Under autocast x and gate are cast to the
+    dtype of the state.
+    Source: Wu et al. 2019.
+    """
+    return _step(
+        "depthwise_conv1d_step",
+        "[C,K]",
+        x,
+        state,
+        weight,
+        bias,
+        False,
+        False,
+        dilation,
+        gate,
+        state_index,
+        None,
+        backend,
+    )
+
+
+def lightweight_conv1d_step(
+    x: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softmax: bool = True,
+    renormalize: bool = False,
+    dilation: int = 1,
+    gate: Tensor | None = None,
+    state_index: Tensor | None = None,
+    position: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """One position of a causal lightweight convolution.
+
+        y[b,c] = bias[c] + sum_j softmax(weight)[h,j] * window[b, dilation*j, c],   window = [state, x]
+
+    x: [B,C], the new position.
+    state: [B,S,C] contiguous, S = dilation*(K-1), dtype of x: the inputs before it, gate applied, oldest first;
+        start with zeros. Updated in place: the oldest row leaves, the new one enters.
+    bias: [C], optional.  gate: [B,C], the input becomes x * sigmoid(gate).
+    weight: [H,K].
+    softmax, renormalize: as for ``lightweight_conv1d``.
+    position: int64 [B] or [1], number of positions before this one; only ``renormalize`` needs it, to tell which
+        rows of the state lie before the start of the sequence. By default none does.
+    state_index: int64 [B]; row b continues from row state_index[b] of the old state (beam search). Rows may repeat.
+    backend: as for ``lightweight_conv1d``.
+
+    Step by step this equals ``lightweight_conv1d`` with padding="causal". Inference only: ValueError if an input
+    requires grad in grad mode; other errors as for ``lightweight_conv1d``. Under autocast x and gate are cast to the
+    dtype of the state.
+    Source: Wu et al. 2019.
+    """
+    return _step(
+        "lightweight_conv1d_step", "[H,K]", x, state, weight, bias, softmax, renormalize, dilation, gate, state_index,
+        position, backend,
+    )  # fmt: skip
+
+
+def dynamic_conv1d_step(
+    x: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softmax: bool = True,
+    renormalize: bool = False,
+    dilation: int = 1,
+    gate: Tensor | None = None,
+    state_index: Tensor | None = None,
+    position: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """One position of a causal dynamic convolution.
+
+        y[b,c] = bias[c] + sum_j softmax(weight)[b,h,j] * window[b, dilation*j, c],   window = [state, x]
+
+    x: [B,C], the new position.
+    state: [B,S,C] contiguous, S = dilation*(K-1), dtype of x: the inputs before it, gate applied, oldest first;
+        start with zeros. Updated in place: the oldest row leaves, the new one enters.
+    bias: [C], optional.  gate: [B,C], the input becomes x * sigmoid(gate).
+    weight: [B,H,K].
+    softmax, renormalize: as for ``dynamic_conv1d``.
+    position: int64 [B] or [1], number of positions before this one; only ``renormalize`` needs it, to tell which
+        rows of the state lie before the start of the sequence. By default none does.
+    state_index: int64 [B]; row b continues from row state_index[b] of the old state (beam search). Rows may repeat.
+    backend: as for ``dynamic_conv1d``.
+
+    Step by step this equals ``dynamic_conv1d`` with padding="causal". Inference only: ValueError if an input
+    requires grad in grad mode; other errors as for ``dynamic_conv1d``. Under autocast x and gate are cast to the
+    dtype of the state.
+    Source: Wu et al. 2019.
+    """
+    return _step(
+        "dynamic_conv1d_step", "[B,H,K]", x, state, weight, bias, softmax, renormalize, dilation, gate, state_index,
+        position, backend,
+    )  # fmt: skip
+
+
+def _step(
+    name, letters, x, state, weight, bias, softmax, renormalize, dilation, gate, state_index, position, backend
+) -> Tensor:
+    if isinstance(state, Tensor) and _validate.autocasting(x):
+        # The state outlives the autocast region, so it decides the dtype.
+        x = x.to(state.dtype)
+        gate = gate.to(state.dtype) if isinstance(gate, Tensor) else gate
+    compiling = _is_compiling()
+    if not compiling and _transforms_active():
+        raise NotImplementedError(
+            f"{name}: expected no torch.func transform (vmap, functionalize, ...), because the state is updated in "
+            "place; the batch is the first dimension of every argument"
+        )
+    if forward_ad._current_level >= 0:
+        _functorch.refuse_tangents(name, x=x, state=state, weight=weight, bias=bias, gate=gate)
+    checks.step(
+        name, x, state, weight, bias, softmax, renormalize, dilation, gate, state_index, position, letters=letters
+    )
+    chosen = _select.pick(backend, name, x.device.type, x.dtype)
+    y = op.KERNELS[chosen].step(x, state, weight, dilation, softmax, renormalize, bias, gate, state_index, position)
+    if not compiling and not state.is_inference():
+        torch.autograd.graph.increment_version(state)
+    return y

@@ -1,0 +1,247 @@
+"""The readable definition of the convolution family, in plain PyTorch; the oracle of all tests.
+
+    y[b,t,c] = bias[c] + sum_j w'[b,t,h(c),j] * z[b, t + dilation*j - left, c],      h(c) = c // (C/H)
+    z[b,s,c] = x[b,s,c] * sigmoid(gate[b,s,c]), and 0 where mask[b,s] is False
+    w'       = dropout(softmax_j(weight)), each part optional
+
+Everything is computed in float32 (float64 for float64) and rounded once, at the end. ``source_rows`` is the one
+place that says which input a tap reads; the forward pass gathers by that table and the gradient scatters by it.
+Sources: Wu et al. 2019 (lightweight and dynamic convolution), Tay et al. 2021, Chang et al. 2021.
+"""
+
+import torch
+from torch import Tensor
+
+from .._dtypes import accumulate_dtype, dropout_mask
+from .._validate import fail
+from .checks import reach
+
+# -- the pieces of the definition, differentiable; the double backward is built from them too -------------------------
+
+
+def sequence_count(cu_seqlens: Tensor | None) -> int:
+    """Sequences in a row of the batch."""
+    return 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def sequence_bounds(T: int, cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Number, start and end of the sequence each position 0..T-1 belongs to (int64 [T]); empty sequences are
+    skipped."""
+    position = torch.arange(T, device=device)
+    if cu_seqlens is None:
+        return torch.zeros_like(position), torch.zeros_like(position), torch.full_like(position, T)
+    cu = cu_seqlens.to(torch.int64)
+    sequence = torch.searchsorted(cu, position, right=True) - 1
+    return sequence, cu[sequence], cu[sequence + 1]
+
+
+def source_rows(
+    T: int,
+    K: int,
+    left: int,
+    dilation: int,
+    device: torch.device,
+    cu_seqlens: Tensor | None = None,
+    state_rows: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Which row each tap of each output position reads, int64 [T,K], and whether that row exists, bool [T,K].
+
+    Rows are numbered as ``extend`` lays them out: the T inputs, then the ``state_rows`` rows of each sequence's initial
+    state (None: there is no state), then one row of zeros, which stands for everything outside.
+    """
+    reach("tap_conv", dilation, K)
+    sequence, start, end = (bound[:, None] for bound in sequence_bounds(T, cu_seqlens, device))
+    position = torch.arange(T, device=device)[:, None] + dilation * torch.arange(K, device=device) - left
+    inside = (position >= start) & (position < end)
+    rows = 0 if state_rows is None else state_rows * sequence_count(cu_seqlens)
+    source = torch.where(inside, position, T + rows)
+    if state_rows is not None:
+        before = position < start
+        source = torch.where(before, T + sequence * state_rows + state_rows + position - start, source)
+        inside = inside | before
+    return source, inside
+
+
+def extend(z: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """[B,T,C] inputs, the rows of the initial state of each of a row's sequences, and a row of zeros, along axis 1."""
+    B, _, C = z.shape
+    zero = z.new_zeros(B, 1, C)
+    if initial_state is None:
+        return torch.cat([z, zero], 1)
+    rows = sequence_count(cu_seqlens) * initial_state.shape[1]
+    return torch.cat([z, initial_state.to(z.dtype).reshape(B, rows, C), zero], 1)
+
+
+def gated_input(x: Tensor, gate: Tensor | None, mask: Tensor | None) -> Tensor:
+    """z. Masked x and gate are replaced *before* the product: 0 * NaN would leak into the result or the gradients."""
+    if mask is not None:
+        x = torch.where(mask[..., None], x, 0.0)
+        gate = None if gate is None else torch.where(mask[..., None], gate, 0.0)
+    return x if gate is None else x * torch.sigmoid(gate)
+
+
+def tap_weights(
+    weight: Tensor, inside: Tensor, softmax: bool, renormalize: bool, dropout: float, seed: Tensor | None
+) -> Tensor:
+    """w' as [B|1, T|1, H, K] from weight [H,K] or [B,T|1,H,K]."""
+    w = weight if weight.dim() == 4 else weight[None, None]
+    shape = tuple(w.shape)
+    if softmax and renormalize:
+        real = inside[None, :, None, :]
+        some = real.any(-1, keepdim=True)
+        # A position whose taps are all outside gets finite logits and weights of 0; softmax of -inf alone is NaN.
+        logits = torch.where(real, w, float("-inf"))
+        w = torch.where(some, torch.softmax(torch.where(some, logits, 0.0), -1), 0.0)
+    elif softmax:
+        w = torch.softmax(w, -1)
+    return w * dropout_mask(seed, dropout, shape, w.dtype) if dropout > 0 else w
+
+
+def _per_channel(w: Tensor, C: int) -> Tensor:
+    """[..., H] -> [..., C]: each value for the C/H channels of its head."""
+    return w.repeat_interleave(C // w.shape[-1], -1)
+
+
+# -- the kernels ------------------------------------------------------------------------------------------------------
+
+
+def _setting(x, weight, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens, initial_state):
+    """What forward and gradient share: x and gate (masked, in the accumulation type), z's rows, w' and the source
+    table."""
+    dtype = accumulate_dtype(x.dtype)
+    state_rows = None if initial_state is None else initial_state.shape[1]
+    source, inside = source_rows(x.shape[1], weight.shape[-1], left, dilation, x.device, cu_seqlens, state_rows)
+    z = gated_input(x.to(dtype), None if gate is None else gate.to(dtype), mask)
+    w = tap_weights(weight.to(dtype), inside, softmax, renormalize, dropout, seed)
+    return dtype, source, inside, extend(z, initial_state, cu_seqlens), w
+
+
+def tap_conv(
+    x: Tensor,
+    weight: Tensor,
+    left: int,
+    dilation: int = 1,
+    softmax: bool = False,
+    renormalize: bool = False,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> Tensor:
+    """The forward pass."""
+    dtype, source, _, rows, w = _setting(
+        x, weight, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens, initial_state
+    )
+    y = torch.zeros(x.shape, dtype=dtype, device=x.device)
+    for j in range(weight.shape[-1]):
+        y += _per_channel(w[..., j], x.shape[2]) * rows.index_select(1, source[:, j])
+    return _like(y if bias is None else y + bias.to(dtype), x)
+
+
+def tap_grad(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    left: int,
+    dilation: int = 1,
+    softmax: bool = False,
+    renormalize: bool = False,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    gate: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    needs: int = 31,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients with respect to x, weight, bias, gate, initial_state; bits 1, 2, 4, 8, 16 of ``needs`` select them.
+    Each has the dtype of its input, but that of the bias, which is not given, the accumulation type."""
+    (_, T, C), (H, K) = x.shape, weight.shape[-2:]
+    dtype, source, inside, rows, w = _setting(
+        x, weight, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens, initial_state
+    )
+    g = grad.to(dtype)
+    grad_x, grad_gate, grad_state = x.new_empty(0), x.new_empty(0), x.new_empty(0)
+    grad_weight, grad_bias = weight.new_empty(0), x.new_empty(0, dtype=dtype)
+
+    if needs & (1 | 8 | 16):
+        grad_rows = torch.zeros_like(rows)
+        for j in range(K):
+            grad_rows.index_add_(1, source[:, j], _per_channel(w[..., j], C) * g)
+        grad_z = grad_rows[:, :T]
+        if mask is not None:
+            grad_z = torch.where(mask[..., None], grad_z, 0.0)
+        if initial_state is not None and needs & 16:
+            grad_state = grad_rows[:, T:-1].reshape(initial_state.shape).to(initial_state.dtype, copy=True)
+        if gate is not None:
+            sigmoid = torch.sigmoid(gate.to(dtype))
+            if needs & 8:
+                grad_gate = grad_z * x.to(dtype) * sigmoid * (1 - sigmoid)
+                grad_gate = _like(grad_gate if mask is None else torch.where(mask[..., None], grad_gate, 0.0), gate)
+            grad_z = grad_z * sigmoid
+        if needs & 1:
+            grad_x = _like(grad_z if mask is None else torch.where(mask[..., None], grad_z, 0.0), x)
+
+    if needs & 2:
+        grad_w = torch.empty(w.shape, dtype=dtype, device=x.device)
+        for j in range(K):
+            products = (g * rows.index_select(1, source[:, j])).unflatten(2, (H, C // H)).sum(-1)
+            grad_w[..., j] = products.sum_to_size(w.shape[:-1])
+        if softmax:
+            p = tap_weights(weight.to(dtype), inside, softmax, renormalize, 0.0, None)
+            if dropout > 0:
+                grad_w = grad_w * dropout_mask(seed, dropout, _four(weight.shape), dtype)
+            grad_w = p * (grad_w - (grad_w * p).sum(-1, keepdim=True))
+        elif dropout > 0:
+            grad_w = grad_w * dropout_mask(seed, dropout, _four(weight.shape), dtype)
+        grad_weight = grad_w.sum_to_size(_four(weight.shape)).reshape(weight.shape).to(weight.dtype).contiguous()
+    if needs & 4:
+        grad_bias = g.sum((0, 1))
+    return grad_x, grad_weight, grad_bias, grad_gate, grad_state
+
+
+def tap_step(
+    x: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    dilation: int = 1,
+    softmax: bool = False,
+    renormalize: bool = False,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    state_index: Tensor | None = None,
+    position: Tensor | None = None,
+) -> Tensor:
+    """One position of the causal convolution. The window is the S rows of the state and the new input; ``state``
+    [B,S,C] then drops its oldest row and takes the new one. Tap j reads row dilation*j of the window."""
+    dtype, S, K = accumulate_dtype(x.dtype), state.shape[1], weight.shape[-1]
+    reach("tap_step", dilation, K)
+    rows = (x.shape[0], dilation * (K - 1), x.shape[1])
+    if state.shape != rows:
+        fail("tap_step", "state", f"[batch, dilation * (taps - 1), channels] = {rows}", tuple(state.shape))
+    z = gated_input(x.to(dtype), None if gate is None else gate.to(dtype), None)
+    old = state if state_index is None else state.index_select(0, state_index)
+    window = torch.cat([old.to(dtype), z[:, None]], 1)
+    inside = torch.ones(x.shape[0], K, dtype=torch.bool, device=x.device)
+    if position is not None:
+        inside = inside & (dilation * torch.arange(K, device=x.device) >= S - position[:, None])
+    w = weight if weight.dim() == 3 else weight[None]
+    w = tap_weights(w.to(dtype)[None], inside, softmax, renormalize, 0.0, None)[0]
+    y = torch.zeros_like(z)
+    for j in range(K):
+        y += _per_channel(w[..., j], x.shape[1]) * window[:, j * dilation]
+    state.copy_(window[:, 1:])
+    return _like(y if bias is None else y + bias.to(dtype), x)
+
+
+def _four(shape: torch.Size) -> tuple[int, ...]:
+    """A weight's shape as [B|1, T|1, H, K]."""
+    return tuple(shape) if len(shape) == 4 else (1, 1, *shape)
+
+
+def _like(value: Tensor, x: Tensor) -> Tensor:
+    """value rounded to x's type in a new tensor of x's layout."""
+    return torch.empty_like(x).copy_(value)

@@ -1,0 +1,50 @@
+// What a kernel is asked to do: plain pointers, sizes and strides (in elements), no torch. Every backend in csrc/ adds
+// what only it needs.
+#pragma once
+
+#include <cstdint>
+
+#include "csrc/common/dtypes.h"
+#include "csrc/common/taps.h"
+
+namespace ck {
+
+// A [batch, time, channel] tensor with any strides.
+struct Rows {
+  void* data = nullptr;
+  int64_t batch = 0, time = 0, channel = 0;
+};
+
+// One tap_conv or tap_grad call. Equation: docs/semantics.md.
+struct Problem {
+  int64_t batch = 0, time = 0, channels = 0, heads = 0;
+  Taps taps{};
+  Dtype dtype = Dtype::kFloat32, weight_dtype = Dtype::kFloat32, bias_dtype = Dtype::kFloat32;
+
+  Rows x, gate;                // gate.data == nullptr: no gate
+  const bool* mask = nullptr;  // false: the position reads as 0
+  int64_t mask_batch = 0, mask_time = 0;
+  int64_t sequences = 1;               // packed sequences of each batch row
+  const void* state = nullptr;         // [batch * sequences, span, channels] contiguous: inputs before position 0
+  const int64_t* state_row = nullptr;  // which row of state a sequence continues from, nullptr: its own
+  const int64_t* position = nullptr;   // inputs consumed before position 0, per batch row; nullptr: at least span
+  int64_t position_stride = 0;
+
+  const void* weight = nullptr;  // [batch, time, heads, taps]; batch and time stride 0: one filter for all
+  int64_t weight_batch = 0, weight_time = 0, weight_head = 0, weight_tap = 0;
+  bool per_position = false;  // the filter depends on the position (weight_time != 0)
+  bool softmax = false, renormalize = false;
+  double dropout = 0.0;
+  const void* bias = nullptr;  // [channels], contiguous
+};
+
+// Where the gradients go; data == nullptr: not wanted.
+struct Gradients {
+  Rows grad;                    // d(loss)/d(y), the input
+  Rows grad_x, grad_gate;       // grad_gate needs grad_x's pass, not its output
+  void* grad_weight = nullptr;  // contiguous, weight's own shape: [heads, taps] or [batch, time, heads, taps]
+  void* grad_bias = nullptr;    // [channels], bias_dtype
+  void* grad_state = nullptr;   // like state
+};
+
+}  // namespace ck

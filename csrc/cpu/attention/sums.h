@@ -1,0 +1,119 @@
+// Sums that several tasks add to: the gradients of keys and values, and of tables, which are sums over batch rows and
+// positions. Every task adds into memory of its own, and what the tasks have is added in their order. How many tasks
+// there are depends on the problem alone. So the results are the same bits on any number of threads.
+#pragma once
+
+#include "csrc/cpu/attention/block.h"
+
+namespace ck::cpu::CK_ISA {
+
+// Sums of `size` elements, each over `tasks_per_sum` tasks that follow each other. Whoever runs the first task of a sum
+// adds those that it runs next at once, so that one thread needs memory for two tasks, however many there are.
+template <class C>
+class OrderedSums {
+ public:
+  // keep: sums are wanted together, after all tasks.
+  OrderedSums(int64_t tasks, int64_t tasks_per_sum, int64_t size, bool keep)
+      : tasks_(tasks), per_(tasks_per_sum), size_(size), keep_(keep), left_(tasks) {
+    for (int64_t n = 0; n < tasks; ++n) left_[n] = nullptr;
+  }
+  ~OrderedSums() {
+    for (int64_t n = 0; n < tasks_; ++n) delete left_[n];
+  }
+  OrderedSums(const OrderedSums&) = delete;
+  OrderedSums& operator=(const OrderedSums&) = delete;
+
+  // Runs tasks begin .. end, one after the other.
+  class Runner {
+   public:
+    Runner(const OrderedSums& sums, int64_t begin, int64_t end) : s_(sums), begin_(begin), end_(end) {}
+    ~Runner() {
+      delete sum_;
+      delete one_;
+    }
+    Runner(const Runner&) = delete;
+    Runner& operator=(const Runner&) = delete;
+
+    // Zeros for a task to add to.
+    C* open(int64_t task) {
+      Scratch<C>*& to = !has_first(task) ? s_.left_[task] : s_.first(task) == task ? sum_ : one_;
+      if (to == nullptr) to = new Scratch<C>(s_.size_);
+      clear(to->get(), s_.size_);
+      return to->get();
+    }
+
+    // The sum, when its last task was the last of its tasks that are not yet in it; then nobody else has it.
+    C* close(int64_t task) {
+      if (!has_first(task)) return nullptr;
+      const int64_t first = s_.first(task);
+      if (first != task) add_to(sum_->get(), one_->get(), s_.size_);
+      const bool last = task + 1 == first + s_.per_;
+      if (last && !s_.keep_) return sum_->get();
+      if (last || task + 1 == end_) {
+        s_.left_[first] = sum_;
+        sum_ = nullptr;
+      }
+      return nullptr;
+    }
+
+   private:
+    bool has_first(int64_t task) const { return s_.first(task) >= begin_; }
+
+    const OrderedSums& s_;
+    const int64_t begin_, end_;
+    Scratch<C>*sum_ = nullptr, *one_ = nullptr;
+  };
+
+  // After all tasks: n elements of a sum from `at` on; nullptr: the one that closed its last task had it.
+  C* rest(int64_t sum, int64_t at, int64_t n) const {
+    Scratch<C>* const* const left = left_.get() + sum * per_;
+    if (left[0] == nullptr) return nullptr;
+    for (int64_t i = 1; i < per_; ++i)
+      if (left[i] != nullptr) add_to(left[0]->get() + at, left[i]->get() + at, n);
+    return left[0]->get() + at;
+  }
+
+ private:
+  int64_t first(int64_t task) const { return task / per_ * per_; }
+
+  int64_t tasks_, per_, size_;
+  bool keep_;
+  Scratch<Scratch<C>*> left_;
+};
+
+// The sums of one table; the layout's strides are those of the gradient, which is contiguous by heads.
+template <class C>
+struct TableSums {
+  const HeadTable& table;
+  void* out;  // nullptr: not wanted
+  Layout<C> layout;
+  C factor;
+  int64_t start = 0;  // within the sums of a head
+
+  int64_t size() const { return out != nullptr ? layout.size() : 0; }
+  C* of(C* head) const { return out != nullptr ? head + start : nullptr; }
+  bool shared() const { return out != nullptr && !table.per_head; }
+  // From a column on that begins a vector.
+  Vectors<C> from(C* sums, int64_t column) const { return {sums + layout.at(0, column), layout.row, layout.step}; }
+
+  // heads(h): the sums of a head. A table that all heads share takes those of all.
+  template <class Heads>
+  void write(Range range, const Heads& heads) const {
+    if (out == nullptr) return;
+    if (shared()) {
+      for (int64_t h = range.first + 1; h < range.end; ++h) add_to(of(heads(range.first)), of(heads(h)), size());
+      range = {0, 1};
+    }
+    const Axis outer = layout.outer, inner = layout.inner;
+    Scratch<C> row(round_up(inner.size, kLanes<C>));
+    for (int64_t h = range.first; h < range.end; ++h)
+      for (int64_t o = 0; o < outer.size; ++o) {
+        for (int64_t i = 0; i < inner.size; i += kLanes<C>)
+          store_bytes(row.get() + i, load_bytes<Vec<C>>(of(heads(h)) + layout.at(o, i)) * factor);
+        convert_out(table.dtype, row.get(), inner.size, out, h * outer.size * inner.size + o * outer.stride,
+                    inner.stride);
+      }
+  }
+};
+
+}  // namespace ck::cpu::CK_ISA

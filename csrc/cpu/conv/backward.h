@@ -1,0 +1,368 @@
+// tap_grad: all gradients in one sweep over d(y) and x.
+//
+// d(x) is the convolution of d(y) with the taps in reverse order. d(filters) are summed over a number of groups of rows
+// that depends on the problem alone, and the groups are added in a fixed order, so that the result is the same bit for
+// bit on any number of threads.
+#pragma once
+
+#include "csrc/cpu/conv/correlate.h"
+#include "csrc/cpu/conv/forward.h"
+
+namespace ck::cpu::CK_ISA {
+
+constexpr int64_t kGroupRows = 128, kMaxGroups = 16;
+
+template <class T>
+inline RowReader<T> gradient_reader(const Backward& p) {
+  RowReader<T> r;
+  r.rows = p.grad;
+  r.channels = p.channels;
+  return r;
+}
+
+// Sums that groups of rows leave behind, one region per group.
+template <class C>
+struct PartialSums {
+  int64_t filter_size, bias_size;
+  Scratch<C> filters, bias;
+
+  PartialSums(int64_t groups, int64_t filter, int64_t channels)
+      : filter_size(filter), bias_size(channels), filters(groups * filter), bias(groups * channels) {}
+};
+
+template <class T, bool kStaged>
+class BackwardTask {
+ public:
+  using C = Compute<T>;
+  using Src = std::conditional_t<kStaged, Staged<T>, Lanes<T>>;
+  using Elem = typename Src::Elem;
+  static constexpr int64_t kMaxRows = 32;
+
+  BackwardTask(const Backward& p, const ChannelPlan& plan, const ChannelBlock& block, const SharedFilters<T>* shared,
+               C* filter_sum, C* bias_sum)
+      : p_(p),
+        plan_(plan),
+        block_(block),
+        shared_(shared),
+        filter_sum_(filter_sum),
+        bias_sum_(bias_sum),
+        K_(p.taps.taps),
+        d_(p.taps.dilation),
+        per_head_(p.channels / p.heads),
+        h0_(block.first / per_head_),
+        h1_(ceil_div(block.last, per_head_)),
+        units_(units_of<T>(block)),
+        width_(vector_width<T>(block)),
+        pitch_((h1_ - h0_) * K_ + kLanes<C>),
+        per_row_(shared == nullptr),
+        need_input_(p.grad_x.data != nullptr || p.grad_gate.data != nullptr || p.grad_state != nullptr),
+        need_filter_(p.grad_weight != nullptr),
+        reversed_(p.taps.transposed()),
+        // The filters of the rows whose gradient is taken lie among those that d(x) needs if the phases meet.
+        centered_(need_input_ && reversed_.left % d_ == 0),
+        separate_soft_(need_filter_ && p.dropout > 0.0),
+        input_(input_reader<T>(p), p.taps, block, need_filter_ ? kMaxRows : 1, kMargin, kStaged),
+        gradient_(gradient_reader<T>(p), reversed_, block, need_input_ ? kMaxRows : 1, kMargin, kStaged),
+        center_(gradient_reader<T>(p), Taps{1, 0, d_}, block, kMaxRows, kMargin, kStaged),
+        sink_(input_reader<T>(p), p.grad_x, p.grad_gate, p.grad_state, block, kMaxRows, kStaged),
+        logits_(per_row_ ? pitch_ : 0),
+        filters_(per_row_ && need_input_ ? window_rows() * pitch_ : 0),
+        soft_(per_row_ && separate_soft_ && centered_ ? window_rows() * pitch_ : 0),
+        center_soft_(per_row_ && need_filter_ && !centered_ ? kMaxRows * pitch_ : 0),
+        dots_(per_row_ && need_filter_ ? kDotRows * pitch_ : 0),
+        expanded_(per_row_ && need_input_ && !plan.aligned ? window_rows() * K_ * width_ : 0),
+        product_(per_row_ && need_filter_ && !plan.aligned ? width_ : 0) {}
+
+  void run(const WorkList& work, int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      const Item& item = work.item(index);
+      const Segment& s = work.segment(item.segment);
+      for (int64_t first = item.first; first < item.last; first += kMaxRows) {
+        const int64_t n = least(kMaxRows, item.last - first), position = item.phase + d_ * first;
+        const bool continues = first > item.first;
+        if (need_input_) input_gradient(s, position, n, continues);
+        if (need_filter_ || bias_sum_ != nullptr) row_gradients(s, position, n, continues);
+      }
+      if (p_.grad_state != nullptr && item.phase == 0 && item.first == 0) state_gradient(s);
+    }
+  }
+
+ private:
+  int64_t window_rows() const { return kMaxRows + kPositionRows + K_ - 1; }
+
+  // Inputs before position 0 receive their gradient as if they belonged to the sequence.
+  void state_gradient(const Segment& s) {
+    for (int64_t phase = 0; phase < d_; ++phase)
+      for (int64_t first = 0; first < K_ - 1; first += kMaxRows)
+        input_gradient(s, d_ * first + phase - p_.taps.span(), least(kMaxRows, K_ - 1 - first), first > 0);
+  }
+
+  void input_gradient(const Segment& s, int64_t position, int64_t n, bool continues) {
+    const auto grad = gradient_.template move<kStaged>(s, position, n, continues);
+    const auto out = sink_.template open<kStaged>(s, position, d_, n);
+    if (!per_row_) {
+      shared_->template convolve_block<Src>(p_, plan_, block_, h0_, grad, out, n, nullptr, false);
+    } else {
+      window_filters(s, position, n, continues);
+      // Output i takes tap K-1-k of the filter that belongs to row i+k of the window.
+      if (plan_.aligned) {
+        convolve_positions<T, Src>(p_, plan_, block_, grad, out, n, filters_.get() + K_ - 1, pitch_, pitch_ - 1,
+                                   nullptr, false);
+      } else {
+        const int64_t row = K_ * width_;
+        convolve_positions<T, Src>(p_, plan_, block_, grad, out, n, expanded_.get() + (K_ - 1) * width_, row,
+                                   row - width_, nullptr, false);
+      }
+    }
+    if constexpr (kStaged) sink_.flush(s, position, d_, n);
+  }
+
+  // Filters of the rows that the window of d(y) holds, and zeros where it lies outside the sequence.
+  void window_filters(const Segment& s, int64_t position, int64_t n, bool continues) {
+    const int64_t halo = K_ - 1, origin = reversed_.source(position, 0);
+    int64_t q = 0;
+    if (continues) {
+      const auto carry = [&](C* rows, int64_t size) {
+        memmove(static_cast<void*>(rows), rows + kMaxRows * size, static_cast<size_t>(halo * size) * sizeof(C));
+      };
+      carry(filters_.get(), pitch_);
+      if (separate_soft_ && centered_) carry(soft_.get(), pitch_);
+      if (!plan_.aligned) carry(expanded_.get(), K_ * width_);
+      q = halo;
+    }
+    for (; q < n + halo; ++q) {
+      const int64_t t = origin + d_ * q;
+      C* const row = filters_.get() + q * pitch_;
+      C* const soft = separate_soft_ && centered_ ? soft_.get() + q * pitch_ : nullptr;
+      if (t >= 0 && t < s.length())
+        make_position_filters<C>(p_, s, t, h0_, h1_, logits_.get(), row, soft);
+      else
+        memset(static_cast<void*>(row), 0, static_cast<size_t>(pitch_) * sizeof(C));
+      if (!plan_.aligned) expand_filters<T>(p_, block_, row, K_, 1, expanded_.get() + q * K_ * width_);
+    }
+  }
+
+  void row_gradients(const Segment& s, int64_t position, int64_t n, bool continues) {
+    const auto grad = center_.template move<kStaged>(s, position, n, false);
+    if (bias_sum_ != nullptr) add_bias(grad, n);
+    if (!need_filter_) return;
+    const auto in = input_.template move<kStaged>(s, position, n, continues);
+    if (per_row_) return position_gradients(s, position, n, in, grad);
+    if (plan_.aligned) {
+      const int64_t units = per_head_ / Lanes<T>::kUnit;
+      for (int64_t h = h0_; h < h1_; ++h)
+        correlate<Src, false>(in, grad, n, K_, (h - h0_) * units, (h - h0_ + 1) * units,
+                              filter_sum_ + h * K_ * kLanes<C>, kLanes<C>);
+    } else {
+      correlate<Src, true>(in, grad, n, K_, 0, units_, filter_sum_ + block_.first * K_, width_);
+    }
+  }
+
+  void add_bias(const Elem* const* grad, int64_t n) {
+    constexpr int V = kLanes<C>, P = Src::kParts;
+    for (int64_t unit = 0; unit < units_; ++unit) {
+      C* const to = bias_sum_ + block_.first + unit * P * V;
+      Vec<C> low = load_bytes<Vec<C>>(to);
+      for (int64_t i = 0; i < n; ++i) low += Src::template load<0>(grad[i], unit);
+      store_bytes(to, low);
+      if constexpr (P == 2) {
+        Vec<C> high = load_bytes<Vec<C>>(to + V);
+        for (int64_t i = 0; i < n; ++i) high += Src::template load<1>(grad[i], unit);
+        store_bytes(to + V, high);
+      }
+    }
+  }
+
+  // d(filters) row by row, through the softmax, to d(weight) or, if all positions share the weight, to the sums.
+  void position_gradients(const Segment& s, int64_t position, int64_t n, const Elem* const* in,
+                          const Elem* const* grad) {
+    const int64_t shift = centered_ ? gradient_.center() : 0;
+    for (int64_t i = 0; i < n; i += kDotRows) {
+      if (plan_.aligned) {
+        const int64_t units = per_head_ / Lanes<T>::kUnit;
+        for (int64_t h = 0; h < h1_ - h0_; ++h)
+          dot_taps<Src>(in + i, grad + i, K_, h * units, (h + 1) * units, dots_.get() + h * K_, pitch_);
+      }
+      for (int64_t r = 0; r < least(kDotRows, n - i); ++r) {
+        C* const dots = dots_.get() + r * pitch_;
+        const int64_t t = position + d_ * (i + r);
+        if (!plan_.aligned) {
+          memset(static_cast<void*>(dots), 0, static_cast<size_t>(pitch_) * sizeof(C));
+          dot_taps_of_channels<Src>(in + i + r, grad[i + r], K_, units_, block_.size(), per_head_, product_.get(),
+                                    dots);
+        }
+        const C* soft = nullptr;
+        if (centered_) {
+          soft = (separate_soft_ ? soft_.get() : filters_.get()) + (i + r + shift) * pitch_;
+        } else {
+          C* const row = center_soft_.get() + i * pitch_;
+          Problem undropped = p_;
+          undropped.dropout = 0.0;
+          make_position_filters<C>(undropped, s, t, h0_, h1_, logits_.get(), row, nullptr);
+          soft = row;
+        }
+        finish_position_gradient<C>(p_, s, t, h0_, h1_, soft, dots);
+        store_gradient(s, t, dots);
+      }
+    }
+  }
+
+  void store_gradient(const Segment& s, int64_t position, const C* row) {
+    const int64_t count = (h1_ - h0_) * K_;
+    if (!p_.per_position) {
+      C* const to = filter_sum_ + h0_ * K_;
+      for (int64_t i = 0; i < count; ++i) to[i] += row[i];
+      return;
+    }
+    const int64_t at = ((s.batch * p_.time + s.begin + position) * p_.heads + h0_) * K_;
+    with_dtype(p_.weight_dtype, [&](auto* tag) {
+      using W = __typeof__(*tag);
+      if constexpr (std::is_same_v<Compute<W>, C>) {
+        W* const to = static_cast<W*>(p_.grad_weight) + at;
+        for (int64_t i = 0; i < count; i += kLanes<C>) store_natural(to + i, load_bytes<Vec<C>>(row + i), count - i);
+      }
+    });
+  }
+
+  const Backward& p_;
+  const ChannelPlan& plan_;
+  const ChannelBlock block_;
+  const SharedFilters<T>* const shared_;
+  C *const filter_sum_, *const bias_sum_;
+  const int64_t K_, d_, per_head_, h0_, h1_, units_, width_, pitch_;
+  const bool per_row_, need_input_, need_filter_;
+  const Taps reversed_;
+  const bool centered_, separate_soft_;
+  Window<T, Src> input_, gradient_, center_;
+  Sink<T, Src> sink_;
+  Scratch<C> logits_, filters_, soft_, center_soft_, dots_, expanded_, product_;
+};
+
+// Adds the groups' sums in order and carries them through the softmax.
+template <class T>
+inline void reduce_filters(const Backward& p, const ChannelPlan& plan, const PartialSums<Compute<T>>& sums,
+                           int64_t groups, const SharedFilters<T>* shared) {
+  using C = Compute<T>;
+  constexpr int V = kLanes<C>;
+  const int64_t K = p.taps.taps, pitch = shared_pitch(p), per_head = p.channels / p.heads;
+  Scratch<C> total(K * pitch);
+  memset(static_cast<void*>(total.get()), 0, static_cast<size_t>(K * pitch) * sizeof(C));
+  const bool threads = groups * sums.filter_size >= kSerialWork;
+  if (shared == nullptr) {  // d(logits) already, [heads][taps]
+    for (int64_t g = 0; g < groups; ++g)
+      for (int64_t h = 0; h < p.heads; ++h)
+        for (int64_t k = 0; k < K; ++k) total[k * pitch + h] += sums.filters[g * sums.filter_size + h * K + k];
+    with_dtype(p.weight_dtype, [&](auto* tag) {
+      auto* to = static_cast<decltype(tag)>(p.grad_weight);
+      for (int64_t h = 0; h < p.heads; ++h)
+        for (int64_t k = 0; k < K; ++k) from_float(total[k * pitch + h], to[h * K + k]);
+    });
+    return;
+  }
+  parallel(p, K, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      C* const row = total.get() + k * pitch;
+      if (plan.aligned) {
+        for (int64_t h = 0; h < p.heads; ++h) {
+          Vec<C> sum = {};
+          for (int64_t g = 0; g < groups; ++g)
+            sum += load_bytes<Vec<C>>(&sums.filters[g * sums.filter_size + (h * K + k) * V]);
+          row[h] = sum_lanes<C>(sum);
+        }
+      } else {
+        for (int64_t i = 0; i < plan.blocks; ++i) {
+          const ChannelBlock block = plan.block(i, p.channels);
+          const int64_t width = vector_width<T>(block);
+          for (int64_t v = 0; v < width; v += V) {
+            Vec<C> sum = {};
+            for (int64_t g = 0; g < groups; ++g)
+              sum += load_bytes<Vec<C>>(&sums.filters[g * sums.filter_size + block.first * K + k * width + v]);
+            store_bytes(&sums.filters[block.first * K + k * width + v], sum);  // the first group's, no longer needed
+          }
+          for (int64_t c = 0; c < block.size(); ++c)
+            row[(block.first + c) / per_head] +=
+                sums.filters[block.first * K + k * width + vector_position<Lanes<T>>(c)];
+        }
+      }
+    }
+  });
+  finish_shared_gradient<C>(p, total.get(), shared->soft(), p.grad_weight);
+}
+
+template <class T>
+inline void reduce_bias(const Backward& p, const ChannelPlan& plan, const PartialSums<Compute<T>>& sums,
+                        int64_t groups) {
+  with_dtype(p.bias_dtype, [&](auto* tag) {
+    auto* to = static_cast<decltype(tag)>(p.grad_bias);
+    for (int64_t i = 0; i < plan.blocks; ++i) {
+      const ChannelBlock block = plan.block(i, p.channels);
+      for (int64_t c = 0; c < block.size(); ++c) {
+        Compute<T> sum{};
+        for (int64_t g = 0; g < groups; ++g)
+          sum += sums.bias[g * sums.bias_size + block.first + vector_position<Lanes<T>>(c)];
+        from_float(sum, to[block.first + c]);
+      }
+    }
+  });
+}
+
+template <class T>
+inline const char* backward_typed(const Backward& p) {
+  using C = Compute<T>;
+  const bool per_row = p.per_position || p.renormalize;
+  const bool need_input = p.grad_x.data != nullptr || p.grad_gate.data != nullptr || p.grad_state != nullptr;
+  const bool direct = kReadInPlace<T> && p.gate.data == nullptr && p.grad.channel == 1 &&
+                      (p.grad_weight == nullptr || p.x.channel == 1) &&
+                      (p.grad_x.data == nullptr || p.grad_x.channel == 1) && (!need_input || p.grad_x.data != nullptr);
+  const ChannelPlan plan = plan_channels<T>(p, direct, per_row, 256);
+  const int64_t groups = most(1, least(kMaxGroups, p.batch * p.time / kGroupRows));
+  const int64_t rows = most(16, least(256, round_up(ceil_div(p.batch * p.time, groups), 16)));
+  const WorkList work(p, rows);
+
+  const int64_t K = p.taps.taps, padded = round_up(p.channels, Lanes<T>::kUnit);
+  const bool shared_sums = p.grad_weight != nullptr && !p.per_position;
+  const int64_t filter_size = !shared_sums   ? 0
+                              : per_row      ? p.heads * K
+                              : plan.aligned ? p.heads * K * kLanes<C>
+                                             : padded * K;
+  PartialSums<C> sums(groups, filter_size, p.grad_bias != nullptr ? padded : 0);
+
+  const auto run = [&](const SharedFilters<T>* shared) {
+    parallel(p, groups * plan.blocks, worth_threads(p), [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        // Blocks of the same rows next to each other: neighbours share what they bring into the caches.
+        const int64_t group = task / plan.blocks;
+        const ChannelBlock block = plan.block(task % plan.blocks, p.channels);
+        C* const filter_sum = sums.filters.get() + group * filter_size;
+        C* const bias_sum = p.grad_bias != nullptr ? sums.bias.get() + group * padded : nullptr;
+        const int64_t per_head = p.channels / p.heads, width = vector_width<T>(block);
+        if (shared_sums) {
+          const int64_t h0 = block.first / per_head, h1 = ceil_div(block.last, per_head);
+          const int64_t scale = per_row ? K : plan.aligned ? K * kLanes<C> : 0;
+          C* const from = scale != 0 ? filter_sum + h0 * scale : filter_sum + block.first * K;
+          const int64_t count = scale != 0 ? (h1 - h0) * scale : width * K;
+          memset(static_cast<void*>(from), 0, static_cast<size_t>(count) * sizeof(C));
+        }
+        if (bias_sum != nullptr)
+          memset(static_cast<void*>(bias_sum + block.first), 0, static_cast<size_t>(width) * sizeof(C));
+        const int64_t first = work.size() * group / groups, last = work.size() * (group + 1) / groups;
+        if (block.staged) {
+          BackwardTask<T, true>(p, plan, block, shared, filter_sum, bias_sum).run(work, first, last);
+        } else if constexpr (kReadInPlace<T>) {
+          BackwardTask<T, false>(p, plan, block, shared, filter_sum, bias_sum).run(work, first, last);
+        }
+      }
+    });
+    if (shared_sums) reduce_filters<T>(p, plan, sums, groups, shared);
+    if (p.grad_bias != nullptr) reduce_bias<T>(p, plan, sums, groups);
+  };
+  if (per_row) {
+    run(nullptr);
+  } else {
+    const SharedFilters<T> shared(p, plan, true, true);
+    run(&shared);
+  }
+  return nullptr;
+}
+
+}  // namespace ck::cpu::CK_ISA

@@ -1,0 +1,22 @@
+// What a CPU kernel of the convolutions is asked to do.
+#pragma once
+
+#include "csrc/common/conv.h"
+#include "csrc/cpu/workers.h"
+
+namespace ck::cpu {
+
+struct Problem : ck::Problem, Workers {
+  const int64_t* offsets = nullptr;  // sequences+1 packed offsets, nullptr: every batch row is one sequence
+  uint64_t seed = 0;
+  int64_t dropout_batch = 0;  // batch coordinate of the first filter in the dropout counter
+};
+
+struct Forward : Problem {
+  Rows y;
+  bool resident_output = false;  // the pages of y are mapped already
+};
+
+struct Backward : Problem, Gradients {};
+
+}  // namespace ck::cpu

@@ -1,0 +1,397 @@
+// Rows in and rows out: where windows find their inputs, and where results go, for any strides.
+#pragma once
+
+#include "csrc/cpu/conv/filters.h"
+
+namespace ck::cpu::CK_ISA {
+
+// The layout of converted rows. Where conversion changes nothing it is the storage layout itself.
+template <class T>
+using Staged = std::conditional_t<Lanes<T>::kParts == 1, Lanes<Compute<T>>, Converted<T>>;
+
+// Whether tiles read the storage type themselves. Where converting takes many instructions each row is converted once.
+template <class T>
+constexpr bool kReadInPlace = kVectorBytes > 16 || sizeof(T) == sizeof(Compute<T>);
+
+// Channels [first, last) that one task works on, and the whole units that cover them.
+struct ChannelBlock {
+  int64_t first, last;
+  bool staged;  // rows are converted to a padded buffer instead of being read and written in place
+
+  int64_t size() const { return last - first; }
+};
+
+template <class T>
+CK_INLINE int64_t units_of(const ChannelBlock& block) {
+  return ceil_div(block.size(), Lanes<T>::kUnit);
+}
+template <class T>
+CK_INLINE int64_t vector_width(const ChannelBlock& block) {  // elements of a converted row
+  return units_of<T>(block) * Lanes<T>::kParts * kLanes<Compute<T>>;
+}
+
+// Where channel c of a block stands in a converted row.
+template <class L>
+CK_INLINE int64_t vector_position(int64_t c) {
+  if constexpr (L::kParts == 1) return c;
+  const int64_t inside = c % L::kUnit;
+  return c - inside + inside % 2 * kLanes<typename L::C> + inside / 2;
+}
+
+// Loads one unit of a strided row with n valid channels (the rest reads as 0).
+template <class T>
+CK_INLINE void load_unit(const T* row, int64_t stride, int64_t n, Vec<Compute<T>>* out) {
+  T copy[Lanes<T>::kUnit];
+  if (n < Lanes<T>::kUnit || stride != 1) {
+    memset(static_cast<void*>(copy), 0, sizeof copy);
+    for (int64_t i = 0; i < least(n, Lanes<T>::kUnit); ++i) copy[i] = row[i * stride];
+    row = copy;
+  }
+  out[0] = Lanes<T>::template load<0>(row, 0);
+  if constexpr (Lanes<T>::kParts == 2) out[1] = Lanes<T>::template load<1>(row, 0);
+}
+
+template <class T>
+CK_INLINE void store_unit(T* row, int64_t stride, int64_t n, const Vec<Compute<T>>* v) {
+  if (n >= Lanes<T>::kUnit && stride == 1) return Lanes<T>::store(row, 0, v, false);
+  T copy[Lanes<T>::kUnit];
+  Lanes<T>::store(copy, 0, v, false);
+  for (int64_t i = 0; i < least(n, Lanes<T>::kUnit); ++i) row[i * stride] = copy[i];
+}
+
+// Tensors whose positions, not channels, lie next to each other ([batch, channels, time] memory) are turned in squares
+// of vectors: n positions from `from` (first channel of the block, `stride` between channels) to n converted rows.
+template <class T>
+inline void turn_in(const T* from, int64_t stride, int64_t n, const ChannelBlock& block, Compute<T>* out) {
+  constexpr int P = Lanes<T>::kParts, V = kLanes<Compute<T>>, U = Lanes<T>::kUnit;
+  const int64_t width = vector_width<T>(block);
+  for (int64_t unit = 0; unit < units_of<T>(block); ++unit) {
+    for (int part = 0; part < P; ++part) {
+      for (int64_t t = 0; t < n; t += V) {
+        Vec<Compute<T>> square[V];
+        for (int lane = 0; lane < V; ++lane) {
+          const int64_t c = unit * U + Lanes<T>::channel(part, lane);
+          square[lane] =
+              c < block.size() ? load_natural(from + c * stride + t, from + c * stride + n) : Vec<Compute<T>>{};
+        }
+        transpose<Compute<T>>(square);
+        for (int64_t i = 0; i < least(V, n - t); ++i)
+          store_bytes(out + (t + i) * width + (unit * P + part) * V, square[i]);
+      }
+    }
+  }
+}
+
+// The way back: n converted rows to n positions of each channel.
+template <class T>
+inline void turn_out(const Compute<T>* rows, int64_t n, const ChannelBlock& block, T* to, int64_t stride) {
+  constexpr int P = Lanes<T>::kParts, V = kLanes<Compute<T>>, U = Lanes<T>::kUnit;
+  const int64_t width = vector_width<T>(block);
+  for (int64_t unit = 0; unit < units_of<T>(block); ++unit) {
+    for (int part = 0; part < P; ++part) {
+      for (int64_t t = 0; t < n; t += V) {
+        const int64_t count = least(V, n - t);
+        Vec<Compute<T>> square[V] = {};
+        for (int64_t i = 0; i < count; ++i)
+          square[i] = load_bytes<Vec<Compute<T>>>(rows + (t + i) * width + (unit * P + part) * V);
+        transpose<Compute<T>>(square);
+        for (int lane = 0; lane < V; ++lane) {
+          const int64_t c = unit * U + Lanes<T>::channel(part, lane);
+          if (c < block.size()) store_natural(to + c * stride + t, square[lane], count);
+        }
+      }
+    }
+  }
+}
+
+// A tensor of rows with what the prologue does to it.
+template <class T>
+struct RowReader {
+  Rows rows, gate{};
+  const bool* mask = nullptr;
+  int64_t mask_batch = 0, mask_time = 0;
+  const T* state = nullptr;
+  int64_t span = 0, channels = 0;
+
+  CK_INLINE bool masked(const Segment& s, int64_t position) const {
+    return mask != nullptr && !mask[s.batch * mask_batch + (s.begin + position) * mask_time];
+  }
+  CK_INLINE const T* row(const Rows& r, const Segment& s, int64_t position) const {
+    return static_cast<const T*>(r.data) + s.batch * r.batch + (s.begin + position) * r.time;
+  }
+  CK_INLINE bool in_state(const Segment& s, int64_t position) const {
+    return state != nullptr && position < 0 && position >= -s.history;
+  }
+  CK_INLINE const T* state_row(const Segment& s, int64_t position) const {
+    return state + (s.state_row * span + span + position) * channels;
+  }
+
+  // The row to read in place at `position`, or nullptr where it reads as 0.
+  CK_INLINE const T* find(const Segment& s, int64_t position) const {
+    if (position < 0) return in_state(s, position) ? state_row(s, position) : nullptr;
+    if (position >= s.length() || masked(s, position)) return nullptr;
+    return row(rows, s, position);
+  }
+
+  // Converts the channels of `block` at `position`, gated.
+  inline void convert(const Segment& s, int64_t position, const ChannelBlock& block, Compute<T>* out) const {
+    constexpr int P = Lanes<T>::kParts, V = kLanes<Compute<T>>;
+    const T* x = find(s, position);
+    if (x == nullptr) {
+      memset(static_cast<void*>(out), 0, static_cast<size_t>(vector_width<T>(block)) * sizeof(*out));
+      return;
+    }
+    const int64_t stride = position < 0 ? 1 : rows.channel;
+    const T* g = gate.data != nullptr && position >= 0 ? row(gate, s, position) + block.first * gate.channel : nullptr;
+    x += block.first * stride;
+    for (int64_t u = 0, n = block.size(); n > 0; ++u, n -= Lanes<T>::kUnit) {
+      Vec<Compute<T>> v[P], w[P];
+      load_unit(x + u * Lanes<T>::kUnit * stride, stride, n, v);
+      if (g != nullptr) load_unit(g + u * Lanes<T>::kUnit * gate.channel, gate.channel, n, w);
+      CK_UNROLL for (int part = 0; part < P; ++part)
+          store_bytes(out + (u * P + part) * V, g != nullptr ? v[part] * vsigmoid<Compute<T>>(w[part]) : v[part]);
+    }
+  }
+};
+
+// Whether the positions of a tensor lie next to each other and its channels do not.
+CK_INLINE bool turned(const Rows& r) { return r.time == 1 && r.channel != 1; }
+
+// Pointers to the rows that a block of outputs reads: row q is read by output i with tap q - i. Src is Lanes<T> (rows
+// are read where they lie) or Staged<T> (rows are converted into a buffer that moves along with the block).
+template <class T, class Src>
+class Window {
+ public:
+  using Elem = typename Src::Elem;
+
+  Window(const RowReader<T>& reader, const Taps& taps, const ChannelBlock& block, int64_t max_rows, int64_t margin,
+         bool staged)
+      : reader_(reader),
+        taps_(taps),
+        block_(block),
+        halo_(taps.taps - 1),
+        margin_(margin),
+        width_(vector_width<T>(block)),
+        pointers_(max_rows + taps.taps - 1 + margin),
+        buffer_(staged ? (max_rows + taps.taps - 1) * width_ : 0),
+        zero_(staged ? width_ : round_up(block.size(), Lanes<T>::kUnit)) {
+    memset(static_cast<void*>(zero_.get()), 0,
+           static_cast<size_t>(staged ? width_ : round_up(block.size(), Lanes<T>::kUnit)) * sizeof(Elem));
+  }
+
+  // Rows for n outputs at positions first, first + dilation, ... `continues`: the block follows the previous one.
+  template <bool kStaged>
+  const Elem* const* move(const Segment& s, int64_t first, int64_t n, bool continues) {
+    const int64_t count = n + halo_, origin = taps_.source(first, 0);
+    const Elem** const to = pointers_.get();
+    if constexpr (kStaged) {
+      int64_t q = 0;
+      if (continues) {
+        memmove(static_cast<void*>(buffer_.get()), buffer_.get() + previous_ * width_,
+                static_cast<size_t>(halo_ * width_) * sizeof(Elem));
+        q = halo_;
+      }
+      convert_rows(s, origin, q, count);
+      previous_ = n;
+      for (q = 0; q < count; ++q) to[q] = buffer_.get() + q * width_;
+      for (; q < count + margin_; ++q) to[q] = zero_.get();
+    } else {
+      for (int64_t q = 0; q < count + margin_; ++q) {
+        const T* row = reader_.find(s, origin + taps_.dilation * q);
+        to[q] = row != nullptr ? row + block_.first : zero_.get();
+      }
+    }
+    return to;
+  }
+
+  // The row of the window that lies at the position of output 0, if there is one.
+  int64_t center() const { return taps_.left / taps_.dilation; }
+
+ private:
+  // Rows [q, count) of the window that starts at position `origin`.
+  void convert_rows(const Segment& s, int64_t origin, int64_t q, int64_t count) {
+    const bool turn = turned(reader_.rows) && reader_.gate.data == nullptr && taps_.dilation == 1;
+    while (q < count) {
+      const int64_t position = origin + taps_.dilation * q;
+      Elem* const to = buffer_.get() + q * width_;
+      const int64_t run = turn && position >= 0 ? least(s.length() - position, count - q) : 0;
+      if (run <= 1) {
+        reader_.convert(s, position, block_, to);
+        ++q;
+        continue;
+      }
+      turn_in(reader_.row(reader_.rows, s, position) + block_.first * reader_.rows.channel, reader_.rows.channel, run,
+              block_, to);
+      for (int64_t i = 0; i < run; ++i)
+        if (reader_.masked(s, position + i))
+          memset(static_cast<void*>(to + i * width_), 0, static_cast<size_t>(width_) * sizeof(Elem));
+      q += run;
+    }
+  }
+
+  RowReader<T> reader_;
+  Taps taps_;
+  ChannelBlock block_;
+  int64_t halo_, margin_, width_, previous_ = 0;
+  Scratch<const Elem*> pointers_;
+  Scratch<Elem> buffer_, zero_;
+};
+
+// Where the rows of a result go. In place: Dst = Lanes<T>. Otherwise they are computed into a buffer and leave it
+// through `flush`, which also applies the derivative of the gate.
+template <class T, class Dst>
+class Sink {
+ public:
+  using Elem = typename Dst::Elem;
+  using C = Compute<T>;
+
+  // `out` receives the result; with a gate, d(gate) goes to `out_gate`. Either may be absent.
+  Sink(const RowReader<T>& reader, const Rows& out, const Rows& out_gate, void* out_state, const ChannelBlock& block,
+       int64_t max_rows, bool staged)
+      : reader_(reader),
+        out_(out),
+        out_gate_(out_gate),
+        out_state_(static_cast<T*>(out_state)),
+        block_(block),
+        width_(vector_width<T>(block)),
+        pointers_(max_rows),
+        buffer_(staged ? max_rows * width_ : round_up(block.size(), Lanes<T>::kUnit)) {}
+
+  template <bool kStaged>
+  Elem* const* open(const Segment& s, int64_t first, int64_t step, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+      if constexpr (kStaged) {
+        pointers_[i] = buffer_.get() + i * width_;
+      } else {
+        const int64_t position = first + i * step;
+        T* const row = target(s, position);
+        if (position >= 0 && reader_.masked(s, position)) {
+          memset(static_cast<void*>(row), 0, static_cast<size_t>(block_.size()) * sizeof(T));
+          pointers_[i] = buffer_.get();  // the value is not wanted
+        } else {
+          pointers_[i] = row;
+        }
+      }
+    }
+    return pointers_.get();
+  }
+
+  void flush(const Segment& s, int64_t first, int64_t step, int64_t n) {
+    if (out_.data != nullptr && turned(out_) && reader_.gate.data == nullptr && step == 1 && first >= 0) {
+      for (int64_t i = 0; i < n; ++i)
+        if (reader_.masked(s, first + i))
+          memset(static_cast<void*>(buffer_.get() + i * width_), 0, static_cast<size_t>(width_) * sizeof(Elem));
+      turn_out<T>(reinterpret_cast<const C*>(buffer_.get()), n, block_, target(s, first), out_.channel);
+      return;
+    }
+    for (int64_t i = 0; i < n; ++i) write(s, first + i * step, reinterpret_cast<const C*>(buffer_.get() + i * width_));
+  }
+
+ private:
+  CK_INLINE T* target(const Segment& s, int64_t position) const {
+    if (position < 0)
+      return out_state_ + (s.state_row * reader_.span + reader_.span + position) * reader_.channels + block_.first;
+    return const_cast<T*>(reader_.row(out_, s, position)) + block_.first * out_.channel;
+  }
+
+  inline void write(const Segment& s, int64_t position, const C* row) const {
+    constexpr int P = Lanes<T>::kParts, V = kLanes<C>, U = Lanes<T>::kUnit;
+    const bool inside = position >= 0, zero = inside && reader_.masked(s, position);
+    const bool gated = inside && reader_.gate.data != nullptr;
+    T* const to = out_.data != nullptr || !inside ? target(s, position) : nullptr;
+    const int64_t stride = inside ? out_.channel : 1;
+    T* const to_gate = gated && out_gate_.data != nullptr
+                           ? const_cast<T*>(reader_.row(out_gate_, s, position)) + block_.first * out_gate_.channel
+                           : nullptr;
+    const T* const x = gated ? reader_.row(reader_.rows, s, position) + block_.first * reader_.rows.channel : nullptr;
+    const T* const g = gated ? reader_.row(reader_.gate, s, position) + block_.first * reader_.gate.channel : nullptr;
+    for (int64_t u = 0, n = block_.size(); n > 0; ++u, n -= U) {
+      Vec<C> dz[P], dgate[P];
+      CK_UNROLL for (int part = 0; part < P; ++part) {
+        dz[part] = zero ? Vec<C>{} : load_bytes<Vec<C>>(row + (u * P + part) * V);
+        dgate[part] = Vec<C>{};
+      }
+      if (gated && !zero) {
+        Vec<C> xv[P], gv[P];
+        load_unit(x + u * U * reader_.rows.channel, reader_.rows.channel, n, xv);
+        load_unit(g + u * U * reader_.gate.channel, reader_.gate.channel, n, gv);
+        CK_UNROLL for (int part = 0; part < P; ++part) {
+          const Vec<C> sig = vsigmoid<C>(gv[part]);
+          dgate[part] = dz[part] * xv[part] * (sig * (splat(C{1}) - sig));
+          dz[part] *= sig;
+        }
+      }
+      if (to != nullptr) store_unit(to + u * U * stride, stride, n, dz);
+      if (to_gate != nullptr) store_unit(to_gate + u * U * out_gate_.channel, out_gate_.channel, n, dgate);
+    }
+  }
+
+  RowReader<T> reader_;
+  Rows out_, out_gate_;
+  T* out_state_;
+  ChannelBlock block_;
+  int64_t width_;
+  Scratch<Elem*> pointers_;
+  Scratch<Elem> buffer_;
+};
+
+// ---- Pieces of work ----
+
+// Outputs [first, last) of one phase of a segment: positions phase + dilation * i. With dilation d a segment falls into
+// d interleaved phases, each of which is an ordinary convolution.
+struct Item {
+  int64_t segment, phase, first, last;
+};
+
+inline int64_t phase_length(int64_t length, int64_t dilation, int64_t phase) {
+  return phase < length ? ceil_div(length - phase, dilation) : 0;
+}
+
+class WorkList {
+ public:
+  WorkList(const Problem& p, int64_t rows_per_item)
+      : segments_(p.batch * p.sequences), items_(count_items(p, rows_per_item)) {
+    int64_t n = 0;
+    for (int64_t b = 0; b < p.batch; ++b) {
+      for (int64_t i = 0; i < p.sequences; ++i) {
+        const int64_t index = b * p.sequences + i;
+        Segment& s = segments_[index];
+        s.batch = b;
+        s.begin = p.offsets != nullptr ? p.offsets[i] : 0;
+        s.end = p.offsets != nullptr ? p.offsets[i + 1] : p.time;
+        s.state_row = p.state_row != nullptr ? p.state_row[index] : index;
+        s.history = p.state == nullptr ? 0 : p.taps.span();
+        if (p.position != nullptr) s.history = least(s.history, p.position[b * p.position_stride]);
+        const int64_t phases = least(p.taps.dilation, s.length());
+        for (int64_t phase = 0; phase < phases; ++phase) {
+          const int64_t length = phase_length(s.length(), p.taps.dilation, phase);
+          for (int64_t first = 0; first < length; first += rows_per_item)
+            items_[n++] = {index, phase, first, least(first + rows_per_item, length)};
+        }
+      }
+    }
+    size_ = n;
+  }
+
+  int64_t size() const { return size_; }
+  const Item& item(int64_t i) const { return items_[i]; }
+  const Segment& segment(int64_t i) const { return segments_[i]; }
+
+ private:
+  static int64_t count_items(const Problem& p, int64_t rows_per_item) {
+    int64_t n = 0;
+    for (int64_t i = 0; i < p.sequences; ++i) {
+      const int64_t length = p.offsets != nullptr ? p.offsets[i + 1] - p.offsets[i] : p.time;
+      const int64_t phases = least(p.taps.dilation, length);
+      for (int64_t phase = 0; phase < phases; ++phase)
+        n += ceil_div(phase_length(length, p.taps.dilation, phase), rows_per_item);
+    }
+    return n * p.batch;
+  }
+
+  Scratch<Segment> segments_;
+  Scratch<Item> items_;
+  int64_t size_ = 0;
+};
+
+}  // namespace ck::cpu::CK_ISA

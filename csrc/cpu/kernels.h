@@ -1,0 +1,20 @@
+// The kernels of one instruction set.
+#pragma once
+
+#include "csrc/cpu/attention/problem.h"
+#include "csrc/cpu/conv/problem.h"
+
+namespace ck::cpu {
+
+// Entry points of one instruction set. They return nullptr, or the reason why they could not run.
+struct Kernels {
+  const char* name;
+  const char* (*forward)(const Forward&);
+  const char* (*backward)(const Backward&);
+  // After a step of one position: drops the oldest row of each state and appends the (gated) x.
+  const char* (*shift_state)(const Forward&, void* state);
+  const char* (*attention)(const AttentionForward&);
+  const char* (*attention_grad)(const AttentionBackward&);
+};
+
+}  // namespace ck::cpu

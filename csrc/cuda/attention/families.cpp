@@ -1,0 +1,152 @@
+// From an attention to the launches that compute it. No device code.
+#include "csrc/cuda/attention/families.h"
+
+#include <initializer_list>
+#include <type_traits>
+
+#include "csrc/common/switch.h"
+#include "csrc/cuda/device/workspace.h"
+
+namespace ck::cuda {
+
+namespace {
+
+// Whether a tensor can be read 16 bytes at a time along its channels.
+bool whole_vectors(const HeadRows& rows, int64_t channels, Dtype dtype) {
+  constexpr int64_t kVectorBytes = 16;
+  const auto whole = [&](int64_t elements) { return elements * size_of(dtype) % kVectorBytes == 0; };
+  return rows.data == nullptr || (rows.channel == 1 && whole(channels) && whole(rows.batch) && whole(rows.time) &&
+                                  whole(rows.head) && reinterpret_cast<uintptr_t>(rows.data) % kVectorBytes == 0);
+}
+
+// Positions are counted in 32 bits.
+const char* check_size(const Attention& p) {
+  constexpr int64_t kMost = int64_t{1} << 28;
+  return p.queries < kMost && p.keys < kMost && p.left < kMost && p.right < kMost
+             ? nullptr
+             : "attention: expected fewer than 2^28 queries, keys and columns";
+}
+
+// Enters where the tensor kernels' tables go, and how they are cut. Returns the bytes they take.
+int64_t assign(TensorTables& t, const Attention& p, const AttentionPlan& plan, bool backward, Rooms rooms) {
+  if (plan.family != AttentionFamily::kTensor) return rooms.used();
+  const int64_t W = p.window();
+  t.channel_pitch = plan.channels;
+  t.rank_pitch = p.rel_query.data != nullptr ? round_to(p.rank, 16) : plan.channels;
+  t.strip_pitch = plan.strip_pitch;
+  t.grad_pitch = plan.grad_pitch;
+  t.score_factor = static_cast<float>(p.scale) * kLog2e;
+  t.rel_factor = static_cast<float>(p.rel_scale) * kLog2e;
+  t.whole_strips = W <= kWholeStrip;
+  t.query_terms = p.query_rel.dtype == p.dtype ? 1 : 2;
+  t.key_terms = p.key_rel.dtype == p.dtype ? 1 : 2;
+  const auto heads = [&](const HeadTable& table) { return table.per_head ? p.heads : 1; };
+  // Rooms are counted in float32.
+  if (p.query_rel.data != nullptr) t.query_rel = rooms.take(heads(p.query_rel) * t.query_terms * W * t.rank_pitch / 2);
+  if (p.key_rel.data != nullptr) t.key_rel = rooms.take(heads(p.key_rel) * t.key_terms * W * t.channel_pitch / 2);
+  if (p.bias.data != nullptr) t.bias = static_cast<float*>(rooms.take(p.heads * W));
+  if (p.value_conv.data != nullptr) t.taps = static_cast<float*>(rooms.take(p.heads * W * t.channel_pitch));
+  if (p.key_rel.data != nullptr && p.clips())
+    t.key_edges = static_cast<float*>(rooms.take(p.batch * p.heads * 2 * p.keys));
+  if (backward && p.has_query_columns() && p.clips())
+    t.query_edges = static_cast<float*>(rooms.take(p.batch * p.heads * 2 * p.queries));
+  t.vectors = whole_vectors(p.q, p.channels, p.dtype) && whole_vectors(p.k, p.channels, p.dtype) &&
+              whole_vectors(p.v, p.channels, p.dtype);
+  t.rank_vectors = whole_vectors(p.rel_query, p.rank, p.dtype);
+  return rooms.used();
+}
+
+// Enters where partial sums go.
+void assign(AttentionBackward& p, const AttentionPlan& plan, Rooms& rooms) {
+  p.query_parts = plan.query_parts;
+  p.key_parts = plan.key_parts;
+  p.tap_parts = plan.tap_parts;
+  const int64_t units = p.batch * p.heads, W = p.window();
+  p.delta = rooms.take(units * p.queries);
+  if (p.grad_bias != nullptr) p.partial_bias = rooms.take(units * p.query_parts * W);
+  if (p.grad_query_rel != nullptr) p.partial_query_rel = rooms.take(units * p.query_parts * W * p.rank);
+  if (p.grad_key_rel != nullptr) p.partial_key_rel = rooms.take(units * p.key_parts * W * p.channels);
+  if (p.needs_taps()) p.partial_taps = rooms.take(units * p.tap_parts * (W + 1) * p.channels);
+}
+
+}  // namespace
+
+AttentionFacts facts_of(const Attention& p) {
+  AttentionFacts f;
+  f.batch = p.batch;
+  f.queries = p.queries;
+  f.keys = p.keys;
+  f.heads = p.heads;
+  f.groups = p.groups;
+  f.channels = p.channels;
+  f.rank = p.rank;
+  f.window = p.window();
+  f.sequences = p.sequences;
+  f.dtype = p.dtype;
+  f.packed = p.query_offsets != nullptr;
+  f.relative = p.has_columns();
+  f.query_rel = p.query_rel.data != nullptr;
+  f.key_rel = p.key_rel.data != nullptr;
+  f.low_rank = p.rel_query.data != nullptr;
+  f.positive_scale = p.scale > 0;
+  f.device = current_device();
+  return f;
+}
+
+int64_t workspace_bytes(const AttentionForward& p) {
+  TensorTables tables;
+  return assign(tables, p, plan_attention(facts_of(p), false), false, Rooms(nullptr, p.dtype));
+}
+
+const char* attention(const AttentionForward& p, void* workspace, Stream stream) {
+  if (const char* reason = check_size(p)) return reason;
+  const AttentionPlan plan = plan_attention(facts_of(p), false);
+  return with_dtype(p.dtype, [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    if constexpr (sizeof(T) == 2)
+      if (plan.family == AttentionFamily::kTensor) {
+        TensorTables tables;
+        assign(tables, p, plan, false, Rooms(workspace, p.dtype));
+        tables.vectors = tables.vectors && whole_vectors(p.out, p.channels, p.dtype);
+        return TensorAttention<T>::forward(p, tables, plan, stream);
+      }
+    return PlainAttention<T>::forward(p, stream);
+  });
+}
+
+int64_t workspace_bytes(const AttentionBackward& p) {
+  const AttentionPlan plan = plan_attention(facts_of(p), true);
+  AttentionBackward copy = p;
+  TensorTables tables;
+  Rooms rooms(nullptr, p.dtype);
+  assign(copy, plan, rooms);
+  return assign(tables, p, plan, true, rooms);
+}
+
+const char* attention_grad(AttentionBackward p, void* workspace, Stream stream) {
+  if (const char* reason = check_size(p)) return reason;
+  const AttentionPlan plan = plan_attention(facts_of(p), true);
+  Rooms rooms(workspace, p.dtype);
+  assign(p, plan, rooms);
+  TensorTables tables;
+  assign(tables, p, plan, true, rooms);
+  for (const HeadRows* rows : {&p.out, &p.grad, &p.grad_q, &p.grad_k, &p.grad_v})
+    tables.vectors = tables.vectors && whole_vectors(*rows, p.channels, p.dtype);
+  tables.rank_vectors = tables.rank_vectors && whole_vectors(p.grad_rel_query, p.rank, p.dtype);
+  return with_dtype(p.dtype, [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    const bool queries = p.needs_queries() || p.needs_keys(), keys = p.needs_keys() || p.grad_v.data != nullptr;
+    const char* status = nullptr;
+    if (plan.family == AttentionFamily::kTensor) {
+      if constexpr (sizeof(T) == 2)
+        if (queries || keys) status = TensorAttention<T>::backward(p, tables, plan, queries, keys, stream);
+    } else {
+      if (queries) status = PlainAttention<T>::queries(p, stream);
+      if (status == nullptr && keys) status = PlainAttention<T>::keys(p, stream);
+    }
+    if (status == nullptr && p.needs_taps()) status = PlainAttention<T>::taps(p, stream);
+    return status == nullptr ? ReduceAttention<Compute<T>>::tables(p, stream) : status;
+  });
+}
+
+}  // namespace ck::cuda

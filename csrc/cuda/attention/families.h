@@ -1,0 +1,43 @@
+// Host entry points of the kernels of attention. Each returns nullptr, or the reason why it could not run.
+#pragma once
+
+#include "csrc/cuda/attention/plan.h"
+#include "csrc/cuda/attention/problem.h"
+
+namespace ck::cuda {
+
+// One template per family, instantiated per type in instantiate/.
+template <class T>
+struct PlainAttention {
+  static const char* forward(const AttentionForward& p, Stream stream);
+  static const char* queries(const AttentionBackward& p, Stream stream);
+  static const char* keys(const AttentionBackward& p, Stream stream);
+  static const char* taps(const AttentionBackward& p, Stream stream);
+};
+
+// bfloat16 and float16.
+template <class T>
+struct TensorAttention {
+  static const char* forward(const AttentionForward& p, const TensorTables& t, const AttentionPlan& plan,
+                             Stream stream);
+  // The passes over the queries and over the keys, or one of them.
+  static const char* backward(const AttentionBackward& p, const TensorTables& t, const AttentionPlan& plan,
+                              bool queries, bool keys, Stream stream);
+};
+
+// The sums that end every backward pass; C is the accumulation type.
+template <class C>
+struct ReduceAttention {
+  static const char* tables(const AttentionBackward& p, Stream stream);
+};
+
+// What the choice of kernels depends on.
+AttentionFacts facts_of(const Attention& p);
+
+// Bytes that a pass needs besides its arguments.
+int64_t workspace_bytes(const AttentionForward& p);
+const char* attention(const AttentionForward& p, void* workspace, Stream stream);
+int64_t workspace_bytes(const AttentionBackward& p);
+const char* attention_grad(AttentionBackward p, void* workspace, Stream stream);
+
+}  // namespace ck::cuda

@@ -1,0 +1,18 @@
+// Launches of attention's kernels.
+#pragma once
+
+#include "csrc/cuda/device/primitives.cuh"
+
+namespace ck::cuda {
+
+// Nothing to do is no error.
+template <class Kernel, class... Arguments>
+const char* launch_blocks(Kernel kernel, int64_t blocks, int threads, int64_t shared_bytes, Stream stream,
+                          const Arguments&... arguments) {
+  if (blocks == 0) return nullptr;
+  if (blocks > INT32_MAX) return "attention: too many blocks";
+  return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
+                static_cast<size_t>(shared_bytes), stream, arguments...);
+}
+
+}  // namespace ck::cuda

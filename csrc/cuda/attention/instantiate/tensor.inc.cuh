@@ -1,0 +1,68 @@
+// Included once per type, with CK_TYPE defined.
+#include "csrc/cuda/attention/backward.cuh"
+#include "csrc/cuda/attention/families.h"
+#include "csrc/cuda/attention/forward.cuh"
+#include "csrc/cuda/attention/instantiate/launch.cuh"
+
+namespace ck::cuda {
+
+// Calls body with the number of channels that a kernel has room for.
+template <class Body>
+const char* with_channels(int64_t channels, const Body& body) {
+  return channels <= 64 ? body(std::integral_constant<int, 64>{}) : body(std::integral_constant<int, 128>{});
+}
+
+// The tables, where there are any.
+template <class T>
+const char* prepare(const Attention& p, const TensorTables& t, Stream stream) {
+  const char* status = nullptr;
+  if (t.query_rel != nullptr || t.key_rel != nullptr || t.bias != nullptr || t.taps != nullptr) {
+    const int64_t elements = p.heads * p.window() * most(t.rank_pitch, t.channel_pitch);
+    status = launch_blocks(attention_tables<T>, least(ceil_div(elements, kTensorThreads), int64_t{1024}),
+                           kTensorThreads, 0, stream, p, t);
+  }
+  const int64_t units = p.batch * p.heads;
+  if (status == nullptr && t.key_edges != nullptr)
+    status = launch_blocks(attention_edges<T>, ceil_div(units * p.keys, kTensorWarps), kTensorThreads, 0, stream, p,
+                           t.key_edges, true);
+  if (status == nullptr && t.query_edges != nullptr)
+    status = launch_blocks(attention_edges<T>, ceil_div(units * p.queries, kTensorWarps), kTensorThreads, 0, stream, p,
+                           t.query_edges, false);
+  return status;
+}
+
+template <class T>
+const char* TensorAttention<T>::forward(const AttentionForward& p, const TensorTables& t, const AttentionPlan& plan,
+                                        Stream stream) {
+  if (const char* status = prepare<T>(p, t, stream)) return status;
+  return with_channels(plan.channels, [&](auto d) {
+    constexpr int kChannels = decltype(d)::value;
+    const int64_t tiles = attention_tiles(p.queries, p.sequences, p.query_offsets != nullptr, kForwardRows<kChannels>);
+    return launch_blocks(attention_forward<T, kChannels>, plan.query_parts * p.batch * p.heads, kTensorThreads,
+                         plan.shared_bytes, stream, p, t, tiles, plan.query_parts, plan.resident);
+  });
+}
+
+template <class T>
+const char* TensorAttention<T>::backward(const AttentionBackward& p, const TensorTables& t, const AttentionPlan& plan,
+                                         bool queries, bool keys, Stream stream) {
+  if (const char* status = prepare<T>(p, t, stream)) return status;
+  return with_channels(plan.channels, [&](auto d) {
+    constexpr int kChannels = decltype(d)::value;
+    const auto tiles = [&](int64_t positions) {
+      return attention_tiles(positions, p.sequences, p.query_offsets != nullptr, kGradRows);
+    };
+    const char* status = nullptr;
+    if (queries)
+      status = launch_blocks(attention_backward_queries<T, kChannels>, p.query_parts / kTensorWarps * p.batch * p.heads,
+                             kTensorThreads, plan.shared_bytes, stream, p, t, tiles(p.queries));
+    if (status == nullptr && keys)
+      status = launch_blocks(attention_backward_keys<T, kChannels>, p.key_parts / kTensorWarps * p.batch * p.groups,
+                             kTensorThreads, plan.key_shared_bytes, stream, p, t, tiles(p.keys));
+    return status;
+  });
+}
+
+template struct TensorAttention<CK_TYPE>;
+
+}  // namespace ck::cuda

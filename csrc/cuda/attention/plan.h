@@ -1,0 +1,181 @@
+// Which kernels run an attention, and how the work is cut: plain data, chosen by pure functions of the problem and what
+// they know of the device, testable on any host.
+#pragma once
+
+#include "csrc/common/attention.h"
+#include "csrc/cuda/device/device.h"
+
+namespace ck::cuda {
+
+enum class AttentionFamily : int8_t {
+  kPlain,   // any problem
+  kTensor,  // 16-bit types on tensor cores
+};
+
+inline const char* name_of(AttentionFamily family) { return family == AttentionFamily::kPlain ? "plain" : "tensor"; }
+
+// What the choice depends on.
+struct AttentionFacts {
+  int64_t batch = 1, queries = 1, keys = 1, heads = 1, groups = 1, channels = 64, rank = 64, window = 1, sequences = 1;
+  Dtype dtype = Dtype::kBFloat16;
+  // relative: some relative term, low_rank: rel_query
+  bool packed = false, relative = false, query_rel = false, key_rel = false, low_rank = false;
+  bool positive_scale = true;
+  Device device;
+};
+
+struct AttentionPlan {
+  AttentionFamily family = AttentionFamily::kPlain;
+  int64_t channels = 0;      // of the tensor kernels, padded
+  int64_t room = 0;          // the channels that theirs have room for
+  bool resident = false;     // the forward pass keeps all keys and values in shared memory
+  int64_t shared_bytes = 0;  // of a block of the tensor kernels
+  int64_t strip_pitch = 0, grad_pitch = 0;
+  int64_t key_shared_bytes = 0;            // of the pass over the keys; shared_bytes is that of the queries
+  int64_t query_parts = 1, key_parts = 1;  // pieces of a head's tiles; their sums for tables are added at the end
+  int64_t tap_parts = 1;
+};
+
+// Tiles of `size` positions, where each of the sequences may begin a new one.
+inline int64_t attention_tiles(int64_t positions, int64_t sequences, bool packed, int64_t size) {
+  return packed ? positions / size + sequences : (positions + size - 1) / size;
+}
+
+// ---- plain: tiles of 16 queries and 32 keys
+
+constexpr int kPlainTileRows = 16, kPlainTileKeys = 32;
+constexpr int kPlainTileWarps = 4, kPlainTileThreads = 32 * kPlainTileWarps;
+constexpr int kPlainPitch = 33;   // from row to row of 32 channels, or keys, in shared memory
+constexpr int kPlainSlice = 128;  // channels of the results that a block makes
+
+inline int64_t plain_slices(int64_t channels) { return (channels + kPlainSlice - 1) / kPlainSlice; }
+
+// Numbers of the accumulation type in shared memory.
+constexpr int64_t kPlainPairs = (kPlainTileRows + kPlainTileKeys) * (kPlainPitch + 2) + kPlainTileRows * kPlainPitch;
+constexpr int64_t kPlainWeights = kPlainTileRows * kPlainPitch;
+constexpr int64_t kPlainForwardRoom = kPlainPairs + kPlainWeights + kPlainTileRows * kPlainSlice;
+constexpr int64_t kPlainQueryRoom = kPlainPairs + kPlainWeights + 2 * kPlainTileRows * kPlainSlice + 2 * kPlainTileRows;
+constexpr int64_t kPlainKeyRoom =
+    kPlainPairs + 2 * kPlainWeights + 2 * kPlainTileThreads + 2 * kPlainTileKeys * kPlainSlice;
+
+// ---- tensor: tiles of 64 or 128 queries
+
+constexpr int kTensorWarps = 4, kTensorThreads = 32 * kTensorWarps;
+constexpr int64_t kTensorChannels = 128;  // at most
+constexpr int64_t kResidentKeys = 256;    // at most
+
+constexpr int kForwardKeys = 32;  // of a tile
+// Fragments of 16 queries of a warp: more share what is read of the keys, and take registers.
+template <int D>
+constexpr int kForwardFragments = D <= 64 ? 2 : 1;
+template <int D>
+constexpr int kForwardRows = 16 * kForwardFragments<D> * kTensorWarps;
+
+inline int64_t forward_rows(int64_t channels) { return channels <= 64 ? kForwardRows<64> : kForwardRows<128>; }
+
+constexpr int64_t round_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Columns that 16 queries and a tile of keys meet, in whole fragments; from row to row an odd number.
+inline int64_t strip_pitch_of(int64_t window, int64_t keys) {
+  return round_to(window < keys + 15 ? window : keys + 15, 8) + 1;
+}
+
+// The backward passes: tiles of 64 queries that meet 32 keys at a time, and the other way round.
+constexpr int kGradRows = 16 * kTensorWarps, kGradOthers = 32;
+// Gradients of windows up to this size stay in shared memory until all keys, or queries, have been met.
+constexpr int64_t kWholeStrip = 64;
+
+inline int64_t grad_pitch_of(int64_t window) {
+  const int64_t met = kGradOthers + 15;
+  return round_to(window <= kWholeStrip || window < met ? window : met, 16) + 1;
+}
+
+inline int64_t padded_rank(const AttentionFacts& f, int64_t channels) {
+  return f.low_rank ? round_to(f.rank, 16) : channels;
+}
+
+inline int64_t forward_bytes(const AttentionFacts& f, const AttentionPlan& plan, int64_t stages) {
+  const int64_t pitch = plan.room + 8, rows = forward_rows(plan.channels), keys = kForwardKeys;
+  return 2 * (rows * (pitch + (f.low_rank ? padded_rank(f, plan.channels) + 8 : 0)) + stages * 2 * keys * pitch) +
+         4 * kTensorWarps * 16 * plan.strip_pitch;
+}
+
+inline int64_t backward_bytes(const AttentionFacts& f, const AttentionPlan& plan, bool keys) {
+  const int64_t pitch = plan.room + 8, rank = padded_rank(f, plan.channels), rel = f.low_rank ? rank + 8 : 0;
+  const int64_t own = kGradRows * (2 * pitch + (keys ? 0 : rel));
+  const int64_t others = 2 * kGradOthers * (2 * pitch + (keys ? rel : 0));
+  const int64_t sums = (keys || rank < plan.channels ? plan.channels : rank) + 4;
+  return 2 * (own + others) + (keys ? 4 * 2 * 4 * kGradOthers : 0) +
+         4 * kTensorWarps * 16 * (plan.strip_pitch + plan.grad_pitch + sums);
+}
+
+// A plan without pieces, or one for the plain kernels.
+inline AttentionPlan tensor_plan(const AttentionFacts& f, bool backward) {
+  const bool narrow = f.dtype == Dtype::kBFloat16 || f.dtype == Dtype::kFloat16;
+  // The largest score is found before the scale is applied.
+  if (!narrow || f.channels > kTensorChannels || f.rank > kTensorChannels || !f.positive_scale) return {};
+  AttentionPlan plan;
+  plan.family = AttentionFamily::kTensor;
+  plan.channels = round_to(f.channels, 32);
+  plan.room = plan.channels <= 64 ? 64 : 128;
+  const int64_t most = f.device.block_memory;
+  if (backward) {
+    plan.strip_pitch = f.relative ? strip_pitch_of(f.window, kGradOthers) : 0;
+    plan.grad_pitch = f.relative ? grad_pitch_of(f.window) : 0;
+    plan.shared_bytes = backward_bytes(f, plan, false);
+    plan.key_shared_bytes = backward_bytes(f, plan, true);
+  } else {
+    plan.strip_pitch = f.relative ? strip_pitch_of(f.window, kForwardKeys) : 0;
+    const int64_t all = (f.keys + kForwardKeys - 1) / kForwardKeys;
+    plan.resident = !f.packed && f.keys <= kResidentKeys && f.keys > 0 && forward_bytes(f, plan, all) <= most;
+    plan.shared_bytes = forward_bytes(f, plan, plan.resident ? all : 2);
+  }
+  return plan.shared_bytes <= most && plan.key_shared_bytes <= most ? plan : AttentionPlan{};
+}
+
+// ---- sums over positions
+
+constexpr int kTapRows = 64;  // queries of a tile of the kernel for the depthwise term's tables
+
+// Bytes that all sums of pieces of one table may take, unless a single piece per head takes more.
+constexpr int64_t kPieceBytes = 64 << 20;
+
+// Pieces of the `tiles` of each of `units` heads, as blocks that make one piece of a table's sums each, of `numbers`
+// numbers: few enough for the sums to stay small, and enough to fill a device. No piece without a tile.
+inline int64_t parts_of(int64_t units, int64_t tiles, int64_t numbers, int64_t multiprocessors) {
+  units = units < 1 ? 1 : units;
+  const int64_t wanted = (8 * multiprocessors + units - 1) / units;
+  const int64_t room = numbers == 0 ? wanted : kPieceBytes / (4 * numbers * units);
+  const int64_t fewest = wanted < room ? wanted : room, parts = tiles < fewest ? tiles : fewest;
+  return parts < 1 ? 1 : parts;
+}
+
+inline AttentionPlan plan_attention(const AttentionFacts& f, bool backward) {
+  AttentionPlan plan = tensor_plan(f, backward);
+  const bool plain = plan.family == AttentionFamily::kPlain;
+  const int64_t units = f.batch * f.heads;
+  const auto tiles = [&](int64_t positions, int64_t size) {
+    return attention_tiles(positions, f.sequences, f.packed, size);
+  };
+  if (!backward) {
+    if (plain) return plan;
+    // Who keeps the keys may as well serve several tiles of queries.
+    plan.query_parts = tiles(f.queries, forward_rows(plan.channels));
+    if (plan.resident) plan.query_parts = parts_of(units, plan.query_parts, 0, f.device.multiprocessors);
+    return plan;
+  }
+  const int64_t columns = f.relative ? f.window * (plain ? 1 : kTensorWarps) : 0;
+  plan.query_parts = parts_of(units, tiles(f.queries, plain ? kPlainTileRows : kGradRows),
+                              columns * (f.query_rel ? f.rank : 1), f.device.multiprocessors);
+  plan.key_parts = parts_of(f.batch * f.groups, tiles(f.keys, plain ? kPlainTileKeys : kGradRows),
+                            f.key_rel ? columns * f.channels * (f.heads / f.groups) : 0, f.device.multiprocessors);
+  plan.tap_parts = parts_of(units, tiles(f.queries, kTapRows), (f.window + 1) * f.channels, f.device.multiprocessors);
+  if (!plain) {
+    // Each warp makes sums of its own.
+    plan.query_parts *= kTensorWarps;
+    plan.key_parts *= kTensorWarps;
+  }
+  return plan;
+}
+
+}  // namespace ck::cuda

@@ -1,0 +1,141 @@
+// From a problem to the launches that compute it. No device code.
+#include "csrc/cuda/conv/families.h"
+
+#include <algorithm>
+#include <type_traits>
+
+#include "csrc/common/switch.h"
+#include "csrc/cuda/device/workspace.h"
+
+namespace ck::cuda {
+
+namespace {
+
+// The greatest power of two that divides all bits: of 16 and the addresses of pieces of rows, the bytes of a piece.
+int64_t greatest_piece(uint64_t bits) { return static_cast<int64_t>((bits | 16) & (~(bits | 16) + 1)); }
+
+// The bytes at which rows of `length` numbers, `other` apart, can be read and written; 0 if less than a number.
+int64_t piece_of(const Rows& rows, int64_t size, int64_t length, int64_t along, int64_t other) {
+  const int64_t bytes = greatest_piece(reinterpret_cast<uintptr_t>(rows.data) |
+                                       static_cast<uint64_t>((rows.batch | other | length) * size));
+  return along == 1 && bytes >= size ? bytes : 0;
+}
+
+// Adds to `f` how a tensor like x can be read and written.
+void look_at(Facts& f, const Rows& rows) {
+  if (rows.data == nullptr) return;
+  const int64_t size = size_of(f.dtype), channel = f.channels == 1 ? 0 : rows.channel;
+  f.channel_bytes = std::min(f.channel_bytes, piece_of(rows, size, f.channels, rows.channel, rows.time));
+  f.time_bytes = std::min(f.time_bytes, piece_of(rows, size, f.time, rows.time, channel));
+}
+
+Facts common_facts(const Problem& p) {
+  Facts f;
+  f.batch = p.batch;
+  f.time = p.time;
+  f.channels = p.channels;
+  f.heads = p.heads;
+  f.taps = p.taps.taps;
+  f.dilation = p.taps.dilation;
+  f.dtype = p.dtype;
+  f.per_position = p.per_position;
+  f.renormalize = p.renormalize;
+  f.per_batch = p.per_batch;
+  f.gate = p.gate.data != nullptr;
+  f.packed = p.offsets != nullptr;
+  f.state = p.state != nullptr;
+  f.channel_bytes = f.time_bytes = 16;
+  f.device = current_device();
+  look_at(f, p.x);
+  look_at(f, p.gate);
+  f.channel_bytes = std::min(f.channel_bytes, greatest_piece(reinterpret_cast<uintptr_t>(p.state)));
+  return f;
+}
+
+// Runs the family of a plan for the type of a problem: run(family's struct).
+template <class Run>
+const char* with_family(const Plan& plan, Dtype dtype, const Run& run) {
+  return with_dtype(dtype, [&](auto* tag) -> const char* {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    if constexpr (!std::is_same_v<T, double>) {
+      switch (plan.family) {
+        case Family::kPlain: break;
+        case Family::kStream: return run(Streaming<T>{});
+        case Family::kTime: return run(Timewise<T>{});
+        case Family::kBand:
+          if constexpr (sizeof(T) == 2) return run(Band<T>{});
+          return "the band kernels are for 16-bit types";
+        case Family::kRows: return run(PerRow<T>{});
+      }
+    }
+    return run(Plain<T>{});
+  });
+}
+
+void set_pieces(Problem& p, const Facts& facts, const Plan& plan) {
+  int64_t bytes = plan.family == Family::kTime ? facts.time_bytes : facts.channel_bytes;
+  // Their blocks begin at a head, and two lanes together have 16 bytes of one.
+  if (plan.family == Family::kRows && plan.lanes > 1)
+    bytes = std::min(bytes, greatest_piece(static_cast<uint64_t>(p.head_channels() * size_of(p.dtype))));
+  p.vector_bytes = static_cast<int>(bytes);
+}
+
+// Enters where partial sums go. Returns the bytes they take.
+int64_t assign(Backward& p, const Plan& plan, void* workspace) {
+  p.groups = plan.groups;
+  Rooms rooms(workspace, p.dtype);
+  const int64_t rows = p.owners() * p.groups;
+  const int64_t pieces = plan.family == Family::kRows ? rows_pieces(p.head_channels()) : 1;
+  if (p.grad_weight != nullptr && !p.per_position)
+    p.partial_weight = rooms.take(rows * (p.renormalize ? p.heads * pieces : p.channels) * p.taps.taps);
+  if (p.grad_weight != nullptr && p.per_position && pieces > 1)
+    p.partial_weight = rooms.take(pieces * p.filters() * p.taps.taps);
+  if (p.grad_bias != nullptr) p.partial_bias = rooms.take(rows * p.channels);
+  if (p.per_row() && p.softmax && plan.family == Family::kPlain) p.statistics = rooms.take(2 * p.filters());
+  return rooms.used();
+}
+
+}  // namespace
+
+Facts facts_of(const Forward& p) {
+  Facts f = common_facts(p);
+  look_at(f, p.y);
+  return f;
+}
+
+Facts facts_of(const Backward& p) {
+  Facts f = common_facts(p);
+  look_at(f, p.grad);
+  look_at(f, p.grad_x);
+  look_at(f, p.grad_gate);
+  return f;
+}
+
+const char* forward(Forward p, Stream stream) {
+  const Facts facts = facts_of(p);
+  const Plan plan = plan_forward(facts);
+  set_pieces(p, facts, plan);
+  return with_family(plan, p.dtype, [&](auto family) { return family.forward(p, plan, stream); });
+}
+
+int64_t workspace_bytes(const Backward& p) {
+  Backward copy = p;
+  return assign(copy, plan_backward(facts_of(p)), nullptr);
+}
+
+const char* backward(Backward p, void* workspace, Stream stream) {
+  const Facts facts = facts_of(p);
+  const Plan plan = plan_backward(facts);
+  set_pieces(p, facts, plan);
+  assign(p, plan, workspace);
+  return with_family(plan, p.dtype, [&](auto family) { return family.backward(p, plan, stream); });
+}
+
+const char* step(const Step& p, Stream stream) {
+  return with_dtype(p.dtype, [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    return Plain<T>::step(p, stream);
+  });
+}
+
+}  // namespace ck::cuda

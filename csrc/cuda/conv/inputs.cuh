@@ -1,0 +1,94 @@
+// What a convolution reads: z, the input after gate, mask and sequence boundaries.
+#pragma once
+
+#include "csrc/cuda/conv/problem.h"
+#include "csrc/cuda/device/numbers.cuh"
+
+namespace ck::cuda {
+
+// A run of positions that windows do not leave: a batch row, or one packed sequence of it.
+struct Sequence {
+  int64_t number, begin, end;
+  int64_t first;  // where the rows that exist begin: those of the state count
+
+  CK_DEVICE bool contains(int64_t s) const { return s >= begin && s < end; }
+};
+
+CK_DEVICE int64_t sequence_offset(const Problem& p, int64_t number) {
+  return p.wide_offsets ? static_cast<const int64_t*>(p.offsets)[number]
+                        : static_cast<const int32_t*>(p.offsets)[number];
+}
+
+constexpr int64_t kUnbounded = INT64_MIN;
+
+CK_DEVICE Sequence numbered_sequence(const Problem& p, int64_t number) {
+  const int64_t begin = most(sequence_offset(p, number), int64_t{0});
+  return {number, begin, least(sequence_offset(p, number + 1), p.time), p.state == nullptr ? begin : kUnbounded};
+}
+
+// The sequence of position t: the last one that begins at or before it, found by bisection. Positions outside the row
+// are taken for its first or last. Nobody has looked at the offsets on the host, so wrong ones must do no harm.
+CK_DEVICE Sequence sequence_of(const Problem& p, int64_t t) {
+  if (p.offsets == nullptr) return {0, 0, p.time, p.state == nullptr ? 0 : kUnbounded};
+  const int64_t inside = least(most(t, int64_t{0}), p.time - 1);
+  int64_t number = 0, above = p.sequences;
+  while (above - number > 1) {
+    const int64_t middle = (number + above) / 2;
+    if (sequence_offset(p, middle) <= inside)
+      number = middle;
+    else
+      above = middle;
+  }
+  return numbered_sequence(p, number);
+}
+
+template <class T>
+CK_DEVICE T* at(const Rows& rows, int64_t b, int64_t s, int64_t c) {
+  return static_cast<T*>(rows.data) + b * rows.batch + s * rows.time + c * rows.channel;
+}
+
+CK_DEVICE bool masked(const Problem& p, int64_t b, int64_t s) {
+  return p.mask != nullptr && !p.mask[b * p.mask_batch + s * p.mask_time];
+}
+
+// Where position s < sequence.begin lies in a tensor like the state; nullptr if the state does not reach so far back.
+template <class T>
+CK_DEVICE T* state_at(const Problem& p, void* state, int64_t b, int64_t s, int64_t c, const Sequence& sequence) {
+  const int64_t span = p.taps.span(), row = s - sequence.begin + span;
+  if (state == nullptr || row < 0) return nullptr;
+  return static_cast<T*>(state) + ((b * p.sequences + sequence.number) * span + row) * p.channels + c;
+}
+
+// z at position s of a row inside the sequence that is not masked.
+template <class T>
+CK_DEVICE Compute<T> gated(const Problem& p, int64_t b, int64_t s, int64_t c) {
+  const Compute<T> value = widen(*at<const T>(p.x, b, s, c));
+  return p.gate.data == nullptr ? value : value * sigmoid<T>(widen(*at<const T>(p.gate, b, s, c)));
+}
+
+// z as windows of the sequence see position s.
+template <class T>
+CK_DEVICE Compute<T> load_input(const Problem& p, int64_t b, int64_t s, int64_t c, const Sequence& sequence) {
+  if (sequence.contains(s)) return masked(p, b, s) ? Compute<T>{0} : gated<T>(p, b, s, c);
+  if (s >= sequence.end) return 0;
+  const T* const row = state_at<const T>(p, const_cast<void*>(p.state), b, s, c, sequence);
+  return row == nullptr ? Compute<T>{0} : widen(*row);
+}
+
+// Stores d(loss)/d(x) and d(loss)/d(gate) from d(loss)/d(z) at a position of the row; 0 where it is masked.
+template <class T>
+CK_DEVICE void store_input_gradient(const Backward& p, int64_t b, int64_t s, int64_t c, Compute<T> dz) {
+  const bool off = masked(p, b, s);
+  Compute<T> dx = dz, dgate = 0;
+  if (off) {
+    dx = 0;
+  } else if (p.gate.data != nullptr) {
+    const Compute<T> open = sigmoid<T>(widen(*at<const T>(p.gate, b, s, c)));
+    if (p.grad_gate.data != nullptr) dgate = dz * widen(*at<const T>(p.x, b, s, c)) * open * (1 - open);
+    dx = dz * open;
+  }
+  if (p.grad_x.data != nullptr) *at<T>(p.grad_x, b, s, c) = narrow<T>(dx);
+  if (p.grad_gate.data != nullptr) *at<T>(p.grad_gate, b, s, c) = narrow<T>(dgate);
+}
+
+}  // namespace ck::cuda

@@ -1,0 +1,69 @@
+// Included once per type, with CK_TYPE defined.
+#include "csrc/cuda/conv/families.h"
+#include "csrc/cuda/conv/plain.cuh"
+#include "csrc/cuda/conv/step.cuh"
+
+namespace ck::cuda {
+
+// Pieces of work beyond this number are taken by blocks that have finished others.
+constexpr int64_t kMostBlocks = 1 << 20;
+
+inline dim3 blocks_for(int64_t items) { return dim3(static_cast<unsigned>(least(items, kMostBlocks))); }
+
+template <class T>
+const char* Plain<T>::forward(const Forward& p, const Plan&, Stream stream) {
+  const int64_t items = ceil_div(p.channels, 32) * ceil_div(p.time, kPlainWarps * kPlainRows) * p.batch;
+  return launch(plain_forward<T>, blocks_for(items), dim3(kPlainThreads), 0, stream, p);
+}
+
+template <class T>
+const char* Plain<T>::backward(const Backward& p, const Plan&, Stream stream) {
+  const int64_t c_blocks = ceil_div(p.channels, 32), K = p.taps.taps;
+  const char* status = nullptr;
+  const bool inputs = p.grad_x.data != nullptr || p.grad_gate.data != nullptr;
+  if (p.statistics != nullptr && (inputs || p.grad_state != nullptr))
+    status = launch(plain_statistics<T>, blocks_for(ceil_div(p.batch * p.time * p.heads, kPlainThreads)),
+                    dim3(kPlainThreads), 0, stream, p);
+  if (status == nullptr && inputs)
+    status = launch(plain_input<T>, blocks_for(c_blocks * ceil_div(p.time, kPlainWarps) * p.batch), dim3(kPlainThreads),
+                    0, stream, p);
+  if (status == nullptr && p.grad_state != nullptr)
+    status = launch(plain_state<T>, blocks_for(c_blocks * ceil_div(p.batch * p.sequences * p.taps.span(), kPlainWarps)),
+                    dim3(kPlainThreads), 0, stream, p);
+  if (status == nullptr && p.grad_weight != nullptr) {
+    if (p.per_row()) {
+      constexpr int64_t kRoom = 96 << 10;  // of shared memory, or what one warp needs
+      const int64_t bytes = 2 * K * static_cast<int64_t>(sizeof(Compute<T>));
+      const int64_t warps = most(int64_t{1}, least(int64_t{kPlainWarps}, kRoom / bytes));
+      const int64_t items = p.heads * (p.per_position ? p.batch * p.time : p.owners() * p.groups);
+      status = launch(plain_weight_rows<T>, blocks_for(ceil_div(items, warps)), dim3(static_cast<unsigned>(32 * warps)),
+                      static_cast<size_t>(warps * bytes), stream, p);
+      if (status == nullptr && !p.per_position) status = Reduce<Compute<T>>::weight(p, 1, true, stream);
+    } else {
+      status = launch(plain_weight<T>, blocks_for(c_blocks * ceil_div(K, kPlainTaps) * p.groups * p.owners()),
+                      dim3(kPlainThreads), 0, stream, p);
+      if (status == nullptr) status = Reduce<Compute<T>>::weight(p, p.head_channels(), false, stream);
+    }
+  }
+  if (status == nullptr && p.grad_bias != nullptr) {
+    const int64_t rows = p.owners() * p.groups;
+    status = launch(plain_bias<T>, blocks_for(c_blocks * rows), dim3(kPlainThreads), 0, stream, p, rows);
+    if (status == nullptr) status = Reduce<Compute<T>>::bias(p, rows, stream);
+  }
+  return status;
+}
+
+template <class T>
+const char* Plain<T>::step(const Step& p, Stream stream) {
+  const int64_t threads = p.batch * p.channels, span = p.taps.span();
+  const char* status =
+      launch(cuda::step<T>, blocks_for(ceil_div(threads, kStepThreads)), dim3(kStepThreads), 0, stream, p);
+  if (status == nullptr && p.state_row != nullptr && span > 0)
+    status =
+        launch(step_copy<T>, blocks_for(ceil_div(threads * span, 4 * kStepThreads)), dim3(kStepThreads), 0, stream, p);
+  return status;
+}
+
+template struct Plain<CK_TYPE>;
+
+}  // namespace ck::cuda

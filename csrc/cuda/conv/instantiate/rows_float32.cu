@@ -1,0 +1,2 @@
+#define CK_TYPE float
+#include "csrc/cuda/conv/instantiate/rows.inc.cuh"

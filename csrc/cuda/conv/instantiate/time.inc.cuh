@@ -1,0 +1,51 @@
+// Included once per type, with CK_TYPE defined.
+#include "csrc/common/switch.h"
+#include "csrc/cuda/conv/families.h"
+#include "csrc/cuda/conv/time_backward.cuh"
+
+namespace ck::cuda {
+
+// `items`: how many warps have work.
+template <class Kernel, class... Arguments>
+const char* launch_time(Kernel kernel, const TimeTiles& g, int64_t items, Stream stream,
+                        const Arguments&... arguments) {
+  return launch(kernel, dim3(static_cast<unsigned>(ceil_div(items, kTimeWarps))), dim3(32 * kTimeWarps),
+                static_cast<size_t>(g.mask_bytes() + kTimeWarps * g.warp_bytes), stream, arguments...);
+}
+
+template <class T>
+const char* Timewise<T>::forward(const Forward& p, const Plan& plan, Stream stream) {
+  return with_bool(p.gate.data != nullptr || p.mask != nullptr, [&](auto ready) {
+    return with_bool(p.offsets != nullptr, [&](auto packed) {
+      constexpr bool kReady = decltype(ready)::value, kPacked = decltype(packed)::value;
+      const TimeTiles g = forward_tiles(p.taps, p.time, p.channels, sizeof(T), kReady, plan.shared_bytes / kTimeWarps);
+      const int64_t items = g.channel_blocks(p.channels) * plan.groups * p.owners();
+      return launch_time(time_forward<T, kReady, kPacked>, g, items, stream, p, g, plan.groups);
+    });
+  });
+}
+
+template <class T>
+const char* Timewise<T>::backward(const Backward& p, const Plan& plan, Stream stream) {
+  const Taps taps = p.taps.transposed();
+  const TimeTiles g =
+      backward_tiles(taps, p.time, p.channels, sizeof(T), p.gate.data != nullptr, plan.shared_bytes / kTimeWarps);
+  const auto run = [&](auto kernel, int chunks) {
+    const int64_t windows = p.grad_weight != nullptr ? ceil_div(g.chunks, chunks) : 1;
+    const int64_t items = g.channel_blocks(p.channels) * windows * plan.groups * p.owners();
+    return launch_time(kernel, g, items, stream, p, g, windows);
+  };
+  const char* status = with_bool(p.offsets != nullptr, [&](auto packed) {
+    constexpr bool kPacked = decltype(packed)::value;
+    return few_chunks(taps) ? run(time_backward<T, kPacked, kTimeFewChunks>, kTimeFewChunks)
+                            : run(time_backward<T, kPacked, kTimeManyChunks>, kTimeManyChunks);
+  });
+  if (status == nullptr && p.grad_weight != nullptr)
+    status = Reduce<float>::weight(p, p.head_channels(), false, stream);
+  if (status == nullptr && p.grad_bias != nullptr) status = Reduce<float>::bias(p, p.owners() * p.groups, stream);
+  return status;
+}
+
+template struct Timewise<CK_TYPE>;
+
+}  // namespace ck::cuda

@@ -1,0 +1,358 @@
+// Which kernels run a problem, and how the work is cut: plain data, chosen by pure functions of the problem and what
+// they know of the device, testable on any host.
+#pragma once
+
+#include "csrc/cuda/conv/problem.h"
+#include "csrc/cuda/conv/time_tiles.h"
+#include "csrc/cuda/device/device.h"
+
+namespace ck::cuda {
+
+enum class Family : int8_t {
+  kPlain,   // any problem
+  kStream,  // shared filters, channels side by side in memory: walks time with a window in registers
+  kTime,    // shared filters, positions side by side in memory
+  kBand,    // heads of 16 channels and more, 16-bit types: banded matrices on tensor cores
+  kRows,    // filters that differ between positions, channels side by side
+};
+
+inline const char* name_of(Family family) {
+  switch (family) {
+    case Family::kPlain: return "plain";
+    case Family::kStream: return "stream";
+    case Family::kTime: return "time";
+    case Family::kBand: return "band";
+    case Family::kRows: return "rows";
+  }
+  return "unknown";
+}
+
+// What the choice depends on.
+struct Facts {
+  int64_t batch = 1, time = 1, channels = 1, heads = 1, taps = 1, dilation = 1;
+  Dtype dtype = Dtype::kFloat32;
+  bool per_position = false, renormalize = false, per_batch = false, gate = false, packed = false, state = false;
+  // Bytes, 16 at most, at which every tensor like x can be read and written along its channels, or along its positions;
+  // 0 where these do not lie side by side. Rows have a whole number of such pieces.
+  int64_t channel_bytes = 16, time_bytes = 0;
+  Device device;
+
+  bool per_row() const { return per_position || renormalize; }
+  int64_t head_channels() const { return channels / heads; }
+  int64_t owners() const { return per_batch && !per_position ? batch : 1; }
+  int64_t owner_rows() const { return batch / owners() * time; }
+};
+
+struct Plan {
+  Family family = Family::kPlain;
+  int64_t groups = 1;        // pieces of an owner's positions, each computed, and summed, by one block
+  int64_t shared_bytes = 0;  // of a block's memory; of the time family, what its tiles may take
+  int64_t lanes = 0;         // of the rows family: of a warp, that a head has
+};
+
+inline int64_t at_least_one(int64_t n) { return n < 1 ? 1 : n; }
+
+// Pieces for sums over `rows` positions that `columns` blocks share: enough to fill a device, and not below 64
+// positions.
+inline int64_t groups_of(const Facts& f, int64_t rows, int64_t columns) {
+  const int64_t wanted = at_least_one(8 * f.device.multiprocessors / at_least_one(columns)),
+                possible = at_least_one(rows / 64);
+  return wanted < possible ? wanted : possible;
+}
+
+// Pieces of work that is `units` long, in each of `columns` columns, for a device that runs `slots` blocks at a time:
+// as many as make the last block end soonest, if a block costs as much as `overhead` units besides its own, and no more
+// than an owner has positions (phases without any are units as well).
+inline int64_t best_groups(const Facts& f, int64_t units, int64_t columns, int64_t slots, int64_t overhead) {
+  int64_t best = 1, least_time = INT64_MAX;
+  const int64_t possible = at_least_one(units < f.owner_rows() ? units : f.owner_rows());
+  for (int64_t waves = 1; waves <= 8; ++waves) {
+    const int64_t fit = at_least_one(waves * slots / columns), groups = fit < possible ? fit : possible;
+    const int64_t time = (columns * groups + slots - 1) / slots * ((units + groups - 1) / groups + overhead);
+    if (time < least_time) {
+      least_time = time;
+      best = groups;
+    }
+  }
+  return best;
+}
+
+// Blocks that run at a time, each of `bytes` of shared memory, where registers leave room for `most` per
+// multiprocessor.
+inline int64_t slots_of(const Facts& f, int64_t bytes, int64_t most) {
+  const int64_t fit = at_least_one(f.device.memory / (bytes + 1024));  // a block takes 1 KB more than it asks for
+  return f.device.multiprocessors * (fit < most ? fit : most);
+}
+
+// ---- stream: blocks of 128 channels, 32 rows at a time
+
+constexpr int kQuad = 4;              // channels per thread
+constexpr int kLaneRow = 32 * kQuad;  // channels of a warp, and of a block at most
+constexpr int kRun = 8;               // consecutive rows of a thread
+constexpr int kStreamWarps = 4, kStreamThreads = 32 * kStreamWarps;
+constexpr int kChunk = kStreamWarps * kRun;  // rows that are copied, and computed, at a time
+constexpr int kAhead = 2;                    // chunks on their way while one is computed
+
+// How channels are cut into blocks: from every `span`-th on, `pieces` blocks of `width` channels, of which the last may
+// have fewer.
+struct Columns {
+  int64_t span, width;
+  uint32_t pieces, blocks;
+
+  CK_HD Columns(int64_t channels, int64_t span, int64_t width, int64_t pieces)
+      : span(span),
+        width(width),
+        pieces(static_cast<uint32_t>(pieces)),
+        blocks(static_cast<uint32_t>((channels + span - 1) / span * pieces)) {}
+  CK_HD explicit Columns(int64_t channels) : Columns(channels, kLaneRow, kLaneRow, 1) {}
+};
+
+// Filters with at most this many taps have the sums for their gradient in registers, longer ones in shared memory.
+constexpr int kFewTaps = kRun;
+
+// Chunks that the windows of a chunk of outputs reach into.
+CK_HD int64_t stream_window(int64_t taps) { return 1 + (taps - 1 + kChunk - 1) / kChunk; }
+
+// Bytes of shared memory; `size`: of an element, `shared`: heads are whole quads, which then have one filter value.
+CK_HD int64_t stream_table_pitch(bool shared) { return shared ? kLaneRow / kQuad + 1 : kLaneRow; }
+CK_HD int64_t stream_table_bytes(int64_t taps, bool shared) {
+  return (taps * stream_table_pitch(shared) * 4 + 15) / 16 * 16;
+}
+CK_HD int64_t stream_chunk_bytes(int64_t size) { return kChunk * kLaneRow * size; }
+CK_HD int64_t stream_sum_bytes(int64_t taps, bool shared) { return taps * kStreamThreads * (shared ? 1 : kQuad) * 4; }
+
+CK_HD int64_t stream_forward_bytes(int64_t taps, int64_t size, bool shared, bool gate) {
+  const int64_t window = stream_window(taps);
+  return stream_table_bytes(taps, shared) +
+         (gate ? window * stream_chunk_bytes(4) + 2 * (1 + kAhead) * stream_chunk_bytes(size)
+               : (window + kAhead) * stream_chunk_bytes(size));
+}
+
+CK_HD int64_t stream_backward_bytes(int64_t taps, int64_t size, bool shared, bool gate) {
+  const int64_t rings = (stream_window(taps) + kAhead + (gate ? 2 : 1) * (1 + kAhead)) * stream_chunk_bytes(size);
+  const int64_t sums = stream_sum_bytes(taps, shared);
+  // Sums from registers, and those of the bias, are laid over the rings at the end.
+  const int64_t end = taps <= kFewTaps ? sums : kStreamThreads * kQuad * 4;
+  return stream_table_bytes(taps, shared) + (taps <= kFewTaps ? 0 : sums) + (rings < end ? end : rings);
+}
+
+// Chunks of an owner's batch rows, phase by phase. A backward pass also walks the rows of the state.
+inline int64_t stream_chunks(const Facts& f, bool backward) {
+  const int64_t rows = (f.time + f.dilation - 1) / f.dilation + (f.state && backward ? f.taps - 1 : 0);
+  return f.batch / f.owners() * f.dilation * ((rows + kChunk - 1) / kChunk);
+}
+
+inline int64_t stream_bytes(const Facts& f, bool backward) {
+  const bool shared = f.head_channels() % kQuad == 0;
+  return (backward ? stream_backward_bytes : stream_forward_bytes)(f.taps, size_of(f.dtype), shared, f.gate);
+}
+
+inline bool stream_possible(const Facts& f, bool backward) {
+  if (f.channel_bytes == 0 || f.dtype == Dtype::kFloat64 || f.per_row() || f.dilation > f.time) return false;
+  // Rows of the state are neither gated nor in the middle of a row.
+  if (f.state && (f.gate || f.packed)) return false;
+  return stream_bytes(f, backward) <= f.device.block_memory;
+}
+
+// Blocks that registers leave room for: 128 threads of at most 168, or 255.
+constexpr int64_t kForwardBlocks = 3, kBackwardBlocks = 2;
+
+inline Plan walk_plan(Family family, const Facts& f, bool backward, const Columns& cut, int64_t bytes, int64_t blocks) {
+  const int64_t columns = cut.blocks * f.owners();
+  // A block fills its window, makes its filters and adds up its sums besides.
+  return {family,
+          best_groups(f, stream_chunks(f, backward), columns, slots_of(f, bytes, blocks), stream_window(f.taps) + 1),
+          bytes};
+}
+
+inline Plan stream_plan(const Facts& f, bool backward) {
+  return walk_plan(Family::kStream, f, backward, Columns(f.channels), stream_bytes(f, backward),
+                   backward ? kBackwardBlocks : kForwardBlocks);
+}
+
+// ---- rows: blocks as of the stream kernels, which hold whole heads, or a piece of one that is longer than a block
+
+// Blocks that share a head of R channels.
+inline int64_t rows_pieces(int64_t R) { return (R + kLaneRow - 1) / kLaneRow; }
+// lanes: of a warp, that a head has.
+inline Columns rows_columns(int64_t channels, int64_t R, int64_t lanes) {
+  const int64_t pieces = rows_pieces(R), whole = 32 / lanes * R;
+  if (pieces == 1) return {channels, whole, whole, 1};
+  return {channels, R, ((R + pieces - 1) / pieces + 7) / 8 * 8, pieces};  // whole vectors, of 16 bits as well
+}
+
+CK_HD int64_t rows_pitch(int64_t taps) { return taps / 2 * 2 + 1; }
+// Filters of `rows` rows.
+CK_HD int64_t rows_table_bytes(int64_t taps, int64_t lanes, int64_t rows = kChunk) {
+  return (rows * (32 / lanes) * rows_pitch(taps) * 4 + 15) / 16 * 16;
+}
+
+inline int64_t rows_bytes(const Facts& f, int64_t lanes, bool backward) {
+  const int64_t size = size_of(f.dtype), window = stream_window(f.taps), table = rows_table_bytes(f.taps, lanes);
+  const int64_t input = f.gate ? window * stream_chunk_bytes(4) + 2 * (1 + kAhead) * stream_chunk_bytes(size)
+                               : (window + kAhead) * stream_chunk_bytes(size);
+  // Where positions share filters, a warp keeps those of whole windows, and sums for their gradient.
+  const int64_t own = f.per_position ? 0 : kStreamWarps;
+  if (!backward) return rows_table_bytes(f.taps, lanes, kChunk + own) + input;
+  return (window + 1) * table + rows_table_bytes(f.taps, lanes, 2 * own) +
+         (window + kAhead) * stream_chunk_bytes(size) + input;
+}
+
+// Lanes of a head: a power of two, for sums over them. The fewest that its quads need, or more, for fewer filters per
+// block, until these fit; 0 if nothing does. The others are idle.
+inline int64_t rows_lanes(const Facts& f, bool backward) {
+  const int64_t R = f.head_channels();
+  if (R % kQuad != 0) return 0;  // a lane serves one head
+  for (int64_t lanes = 1; lanes <= 32; lanes *= 2) {
+    const bool enough = lanes == 32 || lanes * kQuad >= R;
+    if (enough && rows_bytes(f, lanes, backward) <= f.device.block_memory) return lanes;
+  }
+  return 0;
+}
+
+inline bool rows_possible(const Facts& f, bool backward) {
+  if (f.channel_bytes == 0 || f.dtype == Dtype::kFloat64 || !f.per_row() || f.dilation > f.time) return false;
+  if (f.state && (f.gate || f.packed)) return false;
+  // In float32, d(y), x, the gate and z alone take all of kBlockMemory: there is no such kernel.
+  if (backward && f.gate && f.dtype == Dtype::kFloat32) return false;
+  return rows_lanes(f, backward) != 0;
+}
+
+inline Plan rows_plan(const Facts& f, bool backward) {
+  const int64_t lanes = rows_lanes(f, backward);
+  Plan plan = walk_plan(Family::kRows, f, backward, rows_columns(f.channels, f.head_channels(), lanes),
+                        rows_bytes(f, lanes, backward), kBackwardBlocks);
+  plan.lanes = lanes;
+  return plan;
+}
+
+// ---- band: blocks of 32 or 64 channels of a head, 64 rows at a time
+
+constexpr int kBandTile = 16;  // rows of a product
+constexpr int kBandWarps = 4, kBandThreads = 32 * kBandWarps;
+constexpr int kBandRows = kBandWarps * kBandTile;  // rows that are copied, and computed, at a time
+constexpr int kBandUnit = 32;                      // channels that a warp computes at a time
+
+// Windows of a chunk reach no further than the next one. The fewest: with 43 TFLOP/s, which is what threads reach, a
+// tap costs 0.046 ps per element forward and 0.092 backward; the memory of an H200 takes 0.83 ps and 1.25 ps, so that
+// threads keep up to 18 and 13 taps, fewer if the two do not overlap. Matrices take 0.3 ps with up to 17 taps.
+constexpr int64_t kBandFewest = 12, kBandMost = kBandRows + 1;
+constexpr int kBandSteps = kBandWarps + 1;  // tiles that the window of a tile reaches, at most
+constexpr int64_t kBandStatic = 14 << 10;   // bytes of filters and sums
+// Up to this many taps a window is three tiles, and sums for d(filter) take fewer registers.
+constexpr int kBandShortSteps = 3;
+constexpr int64_t kBandShort = (kBandShortSteps - 1) * kBandTile + 1;
+
+// How rows of a tensor lie in shared memory. Numbers are made up of terms of bfloat16: `parts` of them, one of its own,
+// two of float16, three of float32 (a gated input). Chunks come as they are, `raw` at a time, of x and of the gate;
+// what has more than one part is split from there, into `split` chunks of each part. A halo, the chunk after the one
+// that is computed, takes one more; raw rows without a halo are read for d(gate) until their chunk is done.
+struct BandRoom {
+  int parts, tensors, raw, split;
+
+  CK_HD constexpr BandRoom(bool float16, bool gate, bool halo)
+      : parts(gate      ? 3
+              : float16 ? 2
+                        : 1),
+        tensors(gate ? 2 : 1),
+        raw(halo ? (parts == 1 ? 4 : 2) : (parts == 1 || gate ? 3 : 2)),
+        split(parts == 1 ? 0
+              : halo     ? 3
+                         : 2) {}
+  CK_HD constexpr int chunks() const { return raw * tensors + split * parts; }
+};
+
+// Channels of a block of heads of R channels. Two units share a row of shared memory where neither would be empty;
+// rows in several parts are narrow, so that two blocks and more have room on a multiprocessor.
+CK_HD int band_width(int64_t R, int parts) {
+  return parts == 1 && (R - 1) % (2 * kBandUnit) >= kBandUnit ? 2 * kBandUnit : kBandUnit;
+}
+CK_HD int64_t band_pieces(int64_t R, int parts) {
+  const int64_t width = band_width(R, parts);
+  return (R + width - 1) / width;
+}
+
+// From row to row of shared memory: eight rows begin at different multiples of 16 bytes, modulo 128.
+CK_HD int band_pitch(int width) { return width + 8; }
+
+inline int64_t band_bytes(const Facts& f, bool backward) {
+  const bool float16 = f.dtype == Dtype::kFloat16;
+  const BandRoom input(float16, f.gate, !backward), grad(float16, false, true);
+  const int64_t row = band_pitch(band_width(f.head_channels(), input.parts)) * 2;
+  return (input.chunks() + (backward ? grad.chunks() : 0)) * kBandRows * row;
+}
+
+inline bool band_possible(const Facts& f, bool backward) {
+  const bool narrow = f.dtype == Dtype::kBFloat16 || f.dtype == Dtype::kFloat16;
+  const int64_t R = f.head_channels();
+  if (!narrow || f.per_row() || f.channel_bytes == 0 || f.taps > kBandMost || R < kBandTile || R % 8 != 0) return false;
+  // Positions are counted in 32 bits where there are at least as many as phases.
+  return f.dilation <= f.time && !(f.state && (f.packed || f.gate)) &&
+         band_bytes(f, backward) + kBandStatic <= f.device.block_memory;
+}
+
+inline bool band_wanted(const Facts& f, bool backward) {
+  return band_possible(f, backward) && (f.taps >= kBandFewest || !stream_possible(f, backward));
+}
+
+inline Plan band_plan(const Facts& f, bool backward) {
+  const BandRoom input(f.dtype == Dtype::kFloat16, f.gate, !backward);
+  const int64_t bytes = band_bytes(f, backward), reach = f.dilation * kBandRows;
+  const int64_t columns = f.heads * band_pieces(f.head_channels(), input.parts) * f.owners();
+  const int64_t chunks = f.batch / f.owners() * f.dilation * ((f.time + reach - 1) / reach);
+  // Filters and sums take static memory besides. A block waits for its first rows, and reads a halo.
+  return {Family::kBand, best_groups(f, chunks, columns, slots_of(f, bytes + kBandStatic, backward ? 3 : 4), 2), bytes};
+}
+
+// ---- time: a warp per piece of a few channel rows
+
+constexpr int64_t kTimeWarpRoom = 32 << 10;  // bytes of shared memory at most
+
+// What a warp gets of it; the rest is for masks.
+inline int64_t time_room(const Device& device) {
+  const int64_t room = (device.block_memory - (1 << 10)) / kTimeWarps;
+  return room < kTimeWarpRoom ? room : kTimeWarpRoom;
+}
+
+// Rows of the state have their channels side by side; they are left to the plain family.
+inline bool time_possible(const Facts& f, bool backward) {
+  if (f.time_bytes == 0 || f.dtype == Dtype::kFloat64 || f.per_row() || f.state) return false;
+  const int64_t room = time_room(f.device), span = f.dilation * (f.taps - 1);
+  const int size = static_cast<int>(size_of(f.dtype));
+  if (span > kTimeSpan) return false;
+  // Of all paddings, the one whose windows reach the most chunks.
+  const Taps taps{f.taps, 1, f.dilation};
+  return backward ? backward_tiles(taps, f.time, f.channels, size, f.gate, room).lanes != 0
+                  : forward_tiles(taps, f.time, f.channels, size, false, room).lanes != 0 &&
+                        forward_tiles(taps, f.time, f.channels, size, true, room).lanes != 0;
+}
+
+inline Plan time_plan(const Facts& f) {
+  const int64_t room = time_room(f.device);
+  const Taps taps{f.taps, 0, f.dilation};
+  const TimeTiles g = forward_tiles(taps, f.time, f.channels, static_cast<int>(size_of(f.dtype)), false, room);
+  const int64_t warps = g.channel_blocks(f.channels) * f.owners();
+  // A warp that has two tiles at least copies one while it computes the other.
+  const int64_t possible = at_least_one(f.batch / f.owners() * g.tiles / 2), wanted = (kTimeItems + warps - 1) / warps;
+  return {Family::kTime, wanted < possible ? wanted : possible, kTimeWarps * room};
+}
+
+// A single channel is a row of positions rather than rows of channels.
+inline Plan plan_forward(const Facts& f) {
+  if (band_wanted(f, false)) return band_plan(f, false);
+  if (rows_possible(f, false)) return rows_plan(f, false);
+  if (time_possible(f, false)) return time_plan(f);
+  if (stream_possible(f, false)) return stream_plan(f, false);
+  return {};
+}
+
+inline Plan plan_backward(const Facts& f) {
+  if (band_wanted(f, true)) return band_plan(f, true);
+  if (rows_possible(f, true)) return rows_plan(f, true);
+  if (time_possible(f, true)) return time_plan(f);
+  if (stream_possible(f, true)) return stream_plan(f, true);
+  const int64_t columns = f.per_row() ? f.heads / 8 : f.channels / 32 * ((f.taps + 7) / 8);
+  return {Family::kPlain, groups_of(f, f.owner_rows(), columns)};
+}
+
+}  // namespace ck::cuda

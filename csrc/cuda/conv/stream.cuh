@@ -1,0 +1,101 @@
+// Filters that all positions share, channels side by side in memory: blocks walk along time, rows pass through a ring
+// of shared memory once, and each thread keeps the window of its run of rows in registers.
+#pragma once
+
+#include "csrc/cuda/conv/walk.cuh"
+
+namespace ck::cuda {
+
+// Filter values of a block's channels. kShared: heads are whole quads, and a quad has one value; the odd pitch lets a
+// warp write a column. Otherwise there is a value per channel.
+template <bool kShared>
+struct FilterTable {
+  static constexpr int kPitch = kShared ? kLaneRow / kQuad + 1 : kLaneRow;
+  float* values;
+
+  CK_DEVICE void fill(const Problem& p, int64_t owner, int64_t c0) const {
+    const int64_t R = p.head_channels(), K = p.taps.taps, end = least(c0 + kLaneRow, p.channels);
+    const Sequence anywhere{0, 0, 0, kUnbounded};
+    if constexpr (kShared) {
+      const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+      for (int64_t h = c0 / R + warp; h * R < end; h += kStreamWarps) {
+        const FilterAt f(p, owner, 0, h);
+        const Statistics<float> statistics = warp_statistics<float>(p, f, 0, lane, anywhere);
+        const int64_t first = (most(h * R, c0) - c0) / kQuad, last = (least((h + 1) * R, end) - c0) / kQuad;
+        for (int64_t j = lane; j < K; j += 32) {
+          const float value = tap_of(p, f, 0, j, statistics, anywhere).value();
+          for (int64_t q = first; q < last; ++q) values[j * kPitch + q] = value;
+        }
+      }
+    } else {
+      const int64_t c = c0 + threadIdx.x;
+      if (c >= end) return;
+      const FilterAt f(p, owner, 0, c / R);
+      const Statistics<float> statistics = statistics_of<float>(p, f, 0, anywhere);
+      for (int64_t j = 0; j < K; ++j)
+        values[j * kPitch + threadIdx.x] = tap_of(p, f, 0, j, statistics, anywhere).value();
+    }
+  }
+
+  CK_DEVICE Quad at(int64_t j, int lane) const {
+    if constexpr (kShared) {
+      const float w = values[j * kPitch + lane];
+      return {{w, w, w, w}};
+    } else {
+      return load_quad(values + j * kPitch + lane * kQuad);
+    }
+  }
+};
+
+template <class T, bool kShared, bool kGate>
+CK_GLOBAL(kStreamThreads, 3)
+void stream_forward(const CK_PARAM Forward p, int64_t groups) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, K = static_cast<int>(p.taps.taps);
+  const int window = static_cast<int>(stream_window(K));
+  Work work(p, groups, Columns(p.channels));
+  const FilterTable<kShared> table{reinterpret_cast<float*>(shared_memory())};
+  const InputRing<T, kGate> input(shared_memory() + stream_table_bytes(K, kShared), window);
+  table.fill(p, work.owner, work.c0);
+  const Quad bias = load_bias(p, work.c0 + lane * kQuad);
+
+  for (Run run; work.next(run);) {
+    const Reach reach(p.taps, run.phase);
+    const int64_t n0 = run.start * kChunk, m0 = n0 + reach.offset;
+    const auto issue = [&](int64_t chunk) {
+      if (chunk < run.count + window - 1) input.issue(p, reach.to, run.b, m0 + chunk * kChunk, chunk, work);
+      cp_async_commit();
+    };
+    __syncthreads();  // the run before this one has been read
+    // At first there is nothing to wait for. The chunks of the first window are gated before there is anything to
+    // compute.
+    const int first = kGate ? 1 - window : 0;
+    for (int64_t k = 1 - window - kAhead; k < run.count; ++k) {
+      if (k >= first) {
+        cp_async_wait<kAhead - 1>();
+        __syncthreads();
+      }
+      issue(k + window + kAhead - 1);
+      if constexpr (kGate)
+        if (k >= first) {
+          input.gate(k + window - 1, lane, warp);
+          __syncthreads();
+        }
+      if (k < 0) continue;
+      const int64_t n = n0 + k * kChunk + warp * kRun;
+      Quad total[kRun] = {};
+      const Borders borders(p, p.taps, reach.from, n);
+      walk_within(borders, input.ring, k * kChunk + warp * kRun, K, lane,
+                  [&](auto fast, int j, const Quad(&rows)[kRun], int turn) {
+                    const Quad w = table.at(j, lane);
+#pragma unroll
+                    for (int i = 0; i < kRun; ++i) {
+                      if (!decltype(fast)::value && !borders.inside(i, j)) continue;
+                      add_product(total[i], w, rows[(turn + i) % kRun]);
+                    }
+                  });
+      store_output<T>(p, total, bias, reach.from, run.b, n, work, lane);
+    }
+  }
+}
+
+}  // namespace ck::cuda

@@ -1,0 +1,186 @@
+// Walking along time: which rows a block takes, and how they pass through shared memory.
+#pragma once
+
+#include <type_traits>
+
+#include "csrc/cuda/conv/quads.cuh"
+
+namespace ck::cuda {
+
+// Chunks of rows [start, start + count) of a phase of batch row b.
+struct Run {
+  int64_t b, phase, start, count;
+};
+
+// What a block does: a block of at most kLaneRow channels, and of an owner's batch rows, phase by phase, the chunks of
+// one group. Blocks are channel blocks, then groups, then owners. Positions begin at -before, a multiple of the
+// dilation.
+struct Work {
+  int64_t c0, channels, group, owner;
+  int piece;  // of a head, if heads are cut
+
+  CK_DEVICE Work(const Problem& p, int64_t groups, const Columns& columns, int64_t before = 0) {
+    // A grid has fewer than 2^31 blocks.
+    const uint32_t block = blockIdx.x % columns.blocks, others = blockIdx.x / columns.blocks;
+    const int64_t first = block / columns.pieces * columns.span;
+    piece = static_cast<int>(block % columns.pieces);
+    c0 = first + piece * columns.width;
+    channels = least(least(first + columns.span, p.channels) - c0, columns.width);
+    group = others % static_cast<uint32_t>(groups);
+    owner = others / static_cast<uint32_t>(groups);
+    dilation_ = p.taps.dilation;
+    per_phase_ = ceil_div(ceil_div(p.time + before, dilation_), kChunk);
+    const int64_t all = p.owner_batch() * dilation_ * per_phase_, each = ceil_div(all, groups);
+    next_ = group * each;
+    last_ = least(next_ + each, all);
+  }
+
+  CK_DEVICE bool next(Run& run) {
+    if (next_ >= last_) return false;
+    const int64_t number = next_ / per_phase_, start = next_ % per_phase_;
+    run = {owner + number / dilation_, number % dilation_, start, least(per_phase_ - start, last_ - next_)};
+    next_ += run.count;
+    return true;
+  }
+
+ private:
+  int64_t dilation_, per_phase_, next_, last_;
+};
+
+// Starts the copy of a chunk of x or the gate, or of d(y), whose first row is row `first` of the phase.
+template <class T, bool kInput, class P>
+CK_DEVICE void copy_chunk(T* to, const P& p, const Rows& rows, const Phase& phase, int64_t b, int64_t first,
+                          const Work& work) {
+  stage_rows<T, kInput, kChunk, kStreamThreads, 4>(to, kLaneRow, sizeof(T) == 4 ? 5 : 4, p, rows, b,
+                                                   phase.position(first), phase.dilation, kChunk, work.c0,
+                                                   static_cast<int>(work.channels));
+}
+template <class T>
+CK_DEVICE void copy_input(T* to, const Problem& p, const Rows& rows, const Phase& phase, int64_t b, int64_t first,
+                          const Work& work) {
+  copy_chunk<T, true>(to, p, rows, phase, b, first, work);
+}
+template <class T>
+CK_DEVICE void copy_gradient(T* to, const Backward& p, const Phase& phase, int64_t b, int64_t first, const Work& work) {
+  copy_chunk<T, false>(to, p, p.grad, phase, b, first, work);
+}
+
+// Rows of z in windows of some chunks. With a gate they are gated on their way, once: x and gate come in through rings
+// of their own, and `ring` holds float32.
+template <class T, bool kGate>
+struct InputRing {
+  using E = std::conditional_t<kGate, float, T>;
+  static constexpr int kRaw = 1 + kAhead;
+  Ring<E> ring;
+  Ring<T> x, open;
+
+  CK_DEVICE InputRing(char* room, int window)
+      : ring{reinterpret_cast<E*>(room), kGate ? window : window + kAhead},
+        x{reinterpret_cast<T*>(kGate ? room + window * stream_chunk_bytes(sizeof(float)) : room),
+          kGate ? kRaw : window + kAhead},
+        open{x.end(), kRaw} {}
+
+  CK_DEVICE void issue(const Problem& p, const Phase& phase, int64_t b, int64_t first, int64_t chunk,
+                       const Work& work) const {
+    copy_input(x.chunk(chunk), p, p.x, phase, b, first, work);
+    if (kGate) copy_input(open.chunk(chunk), p, p.gate, phase, b, first, work);
+  }
+
+  // Gates a chunk that has arrived.
+  CK_DEVICE void gate(int64_t chunk, int lane, int warp) const {
+    for (int row = warp; row < kChunk; row += kStreamWarps) {
+      const int at = row * kLaneRow + lane * kQuad;
+      Quad z = load_quad(x.chunk(chunk) + at);
+      const Quad o = load_quad(open.chunk(chunk) + at);
+      for (int e = 0; e < kQuad; ++e) z.v[e] *= sigmoid<T>(o.v[e]);
+      store_quad(ring.row(chunk * kChunk + row) + lane * kQuad, z);
+    }
+  }
+};
+
+CK_DEVICE Quad load_bias(const Forward& p, int64_t c) {
+  Quad bias{};
+  if (p.bias != nullptr)
+    for (int e = 0; e < kQuad; ++e)
+      if (c + e < p.channels) bias.v[e] = load_as<float>(p.bias, c + e, p.bias_dtype);
+  return bias;
+}
+
+// Stores rows n .. n + kRun - 1 of a phase, those that exist.
+template <class T>
+CK_DEVICE void store_rows(const Problem& p, const Rows& to, const Quad (&run)[kRun], const Phase& phase, int64_t b,
+                          int64_t n, const Work& work, int lane) {
+  const int64_t t = phase.position(n);
+  T* const row = static_cast<T*>(to.data) + b * to.batch + t * to.time + work.c0;
+  if (p.vector_bytes == 16)
+    store_vectors(run, lane, work.channels, row, phase.dilation * to.time, t, p.time, phase.dilation);
+  else
+    store_pieces(run, lane, work.channels, row, phase.dilation * to.time, t, p.time, phase.dilation, p.vector_bytes);
+}
+
+template <class T>
+CK_DEVICE void store_output(const Forward& p, Quad (&run)[kRun], const Quad& bias, const Phase& phase, int64_t b,
+                            int64_t n, const Work& work, int lane) {
+  if (p.bias != nullptr)
+#pragma unroll
+    for (int i = 0; i < kRun; ++i)
+      for (int e = 0; e < kQuad; ++e) run[i].v[e] += bias.v[e];
+  store_rows<T>(p, p.y, run, phase, b, n, work, lane);
+}
+
+// ---- what the backward kernels share
+
+// Adds rows first .. first + kRun - 1 of a ring to the sum for d(bias).
+template <class E>
+CK_DEVICE void add_rows(Quad& sum, const Ring<E>& ring, int64_t first, int lane) {
+  const E* row = ring.row(first);
+#pragma unroll
+  for (int i = 0; i < kRun; ++i, row = ring.next(row)) {
+    const Quad dy = load_quad(row + lane * kQuad);
+    for (int e = 0; e < kQuad; ++e) sum.v[e] += dy.v[e];
+  }
+}
+
+// Masked positions have no gradient, whatever their neighbours hold.
+CK_DEVICE void mask_rows(const Problem& p, Quad (&run)[kRun], const Phase& phase, int64_t b, int64_t n) {
+  if (p.mask == nullptr) return;
+  int64_t s = phase.position(n);
+  const bool* mask = p.mask + b * p.mask_batch + s * p.mask_time;
+  const int64_t stride = phase.dilation * p.mask_time;
+#pragma unroll
+  for (int i = 0; i < kRun; ++i, s += phase.dilation, mask += stride)
+    if (within(s, p.time) && !*mask) run[i] = {};
+}
+
+// Stores those of rows n .. n + kRun - 1 that are rows of the state.
+template <class T>
+CK_DEVICE void store_state(const Backward& p, const Quad (&run)[kRun], const Phase& phase, int64_t b, int64_t n,
+                           const Work& work, int lane) {
+  const int64_t span = p.taps.span(), row = phase.position(n) + span;
+  store_pieces(run, lane, work.channels, static_cast<T*>(p.grad_state) + (b * span + row) * p.channels + work.c0,
+               phase.dilation * p.channels, row, span, phase.dilation, p.vector_bytes);
+}
+
+// From d(z) to d(x), in place, and d(gate).
+template <class T>
+CK_DEVICE void gate_gradient(Quad& dz, Quad& dgate, const Quad& x, const Quad& gate) {
+  for (int e = 0; e < kQuad; ++e) {
+    const float open = sigmoid<T>(gate.v[e]);
+    dgate.v[e] = dz.v[e] * x.v[e] * open * (1 - open);
+    dz.v[e] *= open;
+  }
+}
+
+// partial_bias of a block: its warps' sums, added in order. `room`: shared memory that nobody needs any more.
+CK_DEVICE void store_bias_sums(const Backward& p, const Quad& sum, float* room, int64_t partial, const Work& work,
+                               int lane) {
+  __syncthreads();
+  store_quad(room + threadIdx.x / 32 * kLaneRow + lane * kQuad, sum);
+  __syncthreads();
+  if (threadIdx.x >= work.channels) return;
+  float total = 0;
+  for (int w = 0; w < kStreamWarps; ++w) total += room[w * kLaneRow + threadIdx.x];
+  static_cast<float*>(p.partial_bias)[partial * p.channels + work.c0 + threadIdx.x] = total;
+}
+
+}  // namespace ck::cuda

@@ -1,0 +1,188 @@
+// Rows of a tensor on their way into shared memory, and which of them a run of outputs reads.
+#pragma once
+
+#include "csrc/cuda/conv/inputs.cuh"
+
+namespace ck::cuda {
+
+// Elements of 16 bytes.
+template <class T>
+constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+
+// Dilation splits time into phases that never meet: row n of a phase is position first + dilation * n.
+struct Phase {
+  int64_t first, dilation;
+
+  CK_DEVICE int64_t position(int64_t n) const { return first + dilation * n; }
+  // Rows of the phase among `time` positions.
+  CK_DEVICE int64_t rows(int64_t time) const { return first < time ? ceil_div(time - first, dilation) : 0; }
+};
+
+// Output n of phase `from` reads, with tap j, row n + offset + j of phase `to`.
+struct Reach {
+  Phase from, to;
+  int64_t offset;
+
+  CK_DEVICE Reach(const Taps& taps, int64_t phase) : from{phase, taps.dilation} {
+    const int64_t s = taps.source(phase, 0), d = taps.dilation;
+    const int64_t down = s >= 0 ? s / d : -((-s + d - 1) / d);
+    to = {s - down * d, d};
+    offset = down;
+  }
+};
+
+// Elements of a word.
+template <class T>
+constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
+
+// Loads words of a row in pieces of `bytes`: the first `count` elements, which are whole pieces, and zeros.
+template <class T, int kWords>
+CK_DEVICE void load_pieces(uint32_t (&words)[kWords], const T* from, int count, int bytes) {
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) words[w] = 0;
+  if (kWords == 4 && bytes == 16) {
+    if (count <= 0) return;
+    const uint4 piece = *reinterpret_cast<const uint4*>(from);
+    words[0] = piece.x, words[1] = piece.y, words[kWords - 2] = piece.z, words[kWords - 1] = piece.w;
+  } else if (bytes >= 8) {
+#pragma unroll
+    for (int w = 0; w < kWords; w += 2) {
+      if (w * kPerWord<T> >= count) continue;
+      const uint2 piece = *reinterpret_cast<const uint2*>(from + w * kPerWord<T>);
+      words[w] = piece.x;
+      words[w + 1] = piece.y;
+    }
+  } else if (bytes == 4) {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w)
+      if (w * kPerWord<T> < count) words[w] = *reinterpret_cast<const uint32_t*>(from + w * kPerWord<T>);
+  } else if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (int e = 0; e < 2 * kWords; ++e)
+      if (e < count) words[e / 2] |= uint32_t{from[e].bits} << e % 2 * 16;
+  }
+}
+
+// Stores them.
+template <class T, int kWords>
+CK_DEVICE void store_pieces(T* to, const uint32_t (&words)[kWords], int count, int bytes) {
+  if (kWords == 4 && bytes == 16) {
+    if (count > 0) *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[kWords - 2], words[kWords - 1]);
+  } else if (bytes >= 8) {
+#pragma unroll
+    for (int w = 0; w < kWords; w += 2)
+      if (w * kPerWord<T> < count) *reinterpret_cast<uint2*>(to + w * kPerWord<T>) = make_uint2(words[w], words[w + 1]);
+  } else if (bytes == 4) {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w)
+      if (w * kPerWord<T> < count) *reinterpret_cast<uint32_t*>(to + w * kPerWord<T>) = words[w];
+  } else if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (int e = 0; e < 2 * kWords; ++e)
+      if (e < count) to[e] = {static_cast<uint16_t>(words[e / 2] >> e % 2 * 16)};
+  }
+}
+
+// Starts the copy of 16 bytes of a row to shared memory in pieces of `bytes`: the first `count` elements, which are
+// whole pieces, and zeros. Two bytes are fewer than cp.async takes: these are loaded, and stored at once.
+template <class T>
+CK_DEVICE void stage_pieces(T* shared, const T* from, int count, int bytes) {
+  if (bytes == 16) {
+    cp_async<16>(shared, from, count > 0);
+  } else if (bytes == 8) {
+#pragma unroll
+    for (int e = 0; e < kVector<T>; e += kVector<T> / 2) cp_async<8>(shared + e, from + e, e < count);
+  } else if (bytes == 4) {
+#pragma unroll
+    for (int e = 0; e < kVector<T>; e += kPerWord<T>) cp_async<4>(shared + e, from + e, e < count);
+  } else {
+    uint32_t words[4];
+    load_pieces(words, from, count, 2);
+    *reinterpret_cast<uint4*>(shared) = make_uint4(words[0], words[1], words[2], words[3]);
+  }
+}
+
+// What stage_rows does, for rows of which some do not exist, or that are read in pieces: those of one thread, `first`
+// and every `step` after it, `count` channels from c on.
+template <class T, bool kInput, int kRows, int kBatch, class P>
+CK_DEVICE void stage_any_rows(T* to, int pitch, const P& p, const Rows& rows, int64_t b, int64_t s, int64_t dilation,
+                              int wanted, int64_t c, int count, int first, int step) {
+  if (count <= 0) wanted = 0;
+  int64_t position = s + first * dilation;
+  const int64_t hop = step * dilation, stride = hop * rows.time;
+  const T* from = at<const T>(rows, b, position, c);
+  to += first * pitch;
+#pragma unroll 1
+  for (int row = first; row < kRows;) {
+    unsigned valid = 0;
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      const int64_t t = position + k * hop;
+      valid |= unsigned{row + k * step < wanted && t >= 0 && t < p.time} << k;
+    }
+    if (kInput && p.mask != nullptr) {
+      // Read for every row, so that no branch comes between: the first of the mask where there is none.
+      bool open[kBatch];
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k)
+        open[k] = p.mask[(valid >> k & 1) != 0 ? b * p.mask_batch + (position + k * hop) * p.mask_time : 0];
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) valid &= ~(unsigned{!open[k]} << k);
+    }
+    // One after the other: of all at once there would be much code.
+#pragma unroll 1
+    for (int k = 0; k < kBatch; ++k) {
+      const T* found = (valid >> k & 1) != 0 ? from : nullptr;
+      // The state's rows come before position 0 of an unpacked row.
+      if (kInput && position < 0 && p.state != nullptr && row < wanted)
+        found = state_at<const T>(p, const_cast<void*>(p.state), b, position, c, {0, 0, p.time, 0});
+      stage_pieces(to, found == nullptr ? static_cast<const T*>(rows.data) : found, found == nullptr ? 0 : count,
+                   p.vector_bytes);
+      row += step;
+      position += hop;
+      from += stride;
+      to += step * pitch;
+    }
+  }
+}
+
+// Starts the copies of kRows rows at positions s, s + dilation, ... to shared memory, by kThreads threads: of x or the
+// gate (kInput), zeros where a position is masked, or of d(y), which no mask concerns; 1 << log_vectors times 16 bytes
+// of each from channel c0 on, of which `channels` exist. Only the first `wanted` rows are needed. kBatch rows of a
+// thread wait for their masks together; it has a whole number of them. A thread has the same channels in all its rows.
+template <class T, bool kInput, int kRows, int kThreads, int kBatch, class P>
+CK_DEVICE void stage_rows(T* to, int pitch, int log_vectors, const P& p, const Rows& rows, int64_t b, int64_t s,
+                          int64_t dilation, int wanted, int64_t c0, int channels) {
+  const int column = (threadIdx.x & ((1 << log_vectors) - 1)) * kVector<T>, step = kThreads >> log_vectors;
+  const int first = threadIdx.x >> log_vectors;
+  const bool there = column < channels;
+  to += column;
+  if (p.vector_bytes != 16 || s < 0 || s + (kRows - 1) * dilation >= p.time || wanted < kRows)
+    // Opaque, so that nothing of it is computed ahead, for the case below as well.
+    return stage_any_rows<T, kInput, kRows, kBatch>(to, pitch, p, rows, b, s, dilation, wanted, c0 + column,
+                                                    channels - column, opaque(first), step);
+  // All rows exist, in whole vectors: one address is found and moved on.
+  to += first * pitch;
+  const T* from = static_cast<const T*>(rows.data);
+  int64_t stride = 0;
+  if (there) {
+    from += b * rows.batch + (s + first * dilation) * rows.time + c0 + column;
+    stride = step * dilation * rows.time;
+  }
+  const bool* mask =
+      kInput && p.mask != nullptr ? p.mask + b * p.mask_batch + (s + first * dilation) * p.mask_time : nullptr;
+  const int64_t mask_stride = step * dilation * p.mask_time;
+#pragma unroll
+  for (int n = 0; n < (kRows << log_vectors) / kThreads; n += kBatch) {
+    bool valid[kBatch];
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) valid[k] = there;
+    if (mask != nullptr)
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k, mask += mask_stride) valid[k] = there && *mask;
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k, from += stride) cp_async<16>(to + (n + k) * step * pitch, from, valid[k]);
+  }
+}
+
+}  // namespace ck::cuda

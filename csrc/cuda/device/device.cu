@@ -1,0 +1,53 @@
+#include "csrc/cuda/conv/families.h"
+#include "csrc/cuda/device/device.h"
+#include "csrc/cuda/device/primitives.cuh"
+
+namespace ck::cuda {
+
+Device current_device() {
+#if defined(CK_SIMT)
+  Device device;
+  device.multiprocessors = 1;  // so that blocks walk far, as they do in problems of real size
+  device.block_memory = static_cast<int64_t>(simt::shared_memory_limit());
+#else
+  // Every call asks, and mostly for the same one.
+  thread_local Device device;
+  thread_local int known = -1;
+  int current = 0;
+  if (cudaGetDevice(&current) != cudaSuccess) return {};
+  if (current == known) return device;
+  known = current;
+  device = {};
+  const auto look = [&](int64_t& value, cudaDeviceAttr attribute) {
+    int found = 0;
+    if (cudaDeviceGetAttribute(&found, attribute, current) == cudaSuccess) value = found;
+  };
+  look(device.multiprocessors, cudaDevAttrMultiProcessorCount);
+  look(device.block_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  look(device.memory, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+#endif
+  if (device.block_memory > kBlockMemory) device.block_memory = kBlockMemory;
+  return device;
+}
+
+}  // namespace ck::cuda
+
+// For Python, before the first call, since the runtime in this library may need a newer driver than torch's: the CUDA
+// versions of driver and runtime, and why no kernel can be loaded on the current device, or nullptr. Nothing is
+// launched.
+extern "C" __attribute__((visibility("default"))) const char* convkernels_cuda_support(int* driver, int* runtime) {
+  *driver = *runtime = 0;
+#if !defined(CK_SIMT)
+  int devices = 0;
+  cudaFuncAttributes attributes;
+  cudaDriverGetVersion(driver);
+  cudaRuntimeGetVersion(runtime);
+  cudaError_t error = cudaGetDeviceCount(&devices);  // makes no context, unlike what follows
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, ck::cuda::Reduce<float>::sample());
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return cudaGetErrorString(error);
+  }
+#endif
+  return nullptr;
+}

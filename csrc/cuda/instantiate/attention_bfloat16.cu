@@ -1,2 +1,0 @@
-#define CK_TYPE ck::bf16
-#include "attention_tensor.inc.cuh"

@@ -1,2 +1,0 @@
-#define CK_TYPE double
-#include "attention_plain.inc.cuh"

@@ -1,2 +1,0 @@
-#define CK_TYPE double
-#include "plain.inc.cuh"

@@ -1,2 +1,0 @@
-#define CK_TYPE float
-#include "rows.inc.cuh"

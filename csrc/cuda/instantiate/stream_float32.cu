@@ -1,2 +1,0 @@
-#define CK_TYPE float
-#include "stream.inc.cuh"
