@@ -7,6 +7,7 @@ import torch
 
 import convkernels as ck
 from convkernels.ops.attention.reference import relation
+from convkernels.ops.attention.schema import Attention
 from convkernels.testing.attention import DELTA_THROUGH_OUT, INPUTS, AttentionProblem, Elements
 
 OP = "attention_grad"
@@ -48,12 +49,7 @@ def results(ops, problem, tensors):
 
 def visible(problem, tensors):
     """[T,S] of the first row of the batch."""
-    _, T, S = problem.sizes
-    device = tensors["q"].device
-    pair = relation(
-        T, S, problem.left, problem.right, problem.outside, problem.causal, tensors["cu_seqlens_q"],
-        tensors["cu_seqlens_k"], device,
-    )  # fmt: skip
+    pair = relation(Attention(*problem.op_arguments(tensors)))
     return pair.visible if tensors["key_mask"] is None else pair.visible & tensors["key_mask"][0]
 
 

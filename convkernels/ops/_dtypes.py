@@ -12,8 +12,16 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# -- Philox4x32-10 (Salmon et al. 2011), on int64 tensors that hold 32-bit words ------------------------------------
+def drawn(dropout: float, training: bool, seed: Tensor | None, device: torch.device) -> tuple[float, Tensor | None]:
+    """Dropout and seed as operators take them: where there is dropout, a seed is drawn if none is given."""
+    if not training or dropout == 0:
+        return 0.0, None
+    if seed is None:
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
+    return float(dropout), seed
 
+
+# Philox4x32-10 (Salmon et al. 2011), on int64 tensors that hold 32-bit words.
 _WORD = 0xFFFFFFFF
 
 

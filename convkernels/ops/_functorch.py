@@ -1,7 +1,7 @@
 """What the operators have in common under torch.func transforms and forward-mode differentiation: how to notice one,
 and pieces of vmap rules and double backwards."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +27,15 @@ def refuse_tangents(function: str, **inputs: Tensor | None) -> None:
                 f"{function}: argument '{argument}': expected no tangent, because there are no forward-mode "
                 "derivatives (use torch.func.vjp or jacrev), got a dual tensor"
             )
+
+
+def recording(inputs: Sequence[Tensor | None]) -> bool:
+    """Whether eager autograd records a call with these differentiable inputs."""
+    if torch.is_grad_enabled():
+        for value in inputs:
+            if value is not None and value.requires_grad:
+                return True
+    return False
 
 
 def mapped(value: Tensor, dim: int | None, size: int) -> Tensor:

@@ -8,7 +8,6 @@ Python functions of this package call the raw ones.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -33,18 +32,18 @@ class Autograd(NamedTuple):
 class OpSpec:
     """Everything that is to be known about one operator.
 
-    name: without namespace and backend.  schema: from the opening parenthesis on; positional arguments only, because
-    the stable C++ interface takes no others.  fake: shapes and strides of the outputs.  reference: the kernel in plain
-    PyTorch.  flops: formula over shapes, for FlopCounterMode.  autograd: backend name -> hooks for the public op; None
-    for an op without gradient.
+    arguments: record of its arguments, named after the operator (``_arguments.arguments``); the schema has positional
+    arguments only, because the stable C++ interface takes no others.  fake: shapes and strides of the outputs.
+    reference: the kernel in plain PyTorch.  flops: formula, shapes standing for tensors, for FlopCounterMode.  All
+    three take the record.  autograd: keyword argument backend -> hooks for the public op; None for an op without
+    gradient.
     """
 
-    name: str
-    schema: str
+    arguments: type
     fake: Callable
     reference: Callable
     flops: Callable
-    autograd: Callable[[str], Autograd] | None = None
+    autograd: Callable[..., Autograd] | None = None
 
 
 def overload(name: str, backend: str) -> torch._ops.OpOverload:
@@ -59,38 +58,45 @@ def implement(name: str, backend: str, kernel: Callable) -> None:
         _LIBRARY.impl(f"{full}.{backend}", kernel, key)
 
 
+def _taking_record(kind: type, function: Callable) -> Callable:
+    return lambda *args, **named: function(kind(*args, **named))
+
+
 def _on_one_device(spec: OpSpec) -> Callable:
     """The fake, which refuses what kernels refuse: one tensor on device meta among others takes the call to it."""
-    names = [argument.name for argument in torch._C.parse_schema(spec.name + spec.schema).arguments]
 
-    @wraps(spec.fake)
-    def fake(*args, **kwargs):
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        devices = {name: value.device for name, value in given.items() if isinstance(value, torch.Tensor)}
+    def fake(*args, **named):
+        record = spec.arguments(*args, **named)
+        given = zip(record._fields, record, strict=True)
+        devices = {name: value.device for name, value in given if isinstance(value, torch.Tensor)}
         here = next((device for device in devices.values() if device.type != "meta"), torch.device("meta"))
         for name, device in devices.items():
             if device != here:
                 raise RuntimeError(
                     f"argument '{name}': expected a tensor on {here}, where this call computes, got one on {device}"
                 )
-        return spec.fake(*args, **kwargs)
+        return spec.fake(record)
 
     return fake
 
 
 def register(spec: OpSpec) -> None:
     """Define the operator for every backend in the table."""
-    OPERATORS.add(spec.name)
-    fake = _on_one_device(spec)
+    name, fake = spec.arguments.__name__, _on_one_device(spec)
+    OPERATORS.add(name)
     for backend in BACKENDS:
-        for full in (spec.name, f"_{spec.name}"):
-            _LIBRARY.define(f"{full}.{backend}{spec.schema}")
+        for full in (name, f"_{name}"):
+            _LIBRARY.define(f"{full}.{backend}{spec.arguments.schema}")
             torch.library.register_fake(f"{NAMESPACE}::{full}.{backend}", fake, lib=_LIBRARY)
         if spec.autograd is not None:
-            hooks = spec.autograd(backend)
+            hooks = spec.autograd(backend=backend)
             torch.library.register_autograd(
-                f"{NAMESPACE}::{spec.name}.{backend}", hooks.backward, setup_context=hooks.setup_context, lib=_LIBRARY
+                f"{NAMESPACE}::{name}.{backend}", hooks.backward, setup_context=hooks.setup_context, lib=_LIBRARY
             )
-    implement(spec.name, "reference", spec.reference)
-    packets = [getattr(getattr(torch.ops, NAMESPACE), full) for full in (spec.name, f"_{spec.name}")]
-    when_imported("torch.utils.flop_counter", lambda counter: counter.register_flop_formula(packets)(spec.flops))
+    implement(name, "reference", _taking_record(spec.arguments, spec.reference))
+    packets = [getattr(getattr(torch.ops, NAMESPACE), full) for full in (name, f"_{name}")]
+
+    def flops(*shapes, out_shape=None, **named) -> int:
+        return spec.flops(spec.arguments(*shapes, **named))
+
+    when_imported("torch.utils.flop_counter", lambda counter: counter.register_flop_formula(packets)(flops))

@@ -18,6 +18,8 @@ _FLOAT_NAMES = "float64, float32, bfloat16 or float16"
 _INTEGERS = (torch.int32, torch.int64)
 PLAIN = (Tensor, torch.nn.Parameter)
 _mode = torch._C._get_dispatch_mode
+# A compiler does not know it.
+autocast_somewhere = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 _FAKE, _PROXY, _FUNCTIONAL = (
     torch._C._TorchDispatchModeKey.__members__[name] for name in ("FAKE", "PROXY", "FUNCTIONAL")
 )
@@ -151,8 +153,8 @@ def probability(function: str, argument: str, p: Any) -> None:
 def dropout(function: str, argument: str, p: Any, training: Any, seed: Any, x: Tensor, name: str = "x") -> None:
     flag(function, "training", training)
     probability(function, argument, p)
-    tensor(function, "seed", seed, optional=True)
     if seed is not None:
+        tensor(function, "seed", seed, optional=True)
         if seed.dtype != torch.int64:
             fail(function, "seed", "an int64 tensor of shape [1]", seed, TypeError)
         shape(function, "seed", seed, (1,), "[1]")

@@ -1,12 +1,12 @@
 """The public function of the attention family."""
 
-import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from ...backends import preference
-from .. import _functorch, _select, _validate
+from .. import _dtypes, _functorch, _select, _validate
 from . import checks, op
+from .schema import INPUTS, Attention, settled
 
 
 def composite_attention(
@@ -80,37 +80,35 @@ def composite_attention(
     """
     name = "composite_attention"
     transforming = _functorch.transforming()
-    if forward_ad._current_level >= 0:
-        _functorch.refuse_tangents(
-            name, q=q, k=k, v=v, bias=bias, query_rel=query_rel, rel_query=rel_query, key_rel=key_rel,
-            value_conv=value_conv, value_conv_bias=value_conv_bias, value_conv_scale=value_conv_scale,
-        )  # fmt: skip
-    q, k, v, rel_query = _validate.autocast(q, k, v, rel_query)
-    left, right = checks.attention(
-        name, q, k, v, bias, query_rel, rel_query, key_rel, window, outside, value_conv, value_conv_bias,
-        value_conv_scale, causal, key_mask, cu_seqlens_q, cu_seqlens_k, dropout, training, seed, scale, qk, return_lse,
+    # What stands as 0 and 1.0 follows from other parameters, once they are checked.
+    args = Attention(
+        q, k, v, 0, 0, 0, causal, qk, 1.0, 1.0, dropout, seed, bias, query_rel, rel_query, key_rel, value_conv,
+        value_conv_bias, value_conv_scale, key_mask, cu_seqlens_q, cu_seqlens_k,
     )  # fmt: skip
-    inputs = (q, k, v, bias, query_rel, rel_query, key_rel, value_conv, value_conv_bias, value_conv_scale)
-    recorded = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in inputs)
+    if forward_ad._current_level >= 0:
+        _functorch.refuse_tangents(name, **dict(zip(INPUTS.names, INPUTS.of(args), strict=True)))
+    if transforming or _validate.autocast_somewhere():
+        q, k, v, rel_query = _validate.autocast(q, k, v, rel_query)
+        args = args._replace(q=q, k=k, v=v, rel_query=rel_query)
+    left, right = checks.attention(name, args, window, outside, training, scale, return_lse)
+    recorded = _functorch.recording(INPUTS.of(args))
     operator = "attention_grad" if recorded or transforming else "attention"
     # Only on GPUs is there more than one fast backend, so only there does a compiled graph have to be for one class.
     problem = preference.problem_of(k.shape[1], q.shape[3]) if q.device.type == "cuda" else None
     chosen = _select.pick(backend, name, q.device.type, q.dtype, operator, problem)
-    dropout = float(dropout) if training else 0.0
-    if dropout == 0.0:
-        seed = None
-    elif seed is None:
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
-    if cu_seqlens_q is not None and cu_seqlens_k is None:
-        cu_seqlens_k = cu_seqlens_q
-    args = (
-        q, k, v, left, right, checks.OUTSIDE[outside], causal, qk, scale, scale if rel_query is None else 1.0, dropout,
-        seed, bias, query_rel, rel_query, key_rel, value_conv, value_conv_bias, value_conv_scale, key_mask,
-        cu_seqlens_q, cu_seqlens_k,
-    )  # fmt: skip
+    args = settled(
+        args,
+        left,
+        right,
+        checks.OUTSIDE[outside],
+        scale,
+        scale if rel_query is None else 1.0,
+        *_dtypes.drawn(dropout, training, seed, q.device),
+        cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k,
+    )
     if transforming:
-        out, lse = op.Attention.apply(*args, chosen)
+        out, lse = op.differentiable(chosen, *args)
     else:
         kernels = op.KERNELS[chosen]
         out, lse = (kernels.record if recorded else kernels.raw)(*args)

@@ -19,22 +19,22 @@ from .._validate import (
     tensor,
 )  # fmt: skip
 from . import reference
+from .schema import Attention
 
 FARTHEST = 2**60
 """What a window's reach is below: places of keys and queries do not overflow."""
 OUTSIDE = {"clip": reference.CLIP, "zero": reference.ZERO, "mask": reference.MASK}
 
 
-def attention(
-    function: str, q, k, v, bias, query_rel, rel_query, key_rel, window, outside, value_conv, value_conv_bias,
-    value_conv_scale, causal, key_mask, cu_seqlens_q, cu_seqlens_k, dropout, training, seed, scale, qk, return_lse,
-) -> tuple[int, int]:  # fmt: skip
-    """All checks; returns how far the window reaches to the left and to the right."""
-    _queries_and_keys(function, q, k, v)
-    (B, T, H, D), S = q.shape, k.shape[1]
-    for argument, value in (("causal", causal), ("qk", qk), ("return_lse", return_lse)):
+def attention(function: str, args: Attention, window, outside, training, scale, return_lse) -> tuple[int, int]:
+    """All checks; returns how far the window reaches to the left and to the right. args: as given; what is found from
+    the other parameters is not looked at."""
+    q, query_rel, rel_query, value_conv = args.q, args.query_rel, args.rel_query, args.value_conv
+    _queries_and_keys(function, q, args.k, args.v)
+    (B, T, H, D), S = q.shape, args.k.shape[1]
+    for argument, value in (("causal", args.causal), ("qk", args.qk), ("return_lse", return_lse)):
         flag(function, argument, value)
-    tables = {"bias": bias, "query_rel": query_rel, "key_rel": key_rel, "value_conv": value_conv}
+    tables = {"bias": args.bias, "query_rel": query_rel, "key_rel": args.key_rel, "value_conv": value_conv}
     left, right = reach(function, window, outside, tables)
     W = left + right + 1
     if rel_query is not None:
@@ -47,30 +47,29 @@ def attention(
         same_dtype(function, "rel_query", rel_query, q, "q")
         same_device(function, "rel_query", rel_query, q, "q")
     R = D if rel_query is None else rel_query.shape[3]
-    _table(function, "bias", bias, q, (H, W), "[H,W]")
-    for argument, value, rows, letters in (("query_rel", query_rel, R, "R,W"), ("key_rel", key_rel, D, "D,W")):
-        if value is not None and value.dim() == 2:
-            _table(function, argument, value, q, (rows, W), f"[{letters}]")
-        else:
-            _table(function, argument, value, q, (H, rows, W), f"[{letters}] or [H,{letters}]")
-    _table(function, "value_conv", value_conv, q, (H, D, W), "[H,D,W]")
     for argument, value, size, letters in (
-        ("value_conv_bias", value_conv_bias, (H, D), "[H,D]"),
-        ("value_conv_scale", value_conv_scale, (H,), "[H]"),
+        ("bias", args.bias, (H, W), "[H,W]"),
+        ("query_rel", query_rel, (H, R, W), "[R,W] or [H,R,W]"),
+        ("key_rel", args.key_rel, (H, D, W), "[D,W] or [H,D,W]"),
+        ("value_conv", value_conv, (H, D, W), "[H,D,W]"),
+        ("value_conv_bias", args.value_conv_bias, (H, D), "[H,D]"),
+        ("value_conv_scale", args.value_conv_scale, (H,), "[H]"),
     ):
-        if value is not None and value_conv is None:
-            fail(function, argument, "None, because value_conv is not given", value)
-        _table(function, argument, value, q, size, letters)
-    if not qk and bias is None and query_rel is None and key_rel is None:
-        fail(function, "qk", "True, because there is no bias, query_rel or key_rel", qk)
-    tensor(function, "key_mask", key_mask, optional=True)
+        if value is not None:
+            if value_conv is None and argument in ("value_conv_bias", "value_conv_scale"):
+                fail(function, argument, "None, because value_conv is not given", value)
+            _table(function, argument, value, q, size, letters)
+    if not args.qk and args.bias is None and query_rel is None and args.key_rel is None:
+        fail(function, "qk", "True, because there is no bias, query_rel or key_rel", args.qk)
+    key_mask = args.key_mask
     if key_mask is not None:
+        tensor(function, "key_mask", key_mask, optional=True)
         if key_mask.dtype != torch.bool:
             fail(function, "key_mask", "a bool tensor (True: real key)", key_mask, TypeError)
         shape(function, "key_mask", key_mask, (B, S), "[B,S]")
         same_device(function, "key_mask", key_mask, q, "q")
-    _packing(function, q, k, cu_seqlens_q, cu_seqlens_k)
-    _validate.dropout(function, "dropout", dropout, training, seed, q, "q")
+    _packing(function, q, args.k, args.cu_seqlens_q, args.cu_seqlens_k)
+    _validate.dropout(function, "dropout", args.dropout, training, args.seed, q, "q")
     if scale is not None:
         if isinstance(scale, bool) or not isinstance(scale, int | float):
             fail(function, "scale", "a number or None", describe(scale), TypeError)
@@ -102,15 +101,17 @@ def _queries_and_keys(function: str, q, k, v) -> None:
 
 def reach(function: str, window, outside, tables: dict) -> tuple[int, int]:
     """How far the window reaches to the left and to the right; tables: those that have its columns, by argument."""
+    given = []
     for argument, value in tables.items():
-        tensor(function, argument, value, optional=True)
-        if value is not None and (value.dim() < 2 or value.shape[-1] == 0):
-            fail(function, argument, "at least one column, W >= 1, in its last dimension", value)
+        if value is not None:
+            tensor(function, argument, value, optional=True)
+            if value.dim() < 2 or value.shape[-1] == 0:
+                fail(function, argument, "at least one column, W >= 1, in its last dimension", value)
+            given.append((argument, value.shape[-1]))
     if not isinstance(outside, str):
         fail(function, "outside", "'clip', 'zero' or 'mask'", describe(outside), TypeError)
     if outside not in OUTSIDE:
         fail(function, "outside", "'clip', 'zero' or 'mask'", repr(outside))
-    given = [(argument, value.shape[-1]) for argument, value in tables.items() if value is not None]
     if window is None:
         if not given:
             if outside == "mask":
@@ -133,15 +134,19 @@ def reach(function: str, window, outside, tables: dict) -> tuple[int, int]:
 
 
 def _table(function: str, argument: str, value, q: Tensor, size: tuple, letters: str) -> None:
-    if value is None:
-        return
     tensor(function, argument, value)
-    shape(function, argument, value, size, letters)
+    one, _, per_head = letters.partition(" or ")
+    if per_head and value.dim() == 2:
+        shape(function, argument, value, size[1:], one)
+    else:
+        shape(function, argument, value, size, letters)
     parameter_dtype(function, argument, value, q, "q")
     same_device(function, argument, value, q, "q")
 
 
 def _packing(function: str, q: Tensor, k: Tensor, cu_q, cu_k) -> None:
+    if cu_q is None and cu_k is None:
+        return
     tensor(function, "cu_seqlens_q", cu_q, optional=True)
     tensor(function, "cu_seqlens_k", cu_k, optional=True)
     if cu_q is None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .._dtypes import accumulate_dtype, dropout_mask
+from .schema import INPUTS, ROWS, Attention, AttentionGrad
 
 CLIP, ZERO, MASK = 0, 1, 2
 """What the relative terms do outside the window: repeat the outermost column, vanish, or forbid attention."""
@@ -35,50 +36,45 @@ class Relation(NamedTuple):
     """Whether i may attend to j, padding aside."""
 
 
-def key_spans(T: int, S: int, cu_q: Tensor | None, cu_k: Tensor | None, device) -> tuple[Tensor, Tensor, Tensor]:
+def key_spans(args: Attention | AttentionGrad) -> tuple[Tensor, Tensor, Tensor]:
     """For each query: its place among the keys, m(i), and the first and the end of its sequence's keys, int64 [T].
 
     The last query and the last key of a sequence are at the same place: m(i) = i + (keys) - (queries).
     """
-    i = torch.arange(T, device=device)
-    if cu_q is None:
+    T, S = args.q.shape[1], args.k.shape[1]
+    i = torch.arange(T, device=args.q.device)
+    if args.cu_seqlens_q is None:
         return i + (S - T), torch.zeros_like(i), torch.full_like(i, S)
-    cu_q, cu_k = cu_q.to(torch.int64), cu_k.to(torch.int64)
+    cu_q, cu_k = args.cu_seqlens_q.to(torch.int64), args.cu_seqlens_k.to(torch.int64)
     sequence = torch.searchsorted(cu_q, i, right=True) - 1
     first, end = cu_k[sequence], cu_k[sequence + 1]
     return i + end - cu_q[sequence + 1], first, end
 
 
-def relation(
-    T: int, S: int, left: int, right: int, outside: int, causal: bool, cu_q: Tensor | None, cu_k: Tensor | None, device
-) -> Relation:
-    place, first, end = (value[:, None] for value in key_spans(T, S, cu_q, cu_k, device))
-    j = torch.arange(S, device=device)
+def relation(args: Attention | AttentionGrad) -> Relation:
+    left, right = args.left, args.right
+    place, first, end = (value[:, None] for value in key_spans(args))
+    j = torch.arange(args.k.shape[1], device=args.q.device)
     offset = j - place
     inside = (offset >= -left) & (offset <= right)
     visible = (j >= first) & (j < end)
-    if causal:
+    if args.causal:
         visible = visible & (offset <= 0)
-    if outside == MASK:
+    if args.outside == MASK:
         visible = visible & inside
-    present = inside if outside == ZERO else torch.ones_like(inside)
+    present = inside if args.outside == ZERO else torch.ones_like(inside)
     return Relation(offset.clamp(-left, right) + left, present, visible)
 
 
-def value_rows(
-    T: int, S: int, left: int, right: int, causal: bool, cu_q: Tensor | None, cu_k: Tensor | None, device
-) -> Tensor:
+def value_rows(args: Attention | AttentionGrad) -> Tensor:
     """Which value each tap of ``value_conv`` reads for each query, int64 [T,W]; S stands for a row of zeros."""
-    place, first, end = (value[:, None] for value in key_spans(T, S, cu_q, cu_k, device))
-    offset = torch.arange(-left, right + 1, device=device)
+    place, first, end = (value[:, None] for value in key_spans(args))
+    offset = torch.arange(-args.left, args.right + 1, device=args.q.device)
     j = place + offset
     inside = (j >= first) & (j < end)
-    if causal:
+    if args.causal:
         inside = inside & (offset <= 0)
-    return torch.where(inside, j, S)
-
-
-# -- pieces, differentiable -------------------------------------------------------------------------------------------
+    return torch.where(inside, j, args.k.shape[1])
 
 
 def _per_head(value: Tensor, H: int) -> Tensor:
@@ -111,20 +107,21 @@ def _by_key(relation: Relation, shape: tuple, W: int) -> Tensor:
     return (W - 1 - relation.column).T.expand(*shape[:2], *relation.column.T.shape)
 
 
-def _scores(q, k, relation, W, qk, scale, rel_scale, bias, query_rel, rel_query, key_rel) -> Tensor:
+def _scores(args: Attention | AttentionGrad, relation: Relation) -> Tensor:
     """s, [B,H,T,S], from q [B,T,H,D] and k [B,S,H,D]."""
+    q, k, query_rel, key_rel, bias, W = args.q, args.k, args.query_rel, args.key_rel, args.bias, _width(args)
     (B, T, H, _), S = q.shape, k.shape[1]
-    s = torch.einsum("bthd,bshd->bhts", q, k) * scale if qk else q.new_zeros(B, H, T, S)
+    s = torch.einsum("bthd,bshd->bhts", q, k) * args.scale if args.qk else q.new_zeros(B, H, T, S)
     rows = None
     if query_rel is not None:
-        r = q if rel_query is None else rel_query
-        rows = torch.einsum("bthr,hrw->bhtw", r, _tables(query_rel, H)) * rel_scale
+        r = q if args.rel_query is None else args.rel_query
+        rows = torch.einsum("bthr,hrw->bhtw", r, _tables(query_rel, H)) * args.rel_scale
     if bias is not None:
         rows = bias[None, :, None].expand(B, H, T, W) if rows is None else rows + bias[:, None]
     if rows is not None:
         s = s + torch.where(relation.present, rows.gather(3, _by_pair(relation, s.shape)), 0.0)
     if key_rel is not None:
-        rows = torch.einsum("bshd,hdw->bhsw", k, _tables(key_rel, H)) * scale
+        rows = torch.einsum("bshd,hdw->bhsw", k, _tables(key_rel, H)) * args.scale
         rows = rows.gather(3, _by_key(relation, s.shape, W)).transpose(2, 3)
         s = s + torch.where(relation.present, rows, 0.0)
     return s
@@ -173,188 +170,126 @@ def _visible(relation: Relation, key_mask: Tensor | None) -> Tensor:
     return visible if key_mask is None else visible & key_mask[:, None, None, :]
 
 
-def attend(
-    q, k, v, left=0, right=0, outside=CLIP, causal=False, qk=True, scale=1.0, rel_scale=1.0, dropout=0.0, seed=None,
-    bias=None, query_rel=None, rel_query=None, key_rel=None, value_conv=None, value_conv_bias=None,
-    value_conv_scale=None, key_mask=None, cu_seqlens_q=None, cu_seqlens_k=None, *, sum_seen=None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _width(args: Attention | AttentionGrad) -> int:
+    """W, the columns of the tables."""
+    return args.left + args.right + 1
+
+
+def _widened(args: Attention | AttentionGrad):
+    """The arguments in the accumulation type; k and v without padding, [B,S,H,D]."""
+    dtype, H = accumulate_dtype(args.q.dtype), args.q.shape[2]
+    given = {name: getattr(args, name) for name in INPUTS.names}
+    wide = args._replace(**{name: value.to(dtype) for name, value in given.items() if value is not None})
+    k, v = (_per_head(_real(value, args.key_mask), H) for value in (wide.k, wide.v))
+    return wide._replace(k=k, v=v)
+
+
+def attend(args: Attention | AttentionGrad, *, sum_seen=None) -> tuple[Tensor, Tensor]:
     """out and lse in the accumulation type, by differentiable operations only. Hidden values that are not finite are
     kept out by ``sum_seen``, which looks at values, as derivatives of derivatives cannot."""
-    dtype = accumulate_dtype(q.dtype)
-    (_, T, H, _), S = q.shape, k.shape[1]
-    pair = relation(T, S, left, right, outside, causal, cu_seqlens_q, cu_seqlens_k, q.device)
-    q, k, v, bias, query_rel, rel_query, key_rel, value_conv, value_conv_bias, value_conv_scale = (
-        None if value is None else value.to(dtype)
-        for value in (
-            q, k, v, bias, query_rel, rel_query, key_rel, value_conv, value_conv_bias, value_conv_scale
-        )
-    )  # fmt: skip
-    k, v = _per_head(_real(k, key_mask), H), _per_head(_real(v, key_mask), H)
-    s = _scores(q, k, pair, left + right + 1, qk, scale, rel_scale, bias, query_rel, rel_query, key_rel)
-    p, lse, seen = _softmax(s, _visible(pair, key_mask))
-    if dropout > 0:
-        p = p * _dropout(seed, dropout, p)
-    out = torch.einsum("bhts,bshd->bthd", p, v) if sum_seen is None else sum_seen(p, seen, v)
-    if value_conv is not None:
-        rows = value_rows(T, S, left, right, causal, cu_seqlens_q, cu_seqlens_k, q.device)
-        u = _convolve(v, rows, value_conv, value_conv_bias)
-        out = out + (u if value_conv_scale is None else u * value_conv_scale[:, None])
+    args = _widened(args)
+    pair = relation(args)
+    p, lse, seen = _softmax(_scores(args, pair), _visible(pair, args.key_mask))
+    if args.dropout > 0:
+        p = p * _dropout(args, p)
+    out = torch.einsum("bhts,bshd->bthd", p, args.v) if sum_seen is None else sum_seen(p, seen, args.v)
+    if args.value_conv is not None:
+        u = _convolve(args.v, value_rows(args), args.value_conv, args.value_conv_bias)
+        out = out + (u if args.value_conv_scale is None else u * args.value_conv_scale[:, None])
     return out, lse
 
 
-def _dropout(seed: Tensor, dropout: float, p: Tensor) -> Tensor:
+def _dropout(args: Attention | AttentionGrad, p: Tensor) -> Tensor:
     """Multipliers 0 or 1/(1-dropout) for p [B,H,T,S]; counter (i, b, h, j >> 2)."""
     B, H, T, S = p.shape
-    return dropout_mask(seed, dropout, (B, T, H, S), p.dtype).transpose(1, 2)
+    return dropout_mask(args.seed, args.dropout, (B, T, H, S), p.dtype).transpose(1, 2)
 
 
-# -- the kernels ------------------------------------------------------------------------------------------------------
-
-
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    left: int = 0,
-    right: int = 0,
-    outside: int = CLIP,
-    causal: bool = False,
-    qk: bool = True,
-    scale: float = 1.0,
-    rel_scale: float = 1.0,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-    bias: Tensor | None = None,
-    query_rel: Tensor | None = None,
-    rel_query: Tensor | None = None,
-    key_rel: Tensor | None = None,
-    value_conv: Tensor | None = None,
-    value_conv_bias: Tensor | None = None,
-    value_conv_scale: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def attention(args: Attention) -> tuple[Tensor, Tensor]:
     """The forward pass: out [B,T,H,D] like q, and lse [B,H,T] in the accumulation type."""
-    out, lse = attend(
-        q, k, v, left, right, outside, causal, qk, scale, rel_scale, dropout, seed, bias, query_rel, rel_query,
-        key_rel, value_conv, value_conv_bias, value_conv_scale, key_mask, cu_seqlens_q, cu_seqlens_k,
-        sum_seen=_sum_seen,
-    )  # fmt: skip
-    return _like(out, q), lse.contiguous()
+    out, lse = attend(args, sum_seen=_sum_seen)
+    return _like(out, args.q), lse.contiguous()
 
 
-def attention_grad(
-    grad: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    left: int = 0,
-    right: int = 0,
-    outside: int = CLIP,
-    causal: bool = False,
-    qk: bool = True,
-    scale: float = 1.0,
-    rel_scale: float = 1.0,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-    bias: Tensor | None = None,
-    query_rel: Tensor | None = None,
-    rel_query: Tensor | None = None,
-    key_rel: Tensor | None = None,
-    value_conv: Tensor | None = None,
-    value_conv_bias: Tensor | None = None,
-    value_conv_scale: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    needs: int = 1023,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def attention_grad(args: AttentionGrad) -> tuple[Tensor, ...]:
     """Gradients with respect to q, k, v, bias, query_rel, rel_query, key_rel, value_conv, value_conv_bias and
-    value_conv_scale, in this order; bits 1, 2, 4, ... 512 of ``needs`` select them. out and lse are the results of
-    the forward pass, for kernels that do not want to find them again; this one does."""
-    dtype = accumulate_dtype(q.dtype)
-    (B, T, H, _), (S, G), W = q.shape, k.shape[1:3], left + right + 1
-    inputs = (q, k, v, bias, query_rel, rel_query, key_rel, value_conv, value_conv_bias, value_conv_scale)
-    asked = [value is not None and bool(needs & 1 << bit) for bit, value in enumerate(inputs)]
-    found: list[Tensor | None] = [None] * len(inputs)
-    q, k, v, bias, query_rel, rel_query, key_rel, value_conv, value_conv_bias, value_conv_scale = (
-        None if value is None else value.to(dtype) for value in inputs
-    )
-    k, v = _per_head(_real(k, key_mask), H), _per_head(_real(v, key_mask), H)
-    g = grad.to(dtype)
-    pair = relation(T, S, left, right, outside, causal, cu_seqlens_q, cu_seqlens_k, q.device)
-    s = _scores(q, k, pair, W, qk, scale, rel_scale, bias, query_rel, rel_query, key_rel)
-    p, found_lse, seen = _softmax(s, _visible(pair, key_mask))
-    multiplier = _dropout(seed, dropout, p) if dropout > 0 else None
-    seen_back = seen.transpose(2, 3)
-    grad_v = _sum_seen((p if multiplier is None else p * multiplier).transpose(2, 3), seen_back, g)
-
-    if any(asked[:2]) or any(asked[3:7]):
-        grad_p = torch.einsum("bthd,bshd->bhts", g, v)
-        if multiplier is not None:
-            grad_p = grad_p * multiplier
-        delta = torch.where(seen, grad_p * p, 0.0).sum(3, keepdim=True)
-        if grad_lse is not None:
-            # Whoever merges results of several calls gets NaN for a row of -inf: it passes nothing on.
-            delta = delta - torch.where(found_lse == float("-inf"), 0.0, grad_lse.to(dtype))[..., None]
-        grad_s = torch.where(seen, p * (grad_p - delta), 0.0)
-        grad_q = _sum_seen(grad_s, seen, k) * scale if qk else torch.zeros_like(q)
-        grad_k = _sum_seen(grad_s.transpose(2, 3), seen_back, q) * scale if qk else torch.zeros_like(k)
-        by_pair = torch.where(pair.present, grad_s, 0.0)
-        if bias is not None or query_rel is not None:
-            rows = q.new_zeros(B, H, T, W).scatter_add_(3, _by_pair(pair, s.shape), by_pair)
-            if asked[3]:
-                found[3] = rows.sum((0, 2))
-            if query_rel is not None:
-                r = q if rel_query is None else rel_query
-                r = torch.where(seen.any(3).transpose(1, 2)[..., None], r, 0.0)  # 0 * NaN of a query that sees nothing
-                found[4] = torch.einsum("bthr,bhtw->hrw", r, rows) * rel_scale
-                grad_r = torch.einsum("bhtw,hrw->bthr", rows, _tables(query_rel, H)) * rel_scale
-                if rel_query is None:
-                    grad_q = grad_q + grad_r
-                else:
-                    found[5] = grad_r
-        if key_rel is not None:
-            columns = q.new_zeros(B, H, S, W)
-            columns = columns.scatter_add_(3, _by_key(pair, s.shape, W), by_pair.transpose(2, 3))
-            met = torch.where(seen.any(2).transpose(1, 2)[..., None], k, 0.0)  # 0 * NaN of a key that nothing sees
-            found[6] = torch.einsum("bshd,bhsw->hdw", met, columns) * scale
-            grad_k = grad_k + torch.einsum("bhsw,hdw->bshd", columns, _tables(key_rel, H)) * scale
-        found[0], found[1] = grad_q, _sum_groups(_real(grad_k, key_mask), G)
-
-    if value_conv is not None:
-        rows = value_rows(T, S, left, right, causal, cu_seqlens_q, cu_seqlens_k, q.device)
-        if value_conv_scale is not None:
-            found[9] = (g * _convolve(v, rows, value_conv, value_conv_bias)).sum((0, 1, 3))
-            g = g * value_conv_scale[:, None]
-        found[8] = g.sum((0, 1))
-        extended = torch.cat([v, v.new_zeros(B, 1, *v.shape[2:])], 1)
-        found[7] = torch.stack([(g * extended.index_select(1, rows[:, c])).sum((0, 1)) for c in range(W)], -1)
-        grad_extended = torch.zeros_like(extended)
-        for c in range(W):
-            grad_extended.index_add_(1, rows[:, c], g * value_conv[..., c])
-        grad_v = grad_v + grad_extended[:, :S]
-    found[2] = _sum_groups(_real(grad_v, key_mask), G)
-
+    value_conv_scale, in this order, those that ``needs`` asks for. out and lse are the results of the forward pass, for
+    kernels that do not compute them again; this one does."""
+    given = {name: getattr(args, name) for name in INPUTS.names}
+    asked = [value is not None and want for value, want in zip(given.values(), args.wanted, strict=True)]
+    found = _gradients(_widened(args), any(asked[:2]) or any(asked[3:7]), args.k.shape[2])
     results = []
-    for bit, (value, gradient) in enumerate(zip(inputs, found, strict=True)):
-        if not asked[bit]:
-            results.append((q_like(inputs, bit)).new_empty(0))
-        elif bit in (0, 1, 2, 5):
-            results.append(_like(gradient, value))
+    for (name, value), there in zip(given.items(), asked, strict=True):
+        if not there:
+            results.append((args.q if value is None else value).new_empty(0))
+        elif name in ROWS:
+            results.append(_like(found[name], value))
         else:
-            gradient = gradient.sum(0) if gradient.dim() > value.dim() else gradient
+            gradient = found[name].sum(0) if found[name].dim() > value.dim() else found[name]
             results.append(gradient.to(value.dtype).contiguous())
     return tuple(results)
 
 
-def q_like(inputs: tuple, bit: int) -> Tensor:
-    """The tensor whose dtype an unwanted gradient has: its input, or q for an input that is not given."""
-    return inputs[0] if inputs[bit] is None else inputs[bit]
+def _gradients(args: AttentionGrad, behind: bool, G: int) -> dict[str, Tensor]:
+    """Gradients by name, of ``_widened`` arguments; behind: whether anything behind the softmax is needed."""
+    q, k, v, g = args.q, args.k, args.v, args.grad.to(args.q.dtype)
+    (B, T, H, _), S, W = q.shape, k.shape[1], _width(args)
+    found: dict[str, Tensor] = {}
+    pair = relation(args)
+    s = _scores(args, pair)
+    p, lse, seen = _softmax(s, _visible(pair, args.key_mask))
+    multiplier = _dropout(args, p) if args.dropout > 0 else None
+    seen_back = seen.transpose(2, 3)
+    grad_v = _sum_seen((p if multiplier is None else p * multiplier).transpose(2, 3), seen_back, g)
+
+    if behind:
+        grad_p = torch.einsum("bthd,bshd->bhts", g, v)
+        if multiplier is not None:
+            grad_p = grad_p * multiplier
+        delta = torch.where(seen, grad_p * p, 0.0).sum(3, keepdim=True)
+        if args.grad_lse is not None:
+            # A caller that merges results of several calls gets NaN as gradient of an lse of -inf: it counts as 0.
+            delta = delta - torch.where(lse == float("-inf"), 0.0, args.grad_lse.to(q.dtype))[..., None]
+        grad_s = torch.where(seen, p * (grad_p - delta), 0.0)
+        grad_q = _sum_seen(grad_s, seen, k) * args.scale if args.qk else torch.zeros_like(q)
+        grad_k = _sum_seen(grad_s.transpose(2, 3), seen_back, q) * args.scale if args.qk else torch.zeros_like(k)
+        by_pair = torch.where(pair.present, grad_s, 0.0)
+        if args.bias is not None or args.query_rel is not None:
+            rows = q.new_zeros(B, H, T, W).scatter_add_(3, _by_pair(pair, s.shape), by_pair)
+            found["bias"] = rows.sum((0, 2))
+            if args.query_rel is not None:
+                r = q if args.rel_query is None else args.rel_query
+                r = torch.where(seen.any(3).transpose(1, 2)[..., None], r, 0.0)  # 0 * NaN of a query that sees nothing
+                found["query_rel"] = torch.einsum("bthr,bhtw->hrw", r, rows) * args.rel_scale
+                grad_r = torch.einsum("bhtw,hrw->bthr", rows, _tables(args.query_rel, H)) * args.rel_scale
+                if args.rel_query is None:
+                    grad_q = grad_q + grad_r
+                else:
+                    found["rel_query"] = grad_r
+        if args.key_rel is not None:
+            columns = q.new_zeros(B, H, S, W)
+            columns = columns.scatter_add_(3, _by_key(pair, s.shape, W), by_pair.transpose(2, 3))
+            met = torch.where(seen.any(2).transpose(1, 2)[..., None], k, 0.0)  # 0 * NaN of a key that nothing sees
+            found["key_rel"] = torch.einsum("bshd,bhsw->hdw", met, columns) * args.scale
+            grad_k = grad_k + torch.einsum("bhsw,hdw->bshd", columns, _tables(args.key_rel, H)) * args.scale
+        found["q"], found["k"] = grad_q, _sum_groups(_real(grad_k, args.key_mask), G)
+
+    if args.value_conv is not None:
+        rows = value_rows(args)
+        if args.value_conv_scale is not None:
+            u = _convolve(v, rows, args.value_conv, args.value_conv_bias)
+            found["value_conv_scale"] = (g * u).sum((0, 1, 3))
+            g = g * args.value_conv_scale[:, None]
+        found["value_conv_bias"] = g.sum((0, 1))
+        extended = torch.cat([v, v.new_zeros(B, 1, *v.shape[2:])], 1)
+        taps = [(g * extended.index_select(1, rows[:, c])).sum((0, 1)) for c in range(W)]
+        found["value_conv"] = torch.stack(taps, -1)
+        grad_extended = torch.zeros_like(extended)
+        for c in range(W):
+            grad_extended.index_add_(1, rows[:, c], g * args.value_conv[..., c])
+        grad_v = grad_v + grad_extended[:, :S]
+    found["v"] = _sum_groups(_real(grad_v, args.key_mask), G)
+    return found
 
 
 def _like(value: Tensor, x: Tensor) -> Tensor:

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from .._dtypes import accumulate_dtype
 from .._functorch import fold, loop, mapped
-from .double_backward import INPUTS
+from .schema import INPUTS, ROWS, TABLES, Attention, AttentionGrad
 
-DROPOUT, KEY_MASK, BOUNDARIES = 10, 19, (20, 21)
-_TABLES = INPUTS[3:5] + INPUTS[6:]
-_TABLE_BITS = 8 | 16 | 64 | 128 | 256 | 512
+_SHARED = ("query_rel", "key_rel")
+"""Tables that heads may share: these then have two dimensions."""
 
 
 def _fold_heads(value: Tensor | None, dim: int | None, size: int) -> Tensor | None:
@@ -45,80 +44,73 @@ def _fold_table(value: Tensor | None, dim: int | None, size: int, heads: int, sh
     return value.reshape(size * heads, *value.shape[2:])
 
 
-def _looks_at_rows(dims: tuple, args: tuple, tables: bool) -> bool | None:
+def _looks_at_rows(dims, args, tables: bool) -> bool | None:
     """Whether to fold into the batch; None where only one call per element will do. tables: whether their gradients
     are needed."""
-    if args[DROPOUT] > 0 or any(dims[index] is not None for index in BOUNDARIES):
+    if args.dropout > 0 or dims.cu_seqlens_q is not None or dims.cu_seqlens_k is not None:
         return None
-    if dims[KEY_MASK] is None:
+    if dims.key_mask is None:
         return False
-    if tables or args[BOUNDARIES[0]] is not None or any(dims[index] is not None for index in _TABLES):
+    if tables or args.cu_seqlens_q is not None or any(getattr(dims, name) is not None for name in TABLES):
         return None
     return True
 
 
-def _fold(rows: bool, size: int, dims: tuple, args: tuple) -> list:
-    """The arguments of ``attention``, folded."""
-    values = list(args)
-    heads = args[0].shape[2] if dims[0] is None else args[0].movedim(dims[0], 0).shape[3]
-    for index in (0, 1, 2, 14):
-        values[index] = (fold if rows else _fold_heads)(args[index], dims[index], size)
+def _folded(rows: bool, size: int, dims, args):
+    """The arguments, folded."""
+    heads = args.q.shape[2] if dims.q is None else args.q.movedim(dims.q, 0).shape[3]
+    fold_row = fold if rows else _fold_heads
+    values = {name: fold_row(getattr(args, name), getattr(dims, name), size) for name in ROWS}
     if rows:
-        values[KEY_MASK] = fold(args[KEY_MASK], dims[KEY_MASK], size)
+        values["key_mask"] = fold(args.key_mask, dims.key_mask, size)
     else:
-        for index in _TABLES:
-            values[index] = _fold_table(args[index], dims[index], size, heads, 2 if index in (13, 15) else 0)
-    return values
+        for name in TABLES:
+            shared = 2 if name in _SHARED else 0
+            values[name] = _fold_table(getattr(args, name), getattr(dims, name), size, heads, shared)
+    return args._replace(**values)
 
 
-def forward(function: Callable, size: int, dims: tuple, args: tuple):
-    """vmap of ``attention``: function(*args) with args as in the op's schema."""
+def forward(function: Callable, size: int, dims: Attention, args: Attention):
+    """vmap of ``attention``."""
     rows = _looks_at_rows(dims, args, False)
     if rows is None:
         return loop(function, size, dims, args)
-    out, lse = function(*_fold(rows, size, dims, args))
+    out, lse = function(*_folded(rows, size, dims, args))
     if rows:
         return (_split(out, 0, size), _split(lse, 0, size)), (0, 0)
     return (_unfold_heads(out, size), _split(lse, 1, size).movedim(1, 0)), (0, 0)
 
 
-def grad(function: Callable, size: int, dims: tuple, args: tuple):
-    """vmap of ``attention_grad``: function(*args) with args as in the op's schema."""
-    (to_out, to_lse, out, lse), inner, needs = args[:4], args[4:-1], args[-1]
-    given = [inner[index] is not None and bool(needs & 1 << bit) for bit, index in enumerate(INPUTS)]
-    tables = any(there and _TABLE_BITS & 1 << bit for bit, there in enumerate(given))
-    rows = _looks_at_rows(dims[4:-1], inner, tables)
+def backward(function: Callable, size: int, dims: AttentionGrad, args: AttentionGrad):
+    """vmap of ``attention_grad``."""
+    given = {name: asked and getattr(args, name) is not None for name, asked in args.wanted._asdict().items()}
+    rows = _looks_at_rows(dims, args, any(given[name] for name in TABLES))
     if rows is None:
         return loop(function, size, dims, args)
     # Gradients of tables that heads share are added up below; keep them in the accumulation type until then.
-    inner = tuple(
-        value.to(accumulate_dtype(value.dtype)) if index in (13, 15) and value is not None else value
-        for index, value in enumerate(inner)
-    )
-    fold_all = fold if rows else _fold_heads
-    folded_lse = []
-    for value, dim in zip((to_lse, lse), (dims[1], dims[3]), strict=True):
-        if rows or value is None:
-            folded_lse.append(fold(value, dim, size))
-        else:
-            value = mapped(value, dim, size).movedim(0, 1)
-            folded_lse.append(value.reshape(value.shape[0], size * value.shape[2], value.shape[3]))
-    found = function(
-        fold_all(to_out, dims[0], size),
-        folded_lse[0],
-        fold_all(out, dims[2], size),
-        folded_lse[1],
-        *_fold(rows, size, dims[4:-1], inner),
-        needs,
+    shared = {name: getattr(args, name) for name in _SHARED if getattr(args, name) is not None}
+    wide = args._replace(**{name: value.to(accumulate_dtype(value.dtype)) for name, value in shared.items()})
+    folded = _folded(rows, size, dims, wide)
+    fold_row = fold if rows else _fold_heads
+    folded = folded._replace(**{n: fold_row(getattr(args, n), getattr(dims, n), size) for n in ("grad", "out")})
+    folded = folded._replace(
+        **{n: _fold_lse(rows, getattr(args, n), getattr(dims, n), size) for n in ("grad_lse", "lse")}
     )
     results = []
-    for bit, (index, value) in enumerate(zip(INPUTS, found, strict=True)):
-        if given[bit]:
-            if index in (0, 1, 2, 14):
-                value = _split(value, 0, size) if rows else _unfold_heads(value, size)
-            else:
-                value = _split(value, 0, size)
-                rank = inner[index].dim() - (dims[4 + index] is not None)
-                value = (value.sum(1) if value.dim() - 1 > rank else value).to(args[4 + index].dtype)
+    for name, value in zip(INPUTS.names, function(*folded), strict=True):
+        if given[name] and name in ROWS:
+            value = _split(value, 0, size) if rows else _unfold_heads(value, size)
+        elif given[name]:
+            table, value = getattr(args, name), _split(value, 0, size)
+            rank = table.dim() - (getattr(dims, name) is not None)
+            value = (value.sum(1) if value.dim() - 1 > rank else value).to(table.dtype)
         results.append(value)
-    return tuple(results), tuple(0 if there else None for there in given)
+    return tuple(results), tuple(0 if there else None for there in given.values())
+
+
+def _fold_lse(rows: bool, value: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """N times [B,H,T] -> [N*B,H,T] or [B,N*H,T]."""
+    if rows or value is None:
+        return fold(value, dim, size)
+    value = mapped(value, dim, size).movedim(0, 1)
+    return value.reshape(value.shape[0], size * value.shape[2], value.shape[3])

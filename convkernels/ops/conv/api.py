@@ -11,16 +11,16 @@ from torch.autograd import forward_ad
 
 from .. import _dtypes, _functorch, _select, _validate
 from . import checks, op, reference
+from .schema import INPUTS, TapConv, TapStep, settled
 
-_autocast_somewhere = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+_autocast_somewhere = _validate.autocast_somewhere
 _transforms_active = _functorch.transforms_active
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _STRIDED = torch.strided
 _FARTHEST = _dtypes.FARTHEST
 
-# (backend, dtype of x, dtype of weight, device of x, device of weight) of calls that passed all checks -> (raw,
-# record).
+# (function, backend, dtype of x, dtype of weight, device) of calls that passed all checks -> (raw, record).
 _proven: dict[tuple, tuple] = {}
 _select.on_reset(_proven.clear)
 
@@ -214,7 +214,8 @@ def _conv(
             else:
                 H, K = weight.shape
                 fits = letters == "[H,K]" or H == C
-            raw, record = _proven[name, backend, x.dtype, weight.dtype, x.device, weight.device]
+            device = x.device
+            raw, record = _proven[name, backend, x.dtype, weight.dtype, device]
             if padding == "same":
                 left = dilation * (K // 2)
             elif padding == "causal":
@@ -223,6 +224,7 @@ def _conv(
                 left = padding if padding.__class__ is int else -1
             fits = (
                 fits
+                and weight.device == device
                 and x.layout is weight.layout is _STRIDED
                 and K > 0
                 and C % H == 0
@@ -231,7 +233,7 @@ def _conv(
             if fits and bias is None:
                 recorded = _is_grad_enabled() and (x.requires_grad or weight.requires_grad)
                 return (record if recorded else raw)(x, weight, left, dilation, softmax)
-            if fits and bias.shape == (C,) and bias.dtype is weight.dtype and bias.device == x.device:
+            if fits and bias.shape == (C,) and bias.dtype is weight.dtype and bias.device == device:
                 recorded = _is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad)
                 return (record if recorded else raw)(x, weight, left, dilation, softmax, False, 0.0, None, bias)
         except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError, ZeroDivisionError):
@@ -239,56 +241,36 @@ def _conv(
         except RuntimeError:
             if not any(getattr(value, "is_nested", False) for value in (x, weight, bias)):
                 raise
-    return _general(
-        name, letters, x, weight, bias, softmax, renormalize, padding, dilation, p, training, seed, gate, mask,
-        cu_seqlens, initial_state, return_state, backend,
-    )  # fmt: skip
+    args = TapConv(x, weight, 0, dilation, softmax, renormalize, p, seed, bias, gate, mask, cu_seqlens, initial_state)
+    return _general(name, letters, args, padding, training, return_state, backend)
 
 
-def _general(
-    name, letters, x, weight, bias, softmax, renormalize, padding, dilation, p, training, seed, gate, mask, cu_seqlens,
-    initial_state, return_state, backend,
-):  # fmt: skip
+def _general(name, letters, args: TapConv, padding, training, return_state, backend):
     """Every check and every feature."""
     transforming = _functorch.transforming()
     if forward_ad._current_level >= 0:
-        _functorch.refuse_tangents(name, x=x, weight=weight, bias=bias, gate=gate, initial_state=initial_state)
-    x, gate, initial_state = _validate.autocast(x, gate, initial_state)
-    left = checks.convolution(
-        name, x, weight, bias, softmax, renormalize, padding, dilation, p, training, seed, gate, mask, cu_seqlens,
-        initial_state, return_state, letters=letters,
-    )  # fmt: skip
+        _functorch.refuse_tangents(name, **dict(zip(INPUTS.names, INPUTS.of(args), strict=True)))
+    if transforming or _autocast_somewhere():
+        x, gate, initial_state = _validate.autocast(args.x, args.gate, args.initial_state)
+        args = args._replace(x=x, gate=gate, initial_state=initial_state)
+    left = checks.convolution(name, letters, args, padding, training, return_state)
+    x, weight = args.x, args.weight
     chosen = _select.pick(backend, name, x.device.type, x.dtype)
     kernels = op.KERNELS[chosen]
     if not transforming:
-        _proven[name, backend, x.dtype, weight.dtype, x.device, weight.device] = kernels.fast, kernels.record
-    dropout = float(p) if training else 0.0
-    if dropout == 0.0:
-        seed = None
-    elif seed is None:
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+        _proven[name, backend, x.dtype, weight.dtype, x.device] = kernels.fast, kernels.record
+    settled_args = settled(args, left, *_dtypes.drawn(args.dropout, training, args.seed, x.device))
     if transforming:
-        y = op.TapConv.apply(
-            x, weight, left, dilation, softmax, renormalize, dropout, seed, bias, gate, mask, cu_seqlens, initial_state,
-            chosen,
-        )  # fmt: skip
-        return (y, _final_state(x, gate, mask, cu_seqlens, initial_state, left)) if return_state else y
-    call = kernels.fast
-    if torch.is_grad_enabled() and any(
-        value is not None and value.requires_grad for value in (x, weight, bias, gate, initial_state)
-    ):
-        call = kernels.record
-    y = call(
-        x, weight, left, dilation, softmax, renormalize, dropout, seed, bias, gate, mask, cu_seqlens, initial_state
-    )
-    if not return_state:
-        return y
-    return y, _final_state(x, gate, mask, cu_seqlens, initial_state, left)
+        y = op.differentiable_conv(chosen, *settled_args)
+    else:
+        y = (kernels.record if _functorch.recording(INPUTS.of(args)) else kernels.fast)(*settled_args)
+    return (y, _final_state(args, left)) if return_state else y
 
 
-def _final_state(x, gate, mask, cu_seqlens, initial_state, S: int) -> Tensor:
+def _final_state(args: TapConv, S: int) -> Tensor:
     """The last S rows of [initial state, z] of every sequence, [B,S,C] or [N,S,C]; gathered without asking how long the
     sequences are, so that it neither waits for a device nor ties a compiled graph to lengths."""
+    x, cu_seqlens, initial_state = args.x, args.cu_seqlens, args.initial_state
     B, T, C = x.shape
     row = torch.arange(S, device=x.device)
     if cu_seqlens is None:
@@ -307,7 +289,7 @@ def _final_state(x, gate, mask, cu_seqlens, initial_state, S: int) -> Tensor:
         index = source.clamp(0, T - 1)
         return value[:, index[0]] if cu_seqlens is None else value[0, index]
 
-    z = reference.gated_input(gather(x), gather(gate), gather(mask))
+    z = reference.gated_input(gather(x), gather(args.gate), gather(args.mask))
     if initial_state is None:
         before = torch.zeros_like(z)
     else:
@@ -344,21 +326,8 @@ def depthwise_conv1d_step(
     dtype of the state.
     Source: Wu et al. 2019.
     """
-    return _step(
-        "depthwise_conv1d_step",
-        "[C,K]",
-        x,
-        state,
-        weight,
-        bias,
-        False,
-        False,
-        dilation,
-        gate,
-        state_index,
-        None,
-        backend,
-    )
+    args = TapStep(x, state, weight, dilation, bias=bias, gate=gate, state_index=state_index)
+    return _step("depthwise_conv1d_step", "[C,K]", args, backend)
 
 
 def lightweight_conv1d_step(
@@ -395,10 +364,8 @@ def lightweight_conv1d_step(
     dtype of the state.
     Source: Wu et al. 2019.
     """
-    return _step(
-        "lightweight_conv1d_step", "[H,K]", x, state, weight, bias, softmax, renormalize, dilation, gate, state_index,
-        position, backend,
-    )  # fmt: skip
+    args = TapStep(x, state, weight, dilation, softmax, renormalize, bias, gate, state_index, position)
+    return _step("lightweight_conv1d_step", "[H,K]", args, backend)
 
 
 def dynamic_conv1d_step(
@@ -435,19 +402,16 @@ def dynamic_conv1d_step(
     dtype of the state.
     Source: Wu et al. 2019.
     """
-    return _step(
-        "dynamic_conv1d_step", "[B,H,K]", x, state, weight, bias, softmax, renormalize, dilation, gate, state_index,
-        position, backend,
-    )  # fmt: skip
+    args = TapStep(x, state, weight, dilation, softmax, renormalize, bias, gate, state_index, position)
+    return _step("dynamic_conv1d_step", "[B,H,K]", args, backend)
 
 
-def _step(
-    name, letters, x, state, weight, bias, softmax, renormalize, dilation, gate, state_index, position, backend
-) -> Tensor:
+def _step(name, letters, args: TapStep, backend) -> Tensor:
+    x, state = args.x, args.state
     if isinstance(state, Tensor) and _validate.autocasting(x):
         # The state outlives the autocast region, so it decides the dtype.
-        x = x.to(state.dtype)
-        gate = gate.to(state.dtype) if isinstance(gate, Tensor) else gate
+        x, gate = x.to(state.dtype), args.gate
+        args = args._replace(x=x, gate=gate.to(state.dtype) if isinstance(gate, Tensor) else gate)
     compiling = _is_compiling()
     if not compiling and _transforms_active():
         raise NotImplementedError(
@@ -455,12 +419,10 @@ def _step(
             "place; the batch is the first dimension of every argument"
         )
     if forward_ad._current_level >= 0:
-        _functorch.refuse_tangents(name, x=x, state=state, weight=weight, bias=bias, gate=gate)
-    checks.step(
-        name, x, state, weight, bias, softmax, renormalize, dilation, gate, state_index, position, letters=letters
-    )
+        _functorch.refuse_tangents(name, x=x, state=state, weight=args.weight, bias=args.bias, gate=args.gate)
+    checks.step(name, letters, args)
     chosen = _select.pick(backend, name, x.device.type, x.dtype)
-    y = op.KERNELS[chosen].step(x, state, weight, dilation, softmax, renormalize, bias, gate, state_index, position)
+    y = op.KERNELS[chosen].step(*args)
     if not compiling and not state.is_inference():
         torch.autograd.graph.increment_version(state)
     return y

@@ -24,6 +24,7 @@ from .._validate import (
     size_text,
     tensor,
 )  # fmt: skip
+from .schema import TapConv, TapStep
 
 
 def reach(function: str, dilation: Any, K: int) -> None:
@@ -98,96 +99,100 @@ def _weight(function: str, value: Any, x: Tensor, leading: tuple, letters: str) 
 
 
 def bias(function: str, value: Any, x: Tensor) -> None:
+    if value is None:
+        return
     tensor(function, "bias", value, optional=True)
-    if value is not None:
-        shape(function, "bias", value, (x.shape[-1],), "[C]")
-        parameter_dtype(function, "bias", value, x)
-        same_device(function, "bias", value, x)
+    shape(function, "bias", value, (x.shape[-1],), "[C]")
+    parameter_dtype(function, "bias", value, x)
+    same_device(function, "bias", value, x)
 
 
 def gate(function: str, value: Any, x: Tensor) -> None:
+    if value is None:
+        return
     tensor(function, "gate", value, optional=True)
-    if value is not None:
-        shape(function, "gate", value, tuple(x.shape), "[B,T,C]" if x.dim() == 3 else "[B,C]")
-        same_dtype(function, "gate", value, x)
-        same_device(function, "gate", value, x)
+    shape(function, "gate", value, tuple(x.shape), "[B,T,C]" if x.dim() == 3 else "[B,C]")
+    same_dtype(function, "gate", value, x)
+    same_device(function, "gate", value, x)
 
 
 def mask(function: str, value: Any, x: Tensor) -> None:
+    if value is None:
+        return
     tensor(function, "mask", value, optional=True)
-    if value is not None:
-        if value.dtype != torch.bool:
-            fail(function, "mask", "a bool tensor (True: real position)", value, TypeError)
-        shape(function, "mask", value, tuple(x.shape[:2]), "[B,T]")
-        same_device(function, "mask", value, x)
+    if value.dtype != torch.bool:
+        fail(function, "mask", "a bool tensor (True: real position)", value, TypeError)
+    shape(function, "mask", value, tuple(x.shape[:2]), "[B,T]")
+    same_device(function, "mask", value, x)
 
 
 def cu_seqlens(function: str, value: Any, x: Tensor) -> None:
+    if value is None:
+        return
     tensor(function, "cu_seqlens", value, optional=True)
-    if value is not None:
-        boundaries(function, "cu_seqlens", value, x, x.shape[1])
+    boundaries(function, "cu_seqlens", value, x, x.shape[1])
 
 
 def initial_state(function: str, value: Any, x: Tensor, rows: int, cu: Tensor | None) -> None:
+    if value is None:
+        return
     tensor(function, "initial_state", value, optional=True)
-    if value is not None:
-        sequences, letters = (x.shape[0], "[B,S,C]") if cu is None else (cu.shape[0] - 1, "[N,S,C]")
-        shape(function, "initial_state", value, (sequences, rows, x.shape[2]), f"{letters}, S = (K-1)*dilation,")
-        same_dtype(function, "initial_state", value, x)
-        same_device(function, "initial_state", value, x)
+    sequences, letters = (x.shape[0], "[B,S,C]") if cu is None else (cu.shape[0] - 1, "[N,S,C]")
+    shape(function, "initial_state", value, (sequences, rows, x.shape[2]), f"{letters}, S = (K-1)*dilation,")
+    same_dtype(function, "initial_state", value, x)
+    same_device(function, "initial_state", value, x)
 
 
-def convolution(
-    function: str, x, weight_, bias_, softmax, renormalize, padding, dilation, p, training, seed, gate_, mask_, cu,
-    state, return_state, *, letters: str,
-) -> int:  # fmt: skip
-    """All checks of a convolution over a sequence; returns ``left``. letters: [C,K], [H,K] or [B,T,H,K]."""
+def convolution(function: str, letters: str, args: TapConv, padding, training, return_state) -> int:
+    """All checks of a convolution over a sequence; returns ``left``. letters: [C,K], [H,K] or [B,T,H,K]. args: as
+    given; ``left`` is not looked at."""
+    x, state = args.x, args.initial_state
     tensor(function, "x", x)
-    tensor(function, "weight", weight_)
-    floating(function, "x", x)
-    if x.dim() != 3:
-        fail(function, "x", "a tensor of 3 dimensions [B,T,C]", x)
-    _, K = weight(function, weight_, x, tuple(x.shape[:2]) if letters == "[B,T,H,K]" else (), letters)
-    bias(function, bias_, x)
-    kernel_options(function, softmax, renormalize, dilation, K)
-    left = padding_left(function, padding, K, dilation)
-    dropout(function, "weight_dropout", p, training, seed, x)
-    gate(function, gate_, x)
-    mask(function, mask_, x)
-    cu_seqlens(function, cu, x)
+    tensor(function, "weight", args.weight)
+    K = _operands(function, letters, args, "a tensor of 3 dimensions [B,T,C]", 3, "[B,T,H,K]")
+    left = padding_left(function, padding, K, args.dilation)
+    dropout(function, "weight_dropout", args.dropout, training, args.seed, x)
+    gate(function, args.gate, x)
+    mask(function, args.mask, x)
+    cu_seqlens(function, args.cu_seqlens, x)
     flag(function, "return_state", return_state)
-    rows = (K - 1) * dilation
-    initial_state(function, state, x, rows, cu)
+    rows = (K - 1) * args.dilation
+    initial_state(function, state, x, rows, args.cu_seqlens)
     for argument, given in (("initial_state", state is not None), ("return_state", return_state)):
         if given and left != rows:
             fail(function, "padding", f"'causal', because {argument} is given", repr(padding))
     return left
 
 
-def step(
-    function: str, x, state, weight_, bias_, softmax, renormalize, dilation, gate_, state_index, position, *,
-    letters: str,
-) -> None:  # fmt: skip
+def _operands(function: str, letters: str, args: TapConv | TapStep, expected: str, rank: int, dynamic: str) -> int:
+    """Checks of x, weight, bias and what shapes the filters; returns K. dynamic: the letters of dynamic weights."""
+    x = args.x
+    floating(function, "x", x)
+    if x.dim() != rank:
+        fail(function, "x", expected, x)
+    _, K = weight(function, args.weight, x, tuple(x.shape[: rank - 1]) if letters == dynamic else (), letters)
+    bias(function, args.bias, x)
+    kernel_options(function, args.softmax, args.renormalize, args.dilation, K)
+    return K
+
+
+def step(function: str, letters: str, args: TapStep) -> None:
     """All checks of a decoding step. letters: [C,K], [H,K] or [B,H,K]."""
+    x, state, state_index, position = args.x, args.state, args.state_index, args.position
     tensor(function, "x", x)
     tensor(function, "state", state)
-    tensor(function, "weight", weight_)
-    floating(function, "x", x)
-    if x.dim() != 2:
-        fail(function, "x", "a tensor of 2 dimensions [B,C]", x)
+    tensor(function, "weight", args.weight)
+    K = _operands(function, letters, args, "a tensor of 2 dimensions [B,C]", 2, "[B,H,K]")
     B, C = x.shape
-    _, K = weight(function, weight_, x, (B,) if letters == "[B,H,K]" else (), letters)
-    bias(function, bias_, x)
-    kernel_options(function, softmax, renormalize, dilation, K)
-    shape(function, "state", state, (B, (K - 1) * dilation, C), "[B,S,C], S = (K-1)*dilation,")
+    shape(function, "state", state, (B, (K - 1) * args.dilation, C), "[B,S,C], S = (K-1)*dilation,")
     same_dtype(function, "state", state, x)
     same_device(function, "state", state, x)
     if not state.is_contiguous():
         expected = "a contiguous tensor, every element in memory of its own, because it is updated in place"
         fail(function, "state", expected, f"strides {list(state.stride())}")
-    gate(function, gate_, x)
-    tensor(function, "state_index", state_index, optional=True)
+    gate(function, args.gate, x)
     if state_index is not None:
+        tensor(function, "state_index", state_index, optional=True)
         if state_index.dtype != torch.int64:
             fail(function, "state_index", "an int64 tensor", state_index, TypeError)
         shape(function, "state_index", state_index, (B,), "[B]")
@@ -196,8 +201,8 @@ def step(
             rows = state_index.tolist()
             if any(not 0 <= row < B for row in rows):
                 fail(function, "state_index", f"rows of the state, 0 to {B - 1}", rows)
-    tensor(function, "position", position, optional=True)
     if position is not None:
+        tensor(function, "position", position, optional=True)
         if position.dtype != torch.int64:
             fail(function, "position", "an int64 tensor", position, TypeError)
         if position.dim() != 1 or position.shape[0] not in (1, B):
@@ -207,39 +212,36 @@ def step(
             numbers = position.tolist()
             if any(number < 0 for number in numbers):
                 fail(function, "position", "numbers of positions >= 0", numbers)
-    inputs = {"x": x, "weight": weight_, "bias": bias_, "gate": gate_}
-    for argument, value in {**inputs, "state": state}.items():
-        if value is not None and value.requires_grad and torch.is_grad_enabled():
-            fail(
-                function, argument, "no gradient (a step is inference only: use torch.no_grad())", "requires_grad=True"
-            )
+    inputs = {"x": x, "weight": args.weight, "bias": args.bias, "gate": args.gate}
+    if torch.is_grad_enabled():
+        for argument, value in {**inputs, "state": state}.items():
+            if value is not None and value.requires_grad:
+                expected = "no gradient (a step is inference only: use torch.no_grad())"
+                fail(function, argument, expected, "requires_grad=True")
     if real(state):
         if state.is_neg():
-            fail(
-                function,
-                "state",
-                "memory that holds its values (see Tensor.resolve_neg)",
-                "a negated view of other memory",
-            )
-        for argument, value in inputs.items():
-            if type(value) in PLAIN and _overlap(value, state):
-                fail(
-                    function,
-                    argument,
-                    "memory apart from the state's, which is updated in place",
-                    "an overlapping view",
-                )
+            expected = "memory that holds its values (see Tensor.resolve_neg)"
+            fail(function, "state", expected, "a negated view of other memory")
+        _apart(function, inputs, state)
 
 
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the memory spans of two tensors meet (interleaved views count: nothing cheaper is exact)."""
-    if a.numel() == 0 or b.numel() == 0 or a.device != b.device:
-        return False
-    (a_first, a_last), (b_first, b_last) = (
-        (
-            t.data_ptr(),
-            t.data_ptr() + t.element_size() * sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)),
-        )
-        for t in (a, b)
-    )
-    return a_first <= b_last and b_first <= a_last
+def _apart(function: str, inputs: dict[str, Tensor | None], state: Tensor) -> None:
+    """No input may share memory with the state, which is updated in place. Spans of memory are compared, so interleaved
+    views count: nothing cheaper is exact."""
+    if state.numel() == 0:
+        return
+    first, last = _span(state)
+    for argument, value in inputs.items():
+        if type(value) not in PLAIN or value.numel() == 0 or value.device != state.device:
+            continue
+        begin, end = _span(value)
+        if begin <= last and first <= end:
+            expected = "memory apart from the state's, which is updated in place"
+            fail(function, argument, expected, "an overlapping view")
+
+
+def _span(value: Tensor) -> tuple[int, int]:
+    """First and last byte of the memory of a tensor that is not empty."""
+    first = value.data_ptr()
+    steps = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+    return first, first + value.element_size() * (steps + 1) - 1

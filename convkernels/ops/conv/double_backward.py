@@ -1,8 +1,8 @@
 """The double backward, put together from differentiable PyTorch and the raw convolution of the same backend.
 
 Only second derivatives run this code. The raw convolution is bilinear, so its gradient is differentiated by calling the
-convolution and its gradient again. Softmax, dropout, gate, mask and state are differentiated through a composite: a
-prologue in PyTorch that produces plain inputs and plain weights, followed by the raw convolution.
+convolution and its gradient again. Softmax, dropout, gate, mask and state are differentiated through PyTorch: a
+prologue produces plain inputs and plain weights for the raw convolution.
 """
 
 from collections.abc import Callable
@@ -10,63 +10,56 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .._dtypes import accumulate_dtype
 from .._functorch import double_vjp
 from . import reference
+from .schema import GRAD_INPUTS, INPUTS, TapGrad
 
 
-def is_raw(softmax: bool, dropout: float, gate: Tensor | None, mask: Tensor | None, state: Tensor | None) -> bool:
-    """Whether an op call is the bare bilinear map of x and weight."""
-    return not softmax and dropout == 0 and gate is None and mask is None and state is None
+def double_backward(conv: Callable, grad_op: Callable, needs: int, into: list, args: TapGrad) -> tuple:
+    """Gradients of (grad, x, weight, gate, initial_state), those that ``needs`` asks for or more; ``into`` belong to
+    the five outputs of ``tap_grad``, None where there is none."""
+    bilinear = not args.softmax and args.dropout == 0
+    if bilinear and args.gate is None and args.mask is None and args.initial_state is None:
+        return (*_bilinear(conv, grad_op, needs, into[:3], args), None, None)
+    return _fused(conv, into, args)
 
 
-def raw_double_backward(conv: Callable, grad_op: Callable, wanted, grads, grad, x, weight, left, dilation, cu_seqlens):
-    """Gradients of (grad, x, weight) where ``grads`` belong to (grad_x, grad_weight, grad_bias) of the raw map."""
-    into_x, into_weight, into_bias = grads
+def _bilinear(conv: Callable, grad_op: Callable, needs: int, into: list, args: TapGrad):
+    """Gradients of (grad, x, weight) of the raw map, where ``into`` belong to (grad_x, grad_weight, grad_bias)."""
+    into_x, into_weight, into_bias = into
+    relation = {"left": args.left, "dilation": args.dilation, "cu_seqlens": args.cu_seqlens}
     to_grad = to_x = to_weight = None
-    if wanted[0]:
+    if needs & GRAD_INPUTS.bit["grad"]:
         terms = []
         if into_x is not None:
-            terms.append(conv(into_x, weight, left, dilation, cu_seqlens=cu_seqlens))
+            terms.append(conv(into_x, args.weight, **relation))
         if into_weight is not None:
-            terms.append(conv(x, into_weight, left, dilation, cu_seqlens=cu_seqlens))
+            terms.append(conv(args.x, into_weight, **relation))
         if into_bias is not None:
-            terms.append(into_bias.to(grad.dtype).expand_as(grad))
+            terms.append(into_bias.to(args.grad.dtype).expand_as(args.grad))
         to_grad = sum(terms[1:], terms[0]) if terms else None
-    if wanted[1] and into_weight is not None:
-        to_x = grad_op(grad, x, into_weight, left, dilation, cu_seqlens=cu_seqlens, needs=1)[0]
-    if wanted[2] and into_x is not None:
-        to_weight = grad_op(grad, into_x, weight, left, dilation, cu_seqlens=cu_seqlens, needs=2)[1]
+    if needs & GRAD_INPUTS.bit["x"] and into_weight is not None:
+        to_x = grad_op(args.grad, args.x, into_weight, **relation, needs=INPUTS.bit["x"])[0]
+    if needs & GRAD_INPUTS.bit["weight"] and into_x is not None:
+        to_weight = grad_op(args.grad, into_x, args.weight, **relation, needs=INPUTS.bit["weight"])[1]
     return to_grad, to_x, to_weight
 
 
-def forward(
-    conv: Callable,
-    x,
-    weight,
-    left,
-    dilation,
-    softmax,
-    renormalize,
-    dropout,
-    seed,
-    bias,
-    gate,
-    mask,
-    cu_seqlens,
-    initial_state,
-) -> Tensor:
+def _forward(conv: Callable, args: TapGrad, x, weight, bias, gate, initial_state) -> Tensor:
     """``tap_conv`` with everything but the bare convolution written in differentiable PyTorch, in the accumulation
-    type."""
-    dtype = reference.accumulate_dtype(x.dtype)
+    type; the settings are those of ``args``."""
+    dtype = accumulate_dtype(x.dtype)
     B, T, C = x.shape
     K = weight.shape[-1]
+    left, dilation, cu_seqlens = args.left, args.dilation, args.cu_seqlens
     state_rows = None if initial_state is None else initial_state.shape[1]
-    z = reference.gated_input(x.to(dtype), None if gate is None else gate.to(dtype), mask)
-    if softmax or dropout > 0:
+    z = reference.gated_input(x.to(dtype), None if gate is None else gate.to(dtype), args.mask)
+    if args.softmax or args.dropout > 0:
         inside = None
-        if renormalize:
+        if args.renormalize:
             _, inside = reference.source_rows(T, K, left, dilation, x.device, cu_seqlens, state_rows)
-        w = reference.tap_weights(weight.to(dtype), inside, softmax, renormalize, dropout, seed)
+        w = reference.tap_weights(weight.to(dtype), inside, args)
         w = w[0, 0] if w.shape[:2] == (1, 1) and weight.dim() == 2 else w.expand(B, *w.shape[1:])
     else:
         w = weight.to(dtype)
@@ -88,38 +81,17 @@ def forward(
     return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
 
 
-def fused_double_backward(
-    conv: Callable,
-    wanted,
-    grads,
-    grad,
-    x,
-    weight,
-    left,
-    dilation,
-    softmax,
-    renormalize,
-    dropout,
-    seed,
-    gate,
-    mask,
-    cu_seqlens,
-    state,
-):
-    """Gradients of (grad, x, weight, gate, initial_state); ``grads`` belong to the five outputs of ``tap_grad``."""
-    given = [index for index, value in enumerate((x, weight, None, gate, state)) if value is not None]
-    bias_like = x.new_zeros(x.shape[2], dtype=reference.accumulate_dtype(x.dtype))
-    primals = (x, weight, bias_like, gate, state)
-    used = [index for index, value in enumerate(primals) if value is not None and grads[index] is not None]
-
+def _fused(conv: Callable, into: list, args: TapGrad) -> tuple:
+    x = args.x
+    bias = x.new_zeros(x.shape[2], dtype=accumulate_dtype(x.dtype))  # its gradient does not depend on its values
+    primals = (x, args.weight, bias, args.gate, args.initial_state)
+    given = [index for index in (0, 1, 3, 4) if primals[index] is not None]
+    used = [index for index, value in enumerate(primals) if value is not None and into[index] is not None]
     if not used:
         return (None,) * 5
 
-    def function(x, weight, bias, gate, state):
-        return forward(
-            conv, x, weight, left, dilation, softmax, renormalize, dropout, seed, bias, gate, mask, cu_seqlens, state
-        )
+    def function(*primals):
+        return _forward(conv, args, *primals)
 
-    to_grad, by_input = double_vjp(function, primals, given, used, grad, tuple(grads[index] for index in used))
-    found = [to_grad, by_input[0], by_input[1], by_input.get(3), by_input.get(4)]
-    return tuple(value if want else None for value, want in zip(found, wanted, strict=True))
+    to_grad, by_input = double_vjp(function, primals, given, used, args.grad, tuple(into[index] for index in used))
+    return to_grad, *(by_input.get(index) for index in (0, 1, 3, 4))

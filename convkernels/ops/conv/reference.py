@@ -15,8 +15,9 @@ from torch import Tensor
 from .._dtypes import accumulate_dtype, dropout_mask
 from .._validate import fail
 from .checks import reach
+from .schema import TapConv, TapGrad, TapStep
 
-# -- the pieces of the definition, differentiable; the double backward is built from them too -------------------------
+# The pieces of the definition are differentiable; the double backward is built from them too.
 
 
 def sequence_count(cu_seqlens: Tensor | None) -> int:
@@ -80,21 +81,24 @@ def gated_input(x: Tensor, gate: Tensor | None, mask: Tensor | None) -> Tensor:
     return x if gate is None else x * torch.sigmoid(gate)
 
 
-def tap_weights(
-    weight: Tensor, inside: Tensor, softmax: bool, renormalize: bool, dropout: float, seed: Tensor | None
-) -> Tensor:
-    """w' as [B|1, T|1, H, K] from weight [H,K] or [B,T|1,H,K]."""
+def tap_weights(weight: Tensor, inside: Tensor | None, args) -> Tensor:
+    """w' as [B|1, T|1, H, K] from weight [H,K] or [B,T|1,H,K]; args: an operator's, for the settings."""
+    w = soft_weights(weight, inside, args)
+    return w * dropout_mask(args.seed, args.dropout, _four(weight.shape), w.dtype) if args.dropout > 0 else w
+
+
+def soft_weights(weight: Tensor, inside: Tensor | None, args) -> Tensor:
+    """The same before dropout."""
     w = weight if weight.dim() == 4 else weight[None, None]
-    shape = tuple(w.shape)
-    if softmax and renormalize:
+    if args.softmax and args.renormalize:
         real = inside[None, :, None, :]
         some = real.any(-1, keepdim=True)
         # A position whose taps are all outside gets finite logits and weights of 0; softmax of -inf alone is NaN.
         logits = torch.where(real, w, float("-inf"))
         w = torch.where(some, torch.softmax(torch.where(some, logits, 0.0), -1), 0.0)
-    elif softmax:
+    elif args.softmax:
         w = torch.softmax(w, -1)
-    return w * dropout_mask(seed, dropout, shape, w.dtype) if dropout > 0 else w
+    return w
 
 
 def _per_channel(w: Tensor, C: int) -> Tensor:
@@ -102,139 +106,97 @@ def _per_channel(w: Tensor, C: int) -> Tensor:
     return w.repeat_interleave(C // w.shape[-1], -1)
 
 
-# -- the kernels ------------------------------------------------------------------------------------------------------
+def _setting(args: TapConv | TapGrad):
+    """What forward and gradient share: the accumulation type, the source table, z's rows (of x and gate masked), w'."""
+    x, gate, state, dtype = args.x, args.gate, args.initial_state, accumulate_dtype(args.x.dtype)
+    state_rows = None if state is None else state.shape[1]
+    T, K = x.shape[1], args.weight.shape[-1]
+    source, inside = source_rows(T, K, args.left, args.dilation, x.device, args.cu_seqlens, state_rows)
+    z = gated_input(x.to(dtype), None if gate is None else gate.to(dtype), args.mask)
+    w = tap_weights(args.weight.to(dtype), inside, args)
+    return dtype, source, inside, extend(z, state, args.cu_seqlens), w
 
 
-def _setting(x, weight, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens, initial_state):
-    """What forward and gradient share: x and gate (masked, in the accumulation type), z's rows, w' and the source
-    table."""
-    dtype = accumulate_dtype(x.dtype)
-    state_rows = None if initial_state is None else initial_state.shape[1]
-    source, inside = source_rows(x.shape[1], weight.shape[-1], left, dilation, x.device, cu_seqlens, state_rows)
-    z = gated_input(x.to(dtype), None if gate is None else gate.to(dtype), mask)
-    w = tap_weights(weight.to(dtype), inside, softmax, renormalize, dropout, seed)
-    return dtype, source, inside, extend(z, initial_state, cu_seqlens), w
-
-
-def tap_conv(
-    x: Tensor,
-    weight: Tensor,
-    left: int,
-    dilation: int = 1,
-    softmax: bool = False,
-    renormalize: bool = False,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-    bias: Tensor | None = None,
-    gate: Tensor | None = None,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    initial_state: Tensor | None = None,
-) -> Tensor:
+def tap_conv(args: TapConv) -> Tensor:
     """The forward pass."""
-    dtype, source, _, rows, w = _setting(
-        x, weight, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens, initial_state
-    )
+    x, weight, bias = args.x, args.weight, args.bias
+    dtype, source, _, rows, w = _setting(args)
     y = torch.zeros(x.shape, dtype=dtype, device=x.device)
     for j in range(weight.shape[-1]):
         y += _per_channel(w[..., j], x.shape[2]) * rows.index_select(1, source[:, j])
     return _like(y if bias is None else y + bias.to(dtype), x)
 
 
-def tap_grad(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    left: int,
-    dilation: int = 1,
-    softmax: bool = False,
-    renormalize: bool = False,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-    gate: Tensor | None = None,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    initial_state: Tensor | None = None,
-    needs: int = 31,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients with respect to x, weight, bias, gate, initial_state; bits 1, 2, 4, 8, 16 of ``needs`` select them.
-    Each has the dtype of its input, but that of the bias, which is not given, the accumulation type."""
+def tap_grad(args: TapGrad) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients with respect to x, weight, bias, gate, initial_state, those that ``needs`` asks for. Each has the dtype
+    of its input, but that of the bias, which is not given, the accumulation type."""
+    x, weight, gate, mask, initial_state, wanted = (
+        args.x, args.weight, args.gate, args.mask, args.initial_state, args.wanted
+    )  # fmt: skip
     (_, T, C), (H, K) = x.shape, weight.shape[-2:]
-    dtype, source, inside, rows, w = _setting(
-        x, weight, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens, initial_state
-    )
-    g = grad.to(dtype)
+    dtype, source, inside, rows, w = _setting(args)
+    g = args.grad.to(dtype)
     grad_x, grad_gate, grad_state = x.new_empty(0), x.new_empty(0), x.new_empty(0)
     grad_weight, grad_bias = weight.new_empty(0), x.new_empty(0, dtype=dtype)
 
-    if needs & (1 | 8 | 16):
+    if wanted.x or wanted.gate or wanted.initial_state:
         grad_rows = torch.zeros_like(rows)
         for j in range(K):
             grad_rows.index_add_(1, source[:, j], _per_channel(w[..., j], C) * g)
         grad_z = grad_rows[:, :T]
         if mask is not None:
             grad_z = torch.where(mask[..., None], grad_z, 0.0)
-        if initial_state is not None and needs & 16:
+        if initial_state is not None and wanted.initial_state:
             grad_state = grad_rows[:, T:-1].reshape(initial_state.shape).to(initial_state.dtype, copy=True)
         if gate is not None:
             sigmoid = torch.sigmoid(gate.to(dtype))
-            if needs & 8:
+            if wanted.gate:
                 grad_gate = grad_z * x.to(dtype) * sigmoid * (1 - sigmoid)
                 grad_gate = _like(grad_gate if mask is None else torch.where(mask[..., None], grad_gate, 0.0), gate)
             grad_z = grad_z * sigmoid
-        if needs & 1:
+        if wanted.x:
             grad_x = _like(grad_z if mask is None else torch.where(mask[..., None], grad_z, 0.0), x)
 
-    if needs & 2:
+    if wanted.weight:
         grad_w = torch.empty(w.shape, dtype=dtype, device=x.device)
         for j in range(K):
             products = (g * rows.index_select(1, source[:, j])).unflatten(2, (H, C // H)).sum(-1)
             grad_w[..., j] = products.sum_to_size(w.shape[:-1])
-        if softmax:
-            p = tap_weights(weight.to(dtype), inside, softmax, renormalize, 0.0, None)
-            if dropout > 0:
-                grad_w = grad_w * dropout_mask(seed, dropout, _four(weight.shape), dtype)
+        if args.dropout > 0:
+            grad_w = grad_w * dropout_mask(args.seed, args.dropout, _four(weight.shape), dtype)
+        if args.softmax:
+            p = soft_weights(weight.to(dtype), inside, args)
             grad_w = p * (grad_w - (grad_w * p).sum(-1, keepdim=True))
-        elif dropout > 0:
-            grad_w = grad_w * dropout_mask(seed, dropout, _four(weight.shape), dtype)
         grad_weight = grad_w.sum_to_size(_four(weight.shape)).reshape(weight.shape).to(weight.dtype).contiguous()
-    if needs & 4:
+    if wanted.bias:
         grad_bias = g.sum((0, 1))
     return grad_x, grad_weight, grad_bias, grad_gate, grad_state
 
 
-def tap_step(
-    x: Tensor,
-    state: Tensor,
-    weight: Tensor,
-    dilation: int = 1,
-    softmax: bool = False,
-    renormalize: bool = False,
-    bias: Tensor | None = None,
-    gate: Tensor | None = None,
-    state_index: Tensor | None = None,
-    position: Tensor | None = None,
-) -> Tensor:
+def tap_step(args: TapStep) -> Tensor:
     """One position of the causal convolution. The window is the S rows of the state and the new input; ``state``
     [B,S,C] then drops its oldest row and takes the new one. Tap j reads row dilation*j of the window."""
+    x, state, weight, dilation, gate, position = (
+        args.x, args.state, args.weight, args.dilation, args.gate, args.position
+    )  # fmt: skip
     dtype, S, K = accumulate_dtype(x.dtype), state.shape[1], weight.shape[-1]
     reach("tap_step", dilation, K)
     rows = (x.shape[0], dilation * (K - 1), x.shape[1])
     if state.shape != rows:
         fail("tap_step", "state", f"[batch, dilation * (taps - 1), channels] = {rows}", tuple(state.shape))
     z = gated_input(x.to(dtype), None if gate is None else gate.to(dtype), None)
-    old = state if state_index is None else state.index_select(0, state_index)
+    old = state if args.state_index is None else state.index_select(0, args.state_index)
     window = torch.cat([old.to(dtype), z[:, None]], 1)
     inside = torch.ones(x.shape[0], K, dtype=torch.bool, device=x.device)
     if position is not None:
         inside = inside & (dilation * torch.arange(K, device=x.device) >= S - position[:, None])
     w = weight if weight.dim() == 3 else weight[None]
-    w = tap_weights(w.to(dtype)[None], inside, softmax, renormalize, 0.0, None)[0]
+    w = soft_weights(w.to(dtype)[None], inside, args)[0]
     y = torch.zeros_like(z)
     for j in range(K):
         y += _per_channel(w[..., j], x.shape[1]) * window[:, j * dilation]
     state.copy_(window[:, 1:])
-    return _like(y if bias is None else y + bias.to(dtype), x)
+    return _like(y if args.bias is None else y + args.bias.to(dtype), x)
 
 
 def _four(shape: torch.Size) -> tuple[int, ...]:

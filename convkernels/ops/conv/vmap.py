@@ -9,8 +9,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from .._dtypes import accumulate_dtype
 from .._functorch import fold, loop, mapped
-from . import reference
+from .schema import INPUTS, TapConv, TapGrad
+
+_BATCHED = ("x", "gate", "mask", "initial_state")
 
 
 def _fold_weight(weight: Tensor, dim: int | None, size: int, batch: int, separate: bool) -> Tensor:
@@ -23,77 +26,65 @@ def _fold_weight(weight: Tensor, dim: int | None, size: int, batch: int, separat
     return weight.reshape(size * batch, *weight.shape[2:])
 
 
-def conv(function: Callable, size: int, dims: tuple, args: tuple):
-    """vmap of ``tap_conv``: function(*args) with args as in the op's schema."""
-    x, weight, left, dilation, softmax, renormalize, dropout, seed, bias, gate, mask, cu_seqlens, state = args
-    if dropout > 0 or dims[11] is not None:
-        return loop(function, size, dims, args)
-    B = x.shape[0] if dims[0] is None else x.movedim(dims[0], 0).shape[1]
-    dtype = x.dtype
-    if dims[8] is not None:
-        # The bias is added below; round once, after that.
-        x, gate, state = (None if v is None else v.to(reference.accumulate_dtype(dtype)) for v in (x, gate, state))
-    y = function(
-        fold(x, dims[0], size),
-        _fold_weight(weight, dims[1], size, B, separate=False),
-        left,
-        dilation,
-        softmax,
-        renormalize,
-        dropout,
-        None,
-        bias if dims[8] is None else None,
-        fold(gate, dims[9], size),
-        fold(mask, dims[10], size),
-        cu_seqlens,
-        fold(state, dims[12], size),
+def _folded(size: int, dims, args, separate: bool):
+    """The arguments with the mapped dimension in the batch, and how many rows each element has there."""
+    B = args.x.shape[0] if dims.x is None else args.x.movedim(dims.x, 0).shape[1]
+    return B, args._replace(
+        weight=_fold_weight(args.weight, dims.weight, size, B, separate),
+        seed=None,
+        **{name: fold(getattr(args, name), getattr(dims, name), size) for name in _BATCHED},
     )
+
+
+def forward(function: Callable, size: int, dims: TapConv, args: TapConv):
+    """vmap of ``tap_conv``."""
+    if args.dropout > 0 or dims.cu_seqlens is not None:
+        return loop(function, size, dims, args)
+    dtype, bias = args.x.dtype, args.bias
+    if dims.bias is not None:
+        # The bias is added below; round once, after that.
+        wide = {name: getattr(args, name) for name in ("x", "gate", "initial_state")}
+        wide = {name: None if value is None else value.to(accumulate_dtype(dtype)) for name, value in wide.items()}
+        args = args._replace(bias=None, **wide)
+    B, args = _folded(size, dims, args, separate=False)
+    y = function(*args)
     y = y.reshape(size, B, *y.shape[1:])
-    if dims[8] is not None:
-        y = (y + bias.movedim(dims[8], 0)[:, None, None, :]).to(dtype)
+    if dims.bias is not None:
+        y = (y + bias.movedim(dims.bias, 0)[:, None, None, :]).to(dtype)
     return y, 0
 
 
-def grad(function: Callable, size: int, dims: tuple, args: tuple):
-    """vmap of ``tap_grad``: function(*args) with args as in the op's schema."""
-    grad, x, weight, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens, state, needs = args
-    if dropout > 0 or dims[11] is not None:
+def backward(function: Callable, size: int, dims: TapGrad, args: TapGrad):
+    """vmap of ``tap_grad``."""
+    if args.dropout > 0 or dims.cu_seqlens is not None:
         return loop(function, size, dims, args)
-    B = x.shape[0] if dims[1] is None else x.movedim(dims[1], 0).shape[1]
-    folded = fold(grad, dims[0], size)
-    per_row = _fold_weight(weight, dims[2], size, B, separate=bool(needs & 2))
-    if needs & 2:
+    weight, wanted = args.weight, args.wanted
+    B, args = _folded(size, dims, args, separate=wanted.weight)
+    args = args._replace(grad=fold(args.grad, dims.grad, size), needs=args.needs & ~INPUTS.bit["bias"])
+    if wanted.weight:
         # Partial sums over batch rows are added below; keep them in the accumulation type until then.
-        per_row = per_row.to(reference.accumulate_dtype(weight.dtype))
-    grad_x, grad_weight, grad_bias, grad_gate, grad_state = function(
-        folded,
-        fold(x, dims[1], size),
-        per_row,
-        left,
-        dilation,
-        softmax,
-        renormalize,
-        dropout,
-        None,
-        fold(gate, dims[9], size),
-        fold(mask, dims[10], size),
-        cu_seqlens,
-        fold(state, dims[12], size),
-        needs & ~4,
-    )
-    if needs & 2:
+        args = args._replace(weight=args.weight.to(accumulate_dtype(weight.dtype)))
+    grad_x, grad_weight, grad_bias, grad_gate, grad_state = function(*args)
+    if wanted.weight:
         grad_weight = grad_weight.reshape(size, B, *grad_weight.shape[1:])
-        rank = weight.dim() - (dims[2] is not None)
+        rank = weight.dim() - (dims.weight is not None)
         grad_weight = (grad_weight.sum((1, 2)) if rank == 2 else grad_weight).to(weight.dtype)
-    if needs & 4:
-        dtype = reference.accumulate_dtype(grad.dtype)
-        grad_bias = folded.reshape(size, B, *folded.shape[1:]).sum((1, 2), dtype=dtype)
+    if wanted.bias:
+        grad = args.grad.reshape(size, B, *args.grad.shape[1:])
+        grad_bias = grad.sum((1, 2), dtype=accumulate_dtype(grad.dtype))
 
-    def unfold(value: Tensor, bit: int) -> Tensor:
-        return (
-            value.reshape(size, value.shape[0] // size, *value.shape[1:]) if needs & bit and value.dim() > 1 else value
-        )
+    def unfold(value: Tensor, asked: bool) -> Tensor:
+        return value.reshape(size, value.shape[0] // size, *value.shape[1:]) if asked and value.dim() > 1 else value
 
-    outputs = (unfold(grad_x, 1), grad_weight, grad_bias, unfold(grad_gate, 8), unfold(grad_state, 16))
-    present = (needs & 1, needs & 2, needs & 4, needs & 8 and gate is not None, needs & 16 and state is not None)
+    outputs = (
+        unfold(grad_x, wanted.x),
+        grad_weight,
+        grad_bias,
+        unfold(grad_gate, wanted.gate),
+        unfold(grad_state, wanted.initial_state),
+    )
+    present = wanted._replace(
+        gate=wanted.gate and args.gate is not None,
+        initial_state=wanted.initial_state and args.initial_state is not None,
+    )
     return outputs, tuple(0 if there else None for there in present)

@@ -1,0 +1,75 @@
+"""The ways to record a derivative. Which one is taken matters for speed and for what composes (all measured).
+
+Nothing to differentiate -> the raw operator; eager autograd -> ``recorded``, an autograd.Function with everything in
+``forward``, the cheapest; torch.func and torch.compile -> ``transformable``, with ``setup_context`` and ``vmap``;
+torch.ops called directly -> ``hooks``, for torch.library.register_autograd. No ``jvp``: it would break compiled graphs.
+
+In all of them ``save(ctx, args, outputs)`` keeps what the derivative needs of the arguments, of which trailing defaults
+may be left out, and ``backward(ctx, backend, *grads)`` returns one gradient per argument of the call.
+"""
+
+from collections.abc import Callable
+
+from torch.autograd import Function
+
+from ._on_import import when_imported
+from ._spec import Autograd
+
+
+def recorded(backend: str, raw: Callable, save: Callable, backward: Callable) -> Callable:
+    """For eager autograd; takes as many arguments as are given."""
+
+    class Recorded(Function):
+        @staticmethod
+        def forward(ctx, *args):
+            outputs = raw(*args)
+            save(ctx, args, outputs)
+            return outputs
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return backward(ctx, backend, *grads)
+
+    return Recorded.apply
+
+
+def hooks(backend: str, save: Callable, backward: Callable) -> Autograd:
+    """For the public operator."""
+    return Autograd(
+        lambda ctx, inputs, output: save(ctx, inputs, output),
+        lambda ctx, *grads: backward(ctx, backend, *grads),
+    )
+
+
+def transformable(kind: type, raw: Callable, save: Callable, backward: Callable, vmap: Callable) -> Callable:
+    """For torch.func and torch.compile: a function of a backend's name and of the arguments. raw: backend -> its
+    operator; vmap(function, size, dims, args): dims and args are records."""
+
+    class Transformable(Function):
+        @staticmethod
+        def forward(*args):
+            return raw(args[-1])(*args[:-1])
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.backend = inputs[-1]
+            save(ctx, inputs[:-1], output)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return backward(ctx, ctx.backend, *grads)
+
+        @staticmethod
+        def vmap(info, in_dims, *args):
+            def function(*inner):
+                return call(args[-1], *inner)
+
+            return vmap(function, info.batch_size, kind(*in_dims[:-1]), kind(*args[:-1]))
+
+    def call(backend: str, *args, **named):
+        return Transformable.apply(*kind(*args, **named), backend)
+
+    # The compiler calls the Function instead of tracing into it. Inside torch.func.grad it takes its inputs for
+    # constants, skips the Function, and every gradient is silently zero (seen with torch 2.13).
+    when_imported("torch._dynamo", lambda dynamo: dynamo.allow_in_graph(Transformable))
+    return call

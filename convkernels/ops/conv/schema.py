@@ -1,0 +1,30 @@
+"""The arguments of ``tap_conv``, ``tap_grad`` and ``tap_step``: names, order, defaults, and the bits of ``needs``."""
+
+from .._arguments import Inputs, Saved, arguments, replacing
+
+_SETTING = "int dilation=1, bool softmax=False, bool renormalize=False"
+_OPTIONAL = "Tensor? gate=None, Tensor? mask=None, Tensor? cu_seqlens=None, Tensor? initial_state=None"
+_INPUTS = ("x", "weight", "bias", "gate", "initial_state")
+
+TapConv = arguments(
+    "tap_conv",
+    f"(Tensor x, Tensor weight, int left, {_SETTING}, float dropout=0.0, Tensor? seed=None, Tensor? bias=None, "
+    f"{_OPTIONAL}) -> Tensor",
+)
+TapGrad = arguments(
+    "tap_grad",
+    f"(Tensor grad, Tensor x, Tensor weight, int left, {_SETTING}, float dropout=0.0, Tensor? seed=None, {_OPTIONAL}, "
+    f"int needs={2 ** len(_INPUTS) - 1}) -> ({', '.join(['Tensor'] * len(_INPUTS))})",
+    _INPUTS,
+)
+TapStep = arguments(
+    "tap_step",
+    f"(Tensor x, Tensor(a!) state, Tensor weight, {_SETTING}, Tensor? bias=None, Tensor? gate=None, "
+    "Tensor? state_index=None, Tensor? position=None) -> Tensor",
+)
+
+INPUTS = Inputs(TapConv, _INPUTS)
+GRAD_INPUTS = Inputs(TapGrad, ("grad", "x", "weight", "gate", "initial_state"))
+settled = replacing(TapConv, "left", "dropout", "seed")
+FOR_GRAD = Saved(TapConv, TapGrad, rest=("grad", "needs"))
+FOR_DOUBLE_BACKWARD = Saved(TapGrad, TapGrad)
