@@ -16,14 +16,8 @@ from .backends import native
 from .ops._select import why_not
 from .ops.attention.api import composite_attention
 from .ops.attention.t5 import t5_relative_bias
-from .ops.conv.api import (
-    depthwise_conv1d,
-    depthwise_conv1d_step,
-    dynamic_conv1d,
-    dynamic_conv1d_step,
-    lightweight_conv1d,
-    lightweight_conv1d_step,
-)
+from .ops.conv.api import depthwise_conv1d, dynamic_conv1d, lightweight_conv1d
+from .ops.conv.step import depthwise_conv1d_step, dynamic_conv1d_step, lightweight_conv1d_step
 
 # Loaded with the package (1 ms), so that programs saved by torch.export find their operators; a library that is missing
 # or does not load is no error here, ``why_not("cpu")`` tells.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _select, _validate
-from ..ops.conv import api, checks
+from ..ops.conv import api, checks, step
 
 
 class _Conv(nn.Module):
@@ -172,7 +172,7 @@ class LightweightConv1d(_Conv):
 
     def _step(self, x, mask, state, gate=None, state_index=None, position=None):
         x, gate = self._hide(x, gate, mask)
-        return api.lightweight_conv1d_step(
+        return step.lightweight_conv1d_step(
             x,
             state,
             self.weight.squeeze(1),
@@ -303,7 +303,7 @@ class DynamicConv1d(_Conv):
     def _step(self, x, mask, state, query=None, gate=None, state_index=None, position=None):
         x, gate, weight = self._predict(x, gate, query, mask)
         x, gate = self._hide(x, gate, mask)
-        return api.dynamic_conv1d_step(
+        return step.dynamic_conv1d_step(
             x,
             state,
             weight,
@@ -396,7 +396,7 @@ class DepthwiseConv1d(_Conv):
     def _step(self, x, mask, state, gate=None, state_index=None):
         options = self._step_options()
         x, gate = self._hide(x, gate, mask)
-        return api.depthwise_conv1d_step(
+        return step.depthwise_conv1d_step(
             x,
             state,
             self.weight.squeeze(1),

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from .. import _dtypes, _functorch, _select, _validate
 from . import checks, op, reference
-from .schema import INPUTS, TapConv, TapStep, settled
+from .schema import INPUTS, TapConv, settled
 
 _autocast_somewhere = _validate.autocast_somewhere
 _transforms_active = _functorch.transforms_active
@@ -23,51 +23,6 @@ _FARTHEST = _dtypes.FARTHEST
 # (function, backend, dtype of x, dtype of weight, device) of calls that passed all checks -> (raw, record).
 _proven: dict[tuple, tuple] = {}
 _select.on_reset(_proven.clear)
-
-
-def depthwise_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    padding: str | int = "same",
-    dilation: int = 1,
-    gate: Tensor | None = None,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    initial_state: Tensor | None = None,
-    return_state: bool = False,
-    backend: str = "auto",
-):
-    """Depthwise convolution: one kernel per channel.
-
-        y[b,t,c] = bias[c] + sum_j weight[c,j] * x[b, t + dilation*j - P, c]
-
-    with x = 0 outside the sequence. It is ``lightweight_conv1d`` with H = C and without softmax.
-
-    x: [B,T,C], float64, float32, bfloat16 or float16, any strides; the result has its shape, dtype and layout.
-    bias: [C], optional.
-    weight: [C,K].
-    mask: bool [B,T], False for padding: x is taken as 0 there whatever it holds, NaN included, and gets no gradient.
-    gate: like x; the input becomes x * sigmoid(gate) inside the kernel.
-    padding: "same" (P = dilation*(K//2)), "causal" (P = dilation*(K-1)) or P itself, from 0 to dilation*(K-1).
-    cu_seqlens: int32 or int64 [N+1], from 0 to T, never decreasing: x is [1,T,C] and holds N sequences one after the
-        other; no window reaches from one into another.
-    initial_state: [B,S,C] ([N,S,C] when packed), S = dilation*(K-1), causal only: the inputs before the first, gate and
-        mask already applied, oldest first.
-    return_state: also return the state after the last position, same shape; causal only. Differentiable.
-    backend: "auto" or a name from ``convkernels.backends.names()``; a named one never falls back.
-
-    The arithmetic is float32 (float64 for float64); weight and bias may be of another float dtype than x, except that
-    float64 goes only with float64. Under autocast x, gate and initial_state are cast, the parameters are not.
-    Raises ValueError or TypeError naming the argument, what was expected and what was given, and RuntimeError if the
-    backend named cannot run the call.
-    Source: Chang et al. 2021 (depthwise terms of convolutional attention); Tay et al. 2021.
-    """
-    return _conv(
-        "depthwise_conv1d", "[C,K]", x, weight, bias, False, False, padding, dilation, 0.0, False, None, gate, mask,
-        cu_seqlens, initial_state, return_state, backend,
-    )  # fmt: skip
 
 
 def lightweight_conv1d(
@@ -126,6 +81,38 @@ def lightweight_conv1d(
     )  # fmt: skip
 
 
+def depthwise_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    padding: str | int = "same",
+    dilation: int = 1,
+    gate: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    backend: str = "auto",
+):
+    """Depthwise convolution: one kernel per channel.
+
+        y[b,t,c] = bias[c] + sum_j weight[c,j] * x[b, t + dilation*j - P, c]
+
+    with x = 0 outside the sequence. It is ``lightweight_conv1d`` with H = C and without softmax.
+
+    x: [B,T,C], as for ``lightweight_conv1d``.  weight: [C,K].  bias: [C], optional.
+    padding, dilation, gate, mask, cu_seqlens, initial_state, return_state, backend, dtypes and errors: as for
+        ``lightweight_conv1d``.
+
+    Source: Chang et al. 2021 (depthwise terms of convolutional attention); Tay et al. 2021.
+    """
+    return _conv(
+        "depthwise_conv1d", "[C,K]", x, weight, bias, False, False, padding, dilation, 0.0, False, None, gate, mask,
+        cu_seqlens, initial_state, return_state, backend,
+    )  # fmt: skip
+
+
 def dynamic_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -151,29 +138,12 @@ def dynamic_conv1d(
 
     with x = 0 outside the sequence.
 
-    x: [B,T,C], float64, float32, bfloat16 or float16, any strides; the result has its shape, dtype and layout.
-    bias: [C], optional.
+    x: [B,T,C], as for ``lightweight_conv1d``.
     weight: [B,T,H,K], usually a linear map of x, H divides C.
-    softmax: use softmax over the K taps of ``weight`` (taps outside the sequence keep their share).
-    renormalize: leave taps outside the sequence out of the softmax, so that the others sum to 1. Masked positions and
-        rows of the initial state are inside.
-    weight_dropout: probability of dropping a (softmaxed) tap, scaling the kept ones by 1/(1-p); only if ``training``.
-        Every tap of every position is dropped on its own.
-    seed: int64 [1], fixes the dropout mask; by default drawn from PyTorch's generator of x's device.
-    mask: bool [B,T], False for padding: x is taken as 0 there whatever it holds, NaN included, and gets no gradient.
-    gate: like x; the input becomes x * sigmoid(gate) inside the kernel.
-    padding: "same" (P = dilation*(K//2)), "causal" (P = dilation*(K-1)) or P itself, from 0 to dilation*(K-1).
-    cu_seqlens: int32 or int64 [N+1], from 0 to T, never decreasing: x is [1,T,C] and holds N sequences one after the
-        other; no window reaches from one into another.
-    initial_state: [B,S,C] ([N,S,C] when packed), S = dilation*(K-1), causal only: the inputs before the first, gate and
-        mask already applied, oldest first.
-    return_state: also return the state after the last position, same shape; causal only. Differentiable.
-    backend: "auto" or a name from ``convkernels.backends.names()``; a named one never falls back.
+    weight_dropout: as for ``lightweight_conv1d``, but every tap of every position is dropped on its own.
+    bias, softmax, renormalize, padding, dilation, training, seed, gate, mask, cu_seqlens, initial_state, return_state,
+        backend, dtypes and errors: as for ``lightweight_conv1d``.
 
-    The arithmetic is float32 (float64 for float64); weight and bias may be of another float dtype than x, except that
-    float64 goes only with float64. Under autocast x, gate and initial_state are cast, the parameters are not.
-    Raises ValueError or TypeError naming the argument, what was expected and what was given, and RuntimeError if the
-    backend named cannot run the call.
     Source: Wu et al. 2019, "Pay less attention with lightweight and dynamic convolutions"; Tay et al. 2021, equation 3.
     """
     return _conv(
@@ -296,133 +266,3 @@ def _final_state(args: TapConv, S: int) -> Tensor:
         index = (lengths + row).clamp(max=max(S - 1, 0))
         before = initial_state.gather(1, index[..., None].expand(sequences, S, C))
     return torch.where((lengths + row >= S)[..., None], z, before)
-
-
-def depthwise_conv1d_step(
-    x: Tensor,
-    state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    dilation: int = 1,
-    gate: Tensor | None = None,
-    state_index: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """One position of a causal depthwise convolution.
-
-        y[b,c] = bias[c] + sum_j weight[c,j] * window[b, dilation*j, c],   window = [state, x]
-
-    x: [B,C], the new position.
-    state: [B,S,C] contiguous, S = dilation*(K-1), dtype of x: the inputs before it, gate applied, oldest first;
-        start with zeros. Updated in place: the oldest row leaves, the new one enters.
-    bias: [C], optional.  gate: [B,C], the input becomes x * sigmoid(gate).
-    weight: [C,K].
-    state_index: int64 [B]; row b continues from row state_index[b] of the old state (beam search). Rows may repeat.
-    backend: as for ``depthwise_conv1d``.
-
-    Step by step this equals ``depthwise_conv1d`` with padding="causal". Inference only: ValueError if an input
-    requires grad in grad mode; other errors as for ``depthwise_conv1d``. Under autocast x and gate are cast to the
-    dtype of the state.
-    Source: Wu et al. 2019.
-    """
-    args = TapStep(x, state, weight, dilation, bias=bias, gate=gate, state_index=state_index)
-    return _step("depthwise_conv1d_step", "[C,K]", args, backend)
-
-
-def lightweight_conv1d_step(
-    x: Tensor,
-    state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    softmax: bool = True,
-    renormalize: bool = False,
-    dilation: int = 1,
-    gate: Tensor | None = None,
-    state_index: Tensor | None = None,
-    position: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """One position of a causal lightweight convolution.
-
-        y[b,c] = bias[c] + sum_j softmax(weight)[h,j] * window[b, dilation*j, c],   window = [state, x]
-
-    x: [B,C], the new position.
-    state: [B,S,C] contiguous, S = dilation*(K-1), dtype of x: the inputs before it, gate applied, oldest first;
-        start with zeros. Updated in place: the oldest row leaves, the new one enters.
-    bias: [C], optional.  gate: [B,C], the input becomes x * sigmoid(gate).
-    weight: [H,K].
-    softmax, renormalize: as for ``lightweight_conv1d``.
-    position: int64 [B] or [1], number of positions before this one; only ``renormalize`` needs it, to tell which
-        rows of the state lie before the start of the sequence. By default none does.
-    state_index: int64 [B]; row b continues from row state_index[b] of the old state (beam search). Rows may repeat.
-    backend: as for ``lightweight_conv1d``.
-
-    Step by step this equals ``lightweight_conv1d`` with padding="causal". Inference only: ValueError if an input
-    requires grad in grad mode; other errors as for ``lightweight_conv1d``. Under autocast x and gate are cast to the
-    dtype of the state.
-    Source: Wu et al. 2019.
-    """
-    args = TapStep(x, state, weight, dilation, softmax, renormalize, bias, gate, state_index, position)
-    return _step("lightweight_conv1d_step", "[H,K]", args, backend)
-
-
-def dynamic_conv1d_step(
-    x: Tensor,
-    state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    softmax: bool = True,
-    renormalize: bool = False,
-    dilation: int = 1,
-    gate: Tensor | None = None,
-    state_index: Tensor | None = None,
-    position: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """One position of a causal dynamic convolution.
-
-        y[b,c] = bias[c] + sum_j softmax(weight)[b,h,j] * window[b, dilation*j, c],   window = [state, x]
-
-    x: [B,C], the new position.
-    state: [B,S,C] contiguous, S = dilation*(K-1), dtype of x: the inputs before it, gate applied, oldest first;
-        start with zeros. Updated in place: the oldest row leaves, the new one enters.
-    bias: [C], optional.  gate: [B,C], the input becomes x * sigmoid(gate).
-    weight: [B,H,K].
-    softmax, renormalize: as for ``dynamic_conv1d``.
-    position: int64 [B] or [1], number of positions before this one; only ``renormalize`` needs it, to tell which
-        rows of the state lie before the start of the sequence. By default none does.
-    state_index: int64 [B]; row b continues from row state_index[b] of the old state (beam search). Rows may repeat.
-    backend: as for ``dynamic_conv1d``.
-
-    Step by step this equals ``dynamic_conv1d`` with padding="causal". Inference only: ValueError if an input
-    requires grad in grad mode; other errors as for ``dynamic_conv1d``. Under autocast x and gate are cast to the
-    dtype of the state.
-    Source: Wu et al. 2019.
-    """
-    args = TapStep(x, state, weight, dilation, softmax, renormalize, bias, gate, state_index, position)
-    return _step("dynamic_conv1d_step", "[B,H,K]", args, backend)
-
-
-def _step(name, letters, args: TapStep, backend) -> Tensor:
-    x, state = args.x, args.state
-    if isinstance(state, Tensor) and _validate.autocasting(x):
-        # The state outlives the autocast region, so it decides the dtype.
-        x, gate = x.to(state.dtype), args.gate
-        args = args._replace(x=x, gate=gate.to(state.dtype) if isinstance(gate, Tensor) else gate)
-    compiling = _is_compiling()
-    if not compiling and _transforms_active():
-        raise NotImplementedError(
-            f"{name}: expected no torch.func transform (vmap, functionalize, ...), because the state is updated in "
-            "place; the batch is the first dimension of every argument"
-        )
-    if forward_ad._current_level >= 0:
-        _functorch.refuse_tangents(name, x=x, state=state, weight=args.weight, bias=args.bias, gate=args.gate)
-    checks.step(name, letters, args)
-    chosen = _select.pick(backend, name, x.device.type, x.dtype)
-    y = op.KERNELS[chosen].step(*args)
-    if not compiling and not state.is_inference():
-        torch.autograd.graph.increment_version(state)
-    return y

@@ -1,0 +1,118 @@
+"""Public functions of the convolution family for one position at a time."""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .. import _functorch, _select, _validate
+from . import checks, op
+from .schema import TapStep
+
+
+def lightweight_conv1d_step(
+    x: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softmax: bool = True,
+    renormalize: bool = False,
+    dilation: int = 1,
+    gate: Tensor | None = None,
+    state_index: Tensor | None = None,
+    position: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """One position of a causal lightweight convolution.
+
+        y[b,c] = bias[c] + sum_j softmax(weight)[h,j] * window[b, dilation*j, c],   window = [state, x]
+
+    x: [B,C], the new position.
+    state: [B,S,C] contiguous, S = dilation*(K-1), dtype of x: the inputs before it, gate applied, oldest first;
+        start with zeros. Updated in place: the oldest row leaves, the new one enters.
+    bias: [C], optional.  gate: [B,C], the input becomes x * sigmoid(gate).
+    weight: [H,K].
+    softmax, renormalize: as for ``lightweight_conv1d``.
+    position: int64 [B] or [1], number of positions before this one; only ``renormalize`` needs it, to tell which
+        rows of the state lie before the start of the sequence. By default none does.
+    state_index: int64 [B]; row b continues from row state_index[b] of the old state (beam search). Rows may repeat.
+    backend: as for ``lightweight_conv1d``.
+
+    Step by step this equals ``lightweight_conv1d`` with padding="causal". Inference only: ValueError if an input
+    requires grad in grad mode; other errors as for ``lightweight_conv1d``. Under autocast x and gate are cast to the
+    dtype of the state.
+    Source: Wu et al. 2019.
+    """
+    args = TapStep(x, state, weight, dilation, softmax, renormalize, bias, gate, state_index, position)
+    return _step("lightweight_conv1d_step", "[H,K]", args, backend)
+
+
+def depthwise_conv1d_step(
+    x: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dilation: int = 1,
+    gate: Tensor | None = None,
+    state_index: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """One position of a causal depthwise convolution.
+
+        y[b,c] = bias[c] + sum_j weight[c,j] * window[b, dilation*j, c],   window = [state, x]
+
+    weight: [C,K]. The other parameters and errors: as for ``lightweight_conv1d_step``. Step by step this equals
+    ``depthwise_conv1d`` with padding="causal".
+    Source: Wu et al. 2019.
+    """
+    args = TapStep(x, state, weight, dilation, bias=bias, gate=gate, state_index=state_index)
+    return _step("depthwise_conv1d_step", "[C,K]", args, backend)
+
+
+def dynamic_conv1d_step(
+    x: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softmax: bool = True,
+    renormalize: bool = False,
+    dilation: int = 1,
+    gate: Tensor | None = None,
+    state_index: Tensor | None = None,
+    position: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """One position of a causal dynamic convolution.
+
+        y[b,c] = bias[c] + sum_j softmax(weight)[b,h,j] * window[b, dilation*j, c],   window = [state, x]
+
+    weight: [B,H,K]. The other parameters and errors: as for ``lightweight_conv1d_step``. Step by step this equals
+    ``dynamic_conv1d`` with padding="causal".
+    Source: Wu et al. 2019.
+    """
+    args = TapStep(x, state, weight, dilation, softmax, renormalize, bias, gate, state_index, position)
+    return _step("dynamic_conv1d_step", "[B,H,K]", args, backend)
+
+
+def _step(name, letters, args: TapStep, backend) -> Tensor:
+    x, state = args.x, args.state
+    if isinstance(state, Tensor) and _validate.autocasting(x):
+        # The state outlives the autocast region, so it decides the dtype.
+        x, gate = x.to(state.dtype), args.gate
+        args = args._replace(x=x, gate=gate.to(state.dtype) if isinstance(gate, Tensor) else gate)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and _functorch.transforms_active():
+        raise NotImplementedError(
+            f"{name}: expected no torch.func transform (vmap, functionalize, ...), because the state is updated in "
+            "place; the batch is the first dimension of every argument"
+        )
+    if forward_ad._current_level >= 0:
+        _functorch.refuse_tangents(name, x=x, state=state, weight=args.weight, bias=args.bias, gate=args.gate)
+    checks.step(name, letters, args)
+    chosen = _select.pick(backend, name, x.device.type, x.dtype)
+    y = op.KERNELS[chosen].step(*args)
+    if not compiling and not state.is_inference():
+        torch.autograd.graph.increment_version(state)
+    return y
