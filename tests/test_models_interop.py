@@ -210,7 +210,7 @@ def test_distances_of_a_bias():
     for T in range(1, 7):
         for S in range(1, 7):
             distance = torch.arange(S) - torch.arange(T)[:, None] + T - S
-            table = huggingface._by_distance(module, distance[None, None].float())
+            table = huggingface.attention._by_distance(module, distance[None, None].float())
             assert table.tolist() == [list(range(1 - S, T))]
 
 
@@ -473,7 +473,7 @@ def test_replaced_modules_refuse_what_they_cannot_do(kind):
 
 def test_cross_attention_is_not_replaced():
     model = bert("RemBertForCausalLM", is_decoder=True, add_cross_attention=True)
-    found = huggingface._self_attention(model)
+    found = huggingface.replacement._self_attention(model)
     assert len(found) == 2 and not any("cross" in name for name in found)
 
 
