@@ -40,14 +40,14 @@ class _PreTrained(PreTrained):
         return False
 
     def _check(self, input_ids, inputs_embeds) -> dict[str, int]:
-        """The sizes B and T of what a head gets, for checks before anything is computed; ``bert`` checks the rest."""
+        """Check a head's main input before anything is computed, and return its sizes; ``bert`` checks the rest."""
         sizes = {"C": self.config.embedding_size}
         check_sequence(type(self).__name__, sizes, "T", input_ids, inputs_embeds)
         return sizes
 
     @torch.no_grad()
     def _init_weights(self, module):
-        """BERT's initial values, N(0, initializer_range) and 0; the attention module knows its own."""
+        """BERT's initial values, N(0, initializer_range) and 0; the attention module draws its own."""
         if isinstance(module, (CompositeAttention, nn.LayerNorm)):
             module.reset_parameters()
         elif isinstance(module, (nn.Linear, nn.Embedding)):
@@ -208,7 +208,7 @@ class CompositeBertForSequenceClassification(_Classifier):
 
 class CompositeBertForTokenClassification(_Classifier):
     """The encoder and a linear classifier of each position: logits [B,T,num_labels]; labels [B,T], -100 for positions
-    that do not count."""
+    without a loss."""
 
     output_class = TokenClassifierOutput
 
@@ -220,7 +220,7 @@ class CompositeBertForTokenClassification(_Classifier):
 
 
 class CompositeBertForQuestionAnswering(_PreTrained):
-    """The encoder and a linear map to two numbers, which say how likely the answer begins and ends at a position."""
+    """The encoder and a linear map to two logits per position: the answer begins there, the answer ends there."""
 
     _keys_to_ignore_on_load_unexpected = [r"cls\.", "pooler"]
 
@@ -243,8 +243,8 @@ class CompositeBertForQuestionAnswering(_PreTrained):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> QuestionAnsweringModelOutput:
-        """start_logits, end_logits [B,T]; start_positions, end_positions [B] or [B,1]: places in the sequence, those
-        outside, also negative ones, are ignored."""
+        """start_logits, end_logits [B,T]; start_positions, end_positions [B] or [B,1]: indices from 0 to T - 1; others,
+        also negative ones, are ignored."""
         name, sizes = type(self).__name__, self._check(input_ids, inputs_embeds)
         if (start_positions is None) != (end_positions is None):
             fail(name, "end_positions", "given where start_positions is, and only there", end_positions)

@@ -27,7 +27,7 @@ class Embeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def check(self, call: str, length: int, position_ids) -> None:
-        """That there are positions, and as many as the input needs."""
+        """Check that there are positions where they are given, and as many as the input needs."""
         if self.position_embeddings is None:
             if position_ids is not None:
                 fail(call, "position_ids", "None, because the configuration has no absolute_positions", position_ids)

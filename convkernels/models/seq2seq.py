@@ -36,7 +36,7 @@ class _PreTrained(PreTrained):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        """T5's initial values for what T5 has; the convolutions' modules know their own."""
+        """T5's initial values for the parts that T5 has; the modules of the convolutions draw their own."""
         config = self.config
         factor, width = config.initializer_factor, config.d_model
 
@@ -79,7 +79,7 @@ class _Embedded(_PreTrained):
         self.encoder = Encoder(config, self)
 
     def embedding(self, stack: Stack) -> nn.Module:
-        """The one that a stack reads its tokens with."""
+        """The embedding of a stack's tokens."""
         return self.source if self.source is not None and isinstance(stack, Encoder) else self.shared
 
     def get_input_embeddings(self):

@@ -14,14 +14,14 @@ from .layers import DecoderLayer, EncoderLayer
 
 
 class Stack(nn.Module):
-    """What encoder and decoder share: embeddings in, layers, norm out."""
+    """What encoder and decoder share: embedding, positions, relative bias and the last norm."""
 
     def __init__(self, config: ConvSeq2SeqConfig, owner: nn.Module, causal: bool):
         super().__init__()
         self.config, self.dropout = config, config.dropout
         self.embed_scale = config.d_model**0.5 if config.scale_embedding else 1.0
-        # The embedding belongs to the model, which has it under one name and passes what comes out of it. The tuple
-        # keeps the model from being a submodule; it is asked only where a stack is called by itself.
+        # The embedding is a parameter of the model, which passes the embedded tokens. A stack that is called by itself
+        # asks the model for it. The tuple keeps the model from being a submodule of the stack.
         self._owner = (owner,)
         self.positions = Positions(config) if config.positions is not None else None
         attends = config.mixer == "transformer" or (not causal and config.pair_attention is not None)
@@ -36,7 +36,7 @@ class Stack(nn.Module):
         self, call: str, sizes: dict[str, int], T: str, input_ids, inputs_embeds, mask, position_ids, prefix: str = "",
         past: int = 0,
     ) -> None:  # fmt: skip
-        """That these can be the inputs of the stack, ``T`` being the letter of their length."""
+        """Check the inputs of the stack; ``T`` is the letter of their length."""
         sizes["C"] = self.config.d_model
         check_sequence(call, sizes, T, input_ids, inputs_embeds, mask, position_ids, prefix, past)
         if self.positions is not None:
@@ -104,7 +104,7 @@ class Decoder(Stack):
     def check_after(
         self, call: str, sizes: dict[str, int], input_ids, inputs_embeds, mask, position_ids, cache, prefix: str = ""
     ) -> int:
-        """``check`` behind what the cache holds, the number of whose positions is returned."""
+        """``check`` for inputs that follow those in the cache; returns the number of positions in the cache."""
         if cache is not None:
             check_cache(call, cache, self.config)
         past = 0 if cache is None else cache.get_seq_length()
@@ -142,7 +142,7 @@ class Decoder(Stack):
         mask = _as_mask(attention_mask)
         x = self._embed(input_ids, inputs_embeds, mask, position_ids, past)
         if mask is not None and self.config.mixer != "transformer":
-            mask = mask[:, past:]  # what lies before is in the convolutions' states
+            mask = mask[:, past:]  # the convolutions' states hold the positions before
         bias = None if self.relative_bias is None else self.relative_bias()
         states_mask = _as_mask(encoder_attention_mask)
         for layer in self.layers:

@@ -81,7 +81,7 @@ class GatedConv(nn.Module):
     ``linear1`` holds W_I and W_S in one matrix with 2*inner outputs, value first, gate second; ``linear2`` is W_O. The
     product is part of the convolution's operator, except for a dynamic one, whose filters are predicted from it.
     ``conv`` is one of this package's convolutions over ``inner`` channels, or a module with the same ``channels``,
-    ``forward``, ``init_state`` and ``step``; where it has ``out_channels``, that is what it makes of them.
+    ``forward``, ``init_state`` and ``step``; ``out_channels``, if it has that, is the size of its output.
     ``glu=False`` leaves the gate out: linear1 has ``inner`` outputs (Wu et al. 2019 have both forms).
     ``pointwise=True`` puts another linear map over the convolution's channels, with bias, behind the convolution (the
     code released by Tay et al.). Linear maps start Xavier uniform with zero bias.

@@ -84,9 +84,8 @@ def padding_mask(
     """transformers' mask for this attention: bool [B,S], or None where nothing hides a key from any query.
 
     A causal one ends at the last query: a static cache has keys beyond that, and ``attention_mask`` may have columns.
-    ``attention_forward`` goes by its attributes ``causal``, ``sliding_window`` and ``full``, which is whether it is
-    True everywhere. NotImplementedError for what a mask can say beyond that: packed sequences, chunks, windows to both
-    sides, masks of a model's own.
+    ``attention_forward`` reads its attributes ``causal``, ``sliding_window`` and ``full`` (True everywhere).
+    NotImplementedError for other masks: packed sequences, chunks, windows to both sides, masks of a model's own.
     """
     causal, window = mask_function is not bidirectional_mask_function, None
     if causal and mask_function is not causal_mask_function:
@@ -135,7 +134,7 @@ def attention_forward(
 
     attention_mask: bool [B,S] as made by ``padding_mask``, which decides whether the attention is causal and has a
     sliding window; without it the other arguments and the module do. NotImplementedError for what
-    ``composite_attention`` does not do: soft caps, attention sinks, packed sequences, weights as an output, a
+    ``composite_attention`` does not compute: soft caps, attention sinks, packed sequences, weights as an output, a
     position_bias that is not T5's.
     """
     unknown = {name: value for name, value in kwargs.items() if name in _UNKNOWN}
