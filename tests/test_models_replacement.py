@@ -1,8 +1,5 @@
 """Self-attention modules of transformers replaced in place: the same numbers until trained, and what is refused."""
 
-import runpy
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,8 +10,6 @@ from modelling import text
 from stock_models import bert, equal_where_real, inputs, llama
 
 from convkernels.interop import huggingface
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "RobertaForMaskedLM", "ElectraForMaskedLM"])
@@ -152,12 +147,3 @@ def test_replacement_in_a_model_that_computes_its_attention_itself():
         expected = model(ids, attention_mask=mask).last_hidden_state
         huggingface.replace_attention(model)
         equal_where_real(model(ids, attention_mask=mask).last_hidden_state, expected, mask)
-
-
-def test_the_example(capsys):
-    runpy.run_path(str(ROOT / "examples" / "drop_in.py"), run_name="__main__")
-    lines = capsys.readouterr().out.splitlines()
-    first, last = (float(line.rpartition(" ")[2]) for line in lines[-2:])
-    assert last < first
-    readme = (ROOT / "README.md").read_text()
-    assert "examples/drop_in.py" in readme
