@@ -1,8 +1,8 @@
 """Convolutional attention in a stock BERT, in three lines; needs `pip install 'transformers>=5.17'`.
 
 Makes a small BERT from transformers with random weights (put ``from_pretrained`` there for real ones), adds the terms
-of Chang et al. 2021 to its self-attention in place, shows that its outputs are what they were, trains the new terms
-for a few steps on a real sentence, and compares speed. No downloads.
+of Chang et al. 2021 to its self-attention in place, shows that its outputs stay the same, trains the new terms for a
+few steps on a real sentence, and compares speed. It downloads nothing.
 """
 
 import time
@@ -44,12 +44,11 @@ def main():
     print(f"convkernels                {milliseconds(model, inputs):6.1f} ms")
     torch.testing.assert_close(model(**inputs).logits[real], before, rtol=1e-4, atol=1e-4)
 
-    # 2. Composite attention: biases per distance, kernels predicted by the query, a depthwise convolution of the
-    # values.
+    # 2. Composite attention: biases per distance, filters predicted by the query, a depthwise convolution of the values.
     replace_attention(model, "composite", window=8, bias=True, query_rel=True, value_conv=True)
     print(f"composite attention        {milliseconds(model, inputs):6.1f} ms")
     torch.testing.assert_close(model(**inputs).logits[real], before, rtol=1e-4, atol=1e-4)
-    print("the outputs are what they were; now the new terms learn")
+    print("the outputs are the same; now the new terms learn")
 
     new = [
         p for n, p in model.named_parameters() if n.endswith(("convfixed_param", "convq_param", "convolution.weight"))

@@ -94,9 +94,6 @@ def padding(case, name="keep_mask"):
     return None if mask is None else mask.bool()
 
 
-# -- fairseq ----------------------------------------------------------------------------------------------------------
-
-
 def fairseq_config(options, backend, stack):
     kernel = options["kernel_size"]
     return ConvSeq2SeqConfig(
@@ -167,9 +164,6 @@ def test_fairseq_modules(case, dtype):
     run.check(y, "y", module, lambda state: state)
 
 
-# -- Chang et al. 2021 ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("case", collect("bertconv_model"))
 def test_bert_convolutions(case, backend, dtype):
     run = Recorded(case, dtype)
@@ -186,9 +180,6 @@ def test_bert_convolutions(case, backend, dtype):
     near(output.loss.reshape(1), case["out.loss"].reshape(1), "loss")
     output.loss.backward()
     run.check_gradients(model, bert_convolutions.model_state)
-
-
-# -- Tay et al. 2021, as released -------------------------------------------------------------------------------------
 
 
 def released_state(variables, kind):
@@ -231,9 +222,6 @@ def test_released_block(case, backend, dtype):
     block.load_state_dict(released_state(run.parameters(), kind), strict=True)
     y = block(run.input("x"), case["in.input_ids"] != 0)
     run.check(y, "y", block, lambda state: released_state(state, kind))
-
-
-# -- Hugging Face -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", collect("hf", "T5Attention"))

@@ -102,9 +102,6 @@ def test_classifiers_learn(kind, tmp_path):
     check_that_it_learns(model, Rows(**columns), tmp_path)
 
 
-# -- two processes ----------------------------------------------------------------------------------------------------
-
-
 def distributed_models():
     return {
         "seq2seq": (seq2seq("dynamic", noise=0.05), sources_and_targets(8)),

@@ -1,6 +1,6 @@
-"""What loading checkpoints of others has in common: reading files of tensors and plain values, and refusing the rest.
+"""Reads checkpoints of other implementations: tensors and plain values, and nothing that could run code.
 
-Every error is a ValueError that names the argument; OSError stays what it is.
+Every error is a ValueError that names the argument, but for the OSError of a file that cannot be opened.
 """
 
 import os
@@ -16,7 +16,7 @@ from ..ops._validate import describe, fail
 
 
 def read(function: str, argument: str, file: Any, types: Iterable = ()) -> Any:
-    """What torch.load reads from a file of tensors, plain values and ``types`` alone."""
+    """The content of a file written by torch.save that holds tensors, plain values and ``types`` alone."""
     if not isinstance(file, str | os.PathLike) and not hasattr(file, "read"):
         fail(function, argument, "a path or a dict", describe(file))
     try:
@@ -38,7 +38,7 @@ def read(function: str, argument: str, file: Any, types: Iterable = ()) -> Any:
 
 
 def parameters(function: str, argument: str, state: Any) -> None:
-    """A state_dict with something in it."""
+    """Check that ``state`` is a dict of tensors by name, and not empty."""
     expected = "tensors by name as the parameters"
     if not isinstance(state, Mapping) or not state:
         fail(function, argument, expected, describe(state))

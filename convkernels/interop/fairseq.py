@@ -42,16 +42,16 @@ _POSITIONS = "embed_positions.weight"
 
 
 class _Stepping:
-    """fairseq's calling convention for both convolutions: T x B x C, and a dictionary for the state of decoding, in
-    which every module, also a copy of another, has a place of its own. state_dict may come from any of fairseq's forms
-    of the module."""
+    """fairseq's calling convention for both convolutions: inputs T x B x C, and a dictionary of decoding states, in
+    which every module, also a copy of another, has a key of its own. Loads the state_dict of each of fairseq's forms of
+    the module."""
 
-    def _own_a_place(self) -> None:
+    def _make_key(self) -> None:
         self._key = f"{type(self).__name__}.{uuid.uuid4()}.input_buffer"
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._own_a_place()
+        self._make_key()
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest) -> None:
         weight = state_dict.get(f"{prefix}weight")
@@ -78,7 +78,7 @@ class _Stepping:
         return y[None]
 
     def step(self, x: Tensor, state: Tensor, *, mask: Tensor | None = None, **options) -> Tensor:
-        """As in the class behind, around ``forward``, which has fairseq's arguments here."""
+        """As in the base class, whose ``forward`` it calls, because ``forward`` has fairseq's arguments here."""
         return super().forward(x, mask, step=dict(state=state, **options))
 
     def reorder_incremental_state(self, incremental_state: dict, new_order: Tensor) -> None:
@@ -112,10 +112,10 @@ class LightweightConv1dTBC(_Stepping, LightweightConv1d):
             input_size, kernel_size, num_heads, softmax=weight_softmax, bias=bias, weight_dropout=weight_dropout,
             padding=_left(type(self).__name__, kernel_size, padding_l), backend=backend,
         )  # fmt: skip
-        self._own_a_place()
+        self._make_key()
 
     def forward(self, x: Tensor, incremental_state: dict | None = None, unfold: bool | None = None) -> Tensor:
-        """x [T,B,C] -> [T,B,C]. unfold: which of two forms fairseq takes; here it means nothing."""
+        """x [T,B,C] -> [T,B,C]. unfold: selects one of two forms in fairseq; ignored here."""
         return self._run(x, incremental_state)
 
 
@@ -135,7 +135,7 @@ class DynamicConv1dTBC(_Stepping, DynamicConv1d):
             bias=bias, conv_bias=conv_bias, query_size=query_size, in_proj=in_proj, weight_dropout=weight_dropout,
             padding=_left(type(self).__name__, kernel_size, padding_l), backend=backend,
         )  # fmt: skip
-        self._own_a_place()
+        self._make_key()
 
     def forward(
         self,
@@ -144,7 +144,7 @@ class DynamicConv1dTBC(_Stepping, DynamicConv1d):
         query: Tensor | None = None,
         unfold: bool | None = None,
     ) -> Tensor:
-        """x [T,B,C] -> [T,B,C]; query [T,B,query_size]. unfold: which of two forms fairseq takes; no meaning here."""
+        """x [T,B,C] -> [T,B,C]; query [T,B,query_size]. unfold: selects one of two forms in fairseq; ignored."""
         if query is None:
             return self._run(x, incremental_state)
         return self._run(x, incremental_state, query=query if incremental_state is not None else query.transpose(0, 1))
@@ -277,8 +277,8 @@ def _max_positions(state: dict[str, Tensor], get, offset: int) -> int:
 
 
 def _plain_types() -> list:
-    """What files of fairseq hold beside tensors and plain values: its arguments, numbers and arrays of numpy. numpy's
-    functions go by the names that versions before and after 2.0 write."""
+    """Types in fairseq's files beside tensors and plain values: its arguments, numbers and arrays of numpy. numpy's
+    functions are listed under the names of both versions, before and after 2.0."""
     try:
         import numpy
     except ImportError:

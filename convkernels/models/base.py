@@ -1,4 +1,4 @@
-"""What the models of this package are to transformers."""
+"""The base class of the models, the checks of their inputs, and the names that transformers gives the cache."""
 
 from dataclasses import fields
 
@@ -26,6 +26,8 @@ _CONTENTS = {
 
 
 class PreTrained(PreTrainedModel):
+    """A model of this package among those of transformers."""
+
     supports_gradient_checkpointing = True
     _can_compile_fullgraph = True
     accepts_loss_kwargs = False
@@ -38,17 +40,18 @@ class PreTrained(PreTrainedModel):
 
 
 def one_cache(call: str, past_key_values, cache):
-    """The cache, which is given under one name."""
+    """The cache, from the one of its two arguments that is given."""
     if past_key_values is not None and cache is not None:
         fail(call, "cache", "None beside past_key_values, which is another name of it", type(cache).__name__)
     return past_key_values if cache is None else cache
 
 
 def check_input(call: str, sizes: dict[str, int], shapes: str, argument: str, value) -> None:
-    """That an input is None or a tensor of what its name promises, in one of the ``shapes``, such as "BT or 1T".
+    """Check that an input is None, or a tensor of one of the ``shapes``, such as "BT or 1T", and of a dtype that fits
+    the last word of its name.
 
     A letter is the same number in all inputs of a call: ``sizes`` has those that are known, and takes in those that the
-    first of the ``shapes`` adds. Only kinds and sizes count, no values, so that this can be compiled and exported.
+    first of the ``shapes`` adds. Values are not read, so that this can be compiled and exported.
     """
     if value is None:
         return
@@ -75,10 +78,18 @@ def _equal(shape: torch.Size, wanted: list) -> bool:
 
 
 def check_sequence(
-    call: str, sizes: dict[str, int], T: str, ids, embeds, mask=None, places=None, prefix: str = "", past: int = 0
+    call: str,
+    sizes: dict[str, int],
+    T: str,
+    ids,
+    embeds,
+    mask=None,
+    position_ids=None,
+    prefix: str = "",
+    past: int = 0,
 ) -> None:
-    """The inputs that describe one sequence, whose length has the letter ``T``: token ids or embeddings [B,T,C], and
-    where they are given the mask [B, past + T] and the position ids, which may be one row for all."""
+    """Check the inputs that describe one sequence, whose length has the letter ``T``: token ids or embeddings [B,T,C],
+    and where they are given the mask [B, past + T] and the position ids, [B,T] or one row for all."""
     if (ids is None) == (embeds is None):
         got = "neither" if ids is None else "both"
         fail(call, f"{prefix}input_ids", f"either {prefix}input_ids or {prefix}inputs_embeds", got)
@@ -87,11 +98,11 @@ def check_sequence(
     if past:
         sizes.update(P=past, L=past + sizes[T])
     check_input(call, sizes, "BL" if past else f"B{T}", f"{prefix}attention_mask", mask)
-    check_input(call, sizes, f"B{T} or 1{T}", f"{prefix}position_ids", places)
+    check_input(call, sizes, f"B{T} or 1{T}", f"{prefix}position_ids", position_ids)
 
 
 def embedded(embedding: nn.Module, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
-    """What a stack takes in, [B,T,C]: ``embeds``, or ``ids`` through ``embedding``."""
+    """The input of a stack, [B,T,C]: ``embeds``, or ``ids`` through ``embedding``."""
     return embedding(ids) if embeds is None else embeds
 
 

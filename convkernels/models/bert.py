@@ -12,8 +12,6 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     MaskedLMOutput,
@@ -25,116 +23,10 @@ from transformers.utils import can_return_tuple
 
 from ..nn import CompositeAttention
 from ..ops._validate import fail
-from .base import PreTrained, check_input, check_sequence, embedded, recorded, recorders
+from .base import PreTrained, check_input, check_sequence, recorded, recorders
+from .bert_layers import Embeddings, Encoder, Head, Pooler, Predictions
 from .configs import CompositeBertConfig
 from .losses import check_classes, classification_loss, span_loss, token_loss
-
-
-class _Embeddings(nn.Module):
-    """Tokens, segments and, where the configuration has them, absolute positions; then LayerNorm."""
-
-    def __init__(self, config: CompositeBertConfig):
-        super().__init__()
-        size, self.limit = config.embedding_size, config.max_position_embeddings
-        self.word_embeddings = nn.Embedding(config.vocab_size, size)
-        if config.absolute_positions:
-            self.position_embeddings = nn.Embedding(config.max_position_embeddings, size)
-        else:
-            self.position_embeddings = None
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size)
-        self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def check(self, call: str, length: int, position_ids) -> None:
-        """That there are positions, and as many as the input needs."""
-        if self.position_embeddings is None:
-            if position_ids is not None:
-                fail(call, "position_ids", "None, because the configuration has no absolute_positions", position_ids)
-        elif position_ids is None and length > self.limit:
-            limit = f"max_position_embeddings = {self.limit}"
-            raise ValueError(f"{call}: expected at most {limit} positions, got {length}")
-
-    def forward(self, input_ids, token_type_ids, inputs_embeds, position_ids) -> Tensor:
-        x = embedded(self.word_embeddings, input_ids, inputs_embeds)
-        if token_type_ids is None:
-            token_type_ids = torch.zeros(1, 1, dtype=torch.int64, device=x.device)
-        x = x + self.token_type_embeddings(token_type_ids)
-        if self.position_embeddings is not None:
-            if position_ids is None:
-                position_ids = torch.arange(x.shape[1], device=x.device)
-            x = x + self.position_embeddings(position_ids)
-        return self.dropout(self.LayerNorm(x))
-
-
-class _Output(nn.Module):
-    """A linear map, the residual sum, LayerNorm."""
-
-    def __init__(self, config: CompositeBertConfig, inputs: int):
-        super().__init__()
-        self.dense = nn.Linear(inputs, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        return self.LayerNorm(x + self.dropout(self.dense(y)))
-
-
-class _Attention(nn.Module):
-    def __init__(self, config: CompositeBertConfig):
-        super().__init__()
-        self.self = CompositeAttention(
-            config.hidden_size,
-            config.num_attention_heads,
-            dropout=config.attention_probs_dropout_prob,
-            backend=config.backend,
-            **config.attention,
-        )
-        self.output = _Output(config, config.hidden_size)
-
-    def forward(self, x: Tensor, mask: Tensor | None, weights: list | None = None) -> Tensor:
-        if weights is not None:
-            weights.append(self.self.weights(x, mask))
-        return self.output(self.self(x, mask), x)
-
-
-class _Intermediate(nn.Module):
-    def __init__(self, config: CompositeBertConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation = ACT2FN[config.hidden_act]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.activation(self.dense(x))
-
-
-class CompositeBertLayer(GradientCheckpointingLayer):
-    """Composite attention and a feed-forward block, each followed by its residual sum and LayerNorm."""
-
-    def __init__(self, config: CompositeBertConfig):
-        super().__init__()
-        self.attention = _Attention(config)
-        self.intermediate = _Intermediate(config)
-        self.output = _Output(config, config.intermediate_size)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None, weights: list | None = None) -> Tensor:
-        """x [B,T,C], mask bool [B,T]. weights: gets those of the attention."""
-        x = self.attention(x, mask, weights)
-        return self.output(self.intermediate(x), x)
-
-
-class _Encoder(nn.Module):
-    def __init__(self, config: CompositeBertConfig):
-        super().__init__()
-        self.layer = nn.ModuleList(CompositeBertLayer(config) for _ in range(config.num_hidden_layers))
-
-    def forward(self, x: Tensor, mask: Tensor | None, states: list | None, weights: list | None) -> Tensor:
-        for layer in self.layer:
-            if states is not None:
-                states.append(x)
-            x = layer(x, mask, weights)
-        if states is not None:
-            states.append(x)
-        return x
 
 
 class _PreTrained(PreTrained):
@@ -142,24 +34,27 @@ class _PreTrained(PreTrained):
     base_model_prefix = "bert"
     _no_split_modules = ["CompositeBertLayer"]
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """False: the attention has terms that no implementation of transformers computes."""
+        return False
+
     def _check(self, input_ids, inputs_embeds) -> dict[str, int]:
-        """The sizes B and T of what a head gets, for checks before anything is computed; ``bert`` checks the rest."""
+        """Check a head's main input before anything is computed, and return its sizes; ``bert`` checks the rest."""
         sizes = {"C": self.config.embedding_size}
         check_sequence(type(self).__name__, sizes, "T", input_ids, inputs_embeds)
         return sizes
 
     @torch.no_grad()
     def _init_weights(self, module):
-        """BERT's initial values, N(0, initializer_range) and 0; the attention module knows its own."""
-        if isinstance(module, CompositeAttention):
-            module.reset_parameters()
-        elif isinstance(module, nn.LayerNorm):
+        """BERT's initial values, N(0, initializer_range) and 0; the attention module draws its own."""
+        if isinstance(module, (CompositeAttention, nn.LayerNorm)):
             module.reset_parameters()
         elif isinstance(module, (nn.Linear, nn.Embedding)):
             init.normal_(module.weight, std=self.config.initializer_range)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, _Predictions):
+        elif isinstance(module, Predictions):
             init.zeros_(module.bias)
 
 
@@ -168,12 +63,12 @@ class CompositeBertModel(_PreTrained):
 
     def __init__(self, config: CompositeBertConfig, add_pooling_layer: bool = False):
         super().__init__(config)
-        self.embeddings = _Embeddings(config)
+        self.embeddings = Embeddings(config)
         self.embeddings_project = None
         if config.embedding_size != config.hidden_size:
             self.embeddings_project = nn.Linear(config.embedding_size, config.hidden_size)
-        self.encoder = _Encoder(config)
-        self.pooler = _Pooler(config) if add_pooling_layer else None
+        self.encoder = Encoder(config)
+        self.pooler = Pooler(config) if add_pooling_layer else None
         self.post_init()
 
     def get_input_embeddings(self):
@@ -212,43 +107,6 @@ class CompositeBertModel(_PreTrained):
         )
 
 
-class _Pooler(nn.Module):
-    def __init__(self, config: CompositeBertConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.dense(x[:, 0]))
-
-
-class _Transform(nn.Module):
-    def __init__(self, config: CompositeBertConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.embedding_size)
-        self.activation = ACT2FN[config.hidden_act]
-        self.LayerNorm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.LayerNorm(self.activation(self.dense(x)))
-
-
-class _Predictions(nn.Module):
-    def __init__(self, config: CompositeBertConfig):
-        super().__init__()
-        self.transform = _Transform(config)
-        self.decoder = nn.Linear(config.embedding_size, config.vocab_size)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.decoder(self.transform(x))
-
-
-class _Head(nn.Module):
-    def __init__(self, config: CompositeBertConfig):
-        super().__init__()
-        self.predictions = _Predictions(config)
-
-
 class CompositeBertForMaskedLM(_PreTrained):
     """The encoder and BERT's head over the vocabulary, whose matrix is that of the embeddings."""
 
@@ -260,7 +118,7 @@ class CompositeBertForMaskedLM(_PreTrained):
     def __init__(self, config: CompositeBertConfig):
         super().__init__(config)
         self.bert = CompositeBertModel(config)
-        self.cls = _Head(config)
+        self.cls = Head(config)
         self.post_init()
 
     def get_output_embeddings(self):
@@ -350,7 +208,7 @@ class CompositeBertForSequenceClassification(_Classifier):
 
 class CompositeBertForTokenClassification(_Classifier):
     """The encoder and a linear classifier of each position: logits [B,T,num_labels]; labels [B,T], -100 for positions
-    that do not count."""
+    without a loss."""
 
     output_class = TokenClassifierOutput
 
@@ -362,7 +220,7 @@ class CompositeBertForTokenClassification(_Classifier):
 
 
 class CompositeBertForQuestionAnswering(_PreTrained):
-    """The encoder and a linear map to two numbers, which say how likely the answer begins and ends at a position."""
+    """The encoder and a linear map to two logits per position: the answer begins there, the answer ends there."""
 
     _keys_to_ignore_on_load_unexpected = [r"cls\.", "pooler"]
 
@@ -385,8 +243,8 @@ class CompositeBertForQuestionAnswering(_PreTrained):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> QuestionAnsweringModelOutput:
-        """start_logits, end_logits [B,T]; start_positions, end_positions [B] or [B,1]: places in the sequence, those
-        outside, also negative ones, are ignored."""
+        """start_logits, end_logits [B,T]; start_positions, end_positions [B] or [B,1]: indices from 0 to T - 1; others,
+        also negative ones, are ignored."""
         name, sizes = type(self).__name__, self._check(input_ids, inputs_embeds)
         if (start_positions is None) != (end_positions is None):
             fail(name, "end_positions", "given where start_positions is, and only there", end_positions)

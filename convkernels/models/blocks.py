@@ -43,8 +43,8 @@ class ConvMixer(GatedConv):
         x = F.dropout(x, self.input_dropout, self.training)
         if cache is None:
             return super().forward(x, mask)
-        go_on = cache.step if may_step(x) and not cache.record_past else cache.extend
-        return go_on(self, x, mask)
+        advance = cache.step if may_step(x) and not cache.record_past else cache.extend
+        return advance(self, x, mask)
 
     def forward_with_state(self, x: Tensor, mask: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """x [B,T,d_model] behind ``state`` -> the same, and the state after it."""
@@ -52,7 +52,7 @@ class ConvMixer(GatedConv):
 
 
 class Attention(nn.Module):
-    """Linear maps q, k, v and o around attention over heads."""
+    """The linear maps q, k, v and o of an attention over heads."""
 
     def __init__(self, config: ConvSeq2SeqConfig):
         super().__init__()
@@ -115,7 +115,7 @@ class CrossAttention(Attention):
 
 
 def relative_window(config: ConvSeq2SeqConfig, causal: bool) -> tuple[int, int]:
-    """Beyond T5's largest distance there is one bucket, which clipping continues."""
+    """The window of T5's bias: all larger distances share a bucket, which clipping continues."""
     reach = config.relative_max_distance
     return reach, 0 if causal else reach
 
@@ -169,9 +169,9 @@ class Positions(nn.Module):
         if config.positions == "learned":
             self.weight = nn.Parameter(torch.empty(config.max_positions + config.position_offset, config.d_model))
 
-    def check(self, call: str, length: int, places) -> None:
-        """That there are as many positions as the input needs, ``length`` with those in the cache."""
-        if self.weight is not None and places is None and length > self.limit:
+    def check(self, call: str, length: int, position_ids) -> None:
+        """Check that there are as many positions as the input needs; ``length`` counts those in the cache too."""
+        if self.weight is not None and position_ids is None and length > self.limit:
             raise ValueError(f"{call}: expected at most max_positions = {self.limit} positions, got {length}")
 
     def forward(self, length: int, mask: Tensor | None, past: int, like: Tensor, index: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What decoding keeps between steps, as layers of transformers' caches."""
+"""The cache of decoding: the state of a convolution as a layer of transformers' caches, and checks of caches."""
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ from .base import CACHE
 class ConvState(CacheLayerMixin):
     """The last inputs of one causal convolution, [B, dilation*(K-1), C]: of the same size at every step.
 
-    Beam search reorders it without a copy: the rows to continue from go to the next step's kernel. Assisted decoding
-    takes positions back (``crop``); for this the state can record, until the next ``crop``, what it has been given.
+    Beam search reorders it without a copy: the next step reads the rows to continue from by their index. Assisted
+    decoding takes positions back (``crop``); for this the state can record its inputs since the last ``crop``.
     """
 
     is_sliding = False
@@ -60,7 +60,7 @@ class ConvState(CacheLayerMixin):
         return self.state
 
     def _change(self, change) -> None:
-        """Every tensor, all of which have the batch first, becomes ``change`` of it."""
+        """Replace every tensor, whose first dimension is the batch, by ``change`` of it."""
         self._select()
         self.state, self.past, self.again = tree_map_only(Tensor, change, (self.state, self.past, self.again))
 
@@ -131,7 +131,7 @@ def decoder_cache(config) -> EncoderDecoderCache:
 
 
 def check_cache(call: str, cache, config) -> None:
-    """That a cache can be used by a ConvSeq2Seq decoder; one without layers gets them."""
+    """Check that a ConvSeq2Seq decoder can use a cache; an empty one gets the layers."""
     parts = [getattr(cache, f"{name}_attention_cache", None) for name in ("self", "cross")]
     if not all(isinstance(part, DynamicCache) and not part.offloading for part in parts):
         got = type(cache).__name__
@@ -149,7 +149,7 @@ def check_cache(call: str, cache, config) -> None:
 
 
 def check_held(call: str, cache, sizes: dict[str, int]) -> None:
-    """That what a cache holds, if anything, has the inputs' number of rows B and of positions S in the encoder."""
+    """Check that a cache holds as many rows B, and positions S of the encoder, as the inputs have."""
     own, cross = cache.self_attention_cache.layers[:1], cache.cross_attention_cache.layers[:1]
     held = [getattr(layer, name, None) for layer in own for name in ("rows", "state", "keys")]
     found = [{"B": value.shape[0]} for value in held if value is not None and value.numel()][:1]
@@ -184,5 +184,5 @@ def attention_update(layer: DynamicLayer | None, k: Tensor, v: Tensor) -> tuple[
 
 
 def may_step(x: Tensor) -> bool:
-    """Whether x [B,T,C] can go through a step, which has no gradient."""
+    """Whether x [B,T,C] is one position without gradient, as a step needs."""
     return x.shape[1] == 1 and not torch.is_grad_enabled()

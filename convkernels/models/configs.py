@@ -5,12 +5,13 @@ import sys
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from ..nn._checks import expect
 from ..ops._select import known
-from ..ops._validate import fail
 
 MIXERS = ("transformer", "lightweight", "dynamic")
 PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
-# The windows of Tay et al. 2021, section 4.1, layer by layer; they call them dilated. Shorter models keep the shape.
+# The filter sizes of Tay et al. 2021, section 4.1, layer by layer, which the paper calls dilated; shorter models have
+# a part of them.
 WINDOWS = {
     "base": [4, 4, 7, 7, 15, 15, 15, 15, 15, 31, 31, 31],
     "small": [4, 7, 15, 15, 15, 31],
@@ -35,16 +36,15 @@ SEQ2SEQ_STYLES = {
 
 
 def _expect(config, argument: str, good: bool, expected: str) -> None:
-    if not good:
-        fail(type(config).__name__, argument, expected, repr(getattr(config, argument)))
+    expect(type(config).__name__, argument, good, expected, getattr(config, argument))
 
 
-def _integer(value, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _integer(value, minimum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
-def _number(value, most: float) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= most
+def _number(value, maximum: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= maximum
 
 
 # Which values a field may have: a test, and how errors name it.
@@ -71,7 +71,7 @@ def _expect_all(config, **fields: str) -> None:
 
 class ConvSeq2SeqConfig(PreTrainedConfig):
     """Configuration of the encoder-decoders of Tay et al. 2021, "Are pre-trained convolutions better than pre-trained
-    transformers?"; ``preset`` has theirs.
+    transformers?"; ``preset`` makes those of the paper. ValueError naming the field for a value that it cannot have.
 
     mixer: what mixes positions in both stacks: "transformer" (self-attention with T5's bucketed bias), "lightweight" or
         "dynamic" convolutions, symmetric in the encoder and causal in the decoder.
@@ -80,7 +80,7 @@ class ConvSeq2SeqConfig(PreTrainedConfig):
     num_filters: H, the number of different filters of a layer. conv_dim: channels inside the block, by default d_model.
     glu, pointwise: as in ``nn.GatedConv``. kernel_softmax: softmax over the taps. mask_query: as in
         ``nn.DynamicConv1d``. depthwise_bias: a bias behind the convolution. kernel_bias: a bias of the linear map that
-        predicts dynamic kernels.
+        predicts dynamic filters.
     use_bias: biases of the linear maps; mixer_bias: of those in the convolutional block, by default use_bias.
     norm: "rms" or "layer"; norm_placement: "res_post" (x + norm(f(x)), the paper's text), "post" (norm(x + f(x)),
         fairseq's default) or "pre" (x + f(norm(x)), T5 and the released code); final_norm: one more behind each stack.
@@ -88,8 +88,8 @@ class ConvSeq2SeqConfig(PreTrainedConfig):
     positions: None, "learned" or "sinusoidal", added to the embeddings; position_offset: the row of the first position.
     relative_buckets, relative_max_distance: of T5's bias. head_dim: by default d_model / num_heads.
     scale_attention: divide scores by sqrt(head_dim); T5 does not. scale_embedding: multiply embeddings by
-        sqrt(d_model). scale_output: divide the states before the output layer by it, as T5 does where that is
-        tied to the embeddings (the default).
+        sqrt(d_model). scale_output: divide the states before the output layer by sqrt(d_model), as T5 does where that
+        layer is tied to the embeddings (the default).
     pair_attention: the number of the encoder layer behind which one layer of full self-attention stands, the paper's
         remedy for tasks on pairs of sentences given as one sequence (section 6.1).
     dual_encoder: the classifier takes two sequences, encoded apart.
@@ -212,9 +212,9 @@ class ConvSeq2SeqConfig(PreTrainedConfig):
 
     def taps(self, stack: str, layer: int) -> tuple[int, int]:
         """Number of taps and dilation of a layer; stack: "encoder" or "decoder"."""
-        kernel, dilation = getattr(self, f"{stack}_kernel_size"), self.dilation
+        taps, dilation = getattr(self, f"{stack}_kernel_size"), self.dilation
         return (
-            kernel if isinstance(kernel, int) else kernel[layer],
+            taps if isinstance(taps, int) else taps[layer],
             dilation if isinstance(dilation, int) else dilation[layer],
         )
 
@@ -236,8 +236,7 @@ class ConvSeq2SeqConfig(PreTrainedConfig):
             ("size", size, tuple(SEQ2SEQ_SIZES)),
             ("style", style, tuple(SEQ2SEQ_STYLES)),
         ):
-            if value not in choices:
-                fail(f"{cls.__name__}.preset", argument, f"one of {choices}", repr(value))
+            expect(f"{cls.__name__}.preset", argument, value in choices, f"one of {choices}", value)
         options = {**SEQ2SEQ_SIZES[size], **SEQ2SEQ_STYLES[style], "mixer": mixer}
         if mixer == "transformer":
             options |= dict(mixer_bias=None, positions=None)
@@ -284,7 +283,8 @@ BERT_SIZES = {
 
 class CompositeBertConfig(PreTrainedConfig):
     """Configuration of the BERTs of Chang et al. 2021, "Convolutions and self-attention: re-interpreting relative
-    positions in pre-trained language models"; ``preset`` has theirs.
+    positions in pre-trained language models"; ``preset`` makes those of the paper. ValueError naming the field for a
+    value that it cannot have.
 
     attention: arguments of ``nn.CompositeAttention`` beside its sizes: window, bias, query_rel, value_conv, span, ...
     absolute_positions: add learned embeddings of absolute positions.
@@ -341,12 +341,11 @@ class CompositeBertConfig(PreTrainedConfig):
 
         Variants: none, absolute (BERT's own positions), fixed, dynamic, composite, composite-key, depthwise,
         composite-depthwise; conv-qk, conv-v, conv-qkv (half of the heads), each also composite-...; convbert (the
-        paper's re-implementation, which predicts kernels at the key), convbert-absolute, and convbert-output (as
+        paper's re-implementation, which predicts filters at the key), convbert-absolute, and convbert-output (as
         published by Jiang et al. 2020, but blind to padding). changes: fields to set otherwise.
         """
         for argument, value, choices in (("variant", variant, BERT_VARIANTS), ("size", size, BERT_SIZES)):
-            if value not in choices:
-                fail(f"{cls.__name__}.preset", argument, f"one of {tuple(choices)}", repr(value))
+            expect(f"{cls.__name__}.preset", argument, value in choices, f"one of {tuple(choices)}", value)
         options = dict(
             BERT_SIZES[size],
             attention=dict(BERT_VARIANTS[variant]),

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import PreTrainedModel
 
-# Of the modules in whose name a word occurs as a part, the first word decides.
+# Parts of a model, each with words that occur in the names of its modules; the first part with a match counts.
 PARTS = (
     ("cross-attention", ("cross_attention",)),
     ("feed-forward", ("feed_forward", "intermediate", "output")),
@@ -18,7 +18,7 @@ PARTS = (
 )
 
 aten = torch.ops.aten
-# The cross-attention's kernel on the CPU; PyTorch's table has only those for GPUs.
+# The cross-attention's operator on the CPU; PyTorch's table has only those for GPUs.
 CPU_ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: (

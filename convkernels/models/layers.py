@@ -25,7 +25,7 @@ class _Layer(GradientCheckpointingLayer):
         self.feed_forward_norm = make_norm(config)
 
     def _add(self, norm: nn.Module, x: Tensor, branch, *args) -> Tensor:
-        """x plus the branch, the norm where the configuration has it."""
+        """x plus the branch; ``norm_placement`` says where the norm stands."""
         y = branch(norm(x) if self.placement == "pre" else x, *args)
         if self.placement == "res_post":
             y = norm(y.to(x.dtype))  # the residual stream keeps its precision under autocast

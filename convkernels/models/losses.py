@@ -18,20 +18,19 @@ def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def span_loss(start: Tensor, end: Tensor, start_positions: Tensor, end_positions: Tensor) -> Tensor:
-    """Mean of two cross entropies over positions: logits [B,T], places [B] or [B,1]; places outside are ignored.
-
-    So transformers describes its own heads, which yet count a negative place as 0, the first token.
+    """Mean of two cross entropies over positions: logits [B,T], indices [B] or [B,1]; those outside of 0 to T - 1 are
+    ignored. transformers documents this for its own heads, which clamp negative indices to 0 instead.
     """
     losses = []
-    for logits, places in ((start, start_positions), (end, end_positions)):
-        places = places.flatten().long()
-        outside = (places < 0) | (places >= logits.shape[1])
-        losses.append(F.cross_entropy(_precise(logits), places.masked_fill(outside, -100)))
+    for logits, index in ((start, start_positions), (end, end_positions)):
+        index = index.flatten().long()
+        outside = (index < 0) | (index >= logits.shape[1])
+        losses.append(F.cross_entropy(_precise(logits), index.masked_fill(outside, -100)))
     return sum(losses) / 2
 
 
 def _problem(config, labels: Tensor) -> str:
-    """What the labels say where the configuration says nothing."""
+    """The configuration's problem_type, by default the one that the labels' dtype suggests."""
     if config.problem_type is not None:
         return config.problem_type
     if config.num_labels == 1:
@@ -40,7 +39,7 @@ def _problem(config, labels: Tensor) -> str:
 
 
 def check_classes(call: str, config, B: int, labels) -> None:
-    """That labels, if they are given, are such as ``classification_loss`` takes for B rows."""
+    """Check that labels, if they are given, have a shape and dtype of ``classification_loss`` for B rows."""
     if labels is None:
         return
     tensor(call, "labels", labels)

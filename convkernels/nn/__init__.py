@@ -1,7 +1,8 @@
 """Modules over the public functions; inputs are [B,T,C]."""
 
 from .attention import CompositeAttention, SpanDynamicConv
-from .conv import DepthwiseConv1d, DynamicConv1d, GatedConv, LightweightConv1d, SeparableConv1d
+from .blocks import GatedConv, SeparableConv1d
+from .conv import DepthwiseConv1d, DynamicConv1d, LightweightConv1d
 
 __all__ = [
     "CompositeAttention",

@@ -11,37 +11,34 @@ from ..ops.attention import checks
 from ..ops.attention.api import composite_attention
 from ..ops.attention.weights import attention_weights
 from ..ops.conv import api
+from ._checks import each, expect
 from .conv import DepthwiseConv1d
 
 PROJECTIONS = ("linear", "conv", "mixed")
 
 
-def _expect(name: str, argument: str, good: bool, expected: str, got) -> None:
-    if not good:
-        _validate.fail(name, argument, expected, repr(got))
-
-
 def _expect_odd(name: str, argument: str, taps) -> None:
     _validate.positive(name, argument, taps)
-    _expect(name, argument, taps % 2 == 1, "an odd number", taps)
+    expect(name, argument, taps % 2 == 1, "an odd number", taps)
 
 
 class SpanDynamicConv(nn.Module):
-    """Span-based dynamic convolution: the kernel of a position is predicted from the query and a window around it.
+    """Span-based dynamic convolution: the filters of a position are predicted from the query and a window around it.
 
-        kernels[b,t] = kernel(query[b,t] * pointwise(depthwise(x))[b,t]),    [heads, K]
+        filters[b,t] = kernel(query[b,t] * pointwise(depthwise(x))[b,t]),    [heads, K]
 
-    ``predicted_at`` says whose kernel weighs input j of output i:
+    ``predicted_at`` says whose filter weighs input j of output i:
 
-    * "output" (Jiang et al. 2020, ConvBERT): kernels[b,i], softmax over the K taps; taps outside the sequence read
+    * "output" (Jiang et al. 2020, ConvBERT): filters[b,i], softmax over the K taps; taps outside the sequence read
       zeros. The values are a linear map ``value`` of x.
-    * "key" (the comparison in Chang et al. 2021): kernels[b,j], softmax over the taps of output i that lie inside the
+    * "key" (the comparison in Chang et al. 2021): filters[b,j], softmax over the taps of output i that lie inside the
       sequence and are not masked. There is no ``value``; the values come from outside, and ``depthwise`` has a bias.
 
     Parameters: ``depthwise`` [C,1,K], ``pointwise`` C -> inner, ``kernel`` inner -> heads*K, ``value`` C -> inner. They
     are ``key_conv_attn_layer.depthwise``, ``key_conv_attn_layer.pointwise`` (whose bias stands beside it),
     ``conv_kernel_layer`` and ``conv_out_layer`` of ConvBERT's checkpoints, and ``convbert_key_depthwise``,
     ``convbert_key_pointwise`` and ``lightweight_kernel`` of the others. Linear weights start N(0, 0.02), biases 0.
+    Raises ValueError or TypeError naming the argument, what was expected and what was given.
     """
 
     def __init__(
@@ -58,12 +55,11 @@ class SpanDynamicConv(nn.Module):
     ):
         super().__init__()
         name = type(self).__name__
-        for argument, value in (("channels", channels), ("inner", inner), ("heads", heads)):
-            _validate.positive(name, argument, value)
-        _expect(name, "heads", inner % heads == 0, f"a divisor of {inner}", heads)
+        each(_validate.positive, name, channels=channels, inner=inner, heads=heads)
+        expect(name, "heads", inner % heads == 0, f"a divisor of {inner}", heads)
         _expect_odd(name, "kernel_size", kernel_size)
         _select.known(name, backend)
-        _expect(name, "predicted_at", predicted_at in ("output", "key"), "'output' or 'key'", predicted_at)
+        expect(name, "predicted_at", predicted_at in ("output", "key"), "'output' or 'key'", predicted_at)
         self.channels, self.inner, self.heads, self.kernel_size = channels, inner, heads, kernel_size
         self.predicted_at, self.backend = predicted_at, backend
         at_key = predicted_at == "key"
@@ -87,13 +83,13 @@ class SpanDynamicConv(nn.Module):
         then reads as zeros; ConvBERT itself does not mask its convolutions.
         """
         if value is None:
-            _expect(type(self).__name__, "value", self.value is not None, "[B,T,inner], because of 'key'", None)
+            expect(type(self).__name__, "value", self.value is not None, "[B,T,inner], because of 'key'", None)
             value = self.value(x)
-        kernels = self.kernel(query * self.pointwise(self.depthwise(x, mask))).unflatten(2, (self.heads, -1))
+        filters = self.kernel(query * self.pointwise(self.depthwise(x, mask))).unflatten(2, (self.heads, -1))
         if self.predicted_at == "key":
-            kernels = _seen_from_outputs(kernels, mask)
+            filters = _seen_from_outputs(filters, mask)
         return api.dynamic_conv1d(
-            value, kernels, mask=mask, softmax=self.predicted_at == "output", padding="same", backend=self.backend
+            value, filters, mask=mask, softmax=self.predicted_at == "output", padding="same", backend=self.backend
         )
 
     def extra_repr(self) -> str:
@@ -101,26 +97,30 @@ class SpanDynamicConv(nn.Module):
         return f"{sizes}, predicted_at={self.predicted_at!r}"
 
 
-def _seen_from_outputs(kernels: Tensor, mask: Tensor | None) -> Tensor:
-    """Weights of the taps of every output, from what the keys predicted: w[b,i,h,c] is softmaxed kernels[b,j,h,c] with
-    j = i + c - K//2, over the c whose j exists and is not masked."""
-    (B, T, _, K), reach = kernels.shape, kernels.shape[3] // 2
-    real = kernels.new_ones(B, T, dtype=torch.bool) if mask is None else mask
-    padded, real = F.pad(kernels, (0, 0, 0, 0, reach, reach)), F.pad(real, (reach, reach))
-    logits = torch.stack([padded[:, c : c + T, :, c] for c in range(K)], -1)
-    real = torch.stack([real[:, c : c + T] for c in range(K)], -1)[:, :, None]
+def _seen_from_outputs(filters: Tensor, mask: Tensor | None) -> Tensor:
+    """Weights of the taps of every output, from what the keys predicted, both [B,T,H,K]: w[b,i,h,c] is the softmax of
+    filters[b,j,h,c], j = i + c - K//2, over the c whose j exists and is not masked."""
+    (B, T, _, K), reach = filters.shape, filters.shape[3] // 2
+    real = filters.new_ones(B, T, dtype=torch.bool) if mask is None else mask
+    padded, real = F.pad(filters, (0, 0, 0, 0, reach, reach)), F.pad(real, (reach, reach))
+    logits = torch.stack([padded[:, c : c + T, :, c] for c in range(K)], -1)  # [B,T,H,K]
+    real = torch.stack([real[:, c : c + T] for c in range(K)], -1)[:, :, None]  # [B,T,1,K]
     some = real.any(-1, keepdim=True)
     logits = torch.where(real, logits, torch.where(some, float("-inf"), 0.0).to(logits.dtype))
     return torch.where(some, torch.softmax(logits, -1), 0.0)
 
 
 class CompositeAttention(nn.Module):
-    """Self-attention whose scores and values have convolutional terms (Chang et al. 2021), without output projection.
+    """Self-attention whose scores and values have convolutional terms, without output projection: x [B,T,C] -> [B,T,C].
+
+        s[b,h,i,j] = scale * (q[b,i,h]·k[b,j,h] + q[b,i,h]·query_rel[:,c] + k[b,j,h]·key_rel[:,W-1-c]) + bias[h,c]
+        c          = clip(j - i, -left, right) + left,     scale = (C/H)**-0.5
+        y[b,i,h]   = sum_j softmax_j(s)[b,h,i,j] * v[b,j,h] + value_conv_scale[h] * (value_conv * v)[b,i,h]
 
     channels, heads: C and H, heads of C/H channels.
     window: (left, right), or k for (k, k); tables and ``value_conv`` have W = left + right + 1 columns.
     qk: the product of queries and keys. bias: a bias per head and offset (equation 4; with query_rel equation 6).
-        query_rel, key_rel: a kernel predicted by the query (equation 5), by the key. Without ``qk`` and ``query_rel``
+        query_rel, key_rel: a filter predicted by the query (equation 5), by the key. Without ``qk`` and ``query_rel``
         there is no query projection, without ``qk`` and ``key_rel`` no key projection.
     value_conv: the depthwise term of equation 7, with a scale per head that is trained only with
         ``value_conv_scale=True``.
@@ -140,6 +140,9 @@ class CompositeAttention(nn.Module):
     [1,H,1,W] (zeros), ``convq_param`` and ``convk_param`` [C/H,W] (uniform within 1/sqrt(W)), ``convolution`` [C,1,W]
     with bias, ``convolution_scalar`` [1,H,1,1] (ones); ``*_conv``, ``*_pointwise`` and ``*_linear`` of convolutional
     projections; ``span`` is this package's own.
+    Raises ValueError or TypeError naming the argument, what was expected and what was given.
+    Source: Chang et al. 2021, "Convolutions and self-attention: re-interpreting relative positions in pre-trained
+    language models".
     """
 
     def __init__(
@@ -172,27 +175,24 @@ class CompositeAttention(nn.Module):
     ):
         super().__init__()
         name = type(self).__name__
-        for argument, number in (("channels", channels), ("heads", heads), ("span_kernel_size", span_kernel_size)):
-            _validate.positive(name, argument, number)
-        for argument, flag in (
-            ("qk", qk), ("bias", bias), ("query_rel", query_rel), ("key_rel", key_rel), ("value_conv", value_conv),
-            ("value_conv_scale", value_conv_scale), ("activation", activation), ("span_mask", span_mask),
-            ("causal", causal),
-        ):  # fmt: skip
-            _validate.flag(name, argument, flag)
+        each(_validate.positive, name, channels=channels, heads=heads, span_kernel_size=span_kernel_size)
+        each(
+            _validate.flag, name, qk=qk, bias=bias, query_rel=query_rel, key_rel=key_rel, value_conv=value_conv,
+            value_conv_scale=value_conv_scale, activation=activation, span_mask=span_mask, causal=causal,
+        )  # fmt: skip
         _validate.probability(name, "dropout", dropout)
         _select.known(name, backend)
         halves = span is not None or "mixed" in (query_key, value)
         divides = channels % heads == 0 and not (halves and heads % 2)
-        _expect(name, "heads", divides, f"{'an even ' if halves else 'a '}divisor of {channels}", heads)
+        expect(name, "heads", divides, f"{'an even ' if halves else 'a '}divisor of {channels}", heads)
         kinds = (*PROJECTIONS, "identity")
-        _expect(name, "query_key", query_key in kinds, f"one of {kinds}", query_key)
-        _expect(name, "value", value in PROJECTIONS, f"one of {PROJECTIONS}", value)
-        _expect(name, "span", span in (None, "output", "key"), "None, 'output' or 'key'", span)
+        expect(name, "query_key", query_key in kinds, f"one of {kinds}", query_key)
+        expect(name, "value", value in PROJECTIONS, f"one of {PROJECTIONS}", value)
+        expect(name, "span", span in (None, "output", "key"), "None, 'output' or 'key'", span)
         plain = query_key == value == "linear" and qk and not (bias or query_rel or key_rel or value_conv or causal)
-        _expect(name, "span", span is None or plain, "None, because only plain heads go beside it", span)
-        _expect(name, "qk", qk or bias or query_rel or key_rel, "True, because nothing else is in the scores", qk)
-        _expect(name, "window", window is not None, "k for (k, k), or (left, right)", window)
+        expect(name, "span", span is None or plain, "None, because only plain heads go beside it", span)
+        expect(name, "qk", qk or bias or query_rel or key_rel, "True, because nothing else is in the scores", qk)
+        expect(name, "window", window is not None, "k for (k, k), or (left, right)", window)
         self.channels, self.heads, self.head_size = channels, heads, channels // heads
         self.window = checks.reach(name, window, outside, {})
         self.qk, self.query_key, self.value_kind, self.activation = qk, query_key, value, activation
@@ -235,7 +235,7 @@ class CompositeAttention(nn.Module):
             argument = "value_groups" if name == "value" else "query_key_groups"
             _validate.positive(type(self).__name__, argument, groups)
             fits = self.channels % groups == convolved % groups == 0
-            _expect(type(self).__name__, argument, fits, f"a divisor of {self.channels} and {convolved}", groups)
+            expect(type(self).__name__, argument, fits, f"a divisor of {self.channels} and {convolved}", groups)
         if groups is None:
             convolution = DepthwiseConv1d(self.channels, taps, bias=True, backend=self.backend, **options)
             self.add_module(f"{name}_pointwise", nn.Linear(self.channels, convolved, **options))
@@ -274,8 +274,8 @@ class CompositeAttention(nn.Module):
             z = convolution(x, cu_seqlens=cu_seqlens)
             z = getattr(self, f"{name}_pointwise")(F.gelu(z) if self.activation else z)
         else:
-            given = "None, because of a grouped convolution"
-            _expect(type(self).__name__, "cu_seqlens", cu_seqlens is None, given, cu_seqlens)
+            expected = "None, because of a grouped convolution"
+            expect(type(self).__name__, "cu_seqlens", cu_seqlens is None, expected, cu_seqlens)
             z = convolution(x.transpose(1, 2)).transpose(1, 2)
         return torch.cat([z, getattr(self, f"{name}_linear")(x)], 2) if kind == "mixed" else z
 
@@ -292,12 +292,12 @@ class CompositeAttention(nn.Module):
             return attention_weights(q, k, **self._score_terms(mask) | dict(dropout=0.0))
         v = self._project("value", self.value_kind, x, cu_seqlens)
         if self.span is not None:
-            _expect(type(self).__name__, "cu_seqlens", cu_seqlens is None, "None, because of span", cu_seqlens)
+            expect(type(self).__name__, "cu_seqlens", cu_seqlens is None, "None, because of span", cu_seqlens)
             return self._beside_span(x, mask, q, k, v)
         H = self.heads
         scalar = self.convolution_scalar
         taps, offsets = (None, None) if self.convolution is None else self.convolution()
-        # Where scores need no queries or no keys, anything of their shape will do.
+        # Scores without queries or without keys ignore that input; the values have its shape.
         q, k, v = (self._heads(v if value is None else value) for value in (q, k, v))
         return composite_attention(
             q,
@@ -311,12 +311,12 @@ class CompositeAttention(nn.Module):
 
     def weights(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The attention weights of ``forward`` without dropout, [B,H,T,T]; with ``span`` those of the first half of the
-        heads. Made aside: as slow as ``attention_weights`` says."""
-        # By a call, so that hooks that bring the parameters run.
+        heads. They are computed apart from ``forward``, with the cost that ``attention_weights`` states."""
+        # By a call of the module, so that hooks that fetch the parameters run.
         return self(x, mask, only_weights=True)
 
     def _score_terms(self, mask: Tensor | None, cu_seqlens: Tensor | None = None) -> dict:
-        """What of ``composite_attention``'s arguments decides over the weights, beside queries and keys."""
+        """The arguments of ``composite_attention`` that determine the weights, beside queries and keys."""
         terms = dict(key_mask=mask, cu_seqlens_q=cu_seqlens, **self._options())
         if self.span is None:
             terms |= dict(
@@ -357,8 +357,8 @@ class CompositeAttention(nn.Module):
 
 
 class _Taps(nn.Conv1d):
-    """A depthwise convolution that the attention computes. Its parameters are asked for by a call, so that hooks that
-    fetch them (offloading, sharding) run."""
+    """The filters of a depthwise convolution that the attention computes. A call returns the parameters, so that hooks
+    that fetch them (offloading, sharding) run."""
 
     def forward(self) -> tuple[Tensor, Tensor]:
         return self.weight, self.bias

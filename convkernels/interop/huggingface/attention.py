@@ -1,0 +1,199 @@
+"""This package's attention as an attention function of transformers, with the mask that it takes."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    sliding_window_causal_mask_function,
+    sliding_window_overlay,
+)
+
+from ...models.base import PreTrained
+from ...ops._validate import fail
+from ...ops.attention.api import composite_attention
+
+NAME = "convkernels"
+_CALL = f"attn_implementation={NAME!r}"
+# Models whose position_bias is a function of the distance alone.
+_RELATIVE = ("t5", "mt5", "umt5")
+# Models that call transformers' interface in one part alone, or with a mask that they make themselves.
+_MIXED = ("bigbird_pegasus", "layoutlm", "markuplm")
+# Arguments of transformers' attention functions that change results, and that composite_attention does not have.
+_UNKNOWN = (
+    "softcap", "s_aux", "sinks", "indices", "block_indices", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "head_mask",
+    "output_attentions",
+)  # fmt: skip
+_registered: set[str] = set()
+
+
+def register(name: str = NAME) -> None:
+    """Make this package's attention known to transformers, as ``attn_implementation=name``.
+
+    Models then call ``composite_attention``: padding and causality without a mask of T x T, sliding windows, shared
+    key heads, T5's relative bias. Models that compute their attention themselves refuse the name: ValueError. Calling
+    it again does no harm.
+    """
+    if not _registered:
+        method = "get_correct_attn_implementation"
+        setattr(PreTrainedModel, method, _checking(getattr(PreTrainedModel, method)))
+    _registered.add(name)
+    AttentionInterface.register(name, attention_forward)
+    AttentionMaskInterface.register(name, padding_mask)
+
+
+def _checking(original: Callable) -> Callable:
+    """``get_correct_attn_implementation`` of transformers, with an error for models that never call the interface and
+    would add the mask made for this attention to their scores; transformers itself accepts every registered name."""
+
+    @functools.wraps(original)
+    def checked(model: PreTrainedModel, requested_attention: str | None, *args, **options) -> str:
+        if requested_attention in _registered and not calls_interface(type(model)):
+            expected = "'eager', because the model computes its attention itself (replace_attention may change that)"
+            fail(type(model).__name__, "attn_implementation", expected, repr(requested_attention))
+        return original(model, requested_attention, *args, **options)
+
+    return checked
+
+
+def calls_interface(made: type[PreTrainedModel]) -> bool:
+    """Whether a model calls the attention it is told to, as it says itself or as transformers finds in its source."""
+    if made._supports_attention_backend or issubclass(made, PreTrained):
+        return True
+    if getattr(made.config_class, "model_type", None) in _MIXED:
+        return False
+    bases = (base for base in made.__mro__ if issubclass(base, PreTrainedModel) and base is not PreTrainedModel)
+    return all(base._can_set_attn_implementation() for base in bases)
+
+
+def padding_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function=causal_mask_function,
+    attention_mask: Tensor | None = None,
+    device=None,
+    **unused,
+) -> Tensor | None:
+    """transformers' mask for this attention: bool [B,S], or None where nothing hides a key from any query.
+
+    A causal one ends at the last query: a static cache has keys beyond that, and ``attention_mask`` may have columns.
+    ``attention_forward`` reads its attributes ``causal``, ``sliding_window`` and ``full`` (True everywhere).
+    NotImplementedError for other masks: packed sequences, chunks, windows to both sides, masks of a model's own.
+    """
+    causal, window = mask_function is not bidirectional_mask_function, None
+    if causal and mask_function is not causal_mask_function:
+        window = _sliding_window(mask_function)
+    end = int(q_offset) + q_length if causal else kv_offset + kv_length
+    if attention_mask is None:
+        if not causal:
+            return None
+        mask = torch.ones(batch_size, end - kv_offset, dtype=torch.bool, device=device)
+    elif hasattr(attention_mask, "causal"):  # made here before, as generate does for a static cache
+        return attention_mask
+    else:
+        width = attention_mask.shape[-1]
+        if attention_mask.dim() != 2 or (causal and width < end):
+            fail(_CALL, "attention_mask", f"shape [B,S] with a column for each of {end} keys", attention_mask)
+        mask = torch.nn.functional.pad(attention_mask.bool(), (0, max(end - width, 0)))[:, kv_offset:end].contiguous()
+    mask.causal, mask.sliding_window, mask.full = causal, window, attention_mask is None
+    return mask
+
+
+def _sliding_window(mask_function) -> int:
+    """The size of transformers' sliding window under a causal mask; an error for any other function."""
+    overlay = sliding_window_overlay(1).__qualname__
+    if getattr(mask_function, "__qualname__", "") == sliding_window_causal_mask_function(1).__qualname__:
+        parts = mask_function.__closure__[0].cell_contents
+        if len(parts) == 2 and parts[0].__qualname__ == overlay and parts[1] is causal_mask_function:
+            return parts[0].__closure__[0].cell_contents
+    expected = "the causal or bidirectional one or a causal sliding window (use 'sdpa' for this model)"
+    fail(_CALL, "mask_function", expected, mask_function, NotImplementedError)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: query [B,H,T,D], key and value [B,G,S,D] -> [B,T,H,D], and no weights.
+
+    attention_mask: bool [B,S] as made by ``padding_mask``, which decides whether the attention is causal and has a
+    sliding window; without it the other arguments and the module do. NotImplementedError for what
+    ``composite_attention`` does not compute: soft caps, attention sinks, packed sequences, weights as an output, a
+    position_bias that is not T5's.
+    """
+    unknown = {name: value for name, value in kwargs.items() if name in _UNKNOWN}
+    refuse(_CALL, unknown, " (attn_implementation='eager' may)")
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)  # as transformers has it
+    if attention_mask is not None:
+        check_mask(attention_mask)
+        causal = getattr(attention_mask, "causal", causal)
+        sliding_window = getattr(attention_mask, "sliding_window", sliding_window)
+        if causal:  # a static cache is longer than what has been written to it
+            k, v = k[:, : attention_mask.shape[1]], v[:, : attention_mask.shape[1]]
+        expected = [k.shape[0], k.shape[1]]
+        if list(attention_mask.shape) != expected:
+            fail(_CALL, "attention_mask", f"shape [B,S] = {expected}, a column for each key", attention_mask)
+        if getattr(attention_mask, "full", False):
+            attention_mask = None
+    T, S = q.shape[1], k.shape[1]
+    options = {}
+    if position_bias is not None:
+        options = dict(bias=_by_distance(module, position_bias[..., :S]), window=(S - 1, T - 1))
+    if sliding_window is not None:
+        if options:
+            fail(_CALL, "sliding_window", "None, because of position_bias", sliding_window, NotImplementedError)
+        options = dict(window=(sliding_window - 1, 0), outside="mask")
+    y = composite_attention(
+        q,
+        k,
+        v,
+        causal=causal,
+        key_mask=attention_mask,
+        scale=scaling,
+        dropout=dropout,
+        training=dropout > 0.0,
+        **options,
+    )
+    return y, None
+
+
+def check_mask(mask: Tensor) -> None:
+    if mask.dim() != 2 or mask.dtype != torch.bool:
+        fail(_CALL, "attention_mask", "a bool tensor [B,S], the padding (for a mask of more: 'eager')", mask)
+
+
+def _by_distance(module: nn.Module, bias: Tensor) -> Tensor:
+    """A bias [1,H,T,S] that depends on the distance alone, as a table [H, S-1 + 1 + T-1]. The last query has the
+    distances from -(S-1) to 0, the first one those from T-S to T-1; with T > S the first key has those between."""
+    kind = getattr(getattr(module, "config", None), "model_type", None)
+    if kind not in _RELATIVE or bias.shape[0] != 1:
+        fail(_CALL, "position_bias", f"that of one of {_RELATIVE}", f"that of {kind}", NotImplementedError)
+    T, S = bias.shape[2:]
+    between = bias[0, :, 1 : T - S, 0].flip(1) if T > S else bias[0, :, 0, :0]
+    return torch.cat([bias[0, :, -1], between, bias[0, :, 0, max(S - T + 1, 0) :]], 1)
+
+
+def refuse(function: str, arguments: dict, instead: str = "") -> None:
+    """NotImplementedError for an argument that asks for something; None and False do not. instead: what has it."""
+    for argument, value in arguments.items():
+        if value is not None and value is not False:
+            shown = value if isinstance(value, Tensor | bool | int | float | str) else f"a {type(value).__name__}"
+            expected = f"None, because the attention here has no such thing{instead}"
+            fail(function, argument, expected, shown, NotImplementedError)

@@ -1,0 +1,156 @@
+"""Modules of a convolution and the linear maps around it."""
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import _validate
+from ._checks import each
+from .conv import DepthwiseConv1d
+
+
+class SeparableConv1d(nn.Module):
+    """Depthwise convolution without bias, then a linear map over channels.
+
+        y[b,t] = pointwise(depthwise(x)[b,t])
+
+    Parameters: ``depthwise.weight`` [C_in,1,K], ``pointwise.weight`` [C_out,C_in], ``pointwise.bias`` [C_out]. Errors
+    and options as in ``DepthwiseConv1d``.
+    Source: Jiang et al. 2020 (ConvBERT).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        padding: str | int = "same",
+        dilation: int = 1,
+        bias: bool = True,
+        backend: str = "auto",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        each(_validate.positive, type(self).__name__, in_channels=in_channels, out_channels=out_channels)
+        self.channels, self.out_channels = in_channels, out_channels
+        options = dict(device=device, dtype=dtype)
+        self.depthwise = DepthwiseConv1d(
+            in_channels, kernel_size, padding=padding, dilation=dilation, bias=False, backend=backend, **options
+        )
+        self.pointwise = nn.Linear(in_channels, out_channels, bias=bias, **options)
+
+    def reset_parameters(self) -> None:
+        """Draw new initial values."""
+        self.depthwise.reset_parameters()
+        self.pointwise.reset_parameters()
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        gate: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        initial_state: Tensor | None = None,
+        return_state: bool = False,
+    ):
+        """x [B,T,C_in] -> [B,T,C_out]; with ``return_state`` also the state after the last position."""
+        y = self.depthwise(
+            x, mask, gate=gate, cu_seqlens=cu_seqlens, initial_state=initial_state, return_state=return_state
+        )
+        return (self.pointwise(y[0]), y[1]) if return_state else self.pointwise(y)
+
+    def init_state(self, batch: int, *, dtype: torch.dtype | None = None, device=None) -> Tensor:
+        """The state before the first position, [batch, (K-1)*dilation, C_in]."""
+        return self.depthwise.init_state(batch, dtype=dtype, device=device)
+
+    def step(
+        self, x: Tensor, state: Tensor, *, gate: Tensor | None = None, mask: Tensor | None = None,
+        state_index: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """One position, x [B,C_in] -> [B,C_out], without gradient; ``state`` is updated in place."""
+        return self.pointwise(self.depthwise.step(x, state, gate=gate, mask=mask, state_index=state_index))
+
+
+class GatedConv(nn.Module):
+    """The convolutional block of Tay et al. 2021: gated linear unit, convolution, linear map.
+
+        X1 = (W_I X) * sigmoid(W_S X),   X2 = conv(X1),   X3 = W_O X2
+
+    ``linear1`` holds W_I and W_S in one matrix with 2*inner outputs, value first, gate second; ``linear2`` is W_O. The
+    product is part of the convolution's operator, except for a dynamic one, whose filters are predicted from it.
+    ``conv`` is one of this package's convolutions over ``inner`` channels, or a module with the same ``channels``,
+    ``forward``, ``init_state`` and ``step``; ``out_channels``, if it has that, is the size of its output.
+    ``glu=False`` leaves the gate out: linear1 has ``inner`` outputs (Wu et al. 2019 have both forms).
+    ``pointwise=True`` puts another linear map over the convolution's channels, with bias, behind the convolution (the
+    code released by Tay et al.). Linear maps start Xavier uniform with zero bias.
+    Raises ValueError or TypeError naming the argument, what was expected and what was given.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        conv: nn.Module,
+        *,
+        bias: bool = True,
+        glu: bool = True,
+        pointwise: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        name = type(self).__name__
+        _validate.positive(name, "channels", channels)
+        each(_validate.flag, name, glu=glu, pointwise=pointwise)
+        if isinstance(conv, GatedConv) or not all(hasattr(conv, n) for n in ("channels", "init_state", "step")):
+            _validate.fail(name, "conv", "a convolution of this package", type(conv).__name__, TypeError)
+        self.channels, self.inner, self.glu = channels, conv.channels, glu
+        outer = getattr(conv, "out_channels", self.inner)
+        options = dict(device=device, dtype=dtype)
+        self.linear1 = nn.Linear(channels, (2 if glu else 1) * self.inner, bias=bias, **options)
+        self.conv = conv
+        self.pointwise = nn.Linear(outer, outer, **options) if pointwise else None
+        self.linear2 = nn.Linear(outer, channels, bias=bias, **options)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new initial values for the linear maps."""
+        for linear in (self.linear1, self.pointwise, self.linear2):
+            if linear is not None:
+                nn.init.xavier_uniform_(linear.weight)
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The convolution's input and its gate."""
+        x = self.linear1(x)
+        return tuple(x.chunk(2, dim=-1)) if self.glu else (x, None)
+
+    def _join(self, y: Tensor) -> Tensor:
+        return self.linear2(y if self.pointwise is None else self.pointwise(y))
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        initial_state: Tensor | None = None,
+        return_state: bool = False,
+    ):
+        """x [B,T,C] -> [B,T,C]; with ``return_state`` also the convolution's state after the last position."""
+        value, gate = self._split(x)
+        y = self.conv(
+            value, mask, gate=gate, cu_seqlens=cu_seqlens, initial_state=initial_state, return_state=return_state
+        )
+        return (self._join(y[0]), y[1]) if return_state else self._join(y)
+
+    def init_state(self, batch: int, *, dtype: torch.dtype | None = None, device=None) -> Tensor:
+        """The state before the first position."""
+        return self.conv.init_state(batch, dtype=dtype, device=device)
+
+    def step(self, x: Tensor, state: Tensor, **options) -> Tensor:
+        """One position, x [B,C] -> [B,C], without gradient; ``state`` is updated in place; options of ``conv.step``."""
+        value, gate = self._split(x)
+        return self._join(self.conv.step(value, state, gate=gate, **options))
