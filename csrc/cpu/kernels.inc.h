@@ -44,8 +44,8 @@ inline const char* attention(const AttentionForward& p) {
   return p.dtype == Dtype::kFloat64 ? attention_typed<double>(p) : attention_typed<float>(p);
 }
 
-inline const char* attention_grad(const AttentionBackward& p) {
-  return p.dtype == Dtype::kFloat64 ? attention_grad_typed<double>(p) : attention_grad_typed<float>(p);
+inline const char* attention_backward(const AttentionBackward& p) {
+  return p.dtype == Dtype::kFloat64 ? attention_backward_typed<double>(p) : attention_backward_typed<float>(p);
 }
 
 }  // namespace ck::cpu::CK_ISA

@@ -7,7 +7,7 @@
 namespace ck::cpu {
 
 extern const Kernels kKernels_wide;
-const Kernels kKernels_wide = {"wide",          wide::forward,       wide::backward, wide::shift_state,
-                               wide::attention, wide::attention_grad};
+const Kernels kKernels_wide = {"wide",          wide::forward,           wide::backward, wide::shift_state,
+                               wide::attention, wide::attention_backward};
 
 }  // namespace ck::cpu

@@ -7,6 +7,6 @@ namespace ck::cpu {
 extern const Kernels kKernels_portable;
 const Kernels kKernels_portable = {"portable",          portable::forward,
                                    portable::backward,  portable::shift_state,
-                                   portable::attention, portable::attention_grad};
+                                   portable::attention, portable::attention_backward};
 
 }  // namespace ck::cpu
