@@ -25,13 +25,14 @@ test test-fast asan interpreted simulated counters models-oldest: export OMP_NUM
 # Without it Triton 3.9 warns at every compilation that a default will change.
 test test-fast interpreted: export TRITON_DEFAULT_FP_FUSION = 1
 
-.PHONY: help install build simt-build counted-build bench test test-full test-fast lint format ctest abi asan interpreted simulated counters mutants cross \
+.PHONY: help install build cpu simt-build counted-build bench test test-full test-fast lint format ctest abi asan interpreted simulated counters mutants cross \
         models-oldest \
         gpu-build gpu-run gpu-smoke gpu-test gpu-sanitize gpu-bench gpu-rehearsal rehearsed-steps clean
 .NOTPARALLEL:
 
 help:
 	@echo "make install    create .venv with everything needed to run and test, and build in place"
+	@echo "make cpu        compile the CPU kernels alone (simt-build: the simulated CUDA kernels), without nvcc"
 	@echo "make bench      the main job: measure, write tables and plots to $(RESULTS)/"
 	@echo "make test       lint, C++ tests, library checks, sanitizers, all Python tests (what CI runs)"
 	@echo "make test-full  the same with every case, for hours"
@@ -73,17 +74,17 @@ $(NATIVE)/.cpu: $(VENV)/.requirements $(NATIVE_SOURCES)
 
 RUNNABLE := $(NATIVE)/$(if $(wildcard $(NATIVE)/.built)$(shell nvidia-smi -L 2>/dev/null),.built,.cpu)
 
-# The CUDA kernels, to run on a CPU.
-$(NATIVE)/.simt: $(NATIVE)/.built
-	cmake --build $(BUILD) --target convkernels_simt
-	cmake --install $(BUILD) --prefix convkernels --component simt >/dev/null
-	@touch $@
+# One library alone, as fast as it can be had: nvcc is not started. ninja knows what is stale. The libraries: of the CPU
+# kernels; of the CUDA kernels to run on a CPU; and of these counting what they move.
+$(BUILD)/build.ninja:
+	$(MAKE) $(NATIVE)/.cpu
 
-# The same, counting what they move.
-$(NATIVE)/.counted: $(NATIVE)/.built
-	cmake --build $(BUILD) --target convkernels_counted
-	cmake --install $(BUILD) --prefix convkernels --component counted >/dev/null
-	@touch $@
+cpu: LIBRARY = cpu
+simt-build: LIBRARY = simt
+counted-build: LIBRARY = counted
+cpu simt-build counted-build: | $(BUILD)/build.ninja
+	cmake --build $(BUILD) --target convkernels_$(LIBRARY)
+	cmake --install $(BUILD) --prefix convkernels --component $(LIBRARY) >/dev/null
 
 # The kernels for GPUs can be interpreted, and compiled ahead of time, on a machine without one. A torch for GPUs has
 # brought its own Triton; for the others it is the version whose budget of registers is committed.
@@ -99,10 +100,6 @@ $(VENV)/.hf: $(VENV)/.requirements
 	@touch $@
 
 build: $(NATIVE)/.built
-
-simt-build: $(NATIVE)/.simt
-
-counted-build: $(NATIVE)/.counted
 
 install: build $(VENV)/.triton $(VENV)/.hf
 
@@ -166,7 +163,7 @@ simulated: install simt-build
 	    tests/test_attention_fragments.py $(PYTEST_FLAGS)' sh
 
 # What launches on small problems move, held to tests/launch_budget.json; scripts/launch_counters.py --update writes it anew.
-counters: counted-build
+counters: install counted-build
 	$(BIN)/python scripts/launch_counters.py
 
 # The full run comes last, so that its summary closes the output.

@@ -73,7 +73,7 @@ CPU_MUTATIONS = [
     ),
     Mutation(
         "accumulation with 12 bits",
-        "csrc/cpu/conv/convolve.h",
+        "csrc/cpu/conv/convolve_tiles.h",
         "sum[i][u * kWidth + p] += held[k] * x[u * kWidth + p];",
         "sum[i][u * kWidth + p] = (sum[i][u * kWidth + p] + held[k] * x[u * kWidth + p]"
         " + splat(static_cast<C>(4096 * sizeof(C) / 4))) - splat(static_cast<C>(4096 * sizeof(C) / 4));",
@@ -357,8 +357,8 @@ CUDA_MUTATIONS = [
 STUB = """
 #include "csrc/cpu/kernels.h"
 namespace ck::cpu {
-extern const Kernels kKernels_avx2, kKernels_avx512;
-const Kernels kKernels_avx2 = {"avx2"}, kKernels_avx512 = {"avx512"};
+namespace avx2 { extern const Kernels kKernels; const Kernels kKernels = {"avx2"}; }
+namespace avx512 { extern const Kernels kKernels; const Kernels kKernels = {"avx512"}; }
 }
 """
 
@@ -375,8 +375,8 @@ class Library:
 
 
 def cpu_units(root):
-    names = ("cpu/isa/portable.cpp", "cpu/dispatch.cpp", "common/poison.cpp", "torch/bind_cpu.cpp")
-    return [root / "csrc" / name for name in names]
+    names = ("cpu/dispatch.cpp", "common/poison.cpp", "torch/bind_cpu.cpp")
+    return [*sorted((root / "csrc/cpu/isa").glob("*.cpp")), *(root / "csrc" / name for name in names)]
 
 
 def cuda_units(root):
@@ -385,8 +385,9 @@ def cuda_units(root):
     return [*sorted(csrc.glob("cuda/**/*.cu")), *host, *sorted(csrc.glob("simt/*.cpp"))]
 
 
+PORTABLE = ("-DCK_ISA=portable", "-DCK_VECTOR_BYTES=16")
 LIBRARIES = {
-    "cpu": Library("libconvkernels_cpu.so", CPU_MUTATIONS, (), cpu_units, {"CONVKERNELS_CPU_ISA": "portable"}),
+    "cpu": Library("libconvkernels_cpu.so", CPU_MUTATIONS, PORTABLE, cpu_units, {"CONVKERNELS_CPU_ISA": "portable"}),
     "cuda": Library("libconvkernels_simt.so", CUDA_MUTATIONS, ("-DCK_SIMT",), cuda_units, {"CONVKERNELS_SIMT": "1"}),
 }
 

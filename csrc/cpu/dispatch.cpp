@@ -5,10 +5,16 @@
 
 namespace ck::cpu {
 
-extern const Kernels kKernels_portable;
+namespace portable {
+extern const Kernels kKernels;
+}
 #if defined(__x86_64__)
-extern const Kernels kKernels_avx2;
-extern const Kernels kKernels_avx512;
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace avx512 {
+extern const Kernels kKernels;
+}
 #endif
 
 namespace {
@@ -17,10 +23,10 @@ namespace {
 const std::vector<const Kernels*>& table() {
   static const std::vector<const Kernels*> all = {
 #if defined(__x86_64__)
-      &kKernels_avx512,
-      &kKernels_avx2,
+      &avx512::kKernels,
+      &avx2::kKernels,
 #endif
-      &kKernels_portable,
+      &portable::kKernels,
   };
   return all;
 }

@@ -14,7 +14,7 @@ struct Kernels {
   // After a step of one position: drops the oldest row of each state and appends the (gated) x.
   const char* (*shift_state)(const Forward&, void* state);
   const char* (*attention)(const AttentionForward&);
-  const char* (*attention_grad)(const AttentionBackward&);
+  const char* (*attention_backward)(const AttentionBackward&);
 };
 
 }  // namespace ck::cpu

@@ -16,6 +16,7 @@
 
 #include "csrc/common/dtypes.h"
 #include "csrc/common/poison.h"
+#include "csrc/common/switch.h"
 
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -470,18 +471,6 @@ CK_INLINE void store_natural(T* p, Vec<Compute<T>> v, int64_t n) {
     Lanes<T>::store(to, 0, &v, false);
   }
   if (n < V) memcpy(static_cast<void*>(p), copy, static_cast<size_t>(n) * sizeof(T));
-}
-
-// Calls body with a typed null pointer for the storage type. Returns false for an unknown one.
-template <class Body>
-CK_INLINE bool with_dtype(Dtype dtype, const Body& body) {
-  switch (dtype) {
-    case Dtype::kFloat64: body(static_cast<double*>(nullptr)); return true;
-    case Dtype::kFloat32: body(static_cast<float*>(nullptr)); return true;
-    case Dtype::kBFloat16: body(static_cast<bf16*>(nullptr)); return true;
-    case Dtype::kFloat16: body(static_cast<f16*>(nullptr)); return true;
-  }
-  return false;
 }
 
 }  // namespace ck::cpu::CK_ISA

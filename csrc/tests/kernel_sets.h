@@ -8,13 +8,17 @@
 
 namespace ck::cpu {
 
-extern const Kernels kKernels_wide;  // wide.cpp
+#ifdef CK_WIDE
+namespace wide {
+extern const Kernels kKernels;
+}
+#endif
 
 // All that run here, the portable ones too; vectors of 64 bytes on any machine.
 inline std::vector<const Kernels*> all_kernels() {
   std::vector<const Kernels*> list;
 #ifdef CK_WIDE
-  list.push_back(&kKernels_wide);
+  list.push_back(&wide::kKernels);
 #endif
   for (const std::string& name : compiled_isas())
     if (isa_supported(name)) list.push_back(&kernels_of(name));

@@ -152,7 +152,7 @@ std::vector<S> results(const Kernels& kernels, const Case<S>& c) {
     b.grad_value_conv_bias = make(c.taps_bias.size()).data();
     b.grad_value_conv_scale = make(c.taps_scale.size()).data();
   }
-  CK_EQUAL(kernels.attention_grad(b) == nullptr, true);
+  CK_EQUAL(kernels.attention_backward(b) == nullptr, true);
   std::vector<S> flat;
   for (const auto& part : all) flat.insert(flat.end(), part.begin(), part.end());
   return flat;

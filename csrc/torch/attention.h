@@ -1,8 +1,8 @@
 // The arguments of attention and attention_grad as a ck::Attention. Schemas, fakes and autograd live in
 // convkernels/ops; here whatever could make a kernel leave its memory is refused.
 //
-// `Side` is what a library adds, as for the convolutions:
-//   Place place;  void set_seed(P&, const Tensor&);
+// Of a library's Target (operators.h) this uses, as for the convolutions:
+//   Device device;  void set_seed(P&, const Tensor&);
 //   void set_offsets(P&, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k);
 #pragma once
 
@@ -41,10 +41,10 @@ inline Dtype table_dtype(const View& t, const Attention& p, const char* argument
 }
 
 // [heads, rows, window], or without heads where `shared` is allowed.
-inline HeadTable set_table(const Place& place, const Optional& tensor, const Attention& p, int64_t rows, bool shared,
+inline HeadTable set_table(const Device& device, const Optional& tensor, const Attention& p, int64_t rows, bool shared,
                            const char* argument, const char* expected) {
   if (!tensor) return {};
-  const View t(place, *tensor, argument);
+  const View t(device, *tensor, argument);
   require(t.dim == 3 || (shared && t.dim == 2), argument, expected);
   const int64_t row = t.dim - 2;
   require((row == 0 || t.size[0] == p.heads) && t.size[row] == rows && t.size[row + 1] == p.window(), argument,
@@ -52,17 +52,17 @@ inline HeadTable set_table(const Place& place, const Optional& tensor, const Att
   return {t.data, table_dtype(t, p, argument), row == 1, row == 1 ? t.stride[0] : 0, t.stride[row], t.stride[row + 1]};
 }
 
-inline void set_depthwise(Attention& p, const Place& place, const AttentionOptions& o) {
-  p.value_conv = set_table(place, o.value_conv, p, p.channels, false, "value_conv", "[heads, channels, window]");
+inline void set_depthwise(Attention& p, const Device& device, const AttentionOptions& o) {
+  p.value_conv = set_table(device, o.value_conv, p, p.channels, false, "value_conv", "[heads, channels, window]");
   require(o.value_conv || !(o.value_conv_bias || o.value_conv_scale), "value_conv",
           "a tensor, because value_conv_bias or value_conv_scale is given");
   if (o.value_conv_bias) {
-    const View t(place, *o.value_conv_bias, "value_conv_bias");
+    const View t(device, *o.value_conv_bias, "value_conv_bias");
     require(t.dim == 2 && t.size[0] == p.heads && t.size[1] == p.channels, "value_conv_bias", "[heads, channels]");
     p.value_conv_bias = {t.data, table_dtype(t, p, "value_conv_bias"), true, t.stride[0], t.stride[1], 0};
   }
   if (o.value_conv_scale) {
-    const View t(place, *o.value_conv_scale, "value_conv_scale");
+    const View t(device, *o.value_conv_scale, "value_conv_scale");
     require(t.dim == 1 && t.size[0] == p.heads, "value_conv_scale", "[heads]");
     p.value_conv_scale = {t.data, table_dtype(t, p, "value_conv_scale"), true, t.stride[0], 0, 0};
   }
@@ -83,11 +83,11 @@ inline void set_window(Attention& p, int64_t left, int64_t right, int64_t outsid
 }
 
 // Fills what forward and backward have in common.
-template <class P, class Side>
-void set_attention(P& p, Side& side, const View& q, const View& k, const View& v, int64_t left, int64_t right,
+template <class P, class Target>
+void set_attention(P& p, Target& target, const View& q, const View& k, const View& v, int64_t left, int64_t right,
                    int64_t outside, bool causal, bool qk, double scale, double rel_scale, double dropout,
                    const AttentionOptions& o) {
-  const Place& place = side.place;
+  const Device& device = target.device;
   require(q.dim == 4 && q.size[2] > 0 && q.size[3] > 0, "q",
           "[batch, time, heads, channels] with at least one head and one channel");
   p.dtype = float_dtype(q.type, "q");
@@ -110,24 +110,24 @@ void set_attention(P& p, Side& side, const View& q, const View& k, const View& v
 
   if (o.rel_query) {
     require(o.query_rel.has_value(), "query_rel", "a tensor, because rel_query is given");
-    const View r(place, *o.rel_query, "rel_query");
+    const View r(device, *o.rel_query, "rel_query");
     require(r.dim == 4, "rel_query", "four dimensions");
     p.rank = r.size[3];
     p.rel_query = head_rows(r, q.type, {p.batch, p.queries, p.heads, p.rank}, "rel_query",
                             "[batch, time, heads, rank] of q's dtype");
   }
   if (o.bias) {
-    const View t(place, *o.bias, "bias");
+    const View t(device, *o.bias, "bias");
     require(t.dim == 2 && t.size[0] == p.heads && t.size[1] == p.window(), "bias", "[heads, window]");
     p.bias = {t.data, table_dtype(t, p, "bias"), true, t.stride[0], 0, t.stride[1]};
   }
-  p.query_rel = set_table(place, o.query_rel, p, p.rank, true, "query_rel", "[rank, window] or [heads, rank, window]");
+  p.query_rel = set_table(device, o.query_rel, p, p.rank, true, "query_rel", "[rank, window] or [heads, rank, window]");
   p.key_rel =
-      set_table(place, o.key_rel, p, p.channels, true, "key_rel", "[channels, window] or [heads, channels, window]");
-  set_depthwise(p, place, o);
+      set_table(device, o.key_rel, p, p.channels, true, "key_rel", "[channels, window] or [heads, channels, window]");
+  set_depthwise(p, device, o);
 
   if (o.key_mask) {
-    const View mask(place, *o.key_mask, "key_mask");
+    const View mask(device, *o.key_mask, "key_mask");
     require(mask.dim == 2 && mask.type == ScalarType::Bool && mask.size[0] == p.batch && mask.size[1] == p.keys,
             "key_mask", "bool [batch, keys]");
     p.key_mask = static_cast<const bool*>(mask.data);
@@ -137,76 +137,86 @@ void set_attention(P& p, Side& side, const View& q, const View& k, const View& v
   require(o.cu_seqlens_q.has_value() == o.cu_seqlens_k.has_value(), "cu_seqlens_k",
           "boundaries if and only if cu_seqlens_q is given");
   if (o.cu_seqlens_q) {
-    const View of_queries(place, *o.cu_seqlens_q, "cu_seqlens_q"), of_keys(place, *o.cu_seqlens_k, "cu_seqlens_k");
+    const View of_queries(device, *o.cu_seqlens_q, "cu_seqlens_q"), of_keys(device, *o.cu_seqlens_k, "cu_seqlens_k");
     require(p.batch == 1, "q", "one batch row, because cu_seqlens_q is given");
     require(of_queries.dim == 1 && of_queries.size[0] >= 1, "cu_seqlens_q", "one dimension, at least one number");
     require(of_keys.dim == 1 && of_keys.size[0] == of_queries.size[0], "cu_seqlens_k", "the shape of cu_seqlens_q");
     p.sequences = of_queries.size[0] - 1;
-    side.set_offsets(p, *o.cu_seqlens_q, *o.cu_seqlens_k);
+    target.set_offsets(p, *o.cu_seqlens_q, *o.cu_seqlens_k);
   }
   require(dropout >= 0.0 && dropout <= 1.0, "dropout", "a probability");
   p.dropout = dropout;
   if (dropout > 0.0) {
     require(o.seed.has_value() && o.seed->scalar_type() == ScalarType::Long && o.seed->numel() == 1, "seed",
             "one int64 number if dropout > 0");
-    side.set_seed(p, checked(place, *o.seed, "seed"));
+    target.set_seed(p, checked(device, *o.seed, "seed"));
   }
 }
 
 // Allocates out and lse, and enters them into p.
 template <class P>
-std::tuple<Tensor, Tensor> set_attention_results(P& p, const Place& place, const Tensor& q, const View& query) {
-  Tensor out = allocate_like(place, q, query);
-  Tensor lse = allocate(place, {p.batch, p.heads, p.queries},
+std::tuple<Tensor, Tensor> set_attention_results(P& p, const Device& device, const Tensor& q, const View& query) {
+  Tensor out = allocate_like(device, q, query);
+  Tensor lse = allocate(device, {p.batch, p.heads, p.queries},
                         p.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float);
   p.out = head_rows(View(out), query.type, {p.batch, p.queries, p.heads, p.channels}, "out", "the shape of q");
   p.lse = head_scalars(View(lse), p, "lse");
   return {out, lse};
 }
 
-using TenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using AttentionGradTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// The bits of attention_grad's `needs`, in the order of its results.
+enum AttentionNeed : int64_t {
+  kNeedQ = 1,
+  kNeedK = 2,
+  kNeedV = 4,
+  kNeedScoreBias = 8,
+  kNeedQueryRel = 16,
+  kNeedRelQuery = 32,
+  kNeedKeyRel = 64,
+  kNeedValueConv = 128,
+  kNeedValueConvBias = 256,
+  kNeedValueConvScale = 512,
+};
 
 // Allocates the gradients that `needs` asks for, and enters them into p.
 template <class P>
-TenTensors set_attention_gradients(P& p, const Place& place, const Tensor& grad, const Optional& grad_lse,
-                                   const Tensor& out, const Tensor& lse, const Tensor& q, const Tensor& k,
-                                   const Tensor& v, const AttentionOptions& o, int64_t needs) {
+AttentionGradTensors set_attention_gradients(P& p, const Device& device, const Tensor& grad, const Optional& grad_lse,
+                                             const Tensor& out, const Tensor& lse, const Tensor& q, const Tensor& k,
+                                             const Tensor& v, const AttentionOptions& o, int64_t needs) {
   const View query(q);
-  p.grad = head_rows(View(place, grad, "grad"), query.type, {p.batch, p.queries, p.heads, p.channels}, "grad",
+  p.grad = head_rows(View(device, grad, "grad"), query.type, {p.batch, p.queries, p.heads, p.channels}, "grad",
                      "the shape and dtype of q");
-  p.out = head_rows(View(place, out, "out"), query.type, {p.batch, p.queries, p.heads, p.channels}, "out",
+  p.out = head_rows(View(device, out, "out"), query.type, {p.batch, p.queries, p.heads, p.channels}, "out",
                     "the shape and dtype of q");
-  p.lse = head_scalars(View(place, lse, "lse"), p, "lse");
-  if (grad_lse) p.grad_lse = head_scalars(View(place, *grad_lse, "grad_lse"), p, "grad_lse");
-  int64_t bit = 1;
-  const auto wanted = [&] {
-    const bool result = (needs & bit) != 0;
-    bit <<= 1;
-    return result;
-  };
-  const auto rows = [&](const Optional& t, HeadRows& out) {
-    if (!wanted() || !t) return allocate(place, {0}, query.type);
+  p.lse = head_scalars(View(device, lse, "lse"), p, "lse");
+  if (grad_lse) p.grad_lse = head_scalars(View(device, *grad_lse, "grad_lse"), p, "grad_lse");
+  const auto rows = [&](AttentionNeed bit, const Optional& t, HeadRows& out) {
+    if (!(needs & bit) || !t) return allocate(device, {0}, query.type);
     const View like(*t);
-    Tensor result = allocate_like(place, *t, like);
+    Tensor result = allocate_like(device, *t, like);
     const View view(result);
     out = {view.data, view.step(0), view.step(1), view.step(2), view.stride[3]};
     return result;
   };
-  const auto table = [&](const Optional& t, void*& out) {
+  const auto table = [&](AttentionNeed bit, const Optional& t, void*& out) {
     const View like(t ? *t : q);
-    if (!wanted() || !t) return allocate(place, {0}, like.type);
-    Tensor result = allocate_contiguous(place, like);
+    if (!(needs & bit) || !t) return allocate(device, {0}, like.type);
+    Tensor result = allocate_contiguous(device, like);
     out = result.mutable_data_ptr();
     return result;
   };
-  Tensor grad_q = rows(q, p.grad_q), grad_k = rows(k, p.grad_k), grad_v = rows(v, p.grad_v);
-  Tensor grad_bias = table(o.bias, p.grad_bias), grad_query_rel = table(o.query_rel, p.grad_query_rel);
-  Tensor grad_rel_query = rows(o.rel_query, p.grad_rel_query), grad_key_rel = table(o.key_rel, p.grad_key_rel);
-  Tensor grad_conv = table(o.value_conv, p.grad_value_conv);
-  Tensor grad_conv_bias = table(o.value_conv_bias, p.grad_value_conv_bias);
-  Tensor grad_conv_scale = table(o.value_conv_scale, p.grad_value_conv_scale);
-  return {grad_q,         grad_k,       grad_v,    grad_bias,      grad_query_rel,
-          grad_rel_query, grad_key_rel, grad_conv, grad_conv_bias, grad_conv_scale};
+  return {rows(kNeedQ, q, p.grad_q),
+          rows(kNeedK, k, p.grad_k),
+          rows(kNeedV, v, p.grad_v),
+          table(kNeedScoreBias, o.bias, p.grad_bias),
+          table(kNeedQueryRel, o.query_rel, p.grad_query_rel),
+          rows(kNeedRelQuery, o.rel_query, p.grad_rel_query),
+          table(kNeedKeyRel, o.key_rel, p.grad_key_rel),
+          table(kNeedValueConv, o.value_conv, p.grad_value_conv),
+          table(kNeedValueConvBias, o.value_conv_bias, p.grad_value_conv_bias),
+          table(kNeedValueConvScale, o.value_conv_scale, p.grad_value_conv_scale)};
 }
 
 }  // namespace ck::binding

@@ -1,8 +1,8 @@
 // The arguments of tap_conv, tap_grad and tap_step as a Problem. Schemas, fakes and autograd live in convkernels/ops;
 // here whatever could make a kernel leave its memory is refused.
 //
-// `Side` is what a library adds: a place for results, and the ways it takes offsets and seeds (on the host or not):
-//   Place place;  void set_seed(P&, const Tensor&);  void set_offsets(P&, const Tensor& cu_seqlens, const View&);
+// Of a library's Target (operators.h) this uses the device of results, and how offsets and seeds are read:
+//   Device device;  void set_seed(P&, const Tensor&);  void set_offsets(P&, const Tensor& cu_seqlens, const View&);
 #pragma once
 
 #include <tuple>
@@ -33,11 +33,11 @@ inline void set_taps(Problem& p, int64_t heads, int64_t taps, int64_t left, int6
   require(left >= 0 && left <= p.taps.span(), "left", "a number between 0 and dilation * (taps - 1)");
 }
 
-inline void set_bias(Problem& p, const Place& place, const Tensor& bias, Copies& copies) {
-  const View b(place, bias, "bias");
+inline void set_bias(Problem& p, const Device& device, const Tensor& bias, Copies& copies) {
+  const View b(device, bias, "bias");
   require(b.dim == 1 && b.size[0] == p.channels, "bias", "[channels]");
   p.bias_dtype = parameter_dtype(b, p.dtype, "bias");
-  p.bias = copies.bias.data(place, bias);
+  p.bias = copies.bias.data(device, bias);
 }
 
 inline void set_mask(Problem& p, const View& mask) {
@@ -54,10 +54,9 @@ inline void check_offsets(const View& cu_seqlens) {
           "dtype int32 or int64");
 }
 
-// Fills what forward and backward have in common. Returns whether each batch row has filters of its own for all its
-// positions (weight [batch, 1, heads, taps]).
-template <class P, class Side>
-bool set_problem(P& p, Side& side, const View& x, const View& weight, int64_t left, int64_t dilation, bool softmax,
+// Fills what forward and backward have in common.
+template <class P, class Target>
+void set_problem(P& p, Target& target, const View& x, const View& weight, int64_t left, int64_t dilation, bool softmax,
                  bool renormalize, double dropout, const Optional& seed, const Optional& gate, const Optional& mask,
                  const Optional& cu_seqlens, const Optional& state, Copies& copies) {
   require(x.dim == 3, "x", "three dimensions [batch, time, channels]");
@@ -75,11 +74,9 @@ bool set_problem(P& p, Side& side, const View& x, const View& weight, int64_t le
   p.weight = weight.data;
   p.weight_head = weight.stride[first];
   p.weight_tap = weight.stride[first + 1];
-  bool per_batch = false;
   if (!table) {
     require(weight.size[0] == p.batch, "weight", "the batch size of x in dimension 0");
     p.per_position = weight.size[1] == p.time;
-    per_batch = !p.per_position;
     require(p.per_position || weight.size[1] == 1, "weight", "the length of x, or 1, in dimension 1");
     p.weight_batch = weight.stride[0];
     p.weight_time = p.per_position ? weight.stride[1] : 0;
@@ -91,62 +88,64 @@ bool set_problem(P& p, Side& side, const View& x, const View& weight, int64_t le
   if (dropout > 0.0) {
     require(seed.has_value() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, "seed",
             "one int64 number if dropout > 0");
-    side.set_seed(p, checked(side.place, *seed, "seed"));
+    target.set_seed(p, checked(target.device, *seed, "seed"));
   }
-  if (gate) p.gate = rows_like(View(side.place, *gate, "gate"), x, "gate");
-  if (mask) set_mask(p, View(side.place, *mask, "mask"));
+  if (gate) p.gate = rows_like(View(target.device, *gate, "gate"), x, "gate");
+  if (mask) set_mask(p, View(target.device, *mask, "mask"));
   if (cu_seqlens) {
-    const View offsets(side.place, *cu_seqlens, "cu_seqlens");
+    const View offsets(target.device, *cu_seqlens, "cu_seqlens");
     check_offsets(offsets);
     p.sequences = offsets.size[0] - 1;
-    side.set_offsets(p, *cu_seqlens, offsets);
+    target.set_offsets(p, *cu_seqlens, offsets);
   }
   if (state) {
-    const View s(side.place, *state, "initial_state");
+    const View s(target.device, *state, "initial_state");
     require(s.dim == 3 && s.type == x.type && s.size[0] == p.batch * p.sequences && s.size[1] == p.taps.span() &&
                 s.size[2] == p.channels,
             "initial_state", "[sequences, dilation * (taps - 1), channels] of x's dtype");
-    p.state = copies.state.data(side.place, *state);
+    p.state = copies.state.data(target.device, *state);
   }
-  return per_batch;
 }
 
-using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using ConvGradTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// The bits of tap_grad's `needs`, in the order of its results.
+enum ConvNeed : int64_t { kNeedX = 1, kNeedWeight = 2, kNeedBias = 4, kNeedGate = 8, kNeedState = 16 };
 
 // Allocates the gradients that `needs` asks for, and enters them into p.
 template <class P>
-FiveTensors set_gradients(P& p, const Place& place, const Tensor& grad, const Tensor& x, const View& input,
-                          const View& weight, const Optional& gate, const Optional& state, int64_t needs) {
-  p.grad = rows_like(View(place, grad, "grad"), input, "grad");
-  const auto wanted = [&](int64_t bit) { return (needs & bit) != 0; };
-  const auto none = [&](ScalarType type) { return allocate(place, {0}, type); };
-  const bool need_gate = wanted(8) && gate.has_value(), need_state = wanted(16) && state.has_value();
-  Tensor grad_x = wanted(1) ? allocate_like(place, x, input) : none(input.type);
-  Tensor grad_weight = wanted(2) ? allocate_contiguous(place, weight) : none(weight.type);
+ConvGradTensors set_gradients(P& p, const Device& device, const Tensor& grad, const Tensor& x, const View& input,
+                              const View& weight, const Optional& gate, const Optional& state, int64_t needs) {
+  p.grad = rows_like(View(device, grad, "grad"), input, "grad");
+  const auto wanted = [&](ConvNeed bit) { return (needs & bit) != 0; };
+  const auto none = [&](ScalarType type) { return allocate(device, {0}, type); };
+  const bool need_gate = wanted(kNeedGate) && gate.has_value(), need_state = wanted(kNeedState) && state.has_value();
+  Tensor grad_x = wanted(kNeedX) ? allocate_like(device, x, input) : none(input.type);
+  Tensor grad_weight = wanted(kNeedWeight) ? allocate_contiguous(device, weight) : none(weight.type);
   // The dtype of the bias, which is not given, is the caller's business: here the sum is not rounded.
   p.bias_dtype = p.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
   const ScalarType sum_type = p.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
-  Tensor grad_bias = allocate(place, {wanted(4) ? p.channels : 0}, sum_type);
-  Tensor grad_gate = need_gate ? allocate_like(place, *gate, View(*gate)) : none(input.type);
-  Tensor grad_state = need_state ? allocate_contiguous(place, View(*state)) : none(input.type);
+  Tensor grad_bias = allocate(device, {wanted(kNeedBias) ? p.channels : 0}, sum_type);
+  Tensor grad_gate = need_gate ? allocate_like(device, *gate, View(*gate)) : none(input.type);
+  Tensor grad_state = need_state ? allocate_contiguous(device, View(*state)) : none(input.type);
   // States of empty sequences, whose gradient no piece of work would set.
   if (need_state) torch::stable::zero_(grad_state);
-  if (wanted(1)) p.grad_x = rows_like(View(grad_x), input, "grad_x");
+  if (wanted(kNeedX)) p.grad_x = rows_like(View(grad_x), input, "grad_x");
   if (need_gate) p.grad_gate = rows_like(View(grad_gate), input, "grad_gate");
   if (need_state && p.taps.span() > 0) p.grad_state = grad_state.mutable_data_ptr();
   if (p.batch * p.time * p.channels == 0) {  // nothing to sum
-    if (wanted(2)) torch::stable::zero_(grad_weight);
-    if (wanted(4)) torch::stable::zero_(grad_bias);
+    if (wanted(kNeedWeight)) torch::stable::zero_(grad_weight);
+    if (wanted(kNeedBias)) torch::stable::zero_(grad_bias);
   } else {
-    if (wanted(2)) p.grad_weight = grad_weight.mutable_data_ptr();
-    if (wanted(4)) p.grad_bias = grad_bias.mutable_data_ptr();
+    if (wanted(kNeedWeight)) p.grad_weight = grad_weight.mutable_data_ptr();
+    if (wanted(kNeedBias)) p.grad_bias = grad_bias.mutable_data_ptr();
   }
   return {grad_x, grad_weight, grad_bias, grad_gate, grad_state};
 }
 
 // One position: the window is the state and x.
 template <class P>
-void set_step(P& p, const Place& place, const View& x, const Tensor& state, const View& weight, int64_t dilation,
+void set_step(P& p, const Device& device, const View& x, const Tensor& state, const View& weight, int64_t dilation,
               bool softmax, bool renormalize, const Optional& bias, const Optional& gate, const Optional& state_index,
               const Optional& position, Copies& copies) {
   require(x.dim == 2, "x", "two dimensions [batch, channels]");
@@ -170,25 +169,25 @@ void set_step(P& p, const Place& place, const View& x, const Tensor& state, cons
   p.softmax = softmax;
   p.renormalize = renormalize && softmax;
 
-  const View rows(place, state, "state");
+  const View rows(device, state, "state");
   require(rows.dim == 3 && rows.type == x.type && rows.size[0] == p.batch && rows.size[1] == p.taps.span() &&
               rows.size[2] == p.channels && state.is_contiguous(),
           "state", "contiguous [batch, dilation * (taps - 1), channels] of x's dtype");
   p.state = rows.data;
   if (gate) {
-    const View g(place, *gate, "gate");
+    const View g(device, *gate, "gate");
     require(g.dim == 2 && g.type == x.type && g.size[0] == p.batch && g.size[1] == p.channels, "gate",
             "the shape and dtype of x");
     p.gate = {g.data, g.stride[0], 0, g.stride[1]};
   }
-  if (bias) set_bias(p, place, *bias, copies);
+  if (bias) set_bias(p, device, *bias, copies);
   if (state_index) {
-    const View index(place, *state_index, "state_index");
+    const View index(device, *state_index, "state_index");
     require(index.dim == 1 && index.type == ScalarType::Long && index.size[0] == p.batch, "state_index",
             "int64 [batch]");
   }
   if (position) {
-    const View at(place, *position, "position");
+    const View at(device, *position, "position");
     require(at.dim == 1 && at.type == ScalarType::Long && (at.size[0] == p.batch || at.size[0] == 1), "position",
             "int64 [batch] or [1]");
     p.position = static_cast<const int64_t*>(at.data);

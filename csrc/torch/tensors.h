@@ -46,14 +46,14 @@ inline Dtype float_dtype(ScalarType type, const char* argument) {
 inline const int32_t kCpu = aoti_torch_device_type_cpu();
 
 // Where a tensor is, and results are allocated.
-struct Place {
+struct Device {
   int32_t type = kCpu, index = 0;
 
-  static Place of(const Tensor& t) {
-    Place place;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &place.type));
-    if (place.type != kCpu) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &place.index));
-    return place;
+  static Device of(const Tensor& t) {
+    Device device;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device.type));
+    if (device.type != kCpu) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device.index));
+    return device;
   }
 
   std::string name() const {
@@ -63,17 +63,17 @@ struct Place {
 };
 
 // `t`, which has to be where the call computes: dispatch looks at one device of all that the arguments are on.
-inline const Tensor& checked(const Place& place, const Tensor& t, const char* argument) {
-  const Place at = Place::of(t);
-  if (at.type != place.type || at.index != place.index)
-    throw std::runtime_error(std::string("argument '") + argument + "': expected a tensor on " + place.name() +
+inline const Tensor& checked(const Device& device, const Tensor& t, const char* argument) {
+  const Device at = Device::of(t);
+  if (at.type != device.type || at.index != device.index)
+    throw std::runtime_error(std::string("argument '") + argument + "': expected a tensor on " + device.name() +
                              ", where this call computes, got one on " + at.name());
   return t;
 }
 
 // What the stable interface tells about a tensor, asked once: every question is a call into torch.
 struct View {
-  View(const Place& place, const Tensor& t, const char* argument) : View(checked(place, t, argument)) {}
+  View(const Device& device, const Tensor& t, const char* argument) : View(checked(device, t, argument)) {}
 
   // A result, or an argument that has been checked.
   explicit View(const Tensor& t)
@@ -100,35 +100,35 @@ inline Rows rows_like(const View& t, const View& x, const char* argument) {
   return {t.data, t.step(0), t.step(1), t.stride[2]};
 }
 
-inline void poison(const Place& place, const Tensor& t) {
-  if (place.type == kCpu) ck::poison(t.mutable_data_ptr(), static_cast<size_t>(t.numel()) * t.element_size());
+inline void poison(const Device& device, const Tensor& t) {
+  if (device.type == kCpu) ck::poison(t.mutable_data_ptr(), static_cast<size_t>(t.numel()) * t.element_size());
 }
 
 // An uninitialised tensor. torch's own empty_like and new_empty look their operators up by name, which takes longer
 // than everything else in a small call.
-inline Tensor allocate(const Place& place, int64_t dim, const int64_t* size, const int64_t* stride, ScalarType type) {
+inline Tensor allocate(const Device& device, int64_t dim, const int64_t* size, const int64_t* stride, ScalarType type) {
   AtenTensorHandle handle;
   const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, size, stride, dtype, place.type, place.index, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, size, stride, dtype, device.type, device.index, &handle));
   Tensor t(handle);
-  poison(place, t);
+  poison(device, t);
   return t;
 }
 
-inline Tensor allocate(const Place& place, std::initializer_list<int64_t> size, ScalarType type) {
+inline Tensor allocate(const Device& device, std::initializer_list<int64_t> size, ScalarType type) {
   int64_t stride[4] = {1, 1, 1, 1};
   for (size_t i = size.size() - 1; i > 0; --i) stride[i - 1] = stride[i] * std::max<int64_t>(1, size.begin()[i]);
-  return allocate(place, static_cast<int64_t>(size.size()), size.begin(), stride, type);
+  return allocate(device, static_cast<int64_t>(size.size()), size.begin(), stride, type);
 }
 
-inline Tensor allocate_contiguous(const Place& place, const View& t) {
+inline Tensor allocate_contiguous(const Device& device, const View& t) {
   std::vector<int64_t> stride(static_cast<size_t>(t.dim), 1);
   for (int64_t i = t.dim - 1; i > 0; --i) stride[i - 1] = stride[i] * std::max<int64_t>(1, t.size[i]);
-  return allocate(place, t.dim, t.size, stride.data(), t.type);
+  return allocate(device, t.dim, t.size, stride.data(), t.type);
 }
 
 // An uninitialised tensor in the layout of t if that is dense, as torch::empty_like chooses it.
-inline Tensor allocate_like(const Place& place, const Tensor& tensor, const View& t) {
+inline Tensor allocate_like(const Device& device, const Tensor& tensor, const View& t) {
   // Dense in some order of the dimensions: each stride is the product of the sizes of those inside it.
   int64_t expected = 1;
   bool used[4] = {};
@@ -143,18 +143,18 @@ inline Tensor allocate_like(const Place& place, const Tensor& tensor, const View
   }
   bool dense = true;
   for (int64_t i = 0; i < t.dim; ++i) dense = dense && used[i];
-  if (dense) return allocate(place, t.dim, t.size, t.stride, t.type);
+  if (dense) return allocate(device, t.dim, t.size, t.stride, t.type);
   Tensor like = torch::stable::empty_like(tensor);
-  poison(place, like);
+  poison(device, like);
   return like;
 }
 
 // A tensor's elements one after the other. A copy is kept where they do not lie so already.
 class Contiguous {
  public:
-  const void* data(const Place& place, const Tensor& t) {
+  const void* data(const Device& device, const Tensor& t) {
     if (t.is_contiguous()) return t.const_data_ptr();
-    copy_ = allocate_contiguous(place, View(t));
+    copy_ = allocate_contiguous(device, View(t));
     torch::stable::copy_(*copy_, t);
     return copy_->const_data_ptr();
   }

@@ -1,4 +1,4 @@
-// attention_grad. A task owns the keys and values of one group of heads, or a part of their queries: blocks of queries
+// The backward pass. A task owns the keys and values of one group of heads, or a part of their queries: blocks of queries
 // walk over the keys, find the probabilities again from lse, and add to d(k) and d(v), which the task keeps for all
 // keys, to d(q), which they keep for themselves, and to the tables.
 //
@@ -386,7 +386,7 @@ inline void write_key(const AttentionBackward& p, const AttentionData<C>& d, int
 }
 
 template <class C>
-inline const char* attention_grad_typed(const AttentionBackward& p) {
+inline const char* attention_backward_typed(const AttentionBackward& p) {
   const AttentionData<C> data(p);
   const GradientTables<C> tables(p);
   // Each part packs the keys again, and has sums for all of them; so they are few, however long the sequence.

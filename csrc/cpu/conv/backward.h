@@ -151,10 +151,10 @@ class BackwardTask {
     if (plan_.aligned) {
       const int64_t units = per_head_ / Lanes<T>::kUnit;
       for (int64_t h = h0_; h < h1_; ++h)
-        correlate<Src, false>(in, grad, n, K_, (h - h0_) * units, (h - h0_ + 1) * units,
+        Correlate<Src>::heads(in, grad, n, K_, (h - h0_) * units, (h - h0_ + 1) * units,
                               filter_sum_ + h * K_ * kLanes<C>, kLanes<C>);
     } else {
-      correlate<Src, true>(in, grad, n, K_, 0, units_, filter_sum_ + block_.first * K_, width_);
+      Correlate<Src>::channels(in, grad, n, K_, 0, units_, filter_sum_ + block_.first * K_, width_);
     }
   }
 
@@ -181,7 +181,7 @@ class BackwardTask {
       if (plan_.aligned) {
         const int64_t units = per_head_ / Lanes<T>::kUnit;
         for (int64_t h = 0; h < h1_ - h0_; ++h)
-          dot_taps<Src>(in + i, grad + i, K_, h * units, (h + 1) * units, dots_.get() + h * K_, pitch_);
+          Correlate<Src>::positions(in + i, grad + i, K_, h * units, (h + 1) * units, dots_.get() + h * K_, pitch_);
       }
       for (int64_t r = 0; r < least(kDotRows, n - i); ++r) {
         C* const dots = dots_.get() + r * pitch_;

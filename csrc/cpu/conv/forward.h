@@ -144,12 +144,13 @@ class SharedFilters {
     const int64_t units = units_of<T>(block), K = p.taps.taps, width = vector_width<T>(block);
     if (plan.aligned) {
       const SharedTaps<C> filter{table_.get() + h0 + last_ * pitch_, sign_ * pitch_, 1};
-      convolve<Src, Src>(in, out, n, K, units, p.channels / p.heads / Lanes<T>::kUnit, filter, bias, stream);
+      Convolve<Src, SharedTaps<C>>::rows(in, out, n, K, units, p.channels / p.heads / Lanes<T>::kUnit, filter, bias,
+                                         stream);
     } else {
       const int64_t stride = tabled_ ? pitch_ : width;
       const C* const from = tabled_ ? table_.get() + block.first : expanded_.get() + block.first * K;
       const ChannelTaps<C> filter{from + last_ * stride, sign_ * stride};
-      convolve<Src, Src>(in, out, n, K, units, units, filter, bias, stream);
+      Convolve<Src, ChannelTaps<C>>::rows(in, out, n, K, units, units, filter, bias, stream);
     }
   }
   const C* soft() const { return soft_data_; }
@@ -172,10 +173,10 @@ inline void convolve_positions(const Problem& p, const ChannelPlan& plan, const 
   using C = Compute<T>;
   const int64_t units = units_of<T>(block), K = p.taps.taps;
   if (plan.aligned) {
-    convolve<Src, Src>(in, out, n, K, units, p.channels / p.heads / Lanes<T>::kUnit,
-                       PositionTaps<C>{filters, row, tap, K}, bias, stream);
+    Convolve<Src, PositionTaps<C>>::rows(in, out, n, K, units, p.channels / p.heads / Lanes<T>::kUnit,
+                                         {filters, row, tap, K}, bias, stream);
   } else {
-    convolve<Src, Src>(in, out, n, K, units, units, PositionChannelTaps<C>{filters, row, tap}, bias, stream);
+    Convolve<Src, PositionChannelTaps<C>>::rows(in, out, n, K, units, units, {filters, row, tap}, bias, stream);
   }
 }
 

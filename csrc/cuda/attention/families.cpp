@@ -28,8 +28,8 @@ const char* check_size(const Attention& p) {
 }
 
 // Enters where the tensor kernels' tables go, and how they are cut. Returns the bytes they take.
-int64_t assign(TensorTables& t, const Attention& p, const AttentionPlan& plan, bool backward, Rooms rooms) {
-  if (plan.family != AttentionFamily::kTensor) return rooms.used();
+int64_t assign(TensorTables& t, const Attention& p, const AttentionPlan& plan, bool backward, Workspace workspace) {
+  if (plan.family != AttentionFamily::kTensor) return workspace.bytes();
   const int64_t W = p.window();
   t.channel_pitch = plan.channels;
   t.rank_pitch = p.rel_query.data != nullptr ? round_to(p.rank, 16) : plan.channels;
@@ -41,32 +41,34 @@ int64_t assign(TensorTables& t, const Attention& p, const AttentionPlan& plan, b
   t.query_terms = p.query_rel.dtype == p.dtype ? 1 : 2;
   t.key_terms = p.key_rel.dtype == p.dtype ? 1 : 2;
   const auto heads = [&](const HeadTable& table) { return table.per_head ? p.heads : 1; };
-  // Rooms are counted in float32.
-  if (p.query_rel.data != nullptr) t.query_rel = rooms.take(heads(p.query_rel) * t.query_terms * W * t.rank_pitch / 2);
-  if (p.key_rel.data != nullptr) t.key_rel = rooms.take(heads(p.key_rel) * t.key_terms * W * t.channel_pitch / 2);
-  if (p.bias.data != nullptr) t.bias = static_cast<float*>(rooms.take(p.heads * W));
-  if (p.value_conv.data != nullptr) t.taps = static_cast<float*>(rooms.take(p.heads * W * t.channel_pitch));
+  // The workspace is counted in float32, which these are half of.
+  if (p.query_rel.data != nullptr)
+    t.query_rel = workspace.take(heads(p.query_rel) * t.query_terms * W * t.rank_pitch / 2);
+  if (p.key_rel.data != nullptr) t.key_rel = workspace.take(heads(p.key_rel) * t.key_terms * W * t.channel_pitch / 2);
+  if (p.bias.data != nullptr) t.bias = static_cast<float*>(workspace.take(p.heads * W));
+  if (p.value_conv.data != nullptr) t.taps = static_cast<float*>(workspace.take(p.heads * W * t.channel_pitch));
   if (p.key_rel.data != nullptr && p.clips())
-    t.key_edges = static_cast<float*>(rooms.take(p.batch * p.heads * 2 * p.keys));
+    t.key_edges = static_cast<float*>(workspace.take(p.batch * p.heads * 2 * p.keys));
   if (backward && p.has_query_columns() && p.clips())
-    t.query_edges = static_cast<float*>(rooms.take(p.batch * p.heads * 2 * p.queries));
+    t.query_edges = static_cast<float*>(workspace.take(p.batch * p.heads * 2 * p.queries));
   t.vectors = whole_vectors(p.q, p.channels, p.dtype) && whole_vectors(p.k, p.channels, p.dtype) &&
               whole_vectors(p.v, p.channels, p.dtype);
   t.rank_vectors = whole_vectors(p.rel_query, p.rank, p.dtype);
-  return rooms.used();
+  return workspace.bytes();
 }
 
-// Enters where partial sums go.
-void assign(AttentionBackward& p, const AttentionPlan& plan, Rooms& rooms) {
+// Enters where partial sums go. Returns what is left of the workspace.
+Workspace assign(AttentionBackward& p, const AttentionPlan& plan, Workspace workspace) {
   p.query_parts = plan.query_parts;
   p.key_parts = plan.key_parts;
   p.tap_parts = plan.tap_parts;
-  const int64_t units = p.batch * p.heads, W = p.window();
-  p.delta = rooms.take(units * p.queries);
-  if (p.grad_bias != nullptr) p.partial_bias = rooms.take(units * p.query_parts * W);
-  if (p.grad_query_rel != nullptr) p.partial_query_rel = rooms.take(units * p.query_parts * W * p.rank);
-  if (p.grad_key_rel != nullptr) p.partial_key_rel = rooms.take(units * p.key_parts * W * p.channels);
-  if (p.needs_taps()) p.partial_taps = rooms.take(units * p.tap_parts * (W + 1) * p.channels);
+  const int64_t heads = p.batch * p.heads, W = p.window();
+  p.delta = workspace.take(heads * p.queries);
+  if (p.grad_bias != nullptr) p.partial_bias = workspace.take(heads * p.query_parts * W);
+  if (p.grad_query_rel != nullptr) p.partial_query_rel = workspace.take(heads * p.query_parts * W * p.rank);
+  if (p.grad_key_rel != nullptr) p.partial_key_rel = workspace.take(heads * p.key_parts * W * p.channels);
+  if (p.needs_taps()) p.partial_taps = workspace.take(heads * p.tap_parts * (W + 1) * p.channels);
+  return workspace;
 }
 
 }  // namespace
@@ -93,20 +95,21 @@ AttentionFacts facts_of(const Attention& p) {
   return f;
 }
 
-int64_t workspace_bytes(const AttentionForward& p) {
+AttentionLaunch prepare(const AttentionForward& p) {
+  const AttentionPlan plan = plan_attention(facts_of(p), false);
   TensorTables tables;
-  return assign(tables, p, plan_attention(facts_of(p), false), false, Rooms(nullptr, p.dtype));
+  return {plan, assign(tables, p, plan, false, Workspace(nullptr, p.dtype))};
 }
 
-const char* attention(const AttentionForward& p, void* workspace, Stream stream) {
+const char* attention(const AttentionForward& p, const AttentionLaunch& launch, void* workspace, Stream stream) {
   if (const char* reason = check_size(p)) return reason;
-  const AttentionPlan plan = plan_attention(facts_of(p), false);
+  const AttentionPlan& plan = launch.plan;
   return with_dtype(p.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     if constexpr (sizeof(T) == 2)
       if (plan.family == AttentionFamily::kTensor) {
         TensorTables tables;
-        assign(tables, p, plan, false, Rooms(workspace, p.dtype));
+        assign(tables, p, plan, false, Workspace(workspace, p.dtype));
         tables.vectors = tables.vectors && whole_vectors(p.out, p.channels, p.dtype);
         return TensorAttention<T>::forward(p, tables, plan, stream);
       }
@@ -114,22 +117,18 @@ const char* attention(const AttentionForward& p, void* workspace, Stream stream)
   });
 }
 
-int64_t workspace_bytes(const AttentionBackward& p) {
+AttentionLaunch prepare(const AttentionBackward& p) {
   const AttentionPlan plan = plan_attention(facts_of(p), true);
   AttentionBackward copy = p;
   TensorTables tables;
-  Rooms rooms(nullptr, p.dtype);
-  assign(copy, plan, rooms);
-  return assign(tables, p, plan, true, rooms);
+  return {plan, assign(tables, p, plan, true, assign(copy, plan, Workspace(nullptr, p.dtype)))};
 }
 
-const char* attention_grad(AttentionBackward p, void* workspace, Stream stream) {
+const char* attention_backward(AttentionBackward p, const AttentionLaunch& launch, void* workspace, Stream stream) {
   if (const char* reason = check_size(p)) return reason;
-  const AttentionPlan plan = plan_attention(facts_of(p), true);
-  Rooms rooms(workspace, p.dtype);
-  assign(p, plan, rooms);
+  const AttentionPlan& plan = launch.plan;
   TensorTables tables;
-  assign(tables, p, plan, true, rooms);
+  assign(tables, p, plan, true, assign(p, plan, Workspace(workspace, p.dtype)));
   for (const HeadRows* rows : {&p.out, &p.grad, &p.grad_q, &p.grad_k, &p.grad_v})
     tables.vectors = tables.vectors && whole_vectors(*rows, p.channels, p.dtype);
   tables.rank_vectors = tables.rank_vectors && whole_vectors(p.grad_rel_query, p.rank, p.dtype);

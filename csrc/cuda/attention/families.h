@@ -34,10 +34,14 @@ struct ReduceAttention {
 // What the choice of kernels depends on.
 AttentionFacts facts_of(const Attention& p);
 
-// Bytes that a pass needs besides its arguments.
-int64_t workspace_bytes(const AttentionForward& p);
-const char* attention(const AttentionForward& p, void* workspace, Stream stream);
-int64_t workspace_bytes(const AttentionBackward& p);
-const char* attention_grad(AttentionBackward p, void* workspace, Stream stream);
+// The kernels of a pass, and the bytes that they need besides their arguments.
+struct AttentionLaunch {
+  AttentionPlan plan;
+  int64_t workspace_bytes;
+};
+AttentionLaunch prepare(const AttentionForward& p);
+AttentionLaunch prepare(const AttentionBackward& p);
+const char* attention(const AttentionForward& p, const AttentionLaunch& launch, void* workspace, Stream stream);
+const char* attention_backward(AttentionBackward p, const AttentionLaunch& launch, void* workspace, Stream stream);
 
 }  // namespace ck::cuda

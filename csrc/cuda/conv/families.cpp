@@ -72,7 +72,7 @@ const char* with_family(const Plan& plan, Dtype dtype, const Run& run) {
   });
 }
 
-void set_pieces(Problem& p, const Facts& facts, const Plan& plan) {
+void set_vector_bytes(Problem& p, const Facts& facts, const Plan& plan) {
   int64_t bytes = plan.family == Family::kTime ? facts.time_bytes : facts.channel_bytes;
   // Their blocks begin at a head, and two lanes together have 16 bytes of one.
   if (plan.family == Family::kRows && plan.lanes > 1)
@@ -83,16 +83,16 @@ void set_pieces(Problem& p, const Facts& facts, const Plan& plan) {
 // Enters where partial sums go. Returns the bytes they take.
 int64_t assign(Backward& p, const Plan& plan, void* workspace) {
   p.groups = plan.groups;
-  Rooms rooms(workspace, p.dtype);
+  Workspace sums(workspace, p.dtype);
   const int64_t rows = p.owners() * p.groups;
   const int64_t pieces = plan.family == Family::kRows ? rows_pieces(p.head_channels()) : 1;
   if (p.grad_weight != nullptr && !p.per_position)
-    p.partial_weight = rooms.take(rows * (p.renormalize ? p.heads * pieces : p.channels) * p.taps.taps);
+    p.partial_weight = sums.take(rows * (p.renormalize ? p.heads * pieces : p.channels) * p.taps.taps);
   if (p.grad_weight != nullptr && p.per_position && pieces > 1)
-    p.partial_weight = rooms.take(pieces * p.filters() * p.taps.taps);
-  if (p.grad_bias != nullptr) p.partial_bias = rooms.take(rows * p.channels);
-  if (p.per_row() && p.softmax && plan.family == Family::kPlain) p.statistics = rooms.take(2 * p.filters());
-  return rooms.used();
+    p.partial_weight = sums.take(pieces * p.filters() * p.taps.taps);
+  if (p.grad_bias != nullptr) p.partial_bias = sums.take(rows * p.channels);
+  if (p.per_row() && p.softmax && plan.family == Family::kPlain) p.statistics = sums.take(2 * p.filters());
+  return sums.bytes();
 }
 
 }  // namespace
@@ -114,21 +114,20 @@ Facts facts_of(const Backward& p) {
 const char* forward(Forward p, Stream stream) {
   const Facts facts = facts_of(p);
   const Plan plan = plan_forward(facts);
-  set_pieces(p, facts, plan);
+  set_vector_bytes(p, facts, plan);
   return with_family(plan, p.dtype, [&](auto family) { return family.forward(p, plan, stream); });
 }
 
-int64_t workspace_bytes(const Backward& p) {
-  Backward copy = p;
-  return assign(copy, plan_backward(facts_of(p)), nullptr);
-}
-
-const char* backward(Backward p, void* workspace, Stream stream) {
+Launch prepare(Backward& p) {
   const Facts facts = facts_of(p);
   const Plan plan = plan_backward(facts);
-  set_pieces(p, facts, plan);
-  assign(p, plan, workspace);
-  return with_family(plan, p.dtype, [&](auto family) { return family.backward(p, plan, stream); });
+  set_vector_bytes(p, facts, plan);
+  return {plan, assign(p, plan, nullptr)};
+}
+
+const char* backward(Backward p, const Launch& launch, void* workspace, Stream stream) {
+  assign(p, launch.plan, workspace);
+  return with_family(launch.plan, p.dtype, [&](auto family) { return family.backward(p, launch.plan, stream); });
 }
 
 const char* step(const Step& p, Stream stream) {

@@ -57,9 +57,15 @@ Facts facts_of(const Forward& p);
 Facts facts_of(const Backward& p);
 
 const char* forward(Forward p, Stream stream);
-// Bytes that a backward pass needs besides its arguments.
-int64_t workspace_bytes(const Backward& p);
-const char* backward(Backward p, void* workspace, Stream stream);
+
+// The kernels of a backward pass, and the bytes that they need besides their arguments.
+struct Launch {
+  Plan plan;
+  int64_t workspace_bytes;
+};
+Launch prepare(Backward& p);
+const char* backward(Backward p, const Launch& launch, void* workspace, Stream stream);
+
 const char* step(const Step& p, Stream stream);
 
 }  // namespace ck::cuda

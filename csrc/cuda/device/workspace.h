@@ -6,21 +6,21 @@
 namespace ck::cuda {
 
 // Takes `count` numbers of the accumulation type from a workspace that may not exist yet.
-class Rooms {
+class Workspace {
  public:
-  Rooms(void* begin, Dtype dtype) : at_(static_cast<char*>(begin)), size_(dtype == Dtype::kFloat64 ? 8 : 4) {}
+  Workspace(void* begin, Dtype dtype) : at_(static_cast<char*>(begin)), size_(dtype == Dtype::kFloat64 ? 8 : 4) {}
 
   void* take(int64_t count) {
-    void* const room = at_ == nullptr ? nullptr : at_ + used_;
-    used_ += (count * size_ + kVectorBytes - 1) / kVectorBytes * kVectorBytes;
-    return room;
+    void* const data = at_ == nullptr ? nullptr : at_ + bytes_;
+    bytes_ += (count * size_ + kVectorBytes - 1) / kVectorBytes * kVectorBytes;
+    return data;
   }
-  int64_t used() const { return used_; }
+  int64_t bytes() const { return bytes_; }
 
  private:
   static constexpr int64_t kVectorBytes = 16;
   char* at_;
-  int64_t size_, used_ = 0;
+  int64_t size_, bytes_ = 0;
 };
 
 }  // namespace ck::cuda

@@ -1,0 +1,122 @@
+// The five operators: their signatures, the order of checks, allocation and computation, and their names. Each library
+// makes them from a Target, of which every call constructs one:
+//   Forward, Backward, Step, AttentionForward, AttentionBackward            the library's problems
+//   Target(const Tensor& x, const char* argument);  Device device;          where the call computes
+//   void set_seed(P&, const Tensor&);  void set_offsets(...);               see conv.h and attention.h
+//   void set_state_rows(Step&, const Tensor& state_index);
+//   void forward(Forward&, bool per_batch);                                 they compute, or throw
+//   void backward(Backward&, bool per_batch, const ConvGradTensors&);
+//   void step(Step&, const Tensor& state, bool reordered);
+//   void attention(AttentionForward&);  void attention_backward(AttentionBackward&);
+// per_batch: weight has a batch dimension.  reordered: there is a state_index.
+#pragma once
+
+#include "csrc/torch/attention.h"
+#include "csrc/torch/conv.h"
+
+namespace ck::binding {
+
+template <class Target>
+struct Operators {
+  static Tensor tap_conv(Tensor x, Tensor weight, int64_t left, int64_t dilation, bool softmax, bool renormalize,
+                         double dropout, Optional seed, Optional bias, Optional gate, Optional mask,
+                         Optional cu_seqlens, Optional initial_state) {
+    typename Target::Forward p;
+    Target target(x, "x");
+    Copies copies;
+    const View input(target.device, x, "x"), filter(target.device, weight, "weight");
+    set_problem(p, target, input, filter, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens,
+                initial_state, copies);
+    if (bias) set_bias(p, target.device, *bias, copies);
+    Tensor y = allocate_like(target.device, x, input);
+    p.y = rows_like(View(y), input, "y");
+    if (p.batch * p.time * p.channels > 0) target.forward(p, filter.dim == 4);
+    return y;
+  }
+
+  static ConvGradTensors tap_grad(Tensor grad, Tensor x, Tensor weight, int64_t left, int64_t dilation, bool softmax,
+                                  bool renormalize, double dropout, Optional seed, Optional gate, Optional mask,
+                                  Optional cu_seqlens, Optional initial_state, int64_t needs) {
+    typename Target::Backward p;
+    Target target(x, "x");
+    Copies copies;
+    const View input(target.device, x, "x"), filter(target.device, weight, "weight");
+    set_problem(p, target, input, filter, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens,
+                initial_state, copies);
+    ConvGradTensors results = set_gradients(p, target.device, grad, x, input, filter, gate, initial_state, needs);
+    if (p.batch * p.time * p.channels > 0) target.backward(p, filter.dim == 4, results);
+    return results;
+  }
+
+  // Moves the state up by one row after the output has been computed.
+  static Tensor tap_step(Tensor x, Tensor state, Tensor weight, int64_t dilation, bool softmax, bool renormalize,
+                         Optional bias, Optional gate, Optional state_index, Optional position) {
+    typename Target::Step p;
+    Target target(x, "x");
+    Copies copies;
+    const View input(target.device, x, "x");
+    set_step(p, target.device, input, state, View(target.device, weight, "weight"), dilation, softmax, renormalize,
+             bias, gate, state_index, position, copies);
+    if (state_index) target.set_state_rows(p, *state_index);
+    Tensor y = allocate_like(target.device, x, input);
+    if (p.batch * p.channels == 0) return y;
+    const View output(y);
+    p.y = {output.data, output.stride[0], 0, output.stride[1]};
+    target.step(p, state, state_index.has_value());
+    return y;
+  }
+
+  static std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, int64_t left, int64_t right,
+                                              int64_t outside, bool causal, bool qk, double scale, double rel_scale,
+                                              double dropout, Optional seed, Optional bias, Optional query_rel,
+                                              Optional rel_query, Optional key_rel, Optional value_conv,
+                                              Optional value_conv_bias, Optional value_conv_scale, Optional key_mask,
+                                              Optional cu_seqlens_q, Optional cu_seqlens_k) {
+    typename Target::AttentionForward p;
+    Target target(q, "q");
+    const AttentionOptions options{seed,     bias,         query_rel,       rel_query,
+                                   key_rel,  value_conv,   value_conv_bias, value_conv_scale,
+                                   key_mask, cu_seqlens_q, cu_seqlens_k};
+    const View query(target.device, q, "q");
+    set_attention(p, target, query, View(target.device, k, "k"), View(target.device, v, "v"), left, right, outside,
+                  causal, qk, scale, rel_scale, dropout, options);
+    std::tuple<Tensor, Tensor> results = set_attention_results(p, target.device, q, query);
+    target.attention(p);
+    return results;
+  }
+
+  static AttentionGradTensors attention_grad(Tensor grad, Optional grad_lse, Tensor out, Tensor lse, Tensor q, Tensor k,
+                                             Tensor v, int64_t left, int64_t right, int64_t outside, bool causal,
+                                             bool qk, double scale, double rel_scale, double dropout, Optional seed,
+                                             Optional bias, Optional query_rel, Optional rel_query, Optional key_rel,
+                                             Optional value_conv, Optional value_conv_bias, Optional value_conv_scale,
+                                             Optional key_mask, Optional cu_seqlens_q, Optional cu_seqlens_k,
+                                             int64_t needs) {
+    typename Target::AttentionBackward p;
+    Target target(q, "q");
+    const AttentionOptions options{seed,     bias,         query_rel,       rel_query,
+                                   key_rel,  value_conv,   value_conv_bias, value_conv_scale,
+                                   key_mask, cu_seqlens_q, cu_seqlens_k};
+    set_attention(p, target, View(target.device, q, "q"), View(target.device, k, "k"), View(target.device, v, "v"),
+                  left, right, outside, causal, qk, scale, rel_scale, dropout, options);
+    AttentionGradTensors results =
+        set_attention_gradients(p, target.device, grad, grad_lse, out, lse, q, k, v, options, needs);
+    target.attention_backward(p);
+    return results;
+  }
+
+  // Registers the operators as overloads of this name ("cpu": tap_conv.cpu), also those without a derivative, whose
+  // names begin with "_".
+  static void implement(torch::stable::detail::StableLibrary& library, const std::string& overload) {
+    const auto add = [&](const char* name, auto* boxed) {
+      for (const char* prefix : {"", "_"}) library.impl((std::string(prefix) + name + "." + overload).c_str(), boxed);
+    };
+    add("tap_conv", TORCH_BOX(&Operators::tap_conv));
+    add("tap_grad", TORCH_BOX(&Operators::tap_grad));
+    add("tap_step", TORCH_BOX(&Operators::tap_step));
+    add("attention", TORCH_BOX(&Operators::attention));
+    add("attention_grad", TORCH_BOX(&Operators::attention_grad));
+  }
+};
+
+}  // namespace ck::binding
