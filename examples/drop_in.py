@@ -44,7 +44,7 @@ def main():
     print(f"convkernels                {milliseconds(model, inputs):6.1f} ms")
     torch.testing.assert_close(model(**inputs).logits[real], before, rtol=1e-4, atol=1e-4)
 
-    # 2. Composite attention: biases per distance, filters predicted by the query, a depthwise convolution of the values.
+    # 2. Composite attention: biases per distance, filters predicted by the query, a depthwise convolution of values.
     replace_attention(model, "composite", window=8, bias=True, query_rel=True, value_conv=True)
     print(f"composite attention        {milliseconds(model, inputs):6.1f} ms")
     torch.testing.assert_close(model(**inputs).logits[real], before, rtol=1e-4, atol=1e-4)
