@@ -109,7 +109,7 @@ install: build $(VENV)/.triton $(VENV)/.hf
 # ---- the main job
 
 bench: $(RUNNABLE)
-	$(BIN)/convkernels bench --output $(RESULTS)
+	$(BIN)/python -m benchmarks bench --output $(RESULTS)
 	@echo "Plots:" && find $(RESULTS) -name '*.png' | sort
 
 # ---- checks

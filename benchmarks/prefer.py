@@ -1,6 +1,6 @@
 """Enter measurements of a GPU into what backend="auto" takes there: python -m benchmarks.prefer FILE.json
 
-FILE holds the results of `convkernels bench --device cuda --backend triton` and of `--backend cuda`, of the suites
+FILE holds the results of `bench --device cuda --backend triton` and of `--backend cuda`, of the suites
 streaming and attention. For each op, and for each class of attention problems, the backend with the smaller geometric
 mean of times over all cases that both have measured is entered, unless it is the one that comes first anyway.
 """
@@ -12,9 +12,9 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from benchmarks.suites.streaming import COPY, OURS
+from benchmarks.suites.targets import BACKWARD, BANDED, BOTH, COMPOSITE, FORWARD
 from convkernels import backends
-from convkernels._bench.attention_targets import BACKWARD, BANDED, BOTH, COMPOSITE, FORWARD
-from convkernels._bench.streaming import COPY, OURS
 from convkernels.backends import preference
 
 # (op, dtype, class of problems), a name of the case, a time
@@ -79,7 +79,7 @@ def main(path: str) -> None:
     content = json.loads(Path(path).read_text())
     sections = [value for name, value in content.items() if name.split()[0] in SUITES and " " in name]
     if not sections:
-        sys.exit(f"{path}: expected results of `convkernels bench --suite streaming` or `attention` with --backend")
+        sys.exit(f"{path}: expected results of `bench --suite streaming` or `attention` with --backend")
     device = sections[0]["environment"]["device"]
     table = copy.deepcopy(preference.measured())
     usual = next(name for name in backends.names() if any(f"{suite} {name}" in content for suite in SUITES))

@@ -1,7 +1,7 @@
 """Rewrite the generated parts of docs/performance.md: python -m benchmarks.report FILE.json
 
-FILE is the results of `convkernels bench --suite acceptance`, of `--suite attention`, or of both; on a GPU of the
-suites streaming and attention with `--backend cuda` and `--backend triton`; or what `convkernels check --kernels
+FILE is the results of `bench --suite acceptance`, of `--suite attention`, or of both; on a GPU of the
+suites streaming and attention with `--backend cuda` and `--backend triton`; or what `python -m benchmarks.machine_code
 --backend NAME --json FILE` writes.
 """
 
@@ -9,10 +9,10 @@ import json
 import sys
 from pathlib import Path
 
-from convkernels._bench import acceptance, attention
-from convkernels._bench.attention_targets import BACKWARD, COMPOSITE, EAGER, FLASH, FLEX, FORWARD, SDPA_BIAS
-from convkernels._bench.console import markdown_table, quantity
-from convkernels._bench.streaming import OURS
+from benchmarks.suites import acceptance, attention
+from benchmarks.suites.streaming import OURS
+from benchmarks.suites.targets import BACKWARD, COMPOSITE, EAGER, FLASH, FLEX, FORWARD, SDPA_BIAS
+from convkernels.cli.console import markdown_table, quantity
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 SHOWN = ("90", "90a")  # the architecture whose kernels the page lists

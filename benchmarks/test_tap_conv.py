@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from convkernels._bench.acceptance import BACKWARD, FORWARD, Group
-from convkernels._bench.peers import DEPTHWISE, DYNAMIC, LIGHTWEIGHT, PEERS, Problem, ours
+from benchmarks.peers import DEPTHWISE, DYNAMIC, LIGHTWEIGHT, PEERS, Problem, ours
+from benchmarks.suites.acceptance import BACKWARD, FORWARD, Group
 
 PROBLEMS = [
     Problem(op, 8, length, 768, heads, taps, dtype)

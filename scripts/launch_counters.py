@@ -29,11 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import kernel_cases
 import torch
 
-from convkernels._bench import attention, streaming
-from convkernels._bench.console import markdown_table
-from convkernels.backends import cuda_ahead
-from convkernels.backends.cuda_counters import GLOBAL, SECTOR, SHARED, Launch, counted, source_lines
-from convkernels.backends.machine_code import LoopCost, raised
+from benchmarks.machine_code import nvcc
+from benchmarks.machine_code.counters import GLOBAL, SECTOR, SHARED, Launch, counted, source_lines
+from benchmarks.machine_code.rules import LoopCost, raised
+from benchmarks.suites import attention, streaming
+from convkernels.cli.console import markdown_table
 
 BUDGET = Path(__file__).resolve().parents[1] / "tests" / "launch_budget.json"
 # What a budget holds: totals of a launch, of which less is better.
@@ -155,7 +155,7 @@ def extrapolate(case: Case) -> dict[str, Launch]:
     return {
         key: replace(launch, figures={name: grown(name, a, twice[key][name]) for name, a in launch.figures.items()})
         for key, launch in once.items()
-        if launch.kernel in cuda_ahead.STREAMING
+        if launch.kernel in nvcc.STREAMING
     }
 
 
@@ -256,7 +256,7 @@ def reached(case: Case, launch: Launch, seconds: float) -> str:
 
 def estimates(names: list[str]) -> str:
     rows = []
-    loops = [] if cuda_ahead.missing() else cuda_ahead.main_loops()
+    loops = [] if nvcc.missing() else nvcc.main_loops()
     for name in names:
         case = CASES[name]
         for key, launch in extrapolate(case).items():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from convkernels._bench.text import paragraphs
+from benchmarks.text import paragraphs
 from convkernels.models import (
     CompositeBertConfig,
     CompositeBertForMaskedLM,

@@ -8,18 +8,11 @@ import re
 import pytest
 import torch
 
-from convkernels import cli
-from convkernels._bench import (
-    acceptance,
-    attention,
-    attention_targets,
-    environment,
-    peers,
-    streaming,
-    sweep,
-    text,
-    timing,
-)
+import convkernels
+from benchmarks import cli, peers, text, timing
+from benchmarks.suites import acceptance, attention, streaming, sweep, targets
+from convkernels.cli import environment
+from convkernels.cli import main as convkernels_main
 
 CPU = torch.device("cpu")
 
@@ -183,7 +176,6 @@ def test_the_device_is_busy_while_the_host_enqueues(monkeypatch, ahead):
 @pytest.mark.parametrize("suite", ["streaming", "attention"])
 def test_a_failure_of_ours_does_not_end_a_suite(suite, tmp_path, capsys, monkeypatch):
     """The backward pass fails, when it is prepared: exit status 1 with the forward pass measured and saved."""
-    import convkernels
 
     def failing(function):
         def call(*args, **options):
@@ -239,7 +231,7 @@ def test_sweep_writes_results_and_plots_them_again(tmp_path):
 
 
 def test_plots_say_what_their_curves_do_not():
-    figures = pytest.importorskip("convkernels._bench.figures")
+    figures = pytest.importorskip("benchmarks.figures")
 
     def work(line, flops):
         return {"line": line, "direction": "forward", "dtype": "float32", "length": 8, "batch": 2, "flops": flops}
@@ -255,7 +247,7 @@ def test_plots_say_what_their_curves_do_not():
 def test_panels_share_the_lengths_of_all(tmp_path, monkeypatch):
     """Also those that only one of them has, as a bench that was interrupted leaves."""
     plt = pytest.importorskip("matplotlib.pyplot")
-    figures = pytest.importorskip("convkernels._bench.figures")
+    figures = pytest.importorskip("benchmarks.figures")
     ticks = []
     monkeypatch.setattr(plt, "close", lambda figure: ticks.append([list(axes.get_xticks()) for axes in figure.axes]))
     records = [
@@ -292,7 +284,7 @@ def test_target_table_says_pass_miss_and_not_measured():
 
 
 def test_info_names_backends_and_variables(capsys):
-    assert cli.main(["info"]) == 0
+    assert convkernels_main(["info"]) == 0
     printed = capsys.readouterr().out
     assert "reference" in printed and "CONVKERNELS_STRICT" in printed
     assert re.search(r"attention_grad +cpu +the first usable one", printed)
@@ -362,7 +354,7 @@ def test_attention_targets_say_pass_miss_and_not_measured():
         return {"settings": settings, "records": lines, "workloads": workloads if device == "cuda" else []}
 
     def rows(*arguments):
-        columns, found = attention_targets.rows(section(*arguments))
+        columns, found = targets.rows(section(*arguments))
         assert all(len(row) == len(columns) for row in found)
         return {row[:2]: row[2:] for row in found}
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from convkernels.backends import cuda_counters, library
-from convkernels.backends.machine_code import LoopCost
+from benchmarks.machine_code import counters
+from benchmarks.machine_code.rules import LoopCost
+from convkernels.backends import library
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "launch_counters.py"
@@ -23,12 +24,12 @@ spec.loader.exec_module(launch_counters)
 
 needs_library = pytest.mark.skipif(library.missing("counted") is not None, reason="needs make counted-build")
 NAMES = ("blocks", "bytes_read", "bytes_written", "barriers", "warp_barriers", "shuffles", "votes", "matrix_products",
-         *(f"{access}_{what}" for access in cuda_counters.GLOBAL for what in ("requests", "sectors")),
-         *(f"{access}_{what}" for access in cuda_counters.SHARED for what in ("wavefronts", "conflicts")))  # fmt: skip
+         *(f"{access}_{what}" for access in counters.GLOBAL for what in ("requests", "sectors")),
+         *(f"{access}_{what}" for access in counters.SHARED for what in ("wavefronts", "conflicts")))  # fmt: skip
 
 
 def launch(kernel="stream_forward", instructions=(), **figures):
-    return cuda_counters.Launch(kernel, "bf16", dict.fromkeys(NAMES, 0) | figures, instructions)
+    return counters.Launch(kernel, "bf16", dict.fromkeys(NAMES, 0) | figures, instructions)
 
 
 def test_totals_of_a_launch():
@@ -159,7 +160,7 @@ def test_counts_are_those_of_the_budget_in_any_order(name, tmp_path):
     for seed in ("1", "2"):
         environment = os.environ | {"CONVKERNELS_SIMT_SEED": seed, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, SCRIPT, "--only", name, "--budget", tmp_path / "none.json"]
-        output = subprocess.run(command, env=environment, capture_output=True, text=True)
+        output = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
         (tmp_path / seed).write_text(output.stdout)
         assert output.returncode == 1 and "no budget" in output.stdout, output.stderr
     assert (tmp_path / "1").read_text() == (tmp_path / "2").read_text()
@@ -170,7 +171,7 @@ def test_nothing_is_counted_in_another_library(left_out, monkeypatch):
     for name in ("CONVKERNELS_SIMT", "CONVKERNELS_SIMT_COUNTED"):
         monkeypatch.setenv(name, "0" if name == left_out else "1")
     with pytest.raises(RuntimeError, match=f"expected the environment variable {left_out}=1"):
-        with cuda_counters.counted():
+        with counters.counted():
             pass
 
 
@@ -178,7 +179,7 @@ def test_nothing_is_counted_in_another_library(left_out, monkeypatch):
 def test_calls_are_counted():
     program = """
 import torch, convkernels as ck
-from convkernels.backends.cuda_counters import counted, source_lines
+from benchmarks.machine_code.counters import counted, source_lines
 with counted() as none:
     try:
         with counted():
@@ -194,9 +195,9 @@ stores = [one["place"] for one in launches[0].instructions if "store_sectors" in
 print([line.split(":")[0] for line in source_lines(stores).values()])
 """
     environment = os.environ | {"CONVKERNELS_SIMT": "1", "CONVKERNELS_SIMT_COUNTED": "1"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines() == [
         "counted(): expected one at a time, got one within another",
         str([("stream_forward", 2 * 64 * 128 * 2)]),
-        str(["quads.cuh"]),
+        str(["conv/quads.cuh"]),
     ], done.stderr

@@ -15,11 +15,11 @@ import torch
 
 import convkernels as ck
 from benchmarks import prefer, report
-from convkernels._bench import attention_targets, environment
 from convkernels.backends import cuda as cuda_backend
 from convkernels.backends import preference
 from convkernels.backends import triton as triton_backend
 from convkernels.backends.switches import switch
+from convkernels.cli import environment
 from convkernels.ops import _select, _spec
 
 ROOT = Path(ck.__file__).parents[1]
@@ -297,7 +297,7 @@ def test_preferences_come_from_results(monkeypatch, tmp_path):
 
 
 def test_preferences_for_attention_come_from_results(monkeypatch, tmp_path):
-    targets = attention_targets
+    from benchmarks.suites import targets
 
     def section(forward, both, banded, paper):
         """Times of the forward pass at lengths 128, 512 and 1024, of both passes at 512, and of the workloads."""

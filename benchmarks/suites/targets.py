@@ -1,5 +1,5 @@
-"""The targets of composite attention: ratios of times that `convkernels bench --suite attention` has measured. Those of
-GPUs hold for bfloat16 and differ a little between the backends."""
+"""The targets of composite attention: ratios of times that the suite attention has measured. Those of GPUs hold for
+bfloat16 and differ a little between the backends."""
 
 from __future__ import annotations
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from convkernels.cli.console import Mistake, reason_of
+
 # What makes two records of one list belong to one measurement, which is kept or replaced as a whole.
 GROUP = ("case", "workload", "shape", "op", "direction", "heads", "taps", "dtype", "length")
 RECORDS = ("records", "work", "workloads")
@@ -19,21 +21,13 @@ COVERED = ("lengths", "dtypes", "padding")
 INCIDENTAL = ("platform", "busy_cpus")
 
 
-class Mistake(Exception):
-    """What the user has to change, in one sentence."""
-
-
-def reason_of(error: OSError) -> str:
-    return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
-
-
 @contextlib.contextmanager
 def understood(what: str) -> Iterator[None]:
     """Mistake where the content of a results file is not what a suite writes."""
     try:
         yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise Mistake(f"{what}: expected what `convkernels bench` writes: {type(error).__name__}: {error}") from error
+        raise Mistake(f"{what}: expected what a suite writes: {type(error).__name__}: {error}") from error
 
 
 def write(path: Path, text: str) -> None:

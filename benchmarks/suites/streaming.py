@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 import convkernels
-
-from . import environment, timing
-from .console import progress, say, table
-from .peers import DYNAMIC, LIGHTWEIGHT, PEERS, Problem
+from benchmarks import timing
+from benchmarks.peers import DYNAMIC, LIGHTWEIGHT, PEERS, Problem
+from convkernels.cli import environment
+from convkernels.cli.console import progress, say, table
 
 COPY, OURS = "copy", "convkernels"
 

@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import convkernels
-
-from . import attention_targets, environment, timing
-from .attention_targets import (
+from benchmarks import timing
+from benchmarks.peers import TOLERANCE, disagreement
+from benchmarks.suites import targets
+from benchmarks.suites.targets import (
     BACKWARD,
     BANDED,
     BOTH,
@@ -37,8 +38,8 @@ from .attention_targets import (
     SDPA,
     SDPA_BIAS,
 )  # fmt: skip
-from .console import markdown_table, progress, quantity, say, table
-from .peers import TOLERANCE, disagreement
+from convkernels.cli import environment
+from convkernels.cli.console import markdown_table, progress, quantity, say, table
 
 
 @dataclass(frozen=True)
@@ -459,7 +460,7 @@ def print_tables(section: dict[str, Any]) -> None:
     if section["workloads"]:
         rows = [(w["workload"], w["line"], quantity(w["seconds"], "s")) for w in section["workloads"]]
         table("workloads", ("workload", "form", "time"), rows)
-    table("targets", *attention_targets.rows(section))
+    table("targets", *targets.rows(section))
     for note in section["notes"]:
         say(f"note: {note}")
     for error in section["errors"]:
@@ -470,7 +471,7 @@ def markdown(section: dict[str, Any]) -> str:
     """The targets and the times, for docs/performance.md."""
     parts = [
         f"{environment.title(section['environment'])}; {shape(section['settings'])}.",
-        markdown_table(*attention_targets.rows(section)),
+        markdown_table(*targets.rows(section)),
     ]
     for dtype in section["settings"]["dtypes"]:
         for direction in (FORWARD, BACKWARD, BOTH):

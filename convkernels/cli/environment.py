@@ -15,6 +15,8 @@ from convkernels import backends
 from convkernels.backends import preference
 from convkernels.ops import _select
 
+from .console import Mistake
+
 VARIABLES = {
     "CONVKERNELS_BUILD": "at build time: auto, cpu, cuda or none (pure Python)",
     "CONVKERNELS_BACKEND": "what backend='auto' means",
@@ -117,3 +119,14 @@ def automatic(device: torch.device) -> list[tuple[str, str, str, str, str]]:
 def variables() -> list[tuple[str, str, str]]:
     """(name, value or a dash, meaning) of every environment variable of the package."""
     return [(name, os.environ.get(name, "-"), meaning) for name, meaning in VARIABLES.items()]
+
+
+def check_variables() -> None:
+    """Mistake for variables that every call of the package would stumble over."""
+    native, known = native_module(), {"CONVKERNELS_BACKEND": ("auto", *backends.names())}
+    if native:
+        known["CONVKERNELS_CPU_ISA"] = tuple(native.compiled_isas())
+    for name, values in known.items():
+        value = os.environ.get(name)
+        if value and value not in values:
+            raise Mistake(f"environment variable '{name}': expected one of {', '.join(values)}, got {value!r}")

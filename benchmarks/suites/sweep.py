@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-from . import environment, text, timing
-from .console import progress, quantity, say, table
-from .peers import (
+from benchmarks import text, timing
+from benchmarks.peers import (
     DEPTHWISE,
     DYNAMIC,
     LIGHTWEIGHT,
@@ -29,6 +28,8 @@ from .peers import (
     disagreement,
     ours,
 )
+from convkernels.cli import environment
+from convkernels.cli.console import progress, quantity, say, table
 
 OURS, ATTENTION, COMPILE = "convkernels", "attention", "compile"
 FORWARD, BOTH = "forward", "forward+backward"

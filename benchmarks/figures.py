@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import attention, environment
-from .results import Mistake
-from .sweep import BOTH, FORWARD, LINES, MORE_LINES, OURS
+from benchmarks.suites import attention
+from benchmarks.suites.sweep import BOTH, FORWARD, LINES, MORE_LINES, OURS
+from convkernels.cli import environment
+from convkernels.cli.console import Mistake
 
 _OURS = {
     "lightweight": "#0b6fb8",

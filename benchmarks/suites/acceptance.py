@@ -18,10 +18,10 @@ import torch._functorch.config as functorch_config
 import torch.nn.functional as F
 
 import convkernels
-
-from . import environment, timing
-from .console import markdown_table, progress, quantity, say, table
-from .peers import DYNAMIC, LIGHTWEIGHT, PEERS, TOLERANCE, Problem, channels_first, disagreement, ours
+from benchmarks import timing
+from benchmarks.peers import DYNAMIC, LIGHTWEIGHT, PEERS, TOLERANCE, Problem, channels_first, disagreement, ours
+from convkernels.cli import environment
+from convkernels.cli.console import markdown_table, progress, quantity, say, table
 
 OURS, COPY = "convkernels", "copy"
 FORWARD, BACKWARD = "forward", "backward"

@@ -1,0 +1,2 @@
+"""What compiled kernels cost, without a GPU. `rules`: figures and budgets. `triton` and `nvcc`: how the figures of each
+backend's kernels are got. `control_flow` and `loops`: instructions of main loops. `counters`: what launches move."""

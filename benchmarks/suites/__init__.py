@@ -1,0 +1,1 @@
+"""What `python -m benchmarks bench --suite NAME` measures, a module each."""
