@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ...backends import preference
 from .. import _functorch, _select, _validate
 from . import checks, op
 
@@ -93,9 +92,7 @@ def composite_attention(
     inputs = (q, k, v, bias, query_rel, rel_query, key_rel, value_conv, value_conv_bias, value_conv_scale)
     recorded = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in inputs)
     operator = "attention_grad" if recorded or transforming else "attention"
-    # Only on GPUs is there more than one fast backend, so only there does a compiled graph have to be for one class.
-    problem = preference.problem_of(k.shape[1], q.shape[3]) if q.device.type == "cuda" else None
-    chosen = _select.pick(backend, name, q.device.type, q.dtype, operator, problem)
+    chosen = _select.pick(backend, name, q.device.type, q.dtype, operator)
     dropout = float(dropout) if training else 0.0
     if dropout == 0.0:
         seed = None
