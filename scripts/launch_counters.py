@@ -11,7 +11,6 @@ Exit status 1 if a count is above its budget, a kernel has none, or one of the b
 """
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -30,12 +29,13 @@ import kernel_cases
 import torch
 
 from benchmarks.machine_code import nvcc
+from benchmarks.machine_code.budgets import format_counts, parse_counts
 from benchmarks.machine_code.counters import GLOBAL, SECTOR, SHARED, Launch, counted, source_lines
 from benchmarks.machine_code.rules import LoopCost, raised
 from benchmarks.suites import attention, streaming
 from convkernels.cli.console import markdown_table
 
-BUDGET = Path(__file__).resolve().parents[1] / "tests" / "launch_budget.json"
+BUDGET = Path(__file__).resolve().parents[1] / "tests" / "launch_budget.txt"
 # What a budget holds: totals of a launch, of which less is better.
 HELD: dict[str, Callable[[Launch], int]] = {
     "bytes": lambda launch: launch.moved,
@@ -268,9 +268,6 @@ def estimates(names: list[str]) -> str:
     return markdown_table(columns, rows)
 
 
-# ---- the budget
-
-
 def held(results: dict[str, dict[str, Launch]]) -> dict[str, dict[str, dict[str, int]]]:
     return {
         name: {key: {what: count(launch) for what, count in HELD.items()} for key, launch in launches.items()}
@@ -329,9 +326,9 @@ def main() -> int:
     rows = [row(*one) for one in launches]
     print(markdown_table(COLUMNS, rows))
     now = held(results)
-    budget = json.loads(arguments.budget.read_text()) if arguments.budget.exists() else {}
+    budget = parse_counts(arguments.budget.read_text()) if arguments.budget.exists() else {}
     if arguments.update:
-        arguments.budget.write_text(json.dumps(now, indent=1) + "\n")
+        arguments.budget.write_text(format_counts(now))
         print(*raised(budget, now) or ["nothing goes up"], sep="\n")
         return 0
     found = violations(now, budget)

@@ -2,14 +2,17 @@
 
 import dataclasses
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks.machine_code import __main__ as command_line
-from benchmarks.machine_code import nvcc
+from benchmarks.machine_code import budgets, nvcc
 from benchmarks.machine_code.rules import LoopCost, Resources, Rules, read_code, read_usage, short_name
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def triton_ahead():
@@ -167,7 +170,7 @@ def test_main_loops_alone():
 
 
 def test_what_breaks_a_rule_is_found(tmp_path):
-    budget = tmp_path / "budget.json"
+    budget = tmp_path / "budget.txt"
     rules = Rules(budget, "nvcc", "13.0", streaming=("stream",), banded=("band",))
     good = Resources("bf16", "stream", "90", 64, 0, 0, 1, 0, 1, 0, 0)
     band = dataclasses.replace(good, kernel="band", matrix=1)
@@ -210,11 +213,38 @@ def test_what_breaks_a_rule_is_found(tmp_path):
     assert rules.not_compared() is None
     other = dataclasses.replace(rules, version="13.1")
     assert other.violations([dataclasses.replace(good, registers=65, spills=8)]) == []
-    assert "budget.json is of nvcc 13.0, these kernels of nvcc 13.1;" in other.not_compared()
+    assert "budget.txt is of nvcc 13.0, these kernels of nvcc 13.1;" in other.not_compared()
+
+
+COMMITTED = [ROOT / "benchmarks" / "machine_code" / name for name in ("nvcc.txt", "triton.txt")]
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_one_register_more_than_a_committed_budget_is_found(path):
+    version, limits = budgets.parse_limits(path.read_text())
+    assert budgets.format_limits(path.stem, version, limits) == path.read_text()
+    assert len(limits) > 400
+    rules = Rules(path, path.stem, version, spilling=nvcc.SPILLING if path.stem == "nvcc" else ())
+    for key, figures in limits.items():
+        variant, kernel, architecture = key.split(" / ")
+        passes, bodies = figures.get("instructions", {}), figures.get("bodies", {})
+        loops = tuple(LoopCost(kernel, variant, case, "output", passes[case], {}, body=bodies[case]) for case in passes)
+        spills = figures.get("spills", 0)
+        one = Resources(
+            variant, kernel, architecture.removeprefix("sm_"), figures["registers"], spills, figures["shared"],
+            1, 0, 1, 0, 1, loops=loops,
+        )  # fmt: skip
+        assert rules.violations([one]) == []
+        for name in ("registers", "shared", "spills"):
+            (text,) = rules.violations([dataclasses.replace(one, **{name: getattr(one, name) + 1})])
+            assert text.startswith(key)
+        for loop in loops:
+            slower = dataclasses.replace(loop, instructions=1.02 * loop.instructions, body=2 * loop.body)
+            assert len(rules.violations([dataclasses.replace(one, loops=(slower,))])) == 2
 
 
 def test_a_new_budget_says_what_it_raises(tmp_path):
-    budget = tmp_path / "budget.json"
+    budget = tmp_path / "budget.txt"
     rules = Rules(budget, "nvcc", "13.0")
     loop = LoopCost("stream", "bf16", "7 taps", "output", 24.0, {}, body=1000)
     good = Resources("bf16", "stream", "90", 64, 0, 512, 1, 0, 1, 0, 0, loops=(loop,))
@@ -230,7 +260,7 @@ def test_a_new_budget_says_what_it_raises(tmp_path):
 
 
 def test_the_command_says_what_it_does_not_compare_and_what_it_raises(tmp_path, monkeypatch, capsys):
-    rules = Rules(tmp_path / "budget.json", "nvcc", "13.0", described=frozenset({("stream", "f16")}))
+    rules = Rules(tmp_path / "budget.txt", "nvcc", "13.0", described=frozenset({("stream", "f16")}))
     good = Resources("bf16", "stream", "90", 64, 0, 512, 1, 0, 1, 0, 0)
     rules.budget.write_text(rules.to_budget([dataclasses.replace(good, registers=60)]))
     made = SimpleNamespace(parts=lambda architectures, only: {"sm_90": lambda: [good]})

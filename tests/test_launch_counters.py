@@ -1,7 +1,6 @@
 """What scripts/launch_counters.py makes of counts; with the counted library, that they are always the same."""
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.machine_code import counters
+from benchmarks.machine_code.budgets import format_counts, parse_counts
 from benchmarks.machine_code.rules import LoopCost
 from convkernels.backends import library
 
@@ -70,20 +70,31 @@ def test_a_new_budget_says_what_it_raises(before, tmp_path, monkeypatch, capsys)
     (name, case), *_ = launch_counters.CASES.items()
     monkeypatch.setattr(launch_counters, "CASES", {name: case})
     monkeypatch.setattr(launch_counters, "measure", lambda case: {"k": launch(blocks=1, votes=10)})
-    budget = tmp_path / "budget.json"
-    budget.write_text(json.dumps(launch_counters.held({name: {"k": launch(votes=before)}})))
+    budget = tmp_path / "budget.txt"
+    budget.write_text(format_counts(launch_counters.held({name: {"k": launch(votes=before)}})))
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--update", "--budget", str(budget)])
     assert launch_counters.main() == 0
     said = capsys.readouterr().out.splitlines()[-1]
     assert said == (f"{name}, k, votes: from 8 to 10" if before == 8 else "nothing goes up")
-    assert json.loads(budget.read_text())[name]["k"]["votes"] == 10
+    assert parse_counts(budget.read_text())[name]["k"]["votes"] == 10
 
 
 def test_the_budget_is_of_the_cases():
-    budget = json.loads(launch_counters.BUDGET.read_text())
+    budget = parse_counts(launch_counters.BUDGET.read_text())
     assert list(budget) == list(launch_counters.CASES)
+    assert format_counts(budget) == launch_counters.BUDGET.read_text()
     for launches in budget.values():
         assert all(list(figures) == list(launch_counters.HELD) for figures in launches.values())
+
+
+def test_each_count_that_grows_is_found_in_the_committed_budget():
+    budget = parse_counts(launch_counters.BUDGET.read_text())
+    for name, launches in budget.items():
+        for kernel, figures in launches.items():
+            for what, value in figures.items():
+                more = {name: launches | {kernel: figures | {what: int(value * 1.02) + 1}}}
+                (text,) = launch_counters.violations(more, budget)
+                assert text.startswith(f"{name} {kernel}: {what} ")
 
 
 @pytest.mark.parametrize("name, beginning, per_row, per_pair", [
@@ -159,7 +170,7 @@ def test_instructions_are_those_of_the_main_loop_of_the_problem():
 def test_counts_are_those_of_the_budget_in_any_order(name, tmp_path):
     for seed in ("1", "2"):
         environment = os.environ | {"CONVKERNELS_SIMT_SEED": seed, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, SCRIPT, "--only", name, "--budget", tmp_path / "none.json"]
+        command = [sys.executable, SCRIPT, "--only", name, "--budget", tmp_path / "none.txt"]
         output = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
         (tmp_path / seed).write_text(output.stdout)
         assert output.returncode == 1 and "no budget" in output.stdout, output.stderr

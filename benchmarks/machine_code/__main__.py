@@ -10,11 +10,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from pathlib import Path
 from types import ModuleType
 
 from benchmarks.machine_code.rules import Resources, Rules
-from benchmarks.store import writable_folder, write
 from convkernels.cli.console import Mistake, guarded, numbers, progress, say, table
 
 MODULES = {"triton": "benchmarks.machine_code.triton", "cuda": "benchmarks.machine_code.nvcc"}
@@ -45,12 +43,8 @@ def measure(module: ModuleType, arguments: argparse.Namespace) -> list[Resources
 def run(arguments: argparse.Namespace) -> int:
     if arguments.update_budget and (arguments.only or arguments.architectures):
         raise Mistake("--update-budget replaces the whole budget: leave out --only and --architectures")
-    if (arguments.update_budget or arguments.json) and not arguments.backend:
-        raise Mistake("--update-budget and --json write what one backend's kernels take: add --backend")
-    if arguments.json:
-        writable_folder(arguments.json.parent, "--json: folder")
-        if arguments.json.is_dir():
-            raise Mistake(f"--json {arguments.json}: expected a file, got a folder")
+    if arguments.update_budget and not arguments.backend:
+        raise Mistake("--update-budget writes what one backend's kernels take: add --backend")
     modules = {name: backend(name) for name in ([arguments.backend] if arguments.backend else MODULES)}
     usable = {name: module for name, module in modules.items() if not isinstance(module, str)}
     for name in modules.keys() - usable.keys():
@@ -98,9 +92,6 @@ def show(name: str, results: list[Resources]) -> None:
 def judge(name: str, rules: Rules, results: list[Resources], arguments: argparse.Namespace) -> int:
     """Show what the kernels cost and say whether they keep to the rules; the exit status."""
     show(name, results)
-    if arguments.json:
-        write(arguments.json, rules.to_json(results))
-        say(f"wrote {arguments.json}")
     if arguments.update_budget:
         up = rules.update(results)
         say(f"wrote {rules.budget}: {'these go up' if up else 'nothing goes up'}")
@@ -125,7 +116,6 @@ def parser() -> argparse.ArgumentParser:
     add("--backend", choices=tuple(MODULES), help="only this one (default: both)")
     add("--architectures", type=numbers, help="compute capabilities (default: 80,90,100)")
     add("--only", help="variants whose name contains this")
-    add("--json", type=Path, help="also write the table here")
     add("--update-budget", action="store_true", help="make these figures the committed budget")
     return top
 

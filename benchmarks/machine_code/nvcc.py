@@ -47,7 +47,7 @@ def missing() -> str | None:
 
 
 RULES = Rules(
-    Path(__file__).with_name("nvcc.json"),
+    Path(__file__).with_name("nvcc.txt"),
     "nvcc",
     compiler_version(),
     streaming=STREAMING,

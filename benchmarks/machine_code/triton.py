@@ -22,7 +22,7 @@ ARCHITECTURES = (80, 90, 100)
 # The instruction by which each architecture's matrix unit multiplies at its full speed.
 MATRIX_UNITS = {"100": "tcgen05.mma", "90": "wgmma.mma_async", "80": "mma.sync"}
 RULES = Rules(
-    Path(__file__).with_name("triton.json"),
+    Path(__file__).with_name("triton.txt"),
     "triton",
     triton.__version__,
     streaming=("conv_tile", "conv_band", "grad_tile", "grad_band", "grad_window"),
