@@ -13,7 +13,7 @@ import torch
 
 import convkernels
 from benchmarks import timing
-from benchmarks.store import Store, is_section, read, understood, writable_folder, write
+from benchmarks.store import Store, is_section, read, understood, writable_folder
 from convkernels.cli import environment
 from convkernels.cli.console import (
     INTERRUPTED,
@@ -101,10 +101,6 @@ def bench(arguments: argparse.Namespace) -> int:
         return INTERRUPTED if interrupted else 1
     say(f"wrote {path}")
     saved = read(path)[store.name]
-    if name == "acceptance":
-        report = path.with_suffix(".md")
-        write(report, module.markdown(saved) + "\n")
-        say(f"wrote {report}")
     if plotted:
         _draw(path, name, saved, arguments.output, None)
     if interrupted:
@@ -302,7 +298,7 @@ def parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         default=Path("convkernels-bench"),
-        help="folder for JSON, PNG and Markdown files (default: convkernels-bench)",
+        help="folder for JSON and PNG files (default: convkernels-bench)",
     )
     add(
         "--overwrite",

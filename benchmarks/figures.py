@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ class Plot:
 
     def remarks(self, section: dict[str, Any]) -> list[str]:
         """What the curves do not say themselves."""
-        if self.records != "work":
+        if not self.nested:
             return list(section.get("notes", ()))
         curves: dict[str, list] = {}
         for r in section[self.records]:
@@ -94,7 +94,7 @@ class Plot:
         return found
 
 
-SPEED = Plot("records", "Speed against sequence length", "speed [examples/s]", lambda r: r["examples_per_second"])
+SPEED = Plot("records", "Speed against sequence length", "speed [examples/s]", lambda r: r["batch"] / r["seconds"])
 WORK = Plot(
     "work",
     "FLOPs against sequence length",
@@ -112,7 +112,11 @@ MEMORY = Plot(
 )
 PLOTS = {
     "sweep": {"speed.png": SPEED, "flops.png": WORK},
-    "attention": {"attention-speed.png": SPEED, "attention-flops.png": WORK, "attention-memory.png": MEMORY},
+    "attention": {
+        "attention-speed.png": SPEED,
+        "attention-flops.png": replace(WORK, records="records"),
+        "attention-memory.png": MEMORY,
+    },
 }
 
 _HEADER, _PANEL, _LEGEND_ROW, _REMARK_ROW = 0.85, 3.1, 0.26, 0.135

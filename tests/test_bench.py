@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import convkernels
-from benchmarks import cli, peers, text, timing
+from benchmarks import cli, peers, report, store, text, timing
 from benchmarks.suites import acceptance, attention, streaming, sweep, targets
 from convkernels.cli import environment
 from convkernels.cli import main as convkernels_main
@@ -251,7 +251,7 @@ def test_panels_share_the_lengths_of_all(tmp_path, monkeypatch):
     ticks = []
     monkeypatch.setattr(plt, "close", lambda figure: ticks.append([list(axes.get_xticks()) for axes in figure.axes]))
     records = [
-        {"line": "a", "direction": figures.FORWARD, "dtype": dtype, "length": length, "examples_per_second": 1.0}
+        {"line": "a", "direction": figures.FORWARD, "dtype": dtype, "length": length, "batch": 1, "seconds": 1.0}
         for dtype, lengths in (("float32", (64, 128, 512)), ("bfloat16", (64, 128)))
         for length in lengths
     ]
@@ -264,16 +264,12 @@ def test_panels_share_the_lengths_of_all(tmp_path, monkeypatch):
 
 
 def test_target_table_says_pass_miss_and_not_measured():
-    def record(form, seconds, heads, dtype):
+    def record(ours, heads, dtype):
         shape = {"op": peers.LIGHTWEIGHT, "direction": "forward", "length": 512, "heads": heads, "taps": 7}
-        return shape | {"dtype": dtype, "memory": "fresh", "form": form, "seconds": seconds}
+        seconds = {"copy": 0.9, "convkernels": ours, "conv1d": 13.0, "conv2d-CL": 1.2}
+        return shape | {"dtype": dtype, "memory": "fresh", "seconds": seconds}
 
-    records = [
-        record(form, seconds, heads, dtype)
-        for dtype, factor in (("float32", 1.0), ("bfloat16", 2.0))
-        for heads in (2, 12)
-        for form, seconds in (("copy", 0.9), ("convkernels", 1.0 * factor), ("conv1d", 13.0), ("conv2d-CL", 1.2))
-    ]
+    records = [record(ours, heads, dtype) for dtype, ours in (("float32", 1.0), ("bfloat16", 2.0)) for heads in (2, 12)]
     section = {"shape": {"heads": [2, 12]}, "records": records}
     rows = {row[:2]: row[2:] for row in acceptance.target_rows(section)}
     fraction = rows["lightweight forward, fraction of a copy", "7"]
@@ -281,6 +277,21 @@ def test_target_table_says_pass_miss_and_not_measured():
     faster = rows["lightweight forward, times faster than the best stock form", "7"]
     assert faster == (">= 1.15", "1.20 / 1.20", "PASS", ">= 1.7", "0.60 / 0.60", "miss")
     assert rows["lightweight forward, fraction of a copy", "31"][2] == "not measured"
+
+
+def test_the_page_of_results_is_what_the_committed_ones_make():
+    assert report.PAGE.read_text() == report.page(), "python -m benchmarks.report writes it"
+
+
+def test_files_of_results_are_small():
+    """A record a line, and nothing that no table needs."""
+    paths = sorted(report.RESULTS.glob("*.json"))
+    assert len(paths) >= 3
+    for path in paths:
+        content = json.loads(path.read_text())
+        assert store.dumps(content) == path.read_text()
+        assert not re.search("quartiles|repeats|examples_per_second", path.read_text())
+    assert sum(len(path.read_text().splitlines()) for path in paths) < 1500
 
 
 def test_info_names_backends_and_variables(capsys):
@@ -301,7 +312,7 @@ def test_streaming_suite(tmp_path, capsys):
     for record in section["records"]:
         seconds = record["seconds"]
         moved = record["passes"] / 2 * seconds["copy"]
-        assert record["fraction"] == pytest.approx(moved / seconds["convkernels"])
+        assert streaming.fraction(record) == pytest.approx(moved / seconds["convkernels"])
     passes = {(r["case"], r["direction"]): r["passes"] for r in section["records"]}
     assert passes["lightweight K=7", "forward"] == 2 and passes["lightweight gate mask K=7", "backward"] == 5
     rho = 31 * 16 / 1024

@@ -1,4 +1,4 @@
-"""The targets of docs/performance.md: every one is a ratio of medians of interleaved repeats inside one process.
+"""The targets of docs/results.md: every one is a ratio of medians of interleaved repeats inside one process.
 
 Forward passes run without gradients. The backward pass is torch.autograd.grad with respect to x and the taps on a
 retained graph, so the softmax and the expansion of the taps are included, in every form. The yardstick is `y.copy_(x)`
@@ -21,7 +21,7 @@ import convkernels
 from benchmarks import timing
 from benchmarks.peers import DYNAMIC, LIGHTWEIGHT, PEERS, TOLERANCE, Problem, channels_first, disagreement, ours
 from convkernels.cli import environment
-from convkernels.cli.console import markdown_table, progress, quantity, say, table
+from convkernels.cli.console import progress, quantity, say, table
 
 OURS, COPY = "convkernels", "copy"
 FORWARD, BACKWARD = "forward", "backward"
@@ -181,12 +181,11 @@ class Acceptance:
             # Preparing the calls has made the untimed first call of each already.
             options = {"first_call": lambda name: None}
             times = timing.interleaved(calls, self.clock, self.settings.seconds, self.settings.slow_call, **options)
-            for name, t in times.items():
-                key = (problem.op, problem.heads, problem.taps, problem.dtype, direction, problem.length)
-                self.seconds[*key, name] = t.median
-                self._record(problem, direction, name, t, FRESH)
+            key = (problem.op, problem.heads, problem.taps, problem.dtype, direction, problem.length)
+            self.seconds |= {(*key, name): t.median for name, t in times.items()}
+            self._record(problem, direction, times, FRESH)
 
-    def _record(self, problem: Problem, direction: str, form: str, t: timing.Timing, memory: str) -> None:
+    def _record(self, problem: Problem, direction: str, times: dict[str, timing.Timing], memory: str) -> None:
         self.records.append(
             {
                 "op": problem.op,
@@ -195,11 +194,8 @@ class Acceptance:
                 "length": problem.length,
                 "heads": problem.heads,
                 "taps": problem.taps,
-                "form": form,
                 "memory": memory,
-                "seconds": t.median,
-                "quartiles": [t.low, t.high],
-                "repeats": t.repeats,
+                "seconds": {form: t.median for form, t in times.items()},
             }
         )
 
@@ -213,8 +209,7 @@ class Acceptance:
                 problem, self.device, {name: form for name, form in self._forms(problem).items() if name in names}
             )
             calls = {COPY: group.copy, **{name: group.forward(name) for name in names}}
-            for name, t in timing.interleaved(calls, self.clock, self.settings.seconds).items():
-                self._record(problem, FORWARD, name, t, RESIDENT)
+            self._record(problem, FORWARD, timing.interleaved(calls, self.clock, self.settings.seconds), RESIDENT)
 
     def overhead(self) -> dict[str, dict[str, float]]:
         """Seconds per call at B=1, T=4, C=64, K=7 in float32: without gradients, and recording a graph."""
@@ -274,18 +269,13 @@ class Acceptance:
         }
 
 
-# ---- the table of targets
-
-
 class Results:
     """Look-ups in the records of a run; a missing measurement is None."""
 
     def __init__(self, section: dict[str, Any]) -> None:
         self.section = section
         fields = ("op", "direction", "dtype", "length", "heads", "taps", "memory")
-        self.groups: dict[tuple, dict[str, float]] = {}
-        for r in section["records"]:
-            self.groups.setdefault(tuple(r[field] for field in fields), {})[r["form"]] = r["seconds"]
+        self.groups = {tuple(r[field] for field in fields): r["seconds"] for r in section["records"]}
 
     def times(self, op, direction, dtype, heads, taps, length=TABLE_LENGTH, memory=FRESH) -> dict[str, float]:
         return self.groups.get((op, direction, dtype, length, heads, taps, memory), {})
@@ -446,20 +436,3 @@ def print_tables(section: dict[str, Any]) -> None:
     table("B=1 T=4 C=64 K=7 float32", OVERHEAD_COLUMNS, overhead_rows(section))
     reasons = {(s["form"], s["reason"]) for s in section["skipped"]}
     say(f"{len(section['skipped'])} measurements skipped ({len(reasons)} reasons, in the JSON file)")
-
-
-def markdown(section: dict[str, Any]) -> str:
-    """The tables as Markdown, for docs/performance.md."""
-    heads = " / ".join(str(h) for h in section["shape"]["heads"])
-    columns, rows = time_rows(section)
-    return "\n\n".join(
-        (
-            f"Measured on {environment.title(section['environment'])}; B={BATCH}, C={CHANNELS}, T={TABLE_LENGTH} "
-            f"unless stated. Values for H = {heads} (dynamic: H = 12); a line passes when every value does.",
-            markdown_table(TARGET_COLUMNS, target_rows(section)),
-            "B=1, T=4, C=64, K=7, float32, microseconds per call:",
-            markdown_table(OVERHEAD_COLUMNS, overhead_rows(section)),
-            "Microseconds of every form (a dash: skipped, the reasons are in the results file):",
-            markdown_table(columns, rows),
-        )
-    )

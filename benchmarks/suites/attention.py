@@ -1,5 +1,5 @@
 """Composite attention against sequence length: time, FLOPs and memory beside what people use instead, and the targets
-of docs/performance.md.
+of docs/results.md.
 
 Ours has a learnable bias and a learnable term of the query per head, window 8, repeated beyond it. SDPA knows no
 positions; with a bias it reads a [heads, T, T] tensor that is looked up in the same learnable table at every call;
@@ -39,7 +39,7 @@ from benchmarks.suites.targets import (
     SDPA_BIAS,
 )  # fmt: skip
 from convkernels.cli import environment
-from convkernels.cli.console import markdown_table, progress, quantity, say, table
+from convkernels.cli.console import progress, quantity, say, table
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,6 @@ class Suite:
     def __init__(self, settings: Settings, device: torch.device) -> None:
         self.settings, self.device = settings, device
         self.records: list[dict[str, Any]] = []
-        self.work: list[dict[str, Any]] = []
         self.workloads: list[dict[str, Any]] = []
         self.notes: list[str] = []
         self.errors: list[str] = []
@@ -342,16 +341,12 @@ class Suite:
                     count = self._flops(name, forms[name], inputs, direction)
                 except Exception as error:
                     count = failed(name, error)
-                self.work.append({**shape, "flops": count})
                 self.records.append(
                     {
                         **shape,
                         "seconds": t.median,
-                        "quartiles": [t.low, t.high],
                         "host_seconds": t.host,
                         "host_bound": t.host_bound,
-                        "repeats": t.repeats,
-                        "examples_per_second": settings.batch / t.median,
                         "flops": count,
                         "peak_extra_bytes": memory[name],
                     }
@@ -365,9 +360,7 @@ class Suite:
         def record(name: str, calls: dict[str, Callable]) -> None:
             failed = partial(self._failed, name)
             for line, t in timing.interleaved(calls, clock, self.settings.seconds, on_error=failed).items():
-                self.workloads.append({"workload": name, "line": line, "seconds": t.median,
-                                       "quartiles": [t.low, t.high], "host_seconds": t.host,
-                                       "host_bound": t.host_bound})  # fmt: skip
+                self.workloads.append({"workload": name, "line": line, "seconds": t.median})
             saved(self.section())
 
         form, leaves, grad = banded(self.settings.backend, self.device)
@@ -408,14 +401,10 @@ class Suite:
                          "head_size": s.head_size, "window": s.window, "backend": s.backend,
                          "device": self.device.type},
             "records": self.records,
-            "work": self.work,
             "workloads": self.workloads,
             "notes": self.notes,
             "errors": self.errors,
         }  # fmt: skip
-
-
-# ---- tables
 
 
 def shape(settings: dict[str, Any]) -> str:
@@ -465,15 +454,3 @@ def print_tables(section: dict[str, Any]) -> None:
         say(f"note: {note}")
     for error in section["errors"]:
         say(f"failed: {error}")
-
-
-def markdown(section: dict[str, Any]) -> str:
-    """The targets and the times, for docs/performance.md."""
-    parts = [
-        f"{environment.title(section['environment'])}; {shape(section['settings'])}.",
-        markdown_table(*targets.rows(section)),
-    ]
-    for dtype in section["settings"]["dtypes"]:
-        for direction in (FORWARD, BACKWARD, BOTH):
-            parts += [f"{direction}, {dtype}:", markdown_table(columns(section), _rows(section, dtype, direction))]
-    return "\n\n".join([*parts, *(f"Note: {note}." for note in section["notes"])])

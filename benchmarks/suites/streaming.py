@@ -141,8 +141,7 @@ class Streaming:
                     if OURS in times:
                         seconds = {name: t.median for name, t in times.items()}
                         record = {"case": case.name, "direction": direction, "passes": passes, "target": aim}
-                        record |= {"seconds": seconds, "fraction": passes / 2 * seconds[COPY] / seconds[OURS]}
-                        record["host_seconds"] = {name: t.host for name, t in times.items()}
+                        record |= {"seconds": seconds, "host_seconds": times[OURS].host}
                         record["host_bound"] = [name for name, t in times.items() if t.host_bound]
                         self.records.append(record)
                     saved(self.section())
@@ -166,18 +165,23 @@ COLUMNS = ("case", "direction", "times x moved at least", "us", "host us", "of a
            "times faster than")  # fmt: skip
 
 
+def fraction(record: dict[str, Any]) -> float:
+    """Of the speed of a copy."""
+    return record["passes"] / 2 * record["seconds"][COPY] / record["seconds"][OURS]
+
+
 def rows(section: dict[str, Any]) -> list[tuple[str, ...]]:
     result = []
     for r in section["records"]:
-        seconds, host = r["seconds"], r["host_seconds"][OURS]
+        seconds, host = r["seconds"], r["host_seconds"]
         against = ", ".join(
             f"{name} {time / seconds[OURS]:.2f}" for name, time in seconds.items() if name not in (COPY, OURS)
         )
         result.append(
             (
                 r["case"], r["direction"], f"{r['passes']:.2f}", f"{seconds[OURS] * 1e6:.0f}",
-                "-" if host is None else f"{host * 1e6:.0f}", f"{r['fraction']:.2f}", f">= {r['target']:.2f}",
-                "PASS" if r["fraction"] >= r["target"] else "miss", against,
+                "-" if host is None else f"{host * 1e6:.0f}", f"{fraction(r):.2f}", f">= {r['target']:.2f}",
+                "PASS" if fraction(r) >= r["target"] else "miss", against,
             )
         )  # fmt: skip
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib
 import os
 import platform
@@ -70,6 +71,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "convkernels": convkernels.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "date": datetime.date.today().isoformat(),
     }
 
 
