@@ -68,7 +68,7 @@ def bench(arguments: argparse.Namespace) -> int:
             raise Mistake(f"--threads {arguments.threads}: this process has {cpus} CPUs")
         torch.set_num_threads(arguments.threads)
     prepare = {"acceptance": _acceptance, "attention": _attention, "streaming": _streaming, "sweep": _sweep}
-    module, suite = prepare[name](arguments, arguments.device)
+    tables, suite = prepare[name](arguments, arguments.device)
     backend = arguments.backend or "auto"
     empty = suite.section()
     path = arguments.output / f"{environment.file_stem(empty['environment'])}.json"
@@ -94,7 +94,7 @@ def bench(arguments: argparse.Namespace) -> int:
     if not section["records"]:
         print("bench: interrupted before anything was measured", file=sys.stderr)
         return INTERRUPTED
-    module.print_tables(section)
+    tables.print_tables(section)
     store.save(section)
     if store.error:
         print(f"bench: {path} could not be written: {store.error}", file=sys.stderr)
@@ -161,7 +161,7 @@ def _divides(heads: int, channels: int) -> None:
 
 
 def _attention(arguments: argparse.Namespace, device: torch.device) -> tuple:
-    from benchmarks.suites import attention
+    from benchmarks.suites import attention, attention_tables
 
     defaults = attention.Settings()
     heads = arguments.heads or defaults.heads
@@ -177,7 +177,7 @@ def _attention(arguments: argparse.Namespace, device: torch.device) -> tuple:
     )
     for dtype in settings.dtypes:
         _usable(settings.backend, "attention_grad", device, FLOATS[dtype])
-    return attention, attention.Suite(settings, device)
+    return attention_tables, attention.Suite(settings, device)
 
 
 def _usable(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -187,7 +187,7 @@ def _usable(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _acceptance(arguments: argparse.Namespace, device: torch.device) -> tuple:
-    from benchmarks.suites import acceptance
+    from benchmarks.suites import acceptance, acceptance_tables
 
     unknown = [name for name in arguments.dtypes or () if name not in acceptance.DTYPES]
     if unknown:
@@ -200,7 +200,7 @@ def _acceptance(arguments: argparse.Namespace, device: torch.device) -> tuple:
         dtypes=tuple(arguments.dtypes or defaults.dtypes),
         compiled=arguments.compile_seconds != 0,
     )
-    return acceptance, acceptance.Acceptance(settings, device)
+    return acceptance_tables, acceptance.Acceptance(settings, device)
 
 
 def _streaming(arguments: argparse.Namespace, device: torch.device) -> tuple:

@@ -11,9 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.suites import acceptance, attention, streaming, targets
-from benchmarks.suites.acceptance import COPY, OURS
-from benchmarks.suites.targets import BACKWARD, BOTH, COMPOSITE, FORWARD, PLAIN
+from benchmarks.suites import (
+    BACKWARD,
+    BOTH,
+    COPY,
+    FORWARD,
+    OURS,
+    acceptance_tables,
+    attention_tables,
+    streaming,
+)
+from benchmarks.suites.attention_tables import COMPOSITE, PLAIN
 from convkernels.cli import environment
 from convkernels.cli.console import markdown_table, quantity
 
@@ -40,10 +48,10 @@ def cpu_convolutions(section: dict[str, Any]) -> Iterator[str]:
     """Ours beside F.conv1d and the best stock form, with the heads that models have."""
     columns = ("op", "direction", "dtype", "K", "convkernels, us", "of a copy", "F.conv1d, us", "best stock form, us",
                "times faster than conv1d", "than the best")  # fmt: skip
-    rows, results = [], acceptance.Results(section)
+    rows, results = [], acceptance_tables.Results(section)
     for key, times in results.groups.items():
         op, direction, dtype, length, heads, taps, memory = key
-        if (length, heads, memory) != (acceptance.TABLE_LENGTH, HEADS, acceptance.FRESH):
+        if (length, heads, memory) != (acceptance_tables.TABLE_LENGTH, HEADS, acceptance_tables.FRESH):
             continue
         name, best = results.best_stock(times)
         share = (1.0 if direction == FORWARD else 1.5) * times[COPY] / times[OURS]
@@ -57,7 +65,7 @@ def cpu_convolutions(section: dict[str, Any]) -> Iterator[str]:
         )  # fmt: skip
     shape = section["shape"]
     yield (
-        f"### Convolutions\n\n`--suite acceptance`: B={shape['batch']}, T={acceptance.TABLE_LENGTH}, "
+        f"### Convolutions\n\n`--suite acceptance`: B={shape['batch']}, T={acceptance_tables.TABLE_LENGTH}, "
         f"C={shape['channels']}, H={HEADS}, softmax over taps included; backward: d(x) and d(taps)."
     )
     yield markdown_table(columns, rows)
@@ -79,7 +87,7 @@ def attention_times(sections: dict[str, dict]) -> Iterator[str]:
     lines = list(dict.fromkeys(line for cells in times.values() for line in cells))
     lines.sort(key=lambda line: not line.startswith((COMPOSITE, PLAIN)))
     settings = next(iter(sections.values()))["settings"]
-    yield f"### Attention\n\n`--suite attention`: {attention.shape(settings)}."
+    yield f"### Attention\n\n`--suite attention`: {attention_tables.shape(settings)}."
     for dtype in dict.fromkeys(dtype for dtype, _, _ in times):
         for direction in (FORWARD, BACKWARD):
             yield f"{direction}, {dtype}:"
@@ -119,8 +127,8 @@ def aims(content: dict[str, dict]) -> Iterator[str]:
         section = content["acceptance"]
         heads = " / ".join(map(str, section["shape"]["heads"]))
         yield f"Convolutions; values for H = {heads} (dynamic: H = {HEADS}), all of which have to pass:"
-        yield markdown_table(acceptance.TARGET_COLUMNS, acceptance.target_rows(section))
-        yield markdown_table(acceptance.OVERHEAD_COLUMNS, acceptance.overhead_rows(section))
+        yield markdown_table(acceptance_tables.TARGET_COLUMNS, acceptance_tables.target_rows(section))
+        yield markdown_table(acceptance_tables.OVERHEAD_COLUMNS, acceptance_tables.overhead_rows(section))
     for name, section in of_backends(content, "streaming").items():
         met = sum(streaming.fraction(r) >= r["target"] for r in section["records"])
         bounds = sorted(r["target"] for r in section["records"])
@@ -130,7 +138,7 @@ def aims(content: dict[str, dict]) -> Iterator[str]:
         )
     for name, section in attentions(content).items():
         yield f"Attention{f', {name}' if name else ''}:"
-        yield markdown_table(*targets.rows(section))
+        yield markdown_table(*attention_tables.target_rows(section))
         yield from (f"Note: {note}." for note in section["notes"])
 
 

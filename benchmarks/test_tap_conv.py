@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from benchmarks.peers import DEPTHWISE, DYNAMIC, LIGHTWEIGHT, PEERS, Problem, ours
-from benchmarks.suites.acceptance import BACKWARD, FORWARD, Group
+from benchmarks.suites import BACKWARD, FORWARD
+from benchmarks.suites.acceptance import Group
 
 PROBLEMS = [
     Problem(op, 8, length, 768, heads, taps, dtype)

@@ -10,7 +10,7 @@ import torch
 
 import convkernels
 from benchmarks import cli, peers, report, store, text, timing
-from benchmarks.suites import acceptance, attention, streaming, sweep, targets
+from benchmarks.suites import acceptance_tables, attention, attention_tables, streaming, sweep
 from convkernels.cli import environment
 from convkernels.cli import main as convkernels_main
 
@@ -193,7 +193,7 @@ def test_a_failure_of_ours_does_not_end_a_suite(suite, tmp_path, capsys, monkeyp
     assert cli.main(command) == 1
     (path,) = tmp_path.glob("*.json")
     section = json.loads(path.read_text())[suite]
-    ours = (streaming.OURS, *attention.OURS)
+    ours = (streaming.OURS, *attention.OWN_LINES)
     assert any(r["direction"] == "forward" for r in section["records"])
     assert section["errors"] and all(error.startswith(ours) for error in section["errors"])
     assert "no such kernel" in capsys.readouterr().out
@@ -271,7 +271,7 @@ def test_target_table_says_pass_miss_and_not_measured():
 
     records = [record(ours, heads, dtype) for dtype, ours in (("float32", 1.0), ("bfloat16", 2.0)) for heads in (2, 12)]
     section = {"shape": {"heads": [2, 12]}, "records": records}
-    rows = {row[:2]: row[2:] for row in acceptance.target_rows(section)}
+    rows = {row[:2]: row[2:] for row in acceptance_tables.target_rows(section)}
     fraction = rows["lightweight forward, fraction of a copy", "7"]
     assert fraction == (">= 0.87", "0.90 / 0.90", "PASS", ">= 0.83", "0.45 / 0.45", "miss")
     faster = rows["lightweight forward, times faster than the best stock form", "7"]
@@ -365,7 +365,7 @@ def test_attention_targets_say_pass_miss_and_not_measured():
         return {"settings": settings, "records": lines, "workloads": workloads if device == "cuda" else []}
 
     def rows(*arguments):
-        columns, found = targets.rows(section(*arguments))
+        columns, found = attention_tables.target_rows(section(*arguments))
         assert all(len(row) == len(columns) for row in found)
         return {row[:2]: row[2:] for row in found}
 

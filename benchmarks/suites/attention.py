@@ -23,23 +23,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import convkernels
 from benchmarks import timing
 from benchmarks.peers import TOLERANCE, disagreement
-from benchmarks.suites import targets
-from benchmarks.suites.targets import (
-    BACKWARD,
+from benchmarks.suites import BACKWARD, BOTH, FORWARD
+from benchmarks.suites.attention_tables import (
     BANDED,
-    BOTH,
     COMPOSITE,
     EAGER,
     FLASH,
     FLEX,
-    FORWARD,
     PAPER,
     PLAIN,
     SDPA,
     SDPA_BIAS,
 )  # fmt: skip
 from convkernels.cli import environment
-from convkernels.cli.console import progress, quantity, say, table
+from convkernels.cli.console import progress, quantity
 
 
 @dataclass(frozen=True)
@@ -153,7 +150,7 @@ def flex() -> Callable[..., Tensor]:
 FORMS: dict[str, Callable[..., Tensor]] = {
     COMPOSITE: composite, PLAIN: plain, SDPA: sdpa, SDPA_BIAS: sdpa_bias, EAGER: eager
 }  # fmt: skip
-OURS = (COMPOSITE, PLAIN, FORWARD, BACKWARD)  # the last two: the lines of the banded workload
+OWN_LINES = (COMPOSITE, PLAIN, FORWARD, BACKWARD)  # the last two: the lines of the banded workload
 # Forms that compute the same as another are compared with it before they are timed.
 EQUALS = {EAGER: COMPOSITE, FLEX: COMPOSITE, SDPA: PLAIN, FLASH: PLAIN}
 
@@ -214,7 +211,7 @@ class Suite:
         self.seconds: dict[tuple[str, str, str], tuple[int, float]] = {}  # of the last length that was measured
 
     def _failed(self, subject: str, name: str, error: Exception) -> None:
-        failed = self.errors if name in OURS else self.notes
+        failed = self.errors if name in OWN_LINES else self.notes
         failed.append(f"{name}, {subject}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 
     def _too_slow(self, name: str, direction: str, dtype: str, length: int) -> bool:
@@ -405,52 +402,3 @@ class Suite:
             "notes": self.notes,
             "errors": self.errors,
         }  # fmt: skip
-
-
-def shape(settings: dict[str, Any]) -> str:
-    return f"B={settings['batch']}, H={settings['heads']}, D={settings['head_size']}, window {settings['window']}"
-
-
-def _rows(section: dict[str, Any], dtype: str, direction: str) -> list[tuple[str, ...]]:
-    chosen = [r for r in section["records"] if (r["dtype"], r["direction"]) == (dtype, direction)]
-    lines = list(dict.fromkeys(r["line"] for r in chosen))
-    return [
-        (
-            r["line"],
-            str(r["length"]),
-            quantity(r["seconds"], "s"),
-            *([quantity(r["host_seconds"], "s") + " !" * r["host_bound"]] if on_gpu(section) else []),
-            quantity(r["flops"]),
-            "-" if r["flops"] is None else f"{r['flops'] / r['seconds'] / 1e9:.0f}",
-            quantity(r["peak_extra_bytes"], "B"),
-        )
-        for r in sorted(chosen, key=lambda r: (lines.index(r["line"]), r["length"]))
-    ]
-
-
-def on_gpu(section: dict[str, Any]) -> bool:
-    return section["settings"]["device"] == "cuda"
-
-
-def columns(section: dict[str, Any]) -> tuple[str, ...]:
-    """On a GPU with the time of the host, marked with ! where the host was not ahead of the device."""
-    return ("form", "T", "time", *(["host"] if on_gpu(section) else []), "FLOPs", "GFLOP/s", "memory")
-
-
-def print_tables(section: dict[str, Any]) -> None:
-    title = environment.title(section["environment"])
-    for dtype in section["settings"]["dtypes"]:
-        for direction in (FORWARD, BACKWARD, BOTH):
-            table(
-                f"{direction}, {dtype}, {shape(section['settings'])}, {title}",
-                columns(section),
-                _rows(section, dtype, direction),
-            )
-    if section["workloads"]:
-        rows = [(w["workload"], w["line"], quantity(w["seconds"], "s")) for w in section["workloads"]]
-        table("workloads", ("workload", "form", "time"), rows)
-    table("targets", *targets.rows(section))
-    for note in section["notes"]:
-        say(f"note: {note}")
-    for error in section["errors"]:
-        say(f"failed: {error}")

@@ -18,10 +18,9 @@ import torch
 import convkernels
 from benchmarks import timing
 from benchmarks.peers import DYNAMIC, LIGHTWEIGHT, PEERS, Problem
+from benchmarks.suites import BACKWARD, COPY, FORWARD, OURS
 from convkernels.cli import environment
 from convkernels.cli.console import progress, say, table
-
-COPY, OURS = "copy", "convkernels"
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ class Streaming:
             y = form(*leaves)
             return lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True)
 
-        for direction, prepare in (("forward", forward), ("backward", backward)):
+        for direction, prepare in ((FORWARD, forward), (BACKWARD, backward)):
             makers = {name: partial(prepare, form) for name, form in forms.items()}
             yield direction, {COPY: lambda: lambda: target.copy_(x), **makers}
 

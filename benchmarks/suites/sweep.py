@@ -28,11 +28,11 @@ from benchmarks.peers import (
     disagreement,
     ours,
 )
+from benchmarks.suites import BOTH, FORWARD, OURS
 from convkernels.cli import environment
 from convkernels.cli.console import progress, quantity, say, table
 
-OURS, ATTENTION, COMPILE = "convkernels", "attention", "compile"
-FORWARD, BOTH = "forward", "forward+backward"
+ATTENTION, COMPILE = "attention", "compile"
 
 
 @dataclass(frozen=True)
