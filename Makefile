@@ -106,7 +106,7 @@ install: build $(VENV)/.triton $(VENV)/.hf
 # ---- the main job
 
 bench: $(RUNNABLE)
-	$(BIN)/convkernels bench --output $(RESULTS)
+	$(BIN)/python -m benchmarks bench --output $(RESULTS)
 	@echo "Plots:" && find $(RESULTS) -name '*.png' | sort
 
 # ---- checks
@@ -162,7 +162,7 @@ simulated: install simt-build
 	    xargs -P $(WORKERS) -L 1 sh -c 'env "$$@" $(BIN)/python -m pytest -q -k "cuda and (wide or rows_quick)" tests/test_fuzz.py \
 	    tests/test_attention_fragments.py $(PYTEST_FLAGS)' sh
 
-# What launches on small problems move, held to tests/launch_budget.json; scripts/launch_counters.py --update writes it anew.
+# What launches on small problems move, held to tests/launch_budget.txt; scripts/launch_counters.py --update writes it anew.
 counters: install counted-build
 	$(BIN)/python scripts/launch_counters.py
 

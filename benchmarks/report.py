@@ -1,98 +1,176 @@
-"""Rewrite the generated parts of docs/performance.md: python -m benchmarks.report FILE.json
+"""Writes docs/results.md, all of it, from the results in benchmarks/results: python -m benchmarks.report
 
-FILE is the results of `convkernels bench --suite acceptance`, of `--suite attention`, or of both; on a GPU of the
-suites streaming and attention with `--backend cuda` and `--backend triton`; or what `convkernels check --kernels
---backend NAME --json FILE` writes.
+Those are what `bench --suite acceptance` and `--suite attention` leave on a CPU, and `--suite streaming` and `--suite
+attention` on a GPU with `--backend cuda` and `--backend triton`, each with `--output benchmarks/results`.
 """
 
+from __future__ import annotations
+
 import json
-import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from convkernels._bench import acceptance, attention
-from convkernels._bench.attention_targets import BACKWARD, COMPOSITE, EAGER, FLASH, FLEX, FORWARD, SDPA_BIAS
-from convkernels._bench.console import markdown_table, quantity
-from convkernels._bench.streaming import OURS
+from benchmarks.suites import (
+    BACKWARD,
+    BOTH,
+    COPY,
+    FORWARD,
+    OURS,
+    acceptance_tables,
+    attention_tables,
+    streaming,
+)
+from benchmarks.suites.attention_tables import COMPOSITE, PLAIN
+from convkernels.cli import environment
+from convkernels.cli.console import markdown_table, quantity
 
-PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
-SHOWN = ("90", "90a")  # the architecture whose kernels the page lists
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
+HEADS = 12
+BACKENDS = ("cuda", "triton")
+HEAD = """\
+# Results
 
+What the machines below gave, written by `python -m benchmarks.report` from `benchmarks/results/*.json`.
+[performance.md](performance.md) says how it is measured, and by which command. Compare within a table: absolute times
+do not travel between machines. Times come first, then the targets and how the machines stand to them.
+"""
 
-def kernels(content: dict) -> str:
-    columns = ("variant", "kernel", "registers", "spilled bytes", "shared bytes", "loads of 16 bytes / fewer",
-               "stores of 16 bytes / fewer", "matrix instructions")  # fmt: skip
-    rows = []
-    for r in content["kernels"]:
-        if r["architecture"] in SHOWN and not r["kernel"].startswith("reduce"):
-            loads, stores = (f"{r[f'wide_{what}']} / {r[f'narrow_{what}']}" for what in ("loads", "stores"))
-            cells = (r["variant"], r["kernel"], r["registers"], r["spills"], r["shared"], loads, stores, r["matrix"])
-            rows.append(tuple(str(cell) for cell in cells))
-    return f"{content['compiler']}, sm_{SHOWN[0]}:\n\n{markdown_table(columns, rows)}"
+Rows = list[tuple[str, ...]]
 
 
 def of_backends(content: dict, suite: str) -> dict[str, dict]:
-    return {name: content[f"{suite} {name}"] for name in ("cuda", "triton") if f"{suite} {name}" in content}
+    return {name: content[f"{suite} {name}"] for name in BACKENDS if f"{suite} {name}" in content}
 
 
-def gpu_convolutions(content: dict) -> str:
-    """Times of the backends, the fraction of a copy, and F.conv1d's time in units of the first one's."""
-    found = {
-        name: {(r["case"], r["direction"]): r for r in section["records"]}
-        for name, section in of_backends(content, "streaming").items()
-    }
-    rows = []
-    for case in next(iter(found.values())):
-        cells, times = list(case), next(iter(found.values()))[case]["seconds"]
-        for records in found.values():
-            r = records.get(case)
-            cells += [f"{r['seconds'][OURS] * 1e6:.0f}", f"{r['fraction']:.2f}"] if r else ["-", "-"]
-        rows.append((*cells, f"{times['conv1d'] / times[OURS]:.1f}" if "conv1d" in times else ""))
-    titles = [title for name in found for title in (f"{name}, us", "of a copy")]
-    return markdown_table(("case", "direction", *titles, "times faster than conv1d"), rows)
+def cpu_convolutions(section: dict[str, Any]) -> Iterator[str]:
+    """Ours beside F.conv1d and the best stock form, with the heads that models have."""
+    columns = ("op", "direction", "dtype", "K", "convkernels, us", "of a copy", "F.conv1d, us", "best stock form, us",
+               "times faster than conv1d", "than the best")  # fmt: skip
+    rows, results = [], acceptance_tables.Results(section)
+    for key, times in results.groups.items():
+        op, direction, dtype, length, heads, taps, memory = key
+        if (length, heads, memory) != (acceptance_tables.TABLE_LENGTH, HEADS, acceptance_tables.FRESH):
+            continue
+        name, best = results.best_stock(times)
+        share = (1.0 if direction == FORWARD else 1.5) * times[COPY] / times[OURS]
+        conv1d = times.get("conv1d")
+        rows.append(
+            (
+                op, direction, dtype, str(taps), f"{times[OURS] * 1e6:.0f}", f"{share:.2f}",
+                f"{conv1d * 1e6:.0f}" if conv1d else "-", f"{best * 1e6:.0f} ({name})",
+                f"{conv1d / times[OURS]:.1f}" if conv1d else "-", f"{best / times[OURS]:.1f}",
+            )
+        )  # fmt: skip
+    shape = section["shape"]
+    yield (
+        f"### Convolutions\n\n`--suite acceptance`: B={shape['batch']}, T={acceptance_tables.TABLE_LENGTH}, "
+        f"C={shape['channels']}, H={HEADS}, softmax over taps included; backward: d(x) and d(taps)."
+    )
+    yield markdown_table(columns, rows)
+    call = {mode: [f"{seconds * 1e6:.1f}" for seconds in times.values()] for mode, times in section["overhead"].items()}
+    names = next(iter(section["overhead"].values()))
+    yield "A call on a tiny tensor (B=1, T=4, C=64, K=7, float32), in microseconds:"
+    yield markdown_table(("call", *names), [(mode, *cells) for mode, cells in call.items()])
 
 
-def gpu_attention(content: dict) -> str:
-    """Times of the backends, and of what others offer: from the last section that has them."""
-    sections = of_backends(content, "attention")
-    times = {}
+def attention_times(sections: dict[str, dict]) -> Iterator[str]:
+    """Times by length of ours and of what others offer; of several sections, the others from the last that has them."""
+    times, memory = {}, {}
     for name, section in sections.items():
         for r in section["records"]:
-            line = name if r["line"] == COMPOSITE else r["line"]
-            times[line, r["direction"], r["length"]] = quantity(r["seconds"], "s")
-    lines = (*sections, FLASH, FLEX, SDPA_BIAS, EAGER)
-    lengths = sorted({length for _, _, length in times})
-    rows = [
-        (str(length), direction, *(times.get((line, direction, length), "-") for line in lines))
-        for direction in (FORWARD, BACKWARD)
-        for length in lengths
-    ]
-    return markdown_table(("T", "direction", *lines), rows)
+            line = f"{r['line']}, {name}" if name and r["line"] in (COMPOSITE, PLAIN) else r["line"]
+            key = r["dtype"], r["direction"], r["length"]
+            times.setdefault(key, {})[line] = quantity(r["seconds"], "s")
+            memory.setdefault(key, {})[line] = quantity(r["peak_extra_bytes"], "B")
+    lines = list(dict.fromkeys(line for cells in times.values() for line in cells))
+    lines.sort(key=lambda line: not line.startswith((COMPOSITE, PLAIN)))
+    settings = next(iter(sections.values()))["settings"]
+    yield f"### Attention\n\n`--suite attention`: {attention_tables.shape(settings)}."
+    for dtype in dict.fromkeys(dtype for dtype, _, _ in times):
+        for direction in (FORWARD, BACKWARD):
+            yield f"{direction}, {dtype}:"
+            yield markdown_table(("T", *lines), _by_length(times, lines, dtype, direction))
+        yield f"extra memory at the peak of {BOTH}, {dtype}:"
+        yield markdown_table(("T", *lines), _by_length(memory, lines, dtype, BOTH))
 
 
-def parts(content: dict) -> dict[str, str]:
-    """The page's parts that can be written from a file, by name."""
-    if "kernels" in content:
-        return {f"{content['compiler'].split()[0]} kernels": kernels(content)}
-    writers = {"acceptance": ("targets", acceptance.markdown), "attention": ("attention", attention.markdown)}
-    found = {part: write(content[key]) for key, (part, write) in writers.items() if key in content}
+def _by_length(cells: dict[tuple, dict[str, str]], lines: list[str], dtype: str, direction: str) -> Rows:
+    lengths = sorted(length for d, way, length in cells if (d, way) == (dtype, direction))
+    return [(str(n), *(cells[dtype, direction, n].get(line, "-") for line in lines)) for n in lengths]
+
+
+def gpu_convolutions(sections: dict[str, dict]) -> Iterator[str]:
+    """Times of the backends, the fraction of a copy, and F.conv1d's time in units of the first one's."""
+    found = {name: {(r["case"], r["direction"]): r for r in s["records"]} for name, s in sections.items()}
+    first, rows = next(iter(found.values())), []
+    for case in first:
+        cells, times = list(case), first[case]["seconds"]
+        for records in found.values():
+            r = records.get(case)
+            cells += [f"{r['seconds'][OURS] * 1e6:.0f}", f"{streaming.fraction(r):.2f}"] if r else ["-", "-"]
+        rows.append((*cells, f"{times['conv1d'] / times[OURS]:.1f}" if "conv1d" in times else ""))
+    shape = next(iter(sections.values()))["shape"]
+    yield (
+        f"### Convolutions\n\n`--suite streaming`: B={shape['batch']}, T={shape['length']}, C={shape['channels']}, "
+        f"H={shape['heads']}, {shape['dtype']}, softmax included, a cold cache."
+    )
+    titles = [title for name in found for title in (f"{name}, us", "of a copy")]
+    yield markdown_table(("case", "direction", *titles, f"{next(iter(found))}: times faster than conv1d"), rows)
+
+
+def aims(content: dict[str, dict]) -> Iterator[str]:
+    """Targets and where this machine stands."""
+    yield f"### {title(content)}"
+    if "acceptance" in content:
+        section = content["acceptance"]
+        heads = " / ".join(map(str, section["shape"]["heads"]))
+        yield f"Convolutions; values for H = {heads} (dynamic: H = {HEADS}), all of which have to pass:"
+        yield markdown_table(acceptance_tables.TARGET_COLUMNS, acceptance_tables.target_rows(section))
+        yield markdown_table(acceptance_tables.OVERHEAD_COLUMNS, acceptance_tables.overhead_rows(section))
+    for name, section in of_backends(content, "streaming").items():
+        met = sum(streaming.fraction(r) >= r["target"] for r in section["records"])
+        bounds = sorted(r["target"] for r in section["records"])
+        yield (
+            f"Convolutions, {name}: {bounds[0]:.2f} to {bounds[-1]:.2f} of a copy, met by {met} of "
+            f"{len(section['records'])} cases."
+        )
+    for name, section in attentions(content).items():
+        yield f"Attention{f', {name}' if name else ''}:"
+        yield markdown_table(*attention_tables.target_rows(section))
+        yield from (f"Note: {note}." for note in section["notes"])
+
+
+def attentions(content: dict[str, dict]) -> dict[str, dict]:
+    """Of each backend, or of the one that auto takes, with the name ""."""
+    return of_backends(content, "attention") or ({"": content["attention"]} if "attention" in content else {})
+
+
+def title(content: dict[str, dict]) -> str:
+    return environment.title(next(iter(content.values()))["environment"])
+
+
+def times(content: dict[str, dict]) -> Iterator[str]:
+    """What one machine gave."""
+    facts = next(iter(content.values()))["environment"]
+    versions = [f"convkernels {facts['convkernels']}", f"Python {facts['python']}", *filter(None, [facts.get("date")])]
+    yield f"## {title(content)}"
+    yield f"{', '.join(versions)}."
+    if "acceptance" in content:
+        yield from cpu_convolutions(content["acceptance"])
     if of_backends(content, "streaming"):
-        found["GPU convolutions"] = gpu_convolutions(content)
-    if of_backends(content, "attention"):
-        found["GPU attention"] = gpu_attention(content)
-    return found
+        yield from gpu_convolutions(of_backends(content, "streaming"))
+    if attentions(content):
+        yield from attention_times(attentions(content))
 
 
-def main(path: str) -> None:
-    written = parts(json.loads(Path(path).read_text()))
-    if not written:
-        sys.exit(f"{path} holds nothing that {PAGE.name} shows")
-    for part, text in written.items():
-        before, begin, rest = PAGE.read_text().partition(f"<!-- {part}: begin -->")
-        _, end, after = rest.partition(f"<!-- {part}: end -->")
-        if not begin or not end:
-            raise ValueError(f"{PAGE} has no part '{part}'")
-        PAGE.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
+def page() -> str:
+    contents = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"), reverse=True)]
+    parts = [HEAD.rstrip("\n"), *(part for content in contents for part in times(content)), "## Targets"]
+    return "\n\n".join([*parts, *(part for content in contents for part in aims(content))]) + "\n"
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    PAGE.write_text(page())
+    print(f"wrote {PAGE}")

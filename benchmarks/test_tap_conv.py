@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from convkernels._bench.acceptance import BACKWARD, FORWARD, Group
-from convkernels._bench.peers import DEPTHWISE, DYNAMIC, LIGHTWEIGHT, PEERS, Problem, ours
+from benchmarks.peers import DEPTHWISE, DYNAMIC, LIGHTWEIGHT, PEERS, Problem, ours
+from benchmarks.suites import BACKWARD, FORWARD
+from benchmarks.suites.acceptance import Group
 
 PROBLEMS = [
     Problem(op, 8, length, 768, heads, taps, dtype)

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import kernel_cases
 import torch
 
-from convkernels._bench import attention, streaming
+from benchmarks.suites import attention, streaming
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 3
@@ -261,7 +261,7 @@ def _cell(value: float | str | None) -> str:
 
 
 def markdown(results: dict[str, dict]) -> str:
-    from convkernels._bench.console import markdown_table
+    from convkernels.cli.console import markdown_table
 
     rows = [(case, *map(_cell, k.values())) for case, result in results.items() for k in result["kernels"]]
     columns = next((("case", *k) for result in results.values() for k in result["kernels"]), ("case",))

@@ -70,7 +70,7 @@ PYTEST = (
     "{python} -m pytest -q -p no:cacheprovider --timeout=$((120 * {slower})) --timeout-method=thread -rfEs --tb=short "
     "--junitxml {result}.xml --max-worker-restart 1000"
 )
-BENCH = "{python} -m convkernels.cli bench --device {device} --overwrite --output {results}"
+BENCH = "{python} -m benchmarks bench --device {device} --overwrite --output {results}"
 STREAMING = BENCH + " --suite streaming {streamed}"
 ATTENTION = BENCH + " --suite attention --dtypes bfloat16 {attended}"
 ONE_GPU_TEST = " --timeout=$((60 * {slower}))"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 import convkernels
-from convkernels._bench import attention, streaming
+from benchmarks.suites import attention, streaming
 
 
 def convolution(op: str, taps: int, direction: str, gate: bool = False) -> Callable:

@@ -11,7 +11,6 @@ Exit status 1 if a count is above its budget, a kernel has none, or one of the b
 """
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -29,13 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import kernel_cases
 import torch
 
-from convkernels._bench import attention, streaming
-from convkernels._bench.console import markdown_table
-from convkernels.backends import cuda_ahead
-from convkernels.backends.cuda_counters import GLOBAL, SECTOR, SHARED, Launch, counted, source_lines
-from convkernels.backends.machine_code import LoopCost, raised
+from benchmarks.machine_code import nvcc
+from benchmarks.machine_code.budgets import format_counts, parse_counts
+from benchmarks.machine_code.counters import GLOBAL, SECTOR, SHARED, Launch, counted, source_lines
+from benchmarks.machine_code.rules import LoopCost, raised
+from benchmarks.suites import attention, streaming
+from convkernels.cli.console import markdown_table
 
-BUDGET = Path(__file__).resolve().parents[1] / "tests" / "launch_budget.json"
+BUDGET = Path(__file__).resolve().parents[1] / "tests" / "launch_budget.txt"
 # What a budget holds: totals of a launch, of which less is better.
 HELD: dict[str, Callable[[Launch], int]] = {
     "bytes": lambda launch: launch.moved,
@@ -155,7 +155,7 @@ def extrapolate(case: Case) -> dict[str, Launch]:
     return {
         key: replace(launch, figures={name: grown(name, a, twice[key][name]) for name, a in launch.figures.items()})
         for key, launch in once.items()
-        if launch.kernel in cuda_ahead.STREAMING
+        if launch.kernel in nvcc.STREAMING
     }
 
 
@@ -256,7 +256,7 @@ def reached(case: Case, launch: Launch, seconds: float) -> str:
 
 def estimates(names: list[str]) -> str:
     rows = []
-    loops = [] if cuda_ahead.missing() else cuda_ahead.main_loops()
+    loops = [] if nvcc.missing() else nvcc.main_loops()
     for name in names:
         case = CASES[name]
         for key, launch in extrapolate(case).items():
@@ -266,9 +266,6 @@ def estimates(names: list[str]) -> str:
                          reached(case, launch, seconds)))  # fmt: skip
     columns = ("case", "kernel", *(f"{unit.name} us" for unit in fields(Estimate)), "bound", "at most")
     return markdown_table(columns, rows)
-
-
-# ---- the budget
 
 
 def held(results: dict[str, dict[str, Launch]]) -> dict[str, dict[str, dict[str, int]]]:
@@ -329,9 +326,9 @@ def main() -> int:
     rows = [row(*one) for one in launches]
     print(markdown_table(COLUMNS, rows))
     now = held(results)
-    budget = json.loads(arguments.budget.read_text()) if arguments.budget.exists() else {}
+    budget = parse_counts(arguments.budget.read_text()) if arguments.budget.exists() else {}
     if arguments.update:
-        arguments.budget.write_text(json.dumps(now, indent=1) + "\n")
+        arguments.budget.write_text(format_counts(now))
         print(*raised(budget, now) or ["nothing goes up"], sep="\n")
         return 0
     found = violations(now, budget)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from benchmarks.text import paragraphs
 from convkernels import models
-from convkernels._bench.text import paragraphs
 from convkernels.models.configs import BERT_VARIANTS
 
 MIXERS = ("transformer", "lightweight", "dynamic", "dilated")

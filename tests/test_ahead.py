@@ -2,26 +2,31 @@
 
 import dataclasses
 import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from convkernels import cli
-from convkernels.backends import cuda_ahead, machine_code
+from benchmarks.machine_code import __main__ as command_line
+from benchmarks.machine_code import budgets, nvcc
+from benchmarks.machine_code.rules import LoopCost, Resources, Rules, read_code, read_usage, short_name
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def triton_ahead():
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("interpreted kernels are not compiled")
-    from convkernels.backends.triton import ahead
+    from benchmarks.machine_code import triton as ahead
 
     return ahead
 
 
 def variants(name="VARIANTS"):
     try:
-        from convkernels.backends.triton import ahead
+        from benchmarks.machine_code import triton as ahead
     except ImportError:
         return []
     return getattr(ahead, name)
@@ -31,7 +36,7 @@ def variants(name="VARIANTS"):
 @pytest.mark.thin(3)
 @pytest.mark.parametrize("variant", variants(), ids=lambda v: v.name)
 def test_triton_budget(variant):
-    """One architecture on every run; `convkernels check --kernels` compiles for all of them."""
+    """One architecture on every run; `python -m benchmarks.machine_code` compiles for all of them."""
     ahead = triton_ahead()
     results = ahead.measure_all(variant, (90,))
     assert not ahead.RULES.violations(results)
@@ -137,36 +142,37 @@ def test_every_variant_has_a_budget():
 @pytest.mark.slow
 def test_cuda_budget():
     """One architecture on every run, as above."""
-    if cuda_ahead.missing():
-        pytest.skip(cuda_ahead.missing())
-    results = cuda_ahead.measure_all(("90",))
+    if nvcc.missing():
+        pytest.skip(nvcc.missing())
+    (measure,) = nvcc.parts(("90",)).values()
+    results = measure()
     assert {"plain_forward", "plain_weight", "reduce_weight", "step"} <= {result.kernel for result in results}
     assert {"bf16", "f16", "float", "double"} <= {result.variant for result in results}
-    assert not cuda_ahead.rules().violations(results, everything=True)
-    described = {(loop.kernel, loop.variant, loop.case) for loop in cuda_ahead.MAIN_LOOPS}
+    assert not nvcc.RULES.violations(results, everything=True)
+    described = {(loop.kernel, loop.variant, loop.case) for loop in nvcc.MAIN_LOOPS}
     assert described == {(loop.kernel, loop.variant, loop.case) for result in results for loop in result.loops}
 
 
 @pytest.mark.slow
 def test_main_loops_alone():
     """What counts them for other purposes reads only their kernels."""
-    if cuda_ahead.missing():
-        pytest.skip(cuda_ahead.missing())
-    if not cuda_ahead.rules().limits():
+    if nvcc.missing():
+        pytest.skip(nvcc.missing())
+    if not nvcc.RULES.limits():
         pytest.skip("another version of nvcc compiled the library")
-    costs = cuda_ahead.main_loops("100")
-    assert [cost.case for cost in costs] == [loop.case for loop in cuda_ahead.MAIN_LOOPS]
+    costs = nvcc.main_loops("100")
+    assert [cost.case for cost in costs] == [loop.case for loop in nvcc.MAIN_LOOPS]
     for cost in costs:
         assert cost.instructions == pytest.approx(sum(cost.classes.values()))
-        assert cost.classes["copies"] > 0 and (cost.classes["matrix"] > 0) == (cost.kernel in cuda_ahead.BANDED)
+        assert cost.classes["copies"] > 0 and (cost.classes["matrix"] > 0) == (cost.kernel in nvcc.BANDED)
     with pytest.raises(ValueError, match="no such kernel for sm_35"):
-        cuda_ahead.main_loops("35")
+        nvcc.main_loops("35")
 
 
 def test_what_breaks_a_rule_is_found(tmp_path):
-    budget = tmp_path / "budget.json"
-    rules = machine_code.Rules(budget, "nvcc", "13.0", streaming=("stream",), banded=("band",))
-    good = machine_code.Resources("bf16", "stream", "90", 64, 0, 0, 1, 0, 1, 0, 0)
+    budget = tmp_path / "budget.txt"
+    rules = Rules(budget, "nvcc", "13.0", streaming=("stream",), banded=("band",))
+    good = Resources("bf16", "stream", "90", 64, 0, 0, 1, 0, 1, 0, 0)
     band = dataclasses.replace(good, kernel="band", matrix=1)
     budget.write_text(rules.to_budget([good, band]))
     assert rules.violations([good, band]) == []
@@ -188,7 +194,7 @@ def test_what_breaks_a_rule_is_found(tmp_path):
     assert budgeted.violations([dataclasses.replace(good, spills=8)]) == []
     (text,) = budgeted.violations([dataclasses.replace(good, spills=12)])
     assert "spills 12, the budget has 8" in text
-    loop = machine_code.LoopCost("stream", "bf16", "7 taps", "output", 24.0, {"alu": 24.0}, body=1000)
+    loop = LoopCost("stream", "bf16", "7 taps", "output", 24.0, {"alu": 24.0}, body=1000)
     budget.write_text(rules.to_budget([dataclasses.replace(good, loops=(loop,))]))
     more = dataclasses.replace(loop, instructions=24.2, body=1030)
     assert rules.violations([dataclasses.replace(good, loops=(more,))]) == []
@@ -207,14 +213,41 @@ def test_what_breaks_a_rule_is_found(tmp_path):
     assert rules.not_compared() is None
     other = dataclasses.replace(rules, version="13.1")
     assert other.violations([dataclasses.replace(good, registers=65, spills=8)]) == []
-    assert "budget.json is of nvcc 13.0, these kernels of nvcc 13.1;" in other.not_compared()
+    assert "budget.txt is of nvcc 13.0, these kernels of nvcc 13.1;" in other.not_compared()
+
+
+COMMITTED = [ROOT / "benchmarks" / "machine_code" / name for name in ("nvcc.txt", "triton.txt")]
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_one_register_more_than_a_committed_budget_is_found(path):
+    version, limits = budgets.parse_limits(path.read_text())
+    assert budgets.format_limits(path.stem, version, limits) == path.read_text()
+    assert len(limits) > 400
+    rules = Rules(path, path.stem, version, spilling=nvcc.SPILLING if path.stem == "nvcc" else ())
+    for key, figures in limits.items():
+        variant, kernel, architecture = key.split(" / ")
+        passes, bodies = figures.get("instructions", {}), figures.get("bodies", {})
+        loops = tuple(LoopCost(kernel, variant, case, "output", passes[case], {}, body=bodies[case]) for case in passes)
+        spills = figures.get("spills", 0)
+        one = Resources(
+            variant, kernel, architecture.removeprefix("sm_"), figures["registers"], spills, figures["shared"],
+            1, 0, 1, 0, 1, loops=loops,
+        )  # fmt: skip
+        assert rules.violations([one]) == []
+        for name in ("registers", "shared", "spills"):
+            (text,) = rules.violations([dataclasses.replace(one, **{name: getattr(one, name) + 1})])
+            assert text.startswith(key)
+        for loop in loops:
+            slower = dataclasses.replace(loop, instructions=1.02 * loop.instructions, body=2 * loop.body)
+            assert len(rules.violations([dataclasses.replace(one, loops=(slower,))])) == 2
 
 
 def test_a_new_budget_says_what_it_raises(tmp_path):
-    budget = tmp_path / "budget.json"
-    rules = machine_code.Rules(budget, "nvcc", "13.0")
-    loop = machine_code.LoopCost("stream", "bf16", "7 taps", "output", 24.0, {}, body=1000)
-    good = machine_code.Resources("bf16", "stream", "90", 64, 0, 512, 1, 0, 1, 0, 0, loops=(loop,))
+    budget = tmp_path / "budget.txt"
+    rules = Rules(budget, "nvcc", "13.0")
+    loop = LoopCost("stream", "bf16", "7 taps", "output", 24.0, {}, body=1000)
+    good = Resources("bf16", "stream", "90", 64, 0, 512, 1, 0, 1, 0, 0, loops=(loop,))
     budget.write_text(rules.to_budget([good]))
     assert rules.update([dataclasses.replace(good, registers=63)]) == []
     more = dataclasses.replace(loop, instructions=24.5, body=999)
@@ -226,26 +259,30 @@ def test_a_new_budget_says_what_it_raises(tmp_path):
     assert rules.limits()["bf16 / stream / sm_90"]["bodies"] == {"7 taps": 999}
 
 
-def test_check_says_what_it_does_not_compare_and_what_it_raises(tmp_path, monkeypatch, capsys):
-    rules = machine_code.Rules(tmp_path / "budget.json", "nvcc", "13.0", described=frozenset({("stream", "f16")}))
-    good = machine_code.Resources("bf16", "stream", "90", 64, 0, 512, 1, 0, 1, 0, 0)
+def test_the_command_says_what_it_does_not_compare_and_what_it_raises(tmp_path, monkeypatch, capsys):
+    rules = Rules(tmp_path / "budget.txt", "nvcc", "13.0", described=frozenset({("stream", "f16")}))
+    good = Resources("bf16", "stream", "90", 64, 0, 512, 1, 0, 1, 0, 0)
     rules.budget.write_text(rules.to_budget([dataclasses.replace(good, registers=60)]))
-    unknown = dataclasses.replace(rules, version="unknown", described=frozenset())
-    outcome = [unknown, [good]]
-    monkeypatch.setitem(cli.KERNELS, "cuda", lambda arguments: tuple(outcome))
-    command = ["check", "--kernels", "--backend", "cuda"]
-    assert cli.main(command) == 0
-    assert "is of nvcc 13.0, these kernels of nvcc unknown" in capsys.readouterr().err
-    outcome[0] = rules
-    assert cli.main(command) == 1
+    made = SimpleNamespace(parts=lambda architectures, only: {"sm_90": lambda: [good]})
+    monkeypatch.setattr(command_line, "backend", lambda name: made)
+    command = ["--backend", "cuda"]
+    made.RULES = dataclasses.replace(rules, version="unknown", described=frozenset())
+    assert command_line.main(command) == 0
     said = capsys.readouterr()
-    assert "f16 / stream: its main loop is described" in said.out and "registers 64" in said.out and not said.err
-    assert cli.main([*command, "--only", "bf16"]) == 1
+    assert "is of nvcc 13.0, these kernels of nvcc unknown" in said.err and "sm_90" in said.err
+    assert said.out.endswith("cuda: 1 kernels keep to the rules\n")
+    made.RULES = rules
+    assert command_line.main(command) == 1
+    said = capsys.readouterr()
+    assert "f16 / stream: its main loop is described" in said.out and "registers 64" in said.out
+    assert said.out.endswith("cuda: 2 excesses, listed above, among 1 kernels\n") and "budget" not in said.err
+    assert command_line.main([*command, "--only", "bf16"]) == 1
     assert "is described" not in capsys.readouterr().out
-    outcome[0] = dataclasses.replace(rules, described=frozenset())
+    made.RULES = dataclasses.replace(rules, described=frozenset())
     for expected in ("these go up\nbf16 / stream / sm_90, registers: from 60 to 64", "nothing goes up"):
-        assert cli.main([*command, "--update-budget"]) == 0
-        assert expected in capsys.readouterr().out
+        assert command_line.main([*command, "--update-budget"]) == 0
+        said = capsys.readouterr().out
+        assert expected in said and said.endswith("cuda: 1 kernels are within their budget\n")
 
 
 def test_machine_code_is_counted():
@@ -253,11 +290,11 @@ def test_machine_code_is_counted():
         LDG.E.128 R4, [R2.64] ; LDG.E.U16 R0, [R2.64] ; LDGSTS.E.BYPASS.128 [R9], [R2.64] ;
         STG.E.128 [R2.64], R4 ; STG.E [R2.64], R0 ; HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
     """
-    assert machine_code.read_code(code) == {
+    assert read_code(code) == {
         "wide_loads": 2, "narrow_loads": 1, "wide_stores": 1, "narrow_stores": 1, "matrix": 1,
     }  # fmt: skip
     usage = "REG:52 STACK:8 SHARED:2048 LOCAL:16 CONSTANT[0]:816"
-    assert machine_code.read_usage(usage) == {"registers": 52, "spills": 24, "shared": 2048}
+    assert read_usage(usage) == {"registers": 52, "spills": 24, "shared": 2048}
 
 
 def test_names_of_kernels_are_short():
@@ -267,7 +304,7 @@ def test_names_of_kernels_are_short():
         ("ck::f(int)", ("f", "")),
         ("ck::value", None),
     ):
-        assert machine_code.short_name(demangled) == expected
+        assert short_name(demangled) == expected
 
 
 def test_ptx_among_the_machine_code_is_passed_over():
@@ -277,5 +314,5 @@ def test_ptx_among_the_machine_code_is_passed_over():
         ("elf", "100", "\n Function f:\n  REG:2\n"),
     )
     text = "".join(f"\nFatbin {kind} code:\n================\narch = sm_{name}\n{rest}" for kind, name, rest in parts)
-    found = cuda_ahead._kernels(text, r"\n Function ")
+    found = nvcc._kernels(text, r"\n Function ")
     assert {key: rest.split()[0] for key, rest in found.items()} == {("f", "90a"): "REG:1", ("f", "100"): "REG:2"}

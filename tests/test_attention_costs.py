@@ -7,7 +7,7 @@ import torch
 from conftest import interpreted, simulated
 
 import convkernels as ck
-from convkernels._bench.timing import peak_extra_bytes
+from benchmarks.timing import peak_extra_bytes
 from convkernels.testing.attention import INPUTS, AttentionProblem
 from convkernels.testing.inputs import values
 

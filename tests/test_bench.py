@@ -8,18 +8,11 @@ import re
 import pytest
 import torch
 
-from convkernels import cli
-from convkernels._bench import (
-    acceptance,
-    attention,
-    attention_targets,
-    environment,
-    peers,
-    streaming,
-    sweep,
-    text,
-    timing,
-)
+import convkernels
+from benchmarks import cli, peers, report, store, text, timing
+from benchmarks.suites import acceptance_tables, attention, attention_tables, streaming, sweep
+from convkernels.cli import environment
+from convkernels.cli import main as convkernels_main
 
 CPU = torch.device("cpu")
 
@@ -183,7 +176,6 @@ def test_the_device_is_busy_while_the_host_enqueues(monkeypatch, ahead):
 @pytest.mark.parametrize("suite", ["streaming", "attention"])
 def test_a_failure_of_ours_does_not_end_a_suite(suite, tmp_path, capsys, monkeypatch):
     """The backward pass fails, when it is prepared: exit status 1 with the forward pass measured and saved."""
-    import convkernels
 
     def failing(function):
         def call(*args, **options):
@@ -201,7 +193,7 @@ def test_a_failure_of_ours_does_not_end_a_suite(suite, tmp_path, capsys, monkeyp
     assert cli.main(command) == 1
     (path,) = tmp_path.glob("*.json")
     section = json.loads(path.read_text())[suite]
-    ours = (streaming.OURS, *attention.OURS)
+    ours = (streaming.OURS, *attention.OWN_LINES)
     assert any(r["direction"] == "forward" for r in section["records"])
     assert section["errors"] and all(error.startswith(ours) for error in section["errors"])
     assert "no such kernel" in capsys.readouterr().out
@@ -239,7 +231,7 @@ def test_sweep_writes_results_and_plots_them_again(tmp_path):
 
 
 def test_plots_say_what_their_curves_do_not():
-    figures = pytest.importorskip("convkernels._bench.figures")
+    figures = pytest.importorskip("benchmarks.figures")
 
     def work(line, flops):
         return {"line": line, "direction": "forward", "dtype": "float32", "length": 8, "batch": 2, "flops": flops}
@@ -255,11 +247,11 @@ def test_plots_say_what_their_curves_do_not():
 def test_panels_share_the_lengths_of_all(tmp_path, monkeypatch):
     """Also those that only one of them has, as a bench that was interrupted leaves."""
     plt = pytest.importorskip("matplotlib.pyplot")
-    figures = pytest.importorskip("convkernels._bench.figures")
+    figures = pytest.importorskip("benchmarks.figures")
     ticks = []
     monkeypatch.setattr(plt, "close", lambda figure: ticks.append([list(axes.get_xticks()) for axes in figure.axes]))
     records = [
-        {"line": "a", "direction": figures.FORWARD, "dtype": dtype, "length": length, "examples_per_second": 1.0}
+        {"line": "a", "direction": figures.FORWARD, "dtype": dtype, "length": length, "batch": 1, "seconds": 1.0}
         for dtype, lengths in (("float32", (64, 128, 512)), ("bfloat16", (64, 128)))
         for length in lengths
     ]
@@ -272,18 +264,14 @@ def test_panels_share_the_lengths_of_all(tmp_path, monkeypatch):
 
 
 def test_target_table_says_pass_miss_and_not_measured():
-    def record(form, seconds, heads, dtype):
+    def record(ours, heads, dtype):
         shape = {"op": peers.LIGHTWEIGHT, "direction": "forward", "length": 512, "heads": heads, "taps": 7}
-        return shape | {"dtype": dtype, "memory": "fresh", "form": form, "seconds": seconds}
+        seconds = {"copy": 0.9, "convkernels": ours, "conv1d": 13.0, "conv2d-CL": 1.2}
+        return shape | {"dtype": dtype, "memory": "fresh", "seconds": seconds}
 
-    records = [
-        record(form, seconds, heads, dtype)
-        for dtype, factor in (("float32", 1.0), ("bfloat16", 2.0))
-        for heads in (2, 12)
-        for form, seconds in (("copy", 0.9), ("convkernels", 1.0 * factor), ("conv1d", 13.0), ("conv2d-CL", 1.2))
-    ]
+    records = [record(ours, heads, dtype) for dtype, ours in (("float32", 1.0), ("bfloat16", 2.0)) for heads in (2, 12)]
     section = {"shape": {"heads": [2, 12]}, "records": records}
-    rows = {row[:2]: row[2:] for row in acceptance.target_rows(section)}
+    rows = {row[:2]: row[2:] for row in acceptance_tables.target_rows(section)}
     fraction = rows["lightweight forward, fraction of a copy", "7"]
     assert fraction == (">= 0.87", "0.90 / 0.90", "PASS", ">= 0.83", "0.45 / 0.45", "miss")
     faster = rows["lightweight forward, times faster than the best stock form", "7"]
@@ -291,8 +279,23 @@ def test_target_table_says_pass_miss_and_not_measured():
     assert rows["lightweight forward, fraction of a copy", "31"][2] == "not measured"
 
 
+def test_the_page_of_results_is_what_the_committed_ones_make():
+    assert report.PAGE.read_text() == report.page(), "python -m benchmarks.report writes it"
+
+
+def test_files_of_results_are_small():
+    """A record a line, and nothing that no table needs."""
+    paths = sorted(report.RESULTS.glob("*.json"))
+    assert len(paths) >= 3
+    for path in paths:
+        content = json.loads(path.read_text())
+        assert store.dumps(content) == path.read_text()
+        assert not re.search("quartiles|repeats|examples_per_second", path.read_text())
+    assert sum(len(path.read_text().splitlines()) for path in paths) < 1500
+
+
 def test_info_names_backends_and_variables(capsys):
-    assert cli.main(["info"]) == 0
+    assert convkernels_main(["info"]) == 0
     printed = capsys.readouterr().out
     assert "reference" in printed and "CONVKERNELS_STRICT" in printed
     assert re.search(r"attention_grad +cpu +the first usable one", printed)
@@ -309,7 +312,7 @@ def test_streaming_suite(tmp_path, capsys):
     for record in section["records"]:
         seconds = record["seconds"]
         moved = record["passes"] / 2 * seconds["copy"]
-        assert record["fraction"] == pytest.approx(moved / seconds["convkernels"])
+        assert streaming.fraction(record) == pytest.approx(moved / seconds["convkernels"])
     passes = {(r["case"], r["direction"]): r["passes"] for r in section["records"]}
     assert passes["lightweight K=7", "forward"] == 2 and passes["lightweight gate mask K=7", "backward"] == 5
     rho = 31 * 16 / 1024
@@ -362,7 +365,7 @@ def test_attention_targets_say_pass_miss_and_not_measured():
         return {"settings": settings, "records": lines, "workloads": workloads if device == "cuda" else []}
 
     def rows(*arguments):
-        columns, found = attention_targets.rows(section(*arguments))
+        columns, found = attention_tables.target_rows(section(*arguments))
         assert all(len(row) == len(columns) for row in found)
         return {row[:2]: row[2:] for row in found}
 

@@ -13,8 +13,11 @@ import pytest
 import torch
 
 import convkernels
+from benchmarks import store, timing
+from benchmarks.machine_code.__main__ import MODULES
+from benchmarks.machine_code.__main__ import main as machine_code
 from convkernels import cli
-from convkernels._bench import results, selfcheck
+from convkernels.cli import console, environment, selfcheck
 
 ROOT = Path(convkernels.__file__).parents[1]
 QUICK = "bench --lengths 8,16 --dtypes float32 --channels 24 --heads 4 --tokens 32 --seconds 0.01 --compile-seconds 0"
@@ -26,10 +29,10 @@ def start(*arguments, **options):
     return subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT, **options)
 
 
-def refused(capsys, command):
+def refused(capsys, command, main=cli.main):
     """What the command line says on the way to exit status 2, without having printed a result."""
     try:
-        status = cli.main(command.split(" ") if isinstance(command, str) else command)
+        status = main(command.split(" ") if isinstance(command, str) else command)
     except SystemExit as error:
         status = error.code
     printed = capsys.readouterr()
@@ -39,7 +42,7 @@ def refused(capsys, command):
 
 @pytest.fixture
 def nothing_runs(monkeypatch):
-    from convkernels._bench import acceptance, attention, streaming, sweep
+    from benchmarks.suites import acceptance, attention, streaming, sweep
 
     def run(*rest):
         raise AssertionError("something was measured")
@@ -72,11 +75,6 @@ def nothing_runs(monkeypatch):
         ("bench --suite streaming --heads 4", "--heads has no effect on the suite streaming"),
         ("bench --suite acceptance --compile-seconds 5", "takes 0 only"),
         ("bench --suite acceptance --dtypes float16", "the targets are for float32, bfloat16"),
-        ("check --only x", "--only is about compiled kernels: add --kernels"),
-        ("check --json x.json", "--json is about compiled kernels: add --kernels"),
-        ("check --architectures 80", "add --kernels"),
-        ("check --update-budget", "add --kernels"),
-        ("check --kernels --backend cpu", "expected one of triton, cuda"),
         ("plot /nonexistent.json", "/nonexistent.json: expected a results file"),
         (f"plot {ROOT}", "expected a results file"),
         (f"plot {ROOT}/README.md", "expected a results file"),
@@ -89,7 +87,7 @@ def test_mistakes_are_one_line_and_nothing_is_measured(capsys, nothing_runs, com
 
 @pytest.mark.parametrize("name", ["CONVKERNELS_BACKEND", "CONVKERNELS_CPU_ISA"])
 def test_variables_are_named(capsys, nothing_runs, monkeypatch, name):
-    if name == "CONVKERNELS_CPU_ISA" and cli.environment.native_module() is None:
+    if name == "CONVKERNELS_CPU_ISA" and environment.native_module() is None:
         pytest.skip("nothing reads it without native kernels")
     monkeypatch.setenv(name, "sse")
     for command in ("info", "check", QUICK):
@@ -122,8 +120,8 @@ RECORD = {"line": "x", "op": "y", "direction": "forward", "dtype": "float32", "l
 def test_results_that_no_suite_wrote(capsys, monkeypatch, nothing_runs, tmp_path, broken):
     """Are said before anything is measured, and when they are drawn."""
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(cli.environment, "file_stem", lambda environment: "here")
-    monkeypatch.setattr(results, "differences", lambda old, new: [])
+    monkeypatch.setattr(environment, "file_stem", lambda environment: "here")
+    monkeypatch.setattr(store, "differences", lambda old, new: [])
     covered = {"lengths": [8], "dtypes": ["float32"], "padding": {}}
     section = {"environment": {}, "settings": covered, "work": [], "notes": [], **broken}
     path = tmp_path / "here.json"
@@ -135,7 +133,7 @@ def test_results_that_no_suite_wrote(capsys, monkeypatch, nothing_runs, tmp_path
 
 
 def test_sizes_for_which_there_is_no_memory(capsys, monkeypatch, tmp_path):
-    from convkernels._bench import sweep
+    from benchmarks.suites import sweep
 
     measure = sweep.Sweep.measure
 
@@ -160,7 +158,7 @@ def test_output_that_cannot_be_written():
 
 @pytest.mark.parametrize("content", ["{", "[1]"])
 def test_bench_does_not_touch_a_broken_file(capsys, nothing_runs, monkeypatch, tmp_path, content):
-    monkeypatch.setattr(cli.environment, "file_stem", lambda environment: "here")
+    monkeypatch.setattr(environment, "file_stem", lambda environment: "here")
     path = tmp_path / "here.json"
     path.write_text(content)
     assert "here.json: expected a results file" in refused(capsys, f"{QUICK} --no-plots --output {tmp_path}")
@@ -168,9 +166,9 @@ def test_bench_does_not_touch_a_broken_file(capsys, nothing_runs, monkeypatch, t
 
 
 def test_missing_modules_are_said_first(capsys, nothing_runs, monkeypatch, tmp_path):
-    found = cli.importlib.util.find_spec
+    found = console.importlib.util.find_spec
     monkeypatch.setattr(
-        cli.importlib.util, "find_spec", lambda name: None if name in ("matplotlib", "numpy") else found(name)
+        console.importlib.util, "find_spec", lambda name: None if name in ("matplotlib", "numpy") else found(name)
     )
     message = refused(capsys, f"{QUICK} --output {tmp_path}")
     assert "needs matplotlib, which is not installed: pip install matplotlib" in message and "--no-plots" in message
@@ -228,15 +226,15 @@ def test_a_shorter_sweep_keeps_the_longer_one(capsys, tmp_path):
 
 def test_results_are_written_whole_or_not_at_all(monkeypatch, tmp_path):
     path = tmp_path / "results.json"
-    results.write(path, "{}")
+    store.write(path, "{}")
 
     def fail(*rest):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(results.os, "replace", fail)
-    store = results.Store(path, "sweep", {}, True)
-    store.save({"records": [1]})
-    assert "No space left" in store.error
+    monkeypatch.setattr(store.os, "replace", fail)
+    section = store.Store(path, "sweep", {}, True)
+    section.save({"records": [1]})
+    assert "No space left" in section.error
     assert path.read_text() == "{}" and list(tmp_path.iterdir()) == [path]
 
 
@@ -259,7 +257,7 @@ def test_plot_takes_a_folder_that_holds_one_file(capsys, tmp_path):
 
 def test_bench_warns_of_a_busy_machine(capsys, monkeypatch, tmp_path):
     def warned(threads, busy):
-        monkeypatch.setattr(cli.timing, "busy_cpus", lambda: busy)
+        monkeypatch.setattr(timing, "busy_cpus", lambda: busy)
         options = f"{QUICK} --lengths 8 --threads {threads} --no-plots --overwrite --output {tmp_path}"
         assert cli.main(options.split()) == 0
         (path,) = tmp_path.glob(f"*{threads}threads.json")
@@ -268,7 +266,7 @@ def test_bench_warns_of_a_busy_machine(capsys, monkeypatch, tmp_path):
         assert ("CPUs busy" in printed.out) == bool(recorded) == ("other processes keep" in printed.err)
         return recorded
 
-    before, cpus = torch.get_num_threads(), len(cli.timing.own_cpus())
+    before, cpus = torch.get_num_threads(), len(timing.own_cpus())
     try:
         assert warned(cpus, 0.1) is None and warned(cpus, 0.7) == 0.7 and warned(1, cpus - 0.2) == cpus - 0.2
         assert cpus == 1 or warned(1, 0.7) is None
@@ -277,18 +275,19 @@ def test_bench_warns_of_a_busy_machine(capsys, monkeypatch, tmp_path):
 
 
 def test_busy_cpus_counts_others():
-    idle = cli.timing.busy_cpus()
-    assert 0 <= idle <= len(cli.timing.own_cpus())
+    idle = timing.busy_cpus()
+    assert 0 <= idle <= len(timing.own_cpus())
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
         time.sleep(0.2)
-        busy = cli.timing.busy_cpus()
+        busy = timing.busy_cpus()
         other.kill()
     assert not Path("/proc/stat").exists() or busy > 0.5
 
 
-def test_help_names_the_defaults(capsys):
-    from convkernels._bench import acceptance, attention, streaming, sweep
+def test_help_names_the_defaults(capsys, monkeypatch):
+    from benchmarks.suites import acceptance, attention, streaming, sweep
 
+    monkeypatch.setenv("COLUMNS", "200")  # no name is cut at its hyphen
     with pytest.raises(SystemExit):
         cli.main(["bench", "--help"])
     text = " ".join(capsys.readouterr().out.split())
@@ -315,15 +314,36 @@ def test_a_closed_pipe_is_no_traceback():
     process.stdout.close()
     said = process.stderr.read()
     process.stderr.close()
-    assert process.wait(60) == cli.PIPE_CLOSED and not said
+    assert process.wait(60) == console.PIPE_CLOSED and not said
 
 
-@pytest.mark.parametrize("backend", cli.KERNELS)
+@pytest.mark.parametrize("backend", MODULES)
 def test_kernels_that_do_not_exist_are_said_at_once(capsys, backend):
     begin = time.monotonic()
-    message = refused(capsys, f"check --kernels --backend {backend} --only zzz")
+    message = refused(capsys, f"--backend {backend} --only zzz", machine_code)
     assert "--only zzz: no kernel" in message or "not" in message
     assert time.monotonic() - begin < 60
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("--backend cpu", "invalid choice: 'cpu'"),
+        ("--backend cuda --only x --update-budget", "replaces the whole budget: leave out --only"),
+        ("--update-budget", "add --backend"),
+        ("--architectures ninety", "expected a whole number"),
+    ],
+)
+def test_mistakes_about_machine_code_are_one_line(capsys, command, said):
+    assert said in refused(capsys, command, machine_code)
+
+
+def test_an_installed_package_says_where_the_benchmarks_are(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    for command in ("bench", "plot results.json"):
+        message = refused(capsys, command)
+        assert "the benchmarks are not installed: run `python -m benchmarks` in a clone" in message
+    assert "benchmarks" not in {path.name for path in tmp_path.iterdir()}
 
 
 def test_check_names_its_parts_and_instruction_sets(capsys):
@@ -331,7 +351,7 @@ def test_check_names_its_parts_and_instruction_sets(capsys):
     printed = capsys.readouterr().out
     assert "FAIL" not in printed and "convolutions" in printed and "attention" in printed
     assert "models" in printed
-    native = cli.environment.native_module()
+    native = environment.native_module()
     if native and "CONVKERNELS_CPU_ISA" not in os.environ:
         (line,) = re.findall(r"^CPU instruction sets checked: (.*)$", printed, re.MULTILINE)
         assert set(line.split(", ")) == {name for name in native.compiled_isas() if native.isa_supported(name)}

@@ -1,16 +1,11 @@
-"""Launch configurations of the triton backend: pure data, right for every shape; tuning only where it is asked for."""
+"""Launch configurations of the triton backend: pure data, right for every shape."""
 
 import itertools
-import json
 
 import pytest
-import torch
-from conftest import interpreted
 
-import convkernels as ck
-from convkernels.backends.triton import tuning
 from convkernels.backends.triton.conv import configs
-from convkernels.backends.triton.conv.configs import Band, Shape, Tile, Window
+from convkernels.backends.triton.conv.configs import Band, Shape, Window
 
 SHAPES = [
     Shape(2, time, heads * head_channels, heads, taps, dilation, dtype, per_row, gate, packed, state)
@@ -78,61 +73,3 @@ def test_programs_share_their_tiles():
     assert configs.groups(tiles=10, units=4) == 10
     assert configs.groups(tiles=10**6, units=4) == configs.PROGRAMS // 4
     assert configs.groups(tiles=5, units=10**6) == 1
-
-
-def test_tuning_is_off(monkeypatch):
-    monkeypatch.delenv("CONVKERNELS_TUNE", raising=False)
-    monkeypatch.delenv("CONVKERNELS_TUNED", raising=False)
-
-    def run(config):
-        raise AssertionError("nothing may be timed")
-
-    for shape in SHAPES[:50]:
-        assert tuning.config(shape, False, torch.device("cpu"), run) == configs.choose(shape, False)
-
-
-def test_tuning_keeps_the_fastest(monkeypatch, tmp_path):
-    path, shape, cpu = tmp_path / "tuned.json", SHAPES[0], torch.device("cpu")
-    monkeypatch.setenv("CONVKERNELS_TUNED", str(path))
-    monkeypatch.setenv("CONVKERNELS_TUNE", "1")
-    offered = list(tuning.candidates(shape, False))
-    assert offered[0] == configs.choose(shape, False) and len(set(offered)) == len(offered) > 3
-    best, broken = offered[2], offered[1]
-    clock = {"now": 0.0}
-    monkeypatch.setattr(tuning.time, "perf_counter", lambda: clock["now"])
-    calls = []
-
-    def run(config):
-        calls.append(config)
-        if config == broken:
-            raise RuntimeError("too much shared memory")
-        clock["now"] += 1.0 if config == best else 2.0
-
-    with pytest.warns(RuntimeWarning, match="too much shared memory"):
-        assert tuning.config(shape, False, cpu, run) == best
-    assert set(calls) == set(offered)
-    # From the file, also in another process that does not tune.
-    calls.clear()
-    monkeypatch.delenv("CONVKERNELS_TUNE")
-    tuning._files.clear()
-    assert tuning.config(shape, False, cpu, run) == best and not calls
-    assert tuning.config(SHAPES[-1], False, cpu, run) == configs.choose(SHAPES[-1], False) and not calls
-
-
-@pytest.mark.skipif(not interpreted("triton") or bool(ck.why_not("triton")), reason="needs the interpreter")
-def test_a_pinned_configuration_runs(monkeypatch, tmp_path):
-    """A call takes the file's choice, and gives the same result with it."""
-    x, weight = torch.randn(1, 40, 32), torch.randn(2, 5)
-    expected = ck.lightweight_conv1d(x, weight, backend="triton")
-    shape = Shape(1, 40, 32, 2, 5)
-    assert isinstance(configs.choose(shape, False), Tile)
-    pinned = {"kind": "Band", **vars(configs.band(shape))}
-    path = tmp_path / "pinned.json"
-    path.write_text(json.dumps({"interpreter": {tuning.key(shape, False): pinned}}))
-    monkeypatch.setenv("CONVKERNELS_TUNED", str(path))
-    tuning._files.clear()
-    taken = []
-    original = tuning.config
-    monkeypatch.setattr(tuning, "config", lambda *a: taken.append(original(*a)) or taken[-1])
-    torch.testing.assert_close(ck.lightweight_conv1d(x, weight, backend="triton"), expected, rtol=1e-5, atol=1e-5)
-    assert taken == [Band(**{k: v for k, v in pinned.items() if k != "kind"})]

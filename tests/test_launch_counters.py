@@ -1,7 +1,6 @@
 """What scripts/launch_counters.py makes of counts; with the counted library, that they are always the same."""
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -9,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from convkernels.backends import cuda_counters, library
-from convkernels.backends.machine_code import LoopCost
+from benchmarks.machine_code import counters
+from benchmarks.machine_code.budgets import format_counts, parse_counts
+from benchmarks.machine_code.rules import LoopCost
+from convkernels.backends import library
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "launch_counters.py"
@@ -23,12 +24,12 @@ spec.loader.exec_module(launch_counters)
 
 needs_library = pytest.mark.skipif(library.missing("counted") is not None, reason="needs make counted-build")
 NAMES = ("blocks", "bytes_read", "bytes_written", "barriers", "warp_barriers", "shuffles", "votes", "matrix_products",
-         *(f"{access}_{what}" for access in cuda_counters.GLOBAL for what in ("requests", "sectors")),
-         *(f"{access}_{what}" for access in cuda_counters.SHARED for what in ("wavefronts", "conflicts")))  # fmt: skip
+         *(f"{access}_{what}" for access in counters.GLOBAL for what in ("requests", "sectors")),
+         *(f"{access}_{what}" for access in counters.SHARED for what in ("wavefronts", "conflicts")))  # fmt: skip
 
 
 def launch(kernel="stream_forward", instructions=(), **figures):
-    return cuda_counters.Launch(kernel, "bf16", dict.fromkeys(NAMES, 0) | figures, instructions)
+    return counters.Launch(kernel, "bf16", dict.fromkeys(NAMES, 0) | figures, instructions)
 
 
 def test_totals_of_a_launch():
@@ -69,20 +70,31 @@ def test_a_new_budget_says_what_it_raises(before, tmp_path, monkeypatch, capsys)
     (name, case), *_ = launch_counters.CASES.items()
     monkeypatch.setattr(launch_counters, "CASES", {name: case})
     monkeypatch.setattr(launch_counters, "measure", lambda case: {"k": launch(blocks=1, votes=10)})
-    budget = tmp_path / "budget.json"
-    budget.write_text(json.dumps(launch_counters.held({name: {"k": launch(votes=before)}})))
+    budget = tmp_path / "budget.txt"
+    budget.write_text(format_counts(launch_counters.held({name: {"k": launch(votes=before)}})))
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--update", "--budget", str(budget)])
     assert launch_counters.main() == 0
     said = capsys.readouterr().out.splitlines()[-1]
     assert said == (f"{name}, k, votes: from 8 to 10" if before == 8 else "nothing goes up")
-    assert json.loads(budget.read_text())[name]["k"]["votes"] == 10
+    assert parse_counts(budget.read_text())[name]["k"]["votes"] == 10
 
 
 def test_the_budget_is_of_the_cases():
-    budget = json.loads(launch_counters.BUDGET.read_text())
+    budget = parse_counts(launch_counters.BUDGET.read_text())
     assert list(budget) == list(launch_counters.CASES)
+    assert format_counts(budget) == launch_counters.BUDGET.read_text()
     for launches in budget.values():
         assert all(list(figures) == list(launch_counters.HELD) for figures in launches.values())
+
+
+def test_each_count_that_grows_is_found_in_the_committed_budget():
+    budget = parse_counts(launch_counters.BUDGET.read_text())
+    for name, launches in budget.items():
+        for kernel, figures in launches.items():
+            for what, value in figures.items():
+                more = {name: launches | {kernel: figures | {what: int(value * 1.02) + 1}}}
+                (text,) = launch_counters.violations(more, budget)
+                assert text.startswith(f"{name} {kernel}: {what} ")
 
 
 @pytest.mark.parametrize("name, beginning, per_row, per_pair", [
@@ -158,8 +170,8 @@ def test_instructions_are_those_of_the_main_loop_of_the_problem():
 def test_counts_are_those_of_the_budget_in_any_order(name, tmp_path):
     for seed in ("1", "2"):
         environment = os.environ | {"CONVKERNELS_SIMT_SEED": seed, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, SCRIPT, "--only", name, "--budget", tmp_path / "none.json"]
-        output = subprocess.run(command, env=environment, capture_output=True, text=True)
+        command = [sys.executable, SCRIPT, "--only", name, "--budget", tmp_path / "none.txt"]
+        output = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
         (tmp_path / seed).write_text(output.stdout)
         assert output.returncode == 1 and "no budget" in output.stdout, output.stderr
     assert (tmp_path / "1").read_text() == (tmp_path / "2").read_text()
@@ -170,7 +182,7 @@ def test_nothing_is_counted_in_another_library(left_out, monkeypatch):
     for name in ("CONVKERNELS_SIMT", "CONVKERNELS_SIMT_COUNTED"):
         monkeypatch.setenv(name, "0" if name == left_out else "1")
     with pytest.raises(RuntimeError, match=f"expected the environment variable {left_out}=1"):
-        with cuda_counters.counted():
+        with counters.counted():
             pass
 
 
@@ -178,7 +190,7 @@ def test_nothing_is_counted_in_another_library(left_out, monkeypatch):
 def test_calls_are_counted():
     program = """
 import torch, convkernels as ck
-from convkernels.backends.cuda_counters import counted, source_lines
+from benchmarks.machine_code.counters import counted, source_lines
 with counted() as none:
     try:
         with counted():
@@ -194,9 +206,9 @@ stores = [one["place"] for one in launches[0].instructions if "store_sectors" in
 print([line.split(":")[0] for line in source_lines(stores).values()])
 """
     environment = os.environ | {"CONVKERNELS_SIMT": "1", "CONVKERNELS_SIMT_COUNTED": "1"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines() == [
         "counted(): expected one at a time, got one within another",
         str([("stream_forward", 2 * 64 * 128 * 2)]),
-        str(["quads.cuh"]),
+        str(["conv/quads.cuh"]),
     ], done.stderr

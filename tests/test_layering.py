@@ -18,14 +18,14 @@ ROOT = PACKAGE.parent
 # the standard library.
 ALLOWED = {
     "convkernels.testing": {"numpy", "safetensors"},
-    "convkernels.backends.triton": {"triton", "convkernels.backends.machine_code", "convkernels.backends.switches"},
+    "convkernels.backends.triton": {"triton", "convkernels.backends.switches"},
     "convkernels.backends": {"convkernels._C"},
     "convkernels.ops": {"convkernels.backends"},
     "convkernels.nn": {"convkernels.ops"},
     "convkernels.models": {"convkernels.nn", "convkernels.ops", "transformers"},
     "convkernels.interop": {"convkernels.models", "convkernels.nn", "convkernels.ops", "numpy", "transformers"},
 }
-FREE = ("convkernels._bench", "convkernels.cli", "convkernels.__main__")
+FREE = ("convkernels.cli", "convkernels.__main__")
 
 
 def module_name(path):
@@ -50,6 +50,14 @@ def imports(path):
 
 
 FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_the_package_does_not_need_its_benchmarks():
+    """They are not installed: nothing imports them, and only the command line names them, to start them."""
+    for path in FILES:
+        assert not [name for name in imports(path) if name.split(".")[0] in ("benchmarks", "scripts", "tests")], path
+        named = '"benchmarks.cli"' in path.read_text()
+        assert named == (path == PACKAGE / "cli" / "__init__.py"), path
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -248,8 +248,10 @@ def test_pure_python_wheel_works_through_the_reference(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(site)
-    assert not [name for name in names if name.endswith(".so")]
     assert "convkernels/py.typed" in names
+    # Sources alone: no data, no benchmarks.
+    others = [name for name in names if not name.endswith(".py") and ".dist-info/" not in name]
+    assert others == ["convkernels/py.typed"] and all(name.startswith("convkernels") for name in names)
     program = (
         "import json, warnings, torch, convkernels\n"
         "warnings.simplefilter('error')\n"
@@ -262,3 +264,8 @@ def test_pure_python_wheel_works_through_the_reference(tmp_path):
     where, shape, reasons = json.loads(done.stdout)
     assert where.startswith(str(site)) and shape == [2, 5, 4]
     assert len(reasons) == 1 and f"is not in {site}/convkernels/_native: it was not built" in reasons[0]
+    command = [sys.executable, "-m", "convkernels.cli"]
+    done = run(*command, "bench", cwd=tmp_path, PYTHONPATH=str(site))
+    assert done.returncode == 2 and "the benchmarks are not installed: run `python -m benchmarks`" in done.stderr
+    done = run(*command, "info", cwd=tmp_path, PYTHONPATH=str(site))
+    assert done.returncode == 0 and "reference" in done.stdout, done.stderr

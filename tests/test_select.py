@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -14,12 +15,10 @@ import pytest
 import torch
 
 import convkernels as ck
-from benchmarks import prefer, report
-from convkernels._bench import attention_targets, environment
 from convkernels.backends import cuda as cuda_backend
-from convkernels.backends import preference
 from convkernels.backends import triton as triton_backend
 from convkernels.backends.switches import switch
+from convkernels.cli import environment
 from convkernels.ops import _select, _spec
 
 ROOT = Path(ck.__file__).parents[1]
@@ -204,7 +203,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(_select, "_load", lambda name: "it is broken" if name in broken else None)
     monkeypatch.setattr(_select, "_implements", lambda name, op: True)
     monkeypatch.setattr(_select, "importlib", SimpleNamespace(import_module=lambda name: None))
-    monkeypatch.setattr(preference, "measured", lambda: table)
+    monkeypatch.setattr(_select, "FASTEST", table)
     for name in ("triton", "cuda"):
         usual = ck.backends.BACKENDS[name]._replace(devices=("cuda",), fast=True)
         monkeypatch.setitem(ck.backends.BACKENDS, name, usual)
@@ -215,19 +214,17 @@ def gpu(monkeypatch):
 def test_auto_on_a_gpu_follows_measurements(gpu):
     broken, table = gpu
 
-    def chosen(op="lightweight_conv1d", dtype=torch.bfloat16, backend="auto"):
+    def chosen(op="lightweight_conv1d", dtype=torch.bfloat16, backend="auto", operator=None):
         _select.reset()
-        return _select.choose(backend, op, "cuda", dtype)
-
-    def choose_again(op, operator, problem):
-        _select.reset()
-        return _select.choose("auto", op, "cuda", torch.bfloat16, operator, problem)
+        return _select.choose(backend, op, "cuda", dtype, operator)
 
     assert chosen() == "triton"
-    table["Y100"] = {"lightweight_conv1d": {"bfloat16": "cuda"}}
+    table["Y100", "lightweight_conv1d", torch.bfloat16] = "cuda"
     assert chosen() == "triton"
-    table["X100"] = {"lightweight_conv1d": {"bfloat16": "cuda"}}
-    assert chosen() == "cuda"
+    table["X100", "lightweight_conv1d", torch.bfloat16] = "cuda"
+    table["X100", "attention", torch.bfloat16] = "cuda"
+    assert chosen() == chosen(op="composite_attention", operator="attention") == "cuda"
+    assert chosen(op="composite_attention", operator="attention_grad") == "triton"
     assert chosen(dtype=torch.float32) == chosen(op="dynamic_conv1d") == chosen(backend="triton") == "triton"
 
     def shown():
@@ -235,18 +232,6 @@ def test_auto_on_a_gpu_follows_measurements(gpu):
         return next(row[3:] for row in rows if row[:3] == ("cuda", "bfloat16", "lightweight_conv1d"))
 
     assert shown() == ("cuda", "measured to be the fastest on this device")
-    # Problems of attention differ in what is fastest.
-    assert [row[2] for row in environment.automatic(torch.device("cuda"))].count("attention") == 2
-    table["X100"]["attention"] = {"bfloat16": {"short 64": "cuda"}}
-    found = {
-        case: choose_again("composite_attention", "attention", preference.problem_of(*case))
-        for case in ((256, 64), (257, 64), (1, 65), (128, 500))
-    }
-    assert found == {(256, 64): "cuda", (257, 64): "triton", (1, 65): "triton", (128, 500): "triton"}
-    rows = {row[2]: row[3:] for row in environment.automatic(torch.device("cuda")) if row[1] == "bfloat16"}
-    assert rows["attention, short 64"] == ("cuda", "measured to be the fastest on this device")
-    assert rows["attention, long 64"] == ("triton", "the first usable one") and "attention" not in rows
-
     broken.add("cuda")
     assert chosen() == "triton"
     assert "cuda, measured to be faster, is not" in shown()[-1]
@@ -256,91 +241,23 @@ def test_auto_on_a_gpu_follows_measurements(gpu):
         chosen(backend="triton")
 
 
-def test_the_committed_preferences_name_what_exists():
-    for device, ops in preference.measured().items():
-        for op, entries in ops.items():
-            assert op in _spec.OPERATORS or callable(getattr(ck, op)), (device, op)
-            for dtype, entry in entries.items():
-                names = entry if isinstance(entry, dict) else {None: entry}
-                assert isinstance(getattr(torch, dtype), torch.dtype), (device, op)
-                assert set(names) <= {None, *preference.PROBLEMS}, (device, op)
-                assert set(names.values()) <= set(ck.backends.BACKENDS), (device, op)
+def test_what_is_preferred_exists_and_was_measured():
+    """By a geometric mean over the cases of the committed results, and by less than the first of the table."""
+    for (device, op, dtype), name in _select.FASTEST.items():
+        assert name in ck.backends.BACKENDS and (op in _spec.OPERATORS or callable(getattr(ck, op)))
+        files = [json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "results").glob("*.json")]
+        (content,) = (c for c in files if any(s["environment"]["device"] == device for s in c.values()))
+        times = {backend: times_of(content[f"streaming {backend}"], op, dtype) for backend in ("triton", "cuda")}
+        assert times["cuda"].keys() == times["triton"].keys() and times["cuda"]
+        other = "triton" if name == "cuda" else "cuda"
+        assert sum(math.log(times[name][case] / times[other][case]) for case in times[name]) < 0
 
 
-def test_the_page_shows_what_a_gpu_gave():
-    page = report.PAGE.read_text()
-    (results,) = (report.PAGE.parents[1] / "benchmarks" / "results").glob("nvidia*.json")
-    parts = report.parts(json.loads(results.read_text()))
-    assert set(parts) == {"GPU convolutions", "GPU attention"}
-    for part, text in parts.items():
-        assert f"<!-- {part}: begin -->\n\n{text}\n\n<!-- {part}: end -->" in page
-
-
-def test_preferences_come_from_results(monkeypatch, tmp_path):
-    def section(light, dynamic):
-        cases = {"lightweight K=3": light, "lightweight K=7": 1.0, "dynamic K=7": dynamic}
-        records = [
-            {"case": case, "direction": "forward", "seconds": {"copy": 1.0, "convkernels": time}}
-            for case, time in cases.items()
-        ]
-        return {"environment": {"device": "X100"}, "shape": {"dtype": "bfloat16"}, "records": records}
-
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps({"streaming triton": section(2.0, 1.0), "streaming cuda": section(1.5, 3.0)}))
-    old = {"X100": {"dynamic_conv1d": {"bfloat16": "cuda", "float32": "cuda"}}}
-    monkeypatch.setattr(preference, "FILE", tmp_path / "preference.json")
-    monkeypatch.setattr(preference, "measured", lambda: old)
-    prefer.main(str(path))
-    assert json.loads(preference.FILE.read_text()) == {
-        "X100": {"dynamic_conv1d": {"float32": "cuda"}, "lightweight_conv1d": {"bfloat16": "cuda"}}
-    }
-
-
-def test_preferences_for_attention_come_from_results(monkeypatch, tmp_path):
-    targets = attention_targets
-
-    def section(forward, both, banded, paper):
-        """Times of the forward pass at lengths 128, 512 and 1024, of both passes at 512, and of the workloads."""
-        records = [
-            {"line": line, "direction": direction, "dtype": "bfloat16", "length": length, "seconds": seconds * factor}
-            for direction, times in ((targets.FORWARD, forward), (targets.BOTH, both))
-            for length, seconds in times.items()
-            for line, factor in ((targets.COMPOSITE, 1), (targets.SDPA, 1 / seconds))
-        ]
-        workloads = [
-            {"workload": targets.BANDED, "line": targets.FORWARD, "seconds": banded[0]},
-            {"workload": targets.BANDED, "line": targets.BACKWARD, "seconds": banded[1]},
-            {"workload": targets.PAPER.format(4), "line": targets.COMPOSITE, "seconds": paper},
-        ]
-        return {"environment": {"device": "X100"}, "settings": {"head_size": 64}, "records": records,
-                "workloads": workloads}  # fmt: skip
-
-    path = tmp_path / "results.json"
-    triton = section({128: 2.0, 512: 1.0, 1024: 2.0}, {512: 2.0}, (2.0, 4.0), 2.0)
-    cuda = section({128: 1.0, 512: 1.5, 1024: 1.5}, {512: 1.0}, (1.0, 6.0), 1.0)
-    path.write_text(json.dumps({"attention triton": triton, "attention cuda": cuda}))
-    old = {
-        "X100": {"attention": {"bfloat16": {"long 64": "cuda", "short 256": "cuda"}, "float32": {"long 64": "cuda"}}}
-    }
-    monkeypatch.setattr(preference, "FILE", tmp_path / "preference.json")
-    monkeypatch.setattr(preference, "measured", lambda: old)
-    prefer.main(str(path))
-    assert json.loads(preference.FILE.read_text()) == {
-        "X100": {
-            "attention": {
-                "bfloat16": {"long 128": "cuda", "short 256": "cuda", "short 64": "cuda"},
-                "float32": {"long 64": "cuda"},
-            },
-            "attention_grad": {"bfloat16": {"long 64": "cuda", "short 64": "cuda"}},
-        }
-    }  # fmt: skip
-
-
-def test_results_without_backends_prefer_nothing(tmp_path):
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps({"attention": {}, "sweep": {}}))
-    with pytest.raises(SystemExit, match="results.json: expected results of"):
-        prefer.main(str(path))
+def times_of(section, op, dtype):
+    """Times of ours by case and direction."""
+    assert section["shape"]["dtype"] == str(dtype).removeprefix("torch.")
+    records = [r for r in section["records"] if r["case"].split()[0] == op.removesuffix("_conv1d")]
+    return {(r["case"], r["direction"]): r["seconds"]["convkernels"] for r in records}
 
 
 def run_python(code, **environment):
@@ -364,12 +281,13 @@ def test_instruction_set_variable():
     assert re.search("expected one of .*portable.*got 'mmx'", refused.stderr), refused.stderr
 
 
-def test_variables_are_documented():
-    """Every variable the package reads is in one table of the documentation."""
+def test_variables_are_listed_once_in_the_documentation_and_by_info():
+    """docs/semantics.md and `convkernels info` have the same list, of all variables that the sources read."""
     sources = [*(ROOT / "convkernels").rglob("*.py"), *(ROOT / "csrc").rglob("*.cpp"), ROOT / "setup.py"]
-    names = {name for path in sources for name in re.findall(r"CONVKERNELS_[A-Z_]+[A-Z]", path.read_text())}
-    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-    assert any(all(name in path.read_text() for name in names) for path in documents), sorted(names)
+    read = {name for path in sources for name in re.findall(r"CONVKERNELS_[A-Z_]+[A-Z]", path.read_text())}
+    text = (ROOT / "docs" / "semantics.md").read_text()
+    listed = re.findall(r"^\| `([A-Z_]+)` \|", text, re.MULTILINE)
+    assert listed == list(environment.VARIABLES) and set(listed) == read | {"TRITON_INTERPRET"}
 
 
 def test_triton_takes_an_assembler_that_makes_right_code(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """Which backend runs a call, and why another one does not.
 
-``auto`` is the first usable backend in the order of ``backends.preference``: one that was measured to be the fastest on
-this device, then those of the table. ``CONVKERNELS_BACKEND=<name>`` changes what ``auto`` means, and a backend named
+``auto`` is the first usable backend: that which was measured to be the fastest on this device (``FASTEST``), then those
+of ``backends.BACKENDS`` in their order. ``CONVKERNELS_BACKEND=<name>`` changes what ``auto`` means, and a backend named
 there or in the call never falls back. Stepping down to the reference is announced once for a reason, not per function;
 ``CONVKERNELS_STRICT=1`` makes it an error. Decisions are cached: after a change of the environment call ``reset()``.
 """
@@ -15,11 +15,15 @@ from functools import cache
 import torch
 
 from .. import backends
-from ..backends import preference
 from ..backends.switches import switch
 from . import _spec
 
 AUTO = "auto"
+# (device, function or operator, dtype): the backend that measurements of docs/results.md prefer to the order of
+# ``backends.BACKENDS``. Only what differs from that order is entered.
+FASTEST = {
+    ("NVIDIA H100 80GB HBM3", "lightweight_conv1d", torch.bfloat16): "cuda",
+}
 _CALLERS = ("convkernels", "torch", "transformers", "accelerate")
 # What users call, by whose names they may ask, too.
 _FUNCTIONS = ("composite_attention",) + tuple(
@@ -78,8 +82,7 @@ def why_not(
 ) -> list[str]:
     """Reasons why ``backend`` cannot run ``op`` on ``device`` with inputs of ``dtype``; an empty list: it can.
 
-    op: the name of an operator ("tap_conv", "attention", ...), which a backend may not have yet, or of a public
-    function.
+    op: the name of an operator ("tap_conv", "attention", ...), which a backend may not have yet, or of a function.
     Further keyword arguments are facts about the call (for example ``K=31``) for backends with limits of their own.
     ValueError for a backend or an op that does not exist, TypeError for what is not a dtype.
     """
@@ -110,12 +113,17 @@ def why_not(
     return reasons
 
 
-def first_fast(
-    op: str, device_type: str, dtype: torch.dtype, problem: str | None = None
-) -> tuple[str | None, list[str]]:
+def fastest(op: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """The backend that measurements of the current device prefer, None where there are none."""
+    if device_type != "cuda" or not torch.cuda.is_available():
+        return None
+    return FASTEST.get((torch.cuda.get_device_name(), op, dtype))
+
+
+def first_fast(op: str, device_type: str, dtype: torch.dtype) -> tuple[str | None, list[str]]:
     """The fast backend that ``auto`` takes, None without one, and why not those before it that are for such tensors."""
-    passed_over = []
-    for name in preference.order(op, device_type, dtype, problem):
+    passed_over, first = [], fastest(op, device_type, dtype)
+    for name in sorted(backends.BACKENDS, key=lambda name: name != first):
         entry = backends.BACKENDS[name]
         if entry.fast and (entry.devices is None or device_type in entry.devices):
             reasons = why_not(name, op=op, device=device_type, dtype=dtype)
@@ -126,18 +134,10 @@ def first_fast(
 
 
 @cache
-def choose(
-    backend: str,
-    op: str,
-    device_type: str,
-    dtype: torch.dtype,
-    operator: str | None = None,
-    problem: str | None = None,
-) -> str:
+def choose(backend: str, op: str, device_type: str, dtype: torch.dtype, operator: str | None = None) -> str:
     """The name of the backend that runs the call. ValueError for an unknown name, RuntimeError for an unusable one.
 
     op: the function called, as messages name it.  operator: the operator behind it, where not every backend has it.
-    problem: the class of the problem, where measurements tell several apart.
     """
     variable = ""
     if backend == AUTO and os.environ.get("CONVKERNELS_BACKEND"):
@@ -151,7 +151,7 @@ def choose(
         return backend
     if device_type == "meta":
         return "reference"
-    name, passed_over = first_fast(operator or op, device_type, dtype, problem)
+    name, passed_over = first_fast(operator or op, device_type, dtype)
     if name is not None:
         return name
     reason = "; ".join(passed_over) or f"none is made for {device_type} tensors"

@@ -3,7 +3,6 @@
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ...backends import preference
 from .. import _dtypes, _functorch, _select, _validate
 from . import checks, op
 from .schema import INPUTS, Attention, settled
@@ -93,9 +92,7 @@ def composite_attention(
     left, right = checks.attention(name, args, window, outside, training, scale, return_lse)
     recorded = _functorch.recording(INPUTS.of(args))
     operator = "attention_grad" if recorded or transforming else "attention"
-    # Only on GPUs is there more than one fast backend, so only there does a compiled graph have to be for one class.
-    problem = preference.problem_of(k.shape[1], q.shape[3]) if q.device.type == "cuda" else None
-    chosen = _select.pick(backend, name, q.device.type, q.dtype, operator, problem)
+    chosen = _select.pick(backend, name, q.device.type, q.dtype, operator)
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
     args = settled(
         args,

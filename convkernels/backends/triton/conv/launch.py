@@ -11,7 +11,6 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .. import tuning
 from . import backward, configs, forward
 from .configs import Band, Config, Tile, Window, ceil_div, power_of_2
 
@@ -138,13 +137,9 @@ def tap_conv(
     if y.numel() == 0:
         return y
     call = Call(x, weight, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens, initial_state)
-
-    def run(config: Tile | Band) -> None:
-        kernel, grid, arguments = forward_launch(call, bias, y, config)
-        kernel[grid](**arguments)
-
+    kernel, grid, arguments = forward_launch(call, bias, y, configs.choose(call.shape, False))
     with _on(x):
-        run(tuning.config(call.shape, False, x.device, run))
+        kernel[grid](**arguments)
     return y
 
 
@@ -189,13 +184,9 @@ def tap_grad(
             result.zero_()
         return results
     call = Call(x, weight, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens, initial_state)
-
-    def run(config: Config) -> None:
-        for kernel, grid, arguments in gradient_launches(call, grad, results, config):
-            kernel[grid](**arguments)
-
     with _on(x):
-        run(tuning.config(call.shape, True, x.device, run))
+        for kernel, grid, arguments in gradient_launches(call, grad, results, configs.choose(call.shape, True)):
+            kernel[grid](**arguments)
     return results
 
 

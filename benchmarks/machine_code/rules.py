@@ -1,13 +1,14 @@
 """What compiled kernels cost, read from their machine code, and the rules they have to keep."""
 
 import importlib.util
-import json
 import os
 import re
 import shutil
 import subprocess
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from benchmarks.machine_code.budgets import format_limits, parse_limits
 
 
 @dataclass(frozen=True)
@@ -161,17 +162,17 @@ class Rules:
     described: frozenset[tuple[str, str]] = frozenset()
     """(kernel, variant) of those whose main loops are described, which have to be there."""
 
-    def _budget(self) -> dict:
-        return json.loads(self.budget.read_text())
+    def _budget(self) -> tuple[str, dict[str, dict]]:
+        return parse_limits(self.budget.read_text())
 
-    def limits(self) -> dict[str, dict[str, int]]:
+    def limits(self) -> dict[str, dict]:
         """The committed budget by key; empty for another version of the compiler."""
-        budget = self._budget()
-        return budget["limits"] if budget[self.compiler] == self.version else {}
+        version, limits = self._budget()
+        return limits if version == self.version else {}
 
     def not_compared(self) -> str | None:
         """That the budget is of another version of the compiler; None if it is of this one."""
-        of = self._budget()[self.compiler]
+        of, _ = self._budget()
         if of == self.version:
             return None
         return (
@@ -211,9 +212,9 @@ class Rules:
 
     def update(self, results: list[Resources]) -> list[str]:
         """Write the budget that these results just meet; returns what it raises."""
-        before, text = self._budget()["limits"], self.to_budget(results)
+        (_, before), text = self._budget(), self.to_budget(results)
         self.budget.write_text(text)
-        return raised(before, json.loads(text)["limits"])
+        return raised(before, parse_limits(text)[1])
 
     def to_budget(self, results: list[Resources]) -> str:
         """The text of the budget file that these results just meet."""
@@ -223,9 +224,4 @@ class Rules:
             | result.counts()
             for result in results
         }
-        return json.dumps({self.compiler: self.version, "limits": limits}, indent=1) + "\n"
-
-    def to_json(self, results: list[Resources]) -> str:
-        """All figures, as benchmarks/report.py reads them."""
-        content = {"compiler": f"{self.compiler} {self.version}", "kernels": [asdict(result) for result in results]}
-        return json.dumps(content, indent=1) + "\n"
+        return format_limits(self.compiler, self.version, limits)

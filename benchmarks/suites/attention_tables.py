@@ -1,5 +1,5 @@
-"""The targets of composite attention: ratios of times that `convkernels bench --suite attention` has measured. Those of
-GPUs hold for bfloat16 and differ a little between the backends."""
+"""The targets of composite attention, ratios of times of the suite attention, and the tables that the suite prints. The
+targets of GPUs hold for bfloat16 and differ a little between the backends."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.suites import BACKWARD, BOTH, FORWARD
+from convkernels.cli import environment
+from convkernels.cli.console import quantity, say, table
+
 # The forms that are compared, what is timed of them, and the workloads of targets for GPUs.
 COMPOSITE, PLAIN, SDPA = "composite attention", "attention, no positions", "SDPA, no positions"
 FLASH = "FlashAttention-2 in torch, no positions"
 SDPA_BIAS, FLEX, EAGER = "SDPA, materialised bias", "FlexAttention, compiled", "eager formulation"
-FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 BANDED = "banded, T=8192, 64/8 heads of 128, 1024 columns of rank 16"
 PAPER = "paper, B=32, T=128, H={}, dropout, padding"
 SECONDS, MEMORY = "seconds", "peak_extra_bytes"
@@ -110,7 +113,7 @@ def _cells(value: float, bound: float, least: bool) -> tuple[str, str, str]:
     return f"{'>=' if least else '<='} {bound:.2f}", "-" if math.isnan(value) else f"{value:.2f}", verdict
 
 
-def rows(section: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def target_rows(section: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Columns and rows: a ratio, its length, then per dtype target, value and verdict."""
     settings = section["settings"]
     on_gpu = settings["device"] == "cuda"
@@ -135,3 +138,52 @@ def rows(section: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]
         result.append((f"{target.workload}: {target.text}", "", *_cells(value, target.bound, target.least)))
     names = [name for dtype in dtypes for name in (f"{DTYPES[dtype]} target", DTYPES[dtype], "verdict")]
     return ("ratio", "T", *names), result
+
+
+def shape(settings: dict[str, Any]) -> str:
+    return f"B={settings['batch']}, H={settings['heads']}, D={settings['head_size']}, window {settings['window']}"
+
+
+def _rows(section: dict[str, Any], dtype: str, direction: str) -> list[tuple[str, ...]]:
+    chosen = [r for r in section["records"] if (r["dtype"], r["direction"]) == (dtype, direction)]
+    lines = list(dict.fromkeys(r["line"] for r in chosen))
+    return [
+        (
+            r["line"],
+            str(r["length"]),
+            quantity(r["seconds"], "s"),
+            *([quantity(r["host_seconds"], "s") + " !" * r["host_bound"]] if on_gpu(section) else []),
+            quantity(r["flops"]),
+            "-" if r["flops"] is None else f"{r['flops'] / r['seconds'] / 1e9:.0f}",
+            quantity(r["peak_extra_bytes"], "B"),
+        )
+        for r in sorted(chosen, key=lambda r: (lines.index(r["line"]), r["length"]))
+    ]
+
+
+def on_gpu(section: dict[str, Any]) -> bool:
+    return section["settings"]["device"] == "cuda"
+
+
+def columns(section: dict[str, Any]) -> tuple[str, ...]:
+    """On a GPU with the time of the host, marked with ! where the host was not ahead of the device."""
+    return ("form", "T", "time", *(["host"] if on_gpu(section) else []), "FLOPs", "GFLOP/s", "memory")
+
+
+def print_tables(section: dict[str, Any]) -> None:
+    title = environment.title(section["environment"])
+    for dtype in section["settings"]["dtypes"]:
+        for direction in (FORWARD, BACKWARD, BOTH):
+            table(
+                f"{direction}, {dtype}, {shape(section['settings'])}, {title}",
+                columns(section),
+                _rows(section, dtype, direction),
+            )
+    if section["workloads"]:
+        rows = [(w["workload"], w["line"], quantity(w["seconds"], "s")) for w in section["workloads"]]
+        table("workloads", ("workload", "form", "time"), rows)
+    table("targets", *target_rows(section))
+    for note in section["notes"]:
+        say(f"note: {note}")
+    for error in section["errors"]:
+        say(f"failed: {error}")

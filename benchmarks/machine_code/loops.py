@@ -5,7 +5,7 @@ change here."""
 
 from dataclasses import dataclass
 
-from .control_flow import Work
+from benchmarks.machine_code.control_flow import Work
 
 COPY, STORE = "LDGSTS.E.BYPASS.128", "STG.E.128"  # 16 bytes
 VECTORS = {"bf16": 4, "float": 8}  # of 16 bytes in 32 numbers

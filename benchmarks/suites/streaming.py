@@ -16,12 +16,11 @@ from typing import Any
 import torch
 
 import convkernels
-
-from . import environment, timing
-from .console import progress, say, table
-from .peers import DYNAMIC, LIGHTWEIGHT, PEERS, Problem
-
-COPY, OURS = "copy", "convkernels"
+from benchmarks import timing
+from benchmarks.peers import DYNAMIC, LIGHTWEIGHT, PEERS, Problem
+from benchmarks.suites import BACKWARD, COPY, FORWARD, OURS
+from convkernels.cli import environment
+from convkernels.cli.console import progress, say, table
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ class Streaming:
             y = form(*leaves)
             return lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True)
 
-        for direction, prepare in (("forward", forward), ("backward", backward)):
+        for direction, prepare in ((FORWARD, forward), (BACKWARD, backward)):
             makers = {name: partial(prepare, form) for name, form in forms.items()}
             yield direction, {COPY: lambda: lambda: target.copy_(x), **makers}
 
@@ -141,8 +140,7 @@ class Streaming:
                     if OURS in times:
                         seconds = {name: t.median for name, t in times.items()}
                         record = {"case": case.name, "direction": direction, "passes": passes, "target": aim}
-                        record |= {"seconds": seconds, "fraction": passes / 2 * seconds[COPY] / seconds[OURS]}
-                        record["host_seconds"] = {name: t.host for name, t in times.items()}
+                        record |= {"seconds": seconds, "host_seconds": times[OURS].host}
                         record["host_bound"] = [name for name, t in times.items() if t.host_bound]
                         self.records.append(record)
                     saved(self.section())
@@ -166,18 +164,23 @@ COLUMNS = ("case", "direction", "times x moved at least", "us", "host us", "of a
            "times faster than")  # fmt: skip
 
 
+def fraction(record: dict[str, Any]) -> float:
+    """Of the speed of a copy."""
+    return record["passes"] / 2 * record["seconds"][COPY] / record["seconds"][OURS]
+
+
 def rows(section: dict[str, Any]) -> list[tuple[str, ...]]:
     result = []
     for r in section["records"]:
-        seconds, host = r["seconds"], r["host_seconds"][OURS]
+        seconds, host = r["seconds"], r["host_seconds"]
         against = ", ".join(
             f"{name} {time / seconds[OURS]:.2f}" for name, time in seconds.items() if name not in (COPY, OURS)
         )
         result.append(
             (
                 r["case"], r["direction"], f"{r['passes']:.2f}", f"{seconds[OURS] * 1e6:.0f}",
-                "-" if host is None else f"{host * 1e6:.0f}", f"{r['fraction']:.2f}", f">= {r['target']:.2f}",
-                "PASS" if r["fraction"] >= r["target"] else "miss", against,
+                "-" if host is None else f"{host * 1e6:.0f}", f"{fraction(r):.2f}", f">= {r['target']:.2f}",
+                "PASS" if fraction(r) >= r["target"] else "miss", against,
             )
         )  # fmt: skip
     return result

@@ -22,8 +22,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
-from . import library, machine_code
-from .switches import switch
+from benchmarks.machine_code import rules
+from convkernels.backends import library
+from convkernels.backends.switches import switch
 
 LIBRARY = library.path_of("counted")
 SECTOR = 32
@@ -71,7 +72,7 @@ def _names() -> dict[int, tuple[str, str]]:
     """(kernel, template arguments) of the functions of the library, by their place in it."""
     listed = subprocess.run(["nm", "-C", str(LIBRARY)], capture_output=True, text=True, check=True).stdout
     found = re.findall(r"^(\w+) \w (.*)$", listed, re.MULTILINE)
-    names = {int(place, 16): machine_code.short_name(demangled) for place, demangled in found}
+    names = {int(place, 16): rules.short_name(demangled) for place, demangled in found}
     return {place: name for place, name in names.items() if name}
 
 

@@ -3,10 +3,22 @@
 import re
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from . import control_flow, library, machine_code
-from .cuda_loops import MAIN_LOOPS
+from benchmarks.machine_code import control_flow
+from benchmarks.machine_code.loops import MAIN_LOOPS
+from benchmarks.machine_code.rules import (
+    LoopCost,
+    Resources,
+    Rules,
+    read_code,
+    read_usage,
+    run_tool,
+    short_name,
+    tools,
+)
+from convkernels.backends import library
 
 LIBRARY = library.path_of("cuda")
 # By kernel, without its template arguments: the families that were written to move memory, and to use matrix units.
@@ -29,16 +41,20 @@ def compiler_version() -> str:
 
 def missing() -> str | None:
     """Why the kernels cannot be read here; None if they can."""
-    if machine_code.tools() is None:
+    if tools() is None:
         return "cuobjdump is neither in a CUDA toolkit nor in an installed Triton"
     return library.missing("cuda")
 
 
-def rules() -> machine_code.Rules:
-    budget = Path(__file__).parent / "cuda_budget.json"
-    described = frozenset((loop.kernel, loop.variant) for loop in MAIN_LOOPS)
-    version = compiler_version()
-    return machine_code.Rules(budget, "nvcc", version, STREAMING, BANDED, spilling=SPILLING, described=described)
+RULES = Rules(
+    Path(__file__).with_name("nvcc.txt"),
+    "nvcc",
+    compiler_version(),
+    streaming=STREAMING,
+    banded=BANDED,
+    spilling=SPILLING,
+    described=frozenset((loop.kernel, loop.variant) for loop in MAIN_LOOPS),
+)
 
 
 def _kernels(text: str, marker: str) -> dict[tuple[str, str], str]:
@@ -56,11 +72,11 @@ def _short_names(mangled: set[str]) -> dict[str, tuple[str, str]]:
     """(kernel, template arguments) by mangled name, both without namespaces."""
     names = "\n".join(mangled)
     plain = subprocess.run(["c++filt"], input=names, capture_output=True, text=True, check=True).stdout.splitlines()
-    return dict(zip(mangled, map(machine_code.short_name, plain), strict=True))
+    return dict(zip(mangled, map(short_name, plain), strict=True))
 
 
-def _main_loops(kernel: str, variant: str, code: str) -> tuple[machine_code.LoopCost, ...]:
-    """The cost of the main loops that cuda_loops describes of this kernel."""
+def _main_loops(kernel: str, variant: str, code: str) -> tuple[LoopCost, ...]:
+    """The cost of the main loops that loops.py describes of this kernel."""
     loops = [loop for loop in MAIN_LOOPS if (loop.kernel, loop.variant) == (kernel, variant)]
     if not loops:
         return ()
@@ -71,49 +87,57 @@ def _main_loops(kernel: str, variant: str, code: str) -> tuple[machine_code.Loop
             one = flow.cheapest_pass(loop.work)
             classes, body, fault = one.classes, flow.body_length(one), ""
         except control_flow.Unreadable as error:
-            classes, body, fault = {}, 0, f"{error}: cuda_loops.py no longer describes this kernel"
+            classes, body, fault = {}, 0, f"{error}: loops.py no longer describes this kernel"
         shares = {name: classes.get(name, 0) / loop.makes for name in control_flow.COUNTED}
         total = sum(shares.values())
-        costs.append(machine_code.LoopCost(kernel, variant, loop.case, loop.per, total, shares, fault, body))
+        costs.append(LoopCost(kernel, variant, loop.case, loop.per, total, shares, fault, body))
     return tuple(costs)
 
 
-def _measure(wanted: Callable[[str, str, str], bool], all_kernels: bool) -> list[machine_code.Resources]:
-    """The kernels that are wanted(kernel, variant, architecture). Where most are it is faster to read all."""
-    usage = _kernels(machine_code.run_tool("cuobjdump", "--dump-resource-usage", LIBRARY), r"\n Function ")
-    names = _short_names({mangled for mangled, _ in usage})
-    found: dict[str, list[str]] = {}
-    for mangled, architecture in usage:
-        if wanted(*names[mangled], architecture):
-            found.setdefault(architecture, []).append(mangled)
+def _read(architecture: str, kernels: dict[str, tuple], only: list[str]) -> list[Resources]:
+    """The kernels of one architecture, by mangled name with their short names and what is said of their usage."""
+    code = run_tool("cuobjdump", "-sass", "-arch", f"sm_{architecture}", *only, LIBRARY)
     results = []
-    for architecture in sorted(found, key=lambda name: int(name.rstrip("af"))):
-        # To disassemble takes by far the longest.
-        only = [] if all_kernels else ["-fun", ",".join(found[architecture])]
-        code = machine_code.run_tool("cuobjdump", "-sass", "-arch", f"sm_{architecture}", *only, LIBRARY)
-        for (mangled, _), instructions in _kernels(code, r"\n\t\tFunction ").items():
-            if mangled in found[architecture]:
-                kernel, variant = names[mangled]
-                figures = machine_code.read_usage(usage[mangled, architecture]) | machine_code.read_code(instructions)
-                loops = _main_loops(kernel, variant, instructions)
-                results.append(machine_code.Resources(variant, kernel, architecture, **figures, loops=loops))
-    return sorted(results, key=lambda r: (r.kernel, r.variant))
+    for (mangled, _), instructions in _kernels(code, r"\n\t\tFunction ").items():
+        if mangled in kernels:
+            (kernel, variant), usage = kernels[mangled]
+            figures = read_usage(usage) | read_code(instructions)
+            loops = _main_loops(kernel, variant, instructions)
+            results.append(Resources(variant, kernel, architecture, **figures, loops=loops))
+    return results
 
 
-def measure_all(architectures: tuple[str, ...] = (), only: str | None = None) -> list[machine_code.Resources]:
-    """Every kernel of the library; of these architectures if any are given, and with `only` in its key."""
+def _parts(wanted: Callable[[str, str, str], bool], all_kernels: bool) -> dict[str, Callable[[], list[Resources]]]:
+    """By architecture, what reads the kernels that are wanted(kernel, variant, architecture). Where most are it is
+    faster to read all."""
+    usage = _kernels(run_tool("cuobjdump", "--dump-resource-usage", LIBRARY), r"\n Function ")
+    names = _short_names({mangled for mangled, _ in usage})
+    found: dict[str, dict[str, tuple]] = {}
+    for (mangled, architecture), said in usage.items():
+        if wanted(*names[mangled], architecture):
+            found.setdefault(architecture, {})[mangled] = names[mangled], said
+    return {
+        f"sm_{name}": partial(_read, name, found[name], [] if all_kernels else ["-fun", ",".join(found[name])])
+        for name in sorted(found, key=lambda name: int(name.rstrip("af")))
+    }
+
+
+def parts(architectures: tuple[str, ...] = (), only: str | None = None) -> dict[str, Callable[[], list[Resources]]]:
+    """By name, the steps that measure every kernel of the library; of these architectures if any are given, and with
+    `only` in its key."""
 
     def wanted(kernel: str, variant: str, architecture: str) -> bool:
         key = f"{variant} / {kernel} / sm_{architecture}"
         return (not architectures or architecture.rstrip("af") in architectures) and (not only or only in key)
 
-    return _measure(wanted, not only)
+    return _parts(wanted, not only)
 
 
-def main_loops(architecture: str = "90a") -> list[machine_code.LoopCost]:
-    """What the main loops of cuda_loops cost in the code for one architecture, in the order they have there."""
+def main_loops(architecture: str = "90a") -> list[LoopCost]:
+    """What the main loops of loops.py cost in the code for one architecture, in the order they have there."""
     described = {(loop.kernel, loop.variant) for loop in MAIN_LOOPS}
-    results = _measure(lambda kernel, variant, code: code == architecture and (kernel, variant) in described, False)
+    steps = _parts(lambda kernel, variant, code: code == architecture and (kernel, variant) in described, False)
+    results = [result for step in steps.values() for result in step()]
     costs = {(cost.kernel, cost.variant, cost.case): cost for result in results for cost in result.loops}
     found = [costs.get((loop.kernel, loop.variant, loop.case)) for loop in MAIN_LOOPS]
     for loop, cost in zip(MAIN_LOOPS, found, strict=True):

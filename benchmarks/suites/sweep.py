@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-from . import environment, text, timing
-from .console import progress, quantity, say, table
-from .peers import (
+from benchmarks import text, timing
+from benchmarks.peers import (
     DEPTHWISE,
     DYNAMIC,
     LIGHTWEIGHT,
@@ -29,9 +28,11 @@ from .peers import (
     disagreement,
     ours,
 )
+from benchmarks.suites import BOTH, FORWARD, OURS
+from convkernels.cli import environment
+from convkernels.cli.console import progress, quantity, say, table
 
-OURS, ATTENTION, COMPILE = "convkernels", "attention", "compile"
-FORWARD, BOTH = "forward", "forward+backward"
+ATTENTION, COMPILE = "attention", "compile"
 
 
 @dataclass(frozen=True)
@@ -313,13 +314,8 @@ class Sweep:
                     "batch": batch,
                     "length": length,
                     "seconds": t.median,
-                    "quartiles": [t.low, t.high],
-                    "repeats": t.repeats,
-                    "examples_per_second": batch / t.median,
                     "minimum_bytes": case.bytes[direction],
-                    "bytes_per_second": case.bytes[direction] / t.median,
                     "copy_fraction": case.bytes[direction] / t.median / copy_speed,
-                    "copy_seconds": copy.median,
                     "flops": work[line, direction],
                     "peak_extra_bytes": memory[line, direction],
                 }
@@ -374,8 +370,8 @@ def print_tables(section: dict[str, Any]) -> None:
                     str(r["length"]),
                     str(r["batch"]),
                     quantity(r["seconds"], "s"),
-                    quantity(r["examples_per_second"]),
-                    f"{r['bytes_per_second'] / 1e9:.1f}",
+                    quantity(r["batch"] / r["seconds"]),
+                    f"{r['minimum_bytes'] / r['seconds'] / 1e9:.1f}",
                     f"{r['copy_fraction']:.2f}",
                     quantity(r["flops"]),
                     quantity(r["peak_extra_bytes"], "B"),

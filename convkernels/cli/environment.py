@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib
 import os
 import platform
@@ -12,16 +13,17 @@ import torch
 
 import convkernels
 from convkernels import backends
-from convkernels.backends import preference
 from convkernels.ops import _select
 
+from .console import Mistake
+
 VARIABLES = {
-    "CONVKERNELS_BUILD": "at build time: auto, cpu, cuda or none (pure Python)",
     "CONVKERNELS_BACKEND": "what backend='auto' means",
     "CONVKERNELS_STRICT": "1: an error instead of a warning when only the slow reference is left",
     "CONVKERNELS_CPU_ISA": "portable, avx2 or avx512: use no newer CPU instructions than these",
-    "CONVKERNELS_TUNE": "1: the triton backend times launch configurations and keeps the fastest",
-    "CONVKERNELS_TUNED": "file with the launch configurations to use",
+    "CONVKERNELS_BUILD": "at build time: auto, cpu, cuda or none (pure Python)",
+    "CONVKERNELS_POISON": "1: the CPU kernels fill memory with NaN when they allocate it, for tests",
+    "TRITON_INTERPRET": "1: the triton backend runs on CPU tensors, in Triton's interpreter, for tests",
     "CONVKERNELS_SIMT": "1: the cuda backend runs on CPU tensors, for tests",
     "CONVKERNELS_SIMT_SEED": "order in which it runs the threads of a block",
     "CONVKERNELS_SIMT_SHARED": "bytes of shared memory of a block there",
@@ -69,6 +71,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "convkernels": convkernels.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "date": datetime.date.today().isoformat(),
     }
 
 
@@ -100,20 +103,29 @@ def automatic(device: torch.device) -> list[tuple[str, str, str, str, str]]:
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         for op in ("depthwise_conv1d", "lightweight_conv1d", "dynamic_conv1d", "attention", "attention_grad"):
-            for problem in preference.problems(op, device.type, dtype):
-                name, _ = _select.first_fast(op, device.type, dtype, problem)
-                fastest = preference.fastest(op, device.type, dtype, problem)
-                if name is None:
-                    reason = "no fast backend is usable"
-                elif name == fastest:
-                    reason = "measured to be the fastest on this device"
-                else:
-                    reason = f"the first usable one{f' ({fastest}, measured to be faster, is not)' if fastest else ''}"
-                case = f"{op}, {problem}" if problem else op
-                rows.append((device.type, str(dtype).removeprefix("torch."), case, name or "reference", reason))
+            name, _ = _select.first_fast(op, device.type, dtype)
+            fastest = _select.fastest(op, device.type, dtype)
+            if name is None:
+                reason = "no fast backend is usable"
+            elif name == fastest:
+                reason = "measured to be the fastest on this device"
+            else:
+                reason = f"the first usable one{f' ({fastest}, measured to be faster, is not)' if fastest else ''}"
+            rows.append((device.type, str(dtype).removeprefix("torch."), op, name or "reference", reason))
     return rows
 
 
 def variables() -> list[tuple[str, str, str]]:
     """(name, value or a dash, meaning) of every environment variable of the package."""
     return [(name, os.environ.get(name, "-"), meaning) for name, meaning in VARIABLES.items()]
+
+
+def check_variables() -> None:
+    """Mistake for variables that every call of the package would stumble over."""
+    native, known = native_module(), {"CONVKERNELS_BACKEND": ("auto", *backends.names())}
+    if native:
+        known["CONVKERNELS_CPU_ISA"] = tuple(native.compiled_isas())
+    for name, values in known.items():
+        value = os.environ.get(name)
+        if value and value not in values:
+            raise Mistake(f"environment variable '{name}': expected one of {', '.join(values)}, got {value!r}")

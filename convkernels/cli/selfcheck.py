@@ -2,7 +2,7 @@
 of convkernels.testing, the models against themselves in float64 on the reference.
 
 The choice of a CPU instruction set is made once per process, so each but the one in use is checked in a process of its
-own: python -m convkernels._bench.selfcheck prints the outcomes there, one JSON object a line.
+own: python -m convkernels.cli.selfcheck prints the outcomes there, one JSON object a line.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 
 import convkernels
 from convkernels import backends
-from convkernels._bench import environment
+from convkernels.cli import environment
 from convkernels.ops._spec import overload
 from convkernels.testing.attention import DELTA_THROUGH_OUT, INPUTS, AttentionProblem, Elements
 from convkernels.testing.bounds import Bounds, StepBounds
@@ -276,7 +276,7 @@ def run(device_types: tuple[str, ...], only: str | None = None) -> Iterator[Outc
             "PYTHONPATH": os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])]),
         }
         # -P: the folder that this was started in may hold another convkernels.
-        command = [sys.executable, "-P", "-m", "convkernels._bench.selfcheck"]
+        command = [sys.executable, "-P", "-m", "convkernels.cli.selfcheck"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables) as process:
             for line in process.stdout:
                 yield Outcome(**json.loads(line))

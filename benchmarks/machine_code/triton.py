@@ -4,8 +4,9 @@ The launches are those of ``launch``, for tensors without memory, so what is com
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,15 +14,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..machine_code import Resources, Rules, read_code, read_usage, run_tool
-from .attention import launch as attention_launch
-from .conv import configs, launch
+from benchmarks.machine_code.rules import Resources, Rules, read_code, read_usage, run_tool, tools
+from convkernels.backends.triton.attention import launch as attention_launch
+from convkernels.backends.triton.conv import configs, launch
 
 ARCHITECTURES = (80, 90, 100)
 # The instruction by which each architecture's matrix unit multiplies at its full speed.
 MATRIX_UNITS = {"100": "tcgen05.mma", "90": "wgmma.mma_async", "80": "mma.sync"}
 RULES = Rules(
-    Path(__file__).parent / "budget.json",
+    Path(__file__).with_name("triton.txt"),
     "triton",
     triton.__version__,
     streaming=("conv_tile", "conv_band", "grad_tile", "grad_band", "grad_window"),
@@ -245,3 +246,16 @@ def measure_all(variant: Variant | AttentionVariant, architectures=ARCHITECTURES
         for architecture in architectures
         for kernel, arguments in variant.launches(architecture)
     ]
+
+
+def missing() -> str | None:
+    """Why the kernels cannot be compiled here; None if they can."""
+    return None if tools() else "cuobjdump is neither in a CUDA toolkit nor in this Triton"
+
+
+def parts(architectures: tuple[str, ...] = (), only: str | None = None) -> dict[str, Callable[[], list[Resources]]]:
+    """By name, the steps that compile every variant; for these architectures if any are given, and with `only` in the
+    variant's name."""
+    chosen = tuple(a for a in ARCHITECTURES if not architectures or str(a) in architectures)
+    wanted = [v for v in (*VARIANTS, *ATTENTION_VARIANTS) if not only or only in v.name]
+    return {v.name: partial(measure_all, v, chosen) for v in wanted if chosen}

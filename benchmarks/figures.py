@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import attention, environment
-from .results import Mistake
-from .sweep import BOTH, FORWARD, LINES, MORE_LINES, OURS
+from benchmarks.suites import BOTH, FORWARD, OURS
+from benchmarks.suites.attention_tables import COMPOSITE, EAGER, FLASH, FLEX, PLAIN, SDPA, SDPA_BIAS, shape
+from benchmarks.suites.sweep import LINES, MORE_LINES
+from convkernels.cli import environment
+from convkernels.cli.console import Mistake
 
 _OURS = {
     "lightweight": "#0b6fb8",
     "dynamic": "#d1570c",
     "depthwise": "#2a8f3c",
-    attention.COMPOSITE: "#c2185b",
-    attention.PLAIN: "#5c6bc0",
+    COMPOSITE: "#c2185b",
+    PLAIN: "#5c6bc0",
 }
 _PEERS = ("#7a7a7a", "#8d5bb5", "#c2185b", "#a08000", "#00838f", "#5d4037", "#9e9d24", "#455a64", "#ad1457", "#6a1b9a")
 _MARKERS = "sD^vPX*<>h"
@@ -29,7 +31,7 @@ def _style(label: str) -> dict[str, Any]:
     if label in _OURS:
         return {"color": _OURS[label], "marker": "o", "linewidth": 2.4, "markersize": 5.5, "zorder": 3}
     others = [line.label for line in LINES + MORE_LINES if line.form != OURS]
-    others += [attention.SDPA, attention.SDPA_BIAS, attention.FLEX, attention.EAGER, attention.FLASH]
+    others += [SDPA, SDPA_BIAS, FLEX, EAGER, FLASH]
     i = others.index(label) if label in others else 0
     return {
         "color": _PEERS[i % len(_PEERS)],
@@ -76,7 +78,7 @@ class Plot:
 
     def remarks(self, section: dict[str, Any]) -> list[str]:
         """What the curves do not say themselves."""
-        if self.records != "work":
+        if not self.nested:
             return list(section.get("notes", ()))
         curves: dict[str, list] = {}
         for r in section[self.records]:
@@ -93,7 +95,7 @@ class Plot:
         return found
 
 
-SPEED = Plot("records", "Speed against sequence length", "speed [examples/s]", lambda r: r["examples_per_second"])
+SPEED = Plot("records", "Speed against sequence length", "speed [examples/s]", lambda r: r["batch"] / r["seconds"])
 WORK = Plot(
     "work",
     "FLOPs against sequence length",
@@ -111,7 +113,11 @@ MEMORY = Plot(
 )
 PLOTS = {
     "sweep": {"speed.png": SPEED, "flops.png": WORK},
-    "attention": {"attention-speed.png": SPEED, "attention-flops.png": WORK, "attention-memory.png": MEMORY},
+    "attention": {
+        "attention-speed.png": SPEED,
+        "attention-flops.png": replace(WORK, records="records"),
+        "attention-memory.png": MEMORY,
+    },
 }
 
 _HEADER, _PANEL, _LEGEND_ROW, _REMARK_ROW = 0.85, 3.1, 0.26, 0.135
@@ -158,9 +164,9 @@ def _save(plot: Plot, section: dict[str, Any], dtypes: list[str], path: Path) ->
 
 def _shape(settings: dict[str, Any]) -> str:
     if "window" in settings:
-        return attention.shape(settings)
-    shape = f"C={settings['channels']}, H={settings['heads']}, K={settings['taps']}"
-    return f"{shape}, {settings['tokens']} tokens per batch, of real text"
+        return shape(settings)
+    sizes = f"C={settings['channels']}, H={settings['heads']}, K={settings['taps']}"
+    return f"{sizes}, {settings['tokens']} tokens per batch, of real text"
 
 
 def draw(suite: str, section: dict[str, Any], folder: Path, dtypes: list[str] | None = None) -> list[Path]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import collections
 import functools
-import importlib.resources
 import itertools
 import lzma
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -18,7 +18,7 @@ PAD, UNKNOWN = 0, 1
 @functools.cache
 def paragraphs() -> list[str]:
     """All paragraphs of the bundled sample, in reading order (data/README.md names the books)."""
-    packed = importlib.resources.files("convkernels._bench").joinpath("data", "novels.txt.xz").read_bytes()
+    packed = (Path(__file__).parent / "data" / "novels.txt.xz").read_bytes()
     books = lzma.decompress(packed).decode().strip().split("\f")
     return [line for book in books for line in book.split("\n")[1:]]
 

@@ -1,5 +1,5 @@
 """Composite attention against sequence length: time, FLOPs and memory beside what people use instead, and the targets
-of docs/performance.md.
+of docs/results.md.
 
 Ours has a learnable bias and a learnable term of the query per head, window 8, repeated beyond it. SDPA knows no
 positions; with a bias it reads a [heads, T, T] tensor that is looked up in the same learnable table at every call;
@@ -21,24 +21,22 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import convkernels
-
-from . import attention_targets, environment, timing
-from .attention_targets import (
-    BACKWARD,
+from benchmarks import timing
+from benchmarks.peers import TOLERANCE, disagreement
+from benchmarks.suites import BACKWARD, BOTH, FORWARD
+from benchmarks.suites.attention_tables import (
     BANDED,
-    BOTH,
     COMPOSITE,
     EAGER,
     FLASH,
     FLEX,
-    FORWARD,
     PAPER,
     PLAIN,
     SDPA,
     SDPA_BIAS,
 )  # fmt: skip
-from .console import markdown_table, progress, quantity, say, table
-from .peers import TOLERANCE, disagreement
+from convkernels.cli import environment
+from convkernels.cli.console import progress, quantity
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ def flex() -> Callable[..., Tensor]:
 FORMS: dict[str, Callable[..., Tensor]] = {
     COMPOSITE: composite, PLAIN: plain, SDPA: sdpa, SDPA_BIAS: sdpa_bias, EAGER: eager
 }  # fmt: skip
-OURS = (COMPOSITE, PLAIN, FORWARD, BACKWARD)  # the last two: the lines of the banded workload
+OWN_LINES = (COMPOSITE, PLAIN, FORWARD, BACKWARD)  # the last two: the lines of the banded workload
 # Forms that compute the same as another are compared with it before they are timed.
 EQUALS = {EAGER: COMPOSITE, FLEX: COMPOSITE, SDPA: PLAIN, FLASH: PLAIN}
 
@@ -207,14 +205,13 @@ class Suite:
     def __init__(self, settings: Settings, device: torch.device) -> None:
         self.settings, self.device = settings, device
         self.records: list[dict[str, Any]] = []
-        self.work: list[dict[str, Any]] = []
         self.workloads: list[dict[str, Any]] = []
         self.notes: list[str] = []
         self.errors: list[str] = []
         self.seconds: dict[tuple[str, str, str], tuple[int, float]] = {}  # of the last length that was measured
 
     def _failed(self, subject: str, name: str, error: Exception) -> None:
-        failed = self.errors if name in OURS else self.notes
+        failed = self.errors if name in OWN_LINES else self.notes
         failed.append(f"{name}, {subject}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 
     def _too_slow(self, name: str, direction: str, dtype: str, length: int) -> bool:
@@ -341,16 +338,12 @@ class Suite:
                     count = self._flops(name, forms[name], inputs, direction)
                 except Exception as error:
                     count = failed(name, error)
-                self.work.append({**shape, "flops": count})
                 self.records.append(
                     {
                         **shape,
                         "seconds": t.median,
-                        "quartiles": [t.low, t.high],
                         "host_seconds": t.host,
                         "host_bound": t.host_bound,
-                        "repeats": t.repeats,
-                        "examples_per_second": settings.batch / t.median,
                         "flops": count,
                         "peak_extra_bytes": memory[name],
                     }
@@ -364,9 +357,7 @@ class Suite:
         def record(name: str, calls: dict[str, Callable]) -> None:
             failed = partial(self._failed, name)
             for line, t in timing.interleaved(calls, clock, self.settings.seconds, on_error=failed).items():
-                self.workloads.append({"workload": name, "line": line, "seconds": t.median,
-                                       "quartiles": [t.low, t.high], "host_seconds": t.host,
-                                       "host_bound": t.host_bound})  # fmt: skip
+                self.workloads.append({"workload": name, "line": line, "seconds": t.median})
             saved(self.section())
 
         form, leaves, grad = banded(self.settings.backend, self.device)
@@ -407,72 +398,7 @@ class Suite:
                          "head_size": s.head_size, "window": s.window, "backend": s.backend,
                          "device": self.device.type},
             "records": self.records,
-            "work": self.work,
             "workloads": self.workloads,
             "notes": self.notes,
             "errors": self.errors,
         }  # fmt: skip
-
-
-# ---- tables
-
-
-def shape(settings: dict[str, Any]) -> str:
-    return f"B={settings['batch']}, H={settings['heads']}, D={settings['head_size']}, window {settings['window']}"
-
-
-def _rows(section: dict[str, Any], dtype: str, direction: str) -> list[tuple[str, ...]]:
-    chosen = [r for r in section["records"] if (r["dtype"], r["direction"]) == (dtype, direction)]
-    lines = list(dict.fromkeys(r["line"] for r in chosen))
-    return [
-        (
-            r["line"],
-            str(r["length"]),
-            quantity(r["seconds"], "s"),
-            *([quantity(r["host_seconds"], "s") + " !" * r["host_bound"]] if on_gpu(section) else []),
-            quantity(r["flops"]),
-            "-" if r["flops"] is None else f"{r['flops'] / r['seconds'] / 1e9:.0f}",
-            quantity(r["peak_extra_bytes"], "B"),
-        )
-        for r in sorted(chosen, key=lambda r: (lines.index(r["line"]), r["length"]))
-    ]
-
-
-def on_gpu(section: dict[str, Any]) -> bool:
-    return section["settings"]["device"] == "cuda"
-
-
-def columns(section: dict[str, Any]) -> tuple[str, ...]:
-    """On a GPU with the time of the host, marked with ! where the host was not ahead of the device."""
-    return ("form", "T", "time", *(["host"] if on_gpu(section) else []), "FLOPs", "GFLOP/s", "memory")
-
-
-def print_tables(section: dict[str, Any]) -> None:
-    title = environment.title(section["environment"])
-    for dtype in section["settings"]["dtypes"]:
-        for direction in (FORWARD, BACKWARD, BOTH):
-            table(
-                f"{direction}, {dtype}, {shape(section['settings'])}, {title}",
-                columns(section),
-                _rows(section, dtype, direction),
-            )
-    if section["workloads"]:
-        rows = [(w["workload"], w["line"], quantity(w["seconds"], "s")) for w in section["workloads"]]
-        table("workloads", ("workload", "form", "time"), rows)
-    table("targets", *attention_targets.rows(section))
-    for note in section["notes"]:
-        say(f"note: {note}")
-    for error in section["errors"]:
-        say(f"failed: {error}")
-
-
-def markdown(section: dict[str, Any]) -> str:
-    """The targets and the times, for docs/performance.md."""
-    parts = [
-        f"{environment.title(section['environment'])}; {shape(section['settings'])}.",
-        markdown_table(*attention_targets.rows(section)),
-    ]
-    for dtype in section["settings"]["dtypes"]:
-        for direction in (FORWARD, BACKWARD, BOTH):
-            parts += [f"{direction}, {dtype}:", markdown_table(columns(section), _rows(section, dtype, direction))]
-    return "\n\n".join([*parts, *(f"Note: {note}." for note in section["notes"])])

@@ -1,9 +1,13 @@
-"""Tables and progress on a terminal: rich where it is installed, plain text elsewhere."""
+"""What command lines share: mistakes, exit statuses, lists of numbers; tables and progress on a terminal, by rich where
+it is installed and as plain text elsewhere."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import importlib.util
 import itertools
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +19,68 @@ try:
 except ImportError:
     rich = None
 
-
 CELL = 76  # characters of a cell on a line
+INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended
+PIPE_CLOSED = 141
+LARGEST = 2**24  # of a number that makes sizes: products of two fit into what torch can count
+
+
+class Mistake(Exception):
+    """What the user has to change, in one sentence."""
+
+
+def reason_of(error: OSError) -> str:
+    return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+
+
+def need(module: str, reason: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise Mistake(f"{reason} needs {module}, which is not installed: pip install {module}")
+
+
+def guarded(program: str, command: Callable[[], int]) -> int:
+    """The exit status of a command, whose failures become one line."""
+    if sys.stdout is None:  # closed by the shell
+        sys.stdout = open(os.devnull, "w")
+    try:
+        status = command()
+        sys.stdout.flush()
+        return status
+    except Mistake as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except OSError as error:
+        # Python would fail once more, when it closes the stream.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return PIPE_CLOSED
+        print(f"{program}: {reason_of(error)}", file=sys.stderr)
+        return 1
+
+
+def first_sentence(command: Callable) -> str:
+    """Of a command's documentation, as the list of commands shows it."""
+    return " ".join(command.__doc__.split()).split(". ")[0]
+
+
+def positive(value: str) -> int:
+    if not value.strip().isdecimal() or not 1 <= int(value) <= LARGEST:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {LARGEST}, got {value!r}")
+    return int(value)
+
+
+def distinct(values: list) -> list:
+    twice = [value for value in values if values.count(value) > 1]
+    if twice:
+        raise argparse.ArgumentTypeError(f"{twice[0]} is given twice")
+    return values
+
+
+def numbers(value: str) -> list[int]:
+    return distinct([positive(part) for part in value.split(",")])
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

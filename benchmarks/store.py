@@ -10,21 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from convkernels.cli.console import Mistake, reason_of
+
 # What makes two records of one list belong to one measurement, which is kept or replaced as a whole.
 GROUP = ("case", "workload", "shape", "op", "direction", "heads", "taps", "dtype", "length")
 RECORDS = ("records", "work", "workloads")
 REMARKS = ("notes", "skipped", "failures", "errors")
 # What a section says of its records, and of the machine, that may differ between runs that are put together.
 COVERED = ("lengths", "dtypes", "padding")
-INCIDENTAL = ("platform", "busy_cpus")
-
-
-class Mistake(Exception):
-    """What the user has to change, in one sentence."""
-
-
-def reason_of(error: OSError) -> str:
-    return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+INCIDENTAL = ("platform", "busy_cpus", "date")
 
 
 @contextlib.contextmanager
@@ -33,7 +27,7 @@ def understood(what: str) -> Iterator[None]:
     try:
         yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise Mistake(f"{what}: expected what `convkernels bench` writes: {type(error).__name__}: {error}") from error
+        raise Mistake(f"{what}: expected what a suite writes: {type(error).__name__}: {error}") from error
 
 
 def write(path: Path, text: str) -> None:
@@ -44,6 +38,29 @@ def write(path: Path, text: str) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def dumps(content: dict[str, Any]) -> str:
+    """A results file's text: a record a line, numbers with six digits."""
+    parts = []
+    for name, section in content.items():
+        lines = [f"  {json.dumps(key)}: {_value(value)}" for key, value in _rounded(section).items()]
+        parts.append(f" {json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n }")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "[\n" + ",\n".join(f"   {json.dumps(item)}" for item in value) + "\n  ]"
+    return json.dumps(value)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def writable_folder(folder: Path, option: str) -> None:
@@ -164,7 +181,7 @@ class Store:
         try:
             content = read(self.path) if self.path.exists() else {}
             content[self.name] = section if self.old is None else merged(self.old, section)
-            write(self.path, json.dumps(content, indent=1) + "\n")
+            write(self.path, dumps(content))
             self.error = None
         except OSError as error:
             self.error = reason_of(error)

@@ -1,0 +1,5 @@
+import sys
+
+from convkernels.cli import main
+
+sys.exit(main())
