@@ -209,7 +209,7 @@ CUDA_MUTATIONS = [
     ),
     Mutation(
         "shuffle with the wrong lane",
-        "csrc/cuda/conv/filters.cuh",
+        "csrc/cuda/device/reduce.cuh",
         "value += __shfl_xor_sync(kAllLanes, value, distance);",
         "value += __shfl_xor_sync(kAllLanes, value, distance > 1 ? distance : 2);",
     ),
@@ -241,7 +241,7 @@ CUDA_MUTATIONS = [
         "last group of partial sums left out",
         "csrc/cuda/conv/reduce.cuh",
         "group < p.groups; group += group_step",
-        "group < most(int64_t{1}, p.groups - 1); group += group_step",
+        "group < max(int64_t{1}, p.groups - 1); group += group_step",
     ),
     Mutation(
         "mask not selected, only multiplied",
@@ -263,7 +263,7 @@ CUDA_MUTATIONS = [
     ),
     Mutation(
         "channels stored that do not exist",
-        "csrc/cuda/conv/window.cuh",
+        "csrc/cuda/device/vectors.cuh",
         "if (e < count) to[e] =",
         "to[e] =",
     ),

@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "csrc/common/dtypes.h"
+#include "csrc/cuda/device/device.h"
 #include "csrc/simt/block.h"
 #include "csrc/simt/types.h"
 #include "csrc/simt/warp.h"
@@ -116,8 +117,6 @@ T __ldg(const T* address) {
 }
 
 namespace ck::cuda {
-
-using Stream = void*;
 
 inline char* shared_memory() { return simt::dynamic_shared(); }
 

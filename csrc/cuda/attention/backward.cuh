@@ -40,7 +40,7 @@ CK_DEVICE void fold_strip(const float* strip, int pitch, Span columns, const T* 
 #pragma unroll 1
         for (int64_t term = 0; term < terms; ++term) {
           const T* const from = table + term * W * table_pitch + n + g;
-          const auto at = [&](int c) { return uint32_t{from[least(c0 + c, W - 1) * table_pitch].bits}; };
+          const auto at = [&](int c) { return uint32_t{from[min(c0 + c, W - 1) * table_pitch].bits}; };
           const uint32_t b[2] = {at(pair) | at(pair + 1) << 16, at(pair + 8) | at(pair + 9) << 16};
           mma_m16n8k16<T>(out, by_row, b);
         }
@@ -114,8 +114,8 @@ struct GradientStrip {
     const auto add = [&](int side, int column) {
       for (int half = 0; half < 2; ++half) {
         float sum = side == 0 ? outer[0][half] : outer[1][half];
-        sum += __shfl_xor_sync(kEveryLane, sum, 1);
-        sum += __shfl_xor_sync(kEveryLane, sum, 2);
+        sum += __shfl_xor_sync(kAllLanes, sum, 1);
+        sum += __shfl_xor_sync(kAllLanes, sum, 2);
         if (lane % 4 == 0) strip[(lane / 4 + 8 * half) * pitch + column] += sum;
       }
     };
@@ -224,7 +224,7 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
   const int strip_pitch = static_cast<int>(t.strip_pitch), grad_pitch = static_cast<int>(t.grad_pitch);
   float* const strip = strips + warp * 16 * strip_pitch;
   float* const grad_strip = strips + kTensorWarps * 16 * strip_pitch + warp * 16 * grad_pitch;
-  const int sum_pitch = static_cast<int>(most(t.rank_pitch, t.channel_pitch)) + 4;
+  const int sum_pitch = static_cast<int>(max(t.rank_pitch, t.channel_pitch)) + 4;
   float* const sums = strips + kTensorWarps * 16 * (strip_pitch + grad_pitch) + warp * 16 * sum_pitch;
 
   const int64_t piece = unit * p.query_parts + part * kTensorWarps + warp;
@@ -291,7 +291,7 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
       // Whoever sees nothing, or is not there, has no probabilities.
       lse[half] = sees[half] ? found * kLog2e : infinity<float>();
     }
-    const bool all_see = __all_sync(kEveryLane, sees[0] && sees[1]) != 0;
+    const bool all_see = __all_sync(kAllLanes, sees[0] && sees[1]) != 0;
     const FarTiles<Own::kQueries, kKeys, 16> far(p, tile, i0);
     rel.query_edges(left, right, r_rows + own * rel_pitch, rel_pitch);
     const auto finish_delta = [&](const float (&sum)[2]) {
@@ -316,9 +316,9 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
 #pragma unroll
           for (int e = 0; e < 8; ++e) sum += grad[e] * out[e];
         }
-      sum += __shfl_xor_sync(kEveryLane, sum, 1);
+      sum += __shfl_xor_sync(kAllLanes, sum, 1);
       float sums_of_rows[2];
-      for (int half = 0; half < 2; ++half) sums_of_rows[half] = __shfl_sync(kEveryLane, sum, 2 * (row + 8 * half));
+      for (int half = 0; half < 2; ++half) sums_of_rows[half] = __shfl_sync(kAllLanes, sum, 2 * (row + 8 * half));
       finish_delta(sums_of_rows);
     }
     if (p.needs_queries()) {
@@ -391,8 +391,8 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
       }
       if (walk == 0) {
         for (int half = 0; half < 2; ++half) {
-          total[half] += __shfl_xor_sync(kEveryLane, total[half], 1);
-          total[half] += __shfl_xor_sync(kEveryLane, total[half], 2);
+          total[half] += __shfl_xor_sync(kAllLanes, total[half], 1);
+          total[half] += __shfl_xor_sync(kAllLanes, total[half], 2);
         }
         finish_delta(total);
       } else if (walk == 1 && __syncthreads_or(spoiled(grad_q))) {
@@ -438,7 +438,7 @@ CK_DEVICE void add_tap_grads(float (&value)[8], const AttentionBackward& p, cons
   // Query i reads j by tap last - i.
   const int last = j - tile.shift + static_cast<int>(p.left);
   const int count = static_cast<int>(p.causal ? p.left + 1 : p.window()), channels = static_cast<int>(p.channels) - d;
-  const int from = most(0, last - (tile.query_end - 1)), to = least(count, last - tile.query_begin + 1);
+  const int from = max(0, last - (tile.query_end - 1)), to = min(count, last - tile.query_begin + 1);
 #pragma unroll 1
   for (int c = from; c < to; ++c) {
     const float* const tap = taps + c * t.channel_pitch;
@@ -489,7 +489,7 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
     const AttentionTile tile(p, n, kGradRows, true, true);
     if (tile.count <= 0) continue;
     const int key_end = tile.first + tile.count;
-    const Span queries = seeing_queries(p, tile, most(tile.first, tile.key_begin), key_end);
+    const Span queries = seeing_queries(p, tile, max(tile.first, tile.key_begin), key_end);
     __syncthreads();
 #pragma unroll
     for (int r = 0; r < kGradRows; r += 32) {
@@ -538,7 +538,7 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
         float left[2] = {}, right[2] = {}, outer[2][2] = {};
         if (t.key_edges != nullptr)
           for (int half = 0; half < 2; ++half) {
-            const int64_t j = least(int64_t{j0} + row + 8 * half, p.keys - 1);
+            const int64_t j = min(int64_t{j0} + row + 8 * half, p.keys - 1);
             left[half] = t.key_edges[(b * p.heads + h) * 2 * p.keys + j];
             right[half] = t.key_edges[((b * p.heads + h) * 2 + 1) * p.keys + j];
           }
@@ -598,7 +598,7 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
             float factor = t.score_factor, added[2] = {};
             int side = -1;  // of the window, where all queries have the same
             uint32_t seen = kEveryPair;
-            const unsigned blind = __ballot_sync(kEveryLane, of_queries[lane] == infinity<float>());
+            const unsigned blind = __ballot_sync(kAllLanes, of_queries[lane] == infinity<float>());
             if (blind == 0 && far.has(i0, all_real)) {
               if (p.has_columns()) side = pairs.is_left(p, tile) ? 0 : 1;
               for (int half = 0; half < 2; ++half)

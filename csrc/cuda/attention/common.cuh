@@ -2,11 +2,10 @@
 #pragma once
 
 #include "csrc/cuda/attention/problem.h"
-#include "csrc/cuda/device/numbers.cuh"
+#include "csrc/cuda/device/dropout.cuh"
+#include "csrc/cuda/device/reduce.cuh"
 
 namespace ck::cuda {
-
-constexpr unsigned kEveryLane = 0xffffffffu;
 
 // Up to `size` queries, or keys, one after the other and of one sequence.
 struct AttentionTile {
@@ -34,7 +33,7 @@ struct AttentionTile {
       const int begin = keys ? key_begin : query_begin;
       first = (static_cast<int>(tile) - low) * size + (aligned ? 0 : begin % size);
     }
-    count = least(size, (keys ? key_end : query_end) - first);
+    count = min(size, (keys ? key_end : query_end) - first);
     shift = key_end - query_end;
   }
 
@@ -44,7 +43,7 @@ struct AttentionTile {
     const void* const data = keys ? p.key_offsets : p.query_offsets;
     const bool wide = keys ? p.wide_key_offsets : p.wide_query_offsets;
     const int64_t value = wide ? static_cast<const int64_t*>(data)[n] : static_cast<const int32_t*>(data)[n];
-    return static_cast<int>(least(most(value, int64_t{0}), keys ? p.keys : p.queries));
+    return static_cast<int>(min(max(value, int64_t{0}), keys ? p.keys : p.queries));
   }
 };
 
@@ -57,10 +56,10 @@ struct Span {
 CK_DEVICE Span visible_keys(const Attention& p, const AttentionTile& tile, int i) {
   const int place = i + tile.shift, left = static_cast<int>(p.left), right = static_cast<int>(p.right);
   Span keys{tile.key_begin, tile.key_end};
-  if (p.causal) keys.end = least(keys.end, place + 1);
+  if (p.causal) keys.end = min(keys.end, place + 1);
   if (p.outside == Outside::kMask) {
-    keys.first = most(keys.first, place - left);
-    keys.end = least(keys.end, place + right + 1);
+    keys.first = max(keys.first, place - left);
+    keys.end = min(keys.end, place + right + 1);
   }
   return keys;
 }
@@ -74,10 +73,10 @@ CK_DEVICE Span visible_keys(const Attention& p, const AttentionTile& tile, int f
 CK_DEVICE Span seeing_queries(const Attention& p, const AttentionTile& tile, int first, int end) {
   const int left = static_cast<int>(p.left), right = static_cast<int>(p.right);
   Span queries{tile.query_begin, tile.query_end};
-  if (p.causal) queries.first = most(queries.first, first - tile.shift);
+  if (p.causal) queries.first = max(queries.first, first - tile.shift);
   if (p.outside == Outside::kMask) {
-    queries.first = most(queries.first, first - right - tile.shift);
-    queries.end = least(queries.end, end + left - tile.shift);
+    queries.first = max(queries.first, first - right - tile.shift);
+    queries.end = min(queries.end, end + left - tile.shift);
   }
   return queries;
 }
@@ -126,7 +125,7 @@ CK_DEVICE int tap_of_pair(const Attention& p, const AttentionTile& tile, int i, 
 CK_DEVICE Span taps_of(const Attention& p, const AttentionTile& tile, int i) {
   const int start = i + tile.shift - static_cast<int>(p.left);
   const int taps = static_cast<int>(p.causal ? p.left + 1 : p.window());
-  return {most(0, tile.key_begin - start), least(taps, tile.key_end - start)};
+  return {max(0, tile.key_begin - start), min(taps, tile.key_end - start)};
 }
 
 template <class C>
@@ -157,7 +156,7 @@ CK_DEVICE Compute<T> depthwise_grad(const AttentionBackward& p, const AttentionT
   const int left = static_cast<int>(p.left), taps = static_cast<int>(p.causal ? p.left + 1 : p.window());
   // Query i reads j by tap j - i - shift + left.
   const int last = j - tile.shift + left;
-  const int from = most(0, last - (tile.query_end - 1)), to = least(taps, last - tile.query_begin + 1);
+  const int from = max(0, last - (tile.query_end - 1)), to = min(taps, last - tile.query_begin + 1);
   C total = 0;
 #pragma unroll 1
   for (int c = from; c < to; ++c)
@@ -168,18 +167,6 @@ CK_DEVICE Compute<T> depthwise_grad(const AttentionBackward& p, const AttentionT
 template <class C>
 CK_DEVICE bool is_finite(C value) {
   return value - value == C{0};
-}
-
-template <class C>
-CK_DEVICE C warp_sum(C value) {
-  for (int by = 16; by > 0; by /= 2) value += __shfl_xor_sync(kEveryLane, value, by);
-  return value;
-}
-
-template <class C>
-CK_DEVICE C warp_largest(C value) {
-  for (int by = 16; by > 0; by /= 2) value = most(value, __shfl_xor_sync(kEveryLane, value, by));
-  return value;
 }
 
 }  // namespace ck::cuda

@@ -12,7 +12,7 @@ CK_DEVICE void add_taps(float (&value)[8], const AttentionForward& p, const Tens
   const int64_t g = h / p.sharing();
   const float* const taps = t.taps + h * p.window() * t.channel_pitch + d;
   const Span range = taps_of(p, tile, i);
-  const int start = i + tile.shift - static_cast<int>(p.left), count = least(8, static_cast<int>(p.channels) - d);
+  const int start = i + tile.shift - static_cast<int>(p.left), count = min(8, static_cast<int>(p.channels) - d);
 #pragma unroll 1
   for (int c = range.first; c < range.end; ++c) {
     if (!real_key(p, b, start + c)) continue;
@@ -174,8 +174,8 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
 #pragma unroll
               for (int x = 0; x < kKeys / 8; ++x)
                 highest = fmaxf(highest, fmaxf(s[m][x][2 * half], s[m][x][2 * half + 1]));
-              highest = fmaxf(highest, __shfl_xor_sync(kEveryLane, highest, 1));
-              highest = fmaxf(highest, __shfl_xor_sync(kEveryLane, highest, 2));
+              highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, 1));
+              highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, 2));
               const float now = fmaxf(top[m][half], highest * factor + added[half]);
               const float shift = now == -infinity<float>() ? 0.0f : now;
               const float constant = added[half] - shift;
@@ -192,7 +192,7 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
               total[m][half] = total[m][half] * shrink[half] + sum;
             }
             // After the first tiles it is rare that one of 16 rows finds a larger score.
-            if (__any_sync(kEveryLane, grows)) {
+            if (__any_sync(kAllLanes, grows)) {
 #pragma unroll
               for (int c = 0; c < D / 8; ++c)
                 for (int e = 0; e < 4; ++e) out[m][c][e] *= shrink[e / 2];
@@ -220,8 +220,8 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float sum = total[m][half];
-        sum += __shfl_xor_sync(kEveryLane, sum, 1);
-        sum += __shfl_xor_sync(kEveryLane, sum, 2);
+        sum += __shfl_xor_sync(kAllLanes, sum, 1);
+        sum += __shfl_xor_sync(kAllLanes, sum, 2);
         const bool sees = sum != 0.0f;
         factor[m][half] = sees ? static_cast<float>(p.keep_scale) / sum : 0.0f;
         const int r = own + 16 * m + lane / 4 + 8 * half;

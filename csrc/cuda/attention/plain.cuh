@@ -103,7 +103,7 @@ class PlainPairs {
     // 0 times what is not finite: again, by selection.
     sum = 0;
 #pragma unroll 1
-    for (int n = most(0, seen.first - key_); n < least(kKeys, seen.end - key_); ++n) sum += own[n] * keys[n * kPitch];
+    for (int n = max(0, seen.first - key_); n < min(kKeys, seen.end - key_); ++n) sum += own[n] * keys[n * kPitch];
     return sum;
   }
 
@@ -139,9 +139,7 @@ class PlainPairs {
       if (p_.seed == nullptr) continue;
       const int64_t i = query_ + row(r), j = key_ + lane;
       const PhiloxBlock words = pair_words(static_cast<uint64_t>(*p_.seed), b_, h_, i, j / 4);
-      const uint32_t low = j % 2 == 0 ? words.word[0] : words.word[1];
-      const uint32_t high = j % 2 == 0 ? words.word[2] : words.word[3];
-      keep[r] = (j % 4 < 2 ? low : high) >= p_.drop_below ? static_cast<C>(p_.keep_scale) : C{0};
+      keep[r] = keep_factor<C>(p_, words, j);
     }
   }
 
@@ -195,7 +193,7 @@ void attention_plain(const CK_PARAM AttentionForward p, int64_t tiles, int64_t s
   using Pairs = PlainPairs<T>;
   const int64_t d0 = blockIdx.x % slices * kPlainSlice, unit = blockIdx.x / slices / tiles;
   const int64_t b = unit / p.heads, h = unit % p.heads;
-  const int channels = static_cast<int>(least(p.channels - d0, int64_t{kPlainSlice}));
+  const int channels = static_cast<int>(min(p.channels - d0, int64_t{kPlainSlice}));
   const AttentionTile tile(p, blockIdx.x / slices % tiles, Pairs::kRows, false);
   if (tile.count <= 0) return;
   Pairs pairs(p, b, h);
@@ -220,11 +218,11 @@ void attention_plain(const CK_PARAM AttentionForward p, int64_t tiles, int64_t s
     pairs.draw(keep);
 #pragma unroll
     for (int r = 0; r < Pairs::kOwn; ++r) {
-      const C now = most(top[r], warp_largest(sees[r] ? s[r] : -infinity<C>()));
+      const C now = max(top[r], lane_max(sees[r] ? s[r] : -infinity<C>()));
       const bool counts = sees[r] && (now > -infinity<C>() || s[r] != s[r]);
       const C e = counts ? exponential(s[r] - now) : C{0};
       const C factor = total[r] == C{0} ? C{1} : exponential(top[r] - now);
-      total[r] = total[r] * factor + warp_sum(e);
+      total[r] = total[r] * factor + lane_sum(e);
       top[r] = now;
       weights[pairs.row(r) * kPlainPitch + lane] = e * keep[r];
       for (int d = lane; d < channels; d += 32) sums[pairs.row(r) * kPlainSlice + d] *= factor;
@@ -275,9 +273,9 @@ void attention_plain_queries(const CK_PARAM AttentionBackward p, int64_t tiles, 
   constexpr int kOwn = Pairs::kOwn;
   const int64_t d0 = blockIdx.x % slices * kPlainSlice, unit = blockIdx.x / slices / p.query_parts;
   const int64_t part = blockIdx.x / slices % p.query_parts, b = unit / p.heads, h = unit % p.heads;
-  const int channels = static_cast<int>(most(int64_t{0}, least(p.channels - d0, int64_t{kPlainSlice})));
+  const int channels = static_cast<int>(max(int64_t{0}, min(p.channels - d0, int64_t{kPlainSlice})));
   const bool relative = p.query_rel.data != nullptr, folds = p.has_query_columns();
-  const int rank = relative ? static_cast<int>(most(int64_t{0}, least(p.rank - d0, int64_t{kPlainSlice}))) : 0;
+  const int rank = relative ? static_cast<int>(max(int64_t{0}, min(p.rank - d0, int64_t{kPlainSlice}))) : 0;
   const int W = static_cast<int>(p.window());
   Pairs pairs(p, b, h);
   C* const ds_rows = pairs.rest();                             // [rows][pitch]
@@ -353,13 +351,13 @@ void attention_plain_queries(const CK_PARAM AttentionBackward p, int64_t tiles, 
           const int first = tap_of_pair(p, tile, tile.first + pairs.row(r), j0);  // of lane 0
           for (int d = lane; d < rank; d += 32) {
             C sum = 0;
-            for (int c = most(0, first); c < least(W, first + Pairs::kKeys); ++c)
+            for (int c = max(0, first); c < min(W, first + Pairs::kKeys); ++c)
               sum += ds_rows[pairs.row(r) * kPlainPitch + c - first] * table_at<C>(p.query_rel, h, d0 + d, c);
             rel_sums[pairs.row(r) * kPlainSlice + d] += sum;
           }
         }
         const int first = tap_of_pair(p, tile, tile.first, j0);  // of row 0; row r begins r columns before
-        const int from = most(0, first - Pairs::kRows + 1), to = least(W, first + Pairs::kKeys);
+        const int from = max(0, first - Pairs::kRows + 1), to = min(W, first + Pairs::kKeys);
         const auto column_sum = [&](int c, const auto& value) {
           C sum = 0;
           for (int r = 0; r < tile.count; ++r) {
@@ -383,7 +381,7 @@ void attention_plain_queries(const CK_PARAM AttentionBackward p, int64_t tiles, 
       if (pass == 0) {
 #pragma unroll
         for (int r = 0; r < kOwn; ++r) {
-          delta[r] = warp_sum(delta[r]);
+          delta[r] = lane_sum(delta[r]);
           const int i = tile.first + pairs.row(r);
           if (pairs.row(r) >= tile.count) continue;
           if (p.grad_lse.data != nullptr && lse[r] != -infinity<C>()) delta[r] -= at<C>(p.grad_lse, b, h, i);
@@ -398,7 +396,7 @@ void attention_plain_queries(const CK_PARAM AttentionBackward p, int64_t tiles, 
       for (int r = 0; r < kOwn; ++r)
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
-          outer[r][side] = warp_sum(outer[r][side]);
+          outer[r][side] = lane_sum(outer[r][side]);
           const int64_t c = side == 0 ? 0 : W - 1;
           for (int d = lane; d < rank; d += 32)
             rel_sums[pairs.row(r) * kPlainSlice + d] += outer[r][side] * table_at<C>(p.query_rel, h, d0 + d, c);
@@ -450,7 +448,7 @@ void attention_plain_keys(const CK_PARAM AttentionBackward p, int64_t tiles, int
   constexpr int kOwn = Pairs::kOwn, kOwnKeys = Pairs::kKeys / kPlainTileWarps;
   const int64_t d0 = blockIdx.x % slices * kPlainSlice, unit = blockIdx.x / slices / p.key_parts;
   const int64_t part = blockIdx.x / slices % p.key_parts, b = unit / p.groups, g = unit % p.groups;
-  const int channels = static_cast<int>(least(p.channels - d0, int64_t{kPlainSlice}));
+  const int channels = static_cast<int>(min(p.channels - d0, int64_t{kPlainSlice}));
   const bool scores = p.needs_keys(), folds = scores && p.key_rel.data != nullptr;
   const int W = static_cast<int>(p.window()), thread = threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const auto sums_of_table = [&](int64_t h) {  // [W][channels]
@@ -484,7 +482,7 @@ void attention_plain_keys(const CK_PARAM AttentionBackward p, int64_t tiles, int
       pairs.set_keys(tile.first, end);
 #pragma unroll 1
       for (int i0 = queries.first; i0 < queries.end; i0 += Pairs::kRows) {
-        const int count = least(Pairs::kRows, queries.end - i0);
+        const int count = min(Pairs::kRows, queries.end - i0);
         pairs.set_queries(i0, count);
         C s[kOwn], dp[kOwn] = {}, keep[kOwn];
         bool sees[kOwn];
@@ -518,7 +516,7 @@ void attention_plain_keys(const CK_PARAM AttentionBackward p, int64_t tiles, int
                 const Span seeing = seeing_queries(p, tile, tile.first + key, tile.first + key + 1);
                 sum = 0;
 #pragma unroll 1
-                for (int r = most(0, seeing.first - i0); r < least(count, seeing.end - i0); ++r)
+                for (int r = max(0, seeing.first - i0); r < min(count, seeing.end - i0); ++r)
                   if (at<C>(p.lse, b, h, i0 + r) != -infinity<C>())
                     sum += factors[r * kPlainPitch + key] * pairs.staged_queries()[r * kPlainPitch + lane];
               }
@@ -535,7 +533,7 @@ void attention_plain_keys(const CK_PARAM AttentionBackward p, int64_t tiles, int
         for (int m = 0; m < kOwnKeys; ++m) {
           const int key = warp * kOwnKeys + m;
           // Row r has column first + key - r.
-          const int from = most(0, first + key - W + 1), to = least(count, first + key + 1);
+          const int from = max(0, first + key - W + 1), to = min(count, first + key + 1);
           for (int d = lane; d < channels; d += 32) {
             C sum = 0;
             for (int r = from; r < to; ++r)
@@ -544,10 +542,10 @@ void attention_plain_keys(const CK_PARAM AttentionBackward p, int64_t tiles, int
           }
         }
         if (p.grad_key_rel != nullptr)
-          for (int c = most(0, first - count + 1); c < least(W, first + Pairs::kKeys); ++c)
+          for (int c = max(0, first - count + 1); c < min(W, first + Pairs::kKeys); ++c)
             for (int d = thread; d < channels; d += kPlainTileThreads) {
               C sum = 0;
-              for (int r = most(0, first - c); r < least(count, first - c + tile.count); ++r)
+              for (int r = max(0, first - c); r < min(count, first - c + tile.count); ++r)
                 if (real_key(p, b, tile.first + c - first + r))
                   sum += table_term(ds_rows[r * kPlainPitch + c - first + r],
                                     widen(at<T>(p.k, b, tile.first + c - first + r, g)[(d0 + d) * p.k.channel]));

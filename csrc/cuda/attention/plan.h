@@ -118,7 +118,7 @@ inline AttentionPlan tensor_plan(const AttentionFacts& f, bool backward) {
   plan.family = AttentionFamily::kTensor;
   plan.channels = round_to(f.channels, 32);
   plan.room = plan.channels <= 64 ? 64 : 128;
-  const int64_t most = f.device.block_memory;
+  const int64_t limit = f.device.block_memory;
   if (backward) {
     plan.strip_pitch = f.relative ? strip_pitch_of(f.window, kGradOthers) : 0;
     plan.grad_pitch = f.relative ? grad_pitch_of(f.window) : 0;
@@ -127,10 +127,10 @@ inline AttentionPlan tensor_plan(const AttentionFacts& f, bool backward) {
   } else {
     plan.strip_pitch = f.relative ? strip_pitch_of(f.window, kForwardKeys) : 0;
     const int64_t all = (f.keys + kForwardKeys - 1) / kForwardKeys;
-    plan.resident = !f.packed && f.keys <= kResidentKeys && f.keys > 0 && forward_bytes(f, plan, all) <= most;
+    plan.resident = !f.packed && f.keys <= kResidentKeys && f.keys > 0 && forward_bytes(f, plan, all) <= limit;
     plan.shared_bytes = forward_bytes(f, plan, plan.resident ? all : 2);
   }
-  return plan.shared_bytes <= most && plan.key_shared_bytes <= most ? plan : AttentionPlan{};
+  return plan.shared_bytes <= limit && plan.key_shared_bytes <= limit ? plan : AttentionPlan{};
 }
 
 // ---- sums over positions

@@ -13,6 +13,7 @@
 
 #include "csrc/cuda/attention/common.cuh"
 #include "csrc/cuda/attention/plan.h"
+#include "csrc/cuda/device/vectors.cuh"
 
 namespace ck::cuda {
 
@@ -66,8 +67,8 @@ void attention_edges(const CK_PARAM Attention p, float* edges, bool keys) {
       right += x * table_at<float>(table, h, d, keys ? 0 : W - 1);
     }
   const float factor = static_cast<float>(keys ? p.scale : p.rel_scale);
-  left = warp_sum(left) * factor;
-  right = warp_sum(right) * factor;
+  left = lane_sum(left) * factor;
+  right = lane_sum(right) * factor;
   if (!keys && p.bias.data != nullptr) {
     left += table_at<float>(p.bias, h, 0, 0);
     right += table_at<float>(p.bias, h, 0, W - 1);
@@ -80,7 +81,7 @@ void attention_edges(const CK_PARAM Attention p, float* edges, bool keys) {
 
 // Bit n: whether position first + n is in the span.
 CK_DEVICE unsigned those_in(const Span& span, int first) {
-  const auto from = [&](int position) { return __funnelshift_lc(0, ~0u, most(position - first, 0)); };
+  const auto from = [&](int position) { return __funnelshift_lc(0, ~0u, max(position - first, 0)); };
   return from(span.first) & ~from(span.end);
 }
 
@@ -139,10 +140,7 @@ CK_DEVICE void each_piece(bool all, const Step& step) {
 template <class T>
 CK_DEVICE void load_channels(float (&value)[8], const T* from, int64_t stride, int count, bool vectors) {
   if (vectors) {
-    const uint4 bits = *reinterpret_cast<const uint4*>(from);
-    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-    for (int e = 0; e < 8; ++e) value[e] = widen(T{static_cast<uint16_t>(words[e / 2] >> e % 2 * 16)});
+    unpack_vector(value, from);
   } else {
 #pragma unroll
     for (int e = 0; e < 8; ++e) value[e] = e < count ? widen(from[e * stride]) : 0.0f;
@@ -153,8 +151,9 @@ CK_DEVICE void load_channels(float (&value)[8], const T* from, int64_t stride, i
 template <class T>
 CK_DEVICE void store_channels(T* to, int64_t stride, int count, bool vectors, const float (&value)[8]) {
   if (vectors) {
-    *reinterpret_cast<uint4*>(to) = {narrow_pair<T>(value[0], value[1]), narrow_pair<T>(value[2], value[3]),
-                                     narrow_pair<T>(value[4], value[5]), narrow_pair<T>(value[6], value[7])};
+    uint32_t words[4];
+    pack<T>(words, value);
+    store_vector(to, words);
   } else {
 #pragma unroll
     for (int e = 0; e < 8; ++e)
@@ -281,7 +280,7 @@ CK_DEVICE unsigned ask_mask(const Attention& p, int64_t b, int first, int lane) 
   return reinterpret_cast<const uint8_t*>(p.key_mask)[b * p.mask_batch + j * p.mask_key];
 }
 CK_DEVICE unsigned real_keys(const Attention& p, unsigned asked) {
-  return p.key_mask == nullptr ? ~0u : __ballot_sync(kEveryLane, asked != 0);
+  return p.key_mask == nullptr ? ~0u : __ballot_sync(kAllLanes, asked != 0);
 }
 
 // A side of the pairs: 16 queries that meet other keys, or 16 keys that meet other queries.
@@ -310,7 +309,7 @@ struct Meeting {
   }
   // Of those, the ones that tables have.
   CK_DEVICE Span columns(const Attention& p, const AttentionTile& tile) const {
-    return {most(0, lowest(p, tile)), least(static_cast<int>(p.window()), highest(p, tile) + 1)};
+    return {max(0, lowest(p, tile)), min(static_cast<int>(p.window()), highest(p, tile) + 1)};
   }
   // The others that an own position attends to, or that attend to it.
   static CK_DEVICE Span partners(const Attention& p, const AttentionTile& tile, int position) {
@@ -322,9 +321,9 @@ struct Meeting {
   // Whether all pairs attend and lie on one side of the window, if there is one. `real`: of the keys.
   CK_DEVICE bool far(const Attention& p, const AttentionTile& tile, unsigned real) const {
     const Span first = partners(p, tile, own);
-    const Span last = partners(p, tile, kOwn == Own::kQueries ? least(own + 15, tile.query_end - 1) : own + 15);
+    const Span last = partners(p, tile, kOwn == Own::kQueries ? min(own + 15, tile.query_end - 1) : own + 15);
     constexpr unsigned kAll = kKeys == 32 ? ~0u : (1u << kKeys % 32) - 1;
-    const bool seen = other >= most(first.first, last.first) && other + kOther <= least(first.end, last.end);
+    const bool seen = other >= max(first.first, last.first) && other + kOther <= min(first.end, last.end);
     return seen && (real & kAll) == kAll && (!p.has_columns() || is_left(p, tile) || lowest(p, tile) >= p.window());
   }
   CK_DEVICE bool is_left(const Attention& p, const AttentionTile& tile) const { return highest(p, tile) < 0; }
@@ -339,8 +338,8 @@ struct FarTiles {
     using Pairs = Meeting<kOwn, kOther>;
     constexpr bool kQueries = kOwn == Own::kQueries;
     const Span first = Pairs::partners(p, tile, own);
-    const Span last = Pairs::partners(p, tile, kQueries ? least(own + kRows, tile.query_end) - 1 : own + kRows - 1);
-    left = {most(first.first, last.first), least(first.end, last.end) - kOther + 1};
+    const Span last = Pairs::partners(p, tile, kQueries ? min(own + kRows, tile.query_end) - 1 : own + kRows - 1);
+    left = {max(first.first, last.first), min(first.end, last.end) - kOther + 1};
     right = left;
     if (!p.has_columns()) return;
     const int W = static_cast<int>(p.window());
@@ -348,11 +347,11 @@ struct FarTiles {
     const int zero =
         kQueries ? own + tile.shift - static_cast<int>(p.left) : own - tile.shift + static_cast<int>(p.left);
     if constexpr (kQueries) {
-      left.end = least(left.end, zero - kOther + 1);
-      right.first = most(right.first, zero + kRows - 1 + W);
+      left.end = min(left.end, zero - kOther + 1);
+      right.first = max(right.first, zero + kRows - 1 + W);
     } else {
-      left.first = most(left.first, zero + kRows);
-      right.end = least(right.end, zero - W - kOther + 2);
+      left.first = max(left.first, zero + kRows);
+      right.end = min(right.end, zero - W - kOther + 2);
     }
   }
 
@@ -391,7 +390,7 @@ struct Relative {
     float out[4] = {};
     if (p.query_rel.data != nullptr)
       multiply_table(out, rows, pitch, query_rel(), t.query_terms, W, t.rank_pitch, lane / 4 == 0 ? 0 : W - 1, lane);
-    for (int e = 0; e < 4; ++e) out[e] = __shfl_sync(kEveryLane, out[e], lane & ~3) * t.rel_factor;
+    for (int e = 0; e < 4; ++e) out[e] = __shfl_sync(kAllLanes, out[e], lane & ~3) * t.rel_factor;
     const float* const bias = this->bias();
     for (int half = 0; half < 2; ++half) {
       left[half] = out[2 * half] + (bias == nullptr ? 0.0f : bias[0]);
@@ -410,7 +409,7 @@ struct Relative {
     const float* const bias = this->bias();
     // out += 16 rows, n from the first on, times the columns from c on.
     const auto multiply = [&](float (&out)[4], bool queries, int n, int c) {
-      const int column = least(c + row, W - 1);
+      const int column = min(c + row, W - 1);
       if (queries && p.query_rel.data != nullptr)
         multiply_table(out, query_rows + n * query_pitch, query_pitch, query_rel(), t.query_terms, W, t.rank_pitch,
                        column, lane);
@@ -524,8 +523,8 @@ CK_DEVICE uint32_t draw_fragments(const Attention& p, uint64_t seed, int64_t b, 
       // Two lanes have the keys of one draw, in the same two rows: each draws for one of the rows.
       const bool odd = (lane & 1) != 0;
       const PhiloxBlock words = pair_words(seed, b, h, pairs.own + lane / 4 + (odd ? 8 : 0), other / 4 + lane % 4 / 2);
-      const uint32_t low = __shfl_xor_sync(kEveryLane, odd ? words.word[0] : words.word[2], 1);
-      const uint32_t high = __shfl_xor_sync(kEveryLane, odd ? words.word[1] : words.word[3], 1);
+      const uint32_t low = __shfl_xor_sync(kAllLanes, odd ? words.word[0] : words.word[2], 1);
+      const uint32_t high = __shfl_xor_sync(kAllLanes, odd ? words.word[1] : words.word[3], 1);
       mine[0] = odd ? low : words.word[0], mine[1] = odd ? high : words.word[1];
       mine[2] = odd ? words.word[2] : low, mine[3] = odd ? words.word[3] : high;
     } else {
@@ -533,15 +532,11 @@ CK_DEVICE uint32_t draw_fragments(const Attention& p, uint64_t seed, int64_t b, 
       const int which = lane / 4 % 4;  // bit 0: the query, bit 1: the half of the keys
       const PhiloxBlock words =
           pair_words(seed, b, h, other + lane % 4 * 2 + which % 2, (pairs.own + lane / 16 * 4 + which / 2 * 8) / 4);
-      const auto pick = [](const uint32_t (&from)[4], int at) {
-        const uint32_t low = at % 2 == 0 ? from[0] : from[1], high = at % 2 == 0 ? from[2] : from[3];
-        return at < 2 ? low : high;
-      };
       uint32_t got[4];  // [x]: drawn by the lane whose number differs by x
 #pragma unroll
-      for (int x = 0; x < 4; ++x) got[x] = __shfl_xor_sync(kEveryLane, pick(words.word, which ^ x), x * 4);
+      for (int x = 0; x < 4; ++x) got[x] = __shfl_xor_sync(kAllLanes, select_word(words.word, which ^ x), x * 4);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) mine[e] = pick(got, e ^ which);
+      for (int e = 0; e < 4; ++e) mine[e] = select_word(got, e ^ which);
     }
     for (int e = 0; e < 4; ++e) kept |= uint32_t{mine[e] >= p.drop_below} << (4 * n + e);
   }

@@ -40,7 +40,7 @@ CK_DEVICE void pair_product(float (&g)[2 * kSteps][4], int z, int apart, int ste
 template <class T, int kSteps>
 CK_DEVICE void slow_gradients(const Backward& p, const Taps& taps, const BandFilter<kSteps>& filter, float* sums,
                               int64_t b, int64_t first, int64_t c, int channels, int lane) {
-  const int64_t end = least(first + kBandTile * taps.dilation, p.time);
+  const int64_t end = min(first + kBandTile * taps.dilation, p.time);
   if (lane < channels)
 #pragma unroll 1
     for (int64_t s = first; s < end; s += taps.dilation) {
@@ -131,7 +131,7 @@ void band_backward(const CK_PARAM Backward p) {
         const int64_t c = block.c0 + column;
         if (slow) {
           slow_gradients<T>(with_known_gate<kGate>(p), taps, *filter, slow_sums + warp * kRow, b, first, c,
-                            least(channels, kBandUnit), lane);
+                            min(channels, kBandUnit), lane);
           continue;
         }
         if (need_weight)

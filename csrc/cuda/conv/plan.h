@@ -77,11 +77,11 @@ inline int64_t best_groups(const Facts& f, int64_t units, int64_t columns, int64
   return best;
 }
 
-// Blocks that run at a time, each of `bytes` of shared memory, where registers leave room for `most` per
+// Blocks that run at a time, each of `bytes` of shared memory, where registers leave room for `limit` per
 // multiprocessor.
-inline int64_t slots_of(const Facts& f, int64_t bytes, int64_t most) {
+inline int64_t slots_of(const Facts& f, int64_t bytes, int64_t limit) {
   const int64_t fit = at_least_one(f.device.memory / (bytes + 1024));  // a block takes 1 KB more than it asks for
-  return f.device.multiprocessors * (fit < most ? fit : most);
+  return f.device.multiprocessors * (fit < limit ? fit : limit);
 }
 
 // ---- stream: blocks of 128 channels, 32 rows at a time

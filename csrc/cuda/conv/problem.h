@@ -3,11 +3,9 @@
 
 #include "csrc/common/conv.h"
 #include "csrc/common/philox.h"
+#include "csrc/cuda/device/device.h"
 
 namespace ck::cuda {
-
-// A cudaStream_t, spelled without CUDA's headers.
-using Stream = void*;
 
 struct Problem : ck::Problem {
   const void* offsets = nullptr;  // sequences+1 packed offsets, nullptr: every batch row is one sequence

@@ -21,8 +21,9 @@ CK_DEVICE Quad load_quad(const float* from) {
 template <class T>
 CK_DEVICE Quad load_quad(const T* from) {
   const uint2 q = *reinterpret_cast<const uint2*>(from);
-  const auto half = [](uint32_t bits) { return widen(T{static_cast<uint16_t>(bits)}); };
-  return {{half(q.x), half(q.x >> 16), half(q.y), half(q.y >> 16)}};
+  Quad quad;
+  unpack<T>(quad.v, {q.x, q.y});
+  return quad;
 }
 
 // Words of a quad as elements of T.
@@ -35,12 +36,7 @@ CK_DEVICE Quad load_quad(const T* from, int count, int bytes) {
   uint32_t words[kQuadWords<T>];
   load_pieces(words, from, count, bytes);
   Quad q;
-  for (int e = 0; e < kQuad; ++e) {
-    if constexpr (sizeof(T) == 4)
-      q.v[e] = __uint_as_float(words[e]);
-    else
-      q.v[e] = widen(T{static_cast<uint16_t>(words[e / 2] >> e % 2 * 16)});
-  }
+  unpack<T>(q.v, words);
   return q;
 }
 
@@ -95,13 +91,7 @@ CK_DEVICE void store_pieces(const Quad (&run)[kRun], int lane, int64_t channels,
                             int64_t time, int64_t dilation, int bytes) {
   uint32_t words[kRun][kQuadWords<T>];
 #pragma unroll
-  for (int i = 0; i < kRun; ++i)
-    for (int w = 0; w < kQuadWords<T>; ++w) {
-      if constexpr (sizeof(T) == 4)
-        words[i][w] = __float_as_uint(run[i].v[w]);
-      else
-        words[i][w] = narrow_pair<T>(run[i].v[2 * w], run[i].v[2 * w + 1]);
-    }
+  for (int i = 0; i < kRun; ++i) pack<T>(words[i], run[i].v);
   const auto store = [&](auto known) {
 #pragma unroll
     for (int i = 0; i < kRun; ++i, to += stride, t += dilation)
@@ -175,10 +165,10 @@ struct Borders {
   // Rows n .. n + kRun - 1 of a phase, and what they read by `taps`.
   CK_DEVICE Borders(const Problem& p, const Taps& taps, const Phase& phase, int64_t n) {
     if (p.offsets == nullptr) return;
-    const int64_t top = phase.position(n), end = least(phase.position(n + kRun - 1), p.time - 1);
+    const int64_t top = phase.position(n), end = min(phase.position(n + kRun - 1), p.time - 1);
     const Sequence a = sequence_of(p, top);
-    whole = end < a.end && most(taps.source(top, 0), int64_t{0}) >= a.begin &&
-            least(taps.source(end, taps.taps - 1), p.time - 1) < a.end;
+    whole = end < a.end && max(taps.source(top, 0), int64_t{0}) >= a.begin &&
+            min(taps.source(end, taps.taps - 1), p.time - 1) < a.end;
     if (whole) return;
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {

@@ -11,7 +11,7 @@ namespace ck::cuda {
 // over take the quads after all heads, which are 0 in shared memory. With heads of 8 channels and their multiples, two
 // lanes that differ in the last bit have two quads that do.
 CK_DEVICE int quad_of_lane(int64_t R, int lanes, int lane) {
-  const int quads = static_cast<int>(least(R / kQuad, int64_t{lanes})), head = lane / lanes, at = lane % lanes;
+  const int quads = static_cast<int>(min(R / kQuad, int64_t{lanes})), head = lane / lanes, at = lane % lanes;
   return at < quads ? head * quads + at : 32 / lanes * quads + head * (lanes - quads) + at - quads;
 }
 

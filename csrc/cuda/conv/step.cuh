@@ -49,7 +49,7 @@ void step(const CK_PARAM Step p) {
   for (int64_t i = int64_t{blockIdx.x} * kStepThreads + threadIdx.x; i < p.batch * p.channels; i += stride) {
     const int64_t c = i % p.channels, b = i / p.channels;
     // Nobody has looked at the indices on the host: a wrong one must not leave the memory.
-    const int64_t from = p.state_row == nullptr ? b : least(most(p.state_row[b], int64_t{0}), p.batch - 1);
+    const int64_t from = p.state_row == nullptr ? b : min(max(p.state_row[b], int64_t{0}), p.batch - 1);
     step_row<T>(p, b, from, c, next);
   }
 }

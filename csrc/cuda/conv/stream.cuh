@@ -14,14 +14,14 @@ struct FilterTable {
   float* values;
 
   CK_DEVICE void fill(const Problem& p, int64_t owner, int64_t c0) const {
-    const int64_t R = p.head_channels(), K = p.taps.taps, end = least(c0 + kLaneRow, p.channels);
+    const int64_t R = p.head_channels(), K = p.taps.taps, end = min(c0 + kLaneRow, p.channels);
     const Sequence anywhere{0, 0, 0, kUnbounded};
     if constexpr (kShared) {
       const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
       for (int64_t h = c0 / R + warp; h * R < end; h += kStreamWarps) {
         const FilterAt f(p, owner, 0, h);
         const Statistics<float> statistics = warp_statistics<float>(p, f, 0, lane, anywhere);
-        const int64_t first = (most(h * R, c0) - c0) / kQuad, last = (least((h + 1) * R, end) - c0) / kQuad;
+        const int64_t first = (max(h * R, c0) - c0) / kQuad, last = (min((h + 1) * R, end) - c0) / kQuad;
         for (int64_t j = lane; j < K; j += 32) {
           const float value = tap_of(p, f, 0, j, statistics, anywhere).value();
           for (int64_t q = first; q < last; ++q) values[j * kPitch + q] = value;

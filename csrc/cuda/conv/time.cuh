@@ -23,36 +23,17 @@ CK_DEVICE Words<E>* vector_at(char* row, int v) {
   return reinterpret_cast<Words<E>*>(row) + (sizeof(E) == 4 ? v + v / 8 : v);
 }
 
-template <class T>
-CK_DEVICE void unpack(const uint32_t (&bits)[4], float* to) {
-#pragma unroll
-  for (int k = 0; k < kVector<T>; ++k) {
-    if constexpr (sizeof(T) == 4)
-      to[k] = __uint_as_float(bits[k]);
-    else
-      to[k] = widen(T{static_cast<uint16_t>(bits[k / 2] >> k % 2 * 16)});
-  }
-}
-
-// Reads 16 bytes at once, which a copy of Words does not.
-template <class T>
-CK_DEVICE void unpack(const Words<T>& from, float* to) {
-  uint32_t bits[4];
-  __builtin_memcpy(bits, __builtin_assume_aligned(&from, 16), 16);
-  unpack<T>(bits, to);
-}
-
 template <class E>
 CK_DEVICE void read_chunk(char* row, int n, float* to) {
   constexpr int kCount = kEight / kVector<E>;
 #pragma unroll
-  for (int v = 0; v < kCount; ++v) unpack(*vector_at<E>(row, n * kCount + v), to + v * kVector<E>);
+  for (int v = 0; v < kCount; ++v) unpack_vector(to + v * kVector<E>, vector_at<E>(row, n * kCount + v)->at);
 }
 
 // Of a vector of positions from t on, those that exist.
 template <class T>
 CK_DEVICE int rest_of(const Problem& p, int64_t t) {
-  return static_cast<int>(least(p.time - t, int64_t{kVector<T>}));
+  return static_cast<int>(min(p.time - t, int64_t{kVector<T>}));
 }
 
 // Stores a lane's positions t .. t + 7 as far as they exist.
@@ -63,12 +44,7 @@ CK_DEVICE void store_chunk(const Problem& p, const Rows& rows, int64_t b, int64_
   for (int v = 0; v < kEight; v += kVector<T>) {
     if (t + v >= p.time) return;
     uint32_t out[4];
-    for (int w = 0; w < 4; ++w) {
-      if constexpr (sizeof(T) == 4)
-        out[w] = __float_as_uint(from[v + w]);
-      else
-        out[w] = narrow_pair<T>(from[2 * w], from[2 * w + 1]);
-    }
+    pack<T>(out, from + v);
     store_pieces(at<T>(rows, b, t + v, c), out, rest_of<T>(p, t + v), p.vector_bytes);
   }
 }
@@ -84,11 +60,11 @@ struct ChunkInputs {
   CK_DEVICE ChunkInputs(const Problem& p, int64_t b, int64_t s, const T* x_at, const T* gate, int step) {
     const auto load = [&](const T* from, int count, float* to) {
       if constexpr (kStaged) {
-        unpack(*reinterpret_cast<const Words<T>*>(from), to);
+        unpack_vector(to, from);
       } else {
         uint32_t words[4];
         load_pieces(words, from, count, p.vector_bytes);
-        unpack<T>(words, to);
+        unpack<T>(to, words);
       }
     };
 #pragma unroll
@@ -134,7 +110,7 @@ CK_DEVICE void for_parts(const Problem& p, const TimeTiles& g, int64_t t, const 
   if constexpr (kPacked) {
     const int64_t start = g.window_start(t);
     const auto element = [&](int64_t s) {
-      return static_cast<unsigned>(least(most(s - start, int64_t{0}), int64_t{kEight * (g.chunks + 1)}));
+      return static_cast<unsigned>(min(max(s - start, int64_t{0}), int64_t{kEight * (g.chunks + 1)}));
     };
     for (part.last = 0; __any_sync(kAllLanes, part.last < kEight);) {
       part.first = part.last;
@@ -143,7 +119,7 @@ CK_DEVICE void for_parts(const Problem& p, const TimeTiles& g, int64_t t, const 
       part.to = element(sequence.end);
       // What follows the last sequence reads it.
       const int64_t outputs = sequence.end - t;
-      part.last = outputs > part.first ? static_cast<int>(least(outputs, int64_t{kEight})) : kEight;
+      part.last = outputs > part.first ? static_cast<int>(min(outputs, int64_t{kEight})) : kEight;
       body(part);
     }
   } else {
@@ -268,7 +244,7 @@ struct TimeWork {
     owner = piece / groups;
     const int64_t first = piece % groups * each;
     exists = owner < p.owners();
-    count = exists ? static_cast<int>(most(least(each, all - first), int64_t{0})) : 0;
+    count = exists ? static_cast<int>(max(min(each, all - first), int64_t{0})) : 0;
     start = {owner + first / g.tiles, first % g.tiles * kEight * g.lanes};
   }
 };
@@ -328,8 +304,8 @@ CK_DEVICE void stage_row(const Problem& p, const TimeTiles& g, const TimeLane& s
                          const TimePlace& place, int64_t c, char* row) {
   const int64_t start = g.window_start(place.t);
   const int elements = (g.lanes + g.chunks) * kEight;
-  const int begin = static_cast<int>(most(-start, int64_t{0}));
-  const int end = c < p.channels ? static_cast<int>(least(p.time - start, int64_t{elements})) : 0;
+  const int begin = static_cast<int>(max(-start, int64_t{0}));
+  const int end = c < p.channels ? static_cast<int>(min(p.time - start, int64_t{elements})) : 0;
   const T* const line = at<const T>(rows, place.b, start, c);
 #pragma unroll 1
   for (int e = self.part * kVector<T>; e < elements; e += g.lanes * kVector<T>) {

@@ -98,7 +98,7 @@ void time_backward(const CK_PARAM Backward p, const CK_PARAM TimeTiles g, int64_
     __syncwarp();
   }
   if (need_bias) {
-    for (int distance = g.lanes / 2; distance > 0; distance /= 2) bias += __shfl_xor_sync(kAllLanes, bias, distance);
+    bias = lane_sum(bias, g.lanes);
     if (self.part == 0 && exists) static_cast<float*>(p.partial_bias)[work.piece * p.channels + c] = bias;
   }
   if (!need_weight) return;

@@ -25,20 +25,20 @@ struct Work {
     const int64_t first = block / columns.pieces * columns.span;
     piece = static_cast<int>(block % columns.pieces);
     c0 = first + piece * columns.width;
-    channels = least(least(first + columns.span, p.channels) - c0, columns.width);
+    channels = min(min(first + columns.span, p.channels) - c0, columns.width);
     group = others % static_cast<uint32_t>(groups);
     owner = others / static_cast<uint32_t>(groups);
     dilation_ = p.taps.dilation;
     per_phase_ = ceil_div(ceil_div(p.time + before, dilation_), kChunk);
     const int64_t all = p.owner_batch() * dilation_ * per_phase_, each = ceil_div(all, groups);
     next_ = group * each;
-    last_ = least(next_ + each, all);
+    last_ = min(next_ + each, all);
   }
 
   CK_DEVICE bool next(Run& run) {
     if (next_ >= last_) return false;
     const int64_t number = next_ / per_phase_, start = next_ % per_phase_;
-    run = {owner + number / dilation_, number % dilation_, start, least(per_phase_ - start, last_ - next_)};
+    run = {owner + number / dilation_, number % dilation_, start, min(per_phase_ - start, last_ - next_)};
     next_ += run.count;
     return true;
   }

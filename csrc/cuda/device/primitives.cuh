@@ -11,6 +11,8 @@
 // Fragments, rows of matrices and masks are those of the PTX ISA. ldmatrix and mma need all 32 lanes.
 #pragma once
 
+#include "csrc/cuda/device/device.h"
+
 #if defined(CK_SIMT)
 #if defined(__CUDACC__)
 #error "CK_SIMT is for host compilers"
@@ -35,8 +37,6 @@
 #define CK_SHARED(type, name, count) __shared__ type name[count]
 
 namespace ck::cuda {
-
-using Stream = void*;  // a cudaStream_t
 
 CK_DEVICE char* shared_memory() {
   extern __shared__ __align__(128) char ck_shared_memory[];

@@ -20,7 +20,7 @@ const char* PlainAttention<T>::forward(const AttentionForward& p, Stream stream)
 template <class T>
 const char* PlainAttention<T>::queries(const AttentionBackward& p, Stream stream) {
   const int64_t tiles = attention_tiles(p.queries, p.sequences, p.query_offsets != nullptr, kPlainTileRows);
-  const int64_t slices = plain_slices(p.query_rel.data != nullptr ? most(p.channels, p.rank) : p.channels);
+  const int64_t slices = plain_slices(p.query_rel.data != nullptr ? max(p.channels, p.rank) : p.channels);
   return launch_blocks(attention_plain_queries<T>, slices * p.query_parts * p.batch * p.heads, kPlainTileThreads,
                        kPlainQueryRoom * kSize<T>, stream, p, tiles, slices);
 }

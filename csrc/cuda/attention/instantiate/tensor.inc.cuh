@@ -17,9 +17,9 @@ template <class T>
 const char* prepare(const Attention& p, const TensorTables& t, Stream stream) {
   const char* status = nullptr;
   if (t.query_rel != nullptr || t.key_rel != nullptr || t.bias != nullptr || t.taps != nullptr) {
-    const int64_t elements = p.heads * p.window() * most(t.rank_pitch, t.channel_pitch);
-    status = launch_blocks(attention_tables<T>, least(ceil_div(elements, kTensorThreads), int64_t{1024}),
-                           kTensorThreads, 0, stream, p, t);
+    const int64_t elements = p.heads * p.window() * max(t.rank_pitch, t.channel_pitch);
+    status = launch_blocks(attention_tables<T>, min(ceil_div(elements, kTensorThreads), int64_t{1024}), kTensorThreads,
+                           0, stream, p, t);
   }
   const int64_t units = p.batch * p.heads;
   if (status == nullptr && t.key_edges != nullptr)

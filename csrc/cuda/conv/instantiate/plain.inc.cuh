@@ -8,7 +8,7 @@ namespace ck::cuda {
 // Pieces of work beyond this number are taken by blocks that have finished others.
 constexpr int64_t kMostBlocks = 1 << 20;
 
-inline dim3 blocks_for(int64_t items) { return dim3(static_cast<unsigned>(least(items, kMostBlocks))); }
+inline dim3 blocks_for(int64_t items) { return dim3(static_cast<unsigned>(min(items, kMostBlocks))); }
 
 template <class T>
 const char* Plain<T>::forward(const Forward& p, const Plan&, Stream stream) {
@@ -34,7 +34,7 @@ const char* Plain<T>::backward(const Backward& p, const Plan&, Stream stream) {
     if (p.per_row()) {
       constexpr int64_t kRoom = 96 << 10;  // of shared memory, or what one warp needs
       const int64_t bytes = 2 * K * static_cast<int64_t>(sizeof(Compute<T>));
-      const int64_t warps = most(int64_t{1}, least(int64_t{kPlainWarps}, kRoom / bytes));
+      const int64_t warps = max(int64_t{1}, min(int64_t{kPlainWarps}, kRoom / bytes));
       const int64_t items = p.heads * (p.per_position ? p.batch * p.time : p.owners() * p.groups);
       status = launch(plain_weight_rows<T>, blocks_for(ceil_div(items, warps)), dim3(static_cast<unsigned>(32 * warps)),
                       static_cast<size_t>(warps * bytes), stream, p);
