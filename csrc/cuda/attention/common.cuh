@@ -1,4 +1,4 @@
-// What all kernels of attention share: where a block works, which pairs there are, elements of the inputs.
+// What all kernels of attention share: tiles of positions, which pairs attend, elements of the inputs.
 #pragma once
 
 #include "csrc/cuda/attention/problem.h"
@@ -38,7 +38,7 @@ struct AttentionTile {
   }
 
  private:
-  // Never outside the tensors, whatever the offsets say.
+  // Offsets are not validated on the host; they are clamped to the tensors.
   static CK_DEVICE int offset(const Attention& p, int n, bool keys) {
     const void* const data = keys ? p.key_offsets : p.query_offsets;
     const bool wide = keys ? p.wide_key_offsets : p.wide_query_offsets;
@@ -48,14 +48,14 @@ struct AttentionTile {
 };
 
 // Positions from `first` to before `end`.
-struct Span {
+struct Range {
   int first, end;
 };
 
 // The keys that query i sees, padding aside.
-CK_DEVICE Span visible_keys(const Attention& p, const AttentionTile& tile, int i) {
+CK_DEVICE Range visible_keys(const Attention& p, const AttentionTile& tile, int i) {
   const int place = i + tile.shift, left = static_cast<int>(p.left), right = static_cast<int>(p.right);
-  Span keys{tile.key_begin, tile.key_end};
+  Range keys{tile.key_begin, tile.key_end};
   if (p.causal) keys.end = min(keys.end, place + 1);
   if (p.outside == Outside::kMask) {
     keys.first = max(keys.first, place - left);
@@ -65,14 +65,14 @@ CK_DEVICE Span visible_keys(const Attention& p, const AttentionTile& tile, int i
 }
 
 // The keys that some query from `first` to before `end` sees.
-CK_DEVICE Span visible_keys(const Attention& p, const AttentionTile& tile, int first, int end) {
+CK_DEVICE Range visible_keys(const Attention& p, const AttentionTile& tile, int first, int end) {
   return {visible_keys(p, tile, first).first, visible_keys(p, tile, end - 1).end};
 }
 
 // The queries of the sequence that see some key from `first` to before `end`.
-CK_DEVICE Span seeing_queries(const Attention& p, const AttentionTile& tile, int first, int end) {
+CK_DEVICE Range seeing_queries(const Attention& p, const AttentionTile& tile, int first, int end) {
   const int left = static_cast<int>(p.left), right = static_cast<int>(p.right);
-  Span queries{tile.query_begin, tile.query_end};
+  Range queries{tile.query_begin, tile.query_end};
   if (p.causal) queries.first = max(queries.first, first - tile.shift);
   if (p.outside == Outside::kMask) {
     queries.first = max(queries.first, first - right - tile.shift);
@@ -113,7 +113,7 @@ CK_DEVICE PhiloxBlock pair_words(uint64_t seed, int64_t b, int64_t h, int64_t i,
   return tap_words(seed, b, i, h, quad);
 }
 
-// What meets query_rel.
+// The rows that query_rel is multiplied with.
 CK_DEVICE const HeadRows& relative_rows(const Attention& p) { return p.rel_query.data != nullptr ? p.rel_query : p.q; }
 
 // The tap of value_conv that reads key j for query i.
@@ -122,7 +122,7 @@ CK_DEVICE int tap_of_pair(const Attention& p, const AttentionTile& tile, int i, 
 }
 
 // Taps of the depthwise term whose values exist, for query i.
-CK_DEVICE Span taps_of(const Attention& p, const AttentionTile& tile, int i) {
+CK_DEVICE Range taps_of(const Attention& p, const AttentionTile& tile, int i) {
   const int start = i + tile.shift - static_cast<int>(p.left);
   const int taps = static_cast<int>(p.causal ? p.left + 1 : p.window());
   return {max(0, tile.key_begin - start), min(taps, tile.key_end - start)};
@@ -139,7 +139,7 @@ CK_DEVICE Compute<T> depthwise(const Attention& p, const AttentionTile& tile, in
   using C = Compute<T>;
   const int64_t g = h / p.sharing();
   C total = p.value_conv_bias.data == nullptr ? C{0} : table_at<C>(p.value_conv_bias, h, d, 0);
-  const Span taps = taps_of(p, tile, i);
+  const Range taps = taps_of(p, tile, i);
 #pragma unroll 1
   for (int c = taps.first; c < taps.end; ++c) {
     const int64_t j = int64_t{i} + tile.shift - p.left + c;
@@ -148,7 +148,7 @@ CK_DEVICE Compute<T> depthwise(const Attention& p, const AttentionTile& tile, in
   return total * tap_scale<C>(p, h);
 }
 
-// What the depthwise terms of the queries of head h pass on to channel d of value j.
+// The gradient of channel d of value j through the depthwise terms of the queries of head h.
 template <class T>
 CK_DEVICE Compute<T> depthwise_grad(const AttentionBackward& p, const AttentionTile& tile, int64_t b, int64_t h, int j,
                                     int64_t d) {

@@ -12,7 +12,7 @@
 
 #include "csrc/cuda/conv/filters.cuh"
 #include "csrc/cuda/conv/plan.h"
-#include "csrc/cuda/conv/window.cuh"
+#include "csrc/cuda/conv/staging.cuh"
 
 namespace ck::cuda {
 
@@ -116,22 +116,22 @@ struct BandFilter {
 };
 
 // A tensor's chunks of kBandRows rows on their way through shared memory: copied as they are, then, unless they are
-// single terms already, gated and split by the thread that copied them. A slot of BandRoom is written again only after
-// a barrier that comes after its last use in walk_chunks.
+// single terms already, gated and split by the thread that copied them. A slot of BandLayout is written again only
+// after a barrier that comes after its last use in walk_chunks.
 template <class T, bool kGate, bool kHalo>
 struct BandFeed {
-  static constexpr BandRoom kRoom{std::is_same_v<T, f16>, kGate, kHalo};
-  static constexpr int kParts = kRoom.parts, kTensors = kRoom.tensors, kRaw = kRoom.raw, kSplit = kRoom.split;
+  static constexpr BandLayout kLayout{std::is_same_v<T, f16>, kGate, kHalo};
+  static constexpr int kParts = kLayout.parts, kTensors = kLayout.tensors, kRaw = kLayout.raw, kSplit = kLayout.split;
   static constexpr bool kDirect = kParts == 1;
 
-  int base;  // where its room in shared memory begins, in elements
+  int base;  // where its shared memory begins, in elements
   int pitch, log_vectors, chunk;
 
   CK_DEVICE BandFeed(int base, const BandBlock& block)
       : base(base), pitch(band_pitch(block.width)), log_vectors(block.log_vectors), chunk(kBandRows * pitch) {}
 
   static CK_DEVICE T* at(int element) { return reinterpret_cast<T*>(shared_memory()) + element; }
-  CK_DEVICE int end() const { return base + kRoom.chunks() * chunk; }
+  CK_DEVICE int end() const { return base + kLayout.chunks() * chunk; }
   CK_DEVICE int raw(int i, int tensor) const { return base + (i % kRaw * kTensors + tensor) * chunk; }
   // The first of the parts of chunk i, which lie a chunk apart.
   CK_DEVICE int parts(int i) const {

@@ -177,19 +177,19 @@ void band_backward(const CK_PARAM Backward p) {
   // Made again rather than kept in registers all the way.
   const BandBlock place(p, Feed::kParts, p.groups);
   const int64_t partial = int64_t{place.owner} * p.groups + place.group;
-  float* const room = reinterpret_cast<float*>(shared_memory());
+  float* const products = reinterpret_cast<float*>(shared_memory());
   if (need_weight) {
 #pragma unroll
     for (int k = 0; k < 2 * kSteps; ++k)
       for (int e = 0; e < 4; ++e)
-        room[(warp * kBandTile + lane / 4 + e / 2 * 8) * kRow + 8 * k + lane % 4 * 2 + e % 2] = g[k][e];
+        products[(warp * kBandTile + lane / 4 + e / 2 * 8) * kRow + 8 * k + lane % 4 * 2 + e % 2] = g[k][e];
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < K) {
       const int j = threadIdx.x;
       float total = 0;
       for (int w = 0; w < kBandWarps; ++w) {
         total += slow_sums[w * kRow + j];
-        for (int m = 0; m < kBandTile; ++m) total += room[(w * kBandTile + m) * kRow + m + j];
+        for (int m = 0; m < kBandTile; ++m) total += products[(w * kBandTile + m) * kRow + m + j];
       }
       static_cast<float*>(p.partial_weight)[(partial * place.columns + place.column) * K + K - 1 - j] = total;
     }

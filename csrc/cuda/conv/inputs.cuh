@@ -27,7 +27,7 @@ CK_DEVICE Sequence numbered_sequence(const Problem& p, int64_t number) {
 }
 
 // The sequence of position t: the last one that begins at or before it, found by bisection. Positions outside the row
-// are taken for its first or last. Nobody has looked at the offsets on the host, so wrong ones must do no harm.
+// are taken for its first or last. Offsets are not validated on the host; they are clamped to the row.
 CK_DEVICE Sequence sequence_of(const Problem& p, int64_t t) {
   if (p.offsets == nullptr) return {0, 0, p.time, p.state == nullptr ? 0 : kUnbounded};
   const int64_t inside = min(max(t, int64_t{0}), p.time - 1);

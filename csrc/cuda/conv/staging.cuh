@@ -1,4 +1,4 @@
-// Rows of a tensor on their way into shared memory, and which of them a run of outputs reads.
+// Copies of rows of a tensor to shared memory, and which rows a run of outputs reads.
 #pragma once
 
 #include "csrc/cuda/conv/inputs.cuh"

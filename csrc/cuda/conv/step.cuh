@@ -48,7 +48,7 @@ void step(const CK_PARAM Step p) {
   const int64_t stride = int64_t{gridDim.x} * kStepThreads;
   for (int64_t i = int64_t{blockIdx.x} * kStepThreads + threadIdx.x; i < p.batch * p.channels; i += stride) {
     const int64_t c = i % p.channels, b = i / p.channels;
-    // Nobody has looked at the indices on the host: a wrong one must not leave the memory.
+    // state_row is not validated on the host; clamp.
     const int64_t from = p.state_row == nullptr ? b : min(max(p.state_row[b], int64_t{0}), p.batch - 1);
     step_row<T>(p, b, from, c, next);
   }

@@ -6,8 +6,8 @@
 
 #include "csrc/common/switch.h"
 #include "csrc/cuda/conv/filters.cuh"
+#include "csrc/cuda/conv/staging.cuh"
 #include "csrc/cuda/conv/time_tiles.h"
-#include "csrc/cuda/conv/window.cuh"
 
 namespace ck::cuda {
 
@@ -260,13 +260,13 @@ struct TimeLane {
 
   // For each chunk of a window the elements that taps read, as bits.
   CK_DEVICE explicit TimeLane(const TimeTiles& g) {
-    char* const room = shared_memory();
+    char* const shared = shared_memory();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     part = lane % g.lanes;
     row = lane / g.lanes;
     stage_bytes = opaque(g.stage_bytes());  // a division, which is otherwise made for every tile
-    masks = reinterpret_cast<uint8_t*>(room);
-    filters = reinterpret_cast<float*>(room + g.mask_bytes() + warp * g.warp_bytes);
+    masks = reinterpret_cast<uint8_t*>(shared);
+    filters = reinterpret_cast<float*>(shared + g.mask_bytes() + warp * g.warp_bytes);
     filter = filters + row * g.filter_pitch;
     tiles = reinterpret_cast<char*>(filters) + g.filter_bytes();
     for (int n = threadIdx.x; n < g.chunks; n += blockDim.x) {

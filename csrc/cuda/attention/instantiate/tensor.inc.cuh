@@ -1,12 +1,14 @@
 // Included once per type, with CK_TYPE defined.
-#include "csrc/cuda/attention/backward.cuh"
+#include "csrc/cuda/attention/backward_keys.cuh"
+#include "csrc/cuda/attention/backward_queries.cuh"
 #include "csrc/cuda/attention/families.h"
 #include "csrc/cuda/attention/forward.cuh"
 #include "csrc/cuda/attention/instantiate/launch.cuh"
+#include "csrc/cuda/attention/tables.cuh"
 
 namespace ck::cuda {
 
-// Calls body with the number of channels that a kernel has room for.
+// Calls body with the template argument of a kernel for so many channels.
 template <class Body>
 const char* with_channels(int64_t channels, const Body& body) {
   return channels <= 64 ? body(std::integral_constant<int, 64>{}) : body(std::integral_constant<int, 128>{});
