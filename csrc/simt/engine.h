@@ -96,7 +96,7 @@ struct Engine {
   // A fiber runs one thread after another, one in each block.
   static void body();
   void step(Warp& warp, unsigned first_thread);
-  // Nobody can run. True if that is because all wait at the same barrier, which is then opened.
+  // Called when no thread can run. True if all wait at the same barrier, which is then opened.
   bool open_barrier();
   void meet_all();
   std::string describe(unsigned exited) const;

@@ -204,8 +204,8 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
           store_scalars(1 - stage, coming);
           __syncthreads();
         }
-        // Without a query that meets them the keys are still on their way. The next head's first rows may go where
-        // others still read.
+        // Without a query the copies of the keys have not been waited for. The barrier: the next head's first rows may
+        // overwrite what others still read.
         cp_async_wait<0>();
         __syncthreads();
         if (has_strip && works && !finite) grad_strip.finish(outer, p.clips());

@@ -126,7 +126,7 @@ CK_DEVICE void scatter_gradients(const float (&ds)[kOther / 8][4], const Gradien
   const int lane = opaque(to.lane), row = lane / 4, pair = lane % 4 * 2;
   const Range columns = pairs.columns();
   if (columns.first >= columns.end) {
-    // Most tiles lie on one side of the window: there is nothing to ask of their pairs.
+    // Most tiles lie on one side of the window: all pairs go to one sum.
     const bool is_left = pairs.is_left();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

@@ -204,7 +204,7 @@ CK_DEVICE C probability(bool& sees, C score, C lse) {
   return sees ? exponential(score - lse) : C{0};
 }
 
-// What a gradient of a score passes on to a table: nothing where there is none, whatever the other factor holds.
+// The share of a table's gradient that comes from one score: 0 where ds is 0, even if the factor is not finite.
 template <class C>
 CK_DEVICE C table_term(C ds, C factor) {
   return ds == C{0} ? C{0} : ds * factor;

@@ -77,14 +77,14 @@ inline int64_t forward_rows(int64_t channels) { return channels <= 64 ? kForward
 
 constexpr int64_t round_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// Columns that 16 queries and a tile of keys meet, in whole fragments; from row to row an odd number.
+// Columns that the pairs of 16 queries and a tile of keys have, in whole fragments; odd, against bank conflicts.
 inline int64_t strip_pitch_of(int64_t window, int64_t keys) {
   return round_to(window < keys + 15 ? window : keys + 15, 8) + 1;
 }
 
-// The backward passes: tiles of 64 queries that meet 32 keys at a time, and the other way round.
+// The backward passes: a block has 64 queries and walks over 32 keys at a time, or 64 keys and 32 queries.
 constexpr int kGradRows = 16 * kTensorWarps, kGradOthers = 32;
-// Gradients of windows up to this size stay in shared memory until all keys, or queries, have been met.
+// Gradients of windows up to this size stay in shared memory until the walk over all keys, or queries, is done.
 constexpr int64_t kWholeStrip = 64;
 
 inline int64_t grad_pitch_of(int64_t window) {

@@ -56,7 +56,8 @@ struct PairTile {
   CK_DEVICE int base() const { return tap_of_pair(p, tile, first_query, first_key); }
 };
 
-// PairTile::far for all tiles of others that kRows own positions meet, found once: others from one of two spans on.
+// PairTile::far for all tiles of others, found once for kRows own positions: far are the tiles that begin in one of two
+// ranges.
 template <Side kOwn, int kOther, int kRows>
 struct FarTiles {
   Range left, right;
@@ -70,7 +71,7 @@ struct FarTiles {
     right = left;
     if (!p.has_columns()) return;
     const int W = static_cast<int>(p.window());
-    // The position that the first own one meets at column 0.
+    // The other position that has column 0 with the first own one.
     const int zero =
         kQueries ? own + tile.shift - static_cast<int>(p.left) : own - tile.shift + static_cast<int>(p.left);
     if constexpr (kQueries) {

@@ -31,7 +31,7 @@ CK_DEVICE uint32_t score_pairs(float (&s)[kOther / 8][4], const Relative<T>& rel
   for (int n = 0; n < kOther / 8; ++n) {
     const PairTile<kOwn, 8> fragment(p, pairs.tile, own, pairs.other + 8 * n);
     const int base = fragment.base();
-    // Only fragments that meet the window pay for it.
+    // Fragments left or right of the window need no column for each pair.
     const bool all_left = fragment.highest() < 0, all_right = fragment.lowest() >= W;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
@@ -53,9 +53,8 @@ CK_DEVICE uint32_t score_pairs(float (&s)[kOther / 8][4], const Relative<T>& rel
   return seen;
 }
 
-// How the products s of a tile of pairs become scores: a score times log2(e) is s * factor + added[half], for rows lane
-// / 4
-// + 8 half.
+// How the products s of a tile of pairs become scores: a score times log2(e) is s * factor + added[half]; half 0 is row
+// lane / 4 and half 1 the eighth after it.
 struct ScoreTerms {
   float factor, added[2];
   int side;       // of the window, where all pairs are on one: 0 left, 1 right; otherwise -1

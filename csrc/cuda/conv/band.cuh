@@ -5,7 +5,7 @@
 //
 // where d(z) has the taps in reverse order (Taps::transposed). Numbers enter the products as sums of bfloat16 terms,
 // three for float32, which hold all of its bits; products below 2^-26 of the largest are left out. Zeros of A would
-// spread what is not finite, and rows of another sequence: tiles that meet either are summed tap by tap instead.
+// spread what is not finite, and rows of another sequence: tiles with either are summed tap by tap instead.
 #pragma once
 
 #include <type_traits>

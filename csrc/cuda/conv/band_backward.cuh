@@ -174,7 +174,7 @@ void band_backward(const CK_PARAM Backward p) {
     });
   });
 
-  // Made again rather than kept in registers all the way.
+  // Computed again: kept over the whole walk it would take registers.
   const BandBlock place(p, Feed::kParts, p.groups);
   const int64_t partial = int64_t{place.owner} * p.groups + place.group;
   float* const products = reinterpret_cast<float*>(shared_memory());

@@ -1,4 +1,4 @@
-// The last step of d(weight) and d(bias): partial sums are added in a fixed order, whatever kernel made them.
+// The last step of d(weight) and d(bias) in every family: partial sums are added in a fixed order.
 #pragma once
 
 #include "csrc/cuda/conv/filters.cuh"

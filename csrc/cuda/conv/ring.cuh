@@ -1,4 +1,4 @@
-// A ring buffer of rows in shared memory, and the walk of a thread's window over it.
+// A ring buffer of chunks of rows in shared memory, and the walk of a thread's window over it.
 #pragma once
 
 #include "csrc/common/switch.h"

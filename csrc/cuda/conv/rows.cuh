@@ -24,7 +24,7 @@ CK_DEVICE bool whole_windows(const Problem& p, const Phase& phase, int64_t n) {
          p.taps.source(end, p.taps.taps - 1) < sequence.end;
 }
 
-// Filters that positions share, as a warp has found them in the first whole windows that it met.
+// Filters that positions share, kept by a warp from the first whole windows that it computes.
 struct CommonFilters {
   float* values;
   bool known = false;
@@ -163,7 +163,7 @@ void rows_forward(const CK_PARAM Forward p, const CK_PARAM Columns columns, int 
 
 // Adds up, over groups of `width` lanes, a number per row of a run: afterwards values[0 .. count) are the sums of rows
 // first, first + 1, ... of the lane's group, and lanes together hold all rows. Every step halves what is left to add
-// and the rows that a lane looks after, as long as there are rows to share out.
+// and the rows that a lane holds, as long as there are rows to share out.
 struct RowSums {
   float values[kRun];
   int first, count;

@@ -6,7 +6,7 @@
 
 namespace ck::cuda {
 
-// Dilation splits time into phases that never meet: row n of a phase is position first + dilation * n.
+// Dilation splits time into phases that share no window: row n of a phase is position first + dilation * n.
 struct Phase {
   int64_t first, dilation;
 

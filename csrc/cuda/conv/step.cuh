@@ -8,7 +8,7 @@ namespace ck::cuda {
 constexpr int kStepThreads = 128;
 
 // y[b, c] from the state's rows and x; then row b of `next` receives the rows without the oldest, and x. Unless `next`
-// is another array, b = from, and nobody else reads or writes what this thread does.
+// is another array, b = from, and no other thread reads or writes these elements.
 template <class T>
 CK_DEVICE void step_row(const Step& p, int64_t b, int64_t from, int64_t c, T* next) {
   using C = Compute<T>;

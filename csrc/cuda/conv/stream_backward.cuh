@@ -19,7 +19,8 @@ struct TapSums {
   }
 };
 
-// Rows n of inputs see rows of d(y) through the transposed relation.
+// Blocks as in stream_forward. The ring holds d(y), whose rows the inputs reach through the transposed taps; the
+// block's own rows of x and of the gate pass through shared memory besides.
 template <class T, bool kShared, bool kFew>
 CK_GLOBAL(kStreamThreads, 2)
 void stream_backward(const CK_PARAM Backward p) {
@@ -106,7 +107,7 @@ void stream_backward(const CK_PARAM Backward p) {
                         if (tap == j) Sums::add(few[tap], products);
                     }
                   });
-      // Row n - ahead of the phase of d(y): with as many rows as the phase of x, or one more, all are met.
+      // Row n - ahead of the phase of d(y). Chunks cover the longest phase, so that each of its rows is added once.
       if (need_bias) add_rows(bias_sum, ring, k * kChunk + warp * kRun - reach.offset - ahead, lane);
       if (!need_input) continue;
       mask_rows(p, dz, reach.from, run.b, n);

@@ -344,7 +344,7 @@ void time_forward(const CK_PARAM Forward p, const CK_PARAM TimeTiles g, int64_t 
       const int64_t start = g.window_start(place.t);
       for (int n = self.part; n < g.lanes + g.chunks; n += g.lanes) {
         const int64_t s = start + n * kEight;
-        // A channel that does not exist reads another one: nobody stores what becomes of it.
+        // A channel that does not exist reads channel 0; its result is not stored.
         const int64_t from = exists ? c : 0;
         const ChunkInputs<T, false> inputs(p, b, s, at<const T>(p.x, b, s, from),
                                            p.gate.data == nullptr ? nullptr : at<const T>(p.gate, b, s, from),

@@ -140,7 +140,7 @@ CK_DEVICE void add_rows(Quad& sum, const Ring<E>& ring, int64_t first, int lane)
   }
 }
 
-// Masked positions have no gradient, whatever their neighbours hold.
+// Masked positions have no gradient: selected, since neighbours may hold NaN.
 CK_DEVICE void mask_rows(const Problem& p, Quad (&run)[kRun], const Phase& phase, int64_t b, int64_t n) {
   if (p.mask == nullptr) return;
   int64_t s = phase.position(n);

@@ -62,7 +62,7 @@ CK_DEVICE void cp_async(void* shared, const void* global, bool valid) {
                  : "memory");
 }
 
-// Four numbers at once, whatever surrounds it: nvcc 13.0 takes some such assignments apart.
+// Four numbers in one instruction: nvcc 13.0 splits some assignments of a float4.
 CK_DEVICE void store_four(float* global, float a, float b, float c, float d) {
   asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(global)), "f"(a), "f"(b),
                "f"(c), "f"(d)
