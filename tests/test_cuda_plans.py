@@ -201,7 +201,7 @@ def test_attention_of_every_shape_gets_a_plan(backward, memory):
         assert chosen["query_parts"] >= 1 and chosen["key_parts"] >= 1
         assert not chosen["resident"] or (keys <= 256 and not packed and not backward)
         if tensor:
-            assert channels <= chosen["channels"] < channels + 32 and chosen["channels"] <= chosen["room"]
+            assert channels <= chosen["channels"] < channels + 32 and chosen["channels"] <= chosen["kernel_channels"]
     assert attention_plan(False, keys=128, queries=128)["resident"]
 
 

@@ -102,7 +102,7 @@ template <class Field>
 void each_field(ck::cuda::AttentionPlan& plan, Field&& field) {
   field("family", plan.family);
   field("channels", plan.channels);
-  field("room", plan.room);
+  field("kernel_channels", plan.kernel_channels);
   field("resident", plan.resident);
   field("shared_bytes", plan.shared_bytes);
   field("key_shared_bytes", plan.key_shared_bytes);

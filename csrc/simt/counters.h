@@ -62,7 +62,7 @@ class Tally {
   // At most 16 bytes.
   void add(unsigned warp, unsigned lane, Access access, const void* instruction, uint64_t place, const void* pointer,
            unsigned bytes);
-  // The lanes of a warp have met.
+  // Called when the lanes of a warp have come together: their accesses since the last time become requests.
   void meet(unsigned warp);
   void end_launch();
 

@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "csrc/common/dtypes.h"
+#include "csrc/cuda/device/device.h"
 #include "csrc/simt/block.h"
 #include "csrc/simt/types.h"
 #include "csrc/simt/warp.h"
@@ -46,21 +47,12 @@ T shuffle(Shuffle mode, unsigned mask, T value, int argument, int width) {
 
 inline constexpr Collective kSyncthreads{"__syncthreads", nullptr, Meeting::kBarrier};
 inline constexpr Collective kSyncthreadsOr{"__syncthreads_or", nullptr, Meeting::kBarrier};
-inline constexpr Collective kSyncthreadsAnd{"__syncthreads_and", nullptr, Meeting::kBarrier};
-inline constexpr Collective kSyncthreadsCount{"__syncthreads_count", nullptr, Meeting::kBarrier};
 
 }  // namespace ck::simt
 
 inline void __syncthreads() { ck::simt::block_wait(ck::simt::kSyncthreads, false); }
 inline int __syncthreads_or(int predicate) {
   return ck::simt::block_wait(ck::simt::kSyncthreadsOr, predicate != 0) != 0;
-}
-// All hold where none fails to.
-inline int __syncthreads_and(int predicate) {
-  return ck::simt::block_wait(ck::simt::kSyncthreadsAnd, predicate == 0) == 0;
-}
-inline int __syncthreads_count(int predicate) {
-  return ck::simt::block_wait(ck::simt::kSyncthreadsCount, predicate != 0);
 }
 inline void __syncwarp(unsigned mask = ~0u) { ck::simt::warp_barrier(mask); }
 
@@ -91,33 +83,14 @@ inline int __all_sync(unsigned mask, int predicate) {
   return ck::simt::vote(ck::simt::Vote::kAll, mask, predicate != 0) == mask;
 }
 
-template <class T, class V>
-  requires(std::same_as<T, int> || std::same_as<T, unsigned> || std::same_as<T, unsigned long long>)
-T atomicAdd(T* address, V value) {
-  return __atomic_fetch_add(address, static_cast<T>(value), __ATOMIC_RELAXED);
-}
-inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-inline void __threadfence_block() {}
-
 inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 inline unsigned __funnelshift_lc(unsigned low, unsigned high, unsigned by) {
   const uint64_t both = uint64_t{high} << 32 | low;
   return static_cast<unsigned>(both << std::min(by, 32u) >> 32);
 }
-inline int __popc(unsigned bits) { return std::popcount(bits); }
-inline int __ffs(int bits) { return __builtin_ffs(bits); }
-inline float __expf(float x) { return std::exp(x); }
-inline float __fdividef(float x, float y) { return x / y; }
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
-template <class T>
-T __ldg(const T* address) {
-  return *address;
-}
 
 namespace ck::cuda {
-
-using Stream = void*;
 
 inline char* shared_memory() { return simt::dynamic_shared(); }
 
@@ -137,10 +110,8 @@ void cp_async_wait() {
   simt::copy_wait(Newest);
 }
 
-inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { simt::load_matrices(r, 4, false, row); }
-inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { simt::load_matrices(r, 4, true, row); }
-inline void ldmatrix_x2(uint32_t (&r)[2], const void* row) { simt::load_matrices(r, 2, false, row); }
-inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) { simt::load_matrices(r, 2, true, row); }
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { simt::load_matrices(r, false, row); }
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { simt::load_matrices(r, true, row); }
 
 inline int opaque(int x) { return x; }
 
@@ -162,7 +133,7 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
     simt::multiply_f16(d, a, b);
 }
 
-// A grid that knows who launches it, for the status.
+// A grid and the place that launches it, for the status.
 struct Grid : dim3 {
   std::source_location where;
   Grid(dim3 size, std::source_location where = std::source_location::current()) : dim3(size), where(where) {}

@@ -12,21 +12,9 @@
 #define CK_WHOLE(type)
 #endif
 
-struct alignas(8) float2 {
-  float x, y;
-  CK_WHOLE(float2)
-};
 struct alignas(16) float4 {
   float x, y, z, w;
   CK_WHOLE(float4)
-};
-struct alignas(8) int2 {
-  int x, y;
-  CK_WHOLE(int2)
-};
-struct alignas(16) int4 {
-  int x, y, z, w;
-  CK_WHOLE(int4)
 };
 struct alignas(8) uint2 {
   unsigned x, y;
@@ -44,10 +32,7 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline int2 make_int2(int x, int y) { return {x, y}; }
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 

@@ -64,14 +64,13 @@ struct Loaded {
   const void* row;
 };
 
-template <int count, bool transposed>
+template <bool transposed>
 void finish_load(void* const* operands, unsigned) {
-  uint16_t matrices[count][8][8];
-  for (int i = 0; i < 8 * count; ++i)
-    std::memcpy(matrices[i / 8][i % 8], static_cast<const Loaded*>(operands[i])->row, 16);
+  uint16_t matrices[4][8][8];
+  for (int i = 0; i < 32; ++i) std::memcpy(matrices[i / 8][i % 8], static_cast<const Loaded*>(operands[i])->row, 16);
   for (int lane = 0; lane < 32; ++lane) {
     const int outer = lane / 4, inner = lane % 4 * 2;
-    for (int i = 0; i < count; ++i) {
+    for (int i = 0; i < 4; ++i) {
       const auto& m = matrices[i];
       const uint32_t low = transposed ? m[inner][outer] : m[outer][inner];
       const uint32_t high = transposed ? m[inner + 1][outer] : m[outer][inner + 1];
@@ -127,10 +126,8 @@ constexpr Collective kShuffles[] = {{"__shfl_sync", finish_shuffle, Meeting::kSh
 constexpr Collective kVotes[] = {{"__ballot_sync", finish_vote, Meeting::kVote},
                                  {"__any_sync", finish_vote, Meeting::kVote},
                                  {"__all_sync", finish_vote, Meeting::kVote}};
-constexpr Collective kLoads[] = {{"ldmatrix.x2", finish_load<2, false>, Meeting::kMatrixLoad},
-                                 {"ldmatrix.x2.trans", finish_load<2, true>, Meeting::kMatrixLoad},
-                                 {"ldmatrix.x4", finish_load<4, false>, Meeting::kMatrixLoad},
-                                 {"ldmatrix.x4.trans", finish_load<4, true>, Meeting::kMatrixLoad}};
+constexpr Collective kLoad{"ldmatrix.x4", finish_load<false>, Meeting::kMatrixLoad};
+constexpr Collective kTransposedLoad{"ldmatrix.x4.trans", finish_load<true>, Meeting::kMatrixLoad};
 constexpr Collective kMultiplyF16{"mma.m16n8k16.f16", finish_multiply<from_f16>, Meeting::kMatrixProduct};
 constexpr Collective kMultiplyBf16{"mma.m16n8k16.bf16", finish_multiply<from_bf16>, Meeting::kMatrixProduct};
 
@@ -153,13 +150,11 @@ unsigned vote(Vote kind, unsigned mask, bool predicate) {
   return operand.result;
 }
 
-void load_matrices(uint32_t* registers, int count, bool transposed, const void* row) {
-  const Collective& what = kLoads[(count == 4 ? 2 : 0) + (transposed ? 1 : 0)];
-  if (lane() < static_cast<unsigned>(8 * count)) {
-    check_aligned(what.name, row, 16);
-    check_shared(what.name, row, 16);
-    count_matrix_load(row, __builtin_return_address(0));
-  }
+void load_matrices(uint32_t (&registers)[4], bool transposed, const void* row) {
+  const Collective& what = transposed ? kTransposedLoad : kLoad;
+  check_aligned(what.name, row, 16);
+  check_shared(what.name, row, 16);
+  count_matrix_load(row, __builtin_return_address(0));
   Loaded operand{registers, row};
   warp_wait(what, kAll, &operand);
 }

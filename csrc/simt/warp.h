@@ -18,8 +18,8 @@ enum class Vote { kBallot, kAny, kAll };
 // The lanes whose predicate holds.
 unsigned vote(Vote kind, unsigned mask, bool predicate);
 
-// ldmatrix of `count` matrices of 8 rows; lane 8 i + j names row j of matrix i.
-void load_matrices(uint32_t* registers, int count, bool transposed, const void* row);
+// ldmatrix of 4 matrices of 8 rows; lane 8 i + j names row j of matrix i.
+void load_matrices(uint32_t (&registers)[4], bool transposed, const void* row);
 
 // mma.m16n8k16 with float32 sums in the order of k.
 void multiply_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);

@@ -168,13 +168,13 @@ CK_TEST(lanes_that_read_one_word_do_not) {
 }
 
 CK_TEST(wide_accesses_come_in_phases) {
-  check_shared(shared_loads<float2>(1), 1, 2, 0);
-  check_shared(shared_loads<float2>(2), 1, 4, 2);
+  check_shared(shared_loads<uint2>(1), 1, 2, 0);
+  check_shared(shared_loads<uint2>(2), 1, 4, 2);
   check_shared(shared_loads<float4>(1), 1, 4, 0);
   check_shared(shared_loads<float4>(2), 1, 8, 4);
   check_shared(shared_loads<float4>(8), 1, 32, 28);
   check_shared(shared_loads<float4>(9), 1, 4, 0);
-  check_shared(shared_loads<float2>(0), 1, 1, 0);
+  check_shared(shared_loads<uint2>(0), 1, 1, 0);
   check_shared(shared_loads<float4>(0), 1, 2, 0);
 }
 
@@ -193,20 +193,21 @@ CK_TEST(wide_accesses_that_begin_within_a_word_touch_one_more) {
 
 CK_GLOBAL(64, 1) void multiplies(float* to, int pitch) {
   float d[4] = {};
-  uint32_t a[4], b[2];
+  uint32_t a[4], b[4];
   auto* const shared = reinterpret_cast<uint16_t*>(shared_memory());
   for (int i = threadIdx.x; i < 4096; i += 64) shared[i] = 0;
   __syncthreads();
   const int lane = threadIdx.x % 32;
   ldmatrix_x4(a, shared + lane * pitch);
-  ldmatrix_x2_trans(b, shared + lane * pitch);
-  mma_m16n8k16<ck::bf16>(d, a, b);
+  ldmatrix_x4_trans(b, shared + lane * pitch);
+  const uint32_t right[2] = {b[0], b[1]};
+  mma_m16n8k16<ck::bf16>(d, a, right);
   to[threadIdx.x] = d[0] + __shfl_xor_sync(~0u, d[1], 1) + (__any_sync(~0u, lane) ? 1 : 0);
 }
 
 CK_TEST(rows_of_matrices_in_one_bank_wait_for_each_other) {
-  check_shared(counts_of(multiplies, 1, 64, memory(), 64).of(Access::kMatrixLoad), 4, 2 * (32 + 16), 2 * (28 + 14));
-  check_shared(counts_of(multiplies, 1, 64, memory(), 72).of(Access::kMatrixLoad), 4, 2 * (4 + 2), 0);
+  check_shared(counts_of(multiplies, 1, 64, memory(), 64).of(Access::kMatrixLoad), 4, 4 * 32, 4 * 28);
+  check_shared(counts_of(multiplies, 1, 64, memory(), 72).of(Access::kMatrixLoad), 4, 4 * 4, 0);
 }
 
 CK_TEST(what_threads_do_together_is_counted) {

@@ -1,12 +1,11 @@
-// What all kernels of attention share: where a block works, which pairs there are, elements of the inputs.
+// What all kernels of attention share: tiles of positions, which pairs attend, elements of the inputs.
 #pragma once
 
 #include "csrc/cuda/attention/problem.h"
-#include "csrc/cuda/device/numbers.cuh"
+#include "csrc/cuda/device/dropout.cuh"
+#include "csrc/cuda/device/reduce.cuh"
 
 namespace ck::cuda {
-
-constexpr unsigned kEveryLane = 0xffffffffu;
 
 // Up to `size` queries, or keys, one after the other and of one sequence.
 struct AttentionTile {
@@ -34,50 +33,50 @@ struct AttentionTile {
       const int begin = keys ? key_begin : query_begin;
       first = (static_cast<int>(tile) - low) * size + (aligned ? 0 : begin % size);
     }
-    count = least(size, (keys ? key_end : query_end) - first);
+    count = min(size, (keys ? key_end : query_end) - first);
     shift = key_end - query_end;
   }
 
  private:
-  // Never outside the tensors, whatever the offsets say.
+  // Offsets are not validated on the host; they are clamped to the tensors.
   static CK_DEVICE int offset(const Attention& p, int n, bool keys) {
     const void* const data = keys ? p.key_offsets : p.query_offsets;
     const bool wide = keys ? p.wide_key_offsets : p.wide_query_offsets;
     const int64_t value = wide ? static_cast<const int64_t*>(data)[n] : static_cast<const int32_t*>(data)[n];
-    return static_cast<int>(least(most(value, int64_t{0}), keys ? p.keys : p.queries));
+    return static_cast<int>(min(max(value, int64_t{0}), keys ? p.keys : p.queries));
   }
 };
 
 // Positions from `first` to before `end`.
-struct Span {
+struct Range {
   int first, end;
 };
 
 // The keys that query i sees, padding aside.
-CK_DEVICE Span visible_keys(const Attention& p, const AttentionTile& tile, int i) {
+CK_DEVICE Range visible_keys(const Attention& p, const AttentionTile& tile, int i) {
   const int place = i + tile.shift, left = static_cast<int>(p.left), right = static_cast<int>(p.right);
-  Span keys{tile.key_begin, tile.key_end};
-  if (p.causal) keys.end = least(keys.end, place + 1);
+  Range keys{tile.key_begin, tile.key_end};
+  if (p.causal) keys.end = min(keys.end, place + 1);
   if (p.outside == Outside::kMask) {
-    keys.first = most(keys.first, place - left);
-    keys.end = least(keys.end, place + right + 1);
+    keys.first = max(keys.first, place - left);
+    keys.end = min(keys.end, place + right + 1);
   }
   return keys;
 }
 
 // The keys that some query from `first` to before `end` sees.
-CK_DEVICE Span visible_keys(const Attention& p, const AttentionTile& tile, int first, int end) {
+CK_DEVICE Range visible_keys(const Attention& p, const AttentionTile& tile, int first, int end) {
   return {visible_keys(p, tile, first).first, visible_keys(p, tile, end - 1).end};
 }
 
 // The queries of the sequence that see some key from `first` to before `end`.
-CK_DEVICE Span seeing_queries(const Attention& p, const AttentionTile& tile, int first, int end) {
+CK_DEVICE Range seeing_queries(const Attention& p, const AttentionTile& tile, int first, int end) {
   const int left = static_cast<int>(p.left), right = static_cast<int>(p.right);
-  Span queries{tile.query_begin, tile.query_end};
-  if (p.causal) queries.first = most(queries.first, first - tile.shift);
+  Range queries{tile.query_begin, tile.query_end};
+  if (p.causal) queries.first = max(queries.first, first - tile.shift);
   if (p.outside == Outside::kMask) {
-    queries.first = most(queries.first, first - right - tile.shift);
-    queries.end = least(queries.end, end + left - tile.shift);
+    queries.first = max(queries.first, first - right - tile.shift);
+    queries.end = min(queries.end, end + left - tile.shift);
   }
   return queries;
 }
@@ -114,7 +113,7 @@ CK_DEVICE PhiloxBlock pair_words(uint64_t seed, int64_t b, int64_t h, int64_t i,
   return tap_words(seed, b, i, h, quad);
 }
 
-// What meets query_rel.
+// The rows that query_rel is multiplied with.
 CK_DEVICE const HeadRows& relative_rows(const Attention& p) { return p.rel_query.data != nullptr ? p.rel_query : p.q; }
 
 // The tap of value_conv that reads key j for query i.
@@ -123,10 +122,10 @@ CK_DEVICE int tap_of_pair(const Attention& p, const AttentionTile& tile, int i, 
 }
 
 // Taps of the depthwise term whose values exist, for query i.
-CK_DEVICE Span taps_of(const Attention& p, const AttentionTile& tile, int i) {
+CK_DEVICE Range taps_of(const Attention& p, const AttentionTile& tile, int i) {
   const int start = i + tile.shift - static_cast<int>(p.left);
   const int taps = static_cast<int>(p.causal ? p.left + 1 : p.window());
-  return {most(0, tile.key_begin - start), least(taps, tile.key_end - start)};
+  return {max(0, tile.key_begin - start), min(taps, tile.key_end - start)};
 }
 
 template <class C>
@@ -140,7 +139,7 @@ CK_DEVICE Compute<T> depthwise(const Attention& p, const AttentionTile& tile, in
   using C = Compute<T>;
   const int64_t g = h / p.sharing();
   C total = p.value_conv_bias.data == nullptr ? C{0} : table_at<C>(p.value_conv_bias, h, d, 0);
-  const Span taps = taps_of(p, tile, i);
+  const Range taps = taps_of(p, tile, i);
 #pragma unroll 1
   for (int c = taps.first; c < taps.end; ++c) {
     const int64_t j = int64_t{i} + tile.shift - p.left + c;
@@ -149,7 +148,7 @@ CK_DEVICE Compute<T> depthwise(const Attention& p, const AttentionTile& tile, in
   return total * tap_scale<C>(p, h);
 }
 
-// What the depthwise terms of the queries of head h pass on to channel d of value j.
+// The gradient of channel d of value j through the depthwise terms of the queries of head h.
 template <class T>
 CK_DEVICE Compute<T> depthwise_grad(const AttentionBackward& p, const AttentionTile& tile, int64_t b, int64_t h, int j,
                                     int64_t d) {
@@ -157,7 +156,7 @@ CK_DEVICE Compute<T> depthwise_grad(const AttentionBackward& p, const AttentionT
   const int left = static_cast<int>(p.left), taps = static_cast<int>(p.causal ? p.left + 1 : p.window());
   // Query i reads j by tap j - i - shift + left.
   const int last = j - tile.shift + left;
-  const int from = most(0, last - (tile.query_end - 1)), to = least(taps, last - tile.query_begin + 1);
+  const int from = max(0, last - (tile.query_end - 1)), to = min(taps, last - tile.query_begin + 1);
   C total = 0;
 #pragma unroll 1
   for (int c = from; c < to; ++c)
@@ -168,18 +167,6 @@ CK_DEVICE Compute<T> depthwise_grad(const AttentionBackward& p, const AttentionT
 template <class C>
 CK_DEVICE bool is_finite(C value) {
   return value - value == C{0};
-}
-
-template <class C>
-CK_DEVICE C warp_sum(C value) {
-  for (int by = 16; by > 0; by /= 2) value += __shfl_xor_sync(kEveryLane, value, by);
-  return value;
-}
-
-template <class C>
-CK_DEVICE C warp_largest(C value) {
-  for (int by = 16; by > 0; by /= 2) value = most(value, __shfl_xor_sync(kEveryLane, value, by));
-  return value;
 }
 
 }  // namespace ck::cuda

@@ -1,7 +1,20 @@
-// attention on tensor cores: 16-bit types, up to 128 channels. A block has 4 warps of 16 or 32 queries each.
+// The forward pass of attention on tensor cores: 16-bit types, up to 128 channels.
+//
+// A block owns a head of a batch row and takes every parts-th tile of its 64 or 128 queries; each of its 4 warps has 16
+// or 32 of them. Shared memory holds the tile's rows of q (and of rel_query), two tiles of 32 keys with their values,
+// or all of them where they fit, and for each warp a strip of what relative terms add (relative.cuh).
+//
+// For each tile of queries, the loop over tiles of keys
+//   starts the copies of the next tile (cp.async) and waits for those of this one,
+//   multiplies q k^T, [16 queries, 32 keys] in fragments, on tensor cores,
+//   adds the relative terms and hides what is not seen (scores_of): scores are kept times log2(e),
+//   updates maximum and sum of each query and scales its earlier results by the change (online softmax),
+//   drops weights (dropout), and adds weights times v to the results, which stay in registers.
+// Then results are divided by their sums and go through shared memory, a warp's rows at a time, where the depthwise
+// term is added; out and lse are written.
 #pragma once
 
-#include "csrc/cuda/attention/tiles.cuh"
+#include "csrc/cuda/attention/scores.cuh"
 
 namespace ck::cuda {
 
@@ -11,8 +24,8 @@ CK_DEVICE void add_taps(float (&value)[8], const AttentionForward& p, const Tens
                         int64_t b, int64_t h, int i, int d) {
   const int64_t g = h / p.sharing();
   const float* const taps = t.taps + h * p.window() * t.channel_pitch + d;
-  const Span range = taps_of(p, tile, i);
-  const int start = i + tile.shift - static_cast<int>(p.left), count = least(8, static_cast<int>(p.channels) - d);
+  const Range range = taps_of(p, tile, i);
+  const int start = i + tile.shift - static_cast<int>(p.left), count = min(8, static_cast<int>(p.channels) - d);
 #pragma unroll 1
   for (int c = range.first; c < range.end; ++c) {
     if (!real_key(p, b, start + c)) continue;
@@ -27,6 +40,86 @@ CK_DEVICE void add_taps(float (&value)[8], const AttentionForward& p, const Tens
 #pragma unroll
   for (int e = 0; e < 8; ++e)
     if (e < count) value[e] += table_at<float>(p.value_conv_bias, h, d + e, 0) * scale;
+}
+
+// One step of the online softmax, for 16 queries and a tile of keys: from products s to exp2(score - maximum), which
+// are added to total after that has been scaled by `shrink`, like everything that was summed before. Returns whether
+// some maximum grows.
+template <int kX>
+CK_DEVICE bool update_softmax(float (&s)[kX][4], const ScoreTerms& terms, float (&top)[2], float (&total)[2],
+                              float (&shrink)[2]) {
+  bool grows = false;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float highest = -infinity<float>();
+#pragma unroll
+    for (int x = 0; x < kX; ++x) highest = fmaxf(highest, fmaxf(s[x][2 * half], s[x][2 * half + 1]));
+    highest = row_max(highest);
+    const float now = fmaxf(top[half], highest * terms.factor + terms.added[half]);
+    const float shift = now == -infinity<float>() ? 0.0f : now;
+    const float constant = terms.added[half] - shift;
+    shrink[half] = fast_exp2(top[half] - shift);
+    grows = grows || now > top[half];
+    top[half] = now;
+    float sum = 0;
+#pragma unroll
+    for (int x = 0; x < kX; ++x)
+      for (int e = 2 * half; e < 2 * half + 2; ++e) {
+        s[x][e] = fast_exp2(s[x][e] * terms.factor + constant);
+        sum += s[x][e];
+      }
+    total[half] = total[half] * shrink[half] + sum;
+  }
+  return grows;
+}
+
+// Writes lse, and the results of a warp's 16 kM rows: out over total, plus the depthwise term. Rows go through shared
+// memory, where the queries lay, to be written whole. own: the first row of the tile that is the warp's.
+template <class T, int kM, int kC>
+CK_DEVICE void store_results(const AttentionForward& p, const TensorTables& t, const AttentionTile& tile, int b, int h,
+                             int own, const float (&out)[kM][kC][4], const float (&top)[kM][2],
+                             const float (&total)[kM][2], T* q_rows, bool finite, int lane) {
+  constexpr int kPitch = 8 * kC + 8;
+  const int channels = static_cast<int>(p.channels), g = h / static_cast<int>(p.sharing());
+  float factor[kM][2];
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float sum = row_sum(total[m][half]);
+      const bool sees = sum != 0.0f;
+      factor[m][half] = sees ? static_cast<float>(p.keep_scale) / sum : 0.0f;
+      const int r = own + 16 * m + lane / 4 + 8 * half;
+      if (lane % 4 == 0 && r < tile.count)
+        at<float>(p.lse, b, h, tile.first + r) = sees ? top[m][half] * kLn2 + logf(sum) : -infinity<float>();
+    }
+  // Not rounded before the depthwise term is added: float32, half the channels at a time.
+  float* const stage = reinterpret_cast<float*>(q_rows + own * kPitch);  // [16 kM][kPitch / 2]
+#pragma unroll
+  for (int side = 0; side < 2; ++side) {
+    constexpr int kHalf = 4 * kC, kFloats = kPitch / 2;
+    __syncwarp();
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int c = 0; c < kHalf / 8; ++c)
+        for (int e = 0; e < 4; ++e)
+          stage[(16 * m + lane / 4 + e / 2 * 8) * kFloats + 8 * c + lane % 4 * 2 + e % 2] =
+              factor[m][e / 2] == 0.0f ? 0.0f : out[m][side * (kHalf / 8) + c][e] * factor[m][e / 2];
+    __syncwarp();
+#pragma unroll 1
+    for (int v = lane; v < 16 * kM * (kHalf / 8); v += 32) {
+      const int r = v / (kHalf / 8), c = v % (kHalf / 8) * 8, d = side * kHalf + c, i = tile.first + own + r;
+      if (own + r >= tile.count || d >= channels) continue;
+      float value[8];
+      for (int e = 0; e < 8; ++e) value[e] = stage[r * kFloats + c + e];
+      if (finite && at<float>(p.lse, b, h, i) != -infinity<float>())
+        add_spoiled<T>(value, p.v, b, g, visible_keys(p, tile, i), d, channels - d, t.vectors,
+                       [&](int j) { return real_key(p, b, j); });
+      if (t.taps != nullptr) add_taps<T>(value, p, t, tile, b, h, i, d);
+      store_channels(at<T>(p.out, b, i, h) + d * p.out.channel, p.out.channel, channels - d, t.vectors, value);
+    }
+  }
 }
 
 // Blocks: parts, heads, batch rows; a block takes every plan.query_parts-th tile. `resident`: shared memory holds all
@@ -46,25 +139,23 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
   const int rel_pitch = low_rank ? static_cast<int>(t.rank_pitch) + 8 : kPitch;
   const bool all = t.channel_pitch == D;
   const int padded = static_cast<int>(t.channel_pitch);
-  const Relative<T> rel(p, t, h, lane);
-  const float* const edges = t.key_edges == nullptr ? nullptr : t.key_edges + int64_t{unit} * 2 * p.keys;
 
   T* const q_rows = reinterpret_cast<T*>(shared_memory());
   T* const r_rows = low_rank ? q_rows + kRows * kPitch : q_rows;
   T* const ring = low_rank ? r_rows + kRows * rel_pitch : q_rows + kRows * kPitch;
   const int stages = resident ? static_cast<int>(ceil_div(p.keys, kKeys)) : 2;
   float* const strips = reinterpret_cast<float*>(ring + stages * 2 * kKeys * kPitch);
-  const int strip_pitch = static_cast<int>(t.strip_pitch);
-  float* const strip = strips + warp * 16 * strip_pitch;
+  const float* const edges = t.key_edges == nullptr ? nullptr : t.key_edges + int64_t{unit} * 2 * p.keys;
+  const Relative<T> rel(p, t, h, lane, edges, strips + warp * 16 * static_cast<int>(t.strip_pitch));
   const auto key_rows = [&](int stage) { return ring + stage * 2 * kKeys * kPitch; };
-  const auto copy_keys = [&](int stage, int j0, Span keys, unsigned real) {
+  const auto copy_keys = [&](int stage, int j0, Range keys, unsigned real) {
     const unsigned there = real & those_in(keys, j0);
     copy_rows(key_rows(stage), kPitch, p.k, b, g, j0, there, channels, padded, t.vectors);
     copy_rows(key_rows(stage) + kKeys * kPitch, kPitch, p.v, b, g, j0, there, channels, padded, t.vectors);
   };
   if (resident) {
     for (int n = 0; n < stages; ++n)
-      copy_keys(n, n * kKeys, Span{0, static_cast<int>(p.keys)}, real_keys(p, ask_mask(p, b, n * kKeys, lane)));
+      copy_keys(n, n * kKeys, Range{0, static_cast<int>(p.keys)}, real_keys(p, ask_mask(p, b, n * kKeys, lane)));
     cp_async_commit();
   }
 
@@ -73,10 +164,10 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
     // With `causal` the longest tiles are the last ones.
     const AttentionTile tile(p, tiles - 1 - n, kRows, false);
     if (tile.count <= 0) continue;
-    const Span keys = visible_keys(p, tile, tile.first, tile.first + tile.count);
+    const Range keys = visible_keys(p, tile, tile.first, tile.first + tile.count);
     const int begin = keys.first >= keys.end ? keys.end : keys.first / (resident ? kKeys : 8) * (resident ? kKeys : 8);
     __syncthreads();
-    const Span queries{tile.first, tile.first + tile.count};
+    const Range queries{tile.first, tile.first + tile.count};
     copy_tile<kRows>(q_rows, kPitch, p.q, b, h, tile.first, queries, channels, padded, t.vectors);
     if (low_rank)
       copy_tile<kRows>(r_rows, rel_pitch, p.rel_query, b, h, tile.first, queries, static_cast<int>(p.rank),
@@ -97,17 +188,15 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
       __syncthreads();
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-#pragma unroll
-        for (int c = 0; c < D / 8; ++c)
-          for (int e = 0; e < 4; ++e) out[m][c][e] = 0;
+        set_zero(out[m]);
         for (int half = 0; half < 2; ++half) {
           top[m][half] = -infinity<float>();
           total[m][half] = 0;
         }
         rel.query_edges(left[m], right[m], r_rows + (own + 16 * m) * rel_pitch, rel_pitch);
       }
-      const FarTiles<Own::kQueries, kKeys, 16 * kM> far(p, tile, tile.first + own);
-      // With up to 64 channels registers have room for the warp's queries.
+      const FarTiles<Side::kQueries, kKeys, 16 * kM> far(p, tile, tile.first + own);
+      // Up to 64 channels of the warp's queries fit into registers.
       constexpr bool kKept = D <= 64;
       uint32_t kept_q[kKept ? D / 16 : 1][kM][4];
       if constexpr (kKept)
@@ -151,48 +240,17 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
 #pragma unroll
           for (int m = 0; m < kM; ++m) {
             const int i0 = tile.first + own + 16 * m;
-            const Meeting<Own::kQueries, kKeys> pairs(i0, j0);
-            float factor = t.score_factor, added[2] = {};
-            if (all_far || (kM > 1 && edges == nullptr && pairs.far(p, tile, real))) {
-              const bool is_left = pairs.is_left(p, tile);
-              for (int half = 0; half < 2; ++half) added[half] = is_left ? left[m][half] : right[m][half];
-            } else {
-              Span columns{0, 0};
-              if (p.has_columns()) {
-                columns = pairs.columns(p, tile);
-                rel.fill_strip(strip, strip_pitch, pairs, tile, columns, r_rows + (own + 16 * m) * rel_pitch, rel_pitch,
-                               k_rows, kPitch);
-              }
-              finish_scores(s[m], rel, pairs, tile, real, left[m], right[m], edges, strip, strip_pitch, columns.first);
-              factor = 1;
-            }
+            const PairTile<Side::kQueries, kKeys> pairs(p, tile, i0, j0);
+            ScoreTerms terms;
+            if (all_far || (kM > 1 && edges == nullptr && pairs.far(real)))
+              terms = far_scores(rel, pairs.is_left() ? 0 : 1, left[m], right[m]);
+            else
+              terms = near_scores(s[m], rel, pairs, real, left[m], right[m], r_rows + (own + 16 * m) * rel_pitch,
+                                  rel_pitch, k_rows, kPitch);
             float shrink[2];
-            bool grows = false;
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              float highest = -infinity<float>();
-#pragma unroll
-              for (int x = 0; x < kKeys / 8; ++x)
-                highest = fmaxf(highest, fmaxf(s[m][x][2 * half], s[m][x][2 * half + 1]));
-              highest = fmaxf(highest, __shfl_xor_sync(kEveryLane, highest, 1));
-              highest = fmaxf(highest, __shfl_xor_sync(kEveryLane, highest, 2));
-              const float now = fmaxf(top[m][half], highest * factor + added[half]);
-              const float shift = now == -infinity<float>() ? 0.0f : now;
-              const float constant = added[half] - shift;
-              shrink[half] = fast_exp2(top[m][half] - shift);
-              grows = grows || now > top[m][half];
-              top[m][half] = now;
-              float sum = 0;
-#pragma unroll
-              for (int x = 0; x < kKeys / 8; ++x)
-                for (int e = 2 * half; e < 2 * half + 2; ++e) {
-                  s[m][x][e] = fast_exp2(s[m][x][e] * factor + constant);
-                  sum += s[m][x][e];
-                }
-              total[m][half] = total[m][half] * shrink[half] + sum;
-            }
+            const bool grows = update_softmax(s[m], terms, top[m], total[m], shrink);
             // After the first tiles it is rare that one of 16 rows finds a larger score.
-            if (__any_sync(kEveryLane, grows)) {
+            if (__any_sync(kAllLanes, grows)) {
 #pragma unroll
               for (int c = 0; c < D / 8; ++c)
                 for (int e = 0; e < 4; ++e) out[m][c][e] *= shrink[e / 2];
@@ -213,48 +271,7 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
         finite = __syncthreads_or(spoiled(out[0]) || spoiled(out[kM - 1])) != 0;
     }
 
-    // Rows go through shared memory, where the queries lay, to be written whole.
-    float factor[kM][2];
-#pragma unroll
-    for (int m = 0; m < kM; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float sum = total[m][half];
-        sum += __shfl_xor_sync(kEveryLane, sum, 1);
-        sum += __shfl_xor_sync(kEveryLane, sum, 2);
-        const bool sees = sum != 0.0f;
-        factor[m][half] = sees ? static_cast<float>(p.keep_scale) / sum : 0.0f;
-        const int r = own + 16 * m + lane / 4 + 8 * half;
-        if (lane % 4 == 0 && r < tile.count)
-          at<float>(p.lse, b, h, tile.first + r) = sees ? top[m][half] * kLn2 + logf(sum) : -infinity<float>();
-      }
-    // Not rounded before the depthwise term is added: float32, half the channels at a time.
-    float* const stage = reinterpret_cast<float*>(q_rows + own * kPitch);  // [16 kM][kPitch / 2]
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      constexpr int kHalf = D / 2, kFloats = kPitch / 2;
-      __syncwarp();
-#pragma unroll
-      for (int m = 0; m < kM; ++m)
-#pragma unroll
-        for (int c = 0; c < kHalf / 8; ++c)
-          for (int e = 0; e < 4; ++e)
-            stage[(16 * m + lane / 4 + e / 2 * 8) * kFloats + 8 * c + lane % 4 * 2 + e % 2] =
-                factor[m][e / 2] == 0.0f ? 0.0f : out[m][side * (kHalf / 8) + c][e] * factor[m][e / 2];
-      __syncwarp();
-#pragma unroll 1
-      for (int v = lane; v < 16 * kM * (kHalf / 8); v += 32) {
-        const int r = v / (kHalf / 8), c = v % (kHalf / 8) * 8, d = side * kHalf + c, i = tile.first + own + r;
-        if (own + r >= tile.count || d >= channels) continue;
-        float value[8];
-        for (int e = 0; e < 8; ++e) value[e] = stage[r * kFloats + c + e];
-        if (finite && at<float>(p.lse, b, h, i) != -infinity<float>())
-          add_spoiled<T>(value, p.v, b, g, visible_keys(p, tile, i), d, channels - d, t.vectors,
-                         [&](int j) { return real_key(p, b, j); });
-        if (t.taps != nullptr) add_taps<T>(value, p, t, tile, b, h, i, d);
-        store_channels(at<T>(p.out, b, i, h) + d * p.out.channel, p.out.channel, channels - d, t.vectors, value);
-      }
-    }
+    store_results(p, t, tile, b, h, own, out, top, total, q_rows, finite, lane);
   }
   cp_async_wait<0>();
 }

@@ -1,5 +1,6 @@
-// Which kernels run an attention, and how the work is cut: plain data, chosen by pure functions of the problem and what
-// they know of the device, testable on any host.
+// Which kernels run an attention, and how the work is split: plain data, chosen by pure functions of the problem and
+// the device, testable on any host. A part is the share of one block (of a warp, for the tensor kernels' gradients) of
+// a head's tiles.
 #pragma once
 
 #include "csrc/common/attention.h"
@@ -26,13 +27,13 @@ struct AttentionFacts {
 
 struct AttentionPlan {
   AttentionFamily family = AttentionFamily::kPlain;
-  int64_t channels = 0;      // of the tensor kernels, padded
-  int64_t room = 0;          // the channels that theirs have room for
-  bool resident = false;     // the forward pass keeps all keys and values in shared memory
-  int64_t shared_bytes = 0;  // of a block of the tensor kernels
+  int64_t channels = 0;         // of the tensor kernels, padded
+  int64_t kernel_channels = 0;  // their template argument: 64 or 128
+  bool resident = false;        // the forward pass keeps all keys and values in shared memory
+  int64_t shared_bytes = 0;     // of a block of the tensor kernels
   int64_t strip_pitch = 0, grad_pitch = 0;
   int64_t key_shared_bytes = 0;            // of the pass over the keys; shared_bytes is that of the queries
-  int64_t query_parts = 1, key_parts = 1;  // pieces of a head's tiles; their sums for tables are added at the end
+  int64_t query_parts = 1, key_parts = 1;  // partial sums for tables, which are added at the end
   int64_t tap_parts = 1;
 };
 
@@ -41,7 +42,7 @@ inline int64_t attention_tiles(int64_t positions, int64_t sequences, bool packed
   return packed ? positions / size + sequences : (positions + size - 1) / size;
 }
 
-// ---- plain: tiles of 16 queries and 32 keys
+// plain: tiles of 16 queries and 32 keys
 
 constexpr int kPlainTileRows = 16, kPlainTileKeys = 32;
 constexpr int kPlainTileWarps = 4, kPlainTileThreads = 32 * kPlainTileWarps;
@@ -53,12 +54,13 @@ inline int64_t plain_slices(int64_t channels) { return (channels + kPlainSlice -
 // Numbers of the accumulation type in shared memory.
 constexpr int64_t kPlainPairs = (kPlainTileRows + kPlainTileKeys) * (kPlainPitch + 2) + kPlainTileRows * kPlainPitch;
 constexpr int64_t kPlainWeights = kPlainTileRows * kPlainPitch;
-constexpr int64_t kPlainForwardRoom = kPlainPairs + kPlainWeights + kPlainTileRows * kPlainSlice;
-constexpr int64_t kPlainQueryRoom = kPlainPairs + kPlainWeights + 2 * kPlainTileRows * kPlainSlice + 2 * kPlainTileRows;
-constexpr int64_t kPlainKeyRoom =
+constexpr int64_t kPlainForwardNumbers = kPlainPairs + kPlainWeights + kPlainTileRows * kPlainSlice;
+constexpr int64_t kPlainQueryNumbers =
+    kPlainPairs + kPlainWeights + 2 * kPlainTileRows * kPlainSlice + 2 * kPlainTileRows;
+constexpr int64_t kPlainKeyNumbers =
     kPlainPairs + 2 * kPlainWeights + 2 * kPlainTileThreads + 2 * kPlainTileKeys * kPlainSlice;
 
-// ---- tensor: tiles of 64 or 128 queries
+// tensor: tiles of 64 or 128 queries
 
 constexpr int kTensorWarps = 4, kTensorThreads = 32 * kTensorWarps;
 constexpr int64_t kTensorChannels = 128;  // at most
@@ -75,14 +77,14 @@ inline int64_t forward_rows(int64_t channels) { return channels <= 64 ? kForward
 
 constexpr int64_t round_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// Columns that 16 queries and a tile of keys meet, in whole fragments; from row to row an odd number.
+// Columns that the pairs of 16 queries and a tile of keys have, in whole fragments; odd, against bank conflicts.
 inline int64_t strip_pitch_of(int64_t window, int64_t keys) {
   return round_to(window < keys + 15 ? window : keys + 15, 8) + 1;
 }
 
-// The backward passes: tiles of 64 queries that meet 32 keys at a time, and the other way round.
+// The backward passes: a block has 64 queries and walks over 32 keys at a time, or 64 keys and 32 queries.
 constexpr int kGradRows = 16 * kTensorWarps, kGradOthers = 32;
-// Gradients of windows up to this size stay in shared memory until all keys, or queries, have been met.
+// Gradients of windows up to this size stay in shared memory until the walk over all keys, or queries, is done.
 constexpr int64_t kWholeStrip = 64;
 
 inline int64_t grad_pitch_of(int64_t window) {
@@ -95,13 +97,13 @@ inline int64_t padded_rank(const AttentionFacts& f, int64_t channels) {
 }
 
 inline int64_t forward_bytes(const AttentionFacts& f, const AttentionPlan& plan, int64_t stages) {
-  const int64_t pitch = plan.room + 8, rows = forward_rows(plan.channels), keys = kForwardKeys;
+  const int64_t pitch = plan.kernel_channels + 8, rows = forward_rows(plan.channels), keys = kForwardKeys;
   return 2 * (rows * (pitch + (f.low_rank ? padded_rank(f, plan.channels) + 8 : 0)) + stages * 2 * keys * pitch) +
          4 * kTensorWarps * 16 * plan.strip_pitch;
 }
 
 inline int64_t backward_bytes(const AttentionFacts& f, const AttentionPlan& plan, bool keys) {
-  const int64_t pitch = plan.room + 8, rank = padded_rank(f, plan.channels), rel = f.low_rank ? rank + 8 : 0;
+  const int64_t pitch = plan.kernel_channels + 8, rank = padded_rank(f, plan.channels), rel = f.low_rank ? rank + 8 : 0;
   const int64_t own = kGradRows * (2 * pitch + (keys ? 0 : rel));
   const int64_t others = 2 * kGradOthers * (2 * pitch + (keys ? rel : 0));
   const int64_t sums = (keys || rank < plan.channels ? plan.channels : rank) + 4;
@@ -109,16 +111,16 @@ inline int64_t backward_bytes(const AttentionFacts& f, const AttentionPlan& plan
          4 * kTensorWarps * 16 * (plan.strip_pitch + plan.grad_pitch + sums);
 }
 
-// A plan without pieces, or one for the plain kernels.
+// A plan for the tensor kernels, without the numbers of parts; for the plain kernels where those cannot run.
 inline AttentionPlan tensor_plan(const AttentionFacts& f, bool backward) {
   const bool narrow = f.dtype == Dtype::kBFloat16 || f.dtype == Dtype::kFloat16;
-  // The largest score is found before the scale is applied.
+  // The maximum of a row is found before the scale is applied: it must not be negative.
   if (!narrow || f.channels > kTensorChannels || f.rank > kTensorChannels || !f.positive_scale) return {};
   AttentionPlan plan;
   plan.family = AttentionFamily::kTensor;
   plan.channels = round_to(f.channels, 32);
-  plan.room = plan.channels <= 64 ? 64 : 128;
-  const int64_t most = f.device.block_memory;
+  plan.kernel_channels = plan.channels <= 64 ? 64 : 128;
+  const int64_t limit = f.device.block_memory;
   if (backward) {
     plan.strip_pitch = f.relative ? strip_pitch_of(f.window, kGradOthers) : 0;
     plan.grad_pitch = f.relative ? grad_pitch_of(f.window) : 0;
@@ -127,26 +129,26 @@ inline AttentionPlan tensor_plan(const AttentionFacts& f, bool backward) {
   } else {
     plan.strip_pitch = f.relative ? strip_pitch_of(f.window, kForwardKeys) : 0;
     const int64_t all = (f.keys + kForwardKeys - 1) / kForwardKeys;
-    plan.resident = !f.packed && f.keys <= kResidentKeys && f.keys > 0 && forward_bytes(f, plan, all) <= most;
+    plan.resident = !f.packed && f.keys <= kResidentKeys && f.keys > 0 && forward_bytes(f, plan, all) <= limit;
     plan.shared_bytes = forward_bytes(f, plan, plan.resident ? all : 2);
   }
-  return plan.shared_bytes <= most && plan.key_shared_bytes <= most ? plan : AttentionPlan{};
+  return plan.shared_bytes <= limit && plan.key_shared_bytes <= limit ? plan : AttentionPlan{};
 }
 
-// ---- sums over positions
+// sums over positions
 
 constexpr int kTapRows = 64;  // queries of a tile of the kernel for the depthwise term's tables
 
-// Bytes that all sums of pieces of one table may take, unless a single piece per head takes more.
-constexpr int64_t kPieceBytes = 64 << 20;
+// Bytes that all partial sums of one table may take, unless a single one per head takes more.
+constexpr int64_t kPartBytes = 64 << 20;
 
-// Pieces of the `tiles` of each of `units` heads, as blocks that make one piece of a table's sums each, of `numbers`
-// numbers: few enough for the sums to stay small, and enough to fill a device. No piece without a tile.
+// Parts of the `tiles` of each of `units` heads: blocks that make a partial sum of `numbers` numbers each. Enough to
+// fill a device, as far as the sums stay below kPartBytes; none without a tile.
 inline int64_t parts_of(int64_t units, int64_t tiles, int64_t numbers, int64_t multiprocessors) {
   units = units < 1 ? 1 : units;
   const int64_t wanted = (8 * multiprocessors + units - 1) / units;
-  const int64_t room = numbers == 0 ? wanted : kPieceBytes / (4 * numbers * units);
-  const int64_t fewest = wanted < room ? wanted : room, parts = tiles < fewest ? tiles : fewest;
+  const int64_t affordable = numbers == 0 ? wanted : kPartBytes / (4 * numbers * units);
+  const int64_t fewest = wanted < affordable ? wanted : affordable, parts = tiles < fewest ? tiles : fewest;
   return parts < 1 ? 1 : parts;
 }
 
@@ -159,7 +161,7 @@ inline AttentionPlan plan_attention(const AttentionFacts& f, bool backward) {
   };
   if (!backward) {
     if (plain) return plan;
-    // Who keeps the keys may as well serve several tiles of queries.
+    // A block that holds all keys serves several tiles of queries.
     plan.query_parts = tiles(f.queries, forward_rows(plan.channels));
     if (plan.resident) plan.query_parts = parts_of(units, plan.query_parts, 0, f.device.multiprocessors);
     return plan;
@@ -171,7 +173,7 @@ inline AttentionPlan plan_attention(const AttentionFacts& f, bool backward) {
                             f.key_rel ? columns * f.channels * (f.heads / f.groups) : 0, f.device.multiprocessors);
   plan.tap_parts = parts_of(units, tiles(f.queries, kTapRows), (f.window + 1) * f.channels, f.device.multiprocessors);
   if (!plain) {
-    // Each warp makes sums of its own.
+    // Each warp makes partial sums of its own.
     plan.query_parts *= kTensorWarps;
     plan.key_parts *= kTensorWarps;
   }

@@ -3,13 +3,11 @@
 
 #include "csrc/common/attention.h"
 #include "csrc/common/philox.h"
+#include "csrc/cuda/device/device.h"
 
 namespace ck::cuda {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-
-// A cudaStream_t, spelled without CUDA's headers.
-using Stream = void*;
 
 struct Attention : ck::Attention {
   // sequences+1 packed offsets of each, nullptr: every batch row is one sequence.
@@ -20,12 +18,13 @@ struct Attention : ck::Attention {
   double keep_scale = 1.0;  // and multiplies the others by this
 };
 
-// The tables as the tensor kernels read them, made by a kernel of their own: as sums of one or two numbers of q's type,
-// [heads or 1][terms][window][pitch], key_rel with its columns reversed; the others in float32.
+// The tables as the tensor kernels read them, made by attention_tables and attention_edges (tables.cuh): query_rel and
+// key_rel as sums of one or two terms of q's type, [heads or 1][terms][window][pitch], key_rel with its columns
+// reversed; the others in float32.
 struct TensorTables {
   void *query_rel = nullptr, *key_rel = nullptr;
   int64_t query_terms = 1, key_terms = 1;
-  int64_t rank_pitch = 0, channel_pitch = 0;  // zeros fill it up
+  int64_t rank_pitch = 0, channel_pitch = 0;  // padded with zeros
   float* bias = nullptr;                      // [heads][window], times log2(e)
   float* taps = nullptr;                      // [heads][window][channel_pitch], times value_conv_scale
   float* key_edges = nullptr;                 // [batch][heads][2][keys]: what key_rel adds left and right of the window
@@ -45,8 +44,8 @@ struct AttentionForward : Attention {
 struct AttentionBackward : Attention, AttentionGradients {
   // sum of p dP over each row, less grad_lse; [batch, heads, queries] of the accumulation type.
   void* delta = nullptr;
-  // Gradients of tables are sums over batch rows and positions, which blocks make piece by piece in these and which are
-  // then added in a fixed order: [batch, heads, parts, window, rank or channels], bias without the last, taps with one
+  // Gradients of tables are sums over batch rows and positions: blocks make a partial sum for each part, which are then
+  // added in a fixed order: [batch, heads, parts, window, rank or channels], bias without the last, taps with one
   // column more, for the bias of the depthwise term.
   void *partial_bias = nullptr, *partial_query_rel = nullptr, *partial_key_rel = nullptr, *partial_taps = nullptr;
   int64_t query_parts = 1, key_parts = 1, tap_parts = 1;

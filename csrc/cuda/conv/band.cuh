@@ -5,14 +5,14 @@
 //
 // where d(z) has the taps in reverse order (Taps::transposed). Numbers enter the products as sums of bfloat16 terms,
 // three for float32, which hold all of its bits; products below 2^-26 of the largest are left out. Zeros of A would
-// spread what is not finite, and rows of another sequence: tiles that meet either are summed tap by tap instead.
+// spread what is not finite, and rows of another sequence: tiles with either are summed tap by tap instead.
 #pragma once
 
 #include <type_traits>
 
 #include "csrc/cuda/conv/filters.cuh"
 #include "csrc/cuda/conv/plan.h"
-#include "csrc/cuda/conv/window.cuh"
+#include "csrc/cuda/conv/staging.cuh"
 
 namespace ck::cuda {
 
@@ -37,7 +37,7 @@ struct BandBlock {
     owner = blockIdx.x / columns / count;
     const unsigned inner = column % pieces * width;
     c0 = int64_t{head} * R + inner;
-    channels = static_cast<int>(least(R - inner, static_cast<unsigned>(width)));
+    channels = static_cast<int>(min(R - inner, static_cast<unsigned>(width)));
   }
 };
 
@@ -104,38 +104,34 @@ struct BandFilter {
         const Terms low(tap(16 * s + column - row)), high(tap(16 * s + column + 1 - row));
         for (int term = 0; term < 3; ++term) words[term][r] = pair_of(low.bits[term], high.bits[term]);
       }
-      for (int term = 0; term < 3; ++term)
-        matrices[s][term][lane] = {words[term][0], words[term][1], words[term][2], words[term][3]};
+      for (int term = 0; term < 3; ++term) store_vector(&matrices[s][term][lane], words[term]);
     }
     __syncthreads();
     return bad;
   }
 
   CK_DEVICE void load(uint32_t (&a)[3][4], int s, int lane) const {
-    for (int term = 0; term < 3; ++term) {
-      const uint4 words = matrices[s][term][lane];
-      a[term][0] = words.x, a[term][1] = words.y, a[term][2] = words.z, a[term][3] = words.w;
-    }
+    for (int term = 0; term < 3; ++term) load_vector(a[term], &matrices[s][term][lane]);
   }
 };
 
 // A tensor's chunks of kBandRows rows on their way through shared memory: copied as they are, then, unless they are
-// single terms already, gated and split by the thread that copied them. A slot of BandRoom is written again only after
-// a barrier that comes after its last use in walk_chunks.
+// single terms already, gated and split by the thread that copied them. A slot of BandLayout is written again only
+// after a barrier that comes after its last use in walk_chunks.
 template <class T, bool kGate, bool kHalo>
 struct BandFeed {
-  static constexpr BandRoom kRoom{std::is_same_v<T, f16>, kGate, kHalo};
-  static constexpr int kParts = kRoom.parts, kTensors = kRoom.tensors, kRaw = kRoom.raw, kSplit = kRoom.split;
+  static constexpr BandLayout kLayout{std::is_same_v<T, f16>, kGate, kHalo};
+  static constexpr int kParts = kLayout.parts, kTensors = kLayout.tensors, kRaw = kLayout.raw, kSplit = kLayout.split;
   static constexpr bool kDirect = kParts == 1;
 
-  int base;  // where its room in shared memory begins, in elements
+  int base;  // where its shared memory begins, in elements
   int pitch, log_vectors, chunk;
 
   CK_DEVICE BandFeed(int base, const BandBlock& block)
       : base(base), pitch(band_pitch(block.width)), log_vectors(block.log_vectors), chunk(kBandRows * pitch) {}
 
   static CK_DEVICE T* at(int element) { return reinterpret_cast<T*>(shared_memory()) + element; }
-  CK_DEVICE int end() const { return base + kRoom.chunks() * chunk; }
+  CK_DEVICE int end() const { return base + kLayout.chunks() * chunk; }
   CK_DEVICE int raw(int i, int tensor) const { return base + (i % kRaw * kTensors + tensor) * chunk; }
   // The first of the parts of chunk i, which lie a chunk apart.
   CK_DEVICE int parts(int i) const {
@@ -167,10 +163,10 @@ struct BandFeed {
     bool bad = false;
     for_own_vectors([&](int row, int column) {
       float z[8];
-      unpack(z, at(raw(i, 0) + row * pitch + column));
+      unpack_vector(z, at(raw(i, 0) + row * pitch + column));
       if constexpr (kGate) {
         float gate[8];
-        unpack(gate, at(raw(i, 1) + row * pitch + column));
+        unpack_vector(gate, at(raw(i, 1) + row * pitch + column));
         for (int e = 0; e < 8; ++e) z[e] *= sigmoid<T>(gate[e]);
       }
       for (int e = 0; e < 8; ++e) bad = bad || !splittable(z[e]);
@@ -181,19 +177,11 @@ struct BandFeed {
           for (int part = 0; part < 3; ++part) out[part][e] = pair_of(low.bits[part], high.bits[part]);
         }
         for (int part = 0; part < kParts; ++part)
-          *reinterpret_cast<uint4*>(at(parts(i) + part * chunk + row * pitch + column)) = {out[part][0], out[part][1],
-                                                                                           out[part][2], out[part][3]};
+          store_vector(at(parts(i) + part * chunk + row * pitch + column), out[part]);
       }
       use(z);
     });
     return bad;
-  }
-
- private:
-  static CK_DEVICE void unpack(float (&to)[8], const T* from) {
-    const uint4 bits = *reinterpret_cast<const uint4*>(from);
-    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
-    for (int e = 0; e < 8; ++e) to[e] = widen(T{static_cast<uint16_t>(words[e / 2] >> e % 2 * 16)});
   }
 };
 
@@ -267,8 +255,8 @@ CK_DEVICE bool whole_windows(const Problem& p, const Taps& taps, int64_t t) {
   if (p.offsets == nullptr) return true;
   const int64_t last = t + (kBandTile - 1) * taps.dilation;
   const Sequence sequence = sequence_of(p, t);
-  return most(taps.source(t, 0), int64_t{0}) >= sequence.begin &&
-         least(most(last, taps.source(last, taps.taps - 1)), p.time - 1) < sequence.end;
+  return max(taps.source(t, 0), int64_t{0}) >= sequence.begin &&
+         min(max(last, taps.source(last, taps.taps - 1)), p.time - 1) < sequence.end;
 }
 
 // A problem of which the compiler sees that it has no gate: code for one would take registers from everything around.
@@ -310,9 +298,9 @@ CK_DEVICE void for_runs(const Problem& p, const Taps& taps, int64_t before, cons
   const unsigned chunks = static_cast<unsigned>(ceil_div(p.time + before, taps.dilation * kBandRows));
   const unsigned all = static_cast<unsigned>(p.owner_batch()) * dilation * chunks;
   const unsigned each = (all + static_cast<unsigned>(groups) - 1) / static_cast<unsigned>(groups);
-  const unsigned end = least((block.group + 1) * each, all);
+  const unsigned end = min((block.group + 1) * each, all);
   for (unsigned at = block.group * each; at < end;) {
-    const unsigned line = at / chunks, first = at % chunks, count = least(chunks - first, end - at);
+    const unsigned line = at / chunks, first = at % chunks, count = min(chunks - first, end - at);
     body(int64_t{block.owner} + line / dilation, line % dilation - before + int64_t{first} * kBandRows * taps.dilation,
          static_cast<int>(count), first + count == chunks);
     at += count;
@@ -324,7 +312,7 @@ template <class T, int kSteps>
 CK_DEVICE void slow_outputs(const Forward& p, const BandFilter<kSteps>& filter, const float* bias, int64_t b,
                             int64_t first, int64_t c, int channels, int lane) {
   if (lane >= channels) return;
-  const int64_t end = least(first + kBandTile * p.taps.dilation, p.time);
+  const int64_t end = min(first + kBandTile * p.taps.dilation, p.time);
 #pragma unroll 1
   for (int64_t t = first; t < end; t += p.taps.dilation) {
     const Sequence sequence = sequence_of(p, t);

@@ -40,7 +40,7 @@ CK_DEVICE void pair_product(float (&g)[2 * kSteps][4], int z, int apart, int ste
 template <class T, int kSteps>
 CK_DEVICE void slow_gradients(const Backward& p, const Taps& taps, const BandFilter<kSteps>& filter, float* sums,
                               int64_t b, int64_t first, int64_t c, int channels, int lane) {
-  const int64_t end = least(first + kBandTile * taps.dilation, p.time);
+  const int64_t end = min(first + kBandTile * taps.dilation, p.time);
   if (lane < channels)
 #pragma unroll 1
     for (int64_t s = first; s < end; s += taps.dilation) {
@@ -131,7 +131,7 @@ void band_backward(const CK_PARAM Backward p) {
         const int64_t c = block.c0 + column;
         if (slow) {
           slow_gradients<T>(with_known_gate<kGate>(p), taps, *filter, slow_sums + warp * kRow, b, first, c,
-                            least(channels, kBandUnit), lane);
+                            min(channels, kBandUnit), lane);
           continue;
         }
         if (need_weight)
@@ -174,22 +174,22 @@ void band_backward(const CK_PARAM Backward p) {
     });
   });
 
-  // Made again rather than kept in registers all the way.
+  // Computed again: kept over the whole walk it would take registers.
   const BandBlock place(p, Feed::kParts, p.groups);
   const int64_t partial = int64_t{place.owner} * p.groups + place.group;
-  float* const room = reinterpret_cast<float*>(shared_memory());
+  float* const products = reinterpret_cast<float*>(shared_memory());
   if (need_weight) {
 #pragma unroll
     for (int k = 0; k < 2 * kSteps; ++k)
       for (int e = 0; e < 4; ++e)
-        room[(warp * kBandTile + lane / 4 + e / 2 * 8) * kRow + 8 * k + lane % 4 * 2 + e % 2] = g[k][e];
+        products[(warp * kBandTile + lane / 4 + e / 2 * 8) * kRow + 8 * k + lane % 4 * 2 + e % 2] = g[k][e];
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < K) {
       const int j = threadIdx.x;
       float total = 0;
       for (int w = 0; w < kBandWarps; ++w) {
         total += slow_sums[w * kRow + j];
-        for (int m = 0; m < kBandTile; ++m) total += room[(w * kBandTile + m) * kRow + m + j];
+        for (int m = 0; m < kBandTile; ++m) total += products[(w * kBandTile + m) * kRow + m + j];
       }
       static_cast<float*>(p.partial_weight)[(partial * place.columns + place.column) * K + K - 1 - j] = total;
     }

@@ -60,15 +60,15 @@ const char* with_family(const Plan& plan, Dtype dtype, const Run& run) {
     if constexpr (!std::is_same_v<T, double>) {
       switch (plan.family) {
         case Family::kPlain: break;
-        case Family::kStream: return run(Streaming<T>{});
-        case Family::kTime: return run(Timewise<T>{});
+        case Family::kStream: return run(StreamFamily<T>{});
+        case Family::kTime: return run(TimeFamily<T>{});
         case Family::kBand:
-          if constexpr (sizeof(T) == 2) return run(Band<T>{});
+          if constexpr (sizeof(T) == 2) return run(BandFamily<T>{});
           return "the band kernels are for 16-bit types";
-        case Family::kRows: return run(PerRow<T>{});
+        case Family::kRows: return run(RowsFamily<T>{});
       }
     }
-    return run(Plain<T>{});
+    return run(PlainFamily<T>{});
   });
 }
 
@@ -133,7 +133,7 @@ const char* backward(Backward p, const Launch& launch, void* workspace, Stream s
 const char* step(const Step& p, Stream stream) {
   return with_dtype(p.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    return Plain<T>::step(p, stream);
+    return PlainFamily<T>::step(p, stream);
   });
 }
 

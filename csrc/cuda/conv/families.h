@@ -7,7 +7,7 @@ namespace ck::cuda {
 
 // One template per family and direction, instantiated per type in instantiate/.
 template <class T>
-struct Plain {
+struct PlainFamily {
   static const char* forward(const Forward& p, const Plan& plan, Stream stream);
   static const char* backward(const Backward& p, const Plan& plan, Stream stream);
   static const char* step(const Step& p, Stream stream);
@@ -15,27 +15,27 @@ struct Plain {
 
 // Not for float64.
 template <class T>
-struct Streaming {
+struct StreamFamily {
   static const char* forward(const Forward& p, const Plan& plan, Stream stream);
   static const char* backward(const Backward& p, const Plan& plan, Stream stream);
 };
 
 // Not for float64, and not with a state.
 template <class T>
-struct Timewise {
+struct TimeFamily {
   static const char* forward(const Forward& p, const Plan& plan, Stream stream);
   static const char* backward(const Backward& p, const Plan& plan, Stream stream);
 };
 
 template <class T>
-struct PerRow {
+struct RowsFamily {
   static const char* forward(const Forward& p, const Plan& plan, Stream stream);
   static const char* backward(const Backward& p, const Plan& plan, Stream stream);
 };
 
 // bfloat16 and float16.
 template <class T>
-struct Band {
+struct BandFamily {
   static const char* forward(const Forward& p, const Plan& plan, Stream stream);
   static const char* backward(const Backward& p, const Plan& plan, Stream stream);
 };

@@ -2,6 +2,8 @@
 #pragma once
 
 #include "csrc/cuda/conv/inputs.cuh"
+#include "csrc/cuda/device/dropout.cuh"
+#include "csrc/cuda/device/reduce.cuh"
 
 namespace ck::cuda {
 
@@ -31,7 +33,7 @@ CK_DEVICE bool has_share(const Problem& p, int64_t t, int64_t j, const Sequence&
 // Maximum and reciprocal sum of the exponentials of a filter's logits; (0, 1) without softmax.
 template <class C>
 struct Statistics {
-  C most = 0, inverse = 1;
+  C max = 0, inverse = 1;
 };
 
 template <class C>
@@ -58,11 +60,7 @@ template <class C>
 CK_DEVICE C dropout_factor(const Problem& p, const FilterAt& f, int64_t j) {
   if (p.seed == nullptr) return 1;
   const PhiloxBlock words = tap_words(static_cast<uint64_t>(*p.seed), f.b, f.t, f.h, j / 4);
-  // Registers have no index.
-  const uint32_t low = j % 2 == 0 ? words.word[0] : words.word[1];
-  const uint32_t high = j % 2 == 0 ? words.word[2] : words.word[3];
-  const uint32_t word = j % 4 < 2 ? low : high;
-  return word >= p.drop_below ? static_cast<C>(p.keep_scale) : C{0};
+  return keep_factor<C>(p, words, j);
 }
 
 // p: after softmax.  factor: dropout's multiplier.  Their product is the filter's value.
@@ -77,18 +75,8 @@ template <class C>
 CK_DEVICE Tap<C> tap_of(const Problem& p, const FilterAt& f, int64_t t, int64_t j, const Statistics<C>& statistics,
                         const Sequence& sequence) {
   C value = logit<C>(p, f, j);
-  if (p.softmax)
-    value = has_share(p, t, j, sequence) ? exponential(value - statistics.most) * statistics.inverse : C{0};
+  if (p.softmax) value = has_share(p, t, j, sequence) ? exponential(value - statistics.max) * statistics.inverse : C{0};
   return {value, dropout_factor<C>(p, f, j)};
-}
-
-constexpr unsigned kAllLanes = 0xffffffffu;
-
-// Sums over groups of `width` lanes, a power of two. All lanes of the warp take part.
-template <class C>
-CK_DEVICE C lane_sum(C value, int width = 32) {
-  for (int distance = width / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
-  return value;
 }
 
 // What statistics_of finds, by a group of `width` lanes with a tap each. All lanes of the warp take part; those of a

@@ -22,15 +22,15 @@ CK_DEVICE int64_t sequence_offset(const Problem& p, int64_t number) {
 constexpr int64_t kUnbounded = INT64_MIN;
 
 CK_DEVICE Sequence numbered_sequence(const Problem& p, int64_t number) {
-  const int64_t begin = most(sequence_offset(p, number), int64_t{0});
-  return {number, begin, least(sequence_offset(p, number + 1), p.time), p.state == nullptr ? begin : kUnbounded};
+  const int64_t begin = max(sequence_offset(p, number), int64_t{0});
+  return {number, begin, min(sequence_offset(p, number + 1), p.time), p.state == nullptr ? begin : kUnbounded};
 }
 
 // The sequence of position t: the last one that begins at or before it, found by bisection. Positions outside the row
-// are taken for its first or last. Nobody has looked at the offsets on the host, so wrong ones must do no harm.
+// are taken for its first or last. Offsets are not validated on the host; they are clamped to the row.
 CK_DEVICE Sequence sequence_of(const Problem& p, int64_t t) {
   if (p.offsets == nullptr) return {0, 0, p.time, p.state == nullptr ? 0 : kUnbounded};
-  const int64_t inside = least(most(t, int64_t{0}), p.time - 1);
+  const int64_t inside = min(max(t, int64_t{0}), p.time - 1);
   int64_t number = 0, above = p.sequences;
   while (above - number > 1) {
     const int64_t middle = (number + above) / 2;

@@ -28,7 +28,7 @@ void plain_forward(const CK_PARAM Forward p) {
     const int64_t h = c / p.head_channels();
     const C bias = p.bias == nullptr ? C{0} : load_as<C>(p.bias, c, p.bias_dtype);
     Statistics<C> statistics;
-    for (int64_t t = first; t < least(first + kPlainRows, p.time); ++t) {
+    for (int64_t t = first; t < min(first + kPlainRows, p.time); ++t) {
       const Sequence sequence = sequence_of(p, t);
       const FilterAt f(p, b, t, h);
       if (t == first || p.per_row()) statistics = statistics_of<C>(p, f, t, sequence);
@@ -51,7 +51,7 @@ void plain_statistics(const CK_PARAM Backward p) {
     const int64_t h = i % p.heads, t = i / p.heads % p.time, b = i / p.heads / p.time;
     const Statistics<C> found = statistics_of<C>(p, FilterAt(p, b, t, h), t, sequence_of(p, t));
     C* const out = static_cast<C*>(p.statistics) + 2 * i;
-    out[0] = found.most;
+    out[0] = found.max;
     out[1] = found.inverse;
   }
 }
@@ -115,8 +115,8 @@ struct GroupRows {
 
   CK_DEVICE GroupRows(const Backward& p, int64_t owner, int64_t group) {
     const int64_t rows = p.owner_batch() * p.time, each = ceil_div(rows, p.groups);
-    first = least(group * each, rows);
-    last = least(first + each, rows);
+    first = min(group * each, rows);
+    last = min(first + each, rows);
     batch = owner;  // of position 0; more only if there is one owner
   }
 };
@@ -216,7 +216,7 @@ void plain_bias(const CK_PARAM Backward p, int64_t groups) {
     const int64_t c = item % c_blocks * 32 + lane, group = item / c_blocks;
     C total = 0;
     if (c < p.channels)
-      for (int64_t row = group * each + warp; row < least((group + 1) * each, rows); row += kPlainWarps)
+      for (int64_t row = group * each + warp; row < min((group + 1) * each, rows); row += kPlainWarps)
         total += widen(*at<const T>(p.grad, row / p.time, row % p.time, c));
     sums[threadIdx.x] = total;
     __syncthreads();

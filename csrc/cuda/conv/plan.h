@@ -1,5 +1,10 @@
-// Which kernels run a problem, and how the work is cut: plain data, chosen by pure functions of the problem and what
-// they know of the device, testable on any host.
+// Which kernels run a problem, and how the work is split: plain data, chosen by pure functions of the problem and the
+// device, testable on any host.
+//
+//   owner   a set of filters that positions share: one, or one per batch row
+//   group   a part of an owner's positions: a block computes it, and makes one partial sum of it
+//   piece   a part of a head's channels, where a head has more than a block
+//   chunk   the rows that a block copies, and computes, at a time
 #pragma once
 
 #include "csrc/cuda/conv/problem.h"
@@ -45,53 +50,51 @@ struct Facts {
 
 struct Plan {
   Family family = Family::kPlain;
-  int64_t groups = 1;        // pieces of an owner's positions, each computed, and summed, by one block
-  int64_t shared_bytes = 0;  // of a block's memory; of the time family, what its tiles may take
+  int64_t groups = 1;        // of an owner's positions
+  int64_t shared_bytes = 0;  // of a block; of the time family, what its tiles may take
   int64_t lanes = 0;         // of the rows family: of a warp, that a head has
 };
 
 inline int64_t at_least_one(int64_t n) { return n < 1 ? 1 : n; }
 
-// Pieces for sums over `rows` positions that `columns` blocks share: enough to fill a device, and not below 64
-// positions.
+// Groups for sums over `rows` positions in each of `columns` blocks: enough to fill a device, of at least 64 positions.
 inline int64_t groups_of(const Facts& f, int64_t rows, int64_t columns) {
   const int64_t wanted = at_least_one(8 * f.device.multiprocessors / at_least_one(columns)),
                 possible = at_least_one(rows / 64);
   return wanted < possible ? wanted : possible;
 }
 
-// Pieces of work that is `units` long, in each of `columns` columns, for a device that runs `slots` blocks at a time:
-// as many as make the last block end soonest, if a block costs as much as `overhead` units besides its own, and no more
-// than an owner has positions (phases without any are units as well).
+// Groups of work that is `units` long, in each of `columns` columns, for a device that runs `slots` blocks at a time:
+// as many as make the last block end soonest, if a block costs `overhead` units besides its own, and no more than an
+// owner has positions (phases without any are units as well).
 inline int64_t best_groups(const Facts& f, int64_t units, int64_t columns, int64_t slots, int64_t overhead) {
-  int64_t best = 1, least_time = INT64_MAX;
+  int64_t best = 1, min_time = INT64_MAX;
   const int64_t possible = at_least_one(units < f.owner_rows() ? units : f.owner_rows());
   for (int64_t waves = 1; waves <= 8; ++waves) {
     const int64_t fit = at_least_one(waves * slots / columns), groups = fit < possible ? fit : possible;
     const int64_t time = (columns * groups + slots - 1) / slots * ((units + groups - 1) / groups + overhead);
-    if (time < least_time) {
-      least_time = time;
+    if (time < min_time) {
+      min_time = time;
       best = groups;
     }
   }
   return best;
 }
 
-// Blocks that run at a time, each of `bytes` of shared memory, where registers leave room for `most` per
-// multiprocessor.
-inline int64_t slots_of(const Facts& f, int64_t bytes, int64_t most) {
+// Blocks that run at a time, each of `bytes` of shared memory, where registers allow `limit` per multiprocessor.
+inline int64_t slots_of(const Facts& f, int64_t bytes, int64_t limit) {
   const int64_t fit = at_least_one(f.device.memory / (bytes + 1024));  // a block takes 1 KB more than it asks for
-  return f.device.multiprocessors * (fit < most ? fit : most);
+  return f.device.multiprocessors * (fit < limit ? fit : limit);
 }
 
-// ---- stream: blocks of 128 channels, 32 rows at a time
+// stream: blocks of 128 channels, 32 rows at a time
 
 constexpr int kQuad = 4;              // channels per thread
 constexpr int kLaneRow = 32 * kQuad;  // channels of a warp, and of a block at most
 constexpr int kRun = 8;               // consecutive rows of a thread
 constexpr int kStreamWarps = 4, kStreamThreads = 32 * kStreamWarps;
 constexpr int kChunk = kStreamWarps * kRun;  // rows that are copied, and computed, at a time
-constexpr int kAhead = 2;                    // chunks on their way while one is computed
+constexpr int kAhead = 2;                    // chunks that are copied while one is computed
 
 // How channels are cut into blocks: from every `span`-th on, `pieces` blocks of `width` channels, of which the last may
 // have fewer.
@@ -154,7 +157,7 @@ inline bool stream_possible(const Facts& f, bool backward) {
   return stream_bytes(f, backward) <= f.device.block_memory;
 }
 
-// Blocks that registers leave room for: 128 threads of at most 168, or 255.
+// Blocks per multiprocessor that registers allow: 128 threads of at most 168, or 255.
 constexpr int64_t kForwardBlocks = 3, kBackwardBlocks = 2;
 
 inline Plan walk_plan(Family family, const Facts& f, bool backward, const Columns& cut, int64_t bytes, int64_t blocks) {
@@ -170,7 +173,7 @@ inline Plan stream_plan(const Facts& f, bool backward) {
                    backward ? kBackwardBlocks : kForwardBlocks);
 }
 
-// ---- rows: blocks as of the stream kernels, which hold whole heads, or a piece of one that is longer than a block
+// rows: blocks as of the stream kernels, which hold whole heads, or a piece of one that is longer than a block
 
 // Blocks that share a head of R channels.
 inline int64_t rows_pieces(int64_t R) { return (R + kLaneRow - 1) / kLaneRow; }
@@ -226,7 +229,7 @@ inline Plan rows_plan(const Facts& f, bool backward) {
   return plan;
 }
 
-// ---- band: blocks of 32 or 64 channels of a head, 64 rows at a time
+// band: blocks of 32 or 64 channels of a head, 64 rows at a time
 
 constexpr int kBandTile = 16;  // rows of a product
 constexpr int kBandWarps = 4, kBandThreads = 32 * kBandWarps;
@@ -236,7 +239,7 @@ constexpr int kBandUnit = 32;                      // channels that a warp compu
 // Windows of a chunk reach no further than the next one. The fewest: with 43 TFLOP/s, which is what threads reach, a
 // tap costs 0.046 ps per element forward and 0.092 backward; the memory of an H200 takes 0.83 ps and 1.25 ps, so that
 // threads keep up to 18 and 13 taps, fewer if the two do not overlap. Matrices take 0.3 ps with up to 17 taps.
-constexpr int64_t kBandFewest = 12, kBandMost = kBandRows + 1;
+constexpr int64_t kBandMinTaps = 12, kBandMaxTaps = kBandRows + 1;
 constexpr int kBandSteps = kBandWarps + 1;  // tiles that the window of a tile reaches, at most
 constexpr int64_t kBandStatic = 14 << 10;   // bytes of filters and sums
 // Up to this many taps a window is three tiles, and sums for d(filter) take fewer registers.
@@ -247,10 +250,10 @@ constexpr int64_t kBandShort = (kBandShortSteps - 1) * kBandTile + 1;
 // two of float16, three of float32 (a gated input). Chunks come as they are, `raw` at a time, of x and of the gate;
 // what has more than one part is split from there, into `split` chunks of each part. A halo, the chunk after the one
 // that is computed, takes one more; raw rows without a halo are read for d(gate) until their chunk is done.
-struct BandRoom {
+struct BandLayout {
   int parts, tensors, raw, split;
 
-  CK_HD constexpr BandRoom(bool float16, bool gate, bool halo)
+  CK_HD constexpr BandLayout(bool float16, bool gate, bool halo)
       : parts(gate      ? 3
               : float16 ? 2
                         : 1),
@@ -263,7 +266,7 @@ struct BandRoom {
 };
 
 // Channels of a block of heads of R channels. Two units share a row of shared memory where neither would be empty;
-// rows in several parts are narrow, so that two blocks and more have room on a multiprocessor.
+// rows in several parts are narrow, so that two blocks and more fit on a multiprocessor.
 CK_HD int band_width(int64_t R, int parts) {
   return parts == 1 && (R - 1) % (2 * kBandUnit) >= kBandUnit ? 2 * kBandUnit : kBandUnit;
 }
@@ -277,7 +280,7 @@ CK_HD int band_pitch(int width) { return width + 8; }
 
 inline int64_t band_bytes(const Facts& f, bool backward) {
   const bool float16 = f.dtype == Dtype::kFloat16;
-  const BandRoom input(float16, f.gate, !backward), grad(float16, false, true);
+  const BandLayout input(float16, f.gate, !backward), grad(float16, false, true);
   const int64_t row = band_pitch(band_width(f.head_channels(), input.parts)) * 2;
   return (input.chunks() + (backward ? grad.chunks() : 0)) * kBandRows * row;
 }
@@ -285,18 +288,19 @@ inline int64_t band_bytes(const Facts& f, bool backward) {
 inline bool band_possible(const Facts& f, bool backward) {
   const bool narrow = f.dtype == Dtype::kBFloat16 || f.dtype == Dtype::kFloat16;
   const int64_t R = f.head_channels();
-  if (!narrow || f.per_row() || f.channel_bytes == 0 || f.taps > kBandMost || R < kBandTile || R % 8 != 0) return false;
+  if (!narrow || f.per_row() || f.channel_bytes == 0 || f.taps > kBandMaxTaps || R < kBandTile || R % 8 != 0)
+    return false;
   // Positions are counted in 32 bits where there are at least as many as phases.
   return f.dilation <= f.time && !(f.state && (f.packed || f.gate)) &&
          band_bytes(f, backward) + kBandStatic <= f.device.block_memory;
 }
 
 inline bool band_wanted(const Facts& f, bool backward) {
-  return band_possible(f, backward) && (f.taps >= kBandFewest || !stream_possible(f, backward));
+  return band_possible(f, backward) && (f.taps >= kBandMinTaps || !stream_possible(f, backward));
 }
 
 inline Plan band_plan(const Facts& f, bool backward) {
-  const BandRoom input(f.dtype == Dtype::kFloat16, f.gate, !backward);
+  const BandLayout input(f.dtype == Dtype::kFloat16, f.gate, !backward);
   const int64_t bytes = band_bytes(f, backward), reach = f.dilation * kBandRows;
   const int64_t columns = f.heads * band_pieces(f.head_channels(), input.parts) * f.owners();
   const int64_t chunks = f.batch / f.owners() * f.dilation * ((f.time + reach - 1) / reach);
@@ -304,40 +308,40 @@ inline Plan band_plan(const Facts& f, bool backward) {
   return {Family::kBand, best_groups(f, chunks, columns, slots_of(f, bytes + kBandStatic, backward ? 3 : 4), 2), bytes};
 }
 
-// ---- time: a warp per piece of a few channel rows
+// time: a warp per piece of a few channel rows
 
-constexpr int64_t kTimeWarpRoom = 32 << 10;  // bytes of shared memory at most
+constexpr int64_t kTimeWarpBytes = 32 << 10;  // bytes of shared memory at most
 
-// What a warp gets of it; the rest is for masks.
-inline int64_t time_room(const Device& device) {
-  const int64_t room = (device.block_memory - (1 << 10)) / kTimeWarps;
-  return room < kTimeWarpRoom ? room : kTimeWarpRoom;
+// Of a block's shared memory, what a warp gets; the rest is for masks.
+inline int64_t time_warp_bytes(const Device& device) {
+  const int64_t bytes = (device.block_memory - (1 << 10)) / kTimeWarps;
+  return bytes < kTimeWarpBytes ? bytes : kTimeWarpBytes;
 }
 
 // Rows of the state have their channels side by side; they are left to the plain family.
 inline bool time_possible(const Facts& f, bool backward) {
   if (f.time_bytes == 0 || f.dtype == Dtype::kFloat64 || f.per_row() || f.state) return false;
-  const int64_t room = time_room(f.device), span = f.dilation * (f.taps - 1);
+  const int64_t bytes = time_warp_bytes(f.device), span = f.dilation * (f.taps - 1);
   const int size = static_cast<int>(size_of(f.dtype));
   if (span > kTimeSpan) return false;
   // Of all paddings, the one whose windows reach the most chunks.
   const Taps taps{f.taps, 1, f.dilation};
-  return backward ? backward_tiles(taps, f.time, f.channels, size, f.gate, room).lanes != 0
-                  : forward_tiles(taps, f.time, f.channels, size, false, room).lanes != 0 &&
-                        forward_tiles(taps, f.time, f.channels, size, true, room).lanes != 0;
+  return backward ? backward_tiles(taps, f.time, f.channels, size, f.gate, bytes).lanes != 0
+                  : forward_tiles(taps, f.time, f.channels, size, false, bytes).lanes != 0 &&
+                        forward_tiles(taps, f.time, f.channels, size, true, bytes).lanes != 0;
 }
 
 inline Plan time_plan(const Facts& f) {
-  const int64_t room = time_room(f.device);
+  const int64_t bytes = time_warp_bytes(f.device);
   const Taps taps{f.taps, 0, f.dilation};
-  const TimeTiles g = forward_tiles(taps, f.time, f.channels, static_cast<int>(size_of(f.dtype)), false, room);
+  const TimeTiles g = forward_tiles(taps, f.time, f.channels, static_cast<int>(size_of(f.dtype)), false, bytes);
   const int64_t warps = g.channel_blocks(f.channels) * f.owners();
   // A warp that has two tiles at least copies one while it computes the other.
   const int64_t possible = at_least_one(f.batch / f.owners() * g.tiles / 2), wanted = (kTimeItems + warps - 1) / warps;
-  return {Family::kTime, wanted < possible ? wanted : possible, kTimeWarps * room};
+  return {Family::kTime, wanted < possible ? wanted : possible, kTimeWarps * bytes};
 }
 
-// A single channel is a row of positions rather than rows of channels.
+// The first family that can run the problem. Time before stream: a single channel is a row of positions.
 inline Plan plan_forward(const Facts& f) {
   if (band_wanted(f, false)) return band_plan(f, false);
   if (rows_possible(f, false)) return rows_plan(f, false);

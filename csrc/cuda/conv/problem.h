@@ -3,11 +3,9 @@
 
 #include "csrc/common/conv.h"
 #include "csrc/common/philox.h"
+#include "csrc/cuda/device/device.h"
 
 namespace ck::cuda {
-
-// A cudaStream_t, spelled without CUDA's headers.
-using Stream = void*;
 
 struct Problem : ck::Problem {
   const void* offsets = nullptr;  // sequences+1 packed offsets, nullptr: every batch row is one sequence
@@ -16,12 +14,12 @@ struct Problem : ck::Problem {
   uint64_t drop_below = 0;  // dropout drops an element whose random word is below this,
   double keep_scale = 1.0;  // and multiplies the others by this
   bool per_batch = false;   // each batch row has filters of its own (for all its positions, unless per_position)
-  int vector_bytes = 16;    // rows of tensors like x, and of the state, are read and written so many bytes at a time
+  int vector_bytes = 16;    // bytes at a time to read and write rows of tensors like x, and of the state
 
   // Whether the filters of two positions can differ.
   CK_HD bool per_row() const { return per_position || renormalize; }
   CK_HD int64_t head_channels() const { return channels / heads; }
-  // An owner is a set of filters that positions share, and the batch rows it serves: all, or one.
+  // An owner is a set of filters that positions share, with the batch rows that it serves: all of them, or one.
   CK_HD int64_t owners() const { return per_batch && !per_position ? batch : 1; }
   CK_HD int64_t owner_batch() const { return owners() == 1 ? batch : 1; }
   // Filters that differ between positions.
@@ -33,12 +31,12 @@ struct Forward : Problem {
 };
 
 struct Backward : Problem, Gradients {
-  // Sums over positions are first made piece by piece, in these, and then added in a fixed order: [owner, group,
-  // column, taps] and [group, channels] of the accumulation type. An owner is a set of filters: one, or one per batch
-  // row. Filters per position whose heads are cut have sums over their pieces: [piece, batch, time, heads, taps].
+  // Partial sums over positions, one per group of an owner's positions, which are then added in a fixed order: [owner,
+  // group, column, taps] and [owner, group, channels] of the accumulation type. Filters per position whose heads are
+  // cut into pieces have one per piece: [piece, batch, time, heads, taps].
   void* partial_weight = nullptr;
   void* partial_bias = nullptr;
-  int64_t groups = 1;  // pieces per owner
+  int64_t groups = 1;  // of an owner's positions
   // Of filters that differ between positions: maximum and inverse sum of each, [batch, time, heads, 2].
   void* statistics = nullptr;
 };
@@ -46,7 +44,7 @@ struct Backward : Problem, Gradients {
 struct Step : Problem {
   Rows y;
   void* next_state = nullptr;  // the state, which is updated in place
-  void* scratch = nullptr;     // room for a copy of it, if state_row is given
+  void* scratch = nullptr;     // a copy of it, if state_row is given
 };
 
 }  // namespace ck::cuda

@@ -1,12 +1,11 @@
-// Four adjacent channels of a row in a thread's registers, and runs of rows of them.
+// Four adjacent channels of a row in a thread's registers: a quad, and runs of kRun rows of quads.
 #pragma once
 
 #include <type_traits>
 
-#include "csrc/common/switch.h"
-#include "csrc/cuda/conv/filters.cuh"
 #include "csrc/cuda/conv/plan.h"
-#include "csrc/cuda/conv/window.cuh"
+#include "csrc/cuda/device/reduce.cuh"
+#include "csrc/cuda/device/vectors.cuh"
 
 namespace ck::cuda {
 
@@ -21,8 +20,9 @@ CK_DEVICE Quad load_quad(const float* from) {
 template <class T>
 CK_DEVICE Quad load_quad(const T* from) {
   const uint2 q = *reinterpret_cast<const uint2*>(from);
-  const auto half = [](uint32_t bits) { return widen(T{static_cast<uint16_t>(bits)}); };
-  return {{half(q.x), half(q.x >> 16), half(q.y), half(q.y >> 16)}};
+  Quad quad;
+  unpack<T>(quad.v, {q.x, q.y});
+  return quad;
 }
 
 // Words of a quad as elements of T.
@@ -35,12 +35,7 @@ CK_DEVICE Quad load_quad(const T* from, int count, int bytes) {
   uint32_t words[kQuadWords<T>];
   load_pieces(words, from, count, bytes);
   Quad q;
-  for (int e = 0; e < kQuad; ++e) {
-    if constexpr (sizeof(T) == 4)
-      q.v[e] = __uint_as_float(words[e]);
-    else
-      q.v[e] = widen(T{static_cast<uint16_t>(words[e / 2] >> e % 2 * 16)});
-  }
+  unpack<T>(q.v, words);
   return q;
 }
 
@@ -95,13 +90,7 @@ CK_DEVICE void store_pieces(const Quad (&run)[kRun], int lane, int64_t channels,
                             int64_t time, int64_t dilation, int bytes) {
   uint32_t words[kRun][kQuadWords<T>];
 #pragma unroll
-  for (int i = 0; i < kRun; ++i)
-    for (int w = 0; w < kQuadWords<T>; ++w) {
-      if constexpr (sizeof(T) == 4)
-        words[i][w] = __float_as_uint(run[i].v[w]);
-      else
-        words[i][w] = narrow_pair<T>(run[i].v[2 * w], run[i].v[2 * w + 1]);
-    }
+  for (int i = 0; i < kRun; ++i) pack<T>(words[i], run[i].v);
   const auto store = [&](auto known) {
 #pragma unroll
     for (int i = 0; i < kRun; ++i, to += stride, t += dilation)
@@ -115,94 +104,6 @@ CK_DEVICE void store_pieces(const Quad (&run)[kRun], int lane, int64_t channels,
     store(std::integral_constant<int, 4>{});
   else if constexpr (sizeof(T) == 2)
     store(std::integral_constant<int, 2>{});
-}
-
-// Chunks of rows of kLaneRow channels in shared memory, overwritten in turn.
-template <class E>
-struct Ring {
-  E* base;
-  int chunks;
-
-  // A block walks fewer than 2^31 rows; 64-bit division would take longer than the rest.
-  CK_DEVICE E* chunk(int64_t number) const {
-    return base + static_cast<uint32_t>(number) % static_cast<uint32_t>(chunks) * (kChunk * kLaneRow);
-  }
-  CK_DEVICE E* row(int64_t number) const {
-    return chunk(static_cast<uint32_t>(number) / kChunk) + static_cast<uint32_t>(number) % kChunk * kLaneRow;
-  }
-  // The row after that at `at`.
-  CK_DEVICE const E* next(const E* at) const { return at + kLaneRow < end() ? at + kLaneRow : at + kLaneRow - size(); }
-  CK_DEVICE int size() const { return chunks * (kChunk * kLaneRow); }
-  CK_DEVICE E* end() const { return base + size(); }
-};
-
-// Calls use(j, window, turn) for taps j = 0..taps-1, where row i of the window, window[(turn + i) % kRun], is ring row
-// first + j + i. With kFast every row is loaded once: `turn` is known to the compiler, so that the window stays in
-// registers, at the price of much code. Otherwise it is 0, and the window is loaded for every tap.
-template <bool kFast, class E, class Use>
-CK_DEVICE void walk(const Ring<E>& ring, int64_t first, int taps, int lane, const Use& use) {
-  Quad window[kRun];
-  const E* at = ring.row(first) + lane * kQuad;
-  if constexpr (kFast) {
-#pragma unroll
-    for (int i = 0; i < kRun - 1; ++i, at = ring.next(at)) window[i] = load_quad(at);
-    for (int j0 = 0; j0 < taps; j0 += kRun) {
-#pragma unroll
-      for (int turn = 0; turn < kRun; ++turn) {
-        if (j0 + turn >= taps) break;
-        window[(turn + kRun - 1) % kRun] = load_quad(at);
-        at = ring.next(at);
-        use(j0 + turn, window, turn);
-      }
-    }
-  } else {
-#pragma unroll 1
-    for (int j = 0; j < taps; ++j, at = ring.next(at)) {
-      const E* row = at;
-#pragma unroll
-      for (int i = 0; i < kRun; ++i, row = ring.next(row)) window[i] = load_quad(row);
-      use(j, window, 0);
-    }
-  }
-}
-
-// Which taps of the rows of a run read rows of the sequence that they are in. Only where a window crosses a boundary of
-// packed sequences is there anything to ask.
-struct Borders {
-  bool whole = true;  // every window of the run lies in one sequence
-  int first[kRun], last[kRun];
-
-  // Rows n .. n + kRun - 1 of a phase, and what they read by `taps`.
-  CK_DEVICE Borders(const Problem& p, const Taps& taps, const Phase& phase, int64_t n) {
-    if (p.offsets == nullptr) return;
-    const int64_t top = phase.position(n), end = least(phase.position(n + kRun - 1), p.time - 1);
-    const Sequence a = sequence_of(p, top);
-    whole = end < a.end && most(taps.source(top, 0), int64_t{0}) >= a.begin &&
-            least(taps.source(end, taps.taps - 1), p.time - 1) < a.end;
-    if (whole) return;
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      const int64_t t = phase.position(n + i);
-      const Sequence s = sequence_of(p, t);
-      first[i] = static_cast<int>(taps.first_inside(t, s.begin));
-      last[i] = static_cast<int>(taps.last_inside(t, s.end));
-    }
-  }
-
-  CK_DEVICE bool inside(int i, int j) const { return j >= first[i] && j < last[i]; }
-};
-
-// Walks the windows of a run: add(Bool<kFast>, j, window, turn), fast where no window crosses a boundary; otherwise
-// `add` has to ask `borders`.
-template <class E, class Add>
-CK_DEVICE void walk_within(const Borders& borders, const Ring<E>& ring, int64_t first, int taps, int lane,
-                           const Add& add) {
-  if (borders.whole)
-    walk<true>(ring, first, taps, lane,
-               [&](int j, const Quad(&window)[kRun], int turn) { add(Bool<true>{}, j, window, turn); });
-  else
-    walk<false>(ring, first, taps, lane,
-                [&](int j, const Quad(&window)[kRun], int turn) { add(Bool<false>{}, j, window, turn); });
 }
 
 }  // namespace ck::cuda

@@ -1,4 +1,4 @@
-// The last step of d(weight) and d(bias): partial sums are added in a fixed order, whatever kernel made them.
+// The last step of d(weight) and d(bias) in every family: partial sums are added in a fixed order.
 #pragma once
 
 #include "csrc/cuda/conv/filters.cuh"
@@ -20,10 +20,10 @@ void reduce_weight(const CK_PARAM Backward p, int64_t pieces, bool finished) {
   C* const d = reinterpret_cast<C*>(shared_memory());
   const FilterAt f(p, owner, 0, h);
   // A thread has tap j0 + tap of every so many pieces and groups, from its own on.
-  const int width = static_cast<int>(least(K, int64_t{kReduceWeightThreads})), most_rows = kReduceWeightThreads / width;
+  const int width = static_cast<int>(min(K, int64_t{kReduceWeightThreads})), max_rows = kReduceWeightThreads / width;
   const int tap = threadIdx.x % width, row = threadIdx.x / width, count = static_cast<int>(pieces);
-  const int turns = static_cast<int>(ceil_div(count, most_rows)), piece_step = static_cast<int>(ceil_div(count, turns));
-  const int group_step = most_rows / piece_step, rows = group_step * piece_step;
+  const int turns = static_cast<int>(ceil_div(count, max_rows)), piece_step = static_cast<int>(ceil_div(count, turns));
+  const int group_step = max_rows / piece_step, rows = group_step * piece_step;
   const int64_t group_size = p.heads * pieces * K;
   for (int64_t j0 = 0; j0 < K; j0 += width) {
     C total = 0;

@@ -11,7 +11,7 @@ namespace ck::cuda {
 // over take the quads after all heads, which are 0 in shared memory. With heads of 8 channels and their multiples, two
 // lanes that differ in the last bit have two quads that do.
 CK_DEVICE int quad_of_lane(int64_t R, int lanes, int lane) {
-  const int quads = static_cast<int>(least(R / kQuad, int64_t{lanes})), head = lane / lanes, at = lane % lanes;
+  const int quads = static_cast<int>(min(R / kQuad, int64_t{lanes})), head = lane / lanes, at = lane % lanes;
   return at < quads ? head * quads + at : 32 / lanes * quads + head * (lanes - quads) + at - quads;
 }
 
@@ -24,7 +24,7 @@ CK_DEVICE bool whole_windows(const Problem& p, const Phase& phase, int64_t n) {
          p.taps.source(end, p.taps.taps - 1) < sequence.end;
 }
 
-// Filters that positions share, as a warp has found them in the first whole windows that it met.
+// Filters that positions share, kept by a warp from the first whole windows that it computes.
 struct CommonFilters {
   float* values;
   bool known = false;
@@ -36,8 +36,8 @@ struct FilterRows {
   int heads, pitch;  // pitch: from one head to the next, odd so that heads lie in different banks
   int lanes;         // that share a head
 
-  CK_DEVICE FilterRows(const Problem& p, int lanes, char* room)
-      : values(reinterpret_cast<float*>(room)),
+  CK_DEVICE FilterRows(const Problem& p, int lanes, char* shared)
+      : values(reinterpret_cast<float*>(shared)),
         heads(32 / lanes),
         pitch(static_cast<int>(rows_pitch(p.taps.taps))),
         lanes(lanes) {}
@@ -47,7 +47,7 @@ struct FilterRows {
   CK_DEVICE float* of_lane(int number, int lane) const { return row(number) + lane / lanes * pitch; }
 
   // Calls use(h0 + head, head, t, i, lane) for the heads of rows n .. n + rows - 1 of a phase, a group of lanes each,
-  // as many at once as taps leave room for; `lane` counts within the group. Rows that do not exist have t = -1. By one
+  // as many at once as the taps allow; `lane` counts within the group. Rows that do not exist have t = -1. By one
   // warp.
   template <class Use>
   CK_DEVICE void for_each(const Problem& p, const Phase& phase, int64_t n, int rows, int64_t h0, const Use& use) const {
@@ -113,11 +113,11 @@ void rows_forward(const CK_PARAM Forward p, const CK_PARAM Columns columns, int 
   const int quad = quad_of_lane(R, lanes, lane);
   Work work(p, groups, columns);
   const int64_t h0 = work.c0 / R;
-  char* room = shared_memory();
-  const FilterRows filters(p, lanes, room);
+  char* shared = shared_memory();
+  const FilterRows filters(p, lanes, shared);
   CommonFilters common{filters.row(kChunk + warp)};
-  room += rows_table_bytes(K, lanes, p.per_position ? kChunk : kChunk + kStreamWarps);
-  const InputRing<T, kGate> input(room, window);
+  shared += rows_table_bytes(K, lanes, p.per_position ? kChunk : kChunk + kStreamWarps);
+  const InputRing<T, kGate> input(shared, window);
   const Quad bias = load_bias(p, work.c0 + quad * kQuad);
 
   for (Run run; work.next(run);) {
@@ -163,7 +163,7 @@ void rows_forward(const CK_PARAM Forward p, const CK_PARAM Columns columns, int 
 
 // Adds up, over groups of `width` lanes, a number per row of a run: afterwards values[0 .. count) are the sums of rows
 // first, first + 1, ... of the lane's group, and lanes together hold all rows. Every step halves what is left to add
-// and the rows that a lane looks after, as long as there are rows to share out.
+// and the rows that a lane holds, as long as there are rows to share out.
 struct RowSums {
   float values[kRun];
   int first, count;
@@ -254,15 +254,15 @@ void rows_backward(const CK_PARAM Backward p, const CK_PARAM Columns columns, in
   // Filters of the rows that a chunk's windows reach, then products of each warp's own rows; where positions share
   // filters, those of each warp and its sums besides.
   const FilterRows filters(p, lanes, shared_memory()), products(p, lanes, shared_memory() + window * table_bytes);
-  char* room = shared_memory() + (window + 1) * table_bytes;
-  const FilterRows sums(p, lanes, room);
+  char* shared = shared_memory() + (window + 1) * table_bytes;
+  const FilterRows sums(p, lanes, shared);
   CommonFilters common{sums.row(kStreamWarps + warp)};
   if (!p.per_position) {
-    room += rows_table_bytes(K, lanes, 2 * kStreamWarps);
+    shared += rows_table_bytes(K, lanes, 2 * kStreamWarps);
 #pragma unroll 1
     for (int at = lane; at < sums.heads * sums.pitch; at += 32) sums.row(warp)[at] = 0;
   }
-  const Ring<T> ring{reinterpret_cast<T*>(room), window + kAhead};
+  const Ring<T> ring{reinterpret_cast<T*>(shared), window + kAhead};
   const InputRing<T, kGate> input(reinterpret_cast<char*>(ring.end()), window);
   Quad bias_sum{};
 
@@ -363,7 +363,7 @@ void rows_backward(const CK_PARAM Backward p, const CK_PARAM Columns columns, in
         static_cast<float*>(p.partial_weight)[row * K + j] = total;
       }
   }
-  if (need_bias) store_bias_sums(p, bias_sum, reinterpret_cast<float*>(room), partial, work, quad);
+  if (need_bias) store_bias_sums(p, bias_sum, reinterpret_cast<float*>(shared), partial, work, quad);
 }
 
 }  // namespace ck::cuda

@@ -8,7 +8,7 @@ namespace ck::cuda {
 constexpr int kStepThreads = 128;
 
 // y[b, c] from the state's rows and x; then row b of `next` receives the rows without the oldest, and x. Unless `next`
-// is another array, b = from, and nobody else reads or writes what this thread does.
+// is another array, b = from, and no other thread reads or writes these elements.
 template <class T>
 CK_DEVICE void step_row(const Step& p, int64_t b, int64_t from, int64_t c, T* next) {
   using C = Compute<T>;
@@ -48,8 +48,8 @@ void step(const CK_PARAM Step p) {
   const int64_t stride = int64_t{gridDim.x} * kStepThreads;
   for (int64_t i = int64_t{blockIdx.x} * kStepThreads + threadIdx.x; i < p.batch * p.channels; i += stride) {
     const int64_t c = i % p.channels, b = i / p.channels;
-    // Nobody has looked at the indices on the host: a wrong one must not leave the memory.
-    const int64_t from = p.state_row == nullptr ? b : least(most(p.state_row[b], int64_t{0}), p.batch - 1);
+    // state_row is not validated on the host; clamp.
+    const int64_t from = p.state_row == nullptr ? b : min(max(p.state_row[b], int64_t{0}), p.batch - 1);
     step_row<T>(p, b, from, c, next);
   }
 }

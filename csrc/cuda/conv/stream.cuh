@@ -1,5 +1,18 @@
-// Filters that all positions share, channels side by side in memory: blocks walk along time, rows pass through a ring
-// of shared memory once, and each thread keeps the window of its run of rows in registers.
+// Filters that all positions share, channels side by side in memory.
+//
+// A block owns 128 channels (kLaneRow) of the batch rows of an owner, and one group of their chunks of 32 rows (Work).
+// A thread has 4 channels (a quad) of 8 consecutive rows (a run): the lanes of a warp are the channels, its 4 warps the
+// runs of a chunk. With dilation d, every d-th position is a phase that is walked by itself.
+//
+// Shared memory holds the filters of the block's channels (FilterTable) and a ring buffer with the chunks that the
+// windows of a chunk of outputs reach, and the two that are copied next (kAhead). With a gate, x and the gate arrive in
+// rings of their own, and the ring has their product in float32 (InputRing).
+//
+// The loop over chunks
+//   waits for the copies (cp.async) of the chunk that the windows reach last, and starts those of the chunk two later,
+//   gates that chunk, if there is a gate,
+//   slides each thread's window of 8 rows in registers over the taps: every row of the ring is read once for all taps,
+//   and adds 8 x 4 products per tap (walk, in ring.cuh), adds the bias and stores the run.
 #pragma once
 
 #include "csrc/cuda/conv/walk.cuh"
@@ -14,14 +27,14 @@ struct FilterTable {
   float* values;
 
   CK_DEVICE void fill(const Problem& p, int64_t owner, int64_t c0) const {
-    const int64_t R = p.head_channels(), K = p.taps.taps, end = least(c0 + kLaneRow, p.channels);
+    const int64_t R = p.head_channels(), K = p.taps.taps, end = min(c0 + kLaneRow, p.channels);
     const Sequence anywhere{0, 0, 0, kUnbounded};
     if constexpr (kShared) {
       const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
       for (int64_t h = c0 / R + warp; h * R < end; h += kStreamWarps) {
         const FilterAt f(p, owner, 0, h);
         const Statistics<float> statistics = warp_statistics<float>(p, f, 0, lane, anywhere);
-        const int64_t first = (most(h * R, c0) - c0) / kQuad, last = (least((h + 1) * R, end) - c0) / kQuad;
+        const int64_t first = (max(h * R, c0) - c0) / kQuad, last = (min((h + 1) * R, end) - c0) / kQuad;
         for (int64_t j = lane; j < K; j += 32) {
           const float value = tap_of(p, f, 0, j, statistics, anywhere).value();
           for (int64_t q = first; q < last; ++q) values[j * kPitch + q] = value;

@@ -19,7 +19,8 @@ struct TapSums {
   }
 };
 
-// Rows n of inputs see rows of d(y) through the transposed relation.
+// Blocks as in stream_forward. The ring holds d(y), whose rows the inputs reach through the transposed taps; the
+// block's own rows of x and of the gate pass through shared memory besides.
 template <class T, bool kShared, bool kFew>
 CK_GLOBAL(kStreamThreads, 2)
 void stream_backward(const CK_PARAM Backward p) {
@@ -34,18 +35,18 @@ void stream_backward(const CK_PARAM Backward p) {
   const bool need_weight = p.grad_weight != nullptr, need_bias = p.grad_bias != nullptr;
   const bool gated = p.gate.data != nullptr;
 
-  char* room = shared_memory();
-  const FilterTable<kShared> table{reinterpret_cast<float*>(room)};
-  room += stream_table_bytes(K, kShared);
-  float* const far = reinterpret_cast<float*>(room) + threadIdx.x * Sums::kWidth;  // sums in shared memory
-  constexpr int kFar = kStreamThreads * Sums::kWidth;                              // from one tap to the next
+  char* shared = shared_memory();
+  const FilterTable<kShared> table{reinterpret_cast<float*>(shared)};
+  shared += stream_table_bytes(K, kShared);
+  float* const far = reinterpret_cast<float*>(shared) + threadIdx.x * Sums::kWidth;  // sums in shared memory
+  constexpr int kFar = kStreamThreads * Sums::kWidth;                                // from one tap to the next
   float few[kFew ? kFewTaps : 1][Sums::kWidth] = {};
   if (!kFew) {
-    room += stream_sum_bytes(K, kShared);
+    shared += stream_sum_bytes(K, kShared);
     for (int j = 0; j < K; ++j)
       for (int e = 0; e < Sums::kWidth; ++e) far[j * kFar + e] = 0;
   }
-  const Ring<T> ring{reinterpret_cast<T*>(room), window + kAhead};
+  const Ring<T> ring{reinterpret_cast<T*>(shared), window + kAhead};
   // The rows of x and the gate are read once.
   const Ring<T> own_x{ring.end(), 1 + kAhead}, own_gate{own_x.end(), 1 + kAhead};
   Quad bias_sum{};
@@ -106,7 +107,7 @@ void stream_backward(const CK_PARAM Backward p) {
                         if (tap == j) Sums::add(few[tap], products);
                     }
                   });
-      // Row n - ahead of the phase of d(y): with as many rows as the phase of x, or one more, all are met.
+      // Row n - ahead of the phase of d(y). Chunks cover the longest phase, so that each of its rows is added once.
       if (need_bias) add_rows(bias_sum, ring, k * kChunk + warp * kRun - reach.offset - ahead, lane);
       if (!need_input) continue;
       mask_rows(p, dz, reach.from, run.b, n);
@@ -145,7 +146,7 @@ void stream_backward(const CK_PARAM Backward p) {
       }
     }
   }
-  if (need_bias) store_bias_sums(p, bias_sum, reinterpret_cast<float*>(room), partial, work, lane);
+  if (need_bias) store_bias_sums(p, bias_sum, reinterpret_cast<float*>(shared), partial, work, lane);
 }
 
 }  // namespace ck::cuda

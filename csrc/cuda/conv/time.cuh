@@ -6,8 +6,8 @@
 
 #include "csrc/common/switch.h"
 #include "csrc/cuda/conv/filters.cuh"
+#include "csrc/cuda/conv/staging.cuh"
 #include "csrc/cuda/conv/time_tiles.h"
-#include "csrc/cuda/conv/window.cuh"
 
 namespace ck::cuda {
 
@@ -23,36 +23,17 @@ CK_DEVICE Words<E>* vector_at(char* row, int v) {
   return reinterpret_cast<Words<E>*>(row) + (sizeof(E) == 4 ? v + v / 8 : v);
 }
 
-template <class T>
-CK_DEVICE void unpack(const uint32_t (&bits)[4], float* to) {
-#pragma unroll
-  for (int k = 0; k < kVector<T>; ++k) {
-    if constexpr (sizeof(T) == 4)
-      to[k] = __uint_as_float(bits[k]);
-    else
-      to[k] = widen(T{static_cast<uint16_t>(bits[k / 2] >> k % 2 * 16)});
-  }
-}
-
-// Reads 16 bytes at once, which a copy of Words does not.
-template <class T>
-CK_DEVICE void unpack(const Words<T>& from, float* to) {
-  uint32_t bits[4];
-  __builtin_memcpy(bits, __builtin_assume_aligned(&from, 16), 16);
-  unpack<T>(bits, to);
-}
-
 template <class E>
 CK_DEVICE void read_chunk(char* row, int n, float* to) {
   constexpr int kCount = kEight / kVector<E>;
 #pragma unroll
-  for (int v = 0; v < kCount; ++v) unpack(*vector_at<E>(row, n * kCount + v), to + v * kVector<E>);
+  for (int v = 0; v < kCount; ++v) unpack_vector(to + v * kVector<E>, vector_at<E>(row, n * kCount + v)->at);
 }
 
 // Of a vector of positions from t on, those that exist.
 template <class T>
 CK_DEVICE int rest_of(const Problem& p, int64_t t) {
-  return static_cast<int>(least(p.time - t, int64_t{kVector<T>}));
+  return static_cast<int>(min(p.time - t, int64_t{kVector<T>}));
 }
 
 // Stores a lane's positions t .. t + 7 as far as they exist.
@@ -63,12 +44,7 @@ CK_DEVICE void store_chunk(const Problem& p, const Rows& rows, int64_t b, int64_
   for (int v = 0; v < kEight; v += kVector<T>) {
     if (t + v >= p.time) return;
     uint32_t out[4];
-    for (int w = 0; w < 4; ++w) {
-      if constexpr (sizeof(T) == 4)
-        out[w] = __float_as_uint(from[v + w]);
-      else
-        out[w] = narrow_pair<T>(from[2 * w], from[2 * w + 1]);
-    }
+    pack<T>(out, from + v);
     store_pieces(at<T>(rows, b, t + v, c), out, rest_of<T>(p, t + v), p.vector_bytes);
   }
 }
@@ -84,11 +60,11 @@ struct ChunkInputs {
   CK_DEVICE ChunkInputs(const Problem& p, int64_t b, int64_t s, const T* x_at, const T* gate, int step) {
     const auto load = [&](const T* from, int count, float* to) {
       if constexpr (kStaged) {
-        unpack(*reinterpret_cast<const Words<T>*>(from), to);
+        unpack_vector(to, from);
       } else {
         uint32_t words[4];
         load_pieces(words, from, count, p.vector_bytes);
-        unpack<T>(words, to);
+        unpack<T>(to, words);
       }
     };
 #pragma unroll
@@ -134,7 +110,7 @@ CK_DEVICE void for_parts(const Problem& p, const TimeTiles& g, int64_t t, const 
   if constexpr (kPacked) {
     const int64_t start = g.window_start(t);
     const auto element = [&](int64_t s) {
-      return static_cast<unsigned>(least(most(s - start, int64_t{0}), int64_t{kEight * (g.chunks + 1)}));
+      return static_cast<unsigned>(min(max(s - start, int64_t{0}), int64_t{kEight * (g.chunks + 1)}));
     };
     for (part.last = 0; __any_sync(kAllLanes, part.last < kEight);) {
       part.first = part.last;
@@ -143,7 +119,7 @@ CK_DEVICE void for_parts(const Problem& p, const TimeTiles& g, int64_t t, const 
       part.to = element(sequence.end);
       // What follows the last sequence reads it.
       const int64_t outputs = sequence.end - t;
-      part.last = outputs > part.first ? static_cast<int>(least(outputs, int64_t{kEight})) : kEight;
+      part.last = outputs > part.first ? static_cast<int>(min(outputs, int64_t{kEight})) : kEight;
       body(part);
     }
   } else {
@@ -268,7 +244,7 @@ struct TimeWork {
     owner = piece / groups;
     const int64_t first = piece % groups * each;
     exists = owner < p.owners();
-    count = exists ? static_cast<int>(most(least(each, all - first), int64_t{0})) : 0;
+    count = exists ? static_cast<int>(max(min(each, all - first), int64_t{0})) : 0;
     start = {owner + first / g.tiles, first % g.tiles * kEight * g.lanes};
   }
 };
@@ -284,13 +260,13 @@ struct TimeLane {
 
   // For each chunk of a window the elements that taps read, as bits.
   CK_DEVICE explicit TimeLane(const TimeTiles& g) {
-    char* const room = shared_memory();
+    char* const shared = shared_memory();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     part = lane % g.lanes;
     row = lane / g.lanes;
     stage_bytes = opaque(g.stage_bytes());  // a division, which is otherwise made for every tile
-    masks = reinterpret_cast<uint8_t*>(room);
-    filters = reinterpret_cast<float*>(room + g.mask_bytes() + warp * g.warp_bytes);
+    masks = reinterpret_cast<uint8_t*>(shared);
+    filters = reinterpret_cast<float*>(shared + g.mask_bytes() + warp * g.warp_bytes);
     filter = filters + row * g.filter_pitch;
     tiles = reinterpret_cast<char*>(filters) + g.filter_bytes();
     for (int n = threadIdx.x; n < g.chunks; n += blockDim.x) {
@@ -328,8 +304,8 @@ CK_DEVICE void stage_row(const Problem& p, const TimeTiles& g, const TimeLane& s
                          const TimePlace& place, int64_t c, char* row) {
   const int64_t start = g.window_start(place.t);
   const int elements = (g.lanes + g.chunks) * kEight;
-  const int begin = static_cast<int>(most(-start, int64_t{0}));
-  const int end = c < p.channels ? static_cast<int>(least(p.time - start, int64_t{elements})) : 0;
+  const int begin = static_cast<int>(max(-start, int64_t{0}));
+  const int end = c < p.channels ? static_cast<int>(min(p.time - start, int64_t{elements})) : 0;
   const T* const line = at<const T>(rows, place.b, start, c);
 #pragma unroll 1
   for (int e = self.part * kVector<T>; e < elements; e += g.lanes * kVector<T>) {
@@ -368,7 +344,7 @@ void time_forward(const CK_PARAM Forward p, const CK_PARAM TimeTiles g, int64_t 
       const int64_t start = g.window_start(place.t);
       for (int n = self.part; n < g.lanes + g.chunks; n += g.lanes) {
         const int64_t s = start + n * kEight;
-        // A channel that does not exist reads another one: nobody stores what becomes of it.
+        // A channel that does not exist reads channel 0; its result is not stored.
         const int64_t from = exists ? c : 0;
         const ChunkInputs<T, false> inputs(p, b, s, at<const T>(p.x, b, s, from),
                                            p.gate.data == nullptr ? nullptr : at<const T>(p.gate, b, s, from),

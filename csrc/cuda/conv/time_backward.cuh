@@ -98,22 +98,22 @@ void time_backward(const CK_PARAM Backward p, const CK_PARAM TimeTiles g, int64_
     __syncwarp();
   }
   if (need_bias) {
-    for (int distance = g.lanes / 2; distance > 0; distance /= 2) bias += __shfl_xor_sync(kAllLanes, bias, distance);
+    bias = lane_sum(bias, g.lanes);
     if (self.part == 0 && exists) static_cast<float*>(p.partial_bias)[work.piece * p.channels + c] = bias;
   }
   if (!need_weight) return;
-  // The tiles have been read: their room is free.
+  // The tiles have been read: their memory is free.
   constexpr int kPitch = kTimeSumPitch<kChunks>;
-  float* const room = reinterpret_cast<float*>(self.tiles);
+  float* const columns = reinterpret_cast<float*>(self.tiles);
 #pragma unroll
-  for (int e = 0; e < kChunks * kEight; ++e) room[lane * kPitch + e] = sums[e];
+  for (int e = 0; e < kChunks * kEight; ++e) columns[lane * kPitch + e] = sums[e];
   __syncwarp();
   for (int e = lane; e < kChunks * kEight; e += 32) {
     const int64_t K = p.taps.taps, j = g.tap_at(work.window * kChunks * kEight + e);
     if (j < 0) continue;
     for (int r = 0; r < g.rows() && work.c0 + r < p.channels; ++r) {
       float total = 0;
-      for (int k = 0; k < g.lanes; ++k) total += room[(r * g.lanes + k) * kPitch + e];
+      for (int k = 0; k < g.lanes; ++k) total += columns[(r * g.lanes + k) * kPitch + e];
       static_cast<float*>(p.partial_weight)[(work.piece * p.channels + work.c0 + r) * K + K - 1 - j] = total;
     }
   }

@@ -9,7 +9,7 @@ constexpr int kEight = 8;  // consecutive positions of a lane: a chunk
 constexpr int kTimeWarps = 4;
 constexpr int kTimeStages = 3;  // tiles in shared memory: one is computed, the others are on their way
 
-// Filters of a longer span would not leave room for rows of 32 chunks.
+// Filters of a longer span would leave no shared memory for rows of 32 chunks.
 constexpr int64_t kTimeSpan = 1024;
 
 // Pieces of work for warps that fill a device a few times over.
@@ -26,9 +26,9 @@ struct TimeTiles {
   int row_bytes = 0, own_bytes, filter_pitch, warp_bytes = 0;
 
   // `size`: bytes of an element in shared memory; `own`: tensors of which a tile has the lanes' chunks alone; `spare`:
-  // bytes that the tiles of a warp must have at least; `room`: and at most. No lanes if nothing fits.
+  // bytes that the tiles of a warp must have at least; `limit`: and at most. No lanes if nothing fits.
   TimeTiles(const Taps& relation, int64_t time, int64_t channels, int size, int stages, int own, int spare,
-            int64_t room)
+            int64_t limit)
       : taps(relation),
         shift(static_cast<int>((kEight - relation.left % kEight) % kEight)),
         chunks(static_cast<int>((shift + relation.span()) / kEight + 1)),
@@ -42,7 +42,7 @@ struct TimeTiles {
                 all = (tile < spare ? spare : tile) + rows * filter_pitch * 4;
       // Short rows are cut so that the least is copied and computed in vain.
       const int64_t count = (time + kEight * n - 1) / (kEight * n), cost = count * (n + chunks);
-      if (all > room || (lanes != 0 && cost >= best)) continue;
+      if (all > limit || (lanes != 0 && cost >= best)) continue;
       best = cost;
       lanes = n;
       tiles = count;
@@ -76,8 +76,8 @@ struct TimeTiles {
 };
 
 // `ready`: x is gated or masked on its way, and kept in float32.
-inline TimeTiles forward_tiles(const Taps& taps, int64_t time, int64_t channels, int size, bool ready, int64_t room) {
-  return {taps, time, channels, ready ? 4 : size, ready ? 1 : kTimeStages, 0, 0, room};
+inline TimeTiles forward_tiles(const Taps& taps, int64_t time, int64_t channels, int size, bool ready, int64_t limit) {
+  return {taps, time, channels, ready ? 4 : size, ready ? 1 : kTimeStages, 0, 0, limit};
 }
 
 // A warp has sums for a few chunks of the window at a time.
@@ -94,9 +94,9 @@ inline bool few_chunks(const Taps& transposed) {
 }
 
 inline TimeTiles backward_tiles(const Taps& transposed, int64_t time, int64_t channels, int size, bool gate,
-                                int64_t room) {
+                                int64_t limit) {
   const int spare = few_chunks(transposed) ? kTimeSumBytes<kTimeFewChunks> : kTimeSumBytes<kTimeManyChunks>;
-  return {transposed, time, channels, size, kTimeStages, gate ? 2 : 1, spare, room};
+  return {transposed, time, channels, size, kTimeStages, gate ? 2 : 1, spare, limit};
 }
 
 }  // namespace ck::cuda

@@ -3,7 +3,8 @@
 
 #include <type_traits>
 
-#include "csrc/cuda/conv/quads.cuh"
+#include "csrc/cuda/conv/filters.cuh"
+#include "csrc/cuda/conv/ring.cuh"
 
 namespace ck::cuda {
 
@@ -25,20 +26,20 @@ struct Work {
     const int64_t first = block / columns.pieces * columns.span;
     piece = static_cast<int>(block % columns.pieces);
     c0 = first + piece * columns.width;
-    channels = least(least(first + columns.span, p.channels) - c0, columns.width);
+    channels = min(min(first + columns.span, p.channels) - c0, columns.width);
     group = others % static_cast<uint32_t>(groups);
     owner = others / static_cast<uint32_t>(groups);
     dilation_ = p.taps.dilation;
     per_phase_ = ceil_div(ceil_div(p.time + before, dilation_), kChunk);
     const int64_t all = p.owner_batch() * dilation_ * per_phase_, each = ceil_div(all, groups);
     next_ = group * each;
-    last_ = least(next_ + each, all);
+    last_ = min(next_ + each, all);
   }
 
   CK_DEVICE bool next(Run& run) {
     if (next_ >= last_) return false;
     const int64_t number = next_ / per_phase_, start = next_ % per_phase_;
-    run = {owner + number / dilation_, number % dilation_, start, least(per_phase_ - start, last_ - next_)};
+    run = {owner + number / dilation_, number % dilation_, start, min(per_phase_ - start, last_ - next_)};
     next_ += run.count;
     return true;
   }
@@ -74,9 +75,9 @@ struct InputRing {
   Ring<E> ring;
   Ring<T> x, open;
 
-  CK_DEVICE InputRing(char* room, int window)
-      : ring{reinterpret_cast<E*>(room), kGate ? window : window + kAhead},
-        x{reinterpret_cast<T*>(kGate ? room + window * stream_chunk_bytes(sizeof(float)) : room),
+  CK_DEVICE InputRing(char* shared, int window)
+      : ring{reinterpret_cast<E*>(shared), kGate ? window : window + kAhead},
+        x{reinterpret_cast<T*>(kGate ? shared + window * stream_chunk_bytes(sizeof(float)) : shared),
           kGate ? kRaw : window + kAhead},
         open{x.end(), kRaw} {}
 
@@ -128,8 +129,6 @@ CK_DEVICE void store_output(const Forward& p, Quad (&run)[kRun], const Quad& bia
   store_rows<T>(p, p.y, run, phase, b, n, work, lane);
 }
 
-// ---- what the backward kernels share
-
 // Adds rows first .. first + kRun - 1 of a ring to the sum for d(bias).
 template <class E>
 CK_DEVICE void add_rows(Quad& sum, const Ring<E>& ring, int64_t first, int lane) {
@@ -141,7 +140,7 @@ CK_DEVICE void add_rows(Quad& sum, const Ring<E>& ring, int64_t first, int lane)
   }
 }
 
-// Masked positions have no gradient, whatever their neighbours hold.
+// Masked positions have no gradient: selected, since neighbours may hold NaN.
 CK_DEVICE void mask_rows(const Problem& p, Quad (&run)[kRun], const Phase& phase, int64_t b, int64_t n) {
   if (p.mask == nullptr) return;
   int64_t s = phase.position(n);
@@ -171,15 +170,15 @@ CK_DEVICE void gate_gradient(Quad& dz, Quad& dgate, const Quad& x, const Quad& g
   }
 }
 
-// partial_bias of a block: its warps' sums, added in order. `room`: shared memory that nobody needs any more.
-CK_DEVICE void store_bias_sums(const Backward& p, const Quad& sum, float* room, int64_t partial, const Work& work,
+// partial_bias of a block: its warps' sums, added in order. `shared`: memory that is no longer needed.
+CK_DEVICE void store_bias_sums(const Backward& p, const Quad& sum, float* shared, int64_t partial, const Work& work,
                                int lane) {
   __syncthreads();
-  store_quad(room + threadIdx.x / 32 * kLaneRow + lane * kQuad, sum);
+  store_quad(shared + threadIdx.x / 32 * kLaneRow + lane * kQuad, sum);
   __syncthreads();
   if (threadIdx.x >= work.channels) return;
   float total = 0;
-  for (int w = 0; w < kStreamWarps; ++w) total += room[w * kLaneRow + threadIdx.x];
+  for (int w = 0; w < kStreamWarps; ++w) total += shared[w * kLaneRow + threadIdx.x];
   static_cast<float*>(p.partial_bias)[partial * p.channels + work.c0 + threadIdx.x] = total;
 }
 

@@ -1,9 +1,15 @@
-// What plans know of a GPU.
+// What host code knows of a GPU, without CUDA's headers.
 #pragma once
 
 #include <cstdint>
 
 namespace ck::cuda {
+
+// A cudaStream_t.
+using Stream = void*;
+
+// What a thread reads or writes at a time, at most.
+constexpr int kVectorBytes = 16;
 
 // No block takes more shared memory, wherever it runs: what compute capability 8.0 has, less a rest. 8.6, 8.9 and
 // 12.x have 99 KB, and fewer kernels that fit.

@@ -114,11 +114,11 @@ CK_DEVICE Compute<T> sigmoid(Compute<T> value) {
 }
 
 template <class N>
-CK_HD N least(N a, N b) {
+CK_HD N min(N a, N b) {
   return a < b ? a : b;
 }
 template <class N>
-CK_HD N most(N a, N b) {
+CK_HD N max(N a, N b) {
   return a < b ? b : a;
 }
 CK_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -11,6 +11,8 @@
 // Fragments, rows of matrices and masks are those of the PTX ISA. ldmatrix and mma need all 32 lanes.
 #pragma once
 
+#include "csrc/cuda/device/device.h"
+
 #if defined(CK_SIMT)
 #if defined(__CUDACC__)
 #error "CK_SIMT is for host compilers"
@@ -36,8 +38,6 @@
 
 namespace ck::cuda {
 
-using Stream = void*;  // a cudaStream_t
-
 CK_DEVICE char* shared_memory() {
   extern __shared__ __align__(128) char ck_shared_memory[];
   return ck_shared_memory;
@@ -54,7 +54,7 @@ CK_DEVICE void cp_async(void* shared, const void* global, bool valid) {
   const uint32_t to = shared_address(shared);
   const size_t from = __cvta_generic_to_global(global);
   const int read = valid ? Bytes : 0;
-  // What 16 bytes long is worth keeping out of the first-level cache; shorter copies can only go through it.
+  // Copies of 16 bytes bypass the first-level cache; shorter ones can only go through it.
   if constexpr (Bytes == 16)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(read) : "memory");
   else
@@ -62,7 +62,7 @@ CK_DEVICE void cp_async(void* shared, const void* global, bool valid) {
                  : "memory");
 }
 
-// Four numbers at once, whatever surrounds it: nvcc 13.0 takes some such assignments apart.
+// Four numbers in one instruction: nvcc 13.0 splits some assignments of a float4.
 CK_DEVICE void store_four(float* global, float a, float b, float c, float d) {
   asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(global)), "f"(a), "f"(b),
                "f"(c), "f"(d)
@@ -89,21 +89,9 @@ CK_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
                : "r"(shared_address(row))
                : "memory");
 }
-CK_DEVICE void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(shared_address(row))
-               : "memory");
-}
-CK_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(shared_address(row))
-               : "memory");
-}
 
-// x, of which the compiler does not see that it is the same: what follows from it is not computed before a loop, to be
-// kept in registers all the while.
+// x, which the compiler cannot know to be the same: what follows from it is not computed before a loop and kept in
+// registers.
 CK_DEVICE int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;
@@ -174,7 +162,7 @@ const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
     error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(std::forward<Arguments>(arguments))...);
   }
   if (error == cudaSuccess) return nullptr;
-  // Nobody else is to find this error and take it for its own.
+  // The error is reported here: it is cleared, so that a later call does not find it.
   cudaGetLastError();
   return cudaGetErrorString(error);
 }

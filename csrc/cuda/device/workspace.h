@@ -2,6 +2,7 @@
 #pragma once
 
 #include "csrc/common/dtypes.h"
+#include "csrc/cuda/device/device.h"
 
 namespace ck::cuda {
 
@@ -18,7 +19,6 @@ class Workspace {
   int64_t bytes() const { return bytes_; }
 
  private:
-  static constexpr int64_t kVectorBytes = 16;
   char* at_;
   int64_t size_, bytes_ = 0;
 };

@@ -1,8 +1,9 @@
 // Included once per type, with CK_TYPE defined.
 #include "csrc/cuda/attention/families.h"
 #include "csrc/cuda/attention/instantiate/launch.cuh"
-#include "csrc/cuda/attention/plain.cuh"
-#include "csrc/cuda/attention/sums.cuh"
+#include "csrc/cuda/attention/plain_backward_keys.cuh"
+#include "csrc/cuda/attention/plain_backward_queries.cuh"
+#include "csrc/cuda/attention/reduce.cuh"
 
 namespace ck::cuda {
 
@@ -14,15 +15,15 @@ const char* PlainAttention<T>::forward(const AttentionForward& p, Stream stream)
   const int64_t tiles = attention_tiles(p.queries, p.sequences, p.query_offsets != nullptr, kPlainTileRows);
   const int64_t slices = plain_slices(p.channels);
   return launch_blocks(attention_plain<T>, slices * tiles * p.batch * p.heads, kPlainTileThreads,
-                       kPlainForwardRoom * kSize<T>, stream, p, tiles, slices);
+                       kPlainForwardNumbers * kSize<T>, stream, p, tiles, slices);
 }
 
 template <class T>
 const char* PlainAttention<T>::queries(const AttentionBackward& p, Stream stream) {
   const int64_t tiles = attention_tiles(p.queries, p.sequences, p.query_offsets != nullptr, kPlainTileRows);
-  const int64_t slices = plain_slices(p.query_rel.data != nullptr ? most(p.channels, p.rank) : p.channels);
+  const int64_t slices = plain_slices(p.query_rel.data != nullptr ? max(p.channels, p.rank) : p.channels);
   return launch_blocks(attention_plain_queries<T>, slices * p.query_parts * p.batch * p.heads, kPlainTileThreads,
-                       kPlainQueryRoom * kSize<T>, stream, p, tiles, slices);
+                       kPlainQueryNumbers * kSize<T>, stream, p, tiles, slices);
 }
 
 template <class T>
@@ -30,7 +31,7 @@ const char* PlainAttention<T>::keys(const AttentionBackward& p, Stream stream) {
   const int64_t tiles = attention_tiles(p.keys, p.sequences, p.query_offsets != nullptr, kPlainTileKeys);
   const int64_t slices = plain_slices(p.channels);
   return launch_blocks(attention_plain_keys<T>, slices * p.key_parts * p.batch * p.groups, kPlainTileThreads,
-                       kPlainKeyRoom * kSize<T>, stream, p, tiles, slices);
+                       kPlainKeyNumbers * kSize<T>, stream, p, tiles, slices);
 }
 
 template <class T>

@@ -1,12 +1,14 @@
 // Included once per type, with CK_TYPE defined.
-#include "csrc/cuda/attention/backward.cuh"
+#include "csrc/cuda/attention/backward_keys.cuh"
+#include "csrc/cuda/attention/backward_queries.cuh"
 #include "csrc/cuda/attention/families.h"
 #include "csrc/cuda/attention/forward.cuh"
 #include "csrc/cuda/attention/instantiate/launch.cuh"
+#include "csrc/cuda/attention/tables.cuh"
 
 namespace ck::cuda {
 
-// Calls body with the number of channels that a kernel has room for.
+// Calls body with the template argument of a kernel for so many channels.
 template <class Body>
 const char* with_channels(int64_t channels, const Body& body) {
   return channels <= 64 ? body(std::integral_constant<int, 64>{}) : body(std::integral_constant<int, 128>{});
@@ -17,9 +19,9 @@ template <class T>
 const char* prepare(const Attention& p, const TensorTables& t, Stream stream) {
   const char* status = nullptr;
   if (t.query_rel != nullptr || t.key_rel != nullptr || t.bias != nullptr || t.taps != nullptr) {
-    const int64_t elements = p.heads * p.window() * most(t.rank_pitch, t.channel_pitch);
-    status = launch_blocks(attention_tables<T>, least(ceil_div(elements, kTensorThreads), int64_t{1024}),
-                           kTensorThreads, 0, stream, p, t);
+    const int64_t elements = p.heads * p.window() * max(t.rank_pitch, t.channel_pitch);
+    status = launch_blocks(attention_tables<T>, min(ceil_div(elements, kTensorThreads), int64_t{1024}), kTensorThreads,
+                           0, stream, p, t);
   }
   const int64_t units = p.batch * p.heads;
   if (status == nullptr && t.key_edges != nullptr)

@@ -10,7 +10,7 @@ inline dim3 band_blocks(const Problem& p, int parts, int64_t groups) {
 }
 
 template <class T>
-const char* Band<T>::forward(const Forward& p, const Plan& plan, Stream stream) {
+const char* BandFamily<T>::forward(const Forward& p, const Plan& plan, Stream stream) {
   return with_bool(p.gate.data != nullptr, [&](auto gate) {
     using Feed = BandFeed<T, decltype(gate)::value, true>;
     return launch(band_forward<T, decltype(gate)::value>, band_blocks(p, Feed::kParts, plan.groups), dim3(kBandThreads),
@@ -19,7 +19,7 @@ const char* Band<T>::forward(const Forward& p, const Plan& plan, Stream stream) 
 }
 
 template <class T>
-const char* Band<T>::backward(const Backward& p, const Plan& plan, Stream stream) {
+const char* BandFamily<T>::backward(const Backward& p, const Plan& plan, Stream stream) {
   int parts = 0;
   const char* status = with_bool(p.gate.data != nullptr, [&](auto gate) {
     return with_bool(p.taps.taps <= kBandShort, [&](auto few) {
@@ -36,6 +36,6 @@ const char* Band<T>::backward(const Backward& p, const Plan& plan, Stream stream
   return status;
 }
 
-template struct Band<CK_TYPE>;
+template struct BandFamily<CK_TYPE>;
 
 }  // namespace ck::cuda

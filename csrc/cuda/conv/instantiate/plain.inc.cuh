@@ -6,18 +6,18 @@
 namespace ck::cuda {
 
 // Pieces of work beyond this number are taken by blocks that have finished others.
-constexpr int64_t kMostBlocks = 1 << 20;
+constexpr int64_t kMaxBlocks = 1 << 20;
 
-inline dim3 blocks_for(int64_t items) { return dim3(static_cast<unsigned>(least(items, kMostBlocks))); }
+inline dim3 blocks_for(int64_t items) { return dim3(static_cast<unsigned>(min(items, kMaxBlocks))); }
 
 template <class T>
-const char* Plain<T>::forward(const Forward& p, const Plan&, Stream stream) {
+const char* PlainFamily<T>::forward(const Forward& p, const Plan&, Stream stream) {
   const int64_t items = ceil_div(p.channels, 32) * ceil_div(p.time, kPlainWarps * kPlainRows) * p.batch;
   return launch(plain_forward<T>, blocks_for(items), dim3(kPlainThreads), 0, stream, p);
 }
 
 template <class T>
-const char* Plain<T>::backward(const Backward& p, const Plan&, Stream stream) {
+const char* PlainFamily<T>::backward(const Backward& p, const Plan&, Stream stream) {
   const int64_t c_blocks = ceil_div(p.channels, 32), K = p.taps.taps;
   const char* status = nullptr;
   const bool inputs = p.grad_x.data != nullptr || p.grad_gate.data != nullptr;
@@ -32,9 +32,9 @@ const char* Plain<T>::backward(const Backward& p, const Plan&, Stream stream) {
                     dim3(kPlainThreads), 0, stream, p);
   if (status == nullptr && p.grad_weight != nullptr) {
     if (p.per_row()) {
-      constexpr int64_t kRoom = 96 << 10;  // of shared memory, or what one warp needs
+      constexpr int64_t kBytes = 96 << 10;  // of shared memory, or what one warp needs
       const int64_t bytes = 2 * K * static_cast<int64_t>(sizeof(Compute<T>));
-      const int64_t warps = most(int64_t{1}, least(int64_t{kPlainWarps}, kRoom / bytes));
+      const int64_t warps = max(int64_t{1}, min(int64_t{kPlainWarps}, kBytes / bytes));
       const int64_t items = p.heads * (p.per_position ? p.batch * p.time : p.owners() * p.groups);
       status = launch(plain_weight_rows<T>, blocks_for(ceil_div(items, warps)), dim3(static_cast<unsigned>(32 * warps)),
                       static_cast<size_t>(warps * bytes), stream, p);
@@ -54,7 +54,7 @@ const char* Plain<T>::backward(const Backward& p, const Plan&, Stream stream) {
 }
 
 template <class T>
-const char* Plain<T>::step(const Step& p, Stream stream) {
+const char* PlainFamily<T>::step(const Step& p, Stream stream) {
   const int64_t threads = p.batch * p.channels, span = p.taps.span();
   const char* status =
       launch(cuda::step<T>, blocks_for(ceil_div(threads, kStepThreads)), dim3(kStepThreads), 0, stream, p);
@@ -64,6 +64,6 @@ const char* Plain<T>::step(const Step& p, Stream stream) {
   return status;
 }
 
-template struct Plain<CK_TYPE>;
+template struct PlainFamily<CK_TYPE>;
 
 }  // namespace ck::cuda

@@ -5,7 +5,7 @@
 namespace ck::cuda {
 
 template <class T>
-const char* PerRow<T>::forward(const Forward& p, const Plan& plan, Stream stream) {
+const char* RowsFamily<T>::forward(const Forward& p, const Plan& plan, Stream stream) {
   const Columns columns = rows_columns(p.channels, p.head_channels(), plan.lanes);
   const int64_t blocks = columns.blocks * plan.groups * p.owners();
   return with_bool(p.gate.data != nullptr, [&](auto gate) {
@@ -16,7 +16,7 @@ const char* PerRow<T>::forward(const Forward& p, const Plan& plan, Stream stream
 }
 
 template <class T>
-const char* PerRow<T>::backward(const Backward& p, const Plan& plan, Stream stream) {
+const char* RowsFamily<T>::backward(const Backward& p, const Plan& plan, Stream stream) {
   const Columns columns = rows_columns(p.channels, p.head_channels(), plan.lanes);
   const int64_t blocks = columns.blocks * plan.groups * p.owners();
   const char* status = with_bool(p.gate.data != nullptr, [&](auto gate) -> const char* {
@@ -35,6 +35,6 @@ const char* PerRow<T>::backward(const Backward& p, const Plan& plan, Stream stre
   return status;
 }
 
-template struct PerRow<CK_TYPE>;
+template struct RowsFamily<CK_TYPE>;
 
 }  // namespace ck::cuda

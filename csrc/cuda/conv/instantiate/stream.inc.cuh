@@ -6,7 +6,7 @@
 namespace ck::cuda {
 
 template <class T>
-const char* Streaming<T>::forward(const Forward& p, const Plan& plan, Stream stream) {
+const char* StreamFamily<T>::forward(const Forward& p, const Plan& plan, Stream stream) {
   const int64_t blocks = ceil_div(p.channels, kLaneRow) * plan.groups * p.owners();
   return with_bool(p.head_channels() % kQuad == 0, [&](auto shared) {
     return with_bool(p.gate.data != nullptr, [&](auto gate) {
@@ -18,7 +18,7 @@ const char* Streaming<T>::forward(const Forward& p, const Plan& plan, Stream str
 }
 
 template <class T>
-const char* Streaming<T>::backward(const Backward& p, const Plan& plan, Stream stream) {
+const char* StreamFamily<T>::backward(const Backward& p, const Plan& plan, Stream stream) {
   const int64_t blocks = ceil_div(p.channels, kLaneRow) * plan.groups * p.owners();
   const bool shared_filter = p.head_channels() % kQuad == 0;
   const char* status = with_bool(shared_filter, [&](auto shared) {
@@ -34,6 +34,6 @@ const char* Streaming<T>::backward(const Backward& p, const Plan& plan, Stream s
   return status;
 }
 
-template struct Streaming<CK_TYPE>;
+template struct StreamFamily<CK_TYPE>;
 
 }  // namespace ck::cuda

@@ -14,7 +14,7 @@ const char* launch_time(Kernel kernel, const TimeTiles& g, int64_t items, Stream
 }
 
 template <class T>
-const char* Timewise<T>::forward(const Forward& p, const Plan& plan, Stream stream) {
+const char* TimeFamily<T>::forward(const Forward& p, const Plan& plan, Stream stream) {
   return with_bool(p.gate.data != nullptr || p.mask != nullptr, [&](auto ready) {
     return with_bool(p.offsets != nullptr, [&](auto packed) {
       constexpr bool kReady = decltype(ready)::value, kPacked = decltype(packed)::value;
@@ -26,7 +26,7 @@ const char* Timewise<T>::forward(const Forward& p, const Plan& plan, Stream stre
 }
 
 template <class T>
-const char* Timewise<T>::backward(const Backward& p, const Plan& plan, Stream stream) {
+const char* TimeFamily<T>::backward(const Backward& p, const Plan& plan, Stream stream) {
   const Taps taps = p.taps.transposed();
   const TimeTiles g =
       backward_tiles(taps, p.time, p.channels, sizeof(T), p.gate.data != nullptr, plan.shared_bytes / kTimeWarps);
@@ -46,6 +46,6 @@ const char* Timewise<T>::backward(const Backward& p, const Plan& plan, Stream st
   return status;
 }
 
-template struct Timewise<CK_TYPE>;
+template struct TimeFamily<CK_TYPE>;
 
 }  // namespace ck::cuda

@@ -1,5 +1,5 @@
-// Gradients of attention's tables: sums over positions for the depthwise term, and the sums over the pieces that blocks
-// have made, in a fixed order.
+// Gradients of attention's tables: partial sums over positions for the depthwise term, and the sums of partial sums, in
+// a fixed order.
 #pragma once
 
 #include "csrc/cuda/attention/common.cuh"
@@ -37,7 +37,7 @@ void attention_taps(const CK_PARAM AttentionBackward p, int64_t tiles) {
           sum += grad;
           continue;
         }
-        const Span taps = taps_of(p, tile, i);
+        const Range taps = taps_of(p, tile, i);
         const int64_t j = int64_t{i} + tile.shift - p.left + c;
         if (c >= taps.first && c < taps.end && real_key(p, b, j))
           sum += grad * widen(at<T>(p.v, b, j, g)[d * p.v.channel]);
@@ -47,8 +47,8 @@ void attention_taps(const CK_PARAM AttentionBackward p, int64_t tiles) {
   }
 }
 
-// Where the pieces of a table's gradient lie.
-struct TablePieces {
+// The partial sums of a table's gradient.
+struct PartialSums {
   const void* data;
   int64_t batch, heads, parts, size;  // `size` numbers for each batch row, head and part
   int64_t start, row, column;         // element [row, column] of the table within them
@@ -56,13 +56,14 @@ struct TablePieces {
 
 // The sum over batch rows and parts for one element of head h, in the order in which they lie.
 template <class C>
-CK_DEVICE C sum_pieces(const TablePieces& pieces, int64_t h, int64_t row, int64_t column, int first, int step) {
-  const int64_t element = pieces.start + row * pieces.row + column * pieces.column;
+CK_DEVICE C sum_parts(const PartialSums& partial, int64_t h, int64_t row, int64_t column, int first, int step) {
+  const int64_t element = partial.start + row * partial.row + column * partial.column;
   C sum = 0;
 #pragma unroll 4
-  for (int64_t n = first; n < pieces.batch * pieces.parts; n += step) {
-    const int64_t b = n / pieces.parts, part = n % pieces.parts;
-    sum += static_cast<const C*>(pieces.data)[((b * pieces.heads + h) * pieces.parts + part) * pieces.size + element];
+  for (int64_t n = first; n < partial.batch * partial.parts; n += step) {
+    const int64_t b = n / partial.parts, part = n % partial.parts;
+    sum +=
+        static_cast<const C*>(partial.data)[((b * partial.heads + h) * partial.parts + part) * partial.size + element];
   }
   return sum;
 }
@@ -71,17 +72,17 @@ CK_DEVICE C sum_pieces(const TablePieces& pieces, int64_t h, int64_t row, int64_
 // share it. A block for 32 elements.
 template <class C>
 CK_GLOBAL(kSumThreads, 2)
-void reduce_table(const CK_PARAM TablePieces pieces, const CK_PARAM HeadTable table, void* grad, int64_t rows,
+void reduce_table(const CK_PARAM PartialSums partial, const CK_PARAM HeadTable table, void* grad, int64_t rows,
                   int64_t columns, double factor, const CK_PARAM HeadTable scale) {
   CK_SHARED(C, sums, kSumThreads);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t e = int64_t{blockIdx.x} * 32 + lane;
   const int64_t h = e / (rows * columns), row = e / columns % rows, column = e % columns;
-  const bool there = h < (table.per_head ? pieces.heads : 1);
+  const bool there = h < (table.per_head ? partial.heads : 1);
   C sum = 0;
   if (there)
-    for (int64_t head = h; head < (table.per_head ? h + 1 : pieces.heads); ++head)
-      sum += sum_pieces<C>(pieces, head, row, column, warp, kSumWarps);
+    for (int64_t head = h; head < (table.per_head ? h + 1 : partial.heads); ++head)
+      sum += sum_parts<C>(partial, head, row, column, warp, kSumWarps);
   sums[threadIdx.x] = sum;
   __syncthreads();
   if (warp > 0 || !there) return;
@@ -95,7 +96,7 @@ void reduce_table(const CK_PARAM TablePieces pieces, const CK_PARAM HeadTable ta
 // grad_value_conv_scale: the taps' sums times the taps. A block per head.
 template <class C>
 CK_GLOBAL(kSumThreads, 2)
-void reduce_tap_scale(const CK_PARAM AttentionBackward p, const CK_PARAM TablePieces pieces) {
+void reduce_tap_scale(const CK_PARAM AttentionBackward p, const CK_PARAM PartialSums partial) {
   CK_SHARED(C, sums, kSumThreads);
   const int64_t h = blockIdx.x, W = p.window();
   C sum = 0;
@@ -103,7 +104,7 @@ void reduce_tap_scale(const CK_PARAM AttentionBackward p, const CK_PARAM TablePi
     const int64_t c = e / p.channels, d = e % p.channels;
     if (c == W && p.value_conv_bias.data == nullptr) break;
     const C tap = c == W ? table_at<C>(p.value_conv_bias, h, d, 0) : table_at<C>(p.value_conv, h, d, c);
-    sum += tap * sum_pieces<C>(pieces, h, d, c, 0, 1);
+    sum += tap * sum_parts<C>(partial, h, d, c, 0, 1);
   }
   sums[threadIdx.x] = sum;
   __syncthreads();

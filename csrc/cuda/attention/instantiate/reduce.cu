@@ -1,4 +1,4 @@
-#include "csrc/cuda/attention/sums.cuh"
+#include "csrc/cuda/attention/reduce.cuh"
 
 #include "csrc/cuda/attention/families.h"
 
@@ -8,13 +8,13 @@ namespace {
 
 // The gradient of one table, where it is wanted.
 template <class C>
-const char* reduce(const HeadTable& table, void* grad, const TablePieces& pieces, int64_t rows, int64_t columns,
+const char* reduce(const HeadTable& table, void* grad, const PartialSums& partial, int64_t rows, int64_t columns,
                    double factor, const HeadTable& scale, Stream stream) {
   if (grad == nullptr) return nullptr;
-  const int64_t elements = (table.per_head ? pieces.heads : 1) * rows * columns;
+  const int64_t elements = (table.per_head ? partial.heads : 1) * rows * columns;
   if (elements == 0) return nullptr;
   return launch(reduce_table<C>, dim3(static_cast<unsigned>(ceil_div(elements, 32))), dim3(kSumThreads), 0, stream,
-                pieces, table, grad, rows, columns, factor, scale);
+                partial, table, grad, rows, columns, factor, scale);
 }
 
 }  // namespace
@@ -22,12 +22,12 @@ const char* reduce(const HeadTable& table, void* grad, const TablePieces& pieces
 template <class C>
 const char* ReduceAttention<C>::tables(const AttentionBackward& p, Stream stream) {
   const int64_t W = p.window(), D = p.channels, R = p.rank;
-  const TablePieces bias{p.partial_bias, p.batch, p.heads, p.query_parts, W, 0, 0, 1};
-  const TablePieces query_rel{p.partial_query_rel, p.batch, p.heads, p.query_parts, W * R, 0, 1, R};
+  const PartialSums bias{p.partial_bias, p.batch, p.heads, p.query_parts, W, 0, 0, 1};
+  const PartialSums query_rel{p.partial_query_rel, p.batch, p.heads, p.query_parts, W * R, 0, 1, R};
   // Its columns run backwards.
-  const TablePieces key_rel{p.partial_key_rel, p.batch, p.heads, p.key_parts, W * D, (W - 1) * D, 1, -D};
-  const TablePieces taps{p.partial_taps, p.batch, p.heads, p.tap_parts, (W + 1) * D, 0, 1, D};
-  TablePieces tap_bias = taps;
+  const PartialSums key_rel{p.partial_key_rel, p.batch, p.heads, p.key_parts, W * D, (W - 1) * D, 1, -D};
+  const PartialSums taps{p.partial_taps, p.batch, p.heads, p.tap_parts, (W + 1) * D, 0, 1, D};
+  PartialSums tap_bias = taps;
   tap_bias.start = W * D;
   const char* status = reduce<C>(p.bias, p.grad_bias, bias, 1, W, 1, {}, stream);
   if (status == nullptr) status = reduce<C>(p.query_rel, p.grad_query_rel, query_rel, R, W, p.rel_scale, {}, stream);

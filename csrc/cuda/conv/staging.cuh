@@ -1,15 +1,12 @@
-// Rows of a tensor on their way into shared memory, and which of them a run of outputs reads.
+// Copies of rows of a tensor to shared memory, and which rows a run of outputs reads.
 #pragma once
 
 #include "csrc/cuda/conv/inputs.cuh"
+#include "csrc/cuda/device/vectors.cuh"
 
 namespace ck::cuda {
 
-// Elements of 16 bytes.
-template <class T>
-constexpr int kVector = 16 / static_cast<int>(sizeof(T));
-
-// Dilation splits time into phases that never meet: row n of a phase is position first + dilation * n.
+// Dilation splits time into phases that share no window: row n of a phase is position first + dilation * n.
 struct Phase {
   int64_t first, dilation;
 
@@ -30,77 +27,6 @@ struct Reach {
     offset = down;
   }
 };
-
-// Elements of a word.
-template <class T>
-constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
-
-// Loads words of a row in pieces of `bytes`: the first `count` elements, which are whole pieces, and zeros.
-template <class T, int kWords>
-CK_DEVICE void load_pieces(uint32_t (&words)[kWords], const T* from, int count, int bytes) {
-#pragma unroll
-  for (int w = 0; w < kWords; ++w) words[w] = 0;
-  if (kWords == 4 && bytes == 16) {
-    if (count <= 0) return;
-    const uint4 piece = *reinterpret_cast<const uint4*>(from);
-    words[0] = piece.x, words[1] = piece.y, words[kWords - 2] = piece.z, words[kWords - 1] = piece.w;
-  } else if (bytes >= 8) {
-#pragma unroll
-    for (int w = 0; w < kWords; w += 2) {
-      if (w * kPerWord<T> >= count) continue;
-      const uint2 piece = *reinterpret_cast<const uint2*>(from + w * kPerWord<T>);
-      words[w] = piece.x;
-      words[w + 1] = piece.y;
-    }
-  } else if (bytes == 4) {
-#pragma unroll
-    for (int w = 0; w < kWords; ++w)
-      if (w * kPerWord<T> < count) words[w] = *reinterpret_cast<const uint32_t*>(from + w * kPerWord<T>);
-  } else if constexpr (sizeof(T) == 2) {
-#pragma unroll
-    for (int e = 0; e < 2 * kWords; ++e)
-      if (e < count) words[e / 2] |= uint32_t{from[e].bits} << e % 2 * 16;
-  }
-}
-
-// Stores them.
-template <class T, int kWords>
-CK_DEVICE void store_pieces(T* to, const uint32_t (&words)[kWords], int count, int bytes) {
-  if (kWords == 4 && bytes == 16) {
-    if (count > 0) *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[kWords - 2], words[kWords - 1]);
-  } else if (bytes >= 8) {
-#pragma unroll
-    for (int w = 0; w < kWords; w += 2)
-      if (w * kPerWord<T> < count) *reinterpret_cast<uint2*>(to + w * kPerWord<T>) = make_uint2(words[w], words[w + 1]);
-  } else if (bytes == 4) {
-#pragma unroll
-    for (int w = 0; w < kWords; ++w)
-      if (w * kPerWord<T> < count) *reinterpret_cast<uint32_t*>(to + w * kPerWord<T>) = words[w];
-  } else if constexpr (sizeof(T) == 2) {
-#pragma unroll
-    for (int e = 0; e < 2 * kWords; ++e)
-      if (e < count) to[e] = {static_cast<uint16_t>(words[e / 2] >> e % 2 * 16)};
-  }
-}
-
-// Starts the copy of 16 bytes of a row to shared memory in pieces of `bytes`: the first `count` elements, which are
-// whole pieces, and zeros. Two bytes are fewer than cp.async takes: these are loaded, and stored at once.
-template <class T>
-CK_DEVICE void stage_pieces(T* shared, const T* from, int count, int bytes) {
-  if (bytes == 16) {
-    cp_async<16>(shared, from, count > 0);
-  } else if (bytes == 8) {
-#pragma unroll
-    for (int e = 0; e < kVector<T>; e += kVector<T> / 2) cp_async<8>(shared + e, from + e, e < count);
-  } else if (bytes == 4) {
-#pragma unroll
-    for (int e = 0; e < kVector<T>; e += kPerWord<T>) cp_async<4>(shared + e, from + e, e < count);
-  } else {
-    uint32_t words[4];
-    load_pieces(words, from, count, 2);
-    *reinterpret_cast<uint4*>(shared) = make_uint4(words[0], words[1], words[2], words[3]);
-  }
-}
 
 // What stage_rows does, for rows of which some do not exist, or that are read in pieces: those of one thread, `first`
 // and every `step` after it, `count` channels from c on.

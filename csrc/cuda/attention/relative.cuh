@@ -1,0 +1,210 @@
+// Tiles of pairs of queries and keys, and what relative terms add to their scores.
+//
+// Only pairs within the window have columns of their own: a strip of shared memory holds what all terms add to each of
+// a warp's 16 positions at each column that the tile reaches. Left and right of the window the terms are one number for
+// each query and one for each key.
+#pragma once
+
+#include "csrc/cuda/attention/fragments.cuh"
+
+namespace ck::cuda {
+
+// Which side of the pairs a warp has 16 positions of: queries that meet other keys, or keys that meet other queries.
+enum class Side { kQueries, kKeys };
+
+// The pairs of a warp's 16 own positions and kOther other ones.
+template <Side kOwn, int kOther>
+struct PairTile {
+  const Attention& p;
+  const AttentionTile& tile;
+  int own, other;  // the first of each
+  int first_query, first_key;
+
+  CK_DEVICE PairTile(const Attention& p, const AttentionTile& tile, int own, int other)
+      : p(p),
+        tile(tile),
+        own(own),
+        other(other),
+        first_query(kOwn == Side::kQueries ? own : other),
+        first_key(kOwn == Side::kQueries ? other : own) {}
+
+  static constexpr int kQueries = kOwn == Side::kQueries ? 16 : kOther, kKeys = kOwn == Side::kQueries ? kOther : 16;
+
+  // The columns that any pair has lie from lowest to highest.
+  CK_DEVICE int lowest() const { return tap_of_pair(p, tile, first_query + kQueries - 1, first_key); }
+  CK_DEVICE int highest() const { return tap_of_pair(p, tile, first_query, first_key + kKeys - 1); }
+  // Of those, the ones that tables have.
+  CK_DEVICE Range columns() const { return {max(0, lowest()), min(static_cast<int>(p.window()), highest() + 1)}; }
+  // The others that an own position attends to, or that attend to it.
+  static CK_DEVICE Range partners(const Attention& p, const AttentionTile& tile, int position) {
+    if constexpr (kOwn == Side::kQueries) return visible_keys(p, tile, position);
+    const Range none{0, 0};
+    return position >= tile.key_begin && position < tile.key_end ? seeing_queries(p, tile, position, position + 1)
+                                                                 : none;
+  }
+  // Whether all pairs attend and lie on one side of the window, if there is one. `real`: of the keys.
+  CK_DEVICE bool far(unsigned real) const {
+    const Range first = partners(p, tile, own);
+    const Range last = partners(p, tile, kOwn == Side::kQueries ? min(own + 15, tile.query_end - 1) : own + 15);
+    constexpr unsigned kAll = kKeys == 32 ? ~0u : (1u << kKeys % 32) - 1;
+    const bool seen = other >= max(first.first, last.first) && other + kOther <= min(first.end, last.end);
+    return seen && (real & kAll) == kAll && (!p.has_columns() || is_left() || lowest() >= p.window());
+  }
+  CK_DEVICE bool is_left() const { return highest() < 0; }
+  // The column of the first own position and the first other one. Own row r and other m have column base() + m - r, or,
+  // on the side of the keys, base() + r - m.
+  CK_DEVICE int base() const { return tap_of_pair(p, tile, first_query, first_key); }
+};
+
+// PairTile::far for all tiles of others, found once for kRows own positions: far are the tiles that begin in one of two
+// ranges.
+template <Side kOwn, int kOther, int kRows>
+struct FarTiles {
+  Range left, right;
+
+  CK_DEVICE FarTiles(const Attention& p, const AttentionTile& tile, int own) {
+    using Pairs = PairTile<kOwn, kOther>;
+    constexpr bool kQueries = kOwn == Side::kQueries;
+    const Range first = Pairs::partners(p, tile, own);
+    const Range last = Pairs::partners(p, tile, kQueries ? min(own + kRows, tile.query_end) - 1 : own + kRows - 1);
+    left = {max(first.first, last.first), min(first.end, last.end) - kOther + 1};
+    right = left;
+    if (!p.has_columns()) return;
+    const int W = static_cast<int>(p.window());
+    // The other position that has column 0 with the first own one.
+    const int zero =
+        kQueries ? own + tile.shift - static_cast<int>(p.left) : own - tile.shift + static_cast<int>(p.left);
+    if constexpr (kQueries) {
+      left.end = min(left.end, zero - kOther + 1);
+      right.first = max(right.first, zero + kRows - 1 + W);
+    } else {
+      left.first = max(left.first, zero + kRows);
+      right.end = min(right.end, zero - W - kOther + 2);
+    }
+  }
+
+  // `real`: of the keys, all of which have to be.
+  CK_DEVICE bool has(int other, bool real) const {
+    return real && ((other >= left.first && other < left.end) || (other >= right.first && other < right.end));
+  }
+};
+
+// out += the 16 rows at `rows` (shared memory) times columns of a table [terms][window][pitch] (global memory), which
+// lane / 4 says: `column`.
+template <class T>
+CK_DEVICE void multiply_table(float (&out)[4], const T* rows, int row_pitch, const void* table, int64_t terms,
+                              int64_t W, int64_t pitch, int column, int lane) {
+  const T* const first = static_cast<const T*>(table) + column * pitch + lane % 4 * 2;
+#pragma unroll 1
+  for (int k = 0; k < pitch; k += 16) {
+    uint32_t a[4];
+    load_left(a, rows + k, row_pitch, lane);
+#pragma unroll 1
+    for (int64_t term = 0; term < terms; ++term) {
+      const T* const from = first + term * W * pitch + k;
+      const uint32_t b[2] = {*reinterpret_cast<const uint32_t*>(from), *reinterpret_cast<const uint32_t*>(from + 8)};
+      mma_m16n8k16<T>(out, a, b);
+    }
+  }
+}
+
+// The relative terms of a head, for a warp.
+template <class T>
+struct Relative {
+  const Attention& p;
+  const TensorTables& t;
+  int h, W, lane;
+  const float* edges;  // [2][other positions]: what the others add left and right of the window, nullptr: nothing
+  float* strip;        // [16][pitch] of shared memory: what all terms add to each of 16 own positions at each column
+  int pitch;
+
+  CK_DEVICE Relative(const Attention& p, const TensorTables& t, int64_t h, int lane, const float* edges, float* strip)
+      : p(p),
+        t(t),
+        h(static_cast<int>(h)),
+        W(static_cast<int>(p.window())),
+        lane(lane),
+        edges(edges),
+        strip(strip),
+        pitch(static_cast<int>(t.strip_pitch)) {}
+
+  // The tables of this head, found anew where they are needed.
+  CK_DEVICE const T* query_rel() const {
+    return static_cast<const T*>(t.query_rel) +
+           (p.query_rel.per_head ? opaque(h) * t.query_terms * p.window() * t.rank_pitch : 0);
+  }
+  CK_DEVICE const T* key_rel() const {
+    return static_cast<const T*>(t.key_rel) +
+           (p.key_rel.per_head ? opaque(h) * t.key_terms * p.window() * t.channel_pitch : 0);
+  }
+  CK_DEVICE const float* bias() const { return t.bias == nullptr ? nullptr : t.bias + opaque(h) * p.window(); }
+
+  // What the query's terms add left and right of the window: to rows lane / 4 and lane / 4 + 8 of 16. rows: of
+  // relative_rows(), in shared memory.
+  CK_DEVICE void query_edges(float (&left)[2], float (&right)[2], const T* rows, int row_pitch) const {
+    left[0] = left[1] = right[0] = right[1] = 0;
+    if (!p.clips() || !p.has_query_columns()) return;
+    float out[4] = {};
+    if (p.query_rel.data != nullptr)
+      multiply_table(out, rows, row_pitch, query_rel(), t.query_terms, W, t.rank_pitch, lane / 4 == 0 ? 0 : W - 1,
+                     lane);
+    for (int e = 0; e < 4; ++e) out[e] = __shfl_sync(kAllLanes, out[e], lane & ~3) * t.rel_factor;
+    const float* const bias = this->bias();
+    for (int half = 0; half < 2; ++half) {
+      left[half] = out[2 * half] + (bias == nullptr ? 0.0f : bias[0]);
+      right[half] = out[2 * half + 1] + (bias == nullptr ? 0.0f : bias[W - 1]);
+    }
+  }
+
+  // Fills the strip from column columns.first on. The rows are those of the tile of pairs, in shared memory.
+  template <Side kOwn, int kOther>
+  CK_DEVICE void fill_strip(const PairTile<kOwn, kOther>& pairs, Range columns, const T* query_rows, int query_pitch,
+                            const T* key_rows, int key_pitch) const {
+    constexpr bool kQueries = kOwn == Side::kQueries;
+    const int lane = opaque(this->lane), row = lane / 4, pair = lane % 4 * 2;
+    const float* const bias = this->bias();
+    // out += 16 rows, n from the first on, times the columns from c on.
+    const auto multiply = [&](float (&out)[4], bool queries, int n, int c) {
+      const int column = min(c + row, W - 1);
+      if (queries && p.query_rel.data != nullptr)
+        multiply_table(out, query_rows + n * query_pitch, query_pitch, query_rel(), t.query_terms, W, t.rank_pitch,
+                       column, lane);
+      if (!queries && p.key_rel.data != nullptr)
+        multiply_table(out, key_rows + n * key_pitch, key_pitch, key_rel(), t.key_terms, W, t.channel_pitch, column,
+                       lane);
+    };
+    __syncwarp();
+#pragma unroll 1
+    for (int c = columns.first; c < columns.end; c += 8) {
+      float out[4] = {};
+      multiply(out, kQueries, 0, c);
+      for (int e = 0; e < 4; ++e) {
+        const int column = c + pair + e % 2;
+        const float added = bias == nullptr || column >= W ? 0.0f : bias[column];
+        strip[(row + e / 2 * 8) * pitch + column - columns.first] =
+            out[e] * (kQueries ? t.rel_factor : t.score_factor) + added;
+      }
+    }
+    __syncwarp();
+    if ((kQueries ? p.key_rel : p.query_rel).data == nullptr) return;
+    const int base = pairs.base();
+#pragma unroll 1
+    for (int n = 0; n < kOther; n += 16) {
+#pragma unroll 1
+      for (int c = columns.first; c < columns.end; c += 8) {
+        const int nearest = kQueries ? base + n - c : c - base + n;  // own position of the first of both
+        if (kQueries ? nearest + 15 < 0 || nearest - 7 > 15 : nearest + 22 < 0 || nearest > 15) continue;
+        float out[4] = {};
+        multiply(out, !kQueries, n, c);
+        for (int e = 0; e < 4; ++e) {
+          const int by = pair + e % 2, m = row + e / 2 * 8, own = kQueries ? nearest + m - by : nearest + m + by;
+          if (own >= 0 && own < 16 && c + by < columns.end)
+            strip[own * pitch + c + by - columns.first] += out[e] * (kQueries ? t.score_factor : t.rel_factor);
+        }
+      }
+    }
+    __syncwarp();
+  }
+};
+
+}  // namespace ck::cuda
