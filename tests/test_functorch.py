@@ -145,9 +145,8 @@ def test_per_sample_gradients(function, backend):
 
 @pytest.mark.parametrize("function", CALLS)
 def test_jacobians(function, backend):
-    inputs = (values((1, 4, 2), DOUBLE, 1), values((1, 4, 1, 3) if function == "dynamic" else (2 if function ==
-    "depthwise"
-              else 1, 3), DOUBLE, 2), values((1, 4, 2), DOUBLE, 3))  # fmt: skip
+    shape = {"depthwise": (2, 3), "lightweight": (1, 3), "dynamic": (1, 4, 1, 3)}[function]
+    inputs = values((1, 4, 2), DOUBLE, 1), values(shape, DOUBLE, 2), values((1, 4, 2), DOUBLE, 3)
 
     def call(x, weight, gate):
         return CALLS[function](x, weight, gate=gate, backend=backend)

@@ -38,24 +38,17 @@ MODES = {
     "packed": {"lengths": (3, 0, 1, 4), "with_gate": True},
     "state": {"with_state": True, "padding": "causal"},
     "return_state": {"return_state": True, "padding": "causal", "with_gate": True, "with_mask": True},
-    "state_to_state": {
-        "with_state": True,
-        "return_state": True,
-        "padding": "causal",
-        "with_gate": True,
-        "length": 2,
-        "taps": 5,
-    },
+    "state_to_state": {"with_state": True, "return_state": True, "padding": "causal", "with_gate": True, "length": 2,
+                       "taps": 5},
     "packed_state": {"lengths": (3, 0, 1, 4), "with_state": True, "return_state": True, "padding": "causal"},
-}
+}  # fmt: skip
 SOFTMAX_MODES = {
     "raw": {"softmax": False},
     "raw_dropout": {"softmax": False, "weight_dropout": 0.4, "training": True, "with_seed": True},
     "dropout": {"weight_dropout": 0.4, "training": True, "with_seed": True},
     "dropout_all": {"weight_dropout": 1.0, "training": True, "with_seed": True},
-    "dropout_gate_state": {"weight_dropout": 0.4, "training": True, "with_seed": True, "with_gate": True, "with_state":
-    True,
-                           "padding": "causal"},
+    "dropout_gate_state": {"weight_dropout": 0.4, "training": True, "with_seed": True, "with_gate": True,
+                           "with_state": True, "padding": "causal"},
     "renormalize": {"renormalize": True},
     "renormalize_short": {"renormalize": True, "taps": 9, "length": 3},
     "renormalize_outside": {"renormalize": True, "taps": 3, "dilation": 4, "length": 3, "padding": 0},
@@ -64,8 +57,8 @@ SOFTMAX_MODES = {
                                  "with_mask": True},
     "renormalize_state": {"renormalize": True, "with_state": True, "padding": "causal", "dilation": 2},
     "everything": {"renormalize": True, "weight_dropout": 0.3, "training": True, "with_seed": True, "with_gate": True,
-                   "with_bias": True, "with_mask": True, "with_state": True, "return_state": True, "padding": "causal",
-                   "lengths": (2, 0, 1), "dilation": 2, "layout": "swap01"},
+                   "with_bias": True, "with_mask": True, "with_state": True, "return_state": True,
+                   "padding": "causal", "lengths": (2, 0, 1), "dilation": 2, "layout": "swap01"},
 }  # fmt: skip
 CASES = [(f, m) for f in FUNCTIONS for m in (*MODES, *SOFTMAX_MODES) if f != "depthwise" or m in MODES]
 
