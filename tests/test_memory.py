@@ -7,15 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import interpreted, simulated
-from hypothesis import given, settings
-from strategies import problems, step_problems
-from test_fuzz import check_forward, check_gradients, check_step, shorter
 
 import convkernels as ck
+from convkernels.testing import compare
 from convkernels.testing.attention import AttentionProblem
 from convkernels.testing.bounds import Bounds, StepBounds
 from convkernels.testing.inputs import Problem, StepProblem, values
 from convkernels.testing.poison import Guarded, fenced, poisoned_allocations
+from convkernels.testing.random_problems import for_each, random_conv, random_step, with_few_taps
 
 PROBLEMS = {
     "light": Problem(length=19, heads=2, head_size=9, taps=5, left=2, softmax=True, bias=True),
@@ -35,21 +34,19 @@ def test_poison_reaches_torch_empty():
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-@pytest.mark.parametrize(
-    ("check", "strategy"), [(check_forward, problems), (check_gradients, problems), (check_step, step_problems)]
-)
-def test_poisoned_allocations(check, strategy, ops):
+@pytest.mark.parametrize(("check", "make"), [
+    (compare.conv_forward, random_conv),
+    (compare.conv_gradients, random_conv),
+    (compare.conv_step, random_step),
+])  # fmt: skip
+def test_poisoned_allocations(check, make, ops):
     """Fresh memory holds NaN: whatever is not written, or read before it is written, breaks the bound."""
 
-    problems_to_check = strategy().map(shorter) if ops.interpreted else strategy()
-
-    @settings(max_examples=30 if ops.interpreted else 400)
-    @given(problem=problems_to_check)
-    def over_all(problem):
+    def poisoned(problem):
         with poisoned_allocations():
-            check(ops, problem)
+            check(ops, with_few_taps(problem) if ops.interpreted else problem)
 
-    over_all()
+    for_each(poisoned, make, range(30 if ops.interpreted else 400))
 
 
 def check_guarded(ops, problem, plain, t, guards):
@@ -58,7 +55,7 @@ def check_guarded(ops, problem, plain, t, guards):
     bounds.output().check(ops.tap_conv(*problem.op_arguments(t)), "y")
     gradients = ops.tap_grad(*problem.grad_arguments(t))
     expected = bounds.gradients(plain["grad"])
-    for result, grad in zip(("x", "weight", "bias", "gate", "initial_state"), gradients, strict=True):
+    for result, grad in zip(compare.CONV_INPUTS, gradients, strict=True):
         if grad.shape != (0,):
             expected[result].check(grad, f"grad_{result}")
     for n, guard in guards.items():
