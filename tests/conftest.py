@@ -21,6 +21,7 @@ import pytest
 import torch
 
 import convkernels
+from convkernels.testing.compare import Operators
 
 torch.set_num_threads(1)
 # What is compared with float32 must be float32.
@@ -146,13 +147,13 @@ def ops(backend, request):
     return RawOps(backend, request.config.getoption("--full"))
 
 
-class RawOps:
-    """Handles of torch.ops.convkernels._<name>.<backend>. slow: a backend made for comparison, not for speed, of which
-    tests run fewer repeats: the reference, kernels for GPUs that run on a CPU, and the C++ kernels once more, under a
-    sanitizer or on a lower instruction set. full: with --full they run more."""
+class RawOps(Operators):
+    """slow: a backend made for comparison, not for speed, of which tests run fewer repeats: the reference, kernels for
+    GPUs that run on a CPU, and the C++ kernels once more, under a sanitizer or on a lower instruction set. full: with
+    --full they run more."""
 
     def __init__(self, backend, full):
-        self.backend = backend
+        super().__init__(backend)
         self.full = full
         self.device = device_of(backend)
         self.interpreted = interpreted(backend)
@@ -160,9 +161,6 @@ class RawOps:
         sanitized = "libasan" in os.environ.get("LD_PRELOAD", "")  # scripts/run_asan.sh
         again = sanitized or "CONVKERNELS_CPU_ISA" in os.environ
         self.slow = backend == "reference" or self.interpreted or self.simulated or again
-
-    def __getattr__(self, name):
-        return getattr(getattr(torch.ops.convkernels, f"_{name}"), self.backend)
 
 
 @pytest.fixture(params=instruction_sets.NAMES)

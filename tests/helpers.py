@@ -5,6 +5,10 @@ import warnings
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import convkernels as ck
+
+CALLS = {"depthwise": ck.depthwise_conv1d, "lightweight": ck.lightweight_conv1d, "dynamic": ck.dynamic_conv1d}
+
 
 def close(actual, expected, rtol=1e-12, atol=1e-12):
     """Tensors, or sequences of them, equal to the rounding of float64."""

@@ -8,7 +8,6 @@ from conftest import interpreted, simulated
 
 import convkernels as ck
 from convkernels._bench.timing import peak_extra_bytes
-from convkernels.ops.attention import reference
 from convkernels.testing import compare
 from convkernels.testing.attention import DELTA_THROUGH_OUT, AttentionProblem
 from convkernels.testing.inputs import values
@@ -123,7 +122,7 @@ def test_rounding_of_the_result_reaches_no_gradient(dtype, value_conv, ops):
         value_conv=value_conv, dtype=dtype,
     )  # fmt: skip
     tensors = problem.tensors()
-    expected = compare.attention_results(reference, problem, compare.in_float64(tensors))
+    expected = compare.attention_results(compare.REFERENCE, problem, compare.in_float64(tensors))
     for name, value in compare.attention_results(ops, problem, tensors).items():
         error = (value.double() - expected[name]).norm() / expected[name].norm() if value.numel() else 0.0
         assert error <= (2e-6 if value.dtype == torch.float32 else torch.finfo(dtype).eps / 2), f"{name}: {error:.1e}"

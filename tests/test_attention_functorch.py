@@ -57,7 +57,7 @@ def test_vmap(mapped, tables, backend):
             for n in range(N)
         ]
         expected = torch.utils._pytree.tree_map(lambda *parts: torch.stack(parts), *single)
-        torch.testing.assert_close(together, expected, rtol=1e-12, atol=1e-12)
+        close(together, expected)
 
 
 def test_vmap_with_dropout_and_packing(backend):

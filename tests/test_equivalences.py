@@ -5,12 +5,10 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import close
+from helpers import CALLS, close
 
 import convkernels as ck
 from convkernels.testing.inputs import LAYOUTS, arrange, values
-
-CALLS = {"depthwise": ck.depthwise_conv1d, "lightweight": ck.lightweight_conv1d, "dynamic": ck.dynamic_conv1d}
 
 
 def grads(y, leaves):

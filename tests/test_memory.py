@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import interpreted, simulated
+from helpers import CALLS
 
 import convkernels as ck
 from convkernels.testing import compare
@@ -177,13 +178,11 @@ def test_masked_positions_never_leak(function, poison, dtype, backend):
     bad = ~mask[:, :, None].expand_as(inputs["x"])
     dirty = {n: t.masked_fill(bad, poison) if n in ("x", "gate") else t for n, t in inputs.items()}
     clean = {n: t.masked_fill(bad, 0.0) if n in ("x", "gate") else t for n, t in inputs.items()}
-    call = {"depthwise": ck.depthwise_conv1d, "lightweight": ck.lightweight_conv1d, "dynamic": ck.dynamic_conv1d}[
-        function
-    ]
     cotangent = values(inputs["x"].shape, dtype, 6)
     for padding in ("same", "causal"):
-        y, grads = call_with_gradients(call, dirty, cotangent, mask=mask, padding=padding, backend=backend)
-        expected_y, expected = call_with_gradients(call, clean, cotangent, mask=mask, padding=padding, backend=backend)
+        options = {"mask": mask, "padding": padding, "backend": backend}
+        y, grads = call_with_gradients(CALLS[function], dirty, cotangent, **options)
+        expected_y, expected = call_with_gradients(CALLS[function], clean, cotangent, **options)
         assert torch.equal(y, expected_y)
         for name, grad in grads.items():
             assert grad.isfinite().all(), name

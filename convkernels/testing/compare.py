@@ -5,18 +5,29 @@ value written from the definition (`oracle`, `attention_oracle`). Attention on l
 error within NORM_LIMIT, of the reference in float64. There the definition element by element takes minutes, and a
 bound for each element grows with the number of terms, which a norm's does not.
 
-``ops`` has the raw operators of a backend by name (tap_conv, tap_grad, tap_step, attention, attention_grad) and its
-name, `backend`.
+``ops`` is `Operators(backend)`, or more than that.
 """
 
 import torch
 
-from convkernels.ops.attention import reference
 from convkernels.testing.accuracy import ELEMENT_LIMIT, NORM_LIMIT
 from convkernels.testing.attention import DELTA_THROUGH_OUT, INPUTS
 from convkernels.testing.attention_oracle import Elements
 from convkernels.testing.bounds import Bounds, StepBounds
 
+
+class Operators:
+    """The raw operators of a backend that has been loaded, by name: tap_conv, tap_grad, tap_step, attention,
+    attention_grad."""
+
+    def __init__(self, backend):
+        self.backend = backend
+
+    def __getattr__(self, name):
+        return getattr(getattr(torch.ops.convkernels, f"_{name}"), self.backend)
+
+
+REFERENCE = Operators("reference")
 CONV_INPUTS = ("x", "weight", "bias", "gate", "initial_state")
 
 
@@ -86,7 +97,7 @@ def attention_large(ops, problem, elementwise=False):
     ELEMENT_LIMIT, too."""
     t = problem.tensors()
     found = attention_results(ops, problem, t)
-    expected = attention_results(reference, problem, in_float64(t))
+    expected = attention_results(REFERENCE, problem, in_float64(t))
     incoming = t["grad"].double().norm().item() * problem.head_size**-0.5
     for name, exact in expected.items():
         value, own = found[name], t.get(name, t["q"])
