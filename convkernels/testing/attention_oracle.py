@@ -295,6 +295,9 @@ def _check(name, actual, expected, slack, dtype):
 def _share(name, off, bound):
     if not off.numel():
         return 0.0
-    worst = (off / bound).max().item()
-    assert worst <= 1, f"{name}: off by {worst:.3g} times the bound"  # also of a NaN
+    share = off / bound
+    worst = share.max().item()
+    if not worst <= 1:  # also of a NaN
+        where = tuple(int(i) for i in torch.unravel_index(share.argmax(), share.shape))
+        raise AssertionError(f"{name}: off by {worst:.3g} times the bound at {where}")
     return worst
