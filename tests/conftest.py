@@ -3,7 +3,6 @@ reasons that the package itself gives.
 """
 
 import collections
-import functools
 import importlib.util
 import os
 import sys
@@ -17,50 +16,24 @@ os.environ.setdefault("CONVKERNELS_POISON", "1")
 # Without it the matrix products of torch's own operations may differ from run to run on a GPU.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-import hypothesis
+import instruction_sets
 import pytest
 import torch
 
 import convkernels
+from convkernels.testing.compare import Operators
 
 torch.set_num_threads(1)
 # What is compared with float32 must be float32.
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
-def _quicken_the_interpreter():
-    """Triton's interpreter prepares its language modules anew for every call of a device function, and a table of types
-    for every operation; that is most of its time. Here the launch prepares them all. The kernels run as before."""
-    import triton.language.standard as library
+QUICK = False
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    from quick_interpreter import quicken
     from triton.runtime import interpreter
 
-    patch, type_of = interpreter._patch_lang, interpreter._get_np_dtype
-    of_scalar = functools.cache(type_of)
-
-    def patch_for_launch(kernel):
-        scope = patch(kernel)
-        patch(library.zeros.fn)
-        return scope
-
-    def call(self, *arguments, **named):
-        return self.rewrite()(*arguments, **named)
-
-    interpreter._patch_lang = patch_for_launch
-    interpreter.InterpretedFunction.__call__ = call
-    interpreter._get_np_dtype = lambda t: type_of(t) if t.is_ptr() else of_scalar(t.scalar)
-
-
-if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-    _quicken_the_interpreter()
-hypothesis.settings.register_profile(
-    "package",
-    derandomize=True,
-    deadline=None,
-    database=None,
-    print_blob=True,
-    suppress_health_check=list(hypothesis.HealthCheck),
-)
-hypothesis.settings.load_profile("package")
+    QUICK = quicken(interpreter)
 
 
 def pytest_addoption(parser):
@@ -174,13 +147,13 @@ def ops(backend, request):
     return RawOps(backend, request.config.getoption("--full"))
 
 
-class RawOps:
-    """Handles of torch.ops.convkernels._<name>.<backend>. slow: a backend made for comparison, not for speed, of which
-    tests run fewer repeats: the reference, kernels for GPUs that run on a CPU, and the C++ kernels once more, under a
-    sanitizer or on a lower instruction set. full: with --full they run more."""
+class RawOps(Operators):
+    """slow: a backend made for comparison, not for speed, of which tests run fewer repeats: the reference, kernels for
+    GPUs that run on a CPU, and the C++ kernels once more, under a sanitizer or on a lower instruction set. full: with
+    --full they run more."""
 
     def __init__(self, backend, full):
-        self.backend = backend
+        super().__init__(backend)
         self.full = full
         self.device = device_of(backend)
         self.interpreted = interpreted(backend)
@@ -189,5 +162,20 @@ class RawOps:
         again = sanitized or "CONVKERNELS_CPU_ISA" in os.environ
         self.slow = backend == "reference" or self.interpreted or self.simulated or again
 
-    def __getattr__(self, name):
-        return getattr(getattr(torch.ops.convkernels, f"_{name}"), self.backend)
+
+@pytest.fixture(params=instruction_sets.NAMES)
+def isa(request):
+    reasons = convkernels.why_not("cpu")
+    if reasons:
+        pytest.skip("; ".join(reasons))
+    if request.param not in instruction_sets.available():
+        pytest.skip(f"this machine has no {request.param}")
+    return request.param
+
+
+@pytest.fixture
+def lower_isa(isa):
+    """The best one is what the rest of the suite runs on."""
+    if isa == instruction_sets.available()[-1]:
+        pytest.skip("the suite itself runs on it")
+    return isa

@@ -8,7 +8,8 @@ from conftest import interpreted, simulated
 
 import convkernels as ck
 from benchmarks.timing import peak_extra_bytes
-from convkernels.testing.attention import INPUTS, AttentionProblem
+from convkernels.testing import compare
+from convkernels.testing.attention import DELTA_THROUGH_OUT, AttentionProblem
 from convkernels.testing.inputs import values
 
 OP = "attention_grad"
@@ -110,39 +111,30 @@ def test_error_beside_that_of_pytorch(dtype, backend):
         assert error <= 2 * allowed, f"{name}: {error:.2e}, PyTorch {allowed:.2e}"
 
 
-def all_gradients(backend, problem, tensors):
-    attention, attention_grad = (
-        getattr(getattr(torch.ops.convkernels, name), backend) for name in ("_attention", "_attention_grad")
-    )
-    out, lse = attention(*problem.op_arguments(tensors))
-    return dict(zip(INPUTS, attention_grad(*problem.grad_arguments(tensors, out, lse)), strict=True))
-
-
 @pytest.mark.parametrize("value_conv", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounding_of_the_result_reaches_no_gradient(dtype, value_conv, backend):
+def test_rounding_of_the_result_reaches_no_gradient(dtype, value_conv, ops):
     """Tables of float32 get gradients as good as float32 allows, and 16-bit ones lose what one rounding loses."""
-    if backend not in ("reference", "cpu"):
+    if ops.backend in DELTA_THROUGH_OUT:
         pytest.skip("finds delta from the result as it was rounded")
     problem = AttentionProblem(
         batch=1, length=300, keys=300, head_size=64, left=8, right=8, bias=True, query_rel=2, key_rel=1,
         value_conv=value_conv, dtype=dtype,
     )  # fmt: skip
     tensors = problem.tensors()
-    exact = {n: t.double() if t is not None and t.is_floating_point() else t for n, t in tensors.items()}
-    expected = all_gradients("reference", problem, exact)
-    for name, value in all_gradients(backend, problem, tensors).items():
+    expected = compare.attention_results(compare.REFERENCE, problem, compare.in_float64(tensors))
+    for name, value in compare.attention_results(ops, problem, tensors).items():
         error = (value.double() - expected[name]).norm() / expected[name].norm() if value.numel() else 0.0
         assert error <= (2e-6 if value.dtype == torch.float32 else torch.finfo(dtype).eps / 2), f"{name}: {error:.1e}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_dropped_whole_passes_no_gradient(dtype, backend):
-    if backend == "cuda":
+def test_what_is_dropped_whole_passes_no_gradient(dtype, ops):
+    if ops.backend == "cuda":
         pytest.skip("finds delta from the result as it was rounded")
     problem = AttentionProblem(
         length=40, keys=40, head_size=16, bias=True, query_rel=1, key_rel=1, value_conv=3, dropout=1.0, dtype=dtype
     )
-    found = all_gradients(backend, problem, problem.tensors() | {"grad_lse": None})
+    found = compare.attention_results(ops, problem, problem.tensors() | {"grad_lse": None})
     for name in ("q", "k", "bias", "query_rel", "key_rel"):
         assert (found[name] == 0).all(), name

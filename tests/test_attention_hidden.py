@@ -8,7 +8,9 @@ import torch
 import convkernels as ck
 from convkernels.ops.attention.reference import relation
 from convkernels.ops.attention.schema import Attention
-from convkernels.testing.attention import DELTA_THROUGH_OUT, INPUTS, AttentionProblem, Elements
+from convkernels.testing.attention import DELTA_THROUGH_OUT, AttentionProblem
+from convkernels.testing.attention_oracle import Elements
+from convkernels.testing.compare import attention_results
 
 OP = "attention_grad"
 MODES = {
@@ -37,14 +39,6 @@ def problem_of(ops, mode, terms, dtype):
         batch=1 if "lengths" in change else 2, length=sum(lengths), keys=sum(lengths), groups=1, sharing=2,
         head_size=64 if dtype == "bfloat16" else 20, left=4, right=2, dtype=DTYPES[dtype], seed=3,
     ).with_(**change)  # fmt: skip
-
-
-def results(ops, problem, tensors):
-    """out and lse of one call, and the gradients by name."""
-    out, lse = ops.attention(*problem.op_arguments(tensors))
-    return {"out": out, "lse": lse} | dict(
-        zip(INPUTS, ops.attention_grad(*problem.grad_arguments(tensors, out, lse)), strict=True)
-    )
 
 
 def visible(problem, tensors):
@@ -78,7 +72,7 @@ def reached(name, row, sees):
 def test_hidden_rows_reach_nothing(mode, terms, dtype, ops):
     problem = problem_of(ops, mode, terms, dtype)
     tensors = problem.tensors()
-    expected = results(ops, problem, tensors)
+    expected = attention_results(ops, problem, tensors)
     sees = visible(problem, tensors)
     length = len(sees)
     for number, name in enumerate(("v", "k", "q", "grad")):
@@ -87,7 +81,7 @@ def test_hidden_rows_reach_nothing(mode, terms, dtype, ops):
         value = float("nan") if number % 2 else float("inf")
         poisoned = dict(tensors, **{name: tensors[name].clone()})
         poisoned[name][0, row, :, 1] = value
-        found = results(ops, problem, poisoned)
+        found = attention_results(ops, problem, poisoned)
         for result, rows in reached(name, row, sees).items():
             if tensors.get(result, 0) is None:
                 continue
@@ -112,11 +106,11 @@ def test_keys_that_nothing_sees(mode, dtype, ops):
         problem = problem.with_(padding=1)
         hidden = ~problem.tensors()["key_mask"][0]
     tensors = problem.tensors()
-    expected = results(ops, problem, tensors)
+    expected = attention_results(ops, problem, tensors)
     for name in "kv":
         tensors[name] = tensors[name].clone()
         tensors[name][0, hidden] = float("nan")
-    found = results(ops, problem, tensors)
+    found = attention_results(ops, problem, tensors)
     for name, value in found.items():
         if tensors.get(name, 0) is not None:
             torch.testing.assert_close(value, expected[name], rtol=0, atol=0, msg=name)
@@ -133,12 +127,12 @@ def test_queries_that_see_nothing(outside, rank, dtype, ops):
         bias=True, query_rel=1, rank=rank, key_rel=1, dtype=DTYPES[dtype], seed=3,
     )  # fmt: skip
     tensors = problem.tensors()
-    expected = results(ops, problem, tensors)
+    expected = attention_results(ops, problem, tensors)
     for name in ("q", "rel_query", "grad"):
         if tensors[name] is not None:
             tensors[name] = tensors[name].clone()
             tensors[name][:, : T - S] = float("nan")
-    found = results(ops, problem, tensors)
+    found = attention_results(ops, problem, tensors)
     assert (found["q"][:, : T - S] == 0).all()
     for name, value in found.items():
         if tensors.get(name, 0) is not None:
@@ -194,7 +188,7 @@ def test_a_sequence_without_keys_is_not_the_next_one(ops, key_lengths):
     )  # fmt: skip
     tensors = problem.tensors()
     elements = Elements(problem, tensors)
-    found = results(ops, problem, tensors)
+    found = attention_results(ops, problem, tensors)
     elements.check_out(found.pop("out"), found.pop("lse"))
     given = {name: gradient for name, gradient in found.items() if tensors[name] is not None}
     elements.check_gradients(given, through_out=ops.backend in DELTA_THROUGH_OUT)

@@ -112,9 +112,13 @@ def test_dropout_only_in_training(backend):
 
 
 @pytest.mark.parametrize(("arguments", "options", "argument"), [
-    ((C, 3), {}, "heads"), ((C, 1), {"span": "key"}, "heads"), ((C, H), {"query_key": "cnn"}, "query_key"),
-    ((C, H), {"value": "identity"}, "value"), ((C, H), {"span": "both"}, "span"),
-    ((C, H), {"span": "key", "bias": True}, "span"), ((C, H, (1, 2)), {"value": "conv"}, "conv_kernel_size"),
+    ((C, 3), {}, "heads"),
+    ((C, 1), {"span": "key"}, "heads"),
+    ((C, H), {"query_key": "cnn"}, "query_key"),
+    ((C, H), {"value": "identity"}, "value"),
+    ((C, H), {"span": "both"}, "span"),
+    ((C, H), {"span": "key", "bias": True}, "span"),
+    ((C, H, (1, 2)), {"value": "conv"}, "conv_kernel_size"),
 ])  # fmt: skip
 def test_bad_options(arguments, options, argument):
     with pytest.raises(ValueError, match=f"^CompositeAttention: argument '{argument}': expected .*, got"):
@@ -122,10 +126,19 @@ def test_bad_options(arguments, options, argument):
 
 
 @pytest.mark.parametrize(("options", "argument"), [
-    (dict(channels=0), "channels"), (dict(heads=0), "heads"), (dict(heads="4"), "heads"), (dict(window=2.5), "window"),
-    (dict(window="88"), "window"), (dict(window=-1), "window"), (dict(window=None), "window"),
-    (dict(outside="masked"), "outside"), (dict(dropout=3), "dropout"), (dict(backend="nope"), "backend"),
-    (dict(causal=1), "causal"), (dict(bias="yes"), "bias"), (dict(qk=False), "qk"),
+    (dict(channels=0), "channels"),
+    (dict(heads=0), "heads"),
+    (dict(heads="4"), "heads"),
+    (dict(window=2.5), "window"),
+    (dict(window="88"), "window"),
+    (dict(window=-1), "window"),
+    (dict(window=None), "window"),
+    (dict(outside="masked"), "outside"),
+    (dict(dropout=3), "dropout"),
+    (dict(backend="nope"), "backend"),
+    (dict(causal=1), "causal"),
+    (dict(bias="yes"), "bias"),
+    (dict(qk=False), "qk"),
     (dict(value="conv", conv_kernel_size=0), "conv_kernel_size"),
     (dict(value="conv", conv_kernel_size=2.5), "conv_kernel_size"),
     (dict(value="conv", value_groups=3), "value_groups"),

@@ -1,10 +1,12 @@
 """The judge is judged first: the numpy oracle against autograd, and the bounds against good and bad accumulators."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
+from convkernels.testing import accuracy
 from convkernels.testing.bounds import Bounds
 from convkernels.testing.inputs import Problem, values
 from convkernels.testing.philox import keep_mask
@@ -143,3 +145,12 @@ def test_problems_are_values():
     )
     assert dataclasses.replace(problem) == problem
     assert torch.equal(values((3, 2), torch.float32, 5), values((3, 2), torch.float32, 5))
+
+
+def test_the_documentation_has_the_limits():
+    text = (Path(__file__).parents[1] / "docs" / "semantics.md").read_text().partition("# What results must meet")[2]
+    rows = [line.strip("| ").split(" | ")[-4:] for line in text.splitlines() if line.startswith("|")]
+    assert rows[0] == [str(dtype).removeprefix("torch.") for dtype in accuracy.UNIT_ROUNDOFF]
+    limits = accuracy.UNIT_ROUNDOFF, accuracy.NORM_LIMIT, accuracy.ELEMENT_LIMIT
+    for row, values_of in zip(rows[2:], limits, strict=True):
+        assert [2.0 ** int(n[2:]) if n.startswith("2^") else float(n) for n in row] == list(values_of.values())

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from helpers import CALLS
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -14,7 +15,6 @@ import convkernels as ck
 from convkernels import nn as cknn
 from convkernels.testing.inputs import values
 
-CALLS = {"depthwise": ck.depthwise_conv1d, "lightweight": ck.lightweight_conv1d, "dynamic": ck.dynamic_conv1d}
 B, C, H, K = 2, 12, 3, 5
 LENGTHS = (7, 12, 9, 33, 8, 64, 15, 17, 100, 21)
 MODES = {

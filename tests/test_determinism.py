@@ -9,16 +9,15 @@ PROBLEMS = {
     "light": Problem(batch=3, length=301, heads=4, head_size=24, taps=7, left=3, softmax=True, bias=True),
     "depthwise": Problem(batch=2, length=203, heads=65, head_size=1, taps=15, left=7),
     "dynamic": Problem(batch=2, length=150, heads=4, head_size=17, taps=9, left=8, kind="dynamic", softmax=True,
-    renormalize=True), "gate_dropout": Problem(batch=3, length=120, heads=2, head_size=20, taps=4, left=3,
-    softmax=True, dropout=0.3, gate=True,
-                            padding_mask=2),
+                       renormalize=True),
+    "gate_dropout": Problem(batch=3, length=120, heads=2, head_size=20, taps=4, left=3, softmax=True, dropout=0.3,
+                            gate=True, padding_mask=2),
     "packed": Problem(batch=1, lengths=(100, 3, 0, 97), heads=2, head_size=33, taps=5, left=4, state=True,
-    renormalize=True,
-                      softmax=True),
+                      renormalize=True, softmax=True),
     "long_heads": Problem(batch=2, length=90, heads=2, head_size=160, taps=9, left=8, kind="dynamic", softmax=True),
     "renormalize": Problem(batch=3, length=120, heads=3, head_size=48, taps=7, left=3, softmax=True, renormalize=True),
     "bct": Problem(batch=2, length=130, heads=2, head_size=16, taps=31, left=15, layout="swap_last",
-    grad_layout="swap_last"),
+                   grad_layout="swap_last"),
 }  # fmt: skip
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 REPEATS = 100

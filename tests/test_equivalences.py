@@ -5,11 +5,10 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import CALLS, close
 
 import convkernels as ck
 from convkernels.testing.inputs import LAYOUTS, arrange, values
-
-CALLS = {"depthwise": ck.depthwise_conv1d, "lightweight": ck.lightweight_conv1d, "dynamic": ck.dynamic_conv1d}
 
 
 def grads(y, leaves):
@@ -18,11 +17,6 @@ def grads(y, leaves):
 
 def leaf(shape, salt, dtype=torch.float64):
     return values(shape, dtype, salt).clone().requires_grad_()
-
-
-def close(actual, expected, **tolerance):
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, **(tolerance or {"rtol": 1e-12, "atol": 1e-12}))
 
 
 @pytest.mark.parametrize("dilation", [1, 2, 5])

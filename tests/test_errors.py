@@ -3,10 +3,10 @@ was given, before any kernel starts.
 """
 
 import re
-import warnings
 
 import pytest
 import torch
+from helpers import nested, quantized
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import convkernels as ck
@@ -43,21 +43,6 @@ class Array:
         return "all its numbers"
 
 
-def unusual(make):
-    """What torch warns of as a prototype, or as deprecated."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return make()
-
-
-def nested(layout):
-    return unusual(lambda: torch.nested.nested_tensor([torch.randn(T, C), torch.randn(3, C)], layout=layout))
-
-
-def quantized():
-    return unusual(lambda: torch.quantize_per_tensor(torch.randn(B, T, C), 0.1, 0, torch.qint8))
-
-
 L, D, P = "lightweight_conv1d", "dynamic_conv1d", "depthwise_conv1d"
 LS, DS, PS = f"{L}_step", f"{D}_step", f"{P}_step"
 
@@ -74,9 +59,10 @@ TABLE = [
     (L, {"weight": None}, TypeError, "weight", "a tensor", "None"),
     (L, {"weight": torch.randn(K)}, ValueError, "weight", r"2 dimensions \[H,K\]", r"shape \[5\]"),
     (L, {"weight": torch.randn(H, 1, K)}, ValueError, "weight", r"\[H,K\] \(from a Conv1d: weight.squeeze\(1\)\)",
-    r"shape \[3, 1, 5\]"), (P, {"weight": torch.randn(C, 1, K)}, ValueError, "weight", r"weight.squeeze\(1\)",
-    r"shape \[12, 1, 5\]"), (D, {"weight": torch.randn(B, T, H * K)}, ValueError, "weight",
-    r"weight.unflatten\(-1, \(H, K\)\)", r"shape \[2, 7, 15\]"),
+     r"shape \[3, 1, 5\]"),
+    (P, {"weight": torch.randn(C, 1, K)}, ValueError, "weight", r"weight.squeeze\(1\)", r"shape \[12, 1, 5\]"),
+    (D, {"weight": torch.randn(B, T, H * K)}, ValueError, "weight", r"weight.unflatten\(-1, \(H, K\)\)",
+     r"shape \[2, 7, 15\]"),
     (P, {"x": torch.randn(B, C, T)}, ValueError, "weight", r"\[7, 5\]", r"shape \[12, 5\].* \(x is .*: give x.mT"),
     (D, {"x": torch.randn(B, C, T)}, ValueError, "weight", r"\[2, 12, 3, 5\]", r"7, 3, 5\].* \(x is .*: give x.mT"),
     (L, {"x": torch.randn(B, C, T)}, ValueError, "weight", "divides C = 7", r"\[3, 5\].* \(x is .*: give x.mT"),
@@ -89,10 +75,11 @@ TABLE = [
     (L, {"x": torch.randn(B, T, C).double()}, TypeError, "weight", "float64, because x is float64", "float32"),
     (L, {"weight": torch.randn(H, K, device="meta")}, ValueError, "weight", "on cpu", "on meta"),
     (P, {"weight": torch.randn(H, K)}, ValueError, "weight", r"\[C,K\] = \[12, 3\]|\[C,K\] = \[12, 5\]",
-    r"shape \[3, 5\]"), (D, {"weight": torch.randn(H, K)}, ValueError, "weight", r"4 dimensions \[B,T,H,K\]",
-    r"shape \[3, 5\]"), (D, {"weight": torch.randn(B, T + 1, H, K)}, ValueError, "weight", r"\[2, 7, 3, 5\]",
-    r"shape \[2, 8, 3, 5\]"), (D, {"weight": torch.randn(1, T, H, K)}, ValueError, "weight", r"\[2, 7, 3, 5\]",
-    r"shape \[1, 7, 3, 5\]"), (L, {"bias": torch.randn(C + 1)}, ValueError, "bias", r"\[C\] = \[12\]", r"shape \[13\]"),
+     r"shape \[3, 5\]"),
+    (D, {"weight": torch.randn(H, K)}, ValueError, "weight", r"4 dimensions \[B,T,H,K\]", r"shape \[3, 5\]"),
+    (D, {"weight": torch.randn(B, T + 1, H, K)}, ValueError, "weight", r"\[2, 7, 3, 5\]", r"shape \[2, 8, 3, 5\]"),
+    (D, {"weight": torch.randn(1, T, H, K)}, ValueError, "weight", r"\[2, 7, 3, 5\]", r"shape \[1, 7, 3, 5\]"),
+    (L, {"bias": torch.randn(C + 1)}, ValueError, "bias", r"\[C\] = \[12\]", r"shape \[13\]"),
     (L, {"bias": torch.randn(C, 1)}, ValueError, "bias", r"\[C\] = \[12\]", r"shape \[12, 1\]"),
     (L, {"bias": torch.randn(C).double()}, TypeError, "bias", "not float64", "float64"),
     (L, {"bias": 1.0}, TypeError, "bias", "a tensor or None", "1.0 of type float"),
@@ -143,16 +130,15 @@ TABLE = [
     (L, packed(cu_seqlens=torch.tensor([0, 5, 3, 7])), ValueError, "cu_seqlens", "never decrease", r"\[0, 5, 3, 7\]"),
     (L, {"cu_seqlens": torch.tensor([0, 7])}, ValueError, "x", r"\[1,T,C\].*cu_seqlens", r"shape \[2, 7, 12\]"),
     (L, {"initial_state": torch.zeros(B, K - 1, C)}, ValueError, "padding", "'causal', because initial_state",
-    "'same'"), (L, {"return_state": True}, ValueError, "padding", "'causal', because return_state is given", "'same'"),
+     "'same'"),
+    (L, {"return_state": True}, ValueError, "padding", "'causal', because return_state is given", "'same'"),
     (L, {"return_state": 1}, TypeError, "return_state", "True or False", "1 of type int"),
     (L, {"initial_state": torch.zeros(B, K, C), "padding": "causal"}, ValueError, "initial_state", r"\[2, 4, 12\]",
      r"shape \[2, 5, 12\]"),
     (L, {"initial_state": torch.zeros(B, K - 1, C).half(), "padding": "causal"}, TypeError, "initial_state",
-    "dtype of x",
-     "float16"),
+     "dtype of x", "float16"),
     (L, packed(cu_seqlens=torch.tensor([0, 3, 7]), padding="causal", initial_state=torch.zeros(1, K - 1, C)),
-    ValueError,
-     "initial_state", r"\[N,S,C\].*\[2, 4, 12\]", r"shape \[1, 4, 12\]"),
+     ValueError, "initial_state", r"\[N,S,C\].*\[2, 4, 12\]", r"shape \[1, 4, 12\]"),
     (L, {"backend": "cudnn"}, ValueError, "backend", "one of 'auto'", "'cudnn'"),
     (L, {"backend": []}, ValueError, "backend", "one of 'auto'", r"\[\]"),
     (LS, {"backend": {}}, ValueError, "backend", "one of 'auto'", r"\{\}"),
@@ -164,10 +150,12 @@ TABLE = [
     (LS, {"state": torch.zeros(B, K, C)}, ValueError, "state", r"\[2, 4, 12\]", r"shape \[2, 5, 12\]"),
     (LS, {"state": torch.zeros(B, K - 1, C).half()}, TypeError, "state", "dtype of x", "float16"),
     (LS, {"state": torch.zeros(1, K - 1, C).expand(B, -1, -1)}, ValueError, "state", "contiguous",
-    r"strides \[0, 12, 1\]"), (LS, {"state": torch.zeros(K - 1, B, C).transpose(0, 1)}, ValueError, "state",
-    "contiguous", r"strides \[12, 24, 1\]"), (LS, {"state_index": torch.tensor([0, 2])}, ValueError, "state_index",
-    "0 to 1", r"\[0, 2\]"), (LS, {"state_index": torch.tensor([-1, 0])}, ValueError, "state_index", "0 to 1",
-    r"\[-1, 0\]"), (LS, overlapping(), ValueError, "x", "apart from the state", "overlapping"),
+     r"strides \[0, 12, 1\]"),
+    (LS, {"state": torch.zeros(K - 1, B, C).transpose(0, 1)}, ValueError, "state", "contiguous",
+     r"strides \[12, 24, 1\]"),
+    (LS, {"state_index": torch.tensor([0, 2])}, ValueError, "state_index", "0 to 1", r"\[0, 2\]"),
+    (LS, {"state_index": torch.tensor([-1, 0])}, ValueError, "state_index", "0 to 1", r"\[-1, 0\]"),
+    (LS, overlapping(), ValueError, "x", "apart from the state", "overlapping"),
     (LS, {"dilation": 2}, ValueError, "state", r"\[2, 8, 12\]", r"shape \[2, 4, 12\]"),
     (LS, {"state_index": torch.tensor([0])}, ValueError, "state_index", r"\[B\] = \[2\]", r"shape \[1\]"),
     (LS, {"state_index": torch.tensor([0, 1], dtype=torch.int32)}, TypeError, "state_index", "int64", "int32"),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from helpers import flops_of
 
 import convkernels as ck
 
@@ -15,28 +15,22 @@ CALLS = {
 ONE_PASS = 2 * B * T * C * K
 
 
-def count(function):
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
-
-
 @pytest.mark.parametrize("function", CALLS)
 def test_forward_and_backward(function, backend):
     """A multiply and an add per tap and output; the input side and the weights cost as much again each."""
     call, shape = CALLS[function]
     x, weight = torch.randn(B, T, C), torch.randn(shape)
-    assert count(lambda: call(x, weight, backend=backend)) == ONE_PASS
+    assert flops_of(lambda: call(x, weight, backend=backend)) == ONE_PASS
     for requires, passes in (((True, True), 3), ((True, False), 2), ((False, True), 2)):
         leaves = [t.clone().requires_grad_(r) for t, r in zip((x, weight), requires, strict=True)]
-        assert count(lambda leaves=leaves: call(*leaves, backend=backend).sum().backward()) == passes * ONE_PASS
+        assert flops_of(lambda leaves=leaves: call(*leaves, backend=backend).sum().backward()) == passes * ONE_PASS
 
 
 def test_gate_state_and_bias_share_the_pass_of_x(backend):
     x, gate = torch.randn(B, T, C), torch.randn(B, T, C, requires_grad=True)
     weight, bias = torch.randn(H, K), torch.randn(C, requires_grad=True)
     state = torch.randn(B, K - 1, C, requires_grad=True)
-    total = count(
+    total = flops_of(
         lambda: (
             ck.lightweight_conv1d(x, weight, bias, gate=gate, initial_state=state, padding="causal", backend=backend)
             .sum()
@@ -49,19 +43,19 @@ def test_gate_state_and_bias_share_the_pass_of_x(backend):
 def test_step(backend):
     state = torch.zeros(B, K - 1, C)
     call = lambda: ck.lightweight_conv1d_step(torch.randn(B, C), state, torch.randn(H, K), backend=backend)  # noqa: E731
-    assert count(call) == 2 * B * C * K
+    assert flops_of(call) == 2 * B * C * K
 
 
 def test_public_op(backend):
     op = getattr(torch.ops.convkernels.tap_conv, backend)
-    assert count(lambda: op(torch.randn(B, T, C), torch.randn(H, K), 2)) == ONE_PASS
+    assert flops_of(lambda: op(torch.randn(B, T, C), torch.randn(H, K), 2)) == ONE_PASS
 
 
 def test_vmap_counts_the_folded_work(backend):
     x, weight = torch.randn(4, B, T, C), torch.randn(H, K)
-    total = count(lambda: torch.vmap(lambda v: ck.lightweight_conv1d(v, weight, backend=backend))(x))
+    total = flops_of(lambda: torch.vmap(lambda v: ck.lightweight_conv1d(v, weight, backend=backend))(x))
     assert total == 4 * ONE_PASS
 
 
 def test_nothing_to_do_costs_nothing(backend):
-    assert count(lambda: ck.lightweight_conv1d(torch.randn(0, T, C), torch.randn(H, K), backend=backend)) == 0
+    assert flops_of(lambda: ck.lightweight_conv1d(torch.randn(0, T, C), torch.randn(H, K), backend=backend)) == 0

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import CALLS, close
 from torch.autograd import forward_ad
 from torch.func import functional_call, functionalize, grad, jacfwd, jacrev, jvp, vmap
 
@@ -13,7 +14,6 @@ import convkernels as ck
 from convkernels import nn as cknn
 from convkernels.testing.inputs import values
 
-CALLS = {"depthwise": ck.depthwise_conv1d, "lightweight": ck.lightweight_conv1d, "dynamic": ck.dynamic_conv1d}
 N, B, T, C, H, K = 3, 2, 7, 6, 2, 4
 DOUBLE = torch.float64
 
@@ -140,14 +140,13 @@ def test_per_sample_gradients(function, backend):
         ]
         expected = torch.autograd.grad(loss(x[n], *leaves), leaves)
         for f, e in zip(found, expected, strict=True):
-            torch.testing.assert_close(f[n], e, rtol=1e-12, atol=1e-12)
+            close(f[n], e)
 
 
 @pytest.mark.parametrize("function", CALLS)
 def test_jacobians(function, backend):
-    inputs = (values((1, 4, 2), DOUBLE, 1), values((1, 4, 1, 3) if function == "dynamic" else (2 if function ==
-    "depthwise"
-              else 1, 3), DOUBLE, 2), values((1, 4, 2), DOUBLE, 3))  # fmt: skip
+    shape = {"depthwise": (2, 3), "lightweight": (1, 3), "dynamic": (1, 4, 1, 3)}[function]
+    inputs = values((1, 4, 2), DOUBLE, 1), values(shape, DOUBLE, 2), values((1, 4, 2), DOUBLE, 3)
 
     def call(x, weight, gate):
         return CALLS[function](x, weight, gate=gate, backend=backend)
@@ -155,7 +154,7 @@ def test_jacobians(function, backend):
     found = jacrev(call, argnums=(0, 1, 2))(*inputs)
     expected = torch.autograd.functional.jacobian(call, inputs)
     for f, e in zip(found, expected, strict=True):
-        torch.testing.assert_close(f, e, rtol=1e-12, atol=1e-12)
+        close(f, e)
 
 
 def test_hessian_by_reverse_over_reverse(backend):

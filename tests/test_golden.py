@@ -10,18 +10,11 @@ import torch
 
 import convkernels as ck
 from convkernels.testing import golden
-
-TOLERANCE = 1e-10
+from convkernels.testing.golden import near
 
 
 def collect(*groups):
     return [pytest.param(case, id=case.id) for case in golden.cases(*groups)]
-
-
-def near(actual, expected, name):
-    assert actual.shape == expected.shape, f"{name}: {tuple(actual.shape)} instead of {tuple(expected.shape)}"
-    error = (actual - expected).abs().max().item() if expected.numel() else 0.0
-    assert error <= TOLERANCE, f"{name}: off by {error:.3g}"
 
 
 def leaf(tensor):

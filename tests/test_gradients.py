@@ -7,12 +7,10 @@ as well.
 import pytest
 import torch
 from conftest import interpreted
+from helpers import CALLS
 from torch.autograd import gradcheck, gradgradcheck
 
-import convkernels as ck
 from convkernels.testing.inputs import arrange, values
-
-FUNCTIONS = {"depthwise": ck.depthwise_conv1d, "lightweight": ck.lightweight_conv1d, "dynamic": ck.dynamic_conv1d}
 
 # Sizes and options; what is not named takes the values of SIZES. "with_*" adds an input, the rest goes to the function.
 SIZES = {"batch": 2, "length": 5, "heads": 2, "head_size": 2, "taps": 3, "layout": "contiguous"}
@@ -38,24 +36,17 @@ MODES = {
     "packed": {"lengths": (3, 0, 1, 4), "with_gate": True},
     "state": {"with_state": True, "padding": "causal"},
     "return_state": {"return_state": True, "padding": "causal", "with_gate": True, "with_mask": True},
-    "state_to_state": {
-        "with_state": True,
-        "return_state": True,
-        "padding": "causal",
-        "with_gate": True,
-        "length": 2,
-        "taps": 5,
-    },
+    "state_to_state": {"with_state": True, "return_state": True, "padding": "causal", "with_gate": True, "length": 2,
+                       "taps": 5},
     "packed_state": {"lengths": (3, 0, 1, 4), "with_state": True, "return_state": True, "padding": "causal"},
-}
+}  # fmt: skip
 SOFTMAX_MODES = {
     "raw": {"softmax": False},
     "raw_dropout": {"softmax": False, "weight_dropout": 0.4, "training": True, "with_seed": True},
     "dropout": {"weight_dropout": 0.4, "training": True, "with_seed": True},
     "dropout_all": {"weight_dropout": 1.0, "training": True, "with_seed": True},
-    "dropout_gate_state": {"weight_dropout": 0.4, "training": True, "with_seed": True, "with_gate": True, "with_state":
-    True,
-                           "padding": "causal"},
+    "dropout_gate_state": {"weight_dropout": 0.4, "training": True, "with_seed": True, "with_gate": True,
+                           "with_state": True, "padding": "causal"},
     "renormalize": {"renormalize": True},
     "renormalize_short": {"renormalize": True, "taps": 9, "length": 3},
     "renormalize_outside": {"renormalize": True, "taps": 3, "dilation": 4, "length": 3, "padding": 0},
@@ -64,10 +55,10 @@ SOFTMAX_MODES = {
                                  "with_mask": True},
     "renormalize_state": {"renormalize": True, "with_state": True, "padding": "causal", "dilation": 2},
     "everything": {"renormalize": True, "weight_dropout": 0.3, "training": True, "with_seed": True, "with_gate": True,
-                   "with_bias": True, "with_mask": True, "with_state": True, "return_state": True, "padding": "causal",
-                   "lengths": (2, 0, 1), "dilation": 2, "layout": "swap01"},
+                   "with_bias": True, "with_mask": True, "with_state": True, "return_state": True,
+                   "padding": "causal", "lengths": (2, 0, 1), "dilation": 2, "layout": "swap01"},
 }  # fmt: skip
-CASES = [(f, m) for f in FUNCTIONS for m in (*MODES, *SOFTMAX_MODES) if f != "depthwise" or m in MODES]
+CASES = [(f, m) for f in CALLS for m in (*MODES, *SOFTMAX_MODES) if f != "depthwise" or m in MODES]
 
 
 def build(function, mode, backend, **sizes):
@@ -101,7 +92,7 @@ def build(function, mode, backend, **sizes):
     names = list(inputs)
 
     def call(*tensors):
-        return FUNCTIONS[function](**dict(zip(names, tensors, strict=True)), backend=backend, **options)
+        return CALLS[function](**dict(zip(names, tensors, strict=True)), backend=backend, **options)
 
     return call, tuple(inputs.values())
 
@@ -123,7 +114,7 @@ def test_gradgradcheck(function, mode, backend):
     assert gradgradcheck(call, inputs, nondet_tol=0.0, check_batched_grad=True, check_undefined_grad=True)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", CALLS)
 def test_gradgradcheck_quick(function, backend):
     mode = "gate_mask_bias" if function == "depthwise" else "everything"
     call, inputs = build(function, mode, backend)
@@ -146,7 +137,7 @@ def test_gradcheck_long_kernel(backend):
 
 
 @pytest.mark.parametrize("subset", [(0,), (1,), (2,), (3,), (0, 1), (1, 3), (2, 3), (0, 2, 3)])
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", CALLS)
 def test_any_subset_of_inputs_may_require_grad(function, subset, backend):
     """Gradients do not depend on which others are asked for."""
     call, inputs = build(function, "gate_mask_bias", backend)
@@ -158,7 +149,7 @@ def test_any_subset_of_inputs_may_require_grad(function, subset, backend):
         assert torch.equal(grad, full[i])
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", CALLS)
 @pytest.mark.parametrize("layout", ["contiguous", "swap01", "swap_last"])
 def test_expanded_and_sliced_grad_output(function, layout, backend):
     """`y.sum().backward()` sends an expanded gradient; a slice of y sends a strided one."""
@@ -202,7 +193,7 @@ def test_third_derivative(backend):
 LOW = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", CALLS)
 @pytest.mark.parametrize("bias_dtype", LOW)
 @pytest.mark.parametrize("weight_dtype", LOW)
 def test_each_gradient_is_rounded_once_to_its_own_dtype(function, weight_dtype, bias_dtype, backend):
@@ -214,7 +205,7 @@ def test_each_gradient_is_rounded_once_to_its_own_dtype(function, weight_dtype, 
     bias = torch.zeros(channels, dtype=bias_dtype, requires_grad=True)
     expected = torch.full((channels,), 100.125 * length).to(bias_dtype)
     for mode in ({}, {"gate": torch.zeros(1, length, channels)}):
-        y = FUNCTIONS[function](x, weight, bias, backend=backend, **mode)
+        y = CALLS[function](x, weight, bias, backend=backend, **mode)
         cotangent = torch.full_like(y, 100.125).requires_grad_()
         for graph in (False, True):
             found = torch.autograd.grad(y, (x, weight, bias), cotangent, create_graph=graph, retain_graph=True)
@@ -224,7 +215,7 @@ def test_each_gradient_is_rounded_once_to_its_own_dtype(function, weight_dtype, 
         assert torch.equal(torch.autograd.grad(found[2].float().sum(), cotangent)[0], torch.ones_like(y))
 
     def call(bias):
-        y = FUNCTIONS[function](x.detach(), weight.detach(), bias, backend=backend)
+        y = CALLS[function](x.detach(), weight.detach(), bias, backend=backend)
         return (y * 100.125).sum()
 
     batched = torch.func.vmap(torch.func.grad(call))(bias.detach().expand(2, -1))

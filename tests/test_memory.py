@@ -7,15 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import interpreted, simulated
-from hypothesis import given, settings
-from strategies import problems, step_problems
-from test_fuzz import check_forward, check_gradients, check_step, shorter
+from helpers import CALLS
 
 import convkernels as ck
+from convkernels.testing import compare
 from convkernels.testing.attention import AttentionProblem
 from convkernels.testing.bounds import Bounds, StepBounds
 from convkernels.testing.inputs import Problem, StepProblem, values
 from convkernels.testing.poison import Guarded, fenced, poisoned_allocations
+from convkernels.testing.random_problems import for_each, random_conv, random_step, with_few_taps
 
 PROBLEMS = {
     "light": Problem(length=19, heads=2, head_size=9, taps=5, left=2, softmax=True, bias=True),
@@ -35,21 +35,19 @@ def test_poison_reaches_torch_empty():
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-@pytest.mark.parametrize(
-    ("check", "strategy"), [(check_forward, problems), (check_gradients, problems), (check_step, step_problems)]
-)
-def test_poisoned_allocations(check, strategy, ops):
+@pytest.mark.parametrize(("check", "make"), [
+    (compare.conv_forward, random_conv),
+    (compare.conv_gradients, random_conv),
+    (compare.conv_step, random_step),
+])  # fmt: skip
+def test_poisoned_allocations(check, make, ops):
     """Fresh memory holds NaN: whatever is not written, or read before it is written, breaks the bound."""
 
-    problems_to_check = strategy().map(shorter) if ops.interpreted else strategy()
-
-    @settings(max_examples=30 if ops.interpreted else 400)
-    @given(problem=problems_to_check)
-    def over_all(problem):
+    def poisoned(problem):
         with poisoned_allocations():
-            check(ops, problem)
+            check(ops, with_few_taps(problem) if ops.interpreted else problem)
 
-    over_all()
+    for_each(poisoned, make, range(30 if ops.interpreted else 400))
 
 
 def check_guarded(ops, problem, plain, t, guards):
@@ -58,7 +56,7 @@ def check_guarded(ops, problem, plain, t, guards):
     bounds.output().check(ops.tap_conv(*problem.op_arguments(t)), "y")
     gradients = ops.tap_grad(*problem.grad_arguments(t))
     expected = bounds.gradients(plain["grad"])
-    for result, grad in zip(("x", "weight", "bias", "gate", "initial_state"), gradients, strict=True):
+    for result, grad in zip(compare.CONV_INPUTS, gradients, strict=True):
         if grad.shape != (0,):
             expected[result].check(grad, f"grad_{result}")
     for n, guard in guards.items():
@@ -180,13 +178,11 @@ def test_masked_positions_never_leak(function, poison, dtype, backend):
     bad = ~mask[:, :, None].expand_as(inputs["x"])
     dirty = {n: t.masked_fill(bad, poison) if n in ("x", "gate") else t for n, t in inputs.items()}
     clean = {n: t.masked_fill(bad, 0.0) if n in ("x", "gate") else t for n, t in inputs.items()}
-    call = {"depthwise": ck.depthwise_conv1d, "lightweight": ck.lightweight_conv1d, "dynamic": ck.dynamic_conv1d}[
-        function
-    ]
     cotangent = values(inputs["x"].shape, dtype, 6)
     for padding in ("same", "causal"):
-        y, grads = call_with_gradients(call, dirty, cotangent, mask=mask, padding=padding, backend=backend)
-        expected_y, expected = call_with_gradients(call, clean, cotangent, mask=mask, padding=padding, backend=backend)
+        options = {"mask": mask, "padding": padding, "backend": backend}
+        y, grads = call_with_gradients(CALLS[function], dirty, cotangent, **options)
+        expected_y, expected = call_with_gradients(CALLS[function], clean, cotangent, **options)
         assert torch.equal(y, expected_y)
         for name, grad in grads.items():
             assert grad.isfinite().all(), name

@@ -25,7 +25,8 @@ import convkernels
 from convkernels import backends
 from convkernels.cli import environment
 from convkernels.ops._spec import overload
-from convkernels.testing.attention import DELTA_THROUGH_OUT, INPUTS, AttentionProblem, Elements
+from convkernels.testing.attention import DELTA_THROUGH_OUT, INPUTS, AttentionProblem
+from convkernels.testing.attention_oracle import Elements
 from convkernels.testing.bounds import Bounds, StepBounds
 from convkernels.testing.inputs import Problem, StepProblem
 

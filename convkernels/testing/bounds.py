@@ -30,9 +30,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from convkernels.testing.accuracy import UNIT_ROUNDOFF
 from convkernels.testing.oracle import Windows, to_float64
 
-UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 TINY = {torch.float64: 2.0**-1000, torch.float32: 2.0**-110, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-110}
 SECOND_ORDER = 1.01
 EXP = 4.0

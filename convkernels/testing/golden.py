@@ -69,3 +69,11 @@ def cases(*groups, root=None):
         for r in records
         if not groups or r["group"] in groups
     ]
+
+
+def near(actual, expected, name):
+    """Within 1e-10 of the largest element, which counts as 1e-2 at least and as 1 at most."""
+    assert actual.shape == expected.shape, f"{name}: {tuple(actual.shape)} instead of {tuple(expected.shape)}"
+    if expected.numel():
+        error, size = (actual - expected).abs().max().item(), expected.abs().max().clamp(1e-2, 1.0).item()
+        assert error <= 1e-10 * size, f"{name}: off by {error:.3g} of {size:.3g}"

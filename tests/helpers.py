@@ -1,0 +1,37 @@
+"""What tests of several files share."""
+
+import warnings
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import convkernels as ck
+
+CALLS = {"depthwise": ck.depthwise_conv1d, "lightweight": ck.lightweight_conv1d, "dynamic": ck.dynamic_conv1d}
+
+
+def close(actual, expected, rtol=1e-12, atol=1e-12):
+    """Tensors, or sequences of them, equal to the rounding of float64."""
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+
+
+def unusual(make):
+    """What torch warns of as a prototype, or as deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return make()
+
+
+def nested(layout):
+    rows = [torch.randn(7, 12), torch.randn(3, 12)]
+    return unusual(lambda: torch.nested.nested_tensor(rows, layout=layout))
+
+
+def quantized():
+    return unusual(lambda: torch.quantize_per_tensor(torch.randn(2, 7, 12), 0.1, 0, torch.qint8))
+
+
+def flops_of(function):
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
