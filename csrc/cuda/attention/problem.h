@@ -3,13 +3,11 @@
 
 #include "csrc/common/attention.h"
 #include "csrc/common/philox.h"
+#include "csrc/cuda/device/device.h"
 
 namespace ck::cuda {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-
-// A cudaStream_t, spelled without CUDA's headers.
-using Stream = void*;
 
 struct Attention : ck::Attention {
   // sequences+1 packed offsets of each, nullptr: every batch row is one sequence.

@@ -3,13 +3,11 @@
 
 #include "csrc/common/conv.h"
 #include "csrc/common/philox.h"
+#include "csrc/cuda/device/device.h"
 
 namespace ck::cuda {
 
-// A cudaStream_t, spelled without CUDA's headers.
-using Stream = void*;
-
-struct Problem : ck::Problem {
+struct Problem : ck::Convolution {
   const void* offsets = nullptr;  // sequences+1 packed offsets, nullptr: every batch row is one sequence
   bool wide_offsets = false;      // they are int64, otherwise int32
   const int64_t* seed = nullptr;

@@ -1,9 +1,12 @@
-// What plans know of a GPU.
+// What the host knows of a GPU.
 #pragma once
 
 #include <cstdint>
 
 namespace ck::cuda {
+
+// A cudaStream_t, spelled without CUDA's headers.
+using Stream = void*;
 
 // No block takes more shared memory, wherever it runs: what compute capability 8.0 has, less a rest. 8.6, 8.9 and
 // 12.x have 99 KB, and fewer kernels that fit.
