@@ -109,9 +109,6 @@ PLANS = ((*_BY_SECTION, "--metrics", ",".join(METRICS)), _BY_SECTION, ("--set", 
 PREFIXES = {"n": 1e-9, "u": 1e-6, "m": 1e-3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
-# ---- what is profiled
-
-
 def _cases() -> dict[str, Callable[[str, str], Callable[[], object]]]:
     """Names of the families that the cuda backend takes for these shapes; other backends get the same problems. What
     makes a call, of a backend and a device."""
@@ -171,9 +168,6 @@ def launch(names: list[str], backend: str, device: str) -> int:
         call = None
         torch.cuda.empty_cache()
     return status
-
-
-# ---- what ncu wrote
 
 
 def _value(text: str, unit: str) -> float | str | None:
@@ -267,9 +261,6 @@ def markdown(results: dict[str, dict]) -> str:
     columns = next((("case", *k) for result in results.values() for k in result["kernels"]), ("case",))
     errors = [f"{case}: {result['error']}" for case, result in results.items() if result["error"]]
     return "\n\n".join([markdown_table(columns, rows), *errors]) + "\n"
-
-
-# ---- running ncu
 
 
 def find_ncu() -> str | None:

@@ -59,7 +59,7 @@ def short(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-# ---- cases. Times and channels are no multiples of what a block computes.
+# Times and channels are no multiples of what a block computes.
 
 CONVOLUTIONS = {
     "k1 gate": {"taps": 1, "gate": True},
@@ -252,9 +252,6 @@ def all_cases():
     return [*convolution_cases(), *step_cases(), *attention_cases()]
 
 
-# ---- one case
-
-
 def call_convolution(backend, problem, tensors):
     y = getattr(OPS._tap_conv, backend)(*problem.op_arguments(tensors))
     found = getattr(OPS._tap_grad, backend)(*problem.grad_arguments(tensors))
@@ -368,9 +365,6 @@ def run_group(cases, arguments):
             print(f"{case.group}: the GPU has ended this process's work; {len(cases) - place - 1} cases are not run")
             break
     return failed
-
-
-# ---- all groups, each in a process of its own
 
 
 RUNNING = set()

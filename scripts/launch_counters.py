@@ -60,9 +60,6 @@ PRODUCTS = PROCESSORS * CLOCK * 2048 * 0.62 / (16 * 8 * 16)
 INSTRUCTIONS = PROCESSORS * CLOCK * 4
 
 
-# ---- what is counted
-
-
 @dataclass(frozen=True)
 class Case:
     """make(settings, device) gives the call. taps: of a convolution like those whose main loops are described."""
@@ -157,9 +154,6 @@ def extrapolate(case: Case) -> dict[str, Launch]:
         for key, launch in once.items()
         if launch.kernel in nvcc.STREAMING
     }
-
-
-# ---- what is said of it
 
 
 def _ratio(a: float, b: float) -> str:

@@ -24,17 +24,7 @@ import convkernels
 from benchmarks import timing
 from benchmarks.peers import TOLERANCE, disagreement
 from benchmarks.suites import BACKWARD, BOTH, FORWARD
-from benchmarks.suites.attention_tables import (
-    BANDED,
-    COMPOSITE,
-    EAGER,
-    FLASH,
-    FLEX,
-    PAPER,
-    PLAIN,
-    SDPA,
-    SDPA_BIAS,
-)  # fmt: skip
+from benchmarks.suites.attention_tables import BANDED, COMPOSITE, EAGER, FLASH, FLEX, PAPER, PLAIN, SDPA, SDPA_BIAS
 from convkernels.cli import environment
 from convkernels.cli.console import progress, quantity
 
