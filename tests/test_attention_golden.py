@@ -13,7 +13,6 @@ import convkernels as ck
 from convkernels import nn as cknn
 from convkernels.ops.attention.t5 import buckets
 from convkernels.testing import golden
-from convkernels.testing.golden import near
 
 OP = "attention_grad"
 
@@ -32,11 +31,11 @@ def parameters(case):
 
 def check_gradients(case, x, found):
     """found: name -> tensor with the gradient of a parameter."""
-    near(x.grad, case["grad.in.hidden_states"], "grad hidden_states")
+    golden.check(x.grad, case["grad.in.hidden_states"], "grad hidden_states")
     expected = {name for name in case.names if name.startswith("grad.param.")}
     assert expected == {f"grad.param.{name}" for name in found if found[name].grad is not None}
     for name in expected:
-        near(found[name.removeprefix("grad.param.")].grad, case[name], name)
+        golden.check(found[name.removeprefix("grad.param.")].grad, case[name], name)
 
 
 def padding(case):
@@ -151,7 +150,7 @@ def test_authors(case, backend):
             half = module.channels // 2
             tied = span_ties(module, x, mask)
             y = torch.cat([y[..., :half], torch.where(lonely[..., None], tied, y[..., half:])], 2)
-    near(y, case["out.context"], "context")
+    golden.check(y, case["out.context"], "context")
     y.backward(case["cot.context"])
     check_gradients(case, x, found)
 
@@ -179,7 +178,7 @@ def clipped_shaw(case, p, x, mask, backend):
 def test_shaw(case, backend):
     x, p = case["in.hidden_states"].clone().requires_grad_(), parameters(case)
     y = clipped_shaw(case, p, x, padding(case), backend)
-    near(y, case["out.y"], "y")
+    golden.check(y, case["out.y"], "y")
     y.backward(case["cot.y"])
     check_gradients(case, x, p)
 
@@ -213,7 +212,7 @@ def test_t5(case, whole, backend):
         backend=backend,
     )  # fmt: skip
     y = F.linear(y.flatten(2), p["o.weight"])
-    near(y, case["out.y"], "y")
+    golden.check(y, case["out.y"], "y")
     y.backward(case["cot.y"])
     check_gradients(case, x, p)
 
@@ -251,9 +250,9 @@ def test_convbert(case, backend):
     module.load_state_dict(state)
     x = case["in.hidden_states"].clone().requires_grad_()
     y = module(x, padding(case))
-    near(y, case["out.y"], "y")
+    golden.check(y, case["out.y"], "y")
     y.backward(case["cot.y"])
-    near(x.grad, case["grad.in.hidden_states"], "grad hidden_states")
+    golden.check(x.grad, case["grad.in.hidden_states"], "grad hidden_states")
     for theirs, name in HF_NAMES.items():
         expected = case[f"grad.param.{theirs}"]
-        near(own[name].grad.reshape(expected.shape), expected, f"grad {theirs}")
+        golden.check(own[name].grad.reshape(expected.shape), expected, f"grad {theirs}")

@@ -10,7 +10,6 @@ import torch
 
 import convkernels as ck
 from convkernels.testing import golden
-from convkernels.testing.golden import near
 
 
 def collect(*groups):
@@ -57,12 +56,12 @@ def test_lightweight(case, backend):
             padding=options["padding_l"],
             backend=backend,
         ).transpose(0, 1)
-    near(y, case["out.y"], "y")
+    golden.check(y, case["out.y"], "y")
     y.backward(case["cot.y"])
-    near(x.grad, case["grad.in.x"], "grad x")
-    near(weight.grad, case["grad.param.weight"], "grad weight")
+    golden.check(x.grad, case["grad.in.x"], "grad x")
+    golden.check(weight.grad, case["grad.param.weight"], "grad weight")
     if bias is not None:
-        near(bias.grad, case["grad.param.bias"], "grad bias")
+        golden.check(bias.grad, case["grad.param.bias"], "grad bias")
 
 
 def run_steps(step, x, weight_at, state, **kwargs):
@@ -70,11 +69,11 @@ def run_steps(step, x, weight_at, state, **kwargs):
     return torch.stack([step(x[t], state, weight_at(t), **kwargs) for t in range(x.shape[0])])
 
 
-def near_buffer(state, case):
+def check_buffer(state, case):
     """fairseq keeps [1, B, C, min(T, K-1)], oldest first."""
     if "out.final_input_buffer" in case:
         expected = case["out.final_input_buffer"][0].transpose(1, 2)
-        near(state[:, state.shape[1] - expected.shape[1] :], expected, "final state")
+        golden.check(state[:, state.shape[1] - expected.shape[1] :], expected, "final state")
 
 
 @pytest.mark.parametrize("case", [p for p in collect("fairseq_lightconv") if "out.y_incremental" in p.values[0]])
@@ -92,8 +91,8 @@ def test_lightweight_incremental(case, backend):
         bias=case.get("param.bias"),
         backend=backend,
     )
-    near(y, case["out.y_incremental"], "incremental y")
-    near_buffer(state, case)
+    golden.check(y, case["out.y_incremental"], "incremental y")
+    check_buffer(state, case)
 
 
 class DynamicCall:
@@ -155,7 +154,7 @@ class DynamicCall:
         compared = 0
         for name, tensor in pairs.items():
             if f"grad.{name}" in case:
-                near(tensor.grad, case[f"grad.{name}"], f"grad {name}")
+                golden.check(tensor.grad, case[f"grad.{name}"], f"grad {name}")
                 compared += 1
         assert compared == sum(n.startswith("grad.") for n in case.names)
 
@@ -164,7 +163,7 @@ class DynamicCall:
 def test_dynamic(case, backend):
     call = DynamicCall(case)
     y = call.run(backend)
-    near(y, case["out.y"], "y")
+    golden.check(y, case["out.y"], "y")
     call.check_gradients(y)
 
 
@@ -176,12 +175,12 @@ def test_dynamic_quirk(case, backend):
     call = DynamicCall(case)
     length, taps = call.raw.shape[0], call.options["kernel_size"]
     y = call.run(backend, call.raw[..., taps - length :], length - 1)
-    near(y, case["out.y"], "y")
+    golden.check(y, case["out.y"], "y")
     call.check_gradients(y)
     documented = call.run(backend)
     assert (documented - case["out.y"]).abs().max() > 1e-3
     if "out.y_incremental" in case:
-        near(documented, case["out.y_incremental"], "y over all taps")
+        golden.check(documented, case["out.y_incremental"], "y over all taps")
 
 
 @pytest.mark.parametrize("case", [p for p in collect("fairseq_dynconv") if "out.y_incremental" in p.values[0]])
@@ -203,8 +202,8 @@ def test_dynamic_incremental(case, backend):
                 **call.modes,
             )
         )
-    near(torch.stack(outputs), case["out.y_incremental"], "incremental y")
-    near_buffer(state, case)
+    golden.check(torch.stack(outputs), case["out.y_incremental"], "incremental y")
+    check_buffer(state, case)
 
 
 def band_to_taps(matrix, batch, heads, taps, left):
@@ -244,11 +243,11 @@ def test_dropconnect(case, backend):
             keep = recorded.view(length, batch, heads, taps).transpose(0, 1)
         kernel = torch.softmax(logits, -1) * keep
         y = ck.dynamic_conv1d(x.transpose(0, 1), kernel, softmax=False, padding=left, backend=backend).transpose(0, 1)
-    near(y, case["out.y"], "y")
+    golden.check(y, case["out.y"], "y")
     y.backward(case["cot.y"])
-    near(x.grad, case["grad.in.x"], "grad x")
+    golden.check(x.grad, case["grad.in.x"], "grad x")
     for name, parameter in parameters.items():
-        near(parameter.grad, case[f"grad.param.{name}"], f"grad {name}")
+        golden.check(parameter.grad, case[f"grad.param.{name}"], f"grad {name}")
 
 
 @pytest.mark.parametrize("case", collect("mesh_paper1"))
@@ -292,8 +291,8 @@ def test_mesh(case, backend):
     y = torch.cat(parts, -1) @ p["separable_conv1d/pointwise_dense/kernel"] + p["separable_conv1d/pointwise_dense/bias"]
     if o["level"] == "block":
         y = y @ p["local_conv_attn_op_projection/kernel"] + p["local_conv_attn_op_projection/bias"]
-    near(y, case["out.y"], "y")
+    golden.check(y, case["out.y"], "y")
     y.backward(case["cot.y"])
-    near(x.grad, case["grad.in.x"], "grad x")
+    golden.check(x.grad, case["grad.in.x"], "grad x")
     for name, parameter in p.items():
-        near(parameter.grad, case[f"grad.param.{name}"], f"grad {name}")
+        golden.check(parameter.grad, case[f"grad.param.{name}"], f"grad {name}")

@@ -71,8 +71,8 @@ def cases(*groups, root=None):
     ]
 
 
-def near(actual, expected, name):
-    """Within 1e-10 of the largest element, which counts as 1e-2 at least and as 1 at most."""
+def check(actual, expected, name):
+    """Fails unless within 1e-10 of the largest element, which counts as 1e-2 at least and as 1 at most."""
     assert actual.shape == expected.shape, f"{name}: {tuple(actual.shape)} instead of {tuple(expected.shape)}"
     if expected.numel():
         error, size = (actual - expected).abs().max().item(), expected.abs().max().clamp(1e-2, 1.0).item()
