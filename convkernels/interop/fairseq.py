@@ -232,12 +232,12 @@ def config_from_args(args, state: dict[str, Tensor], *, padding_index: int = 1, 
     for name in ("adaptive_softmax_cutoff", "tie_adaptive_weights"):
         if get(name):
             fail("config_from_args", name, "None", repr(get(name)))
-    kernels = {}
+    layers = {}  # of each stack: their number, and the taps of each
     for stack in ("encoder", "decoder"):
         numbers = {found[1] for found in (re.match(rf"{stack}\.layers\.(\d+)\.", name) for name in state) if found}
         taps = get(f"{stack}_kernel_size_list", [3, 7, 15, 31, 31, 31, 31])
         taps = list(taps if not isinstance(taps, str) else map(int, re.findall(r"\d+", taps)))
-        kernels[stack] = (len(numbers), taps * len(numbers) if len(taps) == 1 else taps[: len(numbers)])
+        layers[stack] = (len(numbers), taps * len(numbers) if len(taps) == 1 else taps[: len(numbers)])
     width = both("embed_dim", 512)
     for name in ("decoder_input_dim", "decoder_output_dim"):
         if get(name, width) != width:
@@ -256,8 +256,8 @@ def config_from_args(args, state: dict[str, Tensor], *, padding_index: int = 1, 
     options = dict(
         vocab_size=target.shape[0], source_vocab_size=None if shared else source.shape[0], d_model=width,
         d_ff=both("ffn_embed_dim", 2048), num_heads=heads, num_filters=heads, conv_dim=both("conv_dim", width),
-        encoder_layers=kernels["encoder"][0], encoder_kernel_size=kernels["encoder"][1],
-        decoder_layers=kernels["decoder"][0], decoder_kernel_size=kernels["decoder"][1],
+        encoder_layers=layers["encoder"][0], encoder_kernel_size=layers["encoder"][1],
+        decoder_layers=layers["decoder"][0], decoder_kernel_size=layers["decoder"][1],
         mixer=both("conv_type", "dynamic"), glu=bool(both("glu", True)),
         kernel_softmax=bool(get("weight_softmax", True)),
         mask_query=True, use_bias=True, norm="layer", norm_eps=1e-5, norm_placement="pre" if pre else "post",

@@ -19,11 +19,12 @@ from ._checks import each, expect
 class _Conv(nn.Module):
     """What the three convolutions share: checked options, the call of the function behind, and the decoding state.
 
-    A subclass names its function and that function's step in ``_function`` and ``_step_function``, the options that the
-    function takes in ``_options``, and says in ``_operands`` which filters and bias go with an input.
+    A subclass names its function and the step of it in ``_function`` and ``_step_function``, the options that they
+    take in ``_options`` and ``_step_options``, and computes in ``_operands`` the filters and the bias for an input.
     """
 
     _options = ("softmax", "renormalize", "padding", "dilation", "weight_dropout", "training", "backend")
+    _step_options = ("softmax", "renormalize", "dilation", "backend")
 
     def __init__(
         self, channels, kernel_size, heads, *, padding, dilation, backend, softmax=False, renormalize=False,
@@ -73,22 +74,24 @@ class _Conv(nn.Module):
         """
         return self(x, mask, step=dict(state=state, gate=gate, state_index=state_index, position=position))
 
-    def _convolve(self, x, mask, step: dict | None, gate, query=None, **states):
+    def _convolve(self, x, mask, step: dict | None, gate, query=None, **arguments):
+        """The function behind, or with ``step`` its step; ``arguments`` pass through."""
         if step is not None:
             return self._step(x, mask, **step)
-        x, gate, *parameters = self._operands(x, mask, gate, query)
-        options = {name: getattr(self, name) for name in self._options}
-        return self._function(x, *parameters, gate=gate, mask=mask, **states, **options)
+        x, gate, weight, bias = self._operands(x, mask, gate, query)
+        for name in self._options:
+            arguments[name] = getattr(self, name)
+        return self._function(x, weight, bias, gate=gate, mask=mask, **arguments)
 
-    def _step(self, x, mask, state, gate=None, query=None, **indices):
-        x, gate, *parameters = self._operands(x, mask, gate, query)
+    def _step(self, x, mask, state, gate=None, query=None, **arguments):
+        x, gate, weight, bias = self._operands(x, mask, gate, query)
         if mask is not None:
             x, gate = (None if value is None else torch.where(mask[:, None], value, 0.0) for value in (x, gate))
         if self.padding not in ("causal", (self.kernel_size - 1) * self.dilation):
             raise RuntimeError(f"{type(self).__name__}.step: expected padding='causal', got {self.padding!r}")
-        fixed = ("padding", "weight_dropout", "training")  # a step is causal and drops nothing
-        options = {name: getattr(self, name) for name in self._options if name not in fixed}
-        return self._step_function(x, state, *parameters, gate=gate, **indices, **options)
+        for name in self._step_options:
+            arguments[name] = getattr(self, name)
+        return self._step_function(x, state, weight, bias, gate=gate, **arguments)
 
     def _operands(self, x, mask, gate, query) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """The convolution's input, its gate, the filters and the bias."""
@@ -287,7 +290,7 @@ class DepthwiseConv1d(_Conv):
     """
 
     _function, _step_function = staticmethod(api.depthwise_conv1d), staticmethod(steps.depthwise_conv1d_step)
-    _options = ("padding", "dilation", "backend")
+    _options, _step_options = ("padding", "dilation", "backend"), ("dilation", "backend")
 
     def __init__(
         self,
