@@ -11,6 +11,7 @@ import torch
 from benchmarks.machine_code import __main__ as command_line
 from benchmarks.machine_code import budgets, nvcc
 from benchmarks.machine_code.rules import LoopCost, Resources, Rules, read_code, read_usage, short_name
+from convkernels.backends import triton as triton_backend
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -316,3 +317,26 @@ def test_ptx_among_the_machine_code_is_passed_over():
     text = "".join(f"\nFatbin {kind} code:\n================\narch = sm_{name}\n{rest}" for kind, name, rest in parts)
     found = nvcc._kernels(text, r"\n Function ")
     assert {key: rest.split()[0] for key, rest in found.items()} == {("f", "90a"): "REG:1", ("f", "100"): "REG:2"}
+
+
+def test_parameter_lists_stay_short():
+    """Records carry tensors' strides and flags: at most 40 parameters of a kernel, 10 of a device function."""
+    triton_ahead()
+    import importlib
+
+    folder = Path(triton_backend.__file__).parent
+    counts = {}
+    for path in (folder / "device.py", *folder.glob("conv/*.py"), *folder.glob("attention/*.py")):
+        name = ".".join(path.relative_to(folder).with_suffix("").parts)
+        module = importlib.import_module(f"{triton_backend.__name__}.{name}")
+        for function in vars(module).values():
+            if hasattr(function, "arg_names") and function.fn.__module__ == module.__name__:
+                counts[function.__name__] = len(function.arg_names)
+    launched = {"attention_forward", "find_key_edges", "prepare_rows", "sum_taps", "finish_taps", "sum_partials"}
+    launched |= {name for name in counts if name.startswith(("conv_", "grad_", "reduce_"))} | {
+        "filter_sums",
+        "sum_rows",
+    }
+    assert launched < set(counts)
+    for name, count in counts.items():
+        assert count <= (40 if name in launched else 10), (name, count)

@@ -203,23 +203,33 @@ ATTENTION_VARIANTS = (
 
 def source(kernel, arguments: dict) -> tuple[ASTSource, dict]:
     """What the compiler gets for a launch, specialised as a launch would be: integers that are 1 become constants,
-    divisibility by 16 is passed on."""
+    divisibility by 16 is passed on, also for the fields of records."""
     rest = dict(arguments)
     options = {name: rest.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in rest}
     signature, constants, attributes = {}, {}, {}
+
+    def specialise(value, path: tuple[int, ...], varies: bool):
+        """The type of the argument at a path of indices. That of a record is one of types; its fields are specialised
+        whatever ``do_not_specialize`` says."""
+        if isinstance(value, tuple):
+            return type(value)(*(specialise(field, (*path, n), False) for n, field in enumerate(value)))
+        if isinstance(value, torch.Tensor):
+            attributes[path] = [["tt.divisibility", 16]]
+            return f"*{_TYPES[value.dtype]}"
+        if value == 1 and not varies:
+            constants[path] = value
+            return "constexpr"
+        if value % 16 == 0 and not varies:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
     for index, parameter in enumerate(kernel.params):
         value = rest.pop(parameter.name)
-        varies = parameter.do_not_specialize
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and not varies):
+        if parameter.is_constexpr:
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = f"*{_TYPES[value.dtype]}"
-            attributes[(index,)] = [["tt.divisibility", 16]]
         else:
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not varies:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+            signature[parameter.name] = specialise(value, (index,), parameter.do_not_specialize)
     if rest:
         raise TypeError(f"{kernel.__name__}: no parameters for {sorted(rest)}")
     return ASTSource(kernel, signature, constants, attributes), options

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..conv.configs import ceil_div, power_of_2
+from ..host import ceil_div, power_of_2
 
 MATRIX = 16  # least side of a matrix unit's operand
 PROGRAMS = 2048  # as many as keep the largest device busy, where programs have sums of tables of their own

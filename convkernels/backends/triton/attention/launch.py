@@ -4,7 +4,7 @@ No launch waits for the device: shapes and strides decide everything, ``cu_seqle
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from math import e as euler
 from math import log2
@@ -14,11 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import interpreting
-from ..conv.configs import ceil_div
-from ..conv.launch import _bits, _name, _on, _threshold
-from . import backward, configs, forward
+from ..host import bits, ceil_div, dropout_scale, dropout_threshold, dtype_name, run, search_steps
+from . import backward_keys, backward_queries, backward_rows, configs, depthwise, forward, sums
+from .tiles import Boundaries, Depthwise, Flags, Heads, Inputs, Tables, TileSizes
 
 CLIP = 0
+CONV = ("value_conv", "value_conv_bias", "value_conv_scale")
 LOG2E = log2(euler)
 MIN_ROWS = configs.MATRIX
 
@@ -53,21 +54,55 @@ class Call:
 
     def __post_init__(self):
         self.q, self.k, self.v, self.rel_query = (near_rows(x) for x in (self.q, self.k, self.v, self.rel_query))
-        self.B, self.T, self.H, self.D = self.q.shape
+        q, mask = self.q, self.key_mask
+        self.B, self.T, self.H, self.D = q.shape
         self.S, self.G = self.k.shape[1:3]
         self.W = self.left + self.right + 1
         self.R = self.D if self.rel_query is None else self.rel_query.shape[3]
-        self.packed = self.cu_seqlens_q is not None
-        self.sequences = self.cu_seqlens_q.shape[0] - 1 if self.packed else None
+        packed = self.cu_seqlens_q is not None
+        self.sequences = self.cu_seqlens_q.shape[0] - 1 if packed else None
         products = self.query_rel is not None or self.key_rel is not None
         self.shape = configs.Shape(
-            self.D, self.R, self.W, _name(self.q.dtype), products, self.architecture or architecture_of(self.q.device),
-            interpreting() and not self.q.is_meta,
+            self.D, self.R, self.W, dtype_name(q.dtype), products, self.architecture or architecture_of(q.device),
+            interpreting() and not q.is_meta,
         )  # fmt: skip
         # Triton up to 3.6 compiles no product of float64 matrices that depend on loads of fewer bits, masks included.
-        self.wide = self.q.dtype == torch.float64
+        self.wide = q.dtype == torch.float64
         self.accumulator = tl.float64 if self.wide else tl.float32
         self.edges = self.outside == CLIP
+        if mask is not None:
+            mask = mask.long() if self.wide else mask.view(torch.uint8)
+        cu_k = self.cu_seqlens_q if self.cu_seqlens_k is None else self.cu_seqlens_k
+        self.records = {
+            "inputs": Inputs(heads(q), heads(self.k), heads(self.v), heads(q if self.rel_query is None else
+            self.rel_query)),
+            "tables": Tables(*(self.table(name) for name in ("bias", "query_rel", "key_rel"))),
+            "depthwise": Depthwise(*(self.table(name) for name in CONV)),
+            "boundaries": Boundaries(self.cu_seqlens_q.contiguous(), cu_k.contiguous()) if packed else
+            Boundaries(q, q),
+            "FLAGS": Flags(
+                self.D, self.shape.padded, self.R, self.shape.padded_rank, self.qk, self.scale < 0, self.causal,
+                self.outside, self.bias is not None, self.query_rel is not None, self.rel_query is not None,
+                self.key_rel is not None, *(getattr(self, name) is not None for name in CONV), mask is not None,
+                packed, self.dropout > 0, self.shape.sliding,
+            ),
+        }  # fmt: skip
+        inputs, tables, flags = self.records["inputs"], self.records["tables"], self.records["FLAGS"]
+        sequences = self.sequences or 1
+        self.values = {
+            **self.records, "k": inputs.k, "v": inputs.v, "rel_query": inputs.rel_query, "key_rel": tables.key_rel,
+            "key_mask": q if mask is None else mask, "seed": q if self.seed is None else self.seed,
+            "mask_batch": 0 if mask is None else mask.stride(0), "mask_time": 0 if mask is None else mask.stride(1),
+            "query_rel_head": self._head(self.query_rel, self.R), "key_rel_head": self._head(self.key_rel, self.D),
+            "T": self.T, "S": self.S, "B": self.B, "H": self.H, "sharing": self.H // self.G, "left": self.left,
+            "right": self.right, "sequences": sequences, "search_steps": search_steps(sequences),
+            "scale": bits(self.scale), "rel_scale": bits(self.rel_scale), "score_scale": bits(self.scale * LOG2E),
+            "table_scale": bits(self.rel_scale * LOG2E), "threshold": dropout_threshold(self.dropout),
+            "keep_scale": dropout_scale(self.dropout), "plane": self.B * self.H * self.T,
+            "edge_plane": self.B * self.H * self.S, "DTYPE": self.accumulator,
+            **{name: getattr(flags, name) for name in ("D", "DP", "CAUSAL", "HAS_MASK", "HAS_CONV_BIAS",
+            "HAS_CONV_SCALE", "PACKED")},
+        }  # fmt: skip
 
     def sums(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.results, device=self.q.device)
@@ -86,46 +121,17 @@ class Call:
         value = getattr(self, name)
         return self.q if value is None else (value.double() if self.wide else value).contiguous()
 
-    def arguments(self, names: list[str], pairs: configs.Pairs | None = None, kept: int = 0) -> dict:
-        """What kernels have in common; ``names``: those of the parameters that one of them has."""
-        cu_k = self.cu_seqlens_q if self.cu_seqlens_k is None else self.cu_seqlens_k
-        r = self.q if self.rel_query is None else self.rel_query
-        mask = self.key_mask
-        if mask is not None:
-            mask = mask.long() if self.wide else mask.view(torch.uint8)
-        factor = 1.0 / (1.0 - self.dropout) if self.dropout < 1.0 else 0.0
-        values = {
-            "q": self.q, "k": self.k, "v": self.v, "rel_query": r, "query_rel": self.table("query_rel"),
-            "bias": self.table("bias"), "key_rel": self.table("key_rel"), "value_conv": self.table("value_conv"),
-            "conv_bias": self.table("value_conv_bias"), "conv_scale": self.table("value_conv_scale"),
-            "key_mask": self.q if mask is None else mask, "cu_q": self.cu_seqlens_q.contiguous() if self.packed
-            else self.q, "cu_k": cu_k.contiguous() if self.packed else self.q,
-            "seed": self.q if self.seed is None else self.seed,
-            **strides("q", self.q), **strides("k", self.k), **strides("v", self.v), **strides("r", r),
-            "mask_batch": 0 if mask is None else mask.stride(0), "mask_time": 0 if mask is None else mask.stride(1),
-            "query_rel_head": self._head(self.query_rel, self.R), "key_rel_head": self._head(self.key_rel, self.D),
-            "T": self.T, "S": self.S, "B": self.B, "H": self.H, "sharing": self.H // self.G, "left": self.left,
-            "right": self.right, "sequences": self.sequences or 1,
-            "search_steps": max((self.sequences or 1) - 1, 0).bit_length(),
-            "scale": _bits(self.scale), "rel_scale": _bits(self.rel_scale), "score_scale": _bits(self.scale * LOG2E),
-            "table_scale": _bits(self.rel_scale * LOG2E), "threshold": _threshold(self.dropout),
-            "keep_scale": _bits(factor), "plane": self.B * self.H * self.T, "edge_plane": self.B * self.H * self.S,
-            "D": self.D, "DP": self.shape.padded, "R": self.R, "RP": self.shape.padded_rank, "QK": self.qk,
-            "NEGATIVE": self.scale < 0, "CAUSAL": self.causal, "OUTSIDE": self.outside,
-            "HAS_BIAS": self.bias is not None, "HAS_QUERY_REL": self.query_rel is not None,
-            "HAS_REL_QUERY": self.rel_query is not None, "HAS_KEY_REL": self.key_rel is not None,
-            "HAS_CONV": self.value_conv is not None, "HAS_CONV_BIAS": self.value_conv_bias is not None,
-            "HAS_CONV_SCALE": self.value_conv_scale is not None, "HAS_MASK": mask is not None, "PACKED": self.packed,
-            "DROPOUT": self.dropout > 0, "DTYPE": self.accumulator, "SLIDING": self.shape.sliding,
-        }  # fmt: skip
-        if pairs is not None:
-            width = configs.width(self.shape, pairs, kept)
-            values |= asdict(pairs) | {
-                "WIDTH": width, "PIECE": configs.piece(self.shape, width, kept),
-                "IN_REGISTERS": self.shape.in_registers,
-            }  # fmt: skip
-        wanted = {*names, "num_warps", "num_stages", "maxnreg"}
-        return {name: value for name, value in values.items() if name in wanted}
+    def arguments(self, kernel) -> dict:
+        """Those of the kernel's parameters that several kernels have."""
+        return {name: self.values[name] for name in kernel.arg_names if name in self.values}
+
+    def tile(self, pairs: configs.Pairs, kept: int) -> dict:
+        """Tile sizes and the compiler's options, for programs that keep so many rows."""
+        width = configs.width(self.shape, pairs, kept)
+        piece = configs.piece(self.shape, width, kept)
+        sizes = pairs.BM, pairs.BN, pairs.NEAR, pairs.NEAR_STAGES, width, piece, self.shape.in_registers
+        options = {"num_warps": pairs.num_warps, "num_stages": pairs.num_stages, "maxnreg": pairs.maxnreg}
+        return {"TILE": TileSizes(*sizes), **options}
 
     def _head(self, table: Tensor | None, rows: int) -> int:
         return rows * self.W if table is not None and table.dim() == 3 else 0
@@ -140,7 +146,7 @@ class Call:
         slots = ceil_div(self.S, height)
         own = {"key_edges": self.found_edges, "slots": slots, "BN": height, "num_warps": 4}
         if slots:
-            yield kernel, (self.B * self.H * slots,), self.arguments(kernel.arg_names) | own
+            yield kernel, (self.B * self.H * slots,), self.arguments(kernel) | own
 
 
 @cache
@@ -152,9 +158,8 @@ def architecture_of(device: torch.device) -> int:
     return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(device)[0], 80)
 
 
-def strides(name: str, tensor: Tensor) -> dict:
-    batch, time, head, channel = tensor.stride()
-    return {f"{name}_batch": batch, f"{name}_time": time, f"{name}_head": head, f"{name}_channel": channel}
+def heads(tensor: Tensor) -> Heads:
+    return Heads(tensor, *tensor.stride())
 
 
 def near_rows(x: Tensor | None) -> Tensor | None:
@@ -168,14 +173,8 @@ def attention(*arguments) -> tuple[Tensor, Tensor]:
     call = Call(*arguments)
     out, lse = torch.empty_like(call.q), call.scratch(call.B, call.H, call.T)
     if out.numel():
-        launch(call, forward_launches(call, out, lse))
+        run(call.q, forward_launches(call, out, lse))
     return out, lse
-
-
-def launch(call: Call, launches: Iterator[tuple]) -> None:
-    with _on(call.q):
-        for kernel, grid, arguments in launches:
-            kernel[grid](**arguments)
 
 
 def forward_launches(call: Call, out: Tensor, lse: Tensor) -> Iterator[tuple]:
@@ -183,13 +182,11 @@ def forward_launches(call: Call, out: Tensor, lse: Tensor) -> Iterator[tuple]:
     yield from call.key_edges()
     kernel, pairs = forward.attention_forward, configs.forward(call.shape)
     slots = configs.tiles(call.T, pairs.BM, call.sequences)
-    own = {"key_edges": call.found_edges, "out": out, "lse": lse, "slots": slots, **strides("o", out)}
-    yield kernel, (call.B * call.H * slots,), call.arguments(kernel.arg_names, pairs, pairs.BM) | own
+    own = {"key_edges": call.found_edges, "out": heads(out), "lse": lse, "slots": slots, **call.tile(pairs, pairs.BM)}
+    yield kernel, (call.B * call.H * slots,), call.arguments(kernel) | own
 
 
-INPUTS = (
-    "q", "k", "v", "bias", "query_rel", "rel_query", "key_rel", "value_conv", "value_conv_bias", "value_conv_scale",
-)  # fmt: skip
+INPUTS = ("q", "k", "v", "bias", "query_rel", "rel_query", "key_rel", *CONV)
 LIKE_INPUT = ("q", "k", "v", "rel_query")
 
 
@@ -207,7 +204,7 @@ def attention_grad(grad, grad_lse, out, lse, *arguments) -> tuple[Tensor, ...]:
     if call.q.numel() == 0 or call.S == 0:
         for value in results.values():
             value.zero_()
-    launch(call, gradient_launches(call, near_rows(grad), grad_lse, near_rows(out), lse, results))
+    run(call.q, gradient_launches(call, near_rows(grad), grad_lse, near_rows(out), lse, results))
     return tuple(results.values())
 
 
@@ -227,25 +224,25 @@ def gradient_launches(
             yield from _query_pass(call, grad, constants, results, wanted)
         if keys:
             yield from _key_pass(call, grad, constants, results, wanted)
-    if wanted & {"value_conv", "value_conv_bias", "value_conv_scale"}:
+    if wanted & set(CONV):
         yield from _conv_pass(call, grad, results, wanted)
 
 
 def _prepare(call: Call, grad, grad_lse, out, lse, constants):
-    kernel, height = backward.prepare_rows, MIN_ROWS if call.shape.small else 64
+    kernel, height = backward_rows.prepare_rows, MIN_ROWS if call.shape.small else 64
     slots = configs.tiles(call.T, height, call.sequences)
     own = {
-        "grad": grad, "out": out, "lse": lse.contiguous(), "grad_lse": lse if grad_lse is None else
-        grad_lse.contiguous(), "constants": constants, "slots": slots, **strides("g", grad), **strides("o", out),
+        "grad": heads(grad), "out": heads(out), "lse": lse.contiguous(), "grad_lse": lse if grad_lse is None else
+        grad_lse.contiguous(), "constants": constants, "slots": slots,
         "DROPS_ALL": call.dropout == 1.0, "HAS_GRAD_LSE": grad_lse is not None,
         "EDGES": call.edges and (call.bias is not None or call.query_rel is not None), "BM": height,
         "num_warps": 8, "maxnreg": 255,
     }  # fmt: skip
-    return kernel, (call.B * call.H * slots,), call.arguments(kernel.arg_names) | own
+    return kernel, (call.B * call.H * slots,), call.arguments(kernel) | own
 
 
 def _query_pass(call: Call, grad, constants, results: dict, wanted: set):
-    kernel, pairs = backward.grad_queries, configs.backward(call.shape, keys=False)
+    kernel, pairs = backward_queries.grad_queries, configs.backward(call.shape, keys=False)
     table, bias = "query_rel" in wanted, "bias" in wanted
     size = call.R * call.W
     slots = configs.tiles(call.T, pairs.BM, call.sequences)
@@ -254,12 +251,13 @@ def _query_pass(call: Call, grad, constants, results: dict, wanted: set):
     bias_sums = call.sums(call.H, call.B * groups, call.W) if bias else call.q
     dq, dr = results["q"] if "q" in wanted else call.q, results["rel_query"] if "rel_query" in wanted else call.q
     own = {
-        "grad": grad, "key_edges": call.found_edges, "constants": constants, "grad_q": dq, "grad_rel_query": dr,
-        "query_sums": query_sums, "bias_sums": bias_sums, "slots": slots, "groups": groups, **strides("g", grad),
-        **strides("dq", dq), **strides("dr", dr), "NEED_QUERY": "q" in wanted,
-        "NEED_REL_QUERY": "rel_query" in wanted, "NEED_TABLE": table, "NEED_BIAS": bias,
+        "grad": heads(grad), "key_edges": call.found_edges, "constants": constants,
+        "gradients": backward_queries.Gradients(heads(dq), heads(dr)), "query_sums": query_sums,
+        "bias_sums": bias_sums, "slots": slots, "groups": groups,
+        "NEED": backward_queries.Needs("q" in wanted, "rel_query" in wanted, table, bias),
+        **call.tile(pairs, pairs.BM),
     }  # fmt: skip
-    yield kernel, (call.B * call.H * groups,), call.arguments(kernel.arg_names, pairs, pairs.BM) | own
+    yield kernel, (call.B * call.H * groups,), call.arguments(kernel) | own
     if table:
         yield _sum_partials(call, query_sums, results["query_rel"], size, call.rel_scale)
     if bias:
@@ -269,7 +267,7 @@ def _query_pass(call: Call, grad, constants, results: dict, wanted: set):
 def _key_pass(call: Call, grad, constants, results: dict, wanted: set):
     if call.S == 0:
         return
-    kernel, pairs = backward.grad_keys, configs.backward(call.shape, keys=True)
+    kernel, pairs = backward_keys.grad_keys, configs.backward(call.shape, keys=True)
     table = "key_rel" in wanted
     size = call.D * call.W
     slots = configs.tiles(call.S, pairs.BN, call.sequences)
@@ -278,11 +276,12 @@ def _key_pass(call: Call, grad, constants, results: dict, wanted: set):
     key_sums = call.sums(call.H, call.B * groups, size) if table else call.q
     dk, dv = results["k"] if "k" in wanted else call.k, results["v"] if "v" in wanted else call.v
     own = {
-        "grad": grad, "key_edges": call.found_edges, "constants": constants, "grad_k": dk, "grad_v": dv,
-        "key_sums": key_sums, "slots": slots, "groups": groups, **strides("g", grad), **strides("dk", dk),
-        **strides("dv", dv), "NEED_KEY": "k" in wanted, "NEED_VALUE": "v" in wanted, "NEED_TABLE": table,
+        "grad": heads(grad), "key_edges": call.found_edges, "constants": constants,
+        "gradients": backward_keys.Gradients(heads(dk), heads(dv)), "key_sums": key_sums, "slots": slots,
+        "groups": groups, "NEED": backward_keys.Needs("k" in wanted, "v" in wanted, table),
+        **call.tile(pairs, pairs.BN),
     }  # fmt: skip
-    yield kernel, (call.B * call.G * groups,), call.arguments(kernel.arg_names, pairs, pairs.BN) | own
+    yield kernel, (call.B * call.G * groups,), call.arguments(kernel) | own
     if table:
         yield _sum_partials(call, key_sums, results["key_rel"], size, call.scale)
 
@@ -293,13 +292,13 @@ def _sum_partials(call: Call, partials: Tensor, result: Tensor, size: int, scale
     BC = 32
     arguments = {
         "partials": partials, "result": result, "rows": partials.numel() // (owners * size), "size": size,
-        "scale": _bits(scale), "DTYPE": call.accumulator, "BR": 64, "BC": BC, "num_warps": 4,
+        "scale": bits(scale), "DTYPE": call.accumulator, "BR": 64, "BC": BC, "num_warps": 4,
     }  # fmt: skip
-    return backward.sum_partials, (owners * ceil_div(size, BC),), arguments
+    return sums.sum_partials, (owners * ceil_div(size, BC),), arguments
 
 
 def _conv_pass(call: Call, grad, results: dict, wanted: set):
-    kernel, height = backward.sum_taps, MIN_ROWS if call.shape.small else 64
+    kernel, height = depthwise.sum_taps, MIN_ROWS if call.shape.small else 64
     channels, taps = min(call.shape.padded, 64), MIN_ROWS
     pieces = ceil_div(call.D, channels)
     slots = configs.tiles(call.T, height, call.sequences)
@@ -308,17 +307,16 @@ def _conv_pass(call: Call, grad, results: dict, wanted: set):
     tap_sums = call.sums(call.H, groups, call.D, call.W) if need_taps else call.q
     grad_sums = call.scratch(call.H, groups, call.D)
     own = {
-        "grad": grad, "tap_sums": tap_sums, "grad_sums": grad_sums, "slots": slots, "groups": groups,
-        **strides("g", grad), "NEED_TAPS": need_taps, "BM": height, "BD": channels, "TAPS": taps, "num_warps": 4,
+        "grad": heads(grad), "tap_sums": tap_sums, "grad_sums": grad_sums, "slots": slots, "groups": groups,
+        "NEED_TAPS": need_taps, "BM": height, "BD": channels, "TAPS": taps, "num_warps": 4,
         "maxnreg": 255,
     }  # fmt: skip
     chunks = ceil_div(call.W, taps) if need_taps else 1
-    yield kernel, (call.H * pieces * groups, chunks), call.arguments(kernel.arg_names) | own
-    kernel = backward.finish_taps
+    yield kernel, (call.H * pieces * groups, chunks), call.arguments(kernel) | own
+    kernel = depthwise.finish_taps
     own = {
-        "tap_sums": tap_sums, "grad_sums": grad_sums, "grad_conv": results["value_conv"],
-        "grad_conv_bias": results["value_conv_bias"], "grad_conv_scale": results["value_conv_scale"],
+        "tap_sums": tap_sums, "grad_sums": grad_sums, "gradients": Depthwise(*(results[name] for name in CONV)),
         "groups": groups, "NEED_TAPS": "value_conv" in wanted, "NEED_BIAS": "value_conv_bias" in wanted,
         "NEED_SCALE": "value_conv_scale" in wanted, "BE": 256, "num_warps": 4,
     }  # fmt: skip
-    yield kernel, (call.H,), call.arguments(kernel.arg_names) | own
+    yield kernel, (call.H,), call.arguments(kernel) | own

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from ..host import ceil_div, power_of_2
+
 MATRIX_CHANNELS = 16  # least width of a matrix unit's operand
 MATRIX_TAPS = 65  # filters longer than this need band matrices that no longer fit into the registers
 WINDOW_TAPS = 32  # filters longer than this would leave a window of filters few rows of its own
@@ -103,15 +105,6 @@ class Step:
     BS: int
     num_warps: int = 4
     maxnreg: int = 255
-
-
-def power_of_2(n: int) -> int:
-    """The least power of two that is at least n."""
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def parts(dtype: str, gated: bool = False) -> int:

@@ -1,313 +1,351 @@
-"""What all kernels of this backend share: the index relation, finding sequences, filters, inputs, arithmetic.
+"""What the convolution kernels share: the index relation, finding sequences, inputs, filters.
 
-Shapes: a *column* tensor is [rows, 1] (one value per position), a *row* tensor is [1, channels]; they broadcast.
-Offsets are 64 bits wide, positions 32.
+Shapes: a *column* is [rows, 1] (one value per position), a *row* is [1, channels]; they broadcast. Offsets are 64 bits
+wide, positions 32. A record of a tensor holds a pointer and strides; functions whose names end in ``_at`` return it
+with pointers to the elements of a tile, to which each load adds the positions.
 """
 
-import os
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-# The interpreter (triton 3.4 to 3.9) truncates where the hardware rounds to bfloat16, and multiplies the bits of
-# bfloat16 matrices instead of their values. The helpers below go around both, and only there.
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+from ..device import keeps, narrow, number_from_bits, sequence_bounds, widen
 
 
-# -- the one index relation: output t, tap j reads input s = t + dilation * j - left ---
+class Rows(NamedTuple):
+    """A tensor [batch, time, channels]."""
+
+    data: Any
+    batch: Any
+    time: Any
+    channel: Any
+
+
+class Mask(NamedTuple):
+    """A padding mask [batch, time]."""
+
+    data: Any
+    batch: Any
+    time: Any
+
+
+class Inputs(NamedTuple):
+    """What the input z of a convolution is made of."""
+
+    x: Rows
+    gate: Rows
+    mask: Mask
+    state: Any
+
+
+class Gradients(NamedTuple):
+    """The gradients of x and of the gate."""
+
+    x: Rows
+    gate: Rows
+
+
+class Filters(NamedTuple):
+    """The weight; strides of 0 where it has no such dimension."""
+
+    data: Any
+    batch: Any
+    time: Any
+    head: Any
+    tap: Any
+
+
+class Dropout(NamedTuple):
+    """Of filters. threshold, scale: integers with the bits of numbers."""
+
+    seed: Any
+    threshold: Any
+    scale: Any
+
+
+class Sizes(NamedTuple):
+    """T positions, C channels, H heads of R channels."""
+
+    T: Any
+    C: Any
+    H: Any
+    R: Any
+
+
+class Relation(NamedTuple):
+    """Tap j of output t reads input t + dilation * j - left."""
+
+    left: Any
+    dilation: Any
+
+
+class Sequences(NamedTuple):
+    """Boundaries of packed sequences, how many, and the steps in which bisection finds one."""
+
+    data: Any
+    count: Any
+    steps: Any
+
+
+class Sequence(NamedTuple):
+    """Number, begin and end of the sequence of each position."""
+
+    number: Any
+    begin: Any
+    end: Any
+
+
+class Place(NamedTuple):
+    """Batch rows, positions and heads of filters."""
+
+    b: Any
+    t: Any
+    h: Any
+
+
+class Statistics(NamedTuple):
+    """Of the softmax over taps: the largest logit, and the reciprocal sum of exponentials."""
+
+    largest: Any
+    inverse: Any
+
+
+class FilterFlags(NamedTuple):
+    """PER_BATCH, PER_TIME: whether the weight has these dimensions."""
+
+    K: int
+    SOFTMAX: bool
+    RENORMALIZE: bool
+    DROPOUT: bool
+    PER_BATCH: bool
+    PER_TIME: bool
+    HAS_STATE: bool
+
+
+class InputFlags(NamedTuple):
+    HAS_GATE: bool
+    HAS_MASK: bool
+    HAS_STATE: bool
+    PACKED: bool
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    X: bool
+    GATE: bool
+    FILTER: bool
+    BIAS: bool
+    STATE: bool
 
 
 @triton.jit
-def source(t, j, left, dilation):
+def source(t, j, relation):
     """The input position that tap j of output t reads."""
-    return t + dilation * j - left
+    return t + relation.dilation * j - relation.left
 
 
 @triton.jit
-def target(s, j, left, dilation):
+def target(s, j, relation):
     """The output position whose tap j reads input s."""
-    return s - dilation * j + left
-
-
-# -- numbers ---
+    return s - relation.dilation * j + relation.left
 
 
 @triton.jit
-def widen(value, dtype: tl.constexpr):
-    """A loaded value in the accumulation type, exactly."""
-    if INTERPRETED and value.dtype == tl.bfloat16:
-        return (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    return value.to(dtype)
-
-
-@triton.jit
-def narrow(value, dtype: tl.constexpr):
-    """Rounded to nearest even."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = value.to(tl.uint32, bitcast=True)
-        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
-        bits = tl.where(value == value, rounded, bits | 0x400000)
-        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return value.to(dtype)
-
-
-@triton.jit
-def multiply(a, b, total):
-    """total + a @ b for bfloat16 matrices, summed in float32."""
-    if INTERPRETED:
-        return tl.dot(widen(a, tl.float32), widen(b, tl.float32), total, input_precision="ieee")
-    return tl.dot(a, b, total)
-
-
-@triton.jit
-def split(value):
-    """Three bfloat16 numbers whose sum is the float32 value (its 24 bits), for values below the bfloat16 maximum."""
-    high = narrow(value, tl.bfloat16)
-    rest = value - widen(high, tl.float32)
-    middle = narrow(rest, tl.bfloat16)
-    low = narrow(rest - widen(middle, tl.float32), tl.bfloat16)
-    return high, middle, low
-
-
-@triton.jit
-def splittable(value):
-    """Whether ``split`` is exact: finite, and not rounded up to infinity."""
-    return tl.abs(value) < 3.38e38
-
-
-@triton.jit
-def sigmoid(value):
-    return 1.0 / (1.0 + tl.exp(-value))
-
-
-# -- sequences ---
-
-
-@triton.jit
-def sequence_bounds(number, T, cu_seqlens):
-    """Begin and end of a sequence. The host does not look at boundaries on a device, so wrong ones must do no harm."""
-    begin = tl.load(cu_seqlens + number).to(tl.int32)
-    end = tl.load(cu_seqlens + number + 1).to(tl.int32)
-    return tl.maximum(begin, 0), tl.minimum(end, T)
-
-
-@triton.jit
-def sequence_of(t, T, cu_seqlens, sequences, search_steps, PACKED: tl.constexpr):
-    """Number, begin and end of the sequence of each position: the last one that begins at or before it. Read on the
-    device, by bisection; positions outside the row are taken for its first or last."""
+def sequence_of(t, T, sequences, PACKED: tl.constexpr):
+    """The sequence of each position: the last one that begins at or before it. Read on the device, by bisection;
+    positions outside the row are taken for its first or last."""
     number = tl.zeros_like(t)
     if PACKED:
         inside = tl.minimum(tl.maximum(t, 0), T - 1)
-        above = number + sequences
-        for _ in range(search_steps):
+        above = number + sequences.count
+        for _ in range(sequences.steps):
             middle = (number + above) // 2
-            right = tl.load(cu_seqlens + middle).to(tl.int32) <= inside
+            right = tl.load(sequences.data + middle).to(tl.int32) <= inside
             # An interval of one is already decided; its middle is its lower end.
             number = tl.where(right, middle, number)
             above = tl.where(right, above, middle)
-        begin, end = sequence_bounds(number, T, cu_seqlens)
+        begin, end = sequence_bounds(number, T, sequences.data)
     else:
         begin = tl.zeros_like(t)
         end = begin + T
-    return number, begin, end
-
-
-# -- inputs: pointers to the channels of position 0 are made once, each load adds the positions ---
+    return Sequence(number, begin, end)
 
 
 @triton.jit
-def columns_at(x, b, c, batch_stride, channel_stride):
-    """Pointers to x[b, 0, c]."""
-    return x + b.to(tl.int64) * batch_stride + c.to(tl.int64) * channel_stride
+def columns_at(x, b, c):
+    """x from x[b, 0, c] on."""
+    data = x.data + b.to(tl.int64) * x.batch + c.to(tl.int64) * x.channel
+    return Rows(data, x.batch, x.time, x.channel)
 
 
 @triton.jit
-def state_at(state, b, c, number, begin, C, span, sequences):
-    """Pointers such that adding s * C gives position s of the state that comes before ``begin``."""
-    return state + ((b.to(tl.int64) * sequences + number) * span + (span - begin)) * C + c
+def states_at(state, b, c, sequence, count, C, span):
+    """Rows of the state such that position s of the sequence is row s: those before its begin."""
+    row = (b.to(tl.int64) * count + sequence.number) * span + (span - sequence.begin)
+    return Rows(state + row * C + c, 0, C, 1)
 
 
 @triton.jit
-def load_rows(at, s, keep, time_stride, DTYPE: tl.constexpr):
-    """x[s] for pointers ``at`` to x[0], in the accumulation type; 0 where ``keep`` is False."""
-    return widen(tl.load(at + s.to(tl.int64) * time_stride, mask=keep, other=0.0), DTYPE)
+def inputs_at(inputs, b, c, states):
+    """``inputs`` from position 0 of batch row b and channels c on; states: those of ``states_at``."""
+    mask = Mask(inputs.mask.data + b.to(tl.int64) * inputs.mask.batch, inputs.mask.batch, inputs.mask.time)
+    return Inputs(columns_at(inputs.x, b, c), columns_at(inputs.gate, b, c), mask, states)
 
 
 @triton.jit
-def unmasked(mask_at, s, inside, mask_time, HAS_MASK: tl.constexpr):
+def load_rows(x, s, keep, DTYPE: tl.constexpr):
+    """x[s] in the accumulation type; 0 where not ``keep``."""
+    return widen(tl.load(x.data + s.to(tl.int64) * x.time, mask=keep, other=0.0), DTYPE)
+
+
+@triton.jit
+def store_rows(x, s, value, keep):
+    """x[s] = value where ``keep``."""
+    value = narrow(value, x.data.dtype.element_ty)
+    tl.store(x.data + s.to(tl.int64) * x.time, value, mask=keep)
+
+
+@triton.jit
+def unmasked(mask, s, inside, HAS_MASK: tl.constexpr):
     """``inside``, less the positions that the padding mask excludes."""
     if HAS_MASK:
-        inside = inside & (tl.load(mask_at + s.to(tl.int64) * mask_time, mask=inside, other=0) != 0)
+        inside = inside & (tl.load(mask.data + s.to(tl.int64) * mask.time, mask=inside, other=0) != 0)
     return inside
 
 
 @triton.jit
-def load_input(
-    x_at, gate_at, mask_at, states_at, s, columns, begin, end, C, span, x_time, gate_time, mask_time,
-    HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_STATE: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """z[s]: x, gated, 0 by selection where masked or outside; positions before ``begin`` from the state."""
-    inside = unmasked(mask_at, s, (s >= begin) & (s < end), mask_time, HAS_MASK) & columns
-    value = load_rows(x_at, s, inside, x_time, DTYPE)
-    if HAS_GATE:
-        value *= sigmoid(load_rows(gate_at, s, inside, gate_time, DTYPE))
-    if HAS_STATE:
-        value += load_rows(states_at, s, (s < begin) & (s >= begin - span) & columns, C, DTYPE)
+def load_input(z, s, columns, sequence, span, INPUT: tl.constexpr, DTYPE: tl.constexpr):
+    """z[s]: x, gated, 0 by selection where masked or outside; positions before the sequence from the state."""
+    inside = unmasked(z.mask, s, (s >= sequence.begin) & (s < sequence.end), INPUT.HAS_MASK) & columns
+    value = load_rows(z.x, s, inside, DTYPE)
+    if INPUT.HAS_GATE:
+        value *= tl.sigmoid(load_rows(z.gate, s, inside, DTYPE))
+    if INPUT.HAS_STATE:
+        before = (s < sequence.begin) & (s >= sequence.begin - span) & columns
+        value += load_rows(z.state, s, before, DTYPE)
     return value
 
 
-# -- filters ---
+@triton.jit
+def gradients_at(gradients, b, c):
+    return Gradients(columns_at(gradients.x, b, c), columns_at(gradients.gate, b, c))
 
 
 @triton.jit
-def filters_at(
-    weight, b, t, h, batch_stride, time_stride, head_stride, PER_BATCH: tl.constexpr, PER_TIME: tl.constexpr
+def store_input_gradient(
+    dz, z, gradients, s, inside, wanted, INPUT: tl.constexpr, NEED: tl.constexpr, DTYPE: tl.constexpr
 ):
-    """Pointers to tap 0 of the filters of positions t and heads h."""
-    at = weight + h.to(tl.int64) * head_stride
-    if PER_BATCH:
-        at += b.to(tl.int64) * batch_stride
-    if PER_TIME:
-        at = at + t.to(tl.int64) * time_stride
-    return at
+    """d(x) and d(gate) from d(z) at positions that exist; 0 where not ``wanted``, that is, where masked."""
+    dx = dz
+    if INPUT.HAS_GATE:
+        opened = tl.sigmoid(load_rows(z.gate, s, wanted, DTYPE))
+        dx = dz * opened
+        if NEED.GATE:
+            dgate = dz * load_rows(z.x, s, wanted, DTYPE) * (opened * (1.0 - opened))
+            store_rows(gradients.gate, s, tl.where(wanted, dgate, 0.0), inside)
+    if NEED.X:
+        store_rows(gradients.x, s, tl.where(wanted, dx, 0.0), inside)
 
 
 @triton.jit
-def tap_exists(t, j, left, dilation, begin, end, HAS_STATE: tl.constexpr):
+def filters_at(weight, place, FILTER: tl.constexpr):
+    """``weight`` from tap 0 of the filters at ``place`` on."""
+    at = weight.data + place.h.to(tl.int64) * weight.head
+    if FILTER.PER_BATCH:
+        at += place.b.to(tl.int64) * weight.batch
+    if FILTER.PER_TIME:
+        at = at + place.t.to(tl.int64) * weight.time
+    return Filters(at, weight.batch, weight.time, weight.head, weight.tap)
+
+
+@triton.jit
+def tap_exists(t, j, sequence, relation, HAS_STATE: tl.constexpr):
     """Whether the row that tap j of output t reads exists; rows of the state do."""
-    s = source(t, j, left, dilation)
-    return (s < end) if HAS_STATE else (s >= begin) & (s < end)
+    s = source(t, j, relation)
+    return (s < sequence.end) if HAS_STATE else (s >= sequence.begin) & (s < sequence.end)
 
 
 @triton.jit
-def number_from_bits(bits, dtype: tl.constexpr):
-    """The float64 whose bits an integer argument holds (an argument of type float would be rounded to float32)."""
-    return bits.to(tl.int64).to(tl.float64, bitcast=True).to(dtype)
-
-
-@triton.jit
-def keeps(word, threshold):
-    """Whether dropout keeps what has drawn a word. ``threshold``: the bits of an unsigned number, so that its size
-    decides no type."""
-    return word >= tl.cast(threshold, tl.uint32, bitcast=True)
-
-
-@triton.jit
-def kept(seed, b, t, h, j, threshold):
-    """Which elements of the weight dropout keeps: Philox4x32-10 of the coordinates, word j % 4 of block j // 4."""
-    zero = t * 0 + h * 0 + j * 0
-    word0, word1, word2, word3 = tl.philox(tl.load(seed), zero + t, zero + b, zero + h, zero + j // 4)
+def kept(dropout, place, j, FILTER: tl.constexpr):
+    """Which elements of the weight dropout keeps: Philox4x32-10 of the coordinates, word j % 4 of block j // 4. A
+    weight that serves all batch rows or positions has one mask for them."""
+    b = place.b if FILTER.PER_BATCH else place.b * 0
+    t = place.t if FILTER.PER_TIME else place.t * 0
+    zero = t * 0 + place.h * 0 + j * 0
+    seed = tl.load(dropout.seed)
+    word0, word1, word2, word3 = tl.philox(seed, zero + t, zero + b, zero + place.h, zero + j // 4)
     which = zero + j % 4
     word = tl.where(which < 2, tl.where(which == 0, word0, word1), tl.where(which == 2, word2, word3))
-    return keeps(word, threshold)
+    return keeps(word, dropout.threshold)
 
 
 @triton.jit
 def filter_rows(
-    at, seed, b, t, h, j, rows, K, left, dilation, begin, end, threshold, scale, tap_stride,
-    SOFTMAX: tl.constexpr, RENORMALIZE: tl.constexpr, DROPOUT: tl.constexpr, HAS_STATE: tl.constexpr,
-    PER_BATCH: tl.constexpr, PER_TIME: tl.constexpr, DTYPE: tl.constexpr,
+    weight, place, j, rows, sequence, relation, dropout, FILTER: tl.constexpr, DTYPE: tl.constexpr
 ):  # fmt: skip
     """Whole filters, taps side by side (j a row): w' after softmax and dropout, p after softmax, and the multiplier of
-    dropout. ``rows`` (a column): positions that exist; the others have filters of 0."""
-    taps = rows & (j < K)
-    w = widen(tl.load(at + j.to(tl.int64) * tap_stride, mask=taps, other=0.0), DTYPE)
-    if SOFTMAX:
+    dropout, each [filters, taps]. ``rows`` (a column): positions that exist; the others have filters of 0."""
+    taps = rows & (j < FILTER.K)
+    w = widen(tl.load(weight.data + j.to(tl.int64) * weight.tap, mask=taps, other=0.0), DTYPE)
+    if FILTER.SOFTMAX:
         real = taps
-        if RENORMALIZE:
-            real = taps & tap_exists(t, j, left, dilation, begin, end, HAS_STATE)
-        most = tl.max(tl.where(real, w, float("-inf")), 1)[:, None]
-        power = tl.where(real, tl.exp(w - most), 0.0)
+        if FILTER.RENORMALIZE:
+            real = taps & tap_exists(place.t, j, sequence, relation, FILTER.HAS_STATE)
+        largest = tl.max(tl.where(real, w, float("-inf")), 1)[:, None]
+        power = tl.where(real, tl.exp(w - largest), 0.0)
         total = tl.sum(power, 1)[:, None]
-        if RENORMALIZE:
+        if FILTER.RENORMALIZE:
             total = tl.where(total == 0.0, 1.0, total)  # no tap exists
         w = power / tl.where(rows, total, 1.0)
     p = w
     factor = tl.where(taps, 1.0, 0.0).to(DTYPE)
-    if DROPOUT:
-        # A weight that serves all batches or positions has one mask for them.
-        b_at = b if PER_BATCH else b * 0
-        t_at = t if PER_TIME else t * 0
-        factor = tl.where(taps & kept(seed, b_at, t_at, h, j, threshold), number_from_bits(scale, DTYPE), 0.0)
+    if FILTER.DROPOUT:
+        kept_taps = taps & kept(dropout, place, j, FILTER)
+        factor = tl.where(kept_taps, number_from_bits(dropout.scale, DTYPE), 0.0)
         w = tl.where(taps, w * factor, 0.0)
     return w, p, factor
 
 
 @triton.jit
-def filter_statistics(
-    at, t, exists, K: tl.constexpr, left, dilation, begin, end, tap_stride,
-    SOFTMAX: tl.constexpr, RENORMALIZE: tl.constexpr, HAS_STATE: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Maximum and reciprocal sum of exponentials of the filters that exist (``exists`` has one entry per filter), tap
-    by tap. (0, 1) without softmax."""
-    inverse = tl.where(exists, 1.0, 1.0).to(DTYPE)
-    most = inverse - inverse
-    if SOFTMAX:
-        inverse = most
-        most += float("-inf")
-        for j in tl.range(0, K):
+def filter_statistics(weight, t, exists, sequence, relation, FILTER: tl.constexpr, DTYPE: tl.constexpr):
+    """The statistics of the filters that exist (``exists`` has one entry per filter), tap by tap; (0, 1) without
+    softmax."""
+    largest, inverse = tl.zeros(exists.shape, DTYPE), tl.full(exists.shape, 1.0, DTYPE)
+    if FILTER.SOFTMAX:
+        largest = tl.full(exists.shape, float("-inf"), DTYPE)
+        total = tl.zeros(exists.shape, DTYPE)
+        for j in tl.range(0, FILTER.K):
             real = exists
-            if RENORMALIZE:
-                real = real & tap_exists(t, j, left, dilation, begin, end, HAS_STATE)
-            logit = widen(tl.load(at + j * tap_stride, mask=exists, other=0.0), DTYPE)
-            most = tl.maximum(most, tl.where(real, logit, float("-inf")))
-        for j in tl.range(0, K):
+            if FILTER.RENORMALIZE:
+                real = real & tap_exists(t, j, sequence, relation, FILTER.HAS_STATE)
+            logit = widen(tl.load(weight.data + j * weight.tap, mask=exists, other=0.0), DTYPE)
+            largest = tl.maximum(largest, tl.where(real, logit, float("-inf")))
+        for j in tl.range(0, FILTER.K):
             real = exists
-            if RENORMALIZE:
-                real = real & tap_exists(t, j, left, dilation, begin, end, HAS_STATE)
-            logit = widen(tl.load(at + j * tap_stride, mask=exists, other=0.0), DTYPE)
-            inverse += tl.where(real, tl.exp(logit - most), 0.0)
-        inverse = 1.0 / tl.where(inverse == 0.0, 1.0, inverse)  # no tap exists
-    return most, inverse
+            if FILTER.RENORMALIZE:
+                real = real & tap_exists(t, j, sequence, relation, FILTER.HAS_STATE)
+            logit = widen(tl.load(weight.data + j * weight.tap, mask=exists, other=0.0), DTYPE)
+            total += tl.where(real, tl.exp(logit - largest), 0.0)
+        inverse = 1.0 / tl.where(total == 0.0, 1.0, total)  # no tap exists
+    return Statistics(largest, inverse)
 
 
 @triton.jit
 def filter_tap(
-    at, seed, b, t, h, j, exists, most, inverse, left, dilation, begin, end, threshold, scale, tap_stride,
-    SOFTMAX: tl.constexpr, RENORMALIZE: tl.constexpr, DROPOUT: tl.constexpr, HAS_STATE: tl.constexpr,
-    PER_BATCH: tl.constexpr, PER_TIME: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Tap j of the filters at positions t and heads h: w' after softmax and dropout, p after softmax, and the
-    multiplier of dropout."""
-    w = widen(tl.load(at + j * tap_stride, mask=exists, other=0.0), DTYPE)
-    if SOFTMAX:
-        w = tl.exp(w - most) * inverse
-        if RENORMALIZE:
-            w = tl.where(tap_exists(t, j, left, dilation, begin, end, HAS_STATE), w, 0.0)
+    weight, place, j, exists, statistics, sequence, relation, dropout, FILTER: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Tap j of the filters at ``place``: w' after softmax and dropout, p after softmax, and the multiplier of dropout,
+    each of the shape of ``exists``."""
+    w = widen(tl.load(weight.data + j * weight.tap, mask=exists, other=0.0), DTYPE)
+    if FILTER.SOFTMAX:
+        w = tl.exp(w - statistics.largest) * statistics.inverse
+        if FILTER.RENORMALIZE:
+            w = tl.where(tap_exists(place.t, j, sequence, relation, FILTER.HAS_STATE), w, 0.0)
     p = w
-    factor = tl.where(exists, 1.0, 1.0).to(DTYPE)
-    if DROPOUT:
-        b_at = b if PER_BATCH else b * 0
-        t_at = t if PER_TIME else t * 0
-        factor = tl.where(kept(seed, b_at, t_at, h, j, threshold), number_from_bits(scale, DTYPE), 0.0)
+    factor = tl.full(exists.shape, 1.0, DTYPE)
+    if FILTER.DROPOUT:
+        factor = tl.where(kept(dropout, place, j, FILTER), number_from_bits(dropout.scale, DTYPE), 0.0)
         w *= factor
     return w, p, factor
-
-
-# -- band matrices: a tile of convolutions as a matrix product ---
-
-
-@triton.jit
-def take(rows, index, valid, AXIS: tl.constexpr = 1):
-    """rows[i, index[i, j]] (along the other AXIS: rows[index[i, j], j]) where ``valid``, else 0."""
-    size: tl.constexpr = rows.shape[AXIS]
-    return tl.where(valid, tl.gather(rows, tl.minimum(tl.maximum(index, 0), size - 1), AXIS), 0.0)
-
-
-@triton.jit
-def product(a, b, total, A_PARTS: tl.constexpr, B_PARTS: tl.constexpr):
-    """total + a @ b to float32 accuracy on bfloat16 matrix units. PARTS: how many bfloat16 numbers make up an element
-    (1 bfloat16, 2 float16, 3 float32). Products below 2^-26 of the largest are left out, small ones added first."""
-    a0, a1, a2 = split(a)
-    b0, b1, b2 = split(b)
-    if A_PARTS == 3:
-        total = multiply(a2, b0, total)
-    if B_PARTS == 3:
-        total = multiply(a0, b2, total)
-    if A_PARTS > 1 and B_PARTS > 1:
-        total = multiply(a1, b1, total)
-    if A_PARTS > 1:
-        total = multiply(a1, b0, total)
-    if B_PARTS > 1:
-        total = multiply(a0, b1, total)
-    return multiply(a0, b0, total)
