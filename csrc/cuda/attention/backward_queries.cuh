@@ -161,8 +161,7 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
             terms = far_scores(rel, pairs.is_left() ? 0 : 1, left, right);
           } else {
             terms = near_scores(s, rel, pairs, real, left, right, r_rows + own * rel_pitch, rel_pitch, k_rows, kPitch);
-            for (int half = 0; half < 2; ++half)
-              if (!sees[half]) terms.seen &= half == 0 ? 0xCCCCu : 0x3333u;
+            terms.seen &= (sees[0] ? 0x3333u : 0u) | (sees[1] ? 0xCCCCu : 0u);
           }
           const uint32_t kept = p.seed == nullptr ? ~0u : draw_fragments(p, seed, b, h, pairs, lane);
 #pragma unroll

@@ -91,6 +91,8 @@ class PlainPairs {
     }
   }
 
+  CK_DEVICE const C* staged_queries() const { return a_; }
+
   // For own row r and this lane's channel: its factors [rows][pitch], 0 where a pair is not seen, times the staged
   // keys. `seen`: the keys that count.
   CK_DEVICE C sum_keys(const C* factors, int r, Range seen) const {
@@ -102,20 +104,6 @@ class PlainPairs {
     sum = 0;
 #pragma unroll 1
     for (int n = max(0, seen.first - key_); n < min(kKeys, seen.end - key_); ++n) sum += own[n] * keys[n * kPitch];
-    return sum;
-  }
-
-  // The same for a key and this lane's channel: factors of the rows' scores times the staged queries.
-  CK_DEVICE C sum_queries(const C* factors, int key, const AttentionTile& tile, const HeadScalars& lse) const {
-    const C *const own = factors + key, *const queries = a_ + lane;
-    C sum = 0;
-    for (int r = 0; r < kRows; ++r) sum += own[r * kPitch] * queries[r * kPitch];
-    if (is_finite(sum)) return sum;
-    const Range seeing = seeing_queries(p_, tile, key_ + key, key_ + key + 1);
-    sum = 0;
-#pragma unroll 1
-    for (int r = max(0, seeing.first - query_); r < min(queries_, seeing.end - query_); ++r)
-      if (at<C>(lse, b_, h_, query_ + r) != -infinity<C>()) sum += own[r * kPitch] * queries[r * kPitch];
     return sum;
   }
 

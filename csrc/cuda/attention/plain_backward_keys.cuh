@@ -6,91 +6,6 @@
 
 namespace ck::cuda {
 
-// What gradients of scores of a tile of keys pass on to key_rel: to the keys' own vectors in grad_k [keys][slice], and
-// to the table in this block's piece of the partial sums.
-template <class T>
-struct PlainKeyTables {
-  using C = Compute<T>;
-  using Pairs = PlainPairs<T>;
-  static constexpr int kOwnKeys = Pairs::kKeys / kPlainTileWarps;
-
-  const AttentionBackward& p;
-  int64_t b, g, d0, part;
-  int channels, W;
-
-  CK_DEVICE void clear() const {
-    if (p.grad_key_rel == nullptr) return;
-    for (int64_t n = 0; n < p.sharing() * W; ++n)
-      for (int d = threadIdx.x; d < channels; d += kPlainTileThreads)
-        sums(g * p.sharing() + n / W)[n % W * p.channels + d] = 0;
-  }
-
-  // ds_rows [rows][pitch]: the gradients of the scores of `count` queries from i0 on.
-  CK_DEVICE void add_tile(const AttentionTile& tile, int64_t h, int i0, int count, const C* ds_rows, C* grad_k) const {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int first = tap_of_pair(p, tile, i0, tile.first);  // of row 0 and key 0
-    for (int m = 0; m < kOwnKeys; ++m) {
-      const int key = warp * kOwnKeys + m;
-      // Row r has column first + key - r.
-      const int from = max(0, first + key - W + 1), to = min(count, first + key + 1);
-      for (int d = lane; d < channels; d += 32) {
-        C sum = 0;
-        for (int r = from; r < to; ++r)
-          sum += ds_rows[r * kPlainPitch + key] * table_at<C>(p.key_rel, h, d0 + d, W - 1 - (first + key - r));
-        grad_k[key * kPlainSlice + d] += sum;
-      }
-    }
-    if (p.grad_key_rel != nullptr)
-      for (int c = max(0, first - count + 1); c < min(W, first + Pairs::kKeys); ++c)
-        for (int d = threadIdx.x; d < channels; d += kPlainTileThreads) {
-          C sum = 0;
-          for (int r = max(0, first - c); r < min(count, first - c + tile.count); ++r) {
-            const int key = c - first + r;
-            if (real_key(p, b, tile.first + key))
-              sum += table_term(ds_rows[r * kPlainPitch + key], key_row(tile.first + key, d));
-          }
-          sums(h)[c * p.channels + d] += sum;
-        }
-    __syncthreads();
-  }
-
-  // outer[side]: this lane's sums of the gradients left and right of the window, of its key. edges: [2][warps][keys] of
-  // shared memory.
-  CK_DEVICE void add_edges(const AttentionTile& tile, int64_t h, const C (&outer)[2], C* edges, C* grad_k) const {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    for (int side = 0; side < 2; ++side) edges[side * kPlainTileThreads + warp * Pairs::kKeys + lane] = outer[side];
-    __syncthreads();
-    const auto edge_of = [&](int side, int key) {
-      C sum = 0;
-      for (int w = 0; w < kPlainTileWarps; ++w) sum += edges[side * kPlainTileThreads + w * Pairs::kKeys + key];
-      return sum;
-    };
-    for (int side = 0; side < 2; ++side) {
-      const int c = side == 0 ? 0 : W - 1;
-      for (int m = 0; m < kOwnKeys; ++m) {
-        const int key = warp * kOwnKeys + m;
-        for (int d = lane; d < channels; d += 32)
-          grad_k[key * kPlainSlice + d] += edge_of(side, key) * table_at<C>(p.key_rel, h, d0 + d, W - 1 - c);
-      }
-      if (p.grad_key_rel != nullptr)
-        for (int d = threadIdx.x; d < channels; d += kPlainTileThreads) {
-          C sum = 0;
-          for (int key = 0; key < tile.count; ++key)
-            if (real_key(p, b, tile.first + key)) sum += table_term(edge_of(side, key), key_row(tile.first + key, d));
-          sums(h)[c * p.channels + d] += sum;
-        }
-    }
-    __syncthreads();
-  }
-
- private:
-  // [W][p.channels] from d0 on.
-  CK_DEVICE C* sums(int64_t h) const {
-    return static_cast<C*>(p.partial_key_rel) + ((b * p.heads + h) * p.key_parts + part) * W * p.channels + d0;
-  }
-  CK_DEVICE C key_row(int j, int d) const { return widen(at<T>(p.k, b, j, g)[(d0 + d) * p.k.channel]); }
-};
-
 // The gradients on the side of the keys. Blocks: slices of channels, parts, groups, batch rows; a block takes every
 // key_parts-th tile.
 template <class T>
@@ -104,8 +19,13 @@ void attention_plain_keys(const CK_PARAM AttentionBackward p, int64_t tiles, int
   const int channels = static_cast<int>(min(p.channels - d0, int64_t{kPlainSlice}));
   const bool scores = p.needs_keys(), has_columns = scores && p.key_rel.data != nullptr;
   const int W = static_cast<int>(p.window()), thread = threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const PlainKeyTables<T> tables{p, b, g, d0, part, channels, W};
-  tables.clear();
+  const auto sums_of_table = [&](int64_t h) {  // [W][channels]
+    return static_cast<C*>(p.partial_key_rel) + ((b * p.heads + h) * p.key_parts + part) * W * p.channels + d0;
+  };
+  if (p.grad_key_rel != nullptr)
+    for (int64_t n = 0; n < p.sharing() * W; ++n)
+      for (int d = thread; d < channels; d += kPlainTileThreads)
+        sums_of_table(g * p.sharing() + n / W)[n % W * p.channels + d] = 0;
 
 #pragma unroll 1
   for (int64_t t = part; t < tiles; t += p.key_parts) {
@@ -156,7 +76,19 @@ void attention_plain_keys(const CK_PARAM AttentionBackward p, int64_t tiles, int
             __syncthreads();
             for (int m = 0; m < kOwnKeys; ++m) {
               const int key = warp * kOwnKeys + m;
-              sums[key * kPlainSlice + c + lane] += pairs.sum_queries(factors, key, tile, p.lse);
+              C sum = 0;
+              for (int r = 0; r < Pairs::kRows; ++r)
+                sum += factors[r * kPlainPitch + key] * pairs.staged_queries()[r * kPlainPitch + lane];
+              if (!is_finite(sum)) {
+                // As in sum_keys().
+                const Range seeing = seeing_queries(p, tile, tile.first + key, tile.first + key + 1);
+                sum = 0;
+#pragma unroll 1
+                for (int r = max(0, seeing.first - i0); r < min(count, seeing.end - i0); ++r)
+                  if (at<C>(p.lse, b, h, i0 + r) != -infinity<C>())
+                    sum += factors[r * kPlainPitch + key] * pairs.staged_queries()[r * kPlainPitch + lane];
+              }
+              sums[key * kPlainSlice + c + lane] += sum;
             }
             __syncthreads();
           }
@@ -164,9 +96,58 @@ void attention_plain_keys(const CK_PARAM AttentionBackward p, int64_t tiles, int
         accumulate(p.grad, p_rows, grad_v);
         if (!scores) continue;
         if (p.qk) accumulate(p.q, ds_rows, grad_k);
-        if (has_columns) tables.add_tile(tile, h, i0, count, ds_rows, grad_k);
+        if (!has_columns) continue;
+        const int first = tap_of_pair(p, tile, i0, tile.first);  // of row 0 and key 0
+        for (int m = 0; m < kOwnKeys; ++m) {
+          const int key = warp * kOwnKeys + m;
+          // Row r has column first + key - r.
+          const int from = max(0, first + key - W + 1), to = min(count, first + key + 1);
+          for (int d = lane; d < channels; d += 32) {
+            C sum = 0;
+            for (int r = from; r < to; ++r)
+              sum += ds_rows[r * kPlainPitch + key] * table_at<C>(p.key_rel, h, d0 + d, W - 1 - (first + key - r));
+            grad_k[key * kPlainSlice + d] += sum;
+          }
+        }
+        if (p.grad_key_rel != nullptr)
+          for (int c = max(0, first - count + 1); c < min(W, first + Pairs::kKeys); ++c)
+            for (int d = thread; d < channels; d += kPlainTileThreads) {
+              C sum = 0;
+              for (int r = max(0, first - c); r < min(count, first - c + tile.count); ++r)
+                if (real_key(p, b, tile.first + c - first + r))
+                  sum += table_term(ds_rows[r * kPlainPitch + c - first + r],
+                                    widen(at<T>(p.k, b, tile.first + c - first + r, g)[(d0 + d) * p.k.channel]));
+              sums_of_table(h)[c * p.channels + d] += sum;
+            }
+        __syncthreads();
       }
-      if (has_columns && p.clips()) tables.add_edges(tile, h, outer, edges, grad_k);
+      if (has_columns && p.clips()) {
+        for (int side = 0; side < 2; ++side) edges[side * kPlainTileThreads + warp * Pairs::kKeys + lane] = outer[side];
+        __syncthreads();
+        const auto edge_of = [&](int side, int key) {
+          C sum = 0;
+          for (int w = 0; w < kPlainTileWarps; ++w) sum += edges[side * kPlainTileThreads + w * Pairs::kKeys + key];
+          return sum;
+        };
+        for (int side = 0; side < 2; ++side) {
+          const int c = side == 0 ? 0 : W - 1;
+          for (int m = 0; m < kOwnKeys; ++m) {
+            const int key = warp * kOwnKeys + m;
+            for (int d = lane; d < channels; d += 32)
+              grad_k[key * kPlainSlice + d] += edge_of(side, key) * table_at<C>(p.key_rel, h, d0 + d, W - 1 - c);
+          }
+          if (p.grad_key_rel != nullptr)
+            for (int d = thread; d < channels; d += kPlainTileThreads) {
+              C sum = 0;
+              for (int key = 0; key < tile.count; ++key)
+                if (real_key(p, b, tile.first + key))
+                  sum +=
+                      table_term(edge_of(side, key), widen(at<T>(p.k, b, tile.first + key, g)[(d0 + d) * p.k.channel]));
+              sums_of_table(h)[c * p.channels + d] += sum;
+            }
+        }
+        __syncthreads();
+      }
     }
     for (int m = 0; m < kOwnKeys; ++m) {
       const int key = warp * kOwnKeys + m, j = tile.first + key;

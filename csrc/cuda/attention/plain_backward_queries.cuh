@@ -6,114 +6,6 @@
 
 namespace ck::cuda {
 
-// What gradients of scores of a tile of queries pass on to relative terms: to the queries' own vectors in rel_sums
-// [rows][slice], which the kernel writes at the end, and to the tables in this block's piece of the partial sums.
-template <class T>
-struct PlainQueryTables {
-  using C = Compute<T>;
-  using Pairs = PlainPairs<T>;
-
-  const AttentionBackward& p;
-  const Pairs& pairs;
-  int64_t b, h, d0;
-  int rank, W;
-  C *rel_sums, *edge_sums;    // edge_sums: [2][rows]
-  C *bias_sums, *table_sums;  // [W], [W][p.rank] from d0 on; nullptr: not wanted
-
-  CK_DEVICE PlainQueryTables(const AttentionBackward& p, const Pairs& pairs, int64_t b, int64_t h, int64_t piece,
-                             int64_t d0, int rank, C* rel_sums, C* edge_sums)
-      : p(p),
-        pairs(pairs),
-        b(b),
-        h(h),
-        d0(d0),
-        rank(rank),
-        W(static_cast<int>(p.window())),
-        rel_sums(rel_sums),
-        edge_sums(edge_sums),
-        bias_sums(p.grad_bias != nullptr && d0 == 0 ? static_cast<C*>(p.partial_bias) + piece * W : nullptr),
-        table_sums(p.grad_query_rel != nullptr ? static_cast<C*>(p.partial_query_rel) + piece * W * p.rank + d0
-                                               : nullptr) {}
-
-  CK_DEVICE void clear() const {
-    const int thread = threadIdx.x;
-    if (bias_sums != nullptr)
-      for (int c = thread; c < W; c += kPlainTileThreads) bias_sums[c] = 0;
-    if (table_sums != nullptr)
-      for (int c = 0; c < W; ++c)
-        for (int d = thread; d < rank; d += kPlainTileThreads) table_sums[c * p.rank + d] = 0;
-  }
-
-  // ds_rows [rows][pitch]: the gradients of the scores of a tile of keys from j0 on.
-  CK_DEVICE void add_tile(const AttentionTile& tile, int j0, const C* ds_rows) const {
-    const int thread = threadIdx.x;
-    __syncthreads();
-#pragma unroll
-    for (int r = 0; r < Pairs::kOwn; ++r) {
-      const int first = tap_of_pair(p, tile, tile.first + pairs.row(r), j0);  // of lane 0
-      for (int d = pairs.lane; d < rank; d += 32) {
-        C sum = 0;
-        for (int c = max(0, first); c < min(W, first + Pairs::kKeys); ++c)
-          sum += ds_rows[pairs.row(r) * kPlainPitch + c - first] * table_at<C>(p.query_rel, h, d0 + d, c);
-        rel_sums[pairs.row(r) * kPlainSlice + d] += sum;
-      }
-    }
-    const int first = tap_of_pair(p, tile, tile.first, j0);  // of row 0; row r begins r columns before
-    const int from = max(0, first - Pairs::kRows + 1), to = min(W, first + Pairs::kKeys);
-    const auto column_sum = [&](int c, const auto& value) {
-      C sum = 0;
-      for (int r = 0; r < tile.count; ++r) {
-        const int n = c - first + r;
-        if (n >= 0 && n < Pairs::kKeys) sum += table_term(ds_rows[r * kPlainPitch + n], value(r));
-      }
-      return sum;
-    };
-    if (bias_sums != nullptr)
-      for (int c = from + thread; c < to; c += kPlainTileThreads)
-        bias_sums[c] += column_sum(c, [](int) { return C{1}; });
-    if (table_sums != nullptr)
-      for (int c = from; c < to; ++c)
-        for (int d = thread; d < rank; d += kPlainTileThreads)
-          table_sums[c * p.rank + d] += column_sum(c, [&](int r) { return relative_row(tile.first + r, d); });
-    __syncthreads();
-  }
-
-  // outer[r][side]: this lane's sums of the gradients left and right of the window.
-  CK_DEVICE void add_edges(const AttentionTile& tile, C (&outer)[Pairs::kOwn][2]) const {
-    const int thread = threadIdx.x;
-#pragma unroll
-    for (int r = 0; r < Pairs::kOwn; ++r)
-#pragma unroll
-      for (int side = 0; side < 2; ++side) {
-        outer[r][side] = lane_sum(outer[r][side]);
-        const int64_t c = side == 0 ? 0 : W - 1;
-        for (int d = pairs.lane; d < rank; d += 32)
-          rel_sums[pairs.row(r) * kPlainSlice + d] += outer[r][side] * table_at<C>(p.query_rel, h, d0 + d, c);
-        if (pairs.lane == 0) edge_sums[side * Pairs::kRows + pairs.row(r)] = outer[r][side];
-      }
-    __syncthreads();
-    for (int side = 0; side < 2; ++side) {
-      const int c = side == 0 ? 0 : W - 1;
-      for (int r = 0; r < tile.count; ++r) {
-        const C sum = edge_sums[side * Pairs::kRows + r];
-        // The threads that have these elements everywhere else.
-        if (bias_sums != nullptr && thread == 0) bias_sums[c] += sum;
-        if (table_sums != nullptr)
-          for (int d = thread; d < rank; d += kPlainTileThreads)
-            table_sums[c * p.rank + d] += table_term(sum, relative_row(tile.first + r, d));
-      }
-      __syncthreads();
-    }
-  }
-
- private:
-  // Channel d0 + d of what query i multiplies query_rel with.
-  CK_DEVICE C relative_row(int i, int d) const {
-    const HeadRows& rows = relative_rows(p);
-    return widen(at<T>(rows, b, i, h)[(d0 + d) * rows.channel]);
-  }
-};
-
 // The gradients on the side of the queries, and delta. Blocks: slices of channels and of the rank, parts, heads, batch
 // rows; a block takes every query_parts-th tile.
 template <class T>
@@ -133,9 +25,16 @@ void attention_plain_queries(const CK_PARAM AttentionBackward p, int64_t tiles, 
   C* const sums = ds_rows + Pairs::kRows * kPlainPitch;        // [rows][slice], of grad_q
   C* const rel_sums = sums + Pairs::kRows * kPlainSlice;       // [rows][slice], of the gradient of relative_rows()
   C* const edge_sums = rel_sums + Pairs::kRows * kPlainSlice;  // [2][rows]
-  const int lane = pairs.lane;
-  const PlainQueryTables<T> tables(p, pairs, b, h, unit * p.query_parts + part, d0, rank, rel_sums, edge_sums);
-  tables.clear();
+  const int lane = pairs.lane, thread = threadIdx.x;
+  const int64_t piece = unit * p.query_parts + part;
+  C* const bias_sums = p.grad_bias != nullptr && d0 == 0 ? static_cast<C*>(p.partial_bias) + piece * W : nullptr;
+  C* const table_sums = p.grad_query_rel != nullptr ? static_cast<C*>(p.partial_query_rel) + piece * W * p.rank + d0
+                                                    : nullptr;  // [W][rank]
+  if (bias_sums != nullptr)
+    for (int c = thread; c < W; c += kPlainTileThreads) bias_sums[c] = 0;
+  if (table_sums != nullptr)
+    for (int c = 0; c < W; ++c)
+      for (int d = thread; d < rank; d += kPlainTileThreads) table_sums[c * p.rank + d] = 0;
 
 #pragma unroll 1
   for (int64_t t = part; t < tiles; t += p.query_parts) {
@@ -188,7 +87,39 @@ void attention_plain_queries(const CK_PARAM AttentionBackward p, int64_t tiles, 
           }
           __syncthreads();
         }
-        if (has_columns) tables.add_tile(tile, j0, ds_rows);
+        if (!has_columns) continue;
+        __syncthreads();
+#pragma unroll
+        for (int r = 0; r < kOwn; ++r) {
+          const int first = tap_of_pair(p, tile, tile.first + pairs.row(r), j0);  // of lane 0
+          for (int d = lane; d < rank; d += 32) {
+            C sum = 0;
+            for (int c = max(0, first); c < min(W, first + Pairs::kKeys); ++c)
+              sum += ds_rows[pairs.row(r) * kPlainPitch + c - first] * table_at<C>(p.query_rel, h, d0 + d, c);
+            rel_sums[pairs.row(r) * kPlainSlice + d] += sum;
+          }
+        }
+        const int first = tap_of_pair(p, tile, tile.first, j0);  // of row 0; row r begins r columns before
+        const int from = max(0, first - Pairs::kRows + 1), to = min(W, first + Pairs::kKeys);
+        const auto column_sum = [&](int c, const auto& value) {
+          C sum = 0;
+          for (int r = 0; r < tile.count; ++r) {
+            const int n = c - first + r;
+            if (n >= 0 && n < Pairs::kKeys) sum += table_term(ds_rows[r * kPlainPitch + n], value(r));
+          }
+          return sum;
+        };
+        if (bias_sums != nullptr)
+          for (int c = from + thread; c < to; c += kPlainTileThreads)
+            bias_sums[c] += column_sum(c, [](int) { return C{1}; });
+        if (table_sums != nullptr)
+          for (int c = from; c < to; ++c)
+            for (int d = thread; d < rank; d += kPlainTileThreads)
+              table_sums[c * p.rank + d] += column_sum(c, [&](int r) {
+                const HeadRows& rows = relative_rows(p);
+                return static_cast<C>(widen(at<T>(rows, b, tile.first + r, h)[(d0 + d) * rows.channel]));
+              });
+        __syncthreads();
       }
       if (pass == 0) {
 #pragma unroll
@@ -203,7 +134,33 @@ void attention_plain_queries(const CK_PARAM AttentionBackward p, int64_t tiles, 
       }
     }
     if (!p.needs_queries()) continue;
-    if (has_columns && p.clips()) tables.add_edges(tile, outer);
+    if (has_columns && p.clips()) {
+#pragma unroll
+      for (int r = 0; r < kOwn; ++r)
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+          outer[r][side] = lane_sum(outer[r][side]);
+          const int64_t c = side == 0 ? 0 : W - 1;
+          for (int d = lane; d < rank; d += 32)
+            rel_sums[pairs.row(r) * kPlainSlice + d] += outer[r][side] * table_at<C>(p.query_rel, h, d0 + d, c);
+          if (lane == 0) edge_sums[side * Pairs::kRows + pairs.row(r)] = outer[r][side];
+        }
+      __syncthreads();
+      for (int side = 0; side < 2; ++side) {
+        const int c = side == 0 ? 0 : W - 1;
+        for (int r = 0; r < tile.count; ++r) {
+          const C sum = edge_sums[side * Pairs::kRows + r];
+          const HeadRows& rows = relative_rows(p);
+          // The threads that own these elements.
+          if (bias_sums != nullptr && thread == 0) bias_sums[c] += sum;
+          if (table_sums != nullptr)
+            for (int d = thread; d < rank; d += kPlainTileThreads)
+              table_sums[c * p.rank + d] +=
+                  table_term(sum, widen(at<T>(rows, b, tile.first + r, h)[(d0 + d) * rows.channel]));
+        }
+        __syncthreads();
+      }
+    }
 #pragma unroll
     for (int r = 0; r < kOwn; ++r) {
       if (pairs.row(r) >= tile.count) continue;

@@ -67,7 +67,7 @@ struct ScoreTerms {
 template <class T>
 CK_DEVICE ScoreTerms far_scores(const Relative<T>& rel, int side, const float (&left)[2], const float (&right)[2]) {
   ScoreTerms terms{rel.t.score_factor, {}, side, kEveryPair};
-  for (int half = 0; half < 2; ++half) terms.added[half] = side == 0 ? left[half] : side == 1 ? right[half] : 0.0f;
+  for (int half = 0; half < 2; ++half) terms.added[half] = side == 0 ? left[half] : right[half];
   return terms;
 }
 
