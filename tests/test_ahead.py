@@ -12,6 +12,7 @@ from benchmarks.machine_code import __main__ as command_line
 from benchmarks.machine_code import budgets, nvcc
 from benchmarks.machine_code.rules import LoopCost, Resources, Rules, read_code, read_usage, short_name
 from convkernels.backends import triton as triton_backend
+from convkernels.ops.attention.schema import INPUTS, Attention
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -103,13 +104,14 @@ def test_attention_is_compiled_once_for_all_lengths():
     def specialisations(length, left, scale, cu_seqlens=None):
         q = torch.empty(2 if cu_seqlens is None else 1, length, 4, 64, dtype=torch.bfloat16, device="meta")
         empty = q.new_empty
-        call = attention_launch.Call(
+        args = Attention(
             q, q, q, left, 3, 0, True, True, scale, scale, 0.1, torch.empty(1, dtype=torch.int64, device="meta"),
             empty(4, left + 4), empty(64, left + 4), None, empty(64, left + 4), empty(4, 64, left + 4), None, None,
             empty(q.shape[0], length, dtype=torch.bool), cu_seqlens, cu_seqlens,
         )  # fmt: skip
+        call = attention_launch.Call(args)
         lse = empty(q.shape[0], 4, length, dtype=torch.float32)
-        given = {name: getattr(call, name) for name in attention_launch.INPUTS}
+        given = {name: getattr(call, name) for name in INPUTS.names}
         results = {name: empty(0) if value is None else empty(value.shape) for name, value in given.items()}
         launches = [
             *attention_launch.forward_launches(call, q, lse),

@@ -1,6 +1,7 @@
 """The house rules: data flows one way, importing is cheap, and every backend is complete."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,22 @@ def test_backends_do_not_know_each_other():
         siblings = {entry.module for entry in backends.BACKENDS.values() if entry.module}
         siblings = {name for name in siblings if own != name and not own.startswith(f"{name}.")}
         assert not siblings & set(imports(path)), own
+
+
+def test_operators_do_not_know_each_other():
+    """conv/ and attention/ are rooms beside each other wherever they are; what both use stands above them."""
+    for path in FILES:
+        rooms = {"conv", "attention"} & set(path.relative_to(PACKAGE).parts[:-1])
+        for imported in imports(path) if rooms else ():
+            assert not ({"conv", "attention"} - rooms) & set(imported.split(".")), f"{path}: {imported}"
+    for path in (ROOT / "csrc").rglob("*.*"):
+        rooms = {"conv", "attention"} & set(path.parts)
+        for included in re.findall(r'^ *#include "csrc/(.+)"', path.read_text(), re.M) if rooms else ():
+            assert not ({"conv", "attention"} - rooms) & set(included.split("/")), f"{path}: {included}"
+    shared = [*(ROOT / "csrc/cuda/device").glob("*.cuh"), *(ROOT / "csrc/cuda/device").glob("*.h")]
+    assert shared and not [
+        path for path in shared if re.search(r'#include "csrc/cuda/(conv|attention)/', path.read_text())
+    ]
 
 
 def python(code, **environment):

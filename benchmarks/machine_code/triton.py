@@ -17,6 +17,8 @@ from triton.compiler import ASTSource
 from benchmarks.machine_code.rules import Resources, Rules, read_code, read_usage, run_tool, tools
 from convkernels.backends.triton.attention import launch as attention_launch
 from convkernels.backends.triton.conv import configs, launch
+from convkernels.ops.attention.schema import INPUTS, Attention
+from convkernels.ops.conv.schema import TapConv, TapStep
 
 ARCHITECTURES = (80, 90, 100)
 # The instruction by which each architecture's matrix unit multiplies at its full speed.
@@ -70,28 +72,40 @@ class Variant:
         span = (self.taps - 1) * self.dilation
         gate, state = x if self.gate else None, empty(batch, span, channels) if self.state else None
         call = launch.Call(
-            x, weight, span if self.state else self.dilation * (self.taps // 2), self.dilation, self.softmax,
-            self.renormalize, self.dropout, empty(1, dtype=torch.int64), gate,
-            empty(batch, time, dtype=torch.bool) if self.mask else None,
-            empty(9, dtype=torch.int64) if self.packed else None, state,
-        )  # fmt: skip
+            TapConv(
+                x,
+                weight,
+                span if self.state else self.dilation * (self.taps // 2),
+                self.dilation,
+                self.softmax,
+                self.renormalize,
+                self.dropout,
+                empty(1, dtype=torch.int64),
+                bias,
+                gate,
+                empty(batch, time, dtype=torch.bool) if self.mask else None,
+                empty(9, dtype=torch.int64) if self.packed else None,
+                state,
+            )  # fmt: skip
+        )
         none = empty(0)
         results = (
             empty(*x.shape), empty(*weight.shape), empty(channels) if self.bias else none,
             empty(*x.shape) if self.gate else none, none if state is None else empty(*state.shape),
         )  # fmt: skip
-        kernel, _, arguments = launch.forward_launch(call, bias, empty(*x.shape), configs.choose(call.shape, False))
+        kernel, _, arguments = launch.forward_launch(call, empty(*x.shape), configs.choose(call.shape, False))
         yield kernel, arguments
         config = configs.choose(call.shape, True)
         for kernel, _, arguments in launch.gradient_launches(call, empty(*x.shape), results, config):
             yield kernel, arguments
         if not (self.packed or self.mask or self.dropout):
             row = empty(256, channels)
-            kernel, _, arguments = launch.step_launch(
+            step = TapStep(
                 row, empty(256, span, channels), empty(256, *weight.shape[2:]) if self.dynamic else weight,
                 self.dilation, self.softmax, self.renormalize, bias, row if self.gate else None,
-                empty(256, dtype=torch.int64) if self.state else None, None, empty(*row.shape),
+                empty(256, dtype=torch.int64) if self.state else None,
             )  # fmt: skip
+            kernel, _, arguments = launch.step_launch(step, empty(*row.shape))
             yield kernel, arguments
 
 
@@ -154,17 +168,18 @@ class AttentionVariant:
 
         q, k, v = empty(batch, time, H, D), empty(batch, time, self.shared, D), empty(batch, time, self.shared, D)
         cu_seqlens = empty(9, given=self.packed, dtype=torch.int32)
-        call = attention_launch.Call(
+        args = Attention(
             q, k, v, self.left, self.right, self.outside, self.causal, True, D**-0.5,
             1.0 if self.rank else D**-0.5, self.dropout, empty(1, dtype=torch.int64), empty(H, W, given=self.bias),
             empty(self.rank or D, W, given=self.query_rel), empty(batch, time, H, self.rank, given=self.rank > 0),
             empty(D, W, given=self.key_rel), empty(H, D, W, given=self.value_conv),
             empty(H, D, given=self.value_conv), empty(H, given=self.value_conv),
-            empty(batch, time, given=self.mask, dtype=torch.bool), cu_seqlens, cu_seqlens, architecture,
+            empty(batch, time, given=self.mask, dtype=torch.bool), cu_seqlens, cu_seqlens,
         )  # fmt: skip
+        call = attention_launch.Call(args, architecture)
         out, lse = torch.empty_like(q), empty(batch, H, time, dtype=torch.float32)
         results = {}
-        for name in attention_launch.INPUTS:
+        for name in INPUTS.names:
             value = getattr(call, name)
             results[name] = empty(0) if value is None else empty(*value.shape)
         seen = set()

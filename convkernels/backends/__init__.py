@@ -2,8 +2,9 @@
 
 A backend is one entry here and, unless it is ``reference``, one module that offers ``load() -> str | None``: make the
 kernels callable and return None, or return the reason why that is not possible on this machine. A module may also hold
-``KERNELS``, a mapping from op name to a Python function with the op's signature, registered for ``dispatch_key`` once
-``load`` succeeds, and ``why_not(op, **facts) -> list[str]`` for limits of its own (see docs/adding-a-backend.md).
+``KERNELS``, a mapping from op name to a Python function of the record of the op's arguments, registered for
+``dispatch_key`` once ``load`` succeeds, and ``why_not(op, **facts) -> list[str]`` for limits of its own (see
+docs/adding-a-backend.md).
 """
 
 import os

@@ -16,8 +16,8 @@ from ..backends import BACKENDS
 from ._on_import import when_imported
 
 NAMESPACE = "convkernels"
-OPERATORS: set[str] = set()
-"""Names of all operators registered."""
+OPERATORS: dict[str, type] = {}
+"""All operators registered: name -> record of arguments."""
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
@@ -52,14 +52,10 @@ def overload(name: str, backend: str) -> torch._ops.OpOverload:
 
 
 def implement(name: str, backend: str, kernel: Callable) -> None:
-    """Make a Python function the kernel of both forms of an operator."""
-    key = BACKENDS[backend].dispatch_key
+    """Make a Python function of the record of arguments the kernel of both forms of an operator."""
+    kind, key = OPERATORS[name], BACKENDS[backend].dispatch_key
     for full in (name, f"_{name}"):
-        _LIBRARY.impl(f"{full}.{backend}", kernel, key)
-
-
-def _taking_record(kind: type, function: Callable) -> Callable:
-    return lambda *args, **named: function(kind(*args, **named))
+        _LIBRARY.impl(f"{full}.{backend}", lambda *args, **named: kernel(kind(*args, **named)), key)
 
 
 def _on_one_device(spec: OpSpec) -> Callable:
@@ -83,7 +79,7 @@ def _on_one_device(spec: OpSpec) -> Callable:
 def register(spec: OpSpec) -> None:
     """Define the operator for every backend in the table."""
     name, fake = spec.arguments.__name__, _on_one_device(spec)
-    OPERATORS.add(name)
+    OPERATORS[name] = spec.arguments
     for backend in BACKENDS:
         for full in (name, f"_{name}"):
             _LIBRARY.define(f"{full}.{backend}{spec.arguments.schema}")
@@ -93,7 +89,7 @@ def register(spec: OpSpec) -> None:
             torch.library.register_autograd(
                 f"{NAMESPACE}::{name}.{backend}", hooks.backward, setup_context=hooks.setup_context, lib=_LIBRARY
             )
-    implement(name, "reference", _taking_record(spec.arguments, spec.reference))
+    implement(name, "reference", spec.reference)
     packets = [getattr(getattr(torch.ops, NAMESPACE), full) for full in (name, f"_{name}")]
 
     def flops(*shapes, out_shape=None, **named) -> int:

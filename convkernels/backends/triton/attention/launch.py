@@ -4,7 +4,6 @@ No launch waits for the device: shapes and strides decide everything, ``cu_seqle
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from math import e as euler
 from math import log2
@@ -20,40 +19,17 @@ from .tiles import Boundaries, Depthwise, Flags, Heads, Inputs, Tables, TileSize
 
 CLIP = 0
 CONV = ("value_conv", "value_conv_bias", "value_conv_scale")
+ROWS = ("q", "k", "v", "rel_query")
 LOG2E = log2(euler)
 MIN_ROWS = configs.MATRIX
 
 
-@dataclass
 class Call:
-    """What forward and gradient share: the arguments of ``attention``, and what they are to a kernel."""
+    """What forward and gradient share: the record of an operator's arguments, whose fields are read through this, and
+    what they are to a kernel. architecture: by default that of q's device."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    left: int = 0
-    right: int = 0
-    outside: int = CLIP
-    causal: bool = False
-    qk: bool = True
-    scale: float = 1.0
-    rel_scale: float = 1.0
-    dropout: float = 0.0
-    seed: Tensor | None = None
-    bias: Tensor | None = None
-    query_rel: Tensor | None = None
-    rel_query: Tensor | None = None
-    key_rel: Tensor | None = None
-    value_conv: Tensor | None = None
-    value_conv_bias: Tensor | None = None
-    value_conv_scale: Tensor | None = None
-    key_mask: Tensor | None = None
-    cu_seqlens_q: Tensor | None = None
-    cu_seqlens_k: Tensor | None = None
-    architecture: int | None = None  # by default that of q's device
-
-    def __post_init__(self):
-        self.q, self.k, self.v, self.rel_query = (near_rows(x) for x in (self.q, self.k, self.v, self.rel_query))
+    def __init__(self, args, architecture: int | None = None):
+        self.args = args._replace(**{name: near_rows(getattr(args, name)) for name in ROWS})
         q, mask = self.q, self.key_mask
         self.B, self.T, self.H, self.D = q.shape
         self.S, self.G = self.k.shape[1:3]
@@ -63,7 +39,7 @@ class Call:
         self.sequences = self.cu_seqlens_q.shape[0] - 1 if packed else None
         products = self.query_rel is not None or self.key_rel is not None
         self.shape = configs.Shape(
-            self.D, self.R, self.W, dtype_name(q.dtype), products, self.architecture or architecture_of(q.device),
+            self.D, self.R, self.W, dtype_name(q.dtype), products, architecture or architecture_of(q.device),
             interpreting() and not q.is_meta,
         )  # fmt: skip
         # Triton up to 3.6 compiles no product of float64 matrices that depend on loads of fewer bits, masks included.
@@ -103,6 +79,9 @@ class Call:
             **{name: getattr(flags, name) for name in ("D", "DP", "CAUSAL", "HAS_MASK", "HAS_CONV_BIAS",
             "HAS_CONV_SCALE", "PACKED")},
         }  # fmt: skip
+
+    def __getattr__(self, name: str):
+        return getattr(self.args, name)
 
     def sums(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.results, device=self.q.device)
@@ -168,9 +147,9 @@ def near_rows(x: Tensor | None) -> Tensor | None:
     return x.contiguous() if x is not None and max(x.stride(1), x.stride(3)) >= 2**31 // 1024 else x
 
 
-def attention(*arguments) -> tuple[Tensor, Tensor]:
+def attention(args) -> tuple[Tensor, Tensor]:
     """The operator ``attention``."""
-    call = Call(*arguments)
+    call = Call(args)
     out, lse = torch.empty_like(call.q), call.scratch(call.B, call.H, call.T)
     if out.numel():
         run(call.q, forward_launches(call, out, lse))
@@ -186,25 +165,20 @@ def forward_launches(call: Call, out: Tensor, lse: Tensor) -> Iterator[tuple]:
     yield kernel, (call.B * call.H * slots,), call.arguments(kernel) | own
 
 
-INPUTS = ("q", "k", "v", "bias", "query_rel", "rel_query", "key_rel", *CONV)
-LIKE_INPUT = ("q", "k", "v", "rel_query")
-
-
-def attention_grad(grad, grad_lse, out, lse, *arguments) -> tuple[Tensor, ...]:
+def attention_grad(args) -> tuple[Tensor, ...]:
     """The operator ``attention_grad``."""
-    *arguments, needs = arguments if len(arguments) == 23 else (*arguments, 1023)
-    call = Call(*arguments)
+    call = Call(args)
     results = {}
-    for bit, name in enumerate(INPUTS):
+    for name, asked in args.wanted._asdict().items():
         value = getattr(call, name)
-        if value is None or not needs & 1 << bit:
+        if value is None or not asked:
             results[name] = (call.q if value is None else value).new_empty(0)
         else:
-            results[name] = torch.empty_like(value) if name in LIKE_INPUT else value.new_empty(value.shape)
+            results[name] = torch.empty_like(value) if name in ROWS else value.new_empty(value.shape)
     if call.q.numel() == 0 or call.S == 0:
         for value in results.values():
             value.zero_()
-    run(call.q, gradient_launches(call, near_rows(grad), grad_lse, near_rows(out), lse, results))
+    run(call.q, gradient_launches(call, near_rows(args.grad), args.grad_lse, near_rows(args.out), args.lse, results))
     return tuple(results.values())
 
 

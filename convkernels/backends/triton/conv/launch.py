@@ -3,8 +3,6 @@
 No launch waits for the device: shapes and strides decide everything, ``cu_seqlens`` and the seed are read by kernels.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -36,29 +34,17 @@ def check_dilation(dilation: int, K: int) -> None:
         raise ValueError(f"argument 'dilation': expected {expected}, got {dilation}")
 
 
-@dataclass
 class Call:
-    """What forward and gradient share: the problem, its tensors and the arguments that describe them to a kernel."""
+    """What forward and gradient share: the record of an operator's arguments, whose fields are read through this, and
+    what they are to a kernel."""
 
-    x: Tensor
-    weight: Tensor
-    left: int
-    dilation: int
-    softmax: bool
-    renormalize: bool
-    dropout: float
-    seed: Tensor | None
-    gate: Tensor | None
-    mask: Tensor | None
-    cu_seqlens: Tensor | None
-    state: Tensor | None
-
-    def __post_init__(self):
-        x, weight = self.x, self.weight
+    def __init__(self, args):
+        self.args = args
+        x, weight = args.x, args.weight
         self.B, self.T, self.C = x.shape
         self.H, self.K = weight.shape[-2:]
         check_dilation(self.dilation, self.K)
-        self.packed, self.has_state = self.cu_seqlens is not None, self.state is not None
+        self.packed, self.has_state = self.cu_seqlens is not None, self.initial_state is not None
         # Dimensions decide, not strides: dropout draws per element of the weight, also where an expanded one repeats.
         self.per_batch = weight.dim() == 4
         self.per_time = weight.dim() == 4 and not (weight.shape[1] == 1 and self.T != 1)
@@ -89,11 +75,14 @@ class Call:
             "inputs": Inputs(
                 rows(x), rows(x if self.gate is None else self.gate),
                 Mask(x, 0, 0) if self.mask is None else Mask(self.mask.view(torch.uint8), *self.mask.stride()),
-                self.state.contiguous() if self.has_state else x,
+                self.initial_state.contiguous() if self.has_state else x,
             ),
             "weight": self.filters, **self.positions, "dropout": self.drawing, "FILTER": self.filter_flags,
             "INPUT": InputFlags(self.gate is not None, self.mask is not None, self.has_state, self.packed),
         }  # fmt: skip
+
+    def __getattr__(self, name: str):
+        return getattr(self.args, name)
 
 
 def rows(tensor: Tensor) -> Rows:
@@ -110,21 +99,19 @@ def options(config) -> dict:
     return {name: getattr(config, name) for name in ("num_warps", "num_stages", "maxnreg") if hasattr(config, name)}
 
 
-def tap_conv(
-    x, weight, left, dilation=1, softmax=False, renormalize=False, dropout=0.0, seed=None, bias=None, gate=None,
-    mask=None, cu_seqlens=None, initial_state=None,
-) -> Tensor:  # fmt: skip
+def tap_conv(args) -> Tensor:
     """The operator ``tap_conv``."""
-    y = torch.empty_like(x)
+    y = torch.empty_like(args.x)
     if y.numel() == 0:
         return y
-    call = Call(x, weight, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens, initial_state)
-    run(x, [forward_launch(call, bias, y, configs.choose(call.shape, False))])
+    call = Call(args)
+    run(args.x, [forward_launch(call, y, configs.choose(call.shape, False))])
     return y
 
 
-def forward_launch(call: Call, bias: Tensor | None, y: Tensor, config: Tile | Band):
+def forward_launch(call: Call, y: Tensor, config: Tile | Band):
     """Kernel, grid and arguments of a forward pass; nothing is launched."""
+    bias = call.bias
     arguments = {
         **call.arguments, "bias": y if bias is None else bias.contiguous(), "y": rows(y), "HAS_BIAS": bias is not None,
         "BT": config.BT, "BC": config.BC, **options(config),
@@ -145,24 +132,23 @@ def forward_launch(call: Call, bias: Tensor | None, y: Tensor, config: Tile | Ba
     return kernel, (call.B * t_blocks * c_blocks,), arguments
 
 
-def tap_grad(
-    grad, x, weight, left, dilation=1, softmax=False, renormalize=False, dropout=0.0, seed=None, gate=None, mask=None,
-    cu_seqlens=None, initial_state=None, needs=31,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def tap_grad(args) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The operator ``tap_grad``."""
+    x, weight, gate, state, wanted = args.x, args.weight, args.gate, args.initial_state, args.wanted
     none = x.new_empty(0)
-    grad_x = torch.empty_like(x) if needs & 1 else none
-    grad_weight = weight.new_empty(weight.shape) if needs & 2 else weight.new_empty(0)
-    grad_bias = sums_like(x, x.shape[2] if needs & 4 else 0)
-    grad_gate = torch.empty_like(gate) if needs & 8 and gate is not None else none
-    grad_state = x.new_empty(initial_state.shape) if needs & 16 and initial_state is not None else none
-    results = grad_x, grad_weight, grad_bias, grad_gate, grad_state
+    results = (
+        torch.empty_like(x) if wanted.x else none,
+        weight.new_empty(weight.shape if wanted.weight else 0),
+        sums_like(x, x.shape[2] if wanted.bias else 0),
+        torch.empty_like(gate) if wanted.gate and gate is not None else none,
+        x.new_empty(state.shape) if wanted.initial_state and state is not None else none,
+    )
     if x.numel() == 0:
         for result in results:
             result.zero_()
         return results
-    call = Call(x, weight, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens, initial_state)
-    run(x, gradient_launches(call, grad, results, configs.choose(call.shape, True)))
+    call = Call(args)
+    run(x, gradient_launches(call, args.grad, results, configs.choose(call.shape, True)))
     return results
 
 
@@ -326,11 +312,9 @@ def _band_launches(call: Call, arguments: dict, results: tuple, need: Needs, con
         yield _reduce_bias(call, biases, grad_bias)
 
 
-def tap_step(
-    x, state, weight, dilation=1, softmax=False, renormalize=False, bias=None, gate=None, state_index=None,
-    position=None,
-) -> Tensor:  # fmt: skip
+def tap_step(args) -> Tensor:
     """The operator ``tap_step``: one launch (one per 65,535 rows)."""
+    x, state, weight, dilation = args.x, args.state, args.weight, args.dilation
     K = weight.shape[-1]
     check_dilation(dilation, K)
     shape = (x.shape[0], dilation * (K - 1), x.shape[1])
@@ -340,7 +324,7 @@ def tap_step(
     y = torch.empty_like(x)
     if y.numel() == 0:
         return y
-    whole = x.shape[0] if state_index is not None else ROWS_OF_A_LAUNCH
+    whole = x.shape[0] if args.state_index is not None else ROWS_OF_A_LAUNCH
 
     def launches():
         for first in range(0, x.shape[0], whole):
@@ -349,17 +333,18 @@ def tap_step(
                 shared = tensor is None or tensor.shape[0] != x.shape[0]
                 return tensor if shared else tensor[first : first + whole]
 
-            yield step_launch(
-                part(x), part(state), weight if weight.dim() == 2 else part(weight), dilation, softmax, renormalize,
-                bias, part(gate), state_index, part(position), part(y),
-            )  # fmt: skip
+            rows = {name: part(getattr(args, name)) for name in ("x", "state", "gate", "position")}
+            rows["weight"] = weight if weight.dim() == 2 else part(weight)
+            yield step_launch(args._replace(**rows), part(y))
 
     run(x, launches())
     return y
 
 
-def step_launch(x, state, weight, dilation, softmax, renormalize, bias, gate, state_index, position, y):
+def step_launch(args, y: Tensor):
     """Kernel, grid and arguments of a decoding step."""
+    x, state, weight, bias, gate = args.x, args.state, args.weight, args.bias, args.gate
+    state_index, position = args.state_index, args.position
     B, C = x.shape
     H, K = weight.shape[-2:]
     indexed, per_batch = state_index is not None, weight.dim() == 3
@@ -376,9 +361,10 @@ def step_launch(x, state, weight, dilation, softmax, renormalize, bias, gate, st
         "scratch": torch.empty_like(state) if indexed else state,
         "state_index": state_index.contiguous() if indexed else x, "position": x if position is None else position,
         "position_stride": 0 if position is None or position.shape[0] == 1 else position.stride(0), "B": B,
-        "sizes": Sizes(1, C, H, C // H), "dilation": dilation,
-        "FILTER": FilterFlags(K, softmax, renormalize, False, per_batch, False, False), "HAS_BIAS": bias is not None,
-        "HAS_GATE": gate is not None, "INDEXED": indexed, "HAS_POSITION": position is not None,
+        "sizes": Sizes(1, C, H, C // H), "dilation": args.dilation,
+        "FILTER": FilterFlags(K, args.softmax, args.renormalize, False, per_batch, False, False),
+        "HAS_BIAS": bias is not None, "HAS_GATE": gate is not None, "INDEXED": indexed,
+        "HAS_POSITION": position is not None,
         "DTYPE": tl.float64 if x.dtype == torch.float64 else tl.float32, "BC": config.BC, "KP": config.KP,
         "BS": config.BS, **options(config),
     }  # fmt: skip
