@@ -93,8 +93,8 @@ CPU_MUTATIONS = [
     Mutation(
         "last rows left out of d(weight)",
         "csrc/cpu/conv/backward.h",
-        "last = work.size() * (group + 1) / groups;",
-        "last = work.size() * (group + 1) / groups - (groups > 1 && group + 1 == groups ? 1 : 0);",
+        "last = work.size() * (split + 1) / splits;",
+        "last = work.size() * (split + 1) / splits - (splits > 1 && split + 1 == splits ? 1 : 0);",
     ),
     Mutation(
         "words of a Philox block in the wrong order",
@@ -106,7 +106,7 @@ CPU_MUTATIONS = [
         "tail channels missing",
         "csrc/cpu/conv/forward.h",
         "ceil_div(plan.main, plan.per_block) + (plan.main < p.channels ? 1 : 0);",
-        "most(1, ceil_div(plan.main, plan.per_block));",
+        "max(1, ceil_div(plan.main, plan.per_block));",
     ),
     Mutation(
         "softmax without the maximum",
@@ -141,8 +141,8 @@ CPU_MUTATIONS = [
     Mutation(
         "attention: edge not repeated left of the window",
         "csrc/cpu/attention/block.h",
-        "c.window) > 0 ? left_[r] : C{0},",
-        "c.window) > 0 ? C{0} : C{0},",
+        "c.window_first) > 0 ? left_[r] : C{0},",
+        "c.window_first) > 0 ? C{0} : C{0},",
     ),
     Mutation(
         "attention: sum of a row not rescaled",
@@ -152,9 +152,9 @@ CPU_MUTATIONS = [
     ),
     Mutation(
         "attention: the next key is seen",
-        "csrc/cpu/attention/pack.h",
-        "visible.end = least(visible.end, place.at + 1);",
-        "visible.end = least(visible.end, place.at + 2);",
+        "csrc/cpu/attention/positions.h",
+        "visible.end = min(visible.end, position.at + 1);",
+        "visible.end = min(visible.end, position.at + 2);",
     ),
     Mutation(
         "attention: padding is seen",
@@ -170,7 +170,7 @@ CPU_MUTATIONS = [
     ),
     Mutation(
         "attention: dropout of another block of words",
-        "csrc/cpu/attention/block.h",
+        "csrc/cpu/attention/dropout.h",
         "static_cast<uint32_t>((first + j) / 4)};",
         "static_cast<uint32_t>(j / 4)};",
     ),

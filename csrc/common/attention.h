@@ -28,7 +28,7 @@ enum class Outside : int8_t { kClip, kZero, kMask };
 // One call of attention or attention_grad. Equation: docs/semantics.md.
 struct Attention {
   int64_t batch = 0, queries = 0, keys = 0, heads = 0, groups = 0;
-  int64_t channels = 0, rank = 0;  // of q, and of the tensor that meets query_rel
+  int64_t channels = 0, rank = 0;  // of q, and of rel_query
   int64_t left = 0, right = 0;
   Outside outside = Outside::kClip;
   bool causal = false, qk = true;

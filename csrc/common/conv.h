@@ -16,7 +16,7 @@ struct Rows {
 };
 
 // One tap_conv or tap_grad call. Equation: docs/semantics.md.
-struct Problem {
+struct Convolution {
   int64_t batch = 0, time = 0, channels = 0, heads = 0;
   Taps taps{};
   Dtype dtype = Dtype::kFloat32, weight_dtype = Dtype::kFloat32, bias_dtype = Dtype::kFloat32;

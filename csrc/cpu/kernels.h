@@ -9,11 +9,11 @@ namespace ck::cpu {
 // Entry points of one instruction set. They return nullptr, or the reason why they could not run.
 struct Kernels {
   const char* name;
-  const char* (*forward)(const Forward&);
-  const char* (*backward)(const Backward&);
+  const char* (*conv_forward)(const ConvForward&);
+  const char* (*conv_backward)(const ConvBackward&);
   // After a step of one position: drops the oldest row of each state and appends the (gated) x.
-  const char* (*shift_state)(const Forward&, void* state);
-  const char* (*attention)(const AttentionForward&);
+  const char* (*shift_state)(const ConvForward&, void* state);
+  const char* (*attention_forward)(const AttentionForward&);
   const char* (*attention_backward)(const AttentionBackward&);
 };
 

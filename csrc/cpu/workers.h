@@ -1,4 +1,4 @@
-// Threads of whoever calls.
+// The threads of the caller.
 #pragma once
 
 #include <cstdint>

@@ -35,17 +35,6 @@ std::vector<std::string> cuda_archs() {
   return names;
 }
 
-py::dict build_info() {
-  py::dict info;
-  info["version"] = CK_VERSION;
-  info["compilers"] = compilers();
-  info["torch_target"] = CK_TORCH_TARGET;
-  info["compiled_isas"] = ck::cpu::compiled_isas();
-  info["active_isa"] = ck::cpu::active_isa();
-  info["cuda_archs"] = cuda_archs();
-  return info;
-}
-
 // The fields of a structure by name, one line each: what Python may say, and what it is told.
 template <class Field>
 void each_field(ck::cuda::Facts& facts, Field&& field) {
@@ -173,7 +162,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("compiled_isas", &ck::cpu::compiled_isas, "Names of the CPU instruction sets with compiled kernels");
   m.def("active_isa", &ck::cpu::active_isa, "The instruction set the CPU kernels use on this machine");
   m.def("isa_supported", &ck::cpu::isa_supported, py::arg("name"), "Whether this machine can run the named kernels");
-  m.def("build_info", &build_info, "All of the above in one dictionary");
   m.def("cuda_plan", &cuda_plan, py::arg("backward"),
         "The launch plan of the CUDA kernels for a problem, given as the fields of Facts in csrc/cuda/conv/plan.h");
   m.def("cuda_attention_plan", &cuda_attention_plan, py::arg("backward"),

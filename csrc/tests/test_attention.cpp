@@ -133,7 +133,7 @@ std::vector<S> results(const Kernels& kernels, const Case<S>& c) {
   std::vector<S>&out = make(c.q.size()), &lse = make(c.grad_lse.size());
   f.out = c.rows(out, c.T, c.H, c.D);
   f.lse = {lse.data(), c.H * c.T, c.T, 1};
-  CK_EQUAL(kernels.attention(f) == nullptr, true);
+  CK_EQUAL(kernels.attention_forward(f) == nullptr, true);
   AttentionBackward b;
   c.enter(b);
   b.grad = c.rows(c.grad, c.T, c.H, c.D);

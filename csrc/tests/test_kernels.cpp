@@ -13,12 +13,7 @@
 
 namespace {
 
-using ck::cpu::all_kernels;
-using ck::cpu::Backward;
-using ck::cpu::Forward;
-using ck::cpu::Kernels;
-using ck::cpu::Problem;
-using ck::cpu::scattered;
+using namespace ck::cpu;
 
 void serial(int64_t n, ck::cpu::ParallelBody body, void* context) { body(0, n, context); }
 
@@ -197,7 +192,7 @@ Results plain(const Case<S>& c) {
 }
 
 template <class S>
-void fill_problem(Problem& p, Case<S>& c) {
+void fill_problem(ConvProblem& p, Case<S>& c) {
   p.batch = c.B;
   p.time = c.T;
   p.channels = c.C();
@@ -245,16 +240,16 @@ void run_cases(const Kernels& kernels, int count, double tolerance) {
     const Results expected = plain(c);
     const int64_t C = c.C();
     for (const auto parallel_for : {serial, scattered}) {
-      Forward f;
+      ConvForward f;
       fill_problem(f, c);
       f.parallel_for = parallel_for;
       std::vector<S> y(c.x.size());
       f.y = {y.data(), c.T * C, C, 1};
       if (c.with_bias) f.bias = c.bias.data();
-      CK_EQUAL(kernels.forward(f) == nullptr, true);
+      CK_EQUAL(kernels.conv_forward(f) == nullptr, true);
       check_close("y", y, expected.y, tolerance);
 
-      Backward g;
+      ConvBackward g;
       fill_problem(g, c);
       g.parallel_for = parallel_for;
       std::vector<S> dx(c.x.size()), dgate(c.gate.size()), dweight(c.weight.size()), dbias(static_cast<size_t>(C)),
@@ -265,7 +260,7 @@ void run_cases(const Kernels& kernels, int count, double tolerance) {
       g.grad_weight = dweight.data();
       g.grad_bias = dbias.data();
       if (c.with_state && c.span() > 0) g.grad_state = dstate.data();
-      CK_EQUAL(kernels.backward(g) == nullptr, true);
+      CK_EQUAL(kernels.conv_backward(g) == nullptr, true);
       check_close("dx", dx, expected.dx, tolerance);
       if (c.gated) check_close("dgate", dgate, expected.dgate, tolerance);
       check_close("dweight", dweight, expected.dweight, tolerance);
@@ -292,7 +287,7 @@ void run_steps(const Kernels& kernels) {
     std::vector<double> state = c.state, previous, y(c.x.size());
     for (int64_t t = 0; t < c.T; ++t) {
       previous = state;
-      Forward f;
+      ConvForward f;
       fill_problem(f, c);
       f.time = 1;
       f.x = {c.x.data() + t * C, c.T * C, 0, 1};
@@ -300,7 +295,7 @@ void run_steps(const Kernels& kernels) {
       f.state = previous.data();
       if (c.with_bias) f.bias = c.bias.data();
       f.y = {y.data() + t * C, c.T * C, 0, 1};
-      CK_EQUAL(kernels.forward(f) == nullptr, true);
+      CK_EQUAL(kernels.conv_forward(f) == nullptr, true);
       if (c.span() > 0) CK_EQUAL(kernels.shift_state(f, state.data()) == nullptr, true);
     }
     check_close("steps", y, expected, 1e-12);
@@ -342,15 +337,15 @@ Case<S> identity(std::vector<S> x, std::vector<S> gate) {
 template <class S>
 std::pair<std::vector<S>, std::vector<S>> forward_and_back(const Kernels& kernels, Case<S>& c) {
   std::vector<S> y(c.x.size()), dx(c.x.size());
-  Forward f;
+  ConvForward f;
   fill_problem(f, c);
   f.y = {y.data(), c.C(), c.C(), 1};
-  CK_EQUAL(kernels.forward(f) == nullptr, true);
-  Backward g;
+  CK_EQUAL(kernels.conv_forward(f) == nullptr, true);
+  ConvBackward g;
   fill_problem(g, c);
   g.grad = {c.dy.data(), c.C(), c.C(), 1};
   g.grad_x = {dx.data(), c.C(), c.C(), 1};
-  CK_EQUAL(kernels.backward(g) == nullptr, true);
+  CK_EQUAL(kernels.conv_backward(g) == nullptr, true);
   return {y, dx};
 }
 

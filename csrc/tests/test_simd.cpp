@@ -2,7 +2,7 @@
 // reductions.
 #define CK_ISA plain
 #define CK_VECTOR_BYTES 16
-#include "csrc/cpu/simd.h"
+#include "csrc/cpu/lanes.h"
 
 #include <cstdint>
 #include <cstring>

@@ -55,7 +55,7 @@ P batch_row(const P& p, int64_t b) {
   move(row.mask, p.mask_batch);
   move(row.weight, p.weight_batch * weight_size);
   move(row.state, state_size);
-  if constexpr (std::is_same_v<P, ck::cpu::Forward>) {
+  if constexpr (std::is_same_v<P, ck::cpu::ConvForward>) {
     move(row.y.data, p.y.batch * size);
   } else {
     move(row.grad.data, p.grad.batch * size);
@@ -69,9 +69,9 @@ P batch_row(const P& p, int64_t b) {
 
 // Offsets, seeds and rows of the state are read on the host.
 struct Cpu {
-  using Forward = ck::cpu::Forward;
-  using Backward = ck::cpu::Backward;
-  using Step = ck::cpu::Forward;
+  using Forward = ck::cpu::ConvForward;
+  using Backward = ck::cpu::ConvBackward;
+  using Step = ck::cpu::ConvForward;
   using AttentionForward = ck::cpu::AttentionForward;
   using AttentionBackward = ck::cpu::AttentionBackward;
 
@@ -82,7 +82,7 @@ struct Cpu {
     p.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
   }
 
-  void set_offsets(ck::cpu::Problem& p, const Tensor&, const View& cu_seqlens) {
+  void set_offsets(ck::cpu::ConvProblem& p, const Tensor&, const View& cu_seqlens) {
     offsets = read_offsets(cu_seqlens, p.time, "cu_seqlens");
     p.offsets = offsets.data();
   }
@@ -107,23 +107,23 @@ struct Cpu {
     set_threads(p);
     p.resident_output =
         ck::prepare_output(p.y.data, static_cast<size_t>(p.batch * p.time * p.channels * ck::size_of(p.dtype)));
-    if (!per_batch || p.per_position) return check_status(kernels().forward(p));
-    for (int64_t b = 0; b < p.batch; ++b) check_status(kernels().forward(batch_row(p, b)));
+    if (!per_batch || p.per_position) return check_status(kernels().conv_forward(p));
+    for (int64_t b = 0; b < p.batch; ++b) check_status(kernels().conv_forward(batch_row(p, b)));
   }
 
   void backward(Backward& p, bool per_batch, const ConvGradTensors& results) const {
     set_threads(p);
     for (const Tensor* t : {&std::get<0>(results), &std::get<1>(results), &std::get<3>(results)})
       ck::prepare_output(t->mutable_data_ptr(), static_cast<size_t>(t->numel()) * t->element_size());
-    if (!per_batch || p.per_position) return check_status(kernels().backward(p));
+    if (!per_batch || p.per_position) return check_status(kernels().conv_backward(p));
     if (p.grad_bias != nullptr) {  // the one gradient that is a sum over batch rows
       Backward bias = p;
       bias.grad_x = bias.grad_gate = {};
       bias.grad_weight = bias.grad_state = nullptr;
-      check_status(kernels().backward(bias));
+      check_status(kernels().conv_backward(bias));
       p.grad_bias = nullptr;
     }
-    for (int64_t b = 0; b < p.batch; ++b) check_status(kernels().backward(batch_row(p, b)));
+    for (int64_t b = 0; b < p.batch; ++b) check_status(kernels().conv_backward(batch_row(p, b)));
   }
 
   void step(Step& p, const Tensor& state, bool reordered) const {
@@ -136,13 +136,13 @@ struct Cpu {
       torch::stable::copy_(*old, state);
       p.state = old->const_data_ptr();
     }
-    check_status(kernels().forward(p));
+    check_status(kernels().conv_forward(p));
     if (moves) check_status(kernels().shift_state(p, state.mutable_data_ptr()));
   }
 
   void attention(AttentionForward& p) const {
     set_threads(p);
-    check_status(kernels().attention(p));
+    check_status(kernels().attention_forward(p));
   }
 
   void attention_backward(AttentionBackward& p) const {

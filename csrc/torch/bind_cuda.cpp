@@ -83,7 +83,7 @@ class Cuda {
   void attention(AttentionForward& p) const {
     const auto launch = ck::cuda::prepare(p);
     const Tensor workspace = allocate_bytes(launch.workspace_bytes);
-    check_status(ck::cuda::attention(p, launch, workspace.mutable_data_ptr(), stream()));
+    check_status(ck::cuda::attention_forward(p, launch, workspace.mutable_data_ptr(), stream()));
   }
 
   void attention_backward(AttentionBackward& p) const {

@@ -1,5 +1,5 @@
-// The arguments of tap_conv, tap_grad and tap_step as a Problem. Schemas, fakes and autograd live in convkernels/ops;
-// here whatever could make a kernel leave its memory is refused.
+// The arguments of tap_conv, tap_grad and tap_step as a ck::Convolution. Schemas, fakes and autograd live in
+// convkernels/ops; here whatever could make a kernel leave its memory is refused.
 //
 // Of a library's Target (operators.h) this uses the device of results, and how offsets and seeds are read:
 //   Device device;  void set_seed(P&, const Tensor&);  void set_offsets(P&, const Tensor& cu_seqlens, const View&);
@@ -11,7 +11,7 @@
 
 namespace ck::binding {
 
-// What a Problem points to besides the tensors themselves.
+// What a call points to besides the tensors themselves.
 struct Copies {
   Contiguous state, bias;
 };
@@ -23,7 +23,7 @@ inline Dtype parameter_dtype(const View& t, Dtype x, const char* argument) {
   return dtype;
 }
 
-inline void set_taps(Problem& p, int64_t heads, int64_t taps, int64_t left, int64_t dilation) {
+inline void set_taps(Convolution& p, int64_t heads, int64_t taps, int64_t left, int64_t dilation) {
   p.heads = heads;
   require(heads > 0 && p.channels % heads == 0, "weight", "a number of heads that divides the channels");
   require(taps > 0, "weight", "at least one tap");
@@ -33,14 +33,14 @@ inline void set_taps(Problem& p, int64_t heads, int64_t taps, int64_t left, int6
   require(left >= 0 && left <= p.taps.span(), "left", "a number between 0 and dilation * (taps - 1)");
 }
 
-inline void set_bias(Problem& p, const Device& device, const Tensor& bias, Copies& copies) {
+inline void set_bias(Convolution& p, const Device& device, const Tensor& bias, Copies& copies) {
   const View b(device, bias, "bias");
   require(b.dim == 1 && b.size[0] == p.channels, "bias", "[channels]");
   p.bias_dtype = parameter_dtype(b, p.dtype, "bias");
   p.bias = copies.bias.data(device, bias);
 }
 
-inline void set_mask(Problem& p, const View& mask) {
+inline void set_mask(Convolution& p, const View& mask) {
   require(mask.dim == 2 && mask.type == ScalarType::Bool && mask.size[0] == p.batch && mask.size[1] == p.time, "mask",
           "bool [batch, time]");
   p.mask = static_cast<const bool*>(mask.data);

@@ -7,9 +7,9 @@
 namespace ck::cpu::CK_ISA {
 
 template <class C>
-class AttentionTask {
+class AttentionForwardTask {
  public:
-  AttentionTask(const AttentionForward& p, const AttentionData<C>& data)
+  AttentionForwardTask(const AttentionForward& p, const AttentionData<C>& data)
       : p_(p),
         d_(data),
         keys_(data, false),
@@ -23,7 +23,7 @@ class AttentionTask {
   // Blocks `range` of the heads of one group, which follow each other.
   void run(int64_t b, int64_t g, Range range) {
     keys_.load(b, g);
-    knows_odd_ = false;
+    knows_nonfinite_ = false;
     for (int64_t n = range.first; n < range.end; ++n) {
       keys_.choose_head(g * p_.sharing() + n / d_.blocks());
       run_block(n % d_.blocks());
@@ -38,8 +38,8 @@ class AttentionTask {
     bool finite = true;
     for (int64_t r = 0; r < rows; ++r) finite = finite && is_finite(out_.get() + r * d_.pitch, d_.width);
     if (!finite) {  // perhaps by a value that some rows do not see
-      if (!knows_odd_) keys_.v.find_odd();
-      knows_odd_ = true;
+      if (!knows_nonfinite_) keys_.v.find_nonfinite();
+      knows_nonfinite_ = true;
       walk(true);
     }
     for (int64_t r = 0; r < rows; ++r) write(r);
@@ -55,22 +55,22 @@ class AttentionTask {
     }
     block_.each_key_block([&](int64_t first, int64_t n) {
       block_.multiply_keys(first, n, s_.get());
-      for (int64_t r = 0; r < rows; ++r) absorb(r, first, n);
+      for (int64_t r = 0; r < rows; ++r) accumulate(r, first, n);
       const Factor<C> weights{s_.get(), kScorePitch<C>, 1};
       if (selects)
-        multiply_seen(rows, d_.width, n, weights, keys_.v.row(first), d_.pitch, keys_.v.odd(first), clean_.get(),
-                      out_.get(), [&](int64_t r, int64_t j) { return block_.sees(r, first + j); });
+        multiply_visible(rows, d_.width, n, weights, keys_.v.row(first), d_.pitch, keys_.v.nonfinite(first),
+                         clean_.get(), out_.get(), [&](int64_t r, int64_t j) { return block_.sees(r, first + j); });
       else
         multiply<true>(rows, d_.width, n, weights, {keys_.v.row(first), d_.pitch}, Vectors<C>{out_.get(), d_.pitch});
     });
   }
 
   // Takes a row of products into the sums of its query, and leaves the weights of the values.
-  void absorb(int64_t r, int64_t first, int64_t n) {
+  void accumulate(int64_t r, int64_t first, int64_t n) {
     C* const s = s_.get() + r * kScorePitch<C>;
-    const Rest<C> rest = block_.finish(r, block_.cut(r, first, n), first, n, s);
-    const C before = top_[r], now = vmax_of(before, largest(s, n, rest));
-    const C sum = exponentials(s, n, rest, shift_of(now));
+    const PendingBias<C> pending = block_.finish(r, block_.span(r, first, n), first, n, s);
+    const C before = top_[r], now = vmax_of(before, largest(s, n, pending));
+    const C sum = exponentials(s, n, pending, shift_of(now));
     top_[r] = now;
     // Nothing has been summed where there was no largest score yet.
     const C factor = before == now || sum_[r] == C{0} ? C{1} : vexp2<C>(splat(before - now))[0];
@@ -90,7 +90,7 @@ class AttentionTask {
     else
       clear(out, d_.width);
     if (p_.value_conv.data != nullptr) {
-      keys_.convolve(block_.place(r), taps_.get());
+      keys_.convolve(block_.position(r), taps_.get());
       add_to(out, taps_.get(), d_.width, keys_.tables.conv_scale());
     }
     write_row(p_, p_.out, b, i, h, p_.channels, out);
@@ -104,16 +104,17 @@ class AttentionTask {
   QueryBlock<C> block_;
   Scratch<C> s_, keep_, out_, clean_, taps_;
   C top_[kQueryRows], sum_[kQueryRows];
-  bool knows_odd_ = false;
+  bool knows_nonfinite_ = false;
 };
 
 template <class C>
-inline const char* attention_typed(const AttentionForward& p) {
+inline const char* attention_forward_typed(const AttentionForward& p) {
   const AttentionData<C> data(p);
-  const Parts parts(p.batch * p.groups, p.sharing() * data.blocks(), 128, 4);
-  parallel(p, parts.tasks(), data.threads, [&](int64_t begin, int64_t end) {
-    AttentionTask<C> task(p, data);
-    for (int64_t n = begin; n < end; ++n) task.run(n / parts.parts % p.batch, n / parts.parts / p.batch, parts.of(n));
+  const Splits splits(p.batch * p.groups, p.sharing() * data.blocks(), 128, 4);
+  parallel(p, splits.tasks(), data.threads, [&](int64_t begin, int64_t end) {
+    AttentionForwardTask<C> task(p, data);
+    for (int64_t n = begin; n < end; ++n)
+      task.run(n / splits.per_group % p.batch, n / splits.per_group / p.batch, splits.of(n));
   });
   return nullptr;
 }

@@ -1,14 +1,14 @@
 // Sums that several tasks add to: the gradients of keys and values, and of tables, which are sums over batch rows and
-// positions. Every task adds into memory of its own, and what the tasks have is added in their order. How many tasks
-// there are depends on the problem alone. So the results are the same bits on any number of threads.
+// positions. Every task accumulates a partial sum of its own, and partial sums are added in the order of the tasks. The
+// number of tasks depends on the problem alone, so that results are the same bits on any number of threads.
 #pragma once
 
 #include "csrc/cpu/attention/block.h"
 
 namespace ck::cpu::CK_ISA {
 
-// Sums of `size` elements, each over `tasks_per_sum` tasks that follow each other. Whoever runs the first task of a sum
-// adds those that it runs next at once, so that one thread needs memory for two tasks, however many there are.
+// Sums of `size` elements, each over `tasks_per_sum` consecutive tasks. The thread that runs the first task of a sum
+// adds its next tasks to it at once, so that a thread needs memory for two partial sums, however many tasks there are.
 template <class C>
 class OrderedSums {
  public:
@@ -42,7 +42,7 @@ class OrderedSums {
       return to->get();
     }
 
-    // The sum, when its last task was the last of its tasks that are not yet in it; then nobody else has it.
+    // Ends a task. Returns the sum if this thread has run all its tasks, nullptr otherwise.
     C* close(int64_t task) {
       if (!has_first(task)) return nullptr;
       const int64_t first = s_.first(task);
@@ -64,8 +64,8 @@ class OrderedSums {
     Scratch<C>*sum_ = nullptr, *one_ = nullptr;
   };
 
-  // After all tasks: n elements of a sum from `at` on; nullptr: the one that closed its last task had it.
-  C* rest(int64_t sum, int64_t at, int64_t n) const {
+  // After all tasks: n elements of a sum from `at` on; nullptr if `close` has returned it.
+  C* remaining(int64_t sum, int64_t at, int64_t n) const {
     Scratch<C>* const* const left = left_.get() + sum * per_;
     if (left[0] == nullptr) return nullptr;
     for (int64_t i = 1; i < per_; ++i)
@@ -115,5 +115,50 @@ struct TableSums {
       }
   }
 };
+
+// Tables of one group of heads, each head's after the other.
+template <class C>
+struct GradientTables {
+  using L = Layout<C>;
+
+  TableSums<C> bias, query_rel, key_rel, value_conv, value_conv_bias, value_conv_scale;
+  int64_t size = 0;  // of one head
+  bool shared = false;
+
+  explicit GradientTables(const AttentionBackward& p)
+      : bias{p.bias, p.grad_bias, L::rows({1, 0}, {p.window(), 1}), 1},
+        query_rel{p.query_rel, p.grad_query_rel, L::panels({p.rank, p.window()}, {p.window(), 1}),
+                  static_cast<C>(p.rel_scale)},
+        key_rel{p.key_rel, p.grad_key_rel, L::panels({p.channels, p.window()}, {p.window(), 1}),
+                static_cast<C>(p.scale)},
+        value_conv{p.value_conv, p.grad_value_conv, L::rows({p.window(), 1}, {p.channels, p.window()}), 1},
+        value_conv_bias{p.value_conv_bias, p.grad_value_conv_bias, L::rows({1, 0}, {p.channels, 1}), 1},
+        value_conv_scale{p.value_conv_scale, p.grad_value_conv_scale, L::rows({1, 0}, {1, 1}), 1} {
+    for (TableSums<C>* table : {&bias, &query_rel, &key_rel, &value_conv, &value_conv_bias, &value_conv_scale}) {
+      table->start = size;
+      size += table->size();
+      shared = shared || table->shared();
+    }
+  }
+
+  template <class Heads>
+  void write(Range range, const Heads& heads) const {
+    for (const TableSums<C>* table : {&bias, &query_rel, &key_rel, &value_conv, &value_conv_bias, &value_conv_scale})
+      table->write(range, heads);
+  }
+};
+
+// Row j of d(k) and d(v) of one group. Keys that the mask hides have none.
+template <class C>
+inline void write_key(const AttentionBackward& p, const AttentionData<C>& d, int64_t b, int64_t g, int64_t j, C* grad_k,
+                      C* grad_v) {
+  multiply_by(grad_k, d.width, static_cast<C>(p.scale));
+  for (C* row : {grad_k, grad_v}) {
+    const HeadRows& to = row == grad_k ? p.grad_k : p.grad_v;
+    if (to.data == nullptr) continue;
+    if (!d.is_real(b, j)) clear(row, d.width);
+    write_row(p, to, b, j, g, p.channels, row);
+  }
+}
 
 }  // namespace ck::cpu::CK_ISA

@@ -1,8 +1,8 @@
 // tap_grad: all gradients in one sweep over d(y) and x.
 //
-// d(x) is the convolution of d(y) with the taps in reverse order. d(filters) are summed over a number of groups of rows
-// that depends on the problem alone, and the groups are added in a fixed order, so that the result is the same bit for
-// bit on any number of threads.
+// d(x) is the convolution of d(y) with the taps in reverse order. d(filters) are partial sums over splits of the rows,
+// whose number depends on the problem alone, added in a fixed order, so that the result is the same bit for bit on any
+// number of threads.
 #pragma once
 
 #include "csrc/cpu/conv/correlate.h"
@@ -10,25 +10,46 @@
 
 namespace ck::cpu::CK_ISA {
 
-constexpr int64_t kGroupRows = 128, kMaxGroups = 16;
+constexpr int64_t kSplitRows = 128, kMaxSplits = 16;
 
 template <class T>
-inline RowReader<T> gradient_reader(const Backward& p) {
+inline RowReader<T> gradient_reader(const ConvBackward& p) {
   RowReader<T> r;
   r.rows = p.grad;
   r.channels = p.channels;
   return r;
 }
 
-// Sums that groups of rows leave behind, one region per group.
+// The partial sums of each split of the rows.
 template <class C>
 struct PartialSums {
   int64_t filter_size, bias_size;
   Scratch<C> filters, bias;
 
-  PartialSums(int64_t groups, int64_t filter, int64_t channels)
-      : filter_size(filter), bias_size(channels), filters(groups * filter), bias(groups * channels) {}
+  PartialSums(int64_t splits, int64_t filter, int64_t channels)
+      : filter_size(filter), bias_size(channels), filters(splits * filter), bias(splits * channels) {}
 };
+
+// Filters that depend on the position where heads do not cover whole units: products per channel first, then one head
+// after the other.
+template <class Src>
+inline void dot_taps_of_channels(const typename Src::Elem* const* in, const typename Src::Elem* grad, int64_t taps,
+                                 int64_t units, int64_t channels, int64_t channels_per_head, typename Src::C* product,
+                                 typename Src::C* out) {
+  using C = typename Src::C;
+  constexpr int V = kLanes<C>, P = Src::kParts;
+  for (int64_t k = 0; k < taps; ++k) {
+    for (int64_t unit = 0; unit < units; ++unit) {
+      store_bytes(product + unit * P * V, Src::template load<0>(grad, unit) * Src::template load<0>(in[k], unit));
+      if constexpr (P == 2)
+        store_bytes(product + (unit * P + 1) * V,
+                    Src::template load<1>(grad, unit) * Src::template load<1>(in[k], unit));
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      out[c / channels_per_head * taps + k] += product[vector_position<Src>(c)];
+    }
+  }
+}
 
 template <class T, bool kStaged>
 class BackwardTask {
@@ -38,8 +59,8 @@ class BackwardTask {
   using Elem = typename Src::Elem;
   static constexpr int64_t kMaxRows = 32;
 
-  BackwardTask(const Backward& p, const ChannelPlan& plan, const ChannelBlock& block, const SharedFilters<T>* shared,
-               C* filter_sum, C* bias_sum)
+  BackwardTask(const ConvBackward& p, const ChannelPlan& plan, const ChannelBlock& block,
+               const SharedFilters<T>* shared, C* filter_sum, C* bias_sum)
       : p_(p),
         plan_(plan),
         block_(block),
@@ -68,7 +89,7 @@ class BackwardTask {
         logits_(per_row_ ? pitch_ : 0),
         filters_(per_row_ && need_input_ ? window_rows() * pitch_ : 0),
         soft_(per_row_ && separate_soft_ && centered_ ? window_rows() * pitch_ : 0),
-        center_soft_(per_row_ && need_filter_ && !centered_ ? kMaxRows * pitch_ : 0),
+        center_soft_(per_row_ && need_filter_ && !centered_ ? pitch_ : 0),
         dots_(per_row_ && need_filter_ ? kDotRows * pitch_ : 0),
         expanded_(per_row_ && need_input_ && !plan.aligned ? window_rows() * K_ * width_ : 0),
         product_(per_row_ && need_filter_ && !plan.aligned ? width_ : 0) {}
@@ -76,9 +97,9 @@ class BackwardTask {
   void run(const WorkList& work, int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
       const Item& item = work.item(index);
-      const Segment& s = work.segment(item.segment);
+      const Sequence& s = work.sequence(item.sequence);
       for (int64_t first = item.first; first < item.last; first += kMaxRows) {
-        const int64_t n = least(kMaxRows, item.last - first), position = item.phase + d_ * first;
+        const int64_t n = min(kMaxRows, item.last - first), position = item.phase + d_ * first;
         const bool continues = first > item.first;
         if (need_input_) input_gradient(s, position, n, continues);
         if (need_filter_ || bias_sum_ != nullptr) row_gradients(s, position, n, continues);
@@ -91,13 +112,13 @@ class BackwardTask {
   int64_t window_rows() const { return kMaxRows + kPositionRows + K_ - 1; }
 
   // Inputs before position 0 receive their gradient as if they belonged to the sequence.
-  void state_gradient(const Segment& s) {
+  void state_gradient(const Sequence& s) {
     for (int64_t phase = 0; phase < d_; ++phase)
       for (int64_t first = 0; first < K_ - 1; first += kMaxRows)
-        input_gradient(s, d_ * first + phase - p_.taps.span(), least(kMaxRows, K_ - 1 - first), first > 0);
+        input_gradient(s, d_ * first + phase - p_.taps.span(), min(kMaxRows, K_ - 1 - first), first > 0);
   }
 
-  void input_gradient(const Segment& s, int64_t position, int64_t n, bool continues) {
+  void input_gradient(const Sequence& s, int64_t position, int64_t n, bool continues) {
     const auto grad = gradient_.template move<kStaged>(s, position, n, continues);
     const auto out = sink_.template open<kStaged>(s, position, d_, n);
     if (!per_row_) {
@@ -118,7 +139,7 @@ class BackwardTask {
   }
 
   // Filters of the rows that the window of d(y) holds, and zeros where it lies outside the sequence.
-  void window_filters(const Segment& s, int64_t position, int64_t n, bool continues) {
+  void window_filters(const Sequence& s, int64_t position, int64_t n, bool continues) {
     const int64_t halo = K_ - 1, origin = reversed_.source(position, 0);
     int64_t q = 0;
     if (continues) {
@@ -142,7 +163,7 @@ class BackwardTask {
     }
   }
 
-  void row_gradients(const Segment& s, int64_t position, int64_t n, bool continues) {
+  void row_gradients(const Sequence& s, int64_t position, int64_t n, bool continues) {
     const auto grad = center_.template move<kStaged>(s, position, n, false);
     if (bias_sum_ != nullptr) add_bias(grad, n);
     if (!need_filter_) return;
@@ -174,7 +195,7 @@ class BackwardTask {
   }
 
   // d(filters) row by row, through the softmax, to d(weight) or, if all positions share the weight, to the sums.
-  void position_gradients(const Segment& s, int64_t position, int64_t n, const Elem* const* in,
+  void position_gradients(const Sequence& s, int64_t position, int64_t n, const Elem* const* in,
                           const Elem* const* grad) {
     const int64_t shift = centered_ ? gradient_.center() : 0;
     for (int64_t i = 0; i < n; i += kDotRows) {
@@ -183,7 +204,7 @@ class BackwardTask {
         for (int64_t h = 0; h < h1_ - h0_; ++h)
           Correlate<Src>::positions(in + i, grad + i, K_, h * units, (h + 1) * units, dots_.get() + h * K_, pitch_);
       }
-      for (int64_t r = 0; r < least(kDotRows, n - i); ++r) {
+      for (int64_t r = 0; r < min(kDotRows, n - i); ++r) {
         C* const dots = dots_.get() + r * pitch_;
         const int64_t t = position + d_ * (i + r);
         if (!plan_.aligned) {
@@ -195,8 +216,8 @@ class BackwardTask {
         if (centered_) {
           soft = (separate_soft_ ? soft_.get() : filters_.get()) + (i + r + shift) * pitch_;
         } else {
-          C* const row = center_soft_.get() + i * pitch_;
-          Problem undropped = p_;
+          C* const row = center_soft_.get();
+          ConvProblem undropped = p_;
           undropped.dropout = 0.0;
           make_position_filters<C>(undropped, s, t, h0_, h1_, logits_.get(), row, nullptr);
           soft = row;
@@ -207,7 +228,7 @@ class BackwardTask {
     }
   }
 
-  void store_gradient(const Segment& s, int64_t position, const C* row) {
+  void store_gradient(const Sequence& s, int64_t position, const C* row) {
     const int64_t count = (h1_ - h0_) * K_;
     if (!p_.per_position) {
       C* const to = filter_sum_ + h0_ * K_;
@@ -224,7 +245,7 @@ class BackwardTask {
     });
   }
 
-  const Backward& p_;
+  const ConvBackward& p_;
   const ChannelPlan& plan_;
   const ChannelBlock block_;
   const SharedFilters<T>* const shared_;
@@ -233,23 +254,23 @@ class BackwardTask {
   const bool per_row_, need_input_, need_filter_;
   const Taps reversed_;
   const bool centered_, separate_soft_;
-  Window<T, Src> input_, gradient_, center_;
+  InputWindow<T, Src> input_, gradient_, center_;
   Sink<T, Src> sink_;
   Scratch<C> logits_, filters_, soft_, center_soft_, dots_, expanded_, product_;
 };
 
-// Adds the groups' sums in order and carries them through the softmax.
+// Adds the partial sums in order and applies the derivative of the softmax.
 template <class T>
-inline void reduce_filters(const Backward& p, const ChannelPlan& plan, const PartialSums<Compute<T>>& sums,
-                           int64_t groups, const SharedFilters<T>* shared) {
+inline void reduce_filters(const ConvBackward& p, const ChannelPlan& plan, const PartialSums<Compute<T>>& sums,
+                           int64_t splits, const SharedFilters<T>* shared) {
   using C = Compute<T>;
   constexpr int V = kLanes<C>;
   const int64_t K = p.taps.taps, pitch = shared_pitch(p), per_head = p.channels / p.heads;
   Scratch<C> total(K * pitch);
   memset(static_cast<void*>(total.get()), 0, static_cast<size_t>(K * pitch) * sizeof(C));
-  const bool threads = groups * sums.filter_size >= kSerialWork;
+  const bool threads = splits * sums.filter_size >= kSerialWork;
   if (shared == nullptr) {  // d(logits) already, [heads][taps]
-    for (int64_t g = 0; g < groups; ++g)
+    for (int64_t g = 0; g < splits; ++g)
       for (int64_t h = 0; h < p.heads; ++h)
         for (int64_t k = 0; k < K; ++k) total[k * pitch + h] += sums.filters[g * sums.filter_size + h * K + k];
     with_dtype(p.weight_dtype, [&](auto* tag) {
@@ -265,7 +286,7 @@ inline void reduce_filters(const Backward& p, const ChannelPlan& plan, const Par
       if (plan.aligned) {
         for (int64_t h = 0; h < p.heads; ++h) {
           Vec<C> sum = {};
-          for (int64_t g = 0; g < groups; ++g)
+          for (int64_t g = 0; g < splits; ++g)
             sum += load_bytes<Vec<C>>(&sums.filters[g * sums.filter_size + (h * K + k) * V]);
           row[h] = sum_lanes<C>(sum);
         }
@@ -275,9 +296,9 @@ inline void reduce_filters(const Backward& p, const ChannelPlan& plan, const Par
           const int64_t width = vector_width<T>(block);
           for (int64_t v = 0; v < width; v += V) {
             Vec<C> sum = {};
-            for (int64_t g = 0; g < groups; ++g)
+            for (int64_t g = 0; g < splits; ++g)
               sum += load_bytes<Vec<C>>(&sums.filters[g * sums.filter_size + block.first * K + k * width + v]);
-            store_bytes(&sums.filters[block.first * K + k * width + v], sum);  // the first group's, no longer needed
+            store_bytes(&sums.filters[block.first * K + k * width + v], sum);  // the first split's, no longer needed
           }
           for (int64_t c = 0; c < block.size(); ++c)
             row[(block.first + c) / per_head] +=
@@ -290,15 +311,15 @@ inline void reduce_filters(const Backward& p, const ChannelPlan& plan, const Par
 }
 
 template <class T>
-inline void reduce_bias(const Backward& p, const ChannelPlan& plan, const PartialSums<Compute<T>>& sums,
-                        int64_t groups) {
+inline void reduce_bias(const ConvBackward& p, const ChannelPlan& plan, const PartialSums<Compute<T>>& sums,
+                        int64_t splits) {
   with_dtype(p.bias_dtype, [&](auto* tag) {
     auto* to = static_cast<decltype(tag)>(p.grad_bias);
     for (int64_t i = 0; i < plan.blocks; ++i) {
       const ChannelBlock block = plan.block(i, p.channels);
       for (int64_t c = 0; c < block.size(); ++c) {
         Compute<T> sum{};
-        for (int64_t g = 0; g < groups; ++g)
+        for (int64_t g = 0; g < splits; ++g)
           sum += sums.bias[g * sums.bias_size + block.first + vector_position<Lanes<T>>(c)];
         from_float(sum, to[block.first + c]);
       }
@@ -307,7 +328,7 @@ inline void reduce_bias(const Backward& p, const ChannelPlan& plan, const Partia
 }
 
 template <class T>
-inline const char* backward_typed(const Backward& p) {
+inline const char* conv_backward_typed(const ConvBackward& p) {
   using C = Compute<T>;
   const bool per_row = p.per_position || p.renormalize;
   const bool need_input = p.grad_x.data != nullptr || p.grad_gate.data != nullptr || p.grad_state != nullptr;
@@ -315,8 +336,8 @@ inline const char* backward_typed(const Backward& p) {
                       (p.grad_weight == nullptr || p.x.channel == 1) &&
                       (p.grad_x.data == nullptr || p.grad_x.channel == 1) && (!need_input || p.grad_x.data != nullptr);
   const ChannelPlan plan = plan_channels<T>(p, direct, per_row, 256);
-  const int64_t groups = most(1, least(kMaxGroups, p.batch * p.time / kGroupRows));
-  const int64_t rows = most(16, least(256, round_up(ceil_div(p.batch * p.time, groups), 16)));
+  const int64_t splits = max(1, min(kMaxSplits, p.batch * p.time / kSplitRows));
+  const int64_t rows = max(16, min(256, round_up(ceil_div(p.batch * p.time, splits), 16)));
   const WorkList work(p, rows);
 
   const int64_t K = p.taps.taps, padded = round_up(p.channels, Lanes<T>::kUnit);
@@ -325,16 +346,16 @@ inline const char* backward_typed(const Backward& p) {
                               : per_row      ? p.heads * K
                               : plan.aligned ? p.heads * K * kLanes<C>
                                              : padded * K;
-  PartialSums<C> sums(groups, filter_size, p.grad_bias != nullptr ? padded : 0);
+  PartialSums<C> sums(splits, filter_size, p.grad_bias != nullptr ? padded : 0);
 
   const auto run = [&](const SharedFilters<T>* shared) {
-    parallel(p, groups * plan.blocks, worth_threads(p), [&](int64_t begin, int64_t end) {
+    parallel(p, splits * plan.blocks, worth_threads(p), [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         // Blocks of the same rows next to each other: neighbours share what they bring into the caches.
-        const int64_t group = task / plan.blocks;
+        const int64_t split = task / plan.blocks;
         const ChannelBlock block = plan.block(task % plan.blocks, p.channels);
-        C* const filter_sum = sums.filters.get() + group * filter_size;
-        C* const bias_sum = p.grad_bias != nullptr ? sums.bias.get() + group * padded : nullptr;
+        C* const filter_sum = sums.filters.get() + split * filter_size;
+        C* const bias_sum = p.grad_bias != nullptr ? sums.bias.get() + split * padded : nullptr;
         const int64_t per_head = p.channels / p.heads, width = vector_width<T>(block);
         if (shared_sums) {
           const int64_t h0 = block.first / per_head, h1 = ceil_div(block.last, per_head);
@@ -345,7 +366,7 @@ inline const char* backward_typed(const Backward& p) {
         }
         if (bias_sum != nullptr)
           memset(static_cast<void*>(bias_sum + block.first), 0, static_cast<size_t>(width) * sizeof(C));
-        const int64_t first = work.size() * group / groups, last = work.size() * (group + 1) / groups;
+        const int64_t first = work.size() * split / splits, last = work.size() * (split + 1) / splits;
         if (block.staged) {
           BackwardTask<T, true>(p, plan, block, shared, filter_sum, bias_sum).run(work, first, last);
         } else if constexpr (kReadInPlace<T>) {
@@ -353,8 +374,8 @@ inline const char* backward_typed(const Backward& p) {
         }
       }
     });
-    if (shared_sums) reduce_filters<T>(p, plan, sums, groups, shared);
-    if (p.grad_bias != nullptr) reduce_bias<T>(p, plan, sums, groups);
+    if (shared_sums) reduce_filters<T>(p, plan, sums, splits, shared);
+    if (p.grad_bias != nullptr) reduce_bias<T>(p, plan, sums, splits);
   };
   if (per_row) {
     run(nullptr);

@@ -1,10 +1,10 @@
 // The convolution itself: out[i] = sum_k filter(i, k) * in[i + k] over rows of channels.
 //
-// Forward and d(input), shared and position-dependent filters, every storage type and every instruction set share this
-// code: what differs is how a filter value is found (the *Taps structs) and how rows lie in vectors (Lanes).
+// ConvForward and d(input), shared and position-dependent filters, every storage type and every instruction set share
+// this code: what differs is how a filter value is found (the *Taps structs) and how rows lie in vectors (Lanes).
 #pragma once
 
-#include "csrc/cpu/conv/rows.h"
+#include "csrc/cpu/lanes.h"
 
 namespace ck::cpu::CK_ISA {
 

@@ -136,9 +136,9 @@ void Convolve<Src, Filter>::rows(const Elem* const* in, Elem* const* out, int64_
                                  int64_t units_per_head, const Filter& filter, const C* bias, bool stream) {
   constexpr int kTileRows = Filter::kPerRow ? kPositionRows : kRows;
   for (int64_t i = 0; i < n;) {
-    const int rows = static_cast<int>(least(kTileRows, n - i));
+    const int rows = static_cast<int>(min(kTileRows, n - i));
     for (int64_t first = 0, head = 0; first < units; first += units_per_head, ++head) {
-      const int64_t last = least(first + units_per_head, units);
+      const int64_t last = min(first + units_per_head, units);
       const Filter here = filter.at(i, head);
       if (rows == 1) {
         convolve_rows<Src, Filter, 1>(in + i, out + i, rows, here, taps, first, last, bias, stream);

@@ -1,7 +1,7 @@
 // The gradient of the filters: sum over rows and channels of grad[i] * in[i + k].
 #pragma once
 
-#include "csrc/cpu/conv/convolve.h"
+#include "csrc/cpu/lanes.h"
 
 namespace ck::cpu::CK_ISA {
 
@@ -26,26 +26,5 @@ struct Correlate {
   static void positions(const Elem* const* in, const Elem* const* grad, int64_t taps, int64_t first, int64_t last,
                         C* out, int64_t row);
 };
-
-// Filters that depend on the position where heads do not cover whole units: products per channel first, then one head
-// after the other.
-template <class Src>
-inline void dot_taps_of_channels(const typename Src::Elem* const* in, const typename Src::Elem* grad, int64_t taps,
-                                 int64_t units, int64_t channels, int64_t channels_per_head, typename Src::C* product,
-                                 typename Src::C* out) {
-  using C = typename Src::C;
-  constexpr int V = kLanes<C>, P = Src::kParts;
-  for (int64_t k = 0; k < taps; ++k) {
-    for (int64_t unit = 0; unit < units; ++unit) {
-      store_bytes(product + unit * P * V, Src::template load<0>(grad, unit) * Src::template load<0>(in[k], unit));
-      if constexpr (P == 2)
-        store_bytes(product + (unit * P + 1) * V,
-                    Src::template load<1>(grad, unit) * Src::template load<1>(in[k], unit));
-    }
-    for (int64_t c = 0; c < channels; ++c) {
-      out[c / channels_per_head * taps + k] += product[vector_position<Src>(c)];
-    }
-  }
-}
 
 }  // namespace ck::cpu::CK_ISA

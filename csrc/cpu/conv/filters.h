@@ -1,17 +1,17 @@
-// From weights to filters: softmax over taps, weight dropout, and the way back for their gradients.
+// From weights to filters: softmax over taps, weight dropout, and the gradients of both.
 #pragma once
 
 #include "csrc/common/philox.h"
 #include "csrc/cpu/conv/problem.h"
+#include "csrc/cpu/lanes.h"
 #include "csrc/cpu/parallel.h"
-#include "csrc/cpu/simd.h"
 
 namespace ck::cpu::CK_ISA {
 
 // A run of positions that windows do not leave: a batch row, or one packed sequence of it.
-struct Segment {
+struct Sequence {
   int64_t batch, begin, end;  // positions [begin, end) of batch row `batch`
-  int64_t state_row;          // row of Problem::state
+  int64_t state_row;          // row of ConvProblem::state
   int64_t history;            // positions before `begin` that count as inside the sequence
 
   int64_t length() const { return end - begin; }
@@ -19,34 +19,30 @@ struct Segment {
 
 // Multiplies the taps of weight row (b, t, h) by the dropout mask: 0 or 1 / (1 - p).
 template <class C>
-inline void drop_taps(const Problem& p, int64_t b, int64_t t, int64_t h, C* row, int64_t stride) {
+inline void drop_taps(const ConvProblem& p, int64_t b, int64_t t, int64_t h, C* row, int64_t stride) {
   const uint64_t threshold = drop_threshold(p.dropout);
   const C keep = p.dropout < 1.0 ? static_cast<C>(1.0 / (1.0 - p.dropout)) : C{0};
   for (int64_t k = 0; k < p.taps.taps; k += 4) {
     const PhiloxBlock random = tap_words(p.seed, b, t, h, k / 4);
-    const int64_t n = least(4, p.taps.taps - k);
+    const int64_t n = min(4, p.taps.taps - k);
     for (int64_t i = 0; i < n; ++i)
       row[(k + i) * stride] = random.word[i] >= threshold ? row[(k + i) * stride] * keep : C{0};
   }
 }
 
-// ---- Filters shared by all positions, tap-major: table[k * pitch + h] ----
+// Filters shared by all positions are tap-major: table[k * pitch + h].
+inline int64_t shared_pitch(const ConvProblem& p) { return round_up(p.heads, kLanes<float>); }
 
-inline int64_t shared_pitch(const Problem& p) { return round_up(p.heads, kLanes<float>); }
-
-template <class C>
-inline bool shared_filters_worth_threads(const Problem& p) {
-  return p.heads * p.taps.taps >= 4096;
-}
+inline bool shared_filters_worth_threads(const ConvProblem& p) { return p.heads * p.taps.taps >= 4096; }
 
 // Fills `filters`, and `soft` (the filters before dropout) if it is not null.
 template <class C>
-inline void make_shared_filters(const Problem& p, C* filters, C* soft) {
+inline void make_shared_filters(const ConvProblem& p, C* filters, C* soft) {
   constexpr int V = kLanes<C>;
   const int64_t pitch = shared_pitch(p), K = p.taps.taps;
-  parallel(p, ceil_div(p.heads, V), shared_filters_worth_threads<C>(p), [&](int64_t begin, int64_t end) {
+  parallel(p, ceil_div(p.heads, V), shared_filters_worth_threads(p), [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t h0 = block * V, n = least(V, p.heads - h0);
+      const int64_t h0 = block * V, n = min(V, p.heads - h0);
       C* const out = filters + h0;
       with_dtype(p.weight_dtype, [&](auto* tag) {
         const auto* w = static_cast<decltype(tag)>(const_cast<void*>(p.weight)) + h0 * p.weight_head;
@@ -76,12 +72,12 @@ inline void make_shared_filters(const Problem& p, C* filters, C* soft) {
 
 // From d(filters) (tap-major, overwritten) to d(weight) in the weight's own type, [heads][taps].
 template <class C>
-inline void finish_shared_gradient(const Problem& p, C* gradient, const C* soft, void* out) {
+inline void finish_shared_gradient(const ConvProblem& p, C* gradient, const C* soft, void* out) {
   constexpr int V = kLanes<C>;
   const int64_t pitch = shared_pitch(p), K = p.taps.taps;
-  parallel(p, ceil_div(p.heads, V), shared_filters_worth_threads<C>(p), [&](int64_t begin, int64_t end) {
+  parallel(p, ceil_div(p.heads, V), shared_filters_worth_threads(p), [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t h0 = block * V, n = least(V, p.heads - h0);
+      const int64_t h0 = block * V, n = min(V, p.heads - h0);
       C* const g = gradient + h0;
       if (p.dropout > 0.0)
         for (int64_t l = 0; l < n; ++l) drop_taps(p, p.dropout_batch, 0, h0 + l, g + l, pitch);
@@ -101,8 +97,6 @@ inline void finish_shared_gradient(const Problem& p, C* gradient, const C* soft,
     }
   });
 }
-
-// ---- Filters that depend on the position: one row of heads * taps values per position ----
 
 template <class C>
 CK_INLINE Vec<C> lane_numbers() {
@@ -149,7 +143,7 @@ CK_INLINE void softmax_row(const C* row, C* out, int64_t taps, int64_t first, in
 
 // The mask is drawn per element of the weight: positions that share a filter share its mask.
 template <class C>
-inline void drop_position_taps(const Problem& p, const Segment& s, int64_t position, int64_t h, C* row) {
+inline void drop_position_taps(const ConvProblem& p, const Sequence& s, int64_t position, int64_t h, C* row) {
   if (p.per_position)
     drop_taps(p, p.dropout_batch + s.batch, s.begin + position, h, row, 1);
   else
@@ -159,7 +153,7 @@ inline void drop_position_taps(const Problem& p, const Segment& s, int64_t posit
 // The filters of heads [h0, h1) at one position: out[(h - h0) * taps + k], and before dropout in `soft` if it is not
 // null. `logits` is scratch of the same size. Both outputs have a vector of slack.
 template <class C>
-inline void make_position_filters(const Problem& p, const Segment& s, int64_t position, int64_t h0, int64_t h1,
+inline void make_position_filters(const ConvProblem& p, const Sequence& s, int64_t position, int64_t h0, int64_t h1,
                                   C* logits, C* out, C* soft) {
   constexpr int V = kLanes<C>;
   const int64_t K = p.taps.taps, count = (h1 - h0) * K, t = s.begin + position;
@@ -203,7 +197,7 @@ inline void make_position_filters(const Problem& p, const Segment& s, int64_t po
 
 // From d(filters) of one position to d(logits), in place; `soft` are the filters before dropout.
 template <class C>
-inline void finish_position_gradient(const Problem& p, const Segment& s, int64_t position, int64_t h0, int64_t h1,
+inline void finish_position_gradient(const ConvProblem& p, const Sequence& s, int64_t position, int64_t h0, int64_t h1,
                                      const C* soft, C* gradient) {
   constexpr int V = kLanes<C>;
   const int64_t K = p.taps.taps;

@@ -2,16 +2,17 @@
 #pragma once
 
 #include "csrc/cpu/conv/convolve.h"
+#include "csrc/cpu/conv/rows.h"
 
 namespace ck::cpu::CK_ISA {
 
 // Below this many multiply-adds starting threads costs more than it gives.
 constexpr int64_t kSerialWork = 1 << 15;
 
-inline bool worth_threads(const Problem& p) { return p.batch * p.time * p.channels * p.taps.taps >= kSerialWork; }
+inline bool worth_threads(const ConvProblem& p) { return p.batch * p.time * p.channels * p.taps.taps >= kSerialWork; }
 
 template <class T>
-inline RowReader<T> input_reader(const Problem& p) {
+inline RowReader<T> input_reader(const ConvProblem& p) {
   RowReader<T> r;
   r.rows = p.x;
   r.gate = p.gate;
@@ -36,13 +37,13 @@ struct ChannelPlan {
   ChannelBlock block(int64_t i, int64_t channels) const {
     const int64_t first = i * per_block;
     if (first >= main) return {main, channels, true};
-    return {first, least(first + per_block, main), !direct};
+    return {first, min(first + per_block, main), !direct};
   }
 };
 
-// Blocks of at least `least_channels`, of whole heads. Position-dependent filters of unaligned heads stay in one block.
+// Blocks of at least `min_channels`, of whole heads. Position-dependent filters of unaligned heads stay in one block.
 template <class T>
-inline ChannelPlan plan_channels(const Problem& p, bool direct, bool per_row, int64_t least_channels) {
+inline ChannelPlan plan_channels(const ConvProblem& p, bool direct, bool per_row, int64_t min_channels) {
   constexpr int64_t U = Lanes<T>::kUnit;
   const int64_t per_head = p.channels / p.heads;
   ChannelPlan plan{};
@@ -50,13 +51,13 @@ inline ChannelPlan plan_channels(const Problem& p, bool direct, bool per_row, in
   plan.direct = direct;
   if (plan.aligned) {
     plan.main = p.channels;
-    plan.per_block = round_up(least(least_channels, p.channels), per_head);
+    plan.per_block = round_up(min(min_channels, p.channels), per_head);
   } else if (per_row) {
     plan.direct = direct && p.channels % U == 0;
     plan.main = plan.per_block = p.channels;
   } else {
     plan.main = direct ? p.channels / U * U : p.channels;
-    plan.per_block = least(round_up(least_channels, U), most(plan.main, U));
+    plan.per_block = min(round_up(min_channels, U), max(plan.main, U));
   }
   plan.blocks = ceil_div(plan.main, plan.per_block) + (plan.main < p.channels ? 1 : 0);
   return plan;
@@ -64,7 +65,7 @@ inline ChannelPlan plan_channels(const Problem& p, bool direct, bool per_row, in
 
 // The bias of a block, converted like its rows.
 template <class T>
-inline void convert_bias(const Problem& p, const ChannelBlock& block, Compute<T>* out) {
+inline void convert_bias(const ConvProblem& p, const ChannelBlock& block, Compute<T>* out) {
   memset(static_cast<void*>(out), 0, static_cast<size_t>(vector_width<T>(block)) * sizeof(*out));
   with_dtype(p.bias_dtype, [&](auto* tag) {
     const auto* bias = static_cast<decltype(tag)>(const_cast<void*>(p.bias)) + block.first;
@@ -74,8 +75,8 @@ inline void convert_bias(const Problem& p, const ChannelBlock& block, Compute<T>
 
 // Filters expanded to channels: [taps][channels of the block, converted like rows].
 template <class T>
-inline void expand_filters(const Problem& p, const ChannelBlock& block, const Compute<T>* filters, int64_t head_stride,
-                           int64_t tap_stride, Compute<T>* out) {
+inline void expand_filters(const ConvProblem& p, const ChannelBlock& block, const Compute<T>* filters,
+                           int64_t head_stride, int64_t tap_stride, Compute<T>* out) {
   const int64_t per_head = p.channels / p.heads, width = vector_width<T>(block);
   const int64_t first_head = block.first / per_head;
   for (int64_t k = 0; k < p.taps.taps; ++k) {
@@ -113,7 +114,7 @@ class SharedFilters {
  public:
   using C = Compute<T>;
 
-  SharedFilters(const Problem& p, const ChannelPlan& plan, bool transpose, bool keep_soft)
+  SharedFilters(const ConvProblem& p, const ChannelPlan& plan, bool transpose, bool keep_soft)
       : pitch_(shared_pitch(p)),
         table_(p.taps.taps * pitch_),
         soft_(keep_soft && p.dropout > 0.0 ? p.taps.taps * pitch_ : 0),
@@ -138,7 +139,7 @@ class SharedFilters {
 
   // Convolves n rows of a block whose first head is h0.
   template <class Src>
-  void convolve_block(const Problem& p, const ChannelPlan& plan, const ChannelBlock& block, int64_t h0,
+  void convolve_block(const ConvProblem& p, const ChannelPlan& plan, const ChannelBlock& block, int64_t h0,
                       const typename Src::Elem* const* in, typename Src::Elem* const* out, int64_t n, const C* bias,
                       bool stream) const {
     const int64_t units = units_of<T>(block), K = p.taps.taps, width = vector_width<T>(block);
@@ -166,7 +167,7 @@ class SharedFilters {
 // Convolves n rows with position-dependent filters; `row` and `tap` as in PositionTaps. Where heads are unaligned the
 // filters are those expanded to channels.
 template <class T, class Src>
-inline void convolve_positions(const Problem& p, const ChannelPlan& plan, const ChannelBlock& block,
+inline void convolve_positions(const ConvProblem& p, const ChannelPlan& plan, const ChannelBlock& block,
                                const typename Src::Elem* const* in, typename Src::Elem* const* out, int64_t n,
                                const Compute<T>* filters, int64_t row, int64_t tap, const Compute<T>* bias,
                                bool stream) {
@@ -181,7 +182,7 @@ inline void convolve_positions(const Problem& p, const ChannelPlan& plan, const 
 }
 
 template <class T, bool kStaged>
-inline void forward_task(const Forward& p, const ChannelPlan& plan, const ChannelBlock& block, const WorkList& work,
+inline void forward_task(const ConvForward& p, const ChannelPlan& plan, const ChannelBlock& block, const WorkList& work,
                          int64_t begin, int64_t end, const SharedFilters<T>* shared, bool stream) {
   using C = Compute<T>;
   using Src = std::conditional_t<kStaged, Staged<T>, Lanes<T>>;
@@ -194,16 +195,16 @@ inline void forward_task(const Forward& p, const ChannelPlan& plan, const Channe
   Scratch<C> logits(shared != nullptr ? 0 : pitch), filters(filter_rows * pitch);
   Scratch<C> expanded(plan.aligned ? 0 : filter_rows * K * width), bias(p.bias != nullptr ? width : 0);
   const RowReader<T> reader = input_reader<T>(p);
-  Window<T, Src> window(reader, p.taps, block, max_rows, kMargin, kStaged);
+  InputWindow<T, Src> window(reader, p.taps, block, max_rows, kMargin, kStaged);
   Sink<T, Src> staged_sink(RowReader<T>{p.y, {}}, p.y, {}, nullptr, block, max_rows, kStaged);
   const C* const bias_row = p.bias != nullptr ? bias.get() : nullptr;
   if (p.bias != nullptr) convert_bias<T>(p, block, bias.get());
 
   for (int64_t index = begin; index < end; ++index) {
     const Item& item = work.item(index);
-    const Segment& s = work.segment(item.segment);
+    const Sequence& s = work.sequence(item.sequence);
     for (int64_t first = item.first; first < item.last; first += max_rows) {
-      const int64_t n = least(max_rows, item.last - first), position = item.phase + d * first;
+      const int64_t n = min(max_rows, item.last - first), position = item.phase + d * first;
       const auto in = window.template move<kStaged>(s, position, n, first > item.first);
       const auto out = staged_sink.template open<kStaged>(s, position, d, n);
       if (shared != nullptr) {
@@ -226,15 +227,15 @@ inline void forward_task(const Forward& p, const ChannelPlan& plan, const Channe
 }
 
 template <class T>
-inline const char* forward_typed(const Forward& p) {
+inline const char* conv_forward_typed(const ConvForward& p) {
   if (p.batch * p.time * p.channels == 0) return nullptr;
   const bool per_row = p.per_position || p.renormalize;
   const bool direct = kReadInPlace<T> && p.gate.data == nullptr && p.x.channel == 1 && p.y.channel == 1;
   const bool threads = worth_threads(p);
-  const int64_t least_channels = direct && !per_row ? p.channels : 256;
-  const ChannelPlan plan = plan_channels<T>(p, direct, per_row, least_channels);
-  const int64_t tasks = threads ? most(1, p.threads * 4 / plan.blocks) : 1;
-  const int64_t rows = most(16, least(256, round_up(ceil_div(p.batch * p.time, tasks), 16)));
+  const int64_t min_channels = direct && !per_row ? p.channels : 256;
+  const ChannelPlan plan = plan_channels<T>(p, direct, per_row, min_channels);
+  const int64_t tasks = threads ? max(1, p.threads * 4 / plan.blocks) : 1;
+  const int64_t rows = max(16, min(256, round_up(ceil_div(p.batch * p.time, tasks), 16)));
   const WorkList work(p, rows);
   const bool stream = direct && p.batch * p.time * p.channels * static_cast<int64_t>(sizeof(T)) >= kStreamBytes &&
                       p.resident_output && can_stream<T>(p.y);
@@ -242,7 +243,7 @@ inline const char* forward_typed(const Forward& p) {
     parallel(p, work.size() * plan.blocks, threads, [&](int64_t begin, int64_t end) {
       while (begin < end) {
         const int64_t i = begin / work.size(), first = begin % work.size();
-        const int64_t last = least(work.size(), first + end - begin);
+        const int64_t last = min(work.size(), first + end - begin);
         const ChannelBlock block = plan.block(i, p.channels);
         if (block.staged) {
           forward_task<T, true>(p, plan, block, work, first, last, shared, false);

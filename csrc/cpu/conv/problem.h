@@ -6,17 +6,17 @@
 
 namespace ck::cpu {
 
-struct Problem : ck::Problem, Workers {
+struct ConvProblem : ck::Convolution, Workers {
   const int64_t* offsets = nullptr;  // sequences+1 packed offsets, nullptr: every batch row is one sequence
   uint64_t seed = 0;
   int64_t dropout_batch = 0;  // batch coordinate of the first filter in the dropout counter
 };
 
-struct Forward : Problem {
+struct ConvForward : ConvProblem {
   Rows y;
   bool resident_output = false;  // the pages of y are mapped already
 };
 
-struct Backward : Problem, Gradients {};
+struct ConvBackward : ConvProblem, Gradients {};
 
 }  // namespace ck::cpu

@@ -44,7 +44,7 @@ CK_INLINE void load_unit(const T* row, int64_t stride, int64_t n, Vec<Compute<T>
   T copy[Lanes<T>::kUnit];
   if (n < Lanes<T>::kUnit || stride != 1) {
     memset(static_cast<void*>(copy), 0, sizeof copy);
-    for (int64_t i = 0; i < least(n, Lanes<T>::kUnit); ++i) copy[i] = row[i * stride];
+    for (int64_t i = 0; i < min(n, Lanes<T>::kUnit); ++i) copy[i] = row[i * stride];
     row = copy;
   }
   out[0] = Lanes<T>::template load<0>(row, 0);
@@ -56,13 +56,14 @@ CK_INLINE void store_unit(T* row, int64_t stride, int64_t n, const Vec<Compute<T
   if (n >= Lanes<T>::kUnit && stride == 1) return Lanes<T>::store(row, 0, v, false);
   T copy[Lanes<T>::kUnit];
   Lanes<T>::store(copy, 0, v, false);
-  for (int64_t i = 0; i < least(n, Lanes<T>::kUnit); ++i) row[i * stride] = copy[i];
+  for (int64_t i = 0; i < min(n, Lanes<T>::kUnit); ++i) row[i * stride] = copy[i];
 }
 
-// Tensors whose positions, not channels, lie next to each other ([batch, channels, time] memory) are turned in squares
-// of vectors: n positions from `from` (first channel of the block, `stride` between channels) to n converted rows.
+// Tensors whose positions, not channels, lie next to each other ([batch, channels, time] memory) are transposed in
+// squares of vectors: n positions from `from` (first channel of the block, `stride` between channels) to n converted
+// rows.
 template <class T>
-inline void turn_in(const T* from, int64_t stride, int64_t n, const ChannelBlock& block, Compute<T>* out) {
+inline void load_transposed(const T* from, int64_t stride, int64_t n, const ChannelBlock& block, Compute<T>* out) {
   constexpr int P = Lanes<T>::kParts, V = kLanes<Compute<T>>, U = Lanes<T>::kUnit;
   const int64_t width = vector_width<T>(block);
   for (int64_t unit = 0; unit < units_of<T>(block); ++unit) {
@@ -75,22 +76,22 @@ inline void turn_in(const T* from, int64_t stride, int64_t n, const ChannelBlock
               c < block.size() ? load_natural(from + c * stride + t, from + c * stride + n) : Vec<Compute<T>>{};
         }
         transpose<Compute<T>>(square);
-        for (int64_t i = 0; i < least(V, n - t); ++i)
+        for (int64_t i = 0; i < min(V, n - t); ++i)
           store_bytes(out + (t + i) * width + (unit * P + part) * V, square[i]);
       }
     }
   }
 }
 
-// The way back: n converted rows to n positions of each channel.
+// The inverse: n converted rows to n positions of each channel.
 template <class T>
-inline void turn_out(const Compute<T>* rows, int64_t n, const ChannelBlock& block, T* to, int64_t stride) {
+inline void store_transposed(const Compute<T>* rows, int64_t n, const ChannelBlock& block, T* to, int64_t stride) {
   constexpr int P = Lanes<T>::kParts, V = kLanes<Compute<T>>, U = Lanes<T>::kUnit;
   const int64_t width = vector_width<T>(block);
   for (int64_t unit = 0; unit < units_of<T>(block); ++unit) {
     for (int part = 0; part < P; ++part) {
       for (int64_t t = 0; t < n; t += V) {
-        const int64_t count = least(V, n - t);
+        const int64_t count = min(V, n - t);
         Vec<Compute<T>> square[V] = {};
         for (int64_t i = 0; i < count; ++i)
           square[i] = load_bytes<Vec<Compute<T>>>(rows + (t + i) * width + (unit * P + part) * V);
@@ -113,28 +114,28 @@ struct RowReader {
   const T* state = nullptr;
   int64_t span = 0, channels = 0;
 
-  CK_INLINE bool masked(const Segment& s, int64_t position) const {
+  CK_INLINE bool masked(const Sequence& s, int64_t position) const {
     return mask != nullptr && !mask[s.batch * mask_batch + (s.begin + position) * mask_time];
   }
-  CK_INLINE const T* row(const Rows& r, const Segment& s, int64_t position) const {
+  CK_INLINE const T* row(const Rows& r, const Sequence& s, int64_t position) const {
     return static_cast<const T*>(r.data) + s.batch * r.batch + (s.begin + position) * r.time;
   }
-  CK_INLINE bool in_state(const Segment& s, int64_t position) const {
+  CK_INLINE bool in_state(const Sequence& s, int64_t position) const {
     return state != nullptr && position < 0 && position >= -s.history;
   }
-  CK_INLINE const T* state_row(const Segment& s, int64_t position) const {
+  CK_INLINE const T* state_row(const Sequence& s, int64_t position) const {
     return state + (s.state_row * span + span + position) * channels;
   }
 
   // The row to read in place at `position`, or nullptr where it reads as 0.
-  CK_INLINE const T* find(const Segment& s, int64_t position) const {
+  CK_INLINE const T* find(const Sequence& s, int64_t position) const {
     if (position < 0) return in_state(s, position) ? state_row(s, position) : nullptr;
     if (position >= s.length() || masked(s, position)) return nullptr;
     return row(rows, s, position);
   }
 
   // Converts the channels of `block` at `position`, gated.
-  inline void convert(const Segment& s, int64_t position, const ChannelBlock& block, Compute<T>* out) const {
+  inline void convert(const Sequence& s, int64_t position, const ChannelBlock& block, Compute<T>* out) const {
     constexpr int P = Lanes<T>::kParts, V = kLanes<Compute<T>>;
     const T* x = find(s, position);
     if (x == nullptr) {
@@ -155,17 +156,17 @@ struct RowReader {
 };
 
 // Whether the positions of a tensor lie next to each other and its channels do not.
-CK_INLINE bool turned(const Rows& r) { return r.time == 1 && r.channel != 1; }
+CK_INLINE bool channels_first(const Rows& r) { return r.time == 1 && r.channel != 1; }
 
-// Pointers to the rows that a block of outputs reads: row q is read by output i with tap q - i. Src is Lanes<T> (rows
-// are read where they lie) or Staged<T> (rows are converted into a buffer that moves along with the block).
+// Pointers to the input rows that a block of outputs reads: row q is read by output i with tap q - i. Src is Lanes<T>
+// (rows are read where they lie) or Staged<T> (rows are converted into a buffer that moves along with the block).
 template <class T, class Src>
-class Window {
+class InputWindow {
  public:
   using Elem = typename Src::Elem;
 
-  Window(const RowReader<T>& reader, const Taps& taps, const ChannelBlock& block, int64_t max_rows, int64_t margin,
-         bool staged)
+  InputWindow(const RowReader<T>& reader, const Taps& taps, const ChannelBlock& block, int64_t max_rows, int64_t margin,
+              bool staged)
       : reader_(reader),
         taps_(taps),
         block_(block),
@@ -181,7 +182,7 @@ class Window {
 
   // Rows for n outputs at positions first, first + dilation, ... `continues`: the block follows the previous one.
   template <bool kStaged>
-  const Elem* const* move(const Segment& s, int64_t first, int64_t n, bool continues) {
+  const Elem* const* move(const Sequence& s, int64_t first, int64_t n, bool continues) {
     const int64_t count = n + halo_, origin = taps_.source(first, 0);
     const Elem** const to = pointers_.get();
     if constexpr (kStaged) {
@@ -209,19 +210,19 @@ class Window {
 
  private:
   // Rows [q, count) of the window that starts at position `origin`.
-  void convert_rows(const Segment& s, int64_t origin, int64_t q, int64_t count) {
-    const bool turn = turned(reader_.rows) && reader_.gate.data == nullptr && taps_.dilation == 1;
+  void convert_rows(const Sequence& s, int64_t origin, int64_t q, int64_t count) {
+    const bool turn = channels_first(reader_.rows) && reader_.gate.data == nullptr && taps_.dilation == 1;
     while (q < count) {
       const int64_t position = origin + taps_.dilation * q;
       Elem* const to = buffer_.get() + q * width_;
-      const int64_t run = turn && position >= 0 ? least(s.length() - position, count - q) : 0;
+      const int64_t run = turn && position >= 0 ? min(s.length() - position, count - q) : 0;
       if (run <= 1) {
         reader_.convert(s, position, block_, to);
         ++q;
         continue;
       }
-      turn_in(reader_.row(reader_.rows, s, position) + block_.first * reader_.rows.channel, reader_.rows.channel, run,
-              block_, to);
+      load_transposed(reader_.row(reader_.rows, s, position) + block_.first * reader_.rows.channel,
+                      reader_.rows.channel, run, block_, to);
       for (int64_t i = 0; i < run; ++i)
         if (reader_.masked(s, position + i))
           memset(static_cast<void*>(to + i * width_), 0, static_cast<size_t>(width_) * sizeof(Elem));
@@ -258,7 +259,7 @@ class Sink {
         buffer_(staged ? max_rows * width_ : round_up(block.size(), Lanes<T>::kUnit)) {}
 
   template <bool kStaged>
-  Elem* const* open(const Segment& s, int64_t first, int64_t step, int64_t n) {
+  Elem* const* open(const Sequence& s, int64_t first, int64_t step, int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
       if constexpr (kStaged) {
         pointers_[i] = buffer_.get() + i * width_;
@@ -276,25 +277,25 @@ class Sink {
     return pointers_.get();
   }
 
-  void flush(const Segment& s, int64_t first, int64_t step, int64_t n) {
-    if (out_.data != nullptr && turned(out_) && reader_.gate.data == nullptr && step == 1 && first >= 0) {
+  void flush(const Sequence& s, int64_t first, int64_t step, int64_t n) {
+    if (out_.data != nullptr && channels_first(out_) && reader_.gate.data == nullptr && step == 1 && first >= 0) {
       for (int64_t i = 0; i < n; ++i)
         if (reader_.masked(s, first + i))
           memset(static_cast<void*>(buffer_.get() + i * width_), 0, static_cast<size_t>(width_) * sizeof(Elem));
-      turn_out<T>(reinterpret_cast<const C*>(buffer_.get()), n, block_, target(s, first), out_.channel);
+      store_transposed<T>(reinterpret_cast<const C*>(buffer_.get()), n, block_, target(s, first), out_.channel);
       return;
     }
     for (int64_t i = 0; i < n; ++i) write(s, first + i * step, reinterpret_cast<const C*>(buffer_.get() + i * width_));
   }
 
  private:
-  CK_INLINE T* target(const Segment& s, int64_t position) const {
+  CK_INLINE T* target(const Sequence& s, int64_t position) const {
     if (position < 0)
       return out_state_ + (s.state_row * reader_.span + reader_.span + position) * reader_.channels + block_.first;
     return const_cast<T*>(reader_.row(out_, s, position)) + block_.first * out_.channel;
   }
 
-  inline void write(const Segment& s, int64_t position, const C* row) const {
+  inline void write(const Sequence& s, int64_t position, const C* row) const {
     constexpr int P = Lanes<T>::kParts, V = kLanes<C>, U = Lanes<T>::kUnit;
     const bool inside = position >= 0, zero = inside && reader_.masked(s, position);
     const bool gated = inside && reader_.gate.data != nullptr;
@@ -335,12 +336,10 @@ class Sink {
   Scratch<Elem> buffer_;
 };
 
-// ---- Pieces of work ----
-
-// Outputs [first, last) of one phase of a segment: positions phase + dilation * i. With dilation d a segment falls into
-// d interleaved phases, each of which is an ordinary convolution.
+// Outputs [first, last) of one phase of a sequence: positions phase + dilation * i. With dilation d a sequence falls
+// into d interleaved phases, each of which is an ordinary convolution.
 struct Item {
-  int64_t segment, phase, first, last;
+  int64_t sequence, phase, first, last;
 };
 
 inline int64_t phase_length(int64_t length, int64_t dilation, int64_t phase) {
@@ -349,24 +348,24 @@ inline int64_t phase_length(int64_t length, int64_t dilation, int64_t phase) {
 
 class WorkList {
  public:
-  WorkList(const Problem& p, int64_t rows_per_item)
-      : segments_(p.batch * p.sequences), items_(count_items(p, rows_per_item)) {
+  WorkList(const ConvProblem& p, int64_t rows_per_item)
+      : sequences_(p.batch * p.sequences), items_(count_items(p, rows_per_item)) {
     int64_t n = 0;
     for (int64_t b = 0; b < p.batch; ++b) {
       for (int64_t i = 0; i < p.sequences; ++i) {
         const int64_t index = b * p.sequences + i;
-        Segment& s = segments_[index];
+        Sequence& s = sequences_[index];
         s.batch = b;
         s.begin = p.offsets != nullptr ? p.offsets[i] : 0;
         s.end = p.offsets != nullptr ? p.offsets[i + 1] : p.time;
         s.state_row = p.state_row != nullptr ? p.state_row[index] : index;
         s.history = p.state == nullptr ? 0 : p.taps.span();
-        if (p.position != nullptr) s.history = least(s.history, p.position[b * p.position_stride]);
-        const int64_t phases = least(p.taps.dilation, s.length());
+        if (p.position != nullptr) s.history = min(s.history, p.position[b * p.position_stride]);
+        const int64_t phases = min(p.taps.dilation, s.length());
         for (int64_t phase = 0; phase < phases; ++phase) {
           const int64_t length = phase_length(s.length(), p.taps.dilation, phase);
           for (int64_t first = 0; first < length; first += rows_per_item)
-            items_[n++] = {index, phase, first, least(first + rows_per_item, length)};
+            items_[n++] = {index, phase, first, min(first + rows_per_item, length)};
         }
       }
     }
@@ -375,21 +374,21 @@ class WorkList {
 
   int64_t size() const { return size_; }
   const Item& item(int64_t i) const { return items_[i]; }
-  const Segment& segment(int64_t i) const { return segments_[i]; }
+  const Sequence& sequence(int64_t i) const { return sequences_[i]; }
 
  private:
-  static int64_t count_items(const Problem& p, int64_t rows_per_item) {
+  static int64_t count_items(const ConvProblem& p, int64_t rows_per_item) {
     int64_t n = 0;
     for (int64_t i = 0; i < p.sequences; ++i) {
       const int64_t length = p.offsets != nullptr ? p.offsets[i + 1] - p.offsets[i] : p.time;
-      const int64_t phases = least(p.taps.dilation, length);
+      const int64_t phases = min(p.taps.dilation, length);
       for (int64_t phase = 0; phase < phases; ++phase)
         n += ceil_div(phase_length(length, p.taps.dilation, phase), rows_per_item);
     }
     return n * p.batch;
   }
 
-  Scratch<Segment> segments_;
+  Scratch<Sequence> sequences_;
   Scratch<Item> items_;
   int64_t size_ = 0;
 };

@@ -8,7 +8,7 @@ namespace ck::cpu::CK_ISA {
 
 // state receives, for every batch row, the rows of p.state without the oldest, and then x after its gate.
 template <class T>
-inline const char* shift_state_typed(const Forward& p, T* state) {
+inline const char* shift_state_typed(const ConvForward& p, T* state) {
   const RowReader<T> reader = input_reader<T>(p);
   const int64_t size = p.taps.span() * p.channels, kept = size - p.channels;
   const ChannelBlock all{0, p.channels, true};

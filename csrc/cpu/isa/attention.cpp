@@ -5,8 +5,8 @@
 
 namespace ck::cpu::CK_ISA {
 
-const char* attention(const AttentionForward& p) {
-  return p.dtype == Dtype::kFloat64 ? attention_typed<double>(p) : attention_typed<float>(p);
+const char* attention_forward(const AttentionForward& p) {
+  return p.dtype == Dtype::kFloat64 ? attention_forward_typed<double>(p) : attention_forward_typed<float>(p);
 }
 
 const char* attention_backward(const AttentionBackward& p) {

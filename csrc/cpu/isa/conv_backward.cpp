@@ -4,8 +4,8 @@
 
 namespace ck::cpu::CK_ISA {
 
-const char* backward(const Backward& p) {
-  return with_dtype(p.dtype, [&](auto* tag) { return backward_typed<__typeof__(*tag)>(p); });
+const char* conv_backward(const ConvBackward& p) {
+  return with_dtype(p.dtype, [&](auto* tag) { return conv_backward_typed<__typeof__(*tag)>(p); });
 }
 
 }  // namespace ck::cpu::CK_ISA

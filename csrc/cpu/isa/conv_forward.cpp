@@ -5,11 +5,11 @@
 
 namespace ck::cpu::CK_ISA {
 
-const char* forward(const Forward& p) {
-  return with_dtype(p.dtype, [&](auto* tag) { return forward_typed<__typeof__(*tag)>(p); });
+const char* conv_forward(const ConvForward& p) {
+  return with_dtype(p.dtype, [&](auto* tag) { return conv_forward_typed<__typeof__(*tag)>(p); });
 }
 
-const char* shift_state(const Forward& p, void* state) {
+const char* shift_state(const ConvForward& p, void* state) {
   return with_dtype(p.dtype, [&](auto* tag) { return shift_state_typed(p, static_cast<decltype(tag)>(state)); });
 }
 

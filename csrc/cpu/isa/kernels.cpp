@@ -6,6 +6,7 @@ namespace ck::cpu::CK_ISA {
 #define CK_NAME_OF(isa) #isa
 #define CK_NAME(isa) CK_NAME_OF(isa)
 
-const Kernels kKernels = {CK_NAME(CK_ISA), forward, backward, shift_state, attention, attention_backward};
+const Kernels kKernels = {CK_NAME(CK_ISA), conv_forward,      conv_backward,
+                          shift_state,     attention_forward, attention_backward};
 
 }  // namespace ck::cpu::CK_ISA

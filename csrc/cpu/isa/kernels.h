@@ -5,10 +5,10 @@
 
 namespace ck::cpu::CK_ISA {
 
-const char* forward(const Forward& p);
-const char* backward(const Backward& p);
-const char* shift_state(const Forward& p, void* state);
-const char* attention(const AttentionForward& p);
+const char* conv_forward(const ConvForward& p);
+const char* conv_backward(const ConvBackward& p);
+const char* shift_state(const ConvForward& p, void* state);
+const char* attention_forward(const AttentionForward& p);
 const char* attention_backward(const AttentionBackward& p);
 
 extern const Kernels kKernels;

@@ -101,7 +101,8 @@ AttentionLaunch prepare(const AttentionForward& p) {
   return {plan, assign(tables, p, plan, false, Workspace(nullptr, p.dtype))};
 }
 
-const char* attention(const AttentionForward& p, const AttentionLaunch& launch, void* workspace, Stream stream) {
+const char* attention_forward(const AttentionForward& p, const AttentionLaunch& launch, void* workspace,
+                              Stream stream) {
   if (const char* reason = check_size(p)) return reason;
   const AttentionPlan& plan = launch.plan;
   return with_dtype(p.dtype, [&](auto* tag) {

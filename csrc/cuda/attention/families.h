@@ -41,7 +41,7 @@ struct AttentionLaunch {
 };
 AttentionLaunch prepare(const AttentionForward& p);
 AttentionLaunch prepare(const AttentionBackward& p);
-const char* attention(const AttentionForward& p, const AttentionLaunch& launch, void* workspace, Stream stream);
+const char* attention_forward(const AttentionForward& p, const AttentionLaunch& launch, void* workspace, Stream stream);
 const char* attention_backward(AttentionBackward p, const AttentionLaunch& launch, void* workspace, Stream stream);
 
 }  // namespace ck::cuda

@@ -11,22 +11,24 @@ namespace ck::cuda {
 
 namespace {
 
-// The greatest power of two that divides all bits: of 16 and the addresses of pieces of rows, the bytes of a piece.
-int64_t greatest_piece(uint64_t bits) { return static_cast<int64_t>((bits | 16) & (~(bits | 16) + 1)); }
+// The greatest power of two, at most 16, that divides all of the numbers whose bits are given: addresses and strides in
+// bytes.
+int64_t max_vector_bytes(uint64_t bits) { return static_cast<int64_t>((bits | 16) & (~(bits | 16) + 1)); }
 
-// The bytes at which rows of `length` numbers, `other` apart, can be read and written; 0 if less than a number.
-int64_t piece_of(const Rows& rows, int64_t size, int64_t length, int64_t along, int64_t other) {
-  const int64_t bytes = greatest_piece(reinterpret_cast<uintptr_t>(rows.data) |
-                                       static_cast<uint64_t>((rows.batch | other | length) * size));
+// The bytes of a vector in which rows of `length` numbers, `other` apart, can be read and written; 0 if less than a
+// number.
+int64_t vector_bytes_of(const Rows& rows, int64_t size, int64_t length, int64_t along, int64_t other) {
+  const int64_t bytes = max_vector_bytes(reinterpret_cast<uintptr_t>(rows.data) |
+                                         static_cast<uint64_t>((rows.batch | other | length) * size));
   return along == 1 && bytes >= size ? bytes : 0;
 }
 
-// Adds to `f` how a tensor like x can be read and written.
-void look_at(Facts& f, const Rows& rows) {
+// Limits the vectors of `f` to those in which this tensor, like x, can be read and written.
+void add_alignment(Facts& f, const Rows& rows) {
   if (rows.data == nullptr) return;
   const int64_t size = size_of(f.dtype), channel = f.channels == 1 ? 0 : rows.channel;
-  f.channel_bytes = std::min(f.channel_bytes, piece_of(rows, size, f.channels, rows.channel, rows.time));
-  f.time_bytes = std::min(f.time_bytes, piece_of(rows, size, f.time, rows.time, channel));
+  f.channel_bytes = std::min(f.channel_bytes, vector_bytes_of(rows, size, f.channels, rows.channel, rows.time));
+  f.time_bytes = std::min(f.time_bytes, vector_bytes_of(rows, size, f.time, rows.time, channel));
 }
 
 Facts common_facts(const Problem& p) {
@@ -46,9 +48,9 @@ Facts common_facts(const Problem& p) {
   f.state = p.state != nullptr;
   f.channel_bytes = f.time_bytes = 16;
   f.device = current_device();
-  look_at(f, p.x);
-  look_at(f, p.gate);
-  f.channel_bytes = std::min(f.channel_bytes, greatest_piece(reinterpret_cast<uintptr_t>(p.state)));
+  add_alignment(f, p.x);
+  add_alignment(f, p.gate);
+  f.channel_bytes = std::min(f.channel_bytes, max_vector_bytes(reinterpret_cast<uintptr_t>(p.state)));
   return f;
 }
 
@@ -76,7 +78,7 @@ void set_vector_bytes(Problem& p, const Facts& facts, const Plan& plan) {
   int64_t bytes = plan.family == Family::kTime ? facts.time_bytes : facts.channel_bytes;
   // Their blocks begin at a head, and two lanes together have 16 bytes of one.
   if (plan.family == Family::kRows && plan.lanes > 1)
-    bytes = std::min(bytes, greatest_piece(static_cast<uint64_t>(p.head_channels() * size_of(p.dtype))));
+    bytes = std::min(bytes, max_vector_bytes(static_cast<uint64_t>(p.head_channels() * size_of(p.dtype))));
   p.vector_bytes = static_cast<int>(bytes);
 }
 
@@ -99,15 +101,15 @@ int64_t assign(Backward& p, const Plan& plan, void* workspace) {
 
 Facts facts_of(const Forward& p) {
   Facts f = common_facts(p);
-  look_at(f, p.y);
+  add_alignment(f, p.y);
   return f;
 }
 
 Facts facts_of(const Backward& p) {
   Facts f = common_facts(p);
-  look_at(f, p.grad);
-  look_at(f, p.grad_x);
-  look_at(f, p.grad_gate);
+  add_alignment(f, p.grad);
+  add_alignment(f, p.grad_x);
+  add_alignment(f, p.grad_gate);
   return f;
 }
 

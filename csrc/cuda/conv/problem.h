@@ -7,7 +7,7 @@
 
 namespace ck::cuda {
 
-struct Problem : ck::Problem {
+struct Problem : ck::Convolution {
   const void* offsets = nullptr;  // sequences+1 packed offsets, nullptr: every batch row is one sequence
   bool wide_offsets = false;      // they are int64, otherwise int32
   const int64_t* seed = nullptr;
