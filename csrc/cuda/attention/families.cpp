@@ -13,7 +13,6 @@ namespace {
 
 // Whether a tensor can be read 16 bytes at a time along its channels.
 bool whole_vectors(const HeadRows& rows, int64_t channels, Dtype dtype) {
-  constexpr int64_t kVectorBytes = 16;
   const auto whole = [&](int64_t elements) { return elements * size_of(dtype) % kVectorBytes == 0; };
   return rows.data == nullptr || (rows.channel == 1 && whole(channels) && whole(rows.batch) && whole(rows.time) &&
                                   whole(rows.head) && reinterpret_cast<uintptr_t>(rows.data) % kVectorBytes == 0);
