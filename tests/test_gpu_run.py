@@ -355,7 +355,7 @@ def test_skipped_tests_of_a_backend_that_must_run_are_no_success(backend, status
     (tmp_path / "test_it.py").write_text("def test_it(backend):\n    pass\n")
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", backend, "--require", backend, "."]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CONVKERNELS_SIMT": "0"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "CONVKERNELS_SIMT": "0"}
     ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ran.returncode == status, ran.stdout + ran.stderr
     assert ("--require cuda: " in ran.stderr) == (status != 0)
