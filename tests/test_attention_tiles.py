@@ -21,7 +21,7 @@ COUNT, INTERPRETED = 160, 8
 
 def test_many_tiles(ops):
     numbers = range(INTERPRETED if ops.interpreted else COUNT)
-    for_each(partial(compare.attention_large, ops), partial(random_attention, size="tiles"), numbers)
+    for_each(partial(compare.attention_large, ops, depthwise=3), partial(random_attention, size="tiles"), numbers)
 
 
 def test_tiles_of_older_gpus(ops, monkeypatch):
@@ -33,7 +33,7 @@ def test_tiles_of_older_gpus(ops, monkeypatch):
     asked = []
     monkeypatch.setattr(attention_launch, "architecture_of", lambda device: asked.append(device) or 80)
     for number in range(2):
-        compare.attention_large(ops, random_attention(number, "tiles"))
+        compare.attention_large(ops, random_attention(number, "tiles"), depthwise=3)
     assert asked
 
 
