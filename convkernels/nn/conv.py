@@ -60,9 +60,7 @@ class _Conv(nn.Module):
         The arguments are those of the function behind. ``step`` holds the arguments of the method of that name, which
         calls the module, so that its hooks run for steps too.
         """
-        return self._convolve(
-            x, mask, step, gate, cu_seqlens=cu_seqlens, initial_state=initial_state, return_state=return_state
-        )
+        return self._convolve(x, mask, step, gate, None, cu_seqlens, initial_state, return_state)
 
     def step(
         self, x: Tensor, state: Tensor, *, gate: Tensor | None = None, mask: Tensor | None = None,
@@ -74,14 +72,18 @@ class _Conv(nn.Module):
         """
         return self(x, mask, step=dict(state=state, gate=gate, state_index=state_index, position=position))
 
-    def _convolve(self, x, mask, step: dict | None, gate, query=None, **arguments):
-        """The function behind, or with ``step`` its step; ``arguments`` pass through."""
+    def _convolve(self, x, mask, step: dict | None, gate, query, cu_seqlens, initial_state, return_state):
+        """The function behind, or with ``step`` its step."""
         if step is not None:
             return self._step(x, mask, **step)
         x, gate, weight, bias = self._operands(x, mask, gate, query)
+        options = {}
         for name in self._options:
-            arguments[name] = getattr(self, name)
-        return self._function(x, weight, bias, gate=gate, mask=mask, **arguments)
+            options[name] = getattr(self, name)
+        return self._function(
+            x, weight, bias, gate=gate, mask=mask, cu_seqlens=cu_seqlens, initial_state=initial_state,
+            return_state=return_state, **options,
+        )  # fmt: skip
 
     def _step(self, x, mask, state, gate=None, query=None, **arguments):
         x, gate, weight, bias = self._operands(x, mask, gate, query)
@@ -246,9 +248,7 @@ class DynamicConv1d(_Conv):
     ):
         """x [B,T,C] -> [B,T,C]; ``query`` [B,T,query_size] predicts the filters instead of x. The rest as in
         ``LightweightConv1d``."""
-        return self._convolve(
-            x, mask, step, gate, query, cu_seqlens=cu_seqlens, initial_state=initial_state, return_state=return_state
-        )
+        return self._convolve(x, mask, step, gate, query, cu_seqlens, initial_state, return_state)
 
     def step(
         self, x: Tensor, state: Tensor, *, query: Tensor | None = None, gate: Tensor | None = None,
