@@ -138,3 +138,13 @@ def test_no_file_is_longer_than_the_limit_but_those_that_are_named():
     lengths = {path: len(path.read_text().splitlines()) for path in FILES if path.suffix in SOURCES}
     long = [path.relative_to(ROOT).as_posix() for path, lines in lengths.items() if lines > LIMIT]
     assert f"{LIMIT} lines" in stated and [path for path in long if f"`{path}`" not in stated] == []
+
+
+def test_the_words_are_used():
+    """Those of the glossary, by which sources name things."""
+    table = PAGES["CONTRIBUTING.md"].partition("### Words")[2].partition("## Rules")[0]
+    words = [word for row in re.findall(r"^\| ([a-z, ]+) \|", table, re.MULTILINE) for word in row.split(", ")][1:]
+    kernels = [path for path in FILES if path.suffix in SOURCES and {"convkernels", "csrc"} & set(path.parts)]
+    text = "\n".join(path.read_text() for path in kernels).lower()
+    assert len(words) > 30
+    assert [word for word in words if not re.search(rf"\b(k|\w*_)?{word.replace(' ', '_?')}", text)] == []
