@@ -21,7 +21,10 @@ HOMES = (".ci", "benchmarks", "convkernels", "csrc", "docs", "examples", "script
 FILES = [path for home in HOMES for path in (ROOT / home).rglob("*") if "__pycache__" not in path.parts]
 PATHS = [f"/{path.relative_to(ROOT).as_posix()}" for path in (*FILES, *ROOT.glob("*"))]
 # Folders and files that commands make, and paths of other programs.
-MADE = re.compile(r"(build|results|\.\./shared|~)/|(<device>|steps)\.json|attention-\w+\.png|.*\.gz|counters-cuda\.md")
+MADE = re.compile(
+    r"(build|results|convkernels/_native|\.\./shared|~)/|(<device>|steps)\.json|attention-\w+\.png|.*\.gz"
+    r"|counters-cuda\.md"
+)
 # Programs that take no options: --help would start their work.
 WITHOUT_OPTIONS = {"benchmarks.report": "benchmarks/report.py", "scripts/build_native.py": "scripts/build_native.py"}
 SOURCES = (".py", ".h", ".cuh", ".cpp", ".cu")
