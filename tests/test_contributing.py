@@ -44,7 +44,7 @@ def commands():
 
 
 def programs():
-    """Of every Python program of this project that a page starts: its command line, and the options it is given."""
+    """The Python programs of this project that pages start, each with the options that it is given there."""
     found = {}
     for code in commands():
         for module, script, rest in re.findall(r"python3? (?:-m ([\w.]+)|(scripts/\w+\.py))([^|;&]*)", code):
@@ -89,11 +89,11 @@ def test_make_has_the_targets():
     targets = {target for several in found for target in several}
     assert len(targets) > 20
     # The rehearsal calls make in a copy of the checkout that it makes first.
-    for dry in (["-n", *sorted(targets - {"gpu-rehearsal"})], ["-q", "rehearsed-steps"]):
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-        done = subprocess.run(["make", *dry], cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode in ((0,) if dry[0] == "-n" else (0, 1)), done.stderr
     assert re.search(r"^gpu-rehearsal:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    dry = ["make", "-n", *sorted(targets - {"gpu-rehearsal"})]
+    done = subprocess.run(dry, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(("line", "options"), programs(), ids=lambda value: " ".join(value))
@@ -125,7 +125,7 @@ def test_the_kernel_that_is_explained_is_the_one_in_the_source():
 
 
 def test_functions_of_the_tour_exist():
-    """In the files of a row of the tables, the names that the row has between backticks."""
+    """The names between backticks in a row of its tables, in the files that the row names."""
     tour = PAGES["docs/reading-the-kernels.md"].partition("## From a call to a kernel")[2].partition("## conv_tile")[0]
     for row in re.findall(r"^\| `(.*)` \| (.*) \|$", tour, re.MULTILINE):
         names = re.findall(r"`([\w:.<>\[\]]+)`", row[1])
@@ -144,7 +144,7 @@ def test_no_file_is_longer_than_the_limit_but_those_that_are_named():
 
 
 def test_the_words_are_used():
-    """Those of the glossary, by which sources name things."""
+    """The sources name things by the words of the glossary."""
     table = PAGES["CONTRIBUTING.md"].partition("### Words")[2].partition("## Rules")[0]
     words = [word for row in re.findall(r"^\| ([a-z, ]+) \|", table, re.MULTILINE) for word in row.split(", ")][1:]
     kernels = [path for path in FILES if path.suffix in SOURCES and {"convkernels", "csrc"} & set(path.parts)]
