@@ -44,7 +44,7 @@ def lightweight_conv1d(
     return_state: bool = False,
     backend: str = "auto",
 ):
-    """Lightweight convolution: one kernel per head, the same at every position.
+    """Lightweight convolution: one filter per head, the same at every position.
 
         y[b,t,c] = bias[c] + sum_j w[h,j] * x[b, t + dilation*j - P, c],   h = c // (C/H),   w = softmax_j(weight)
 
@@ -95,7 +95,7 @@ def depthwise_conv1d(
     return_state: bool = False,
     backend: str = "auto",
 ):
-    """Depthwise convolution: one kernel per channel.
+    """Depthwise convolution: one filter per channel.
 
         y[b,t,c] = bias[c] + sum_j weight[c,j] * x[b, t + dilation*j - P, c]
 
@@ -132,7 +132,7 @@ def dynamic_conv1d(
     return_state: bool = False,
     backend: str = "auto",
 ):
-    """Dynamic convolution: every output position has kernels of its own.
+    """Dynamic convolution: every output position has filters of its own.
 
         y[b,t,c] = bias[c] + sum_j w[b,t,h,j] * x[b, t + dilation*j - P, c],   h = c // (C/H),   w = softmax_j(weight)
 

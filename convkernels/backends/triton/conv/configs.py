@@ -155,8 +155,8 @@ def tile(shape: Shape, backward: bool = False) -> Tile:
 
 def band(shape: Shape, backward: bool = False) -> Band:
     """The window's halo holds K - 1 rows; a tile as high as its halo, or twice as high, costs little more to read than
-    its rows. The backward pass is bound by registers (`ahead` measures them), the more so the more bfloat16 numbers
-    make up an element; as many warps share a tile as leave 16 bytes of a row to each thread."""
+    its rows. The backward pass is bound by registers (`benchmarks/machine_code` counts them), the more so the more
+    bfloat16 numbers make up an element; as many warps share a tile as leave 16 bytes of a row to each thread."""
     HALO = max(16, power_of_2(shape.taps - 1))
     BT, BC, warps = max(32, HALO), 64, 4
     if backward:
