@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from convkernels.ops._dtypes import dtype_name
 from convkernels.testing.attention import AttentionProblem
 from convkernels.testing.inputs import Problem, StepProblem
 
@@ -19,10 +20,6 @@ class Case:
     name: str
     problem: object
     families: tuple
-
-
-def short(dtype):
-    return str(dtype).removeprefix("torch.")
 
 
 # Times and channels are no multiples of what a block computes.
@@ -66,7 +63,7 @@ def convolution(group, name, families, dtype, length=77, **options):
         "batch": 2, "length": length, "left": span if options.get("state") else span // 2, "dtype": dtype,
         "weight_dtype": dtype, "seed": len(name), **options,
     })  # fmt: skip
-    return Case(f"{group}-{short(dtype)}", name, problem, families)
+    return Case(f"{group}-{dtype_name(dtype)}", name, problem, families)
 
 
 def convolutions(group, family, dtype, possible=lambda own: True, backward=lambda own: True, suffix="", **options):
@@ -167,7 +164,7 @@ def step_cases():
                 problem = StepProblem(
                     batch=5, heads=6, head_size=head_size, dtype=dtype, weight_dtype=dtype, seed=len(name), **options
                 )
-                yield Case("step", f"{name} {short(dtype)} {6 * head_size} channels", problem, ())
+                yield Case("step", f"{name} {dtype_name(dtype)} {6 * head_size} channels", problem, ())
 
 
 ATTENTIONS = {
@@ -198,13 +195,13 @@ def attentions(group, family, dtype, head_size, names=tuple(ATTENTIONS), **optio
             "dtype": dtype, "table_dtype": dtype if number % 2 else torch.promote_types(dtype, F32), "seed": number,
             **ATTENTIONS[name], **options,
         })  # fmt: skip
-        yield Case(group, f"d{head_size} {short(dtype)} {name}", problem, (family,) * 2)
+        yield Case(group, f"d{head_size} {dtype_name(dtype)} {name}", problem, (family,) * 2)
 
 
 def attention_cases():
     for dtype in (BF16, F16):
         for head_size in (64, 96, 128):
-            yield from attentions(f"attention-{short(dtype)}-{head_size}", "tensor", dtype, head_size)
+            yield from attentions(f"attention-{dtype_name(dtype)}-{head_size}", "tensor", dtype, head_size)
         few = ("bias+query_rel", "query_rel+key_rel", "dropout, terms", "packed")
         yield from attentions("attention-others", "tensor", dtype, 20, few)
         yield from attentions("attention-others", "tensor", dtype, 80, few)
