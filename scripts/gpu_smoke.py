@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
-# What a kernel leaves unwritten is NaN, and fails.
+# Outputs start as NaN, so that elements that a kernel does not write fail.
 os.environ.setdefault("CONVKERNELS_POISON", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -37,7 +37,7 @@ except ImportError:  # built without it, or for another Python
     cuda_attention_plan = cuda_plan = None
 
 OPS = torch.ops.convkernels
-# Of the norm of a result. A convolution rounds once; attention also rounds probabilities before products.
+# Shares of the norm of a result. A convolution rounds once; attention also rounds probabilities before products.
 CONVOLUTION_BOUND = {F64: 1e-12, F32: 1e-5, F16: 1e-3, BF16: 6e-3}
 ATTENTION_BOUND = {F64: 1e-12, F32: 2e-5, F16: 5e-3, BF16: 2e-2}
 CONVOLUTION_INPUTS = ("x", "weight", "bias", "gate", "initial_state")
@@ -64,7 +64,7 @@ CALLS = {Problem: call_convolution, StepProblem: call_step, AttentionProblem: ca
 
 
 def error_of(found, expected):
-    """Relative, of norms; infinite where a shape differs or a number is not finite."""
+    """The norm of the error over that of the result; infinite where a shape differs or a number is not finite."""
     found = found.detach().cpu().double()
     if found.shape != expected.shape:
         return float("inf")
@@ -79,8 +79,8 @@ def error_of(found, expected):
 
 
 def planned(problem, device):
-    """Families of the kernels forward and backward, None where this build does not tell, or where a block has too
-    little shared memory for some kernels."""
+    """Families of the kernels forward and backward; None where this build has no `_C`, or where the GPU has too little
+    shared memory per block for some kernels."""
     plan = {Problem: cuda_plan, AttentionProblem: cuda_attention_plan}.get(type(problem))
     if plan is None:
         return None
@@ -96,11 +96,11 @@ def planned(problem, device):
 
 
 def run_case(case, backend, device):
-    """What there is to say about a case: its errors, and why it failed."""
+    """Run a case; returns its errors, their bound and why it failed."""
     problem = case.problem
     tensors = problem.tensors()
     call = CALLS[type(problem)]
-    # Copies, as a step changes its state.
+    # Copies, because a step updates its state in place.
     exact = {n: v.to(F64, copy=True) if v is not None and v.is_floating_point() else v for n, v in tensors.items()}
     expected = call("reference", problem, exact)
     on_device = {name: None if value is None else value.to(device) for name, value in tensors.items()}
@@ -133,7 +133,7 @@ def device_works(device):
 
 
 def run_group(cases, arguments):
-    """All cases of a group, in this process; the number of failures."""
+    """Run all cases of a group in this process; returns the number of failures."""
     failed = 0
     for place, case in enumerate(cases):
         start = time.perf_counter()
@@ -143,7 +143,7 @@ def run_group(cases, arguments):
             said = {"families": [], "failure": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
         said = {"group": case.group, "case": case.name, **said, "seconds": round(time.perf_counter() - start, 3)}
         failed += bool(said["failure"])
-        # With a question mark where the build does not tell.
+        # With a question mark where the build cannot tell the family.
         wanted = [f"{family or 'any'}?" for family in case.families if arguments.backend == "cuda"]
         family = "/".join(dict.fromkeys(said["families"] or wanted)) or "-"
         worst = f"{said['worst']:.1e} of {said['bound']:.0e}" if "worst" in said else "-"
@@ -159,17 +159,17 @@ def run_group(cases, arguments):
 
 
 RUNNING = set()
-WRITING = Lock()  # the file of results
+WRITING = Lock()  # for the file of results
 
 
 def kill(process):
-    """With what it has started."""
+    """Kill a process and its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
 def read_what_is_left(process):
-    """Of a process that was ended, unless the kernel holds it back, which a GPU can bring about."""
+    """The output of a killed process, as far as it was read where it hangs in the kernel, as it can in the driver."""
     try:
         return process.communicate(timeout=10)[0]
     except subprocess.TimeoutExpired as error:
@@ -177,7 +177,7 @@ def read_what_is_left(process):
 
 
 def start_group(group, cases, arguments):
-    """Runs a group in a process; how it ended in a few words ("" for well), and its results."""
+    """Run a group in a process; returns how it ended ("" for well) and its results."""
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results"
         command = [
@@ -185,7 +185,7 @@ def start_group(group, cases, arguments):
             "--device", arguments.device, "--backend", arguments.backend, "--json", str(results),
         ]  # fmt: skip
         start = time.perf_counter()
-        # In a session of its own, so that a program under another one is stopped with it.
+        # In a session of its own, so that the group's process is killed together with `--under`.
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace", start_new_session=True,
             env={**os.environ, "CUDA_LAUNCH_BLOCKING": "1"},

@@ -14,7 +14,7 @@ F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat1
 
 @dataclass(frozen=True)
 class Case:
-    """families: those of the kernels forward and backward, which the case is there for; None: any."""
+    """families: the families of kernels, forward and backward, that the case is meant for; None: any."""
 
     group: str
     name: str
@@ -22,7 +22,7 @@ class Case:
     families: tuple
 
 
-# Times and channels are no multiples of what a block computes.
+# Lengths and channels are no multiples of a block's.
 
 CONVOLUTIONS = {
     "k1 gate": {"taps": 1, "gate": True},
@@ -77,7 +77,7 @@ def convolutions(group, family, dtype, possible=lambda own: True, backward=lambd
 
 def convolution_cases():
     for dtype in (BF16, F16, F32):
-        # What does not fit in shared memory is left to others.
+        # In float32 some backward passes do not fit in shared memory and fall to other families.
         wide = dtype == F32
         yield from convolutions(
             "stream", "stream", dtype, heads=17, head_size=8,
@@ -144,7 +144,7 @@ def convolution_cases():
                 **CONVOLUTIONS[name],
             )  # fmt: skip
     for dtype in (BF16, F32):
-        # Few channels and many rows: sums of several pieces.
+        # Few channels and many rows: a reduction in several splits.
         yield convolution("reduce", "k7", ("stream",) * 2, dtype, length=300, batch=4, taps=7, heads=2, head_size=8)
 
 
@@ -160,7 +160,7 @@ def step_cases():
                 "taps": 7, "kind": "dynamic", "softmax": True, "renormalize": True, "position": 2, "indexed": True,
             },
         }.items():  # fmt: skip
-            for head_size in (25, 32):  # that can be read in vectors, or not
+            for head_size in (25, 32):  # in vectors or not
                 problem = StepProblem(
                     batch=5, heads=6, head_size=head_size, dtype=dtype, weight_dtype=dtype, seed=len(name), **options
                 )
@@ -189,7 +189,7 @@ ATTENTIONS = {
 
 def attentions(group, family, dtype, head_size, names=tuple(ATTENTIONS), **options):
     for number, name in enumerate(names):
-        # Tables come in the tensors' type, and in float32; a gradient of lse with every third seed.
+        # Tables in the tensors' type and in float32 by turns; every third seed has a gradient of lse.
         problem = AttentionProblem(**{
             "batch": 1, "length": 140, "keys": 140, "groups": 2, "left": 6, "right": 6, "head_size": head_size,
             "dtype": dtype, "table_dtype": dtype if number % 2 else torch.promote_types(dtype, F32), "seed": number,

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, field
 
-SLOWER = 10  # times as long anything may take in a rehearsal
+SLOWER = 10  # factor of all time limits in a rehearsal
 
 
 @dataclass(frozen=True)
 class Step:
-    """command: of the shell, with the words that `words_for` gives in braces. It leaves something in {results}."""
+    """command: for the shell, with words of `words_for` in braces. It has to write to {results}."""
 
     name: str
     part: int
@@ -16,7 +16,7 @@ class Step:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-# How much is done: on a GPU, and in a rehearsal, where tensors of the host that meet some of a GPU are looked for too.
+# Arguments that say how much is done: on a GPU, and in a rehearsal, which also checks for tensors on the wrong device.
 AMOUNTS = {
     "slower": ("1", str(SLOWER)),
     "tests": ("", "--second-device --every 12"),
@@ -39,8 +39,8 @@ STREAMING = BENCH + " --suite streaming {streamed}"
 ATTENTION = BENCH + " --suite attention --dtypes bfloat16 {attended}"
 ONE_GPU_TEST = " --timeout=$((60 * {slower}))"
 SMOKE = "{python} scripts/gpu_smoke.py --device {device} --jobs {workers} --json {result}.jsonl"
-# Without torch's memory pool, so that every tensor has an end that can be overrun. Other kernels than these are neither
-# slowed nor reported, but initcheck has to see who else writes, and memory must not be filled before.
+# Without torch's memory pool, so that an access past the end of a tensor is an error. Only the kernels of this project
+# are watched, except by initcheck: it has to see all writes, and needs memory that CONVKERNELS_POISON has not filled.
 UNDER = (
     "PYTORCH_NO_CUDA_MEMORY_CACHING=1 " + SMOKE + " {checked} --timeout $((100 * {slower})) --expect 'SUMMARY: 0 ' "
     "--under 'compute-sanitizer --error-exitcode 1 --tool "
@@ -83,5 +83,5 @@ STEPS = (
 
 
 def file_of(step: Step) -> str:
-    """The name, without an ending, of a step's log and of the results that are its own."""
+    """The stem of the names of a step's log and results."""
     return step.name.replace(" ", "-")

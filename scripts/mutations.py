@@ -38,7 +38,7 @@ namespace avx512 { extern const Kernels kKernels; const Kernels kKernels = {"avx
 
 @dataclass(frozen=True)
 class Library:
-    """How the library of a backend is made of files, and tested."""
+    """How the library of a backend is built from files, and tested."""
 
     name: str
     mutations: list[Mutation]

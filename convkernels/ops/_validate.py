@@ -20,7 +20,7 @@ _FLOAT_NAMES = "float64, float32, bfloat16 or float16"
 _INTEGERS = (torch.int32, torch.int64)
 PLAIN = (Tensor, torch.nn.Parameter)
 _mode = torch._C._get_dispatch_mode
-# A compiler does not know it.
+# torch.compile cannot trace this function.
 autocast_somewhere = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 _FAKE, _PROXY, _FUNCTIONAL = (
     torch._C._TorchDispatchModeKey.__members__[name] for name in ("FAKE", "PROXY", "FUNCTIONAL")
