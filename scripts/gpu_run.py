@@ -179,7 +179,7 @@ def written_in(folder: Path) -> set[tuple[Path, int]]:
     return {(file, file.stat().st_mtime_ns) for file in files_in(folder)}
 
 
-def place(file: Path, write: Callable[[Path], object]) -> list[str]:
+def replace_file(file: Path, write: Callable[[Path], object]) -> list[str]:
     """Replace a file at once, so that a crash leaves its old or its new content; returns errors."""
     part = file.with_name(f".{file.name}.part")
     try:
@@ -219,7 +219,7 @@ def pack(folder: Path, archive: Path, read: Callable[[Path], bytes]) -> list[Pat
 
 
 def record(folder: Path, outcomes: dict[str, dict]) -> list[str]:
-    return place(folder / "steps.json", lambda file: file.write_text(json.dumps(outcomes, indent=1) + "\n"))
+    return replace_file(folder / "steps.json", lambda file: file.write_text(json.dumps(outcomes, indent=1) + "\n"))
 
 
 def save(folder: Path, work: Path, outcomes: dict[str, dict]) -> list[str]:
@@ -232,7 +232,7 @@ def save(folder: Path, work: Path, outcomes: dict[str, dict]) -> list[str]:
     reasons += record(folder, outcomes)
     left_out: list[Path] = []
     for name, read in (("results", Path.read_bytes), ("logs", ends_of)):
-        reasons += place(
+        reasons += replace_file(
             folder / f"{name}.tar.gz", lambda file, name=name, read=read: left_out.extend(pack(work / name, file, read))
         )
     return reasons + [f"{file}: too large for the archive" for file in left_out]

@@ -138,21 +138,23 @@ def run_group(cases, arguments):
     for place, case in enumerate(cases):
         start = time.perf_counter()
         try:
-            said = run_case(case, arguments.backend, arguments.device)
+            outcome = run_case(case, arguments.backend, arguments.device)
         except Exception as error:
-            said = {"families": [], "failure": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-        said = {"group": case.group, "case": case.name, **said, "seconds": round(time.perf_counter() - start, 3)}
-        failed += bool(said["failure"])
+            outcome = {"families": [], "failure": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        outcome = {"group": case.group, "case": case.name, **outcome, "seconds": round(time.perf_counter() - start, 3)}
+        failed += bool(outcome["failure"])
         # With a question mark where the build cannot tell the family.
         wanted = [f"{family or 'any'}?" for family in case.families if arguments.backend == "cuda"]
-        family = "/".join(dict.fromkeys(said["families"] or wanted)) or "-"
-        worst = f"{said['worst']:.1e} of {said['bound']:.0e}" if "worst" in said else "-"
-        verdict = f"FAIL: {said['failure']}" if said["failure"] else "ok"
-        print(f"{case.group:22} {case.name:42} {family:13} {worst:16} {said['seconds']:6.2f} s  {verdict}", flush=True)
+        family = "/".join(dict.fromkeys(outcome["families"] or wanted)) or "-"
+        worst = f"{outcome['worst']:.1e} of {outcome['bound']:.0e}" if "worst" in outcome else "-"
+        verdict = f"FAIL: {outcome['failure']}" if outcome["failure"] else "ok"
+        print(
+            f"{case.group:22} {case.name:42} {family:13} {worst:16} {outcome['seconds']:6.2f} s  {verdict}", flush=True
+        )
         if arguments.json:
             with open(arguments.json, "a") as file:
-                file.write(json.dumps(said) + "\n")
-        if said["failure"] and not device_works(arguments.device):
+                file.write(json.dumps(outcome) + "\n")
+        if outcome["failure"] and not device_works(arguments.device):
             print(f"{case.group}: the GPU has ended this process's work; {len(cases) - place - 1} cases are not run")
             break
     return failed
@@ -203,13 +205,13 @@ def start_group(group, cases, arguments):
         RUNNING.discard(process)
         print(output, end="", flush=True)
         lines = results.read_text().splitlines() if results.exists() else []
-    said = [json.loads(line) for line in lines]
+    outcomes = [json.loads(line) for line in lines]
     if arguments.json:
         with WRITING, open(arguments.json, "a") as file:
             file.writelines(f"{line}\n" for line in lines)
-    if not ending and len(said) < len(cases):
+    if not ending and len(outcomes) < len(cases):
         ending = "ended early"
-    return {"group": group, "seconds": time.perf_counter() - start, "ending": ending, "cases": said}
+    return {"group": group, "seconds": time.perf_counter() - start, "ending": ending, "cases": outcomes}
 
 
 def run_groups(groups, arguments):
@@ -227,12 +229,12 @@ def run_groups(groups, arguments):
     failed = False
     print(f"\n{'group':22} {'cases':>5} {'ran':>5} {'failed':>6} {'worst/bound':>11} {'seconds':>8}")
     for end in ended:
-        said = end["cases"]
-        shares = [case["worst"] / case["bound"] for case in said if "worst" in case]
-        failures = sum(bool(case["failure"]) for case in said)
+        outcomes = end["cases"]
+        shares = [case["worst"] / case["bound"] for case in outcomes if "worst" in case]
+        failures = sum(bool(case["failure"]) for case in outcomes)
         failed = failed or bool(failures or end["ending"])
         print(
-            f"{end['group']:22} {len(groups[end['group']]):5} {len(said):5} {failures:6} "
+            f"{end['group']:22} {len(groups[end['group']]):5} {len(outcomes):5} {failures:6} "
             f"{max(shares, default=float('nan')):11.2f} {end['seconds']:8.1f}  {end['ending'] or 'ok'}"
         )
     return failed

@@ -3,9 +3,6 @@
 import torch
 from torch import Tensor
 
-FARTHEST = 2**30
-"""The greatest dilation, and distance between the first and the last tap: positions near them fit into 32 bits."""
-
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
