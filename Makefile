@@ -46,7 +46,7 @@ help:
 	@echo "make gpu-smoke|gpu-test|gpu-sanitize|gpu-bench   parts of it"
 	@echo "make gpu-rehearsal   all of it without a GPU, in the software of a machine that has one"
 
-# ---- environment: each stamp depends on what would make it stale. Compiling all of torch's Python files ahead would take
+# Environment: each stamp depends on what would make it stale. Compiling all of torch's Python files ahead would take
 # longer than a run needs; what is imported is compiled then.
 
 $(VENV)/.torch: | $(VENV)/bin/python
@@ -103,13 +103,13 @@ build: $(NATIVE)/.built
 
 install: build $(VENV)/.triton $(VENV)/.hf
 
-# ---- the main job
+# The main job
 
 bench: $(RUNNABLE)
 	$(BIN)/python -m benchmarks bench --output $(RESULTS)
 	@echo "Plots:" && find $(RESULTS) -name '*.png' | sort
 
-# ---- checks
+# Checks
 
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check .
@@ -201,7 +201,7 @@ cross:
 	cmake --build build/cross --target ck_cpu ck_tests
 	if command -v qemu-aarch64 >/dev/null; then ctest --test-dir build/cross --output-on-failure; fi
 
-# ---- on a machine with a GPU: no network, no .venv, only what $(PYTHON) has
+# On a machine with a GPU: no network, no .venv, only what $(PYTHON) has
 
 # With line numbers, for what compute-sanitizer and Nsight Compute say. A shell without a login may lack the toolkit's
 # folder in PATH.

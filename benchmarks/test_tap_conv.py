@@ -6,6 +6,7 @@ import torch
 from benchmarks.peers import DEPTHWISE, DYNAMIC, LIGHTWEIGHT, PEERS, Problem, ours
 from benchmarks.suites import BACKWARD, FORWARD
 from benchmarks.suites.acceptance import Group
+from convkernels.ops._dtypes import dtype_name
 
 PROBLEMS = [
     Problem(op, 8, length, 768, heads, taps, dtype)
@@ -18,7 +19,7 @@ STOCK = {LIGHTWEIGHT: "conv2d-CL", DEPTHWISE: "conv2d-CL", DYNAMIC: "unfold"}
 
 
 def name(problem):
-    return f"{problem.op}-T{problem.length}-K{problem.taps}-{str(problem.dtype)[6:]}"
+    return f"{problem.op}-T{problem.length}-K{problem.taps}-{dtype_name(problem.dtype)}"
 
 
 @pytest.mark.parametrize("form", ["convkernels", "stock"])

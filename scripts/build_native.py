@@ -105,7 +105,7 @@ def build(folder: Path, prefix: Path, *, tests: bool, module: str) -> None:
 
 
 def build_in_place(module: str) -> None:
-    """One folder, whoever asks for it, so that the build stays incremental."""
+    """The same folder for every caller, so that the build stays incremental."""
     build(ROOT / "build" / "native", ROOT / "convkernels", tests=True, module=module)
 
 

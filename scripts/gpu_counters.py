@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 3
 # Rows and positions of a batch, of convolutions and of attention: on a GPU, and where ncu is only rehearsed.
 SIZES = {"cuda": ((16, 4096), (8, 2048)), "cpu": ((1, 32), (1, 64))}
-# The kernel of torch.cuda._sleep, launched in front of each case, tells whose the kernels after it are.
+# The kernel of torch.cuda._sleep is launched in front of each case and separates their kernels.
 MARKER = "spin_kernel"
 FORBIDDEN = "ERR_NVGPUCTRPERM"
 
@@ -146,7 +146,7 @@ CASES = _cases()
 
 
 def launch(names: list[str], backend: str, device: str) -> int:
-    """A case that fails is named; unless it took the device along, the others are still profiled."""
+    """Run the cases. A case that fails is printed; the others still run, unless the device is lost."""
     status = 0
     for name in names:
         try:
@@ -244,7 +244,7 @@ def counters(row: dict) -> dict[str, float | str | None]:
 
 
 def is_counted(kernel: dict) -> bool:
-    """Whether ncu has reported anything of it."""
+    """Whether ncu has reported any counter of it."""
     return any(kernel[title] is not None for title in COUNTERS)
 
 
@@ -287,7 +287,7 @@ def command(ncu: str, log: Path, names: list[str], backend: str, device: str, pl
 
 
 def run(arguments: list[str], timeout: float) -> str:
-    """Its output; what it started is ended with it."""
+    """Run a command; returns its output. Its children are ended with it."""
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(arguments, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
         try:

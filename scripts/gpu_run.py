@@ -1,10 +1,10 @@
-"""Everything that only a GPU can show, most valuable first: python scripts/gpu_run.py [--part 1] [--only NAME ...].
+"""Runs everything that needs a GPU, most valuable first: python scripts/gpu_run.py [--part 1] [--only NAME ...].
 
-Every step is a process of its own with its own time limit: one that fails, hangs, crashes or writes without end costs
-only itself. After each step its log and what has been measured so far are in the output folder (--output, else $OUT,
+Every step is a process of its own with its own time limit: one that fails, hangs, crashes or writes without end does
+not affect the others. After each step its log and all results so far are in the output folder (--output, else $OUT,
 else build/gpu), as a few files that are small enough to carry away: steps.json, logs.tar.gz, results.tar.gz. A step
-that has passed is not run again by the next call with the same files and GPU; what others gave is never mixed with it.
-The exit status is 1 where a step did not pass or the output could not be saved.
+that has passed is not run again by the next call with the same files and GPU; results of other files or another GPU
+are kept apart. The exit status is 1 where a step did not pass or the output could not be saved.
 docs/gpu.md says what each result decides. With --device cpu the same commands are rehearsed, on less and with the
 kernels simulated.
 """
@@ -26,105 +26,23 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from gpu_steps import AMOUNTS, SLOWER, STEPS, Step, file_of
+
 ROOT = Path(__file__).resolve().parent.parent
-GRACE = 10.0  # seconds between the request to end, on which pytest and the benchmarks write what they have, and the end
+GRACE = 10.0  # seconds from SIGINT, on which pytest and the benchmarks write their results, to SIGKILL
 PASSED = "passed"
 PART = 540.0  # seconds that a part may take, where a command may take ten minutes
-REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # to end
-SLOWER = 10  # times as long anything may take in a rehearsal
+REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # ask this process to end
 LONGEST_LOG = 256 << 20  # bytes; a step that writes more is ended
 SHOWN = 256 << 10  # bytes of the beginning and of the end of a log, which the archive keeps
 LARGEST_ARCHIVE = 15 << 20  # bytes
 
 
-@dataclass(frozen=True)
-class Step:
-    """command: of the shell, with the words that `words_for` gives in braces. It leaves something in {results}."""
-
-    name: str
-    part: int
-    seconds: float
-    command: str
-    environment: dict[str, str] = field(default_factory=dict)
-
-
-# How much is done: on a GPU, and in a rehearsal, where tensors of the host that meet some of a GPU are looked for too.
-AMOUNTS = {
-    "slower": ("1", str(SLOWER)),
-    "tests": ("", "--second-device --every 12"),
-    "slow_tests": ("", "--every 12"),
-    "triton_tests": ("--every 24", "--every 192"),  # each case is a kernel to compile
-    "checked": ("", "--only reduce"),
-    "streamed": ("--seconds 0.4", "--seconds 0.01 --batch 1 --lengths 32"),
-    "attended": (
-        "--seconds 1 --batch 8 --lengths 512,2048,4096",
-        "--seconds 0.01 --batch 1 --lengths 64 --channels 64 --heads 1",
-    ),
-    "swept": ("", "--seconds 1 --compile-seconds 5 --max-length 128 --dtypes bfloat16"),
-}
-PYTEST = (
-    "{python} -m pytest -q -p no:cacheprovider --timeout=$((120 * {slower})) --timeout-method=thread -rfEs --tb=short "
-    "--junitxml {result}.xml --max-worker-restart 1000"
-)
-BENCH = "{python} -m benchmarks bench --device {device} --overwrite --output {results}"
-STREAMING = BENCH + " --suite streaming {streamed}"
-ATTENTION = BENCH + " --suite attention --dtypes bfloat16 {attended}"
-ONE_GPU_TEST = " --timeout=$((60 * {slower}))"
-SMOKE = "{python} scripts/gpu_smoke.py --device {device} --jobs {workers} --json {result}.jsonl"
-# Without torch's memory pool, so that every tensor has an end that can be overrun. Other kernels than these are neither
-# slowed nor reported, but initcheck has to see who else writes, and memory must not be filled before.
-UNDER = (
-    "PYTORCH_NO_CUDA_MEMORY_CACHING=1 " + SMOKE + " {checked} --timeout $((100 * {slower})) --expect 'SUMMARY: 0 ' "
-    "--under 'compute-sanitizer --error-exitcode 1 --tool "
-)
-OURS = " --kernel-name kns=ck'"
-STEPS = (
-    Step(
-        "environment",
-        1,
-        40,
-        "set -o pipefail; (git describe --always --dirty; nvidia-smi; nvcc --version; "
-        "{python} -m convkernels.cli info && "
-        '{python} -c \'import platform, torch; print("Python", platform.python_version(), "torch", torch.__version__, '
-        'torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU")\') 2>&1 | tee {result}.txt',
-    ),
-    Step("smoke", 1, 90, SMOKE + " --timeout $((40 * {slower}))"),
-    Step("gpu tests cuda", 1, 90, PYTEST + ONE_GPU_TEST + " tests/test_gpu.py -k cuda --require cuda -n 4"),
-    Step("streaming cuda", 1, 90, STREAMING + " --backend cuda --compile-seconds 0"),
-    Step("attention cuda", 1, 120, ATTENTION + " --backend cuda --compile-seconds 0"),
-    Step("counters cuda", 1, 150, "{python} scripts/gpu_counters.py --device {device} --timeout 30 --output {results}"),
-    Step("cuda tests", 1, 240, PYTEST + " -k cuda --require cuda -m 'not gpu and not slow' -n {workers} {tests}"),
-    Step("streaming triton", 2, 120, STREAMING + " --backend triton"),
-    Step("attention triton", 2, 180, ATTENTION + " --backend triton"),
-    Step(
-        "gpu tests triton", 2, 120, PYTEST + ONE_GPU_TEST + " tests/test_gpu.py -k triton --require triton -n {workers}"
-    ),
-    Step(
-        "triton tests",
-        2,
-        240,
-        PYTEST + " -k triton --require triton -m 'not gpu and not slow' -n {workers} {triton_tests}",
-    ),
-    Step("memcheck", 3, 120, UNDER + "memcheck --report-api-errors no" + OURS),
-    Step("racecheck", 3, 120, UNDER + "racecheck" + OURS),
-    Step("synccheck", 3, 120, UNDER + "synccheck" + OURS),
-    Step("initcheck", 3, 120, "CONVKERNELS_POISON=0 " + UNDER + "initcheck'"),
-    Step("sweep", 3, 120, BENCH + " {swept}"),
-    Step("slow cuda tests", 3, 300, PYTEST + " -k cuda --require cuda -m 'slow and not gpu' -n {workers} {slow_tests}"),
-)
-
-
-def file_of(step: Step) -> str:
-    """The name, without an ending, of a step's log and of the results that are its own."""
-    return step.name.replace(" ", "-")
-
-
 def words_for(step: Step, arguments: argparse.Namespace, work: Path) -> dict[str, str]:
-    """What the words in the command of a step stand for."""
+    """The values of the words in braces of a step's command."""
     results = work / "results"
     return {
         "python": shlex.quote(sys.executable),
@@ -137,7 +55,7 @@ def words_for(step: Step, arguments: argparse.Namespace, work: Path) -> dict[str
 
 
 def environment_for(step: Step, device: str) -> dict[str, str]:
-    """In a rehearsal both backends run on the CPU, and programs that need a GPU have an understudy."""
+    """In a rehearsal both backends run on the CPU, and scripts/rehearsal replaces programs that need a GPU."""
     found = {**os.environ, "PYTHONUNBUFFERED": "1", **step.environment}
     if device == "cpu":
         found |= {"CONVKERNELS_SIMT": "1", "TRITON_INTERPRET": "1"}
@@ -146,7 +64,7 @@ def environment_for(step: Step, device: str) -> dict[str, str]:
 
 
 def look_for_a_gpu() -> tuple[str, str]:
-    """The GPU and the torch that works with it, or nothing and why not."""
+    """(the GPU and the version of torch, "") or ("", why torch finds no GPU)."""
     ask = "import torch; torch.zeros(1, device='cuda'); print(torch.cuda.get_device_name(), torch.__version__)"
     try:
         asked = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=120)
@@ -156,7 +74,7 @@ def look_for_a_gpu() -> tuple[str, str]:
 
 
 def version_of(device: str) -> str:
-    """A name for the files that results depend on, of this device: those of another version are others."""
+    """A hash of the device, the interpreter and all files that results depend on."""
     digest = hashlib.sha256(f"{device} {sys.executable}".encode())
     for folder in ("benchmarks", "convkernels", "scripts", "tests"):
         for file in files_in(ROOT / folder):
@@ -170,7 +88,7 @@ def log_of(step: Step, work: Path) -> Path:
 
 
 def run(step: Step, seconds: float, words: dict[str, str], environment: dict[str, str], work: Path) -> str:
-    """Run one step; results of its own from before are removed. How it ended: passed, or in what way not."""
+    """Run one step after removing its earlier results; returns PASSED or how it failed."""
     results, log = work / "results", log_of(step, work)
     for old in results.glob(f"{file_of(step)}.*"):
         old.unlink()
@@ -183,7 +101,7 @@ def run(step: Step, seconds: float, words: dict[str, str], environment: dict[str
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that a signal reaches all that it has started
+            start_new_session=True,  # so that a signal reaches all its children
         )
         try:
             ended = watch(process, seconds, log)
@@ -194,7 +112,7 @@ def run(step: Step, seconds: float, words: dict[str, str], environment: dict[str
 
 
 def watch(process: subprocess.Popen, seconds: float, log: Path) -> str:
-    """Wait until the process has ended, or must be."""
+    """Wait until the process has ended or exceeds a limit; returns PASSED or the reason."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -208,8 +126,8 @@ def watch(process: subprocess.Popen, seconds: float, log: Path) -> str:
 
 
 def end(process: subprocess.Popen, others: set[int]) -> None:
-    """End a process, asking first, and then all that it has started, but for the processes that were there before.
-    One that the kernel holds back, which a GPU can bring about, is not waited for."""
+    """End a process, by SIGINT first, and then all its descendants, except the processes `others`. A process that hangs
+    in the kernel, as it can in the GPU's driver, is not waited for."""
     for wish in (signal.SIGINT, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, wish)
@@ -224,7 +142,7 @@ def end(process: subprocess.Popen, others: set[int]) -> None:
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Who has asked this process to end need not ask again."""
+    """Ignore further requests to end."""
     handlers = {request: signal.signal(request, signal.SIG_IGN) for request in REQUESTS}
     try:
         yield
@@ -234,13 +152,13 @@ def undisturbed() -> Iterator[None]:
 
 
 def adopt_orphans() -> None:
-    """What a step leaves behind, in a session of its own too, becomes a child of this process, where `end` finds it."""
+    """Make the orphans of a step, in any session, children of this process, so that `end` finds them."""
     pr_set_child_subreaper = 36
     ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
 
 
 def descendants() -> set[int]:
-    """Processes that this one has started, and those have started."""
+    """The ids of all processes below this one."""
     parents = {}
     for file in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -257,12 +175,12 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def written_in(folder: Path) -> set[tuple[Path, int]]:
-    """The files, and when each was written."""
+    """The files of a folder and the time at which each was written."""
     return {(file, file.stat().st_mtime_ns) for file in files_in(folder)}
 
 
-def place(file: Path, write: Callable[[Path], object]) -> list[str]:
-    """Write a file, which holds its old content or the new one at every moment; why it cannot be done."""
+def replace_file(file: Path, write: Callable[[Path], object]) -> list[str]:
+    """Replace a file at once, so that a crash leaves its old or its new content; returns errors."""
     part = file.with_name(f".{file.name}.part")
     try:
         write(part)
@@ -276,7 +194,7 @@ def place(file: Path, write: Callable[[Path], object]) -> list[str]:
 
 
 def ends_of(file: Path) -> bytes:
-    """What there is in it, without the middle of what is long."""
+    """The content, of a long file the first and last SHOWN bytes."""
     size = file.stat().st_size
     if size <= 2 * SHOWN:
         return file.read_bytes()
@@ -287,7 +205,7 @@ def ends_of(file: Path) -> bytes:
 
 
 def pack(folder: Path, archive: Path, read: Callable[[Path], bytes]) -> list[Path]:
-    """All files of the folder in an archive that is small enough; those left out for that, the largest."""
+    """Archive the files of a folder; returns the largest ones, which are left out to keep LARGEST_ARCHIVE."""
     files, left_out = sorted(files_in(folder), key=lambda file: file.stat().st_size), []
     while True:
         with tarfile.open(archive, "w:gz") as packed:
@@ -301,11 +219,11 @@ def pack(folder: Path, archive: Path, read: Callable[[Path], bytes]) -> list[Pat
 
 
 def record(folder: Path, outcomes: dict[str, dict]) -> list[str]:
-    return place(folder / "steps.json", lambda file: file.write_text(json.dumps(outcomes, indent=1) + "\n"))
+    return replace_file(folder / "steps.json", lambda file: file.write_text(json.dumps(outcomes, indent=1) + "\n"))
 
 
 def save(folder: Path, work: Path, outcomes: dict[str, dict]) -> list[str]:
-    """Put all that there is so far into the output folder; what could not be."""
+    """Write all results so far to the output folder; returns errors."""
     reasons = record(work, outcomes)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -314,7 +232,7 @@ def save(folder: Path, work: Path, outcomes: dict[str, dict]) -> list[str]:
     reasons += record(folder, outcomes)
     left_out: list[Path] = []
     for name, read in (("results", Path.read_bytes), ("logs", ends_of)):
-        reasons += place(
+        reasons += replace_file(
             folder / f"{name}.tar.gz", lambda file, name=name, read=read: left_out.extend(pack(work / name, file, read))
         )
     return reasons + [f"{file}: too large for the archive" for file in left_out]
@@ -329,13 +247,13 @@ def passed_before(work: Path) -> dict[str, dict]:
 
 
 def last_line(log: Path) -> str:
-    """The last line that says something: a pytest summary, a mistake, an exception."""
+    """The last line that is not empty: a pytest summary, an error, an exception."""
     lines = ends_of(log).decode(errors="replace").strip().splitlines() if log.exists() else []
     return "".join(filter(str.isprintable, lines[-1])).strip("= ")[:300] if lines else ""
 
 
 def say(text: str, to: TextIO | None = None) -> None:
-    """Also where nobody listens any more."""
+    """Print; a closed pipe is no error."""
     to = to or sys.stdout
     try:
         print(text, file=to, flush=True)
@@ -369,7 +287,7 @@ def main() -> int:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
         print("\n".join(f"{step.part}  {step.name:18} {step.seconds:5.0f} s  {step.command}" for step in steps))
         return 0
-    # What a shell starts in the background ignores SIGINT, and so would the steps when they are asked to end.
+    # A process that a shell starts in the background ignores SIGINT, and its children inherit that.
     for request in REQUESTS:
         signal.signal(request, signal.default_int_handler)
     adopt_orphans()
@@ -419,7 +337,7 @@ def run_all(steps: list[Step], arguments: argparse.Namespace, work: Path, output
         log, start = log_of(step, work), time.monotonic()
         limit = min(step.seconds * (SLOWER if arguments.device == "cpu" else 1), left)
         ended = "stopped"
-        # So it stays if this process does not come to the end of the step.
+        # Recorded first: this remains if this process is killed during the step.
         outcomes[step.name] = {"ended": ended, "seconds": 0.0}
         record(work, outcomes)
         try:
@@ -435,7 +353,7 @@ def run_all(steps: list[Step], arguments: argparse.Namespace, work: Path, output
             say(f"{'':18} its output: {log}")
         for reason in reasons:
             say(f"gpu_run: not saved: {reason}", sys.stderr)
-    if outcomes != saved:  # by steps that are not begun, or where none was run and the output folder may be another
+    if outcomes != saved:  # steps were not begun, or none was run and the output folder may be new
         reasons = save(output, work, outcomes)
     failed = [step.name for step in steps if outcomes[step.name]["ended"] != PASSED]
     say(

@@ -8,7 +8,6 @@ anything failed. On a machine without a GPU: CONVKERNELS_SIMT=1 python scripts/g
 
 import argparse
 import contextlib
-import itertools
 import json
 import os
 import shlex
@@ -18,15 +17,15 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-# What a kernel leaves unwritten is NaN, and fails.
+# Outputs start as NaN, so that elements that a kernel does not write fail.
 os.environ.setdefault("CONVKERNELS_POISON", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from gpu_smoke_cases import BF16, F16, F32, F64, all_cases
 
 import convkernels
 from convkernels.testing.attention import INPUTS, AttentionProblem
@@ -38,218 +37,10 @@ except ImportError:  # built without it, or for another Python
     cuda_attention_plan = cuda_plan = None
 
 OPS = torch.ops.convkernels
-F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
-# Of the norm of a result. A convolution rounds once; attention also rounds probabilities before products.
+# Shares of the norm of a result. A convolution rounds once; attention also rounds probabilities before products.
 CONVOLUTION_BOUND = {F64: 1e-12, F32: 1e-5, F16: 1e-3, BF16: 6e-3}
 ATTENTION_BOUND = {F64: 1e-12, F32: 2e-5, F16: 5e-3, BF16: 2e-2}
 CONVOLUTION_INPUTS = ("x", "weight", "bias", "gate", "initial_state")
-
-
-@dataclass(frozen=True)
-class Case:
-    """families: those of the kernels forward and backward, which the case is there for; None: any."""
-
-    group: str
-    name: str
-    problem: object
-    families: tuple
-
-
-def short(dtype):
-    return str(dtype).removeprefix("torch.")
-
-
-# Times and channels are no multiples of what a block computes.
-
-CONVOLUTIONS = {
-    "k1 gate": {"taps": 1, "gate": True},
-    "k3": {"taps": 3},
-    "k7 bias softmax": {"taps": 7, "bias": True, "softmax": True},
-    "k15": {"taps": 15},
-    "k31": {"taps": 31},
-    "k3 gate+mask": {"taps": 3, "gate": True, "padding_mask": 2},
-    "k15 gate+mask bias": {"taps": 15, "gate": True, "padding_mask": 1, "bias": True},
-    "k31 gate softmax dropout": {"taps": 31, "gate": True, "softmax": True, "dropout": 0.3},
-    "k7 packed": {"taps": 7, "lengths": (40, 0, 1, 31)},
-    "k31 packed": {"taps": 31, "lengths": (40, 0, 1, 31)},
-    "k15 packed gate+mask": {"taps": 15, "lengths": (7, 65), "gate": True, "padding_mask": 2},
-    "k7 dilation 3 dropout": {"taps": 7, "dilation": 3, "dropout": 0.3},
-    "k31 dilation 2": {"taps": 31, "dilation": 2, "bias": True},
-    "k3 state": {"taps": 3, "state": True},
-    "k15 state dilation 2": {"taps": 15, "dilation": 2, "state": True, "bias": True},
-    "k15 filters per row": {"taps": 15, "kind": "row"},
-}  # fmt: skip
-
-
-# Rows that are read 2, 4 or 8 bytes at a time in 16-bit types, and a slice of wider rows.
-PIECES = {
-    " C=135": {"heads": 135, "head_size": 1},
-    " C=134": {"heads": 67, "head_size": 2},
-    " C=140": {"heads": 35, "head_size": 4},
-    " sliced": {"heads": 17, "head_size": 8, "layout": "sliced"},
-}
-
-
-def convolution(group, name, families, dtype, length=77, **options):
-    if "lengths" in options:
-        options["batch"] = 1
-    if options.get("layout"):
-        options["grad_layout"] = options["layout"]
-    span = (options["taps"] - 1) * options.get("dilation", 1)
-    problem = Problem(**{
-        "batch": 2, "length": length, "left": span if options.get("state") else span // 2, "dtype": dtype,
-        "weight_dtype": dtype, "seed": len(name), **options,
-    })  # fmt: skip
-    return Case(f"{group}-{short(dtype)}", name, problem, families)
-
-
-def convolutions(group, family, dtype, possible=lambda own: True, backward=lambda own: True, suffix="", **options):
-    """One case for each entry of CONVOLUTIONS that is `possible`. The family computes the backward pass of those that
-    `backward` says."""
-    for name, own in CONVOLUTIONS.items():
-        if possible(own):
-            families = (family, family if backward(own) else None)
-            yield convolution(group, name + suffix, families, dtype, **{**own, **options})
-
-
-def convolution_cases():
-    for dtype in (BF16, F16, F32):
-        # What does not fit in shared memory is left to others.
-        wide = dtype == F32
-        yield from convolutions(
-            "stream", "stream", dtype, heads=17, head_size=8,
-            backward=lambda own, wide=wide: not (wide and own.get("gate") and own["taps"] > 1),
-        )  # fmt: skip
-        for suffix, channels in PIECES.items():
-            few = [CONVOLUTIONS[name] for name in ("k7 packed", "k3 gate+mask", "k3 state")]
-            yield from convolutions(
-                "stream", "stream", dtype, suffix=suffix, possible=lambda own, few=few: own in few,
-                backward=lambda own, wide=wide: not (wide and own.get("gate")), **channels,
-            )  # fmt: skip
-            if channels["head_size"] % 4 == 0:
-                yield from convolutions(
-                    "rows", "rows", dtype, suffix=suffix, possible=lambda own, few=few: own in few,
-                    backward=lambda own, wide=wide: not (wide and own.get("gate")), kind="dynamic", **channels,
-                )  # fmt: skip
-        for taps, gate in ((3, False), (15, False), (31, False), (7, True)):
-            families = ("stream", None if wide and (gate or taps == 31) else "stream")
-            name = f"k{taps} depthwise{' gate' if gate else ''}"
-            yield convolution("stream", name, families, dtype, taps=taps, gate=gate, heads=136, head_size=1)
-        yield from convolutions(
-            "rows", "rows", dtype, heads=5, head_size=32, kind="dynamic",
-            backward=lambda own, wide=wide: not (wide and own.get("gate")),
-        )  # fmt: skip
-        for name, options in {
-            "mask": {"padding_mask": 2},
-            "state": {"state": True, "padding_mask": 2},
-            "packed": {"lengths": (90, 0, 7, 120), "bias": True},
-            "filters per row, dropout": {"kind": "row", "head_size": 160, "dropout": 0.3},
-            "dynamic": {"kind": "dynamic", "padding_mask": 2},
-        }.items():
-            yield convolution(
-                "rows", f"k7 renormalize, {name}", ("rows",) * 2, dtype,
-                **{"taps": 7, "heads": 2, "head_size": 64, "softmax": True, "renormalize": True, **options},
-            )  # fmt: skip
-        for head_size in (24, 48, 96, 256):
-            yield convolution(
-                "rows", f"k7 heads of {head_size}", ("rows",) * 2, dtype, taps=7, heads=3, head_size=head_size,
-                kind="dynamic", softmax=True, bias=True,
-            )  # fmt: skip
-        yield from convolutions(
-            "time", "time", dtype, length=72, heads=5, head_size=8, layout="swap_last",
-            possible=lambda own: not own.get("state"),
-        )  # fmt: skip
-        for length, name in itertools.product((77, 66, 68), ("k7 bias softmax", "k3 gate+mask")):
-            yield convolution(
-                "time", f"{name} T={length}", ("time",) * 2, dtype, heads=5, head_size=8, layout="swap_last",
-                **{"length": length, **CONVOLUTIONS[name]},
-            )  # fmt: skip
-        yield from convolutions("plain", "plain", dtype, heads=3, head_size=3, layout="step2")
-    yield from convolutions("plain", "plain", F64, heads=2, head_size=8)
-    for dtype in (F32, F64):
-        yield from convolutions("plain-dynamic", "plain", dtype, heads=3, head_size=3, kind="dynamic", softmax=True)
-    for dtype in (BF16, F16):
-        yield from convolutions("band", "band", dtype, heads=3, head_size=24, possible=lambda own: own["taps"] >= 12)
-        yield convolution("band", "k31 wide", ("band",) * 2, dtype, length=140, taps=31, heads=1, head_size=72)
-        yield convolution("band", "k63", ("band",) * 2, dtype, length=140, taps=63, heads=2, head_size=24)
-        yield convolution(
-            "band", "k63 gate", ("band",) * 2, dtype, length=140, taps=63, gate=True, heads=2, head_size=24
-        )
-        for name in ("k15 gate+mask bias", "k31", "k15 state dilation 2"):
-            yield convolution(
-                "band", f"{name} sliced", ("band",) * 2, dtype, heads=3, head_size=24, layout="sliced",
-                **CONVOLUTIONS[name],
-            )  # fmt: skip
-    for dtype in (BF16, F32):
-        # Few channels and many rows: sums of several pieces.
-        yield convolution("reduce", "k7", ("stream",) * 2, dtype, length=300, batch=4, taps=7, heads=2, head_size=8)
-
-
-def step_cases():
-    for dtype in (BF16, F16, F32, F64):
-        for name, options in {
-            "k3": {"taps": 3},
-            "k7 bias gate": {"taps": 7, "bias": True, "gate": True},
-            "k15 state_index": {"taps": 15, "indexed": True},
-            "k31 state_index softmax": {"taps": 31, "indexed": True, "softmax": True, "gate": True},
-            "k7 dynamic dilation 2": {"taps": 7, "kind": "dynamic", "dilation": 2},
-            "k7 dynamic position state_index": {
-                "taps": 7, "kind": "dynamic", "softmax": True, "renormalize": True, "position": 2, "indexed": True,
-            },
-        }.items():  # fmt: skip
-            for head_size in (25, 32):  # that can be read in vectors, or not
-                problem = StepProblem(
-                    batch=5, heads=6, head_size=head_size, dtype=dtype, weight_dtype=dtype, seed=len(name), **options
-                )
-                yield Case("step", f"{name} {short(dtype)} {6 * head_size} channels", problem, ())
-
-
-ATTENTIONS = {
-    "no terms": {},
-    "many keys": {"length": 40, "keys": 300, "groups": 1},
-    "bias+query_rel": {"bias": True, "query_rel": 2},
-    "query_rel+key_rel": {"query_rel": 1, "key_rel": 1},
-    "key_rel per head, wide": {"bias": True, "query_rel": 2, "key_rel": 2, "left": 40, "right": 40},
-    "rel_query": {"query_rel": 2, "rank": 20, "bias": True},
-    "value_conv": {"value_conv": 3, "bias": True, "padding": 1},
-    "causal": {"causal": True, "bias": True, "query_rel": 2},
-    "outside zero": {"outside": 1, "query_rel": 1, "key_rel": 1},
-    "outside mask": {"outside": 2, "bias": True, "query_rel": 1},
-    "key_mask": {"padding": 2, "batch": 2, "length": 100, "keys": 100, "bias": True, "key_rel": 1, "query_rel": 1},
-    "dropout": {"dropout": 0.3},
-    "dropout, terms": {"dropout": 0.3, "bias": True, "query_rel": 2, "key_rel": 2},
-    "packed": {"lengths": (70, 0, 1, 33), "key_lengths": (33, 5, 64, 40), "bias": True, "query_rel": 1},
-    "packed causal, value_conv": {"lengths": (20, 65), "causal": True, "value_conv": 1, "key_rel": 2, "query_rel": 2},
-    "shared keys": {"sharing": 2, "groups": 1, "bias": True, "query_rel": 2, "key_rel": 2, "value_conv": 2},
-}
-
-
-def attentions(group, family, dtype, head_size, names=tuple(ATTENTIONS), **options):
-    for number, name in enumerate(names):
-        # Tables come in the tensors' type, and in float32; a gradient of lse with every third seed.
-        problem = AttentionProblem(**{
-            "batch": 1, "length": 140, "keys": 140, "groups": 2, "left": 6, "right": 6, "head_size": head_size,
-            "dtype": dtype, "table_dtype": dtype if number % 2 else torch.promote_types(dtype, F32), "seed": number,
-            **ATTENTIONS[name], **options,
-        })  # fmt: skip
-        yield Case(group, f"d{head_size} {short(dtype)} {name}", problem, (family,) * 2)
-
-
-def attention_cases():
-    for dtype in (BF16, F16):
-        for head_size in (64, 96, 128):
-            yield from attentions(f"attention-{short(dtype)}-{head_size}", "tensor", dtype, head_size)
-        few = ("bias+query_rel", "query_rel+key_rel", "dropout, terms", "packed")
-        yield from attentions("attention-others", "tensor", dtype, 20, few)
-        yield from attentions("attention-others", "tensor", dtype, 80, few)
-        yield from attentions("attention-others", "plain", dtype, 160, few)
-    yield from attentions("attention-plain", "plain", F32, 64)
-    yield from attentions("attention-plain", "plain", F32, 40, ("packed", "packed causal, value_conv"))
-    yield from attentions("attention-plain", "plain", F64, 64, ("dropout, terms", "packed", "value_conv"))
-
-
-def all_cases():
-    return [*convolution_cases(), *step_cases(), *attention_cases()]
 
 
 def call_convolution(backend, problem, tensors):
@@ -273,7 +64,7 @@ CALLS = {Problem: call_convolution, StepProblem: call_step, AttentionProblem: ca
 
 
 def error_of(found, expected):
-    """Relative, of norms; infinite where a shape differs or a number is not finite."""
+    """The norm of the error over that of the result; infinite where a shape differs or a number is not finite."""
     found = found.detach().cpu().double()
     if found.shape != expected.shape:
         return float("inf")
@@ -288,8 +79,8 @@ def error_of(found, expected):
 
 
 def planned(problem, device):
-    """Families of the kernels forward and backward, None where this build does not tell, or where a block has too
-    little shared memory for some kernels."""
+    """Families of the kernels forward and backward; None where this build has no `_C`, or where the GPU has too little
+    shared memory per block for some kernels."""
     plan = {Problem: cuda_plan, AttentionProblem: cuda_attention_plan}.get(type(problem))
     if plan is None:
         return None
@@ -305,11 +96,11 @@ def planned(problem, device):
 
 
 def run_case(case, backend, device):
-    """What there is to say about a case: its errors, and why it failed."""
+    """Run a case; returns its errors, their bound and why it failed."""
     problem = case.problem
     tensors = problem.tensors()
     call = CALLS[type(problem)]
-    # Copies, as a step changes its state.
+    # Copies, because a step updates its state in place.
     exact = {n: v.to(F64, copy=True) if v is not None and v.is_floating_point() else v for n, v in tensors.items()}
     expected = call("reference", problem, exact)
     on_device = {name: None if value is None else value.to(device) for name, value in tensors.items()}
@@ -342,43 +133,45 @@ def device_works(device):
 
 
 def run_group(cases, arguments):
-    """All cases of a group, in this process; the number of failures."""
+    """Run all cases of a group in this process; returns the number of failures."""
     failed = 0
     for place, case in enumerate(cases):
         start = time.perf_counter()
         try:
-            said = run_case(case, arguments.backend, arguments.device)
+            outcome = run_case(case, arguments.backend, arguments.device)
         except Exception as error:
-            said = {"families": [], "failure": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-        said = {"group": case.group, "case": case.name, **said, "seconds": round(time.perf_counter() - start, 3)}
-        failed += bool(said["failure"])
-        # With a question mark where the build does not tell.
+            outcome = {"families": [], "failure": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        outcome = {"group": case.group, "case": case.name, **outcome, "seconds": round(time.perf_counter() - start, 3)}
+        failed += bool(outcome["failure"])
+        # With a question mark where the build cannot tell the family.
         wanted = [f"{family or 'any'}?" for family in case.families if arguments.backend == "cuda"]
-        family = "/".join(dict.fromkeys(said["families"] or wanted)) or "-"
-        worst = f"{said['worst']:.1e} of {said['bound']:.0e}" if "worst" in said else "-"
-        verdict = f"FAIL: {said['failure']}" if said["failure"] else "ok"
-        print(f"{case.group:22} {case.name:42} {family:13} {worst:16} {said['seconds']:6.2f} s  {verdict}", flush=True)
+        family = "/".join(dict.fromkeys(outcome["families"] or wanted)) or "-"
+        worst = f"{outcome['worst']:.1e} of {outcome['bound']:.0e}" if "worst" in outcome else "-"
+        verdict = f"FAIL: {outcome['failure']}" if outcome["failure"] else "ok"
+        print(
+            f"{case.group:22} {case.name:42} {family:13} {worst:16} {outcome['seconds']:6.2f} s  {verdict}", flush=True
+        )
         if arguments.json:
             with open(arguments.json, "a") as file:
-                file.write(json.dumps(said) + "\n")
-        if said["failure"] and not device_works(arguments.device):
+                file.write(json.dumps(outcome) + "\n")
+        if outcome["failure"] and not device_works(arguments.device):
             print(f"{case.group}: the GPU has ended this process's work; {len(cases) - place - 1} cases are not run")
             break
     return failed
 
 
 RUNNING = set()
-WRITING = Lock()  # the file of results
+WRITING = Lock()  # for the file of results
 
 
 def kill(process):
-    """With what it has started."""
+    """Kill a process and its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
 def read_what_is_left(process):
-    """Of a process that was ended, unless the kernel holds it back, which a GPU can bring about."""
+    """The output of a killed process, as far as it was read where it hangs in the kernel, as it can in the driver."""
     try:
         return process.communicate(timeout=10)[0]
     except subprocess.TimeoutExpired as error:
@@ -386,7 +179,7 @@ def read_what_is_left(process):
 
 
 def start_group(group, cases, arguments):
-    """Runs a group in a process; how it ended in a few words ("" for well), and its results."""
+    """Run a group in a process; returns how it ended ("" for well) and its results."""
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results"
         command = [
@@ -394,7 +187,7 @@ def start_group(group, cases, arguments):
             "--device", arguments.device, "--backend", arguments.backend, "--json", str(results),
         ]  # fmt: skip
         start = time.perf_counter()
-        # In a session of its own, so that a program under another one is stopped with it.
+        # In a session of its own, so that the group's process is killed together with `--under`.
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace", start_new_session=True,
             env={**os.environ, "CUDA_LAUNCH_BLOCKING": "1"},
@@ -412,13 +205,13 @@ def start_group(group, cases, arguments):
         RUNNING.discard(process)
         print(output, end="", flush=True)
         lines = results.read_text().splitlines() if results.exists() else []
-    said = [json.loads(line) for line in lines]
+    outcomes = [json.loads(line) for line in lines]
     if arguments.json:
         with WRITING, open(arguments.json, "a") as file:
             file.writelines(f"{line}\n" for line in lines)
-    if not ending and len(said) < len(cases):
+    if not ending and len(outcomes) < len(cases):
         ending = "ended early"
-    return {"group": group, "seconds": time.perf_counter() - start, "ending": ending, "cases": said}
+    return {"group": group, "seconds": time.perf_counter() - start, "ending": ending, "cases": outcomes}
 
 
 def run_groups(groups, arguments):
@@ -436,12 +229,12 @@ def run_groups(groups, arguments):
     failed = False
     print(f"\n{'group':22} {'cases':>5} {'ran':>5} {'failed':>6} {'worst/bound':>11} {'seconds':>8}")
     for end in ended:
-        said = end["cases"]
-        shares = [case["worst"] / case["bound"] for case in said if "worst" in case]
-        failures = sum(bool(case["failure"]) for case in said)
+        outcomes = end["cases"]
+        shares = [case["worst"] / case["bound"] for case in outcomes if "worst" in case]
+        failures = sum(bool(case["failure"]) for case in outcomes)
         failed = failed or bool(failures or end["ending"])
         print(
-            f"{end['group']:22} {len(groups[end['group']]):5} {len(said):5} {failures:6} "
+            f"{end['group']:22} {len(groups[end['group']]):5} {len(outcomes):5} {failures:6} "
             f"{max(shares, default=float('nan')):11.2f} {end['seconds']:8.1f}  {end['ending'] or 'ok'}"
         )
     return failed

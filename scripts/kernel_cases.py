@@ -32,7 +32,7 @@ def time_layout(direction: str) -> Callable:
 
 
 def attend(form: str, direction: str) -> Callable:
-    """Of the first length in the settings."""
+    """Attention over the first length in the settings."""
 
     def make(settings: attention.Settings, device: str) -> Callable[[], object]:
         suite = attention.Suite(settings, torch.device(device))

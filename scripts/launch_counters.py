@@ -48,11 +48,11 @@ HELD: dict[str, Callable[[Launch], int]] = {
         "barriers", "warp_barriers", "shuffles", "votes", "matrix_products",
     )
 }  # fmt: skip
-# Another compiler may keep a number that this one loads twice.
+# Margins: another compiler may keep a number in a register that this one loads twice.
 SLACK = 1.01
 
 # What an H100 does per second: sizes and clock by its data sheet, bytes as measured. Matrix units reach 62 % of their
-# rate through mma.sync, a measurement of others. The estimate stands and falls with these.
+# rate through mma.sync, a measurement of others. The estimate depends on these.
 PROCESSORS, CLOCK = 132, 1.755e9
 COPY_BYTES, CACHE_BYTES = 3.0e12, 5.5e12
 WAVEFRONTS = PROCESSORS * CLOCK
@@ -233,7 +233,7 @@ def estimate(launch: Launch, executed: tuple[float, float] | None = None) -> Est
     return Estimate(
         memory=launch.least / COPY_BYTES,
         cache=SECTOR * cached / CACHE_BYTES,
-        # Shuffles go through the same wires.
+        # Shuffles use the same unit.
         shared=(launch.wavefronts + launch["shuffles"]) / WAVEFRONTS,
         matrix=launch["matrix_products"] / PRODUCTS,
         issue=executed and executed[0] / INSTRUCTIONS,

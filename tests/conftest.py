@@ -8,12 +8,12 @@ import os
 import sys
 import types
 
-# Results must not depend on it (tests/test_determinism.py), and with several pytest workers more threads only cost
-# time.
+# Results do not depend on the number of threads (tests/test_determinism.py), and several pytest workers with more
+# threads each are slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Outputs of the native library start as NaN: whatever a kernel does not write is noticed by every test.
+# Outputs of the native library start as NaN, so that every test notices elements that a kernel does not write.
 os.environ.setdefault("CONVKERNELS_POISON", "1")
-# Without it the matrix products of torch's own operations may differ from run to run on a GPU.
+# Without this, torch's own matrix products may differ from run to run on a GPU.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import instruction_sets
@@ -24,7 +24,7 @@ import convkernels
 from convkernels.testing.compare import Operators
 
 torch.set_num_threads(1)
-# What is compared with float32 must be float32.
+# Results are compared with float32, which TF32 is not.
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
@@ -96,13 +96,13 @@ def pytest_runtest_teardown(item):
     except RuntimeError as error:
         if "PYTEST_XDIST_WORKER" not in os.environ:
             raise
-        # Standard error is captured here, and what has been captured ends with the process.
+        # pytest captures standard error here, and that text is lost when the process ends.
         with item.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
             print(f"{item.nodeid}: {error}", file=sys.stderr, flush=True)
         os._exit(70)
 
 
-_SIMULATED = types.SimpleNamespace(device="cpu")  # what stands for a GPU
+_SIMULATED = types.SimpleNamespace(device="cpu")  # the device of simulated kernels
 
 
 def device_of(name):
@@ -148,9 +148,8 @@ def ops(backend, request):
 
 
 class RawOps(Operators):
-    """slow: a backend made for comparison, not for speed, of which tests run fewer repeats: the reference, kernels for
-    GPUs that run on a CPU, and the C++ kernels once more, under a sanitizer or on a lower instruction set. full: with
-    --full they run more."""
+    """slow: tests run fewer repeats, because the backend is the reference, runs GPU kernels on a CPU, or runs the C++
+    kernels a second time, under a sanitizer or on a lower instruction set. full: --full is given, for more repeats."""
 
     def __init__(self, backend, full):
         super().__init__(backend)
@@ -175,7 +174,7 @@ def isa(request):
 
 @pytest.fixture
 def lower_isa(isa):
-    """The best one is what the rest of the suite runs on."""
+    """Not the best instruction set: the rest of the suite runs on that."""
     if isa == instruction_sets.available()[-1]:
         pytest.skip("the suite itself runs on it")
     return isa

@@ -16,7 +16,7 @@ def close(actual, expected, rtol=1e-12, atol=1e-12):
 
 
 def unusual(make):
-    """What torch warns of as a prototype, or as deprecated."""
+    """make(), without torch's warnings of prototypes and deprecated features."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return make()

@@ -1,4 +1,4 @@
-"""What the tests of the models share: small models, real text as bytes, all kinds of both."""
+"""What the tests of the models share: small models, and real text as bytes."""
 
 import pytest
 import torch

@@ -16,13 +16,13 @@ from torch.utils._pytree import tree_leaves
 
 DEVICE = torch.device("cpu:0")
 MAKES = _device_constructors()
-# Calls that move numbers from one device to another, or tensors without a look at their numbers. grad gets from torch's
-# own checks what does not say where it is.
+# Calls that move numbers from one device to another, or tensors without a look at their numbers; grad, because
+# torch's own checks pass it tensors that are not marked.
 MOVES = {"copy_", "set_", "__set__", "swap_tensors", "_make_subclass", "_has_compatible_shallow_copy_type", "grad"}
 TRACED = "what is traced or compiled is not seen"
 AGAIN = "tensors that autograd computes again, or that were pickled, do not say where they are"
 BATCHED = "what torch's own checks compute inside of vmap to compare with does not say where it is"
-# Tests that run without being watched, and why.
+# Tests that run without this check, and why.
 UNSEEN = {
     "tests/test_compile.py": TRACED,
     "test_compile": TRACED,
@@ -35,7 +35,7 @@ UNSEEN = {
 
 
 class WrongDevice(RuntimeError):
-    """What a GPU would refuse."""
+    """A call that a GPU would refuse."""
 
 
 def storage_of(tensor):

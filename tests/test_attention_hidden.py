@@ -120,7 +120,7 @@ def test_keys_that_nothing_sees(mode, dtype, ops):
 @pytest.mark.parametrize("rank", [0, 5])
 @pytest.mark.parametrize("outside", [0, 2])
 def test_queries_that_see_nothing(outside, rank, dtype, ops):
-    """More queries than keys, so that the first see none: their NaN reaches no gradient, and theirs is 0."""
+    """More queries than keys, so that the first see none: their NaN reaches no gradient, and their own is 0."""
     T, S = (21, 16) if ops.interpreted else (150, 70)
     problem = AttentionProblem(
         batch=1, length=T, keys=S, groups=1, sharing=2, head_size=16, left=4, right=2, outside=outside, causal=True,

@@ -241,7 +241,7 @@ RAW = [
 
 
 def test_no_backend_takes_a_dilation_that_leaves_the_memory(ops):
-    """Compiled code and whoever calls the operators get there without the checks of the functions."""
+    """Compiled code and direct calls of the operators skip the checks of the functions."""
     for dilation in (2**63 - 1, 2**62, 2**62 + 1, 2**28 + 1, 0, -1):
         for call in (
             lambda d: ops.tap_conv(torch.randn(B, T, C), torch.randn(H, K), 0, d),

@@ -116,8 +116,6 @@ def test_more_elements_than_32_bits_count(backend):
     torch.testing.assert_close(y, expected)
 
 
-# -- attention ---------------------------------------------------------------------------------------------------------
-
 attending = pytest.mark.parametrize("attending", list(those_for_gpus("attention_grad")))
 
 

@@ -1,7 +1,6 @@
 """What scripts/gpu_counters.py makes of the output of Nsight Compute, here made up."""
 
 import gzip
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -9,11 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-if not (ROOT / "scripts" / "gpu_counters.py").exists():
-    pytest.skip("a copy of the tests without the scripts", allow_module_level=True)
-spec = importlib.util.spec_from_file_location("gpu_counters", ROOT / "scripts" / "gpu_counters.py")
-gpu_counters = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(gpu_counters)
+gpu_counters = pytest.importorskip("gpu_counters", reason="a copy of the tests without the scripts")
 
 STALLED = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
 COLUMNS = {

@@ -1,6 +1,5 @@
 """The steps of a run on a GPU: none costs another anything."""
 
-import importlib.util
 import json
 import os
 import resource
@@ -17,22 +16,17 @@ import pytest
 import convkernels
 
 ROOT = Path(__file__).resolve().parents[1]
-if not (ROOT / "scripts" / "gpu_run.py").exists():
-    pytest.skip("a copy of the tests without the scripts", allow_module_level=True)
+script = pytest.importorskip("gpu_run", reason="a copy of the tests without the scripts")
 
 
 @pytest.fixture
 def gpu_run(tmp_path, monkeypatch):
     """scripts/gpu_run.py with its working folder elsewhere."""
-    spec = importlib.util.spec_from_file_location("gpu_run", ROOT / "scripts" / "gpu_run.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(__import__("sys").modules, "gpu_run", module)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "ROOT", tmp_path)
-    monkeypatch.setattr(module, "GRACE", 0.2)
-    monkeypatch.setattr(module, "look_for_a_gpu", lambda: ("a GPU", ""))
-    monkeypatch.setattr(module, "adopt_orphans", lambda: None)  # those of this process are others' too
-    return module
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    monkeypatch.setattr(script, "GRACE", 0.2)
+    monkeypatch.setattr(script, "look_for_a_gpu", lambda: ("a GPU", ""))
+    monkeypatch.setattr(script, "adopt_orphans", lambda: None)  # those of this process are others' too
+    return script
 
 
 def work_of(folder, *names):
@@ -229,9 +223,11 @@ def test_leaves_an_error_behind():
 
 @pytest.mark.slow
 def test_a_test_that_goes_wrong_costs_only_itself(gpu_run, monkeypatch, tmp_path):
+    from gpu_steps import PYTEST
+
     (tmp_path / "test_faults.py").write_text(FAULTS)
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
-    command = gpu_run.PYTEST + " -n 2 --timeout 5 test_faults.py"
+    command = PYTEST + " -n 2 --timeout 5 test_faults.py"
     steps = [
         gpu_run.Step("faults", 1, 400, command, {"PYTHONPATH": str(ROOT)}),
         gpu_run.Step("next", 1, 20, "touch {result}"),

@@ -1,23 +1,14 @@
 """scripts/gpu_smoke.py: its cases pass, and what goes wrong is seen."""
 
-import importlib.util
 import json
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import device_of
 
-ROOT = Path(__file__).resolve().parents[1]
-if not (ROOT / "scripts" / "gpu_smoke.py").exists():
-    pytest.skip("a copy of the tests without the scripts", allow_module_level=True)
-
-spec = importlib.util.spec_from_file_location("gpu_smoke", ROOT / "scripts" / "gpu_smoke.py")
-gpu_smoke = importlib.util.module_from_spec(spec)
-sys.modules["gpu_smoke"] = gpu_smoke
-spec.loader.exec_module(gpu_smoke)
+gpu_smoke = pytest.importorskip("gpu_smoke", reason="a copy of the tests without the scripts")
 
 
 def run(monkeypatch, *arguments):

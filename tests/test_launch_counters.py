@@ -1,6 +1,5 @@
 """What scripts/launch_counters.py makes of counts; with the counted library, that they are always the same."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -15,12 +14,7 @@ from convkernels.backends import library
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "launch_counters.py"
-if not SCRIPT.exists():
-    pytest.skip("a copy of the tests without the scripts", allow_module_level=True)
-spec = importlib.util.spec_from_file_location("launch_counters", SCRIPT)
-launch_counters = importlib.util.module_from_spec(spec)
-sys.modules["launch_counters"] = launch_counters
-spec.loader.exec_module(launch_counters)
+launch_counters = pytest.importorskip("launch_counters", reason="a copy of the tests without the scripts")
 
 needs_library = pytest.mark.skipif(library.missing("counted") is not None, reason="needs make counted-build")
 NAMES = ("blocks", "bytes_read", "bytes_written", "barriers", "warp_barriers", "shuffles", "votes", "matrix_products",

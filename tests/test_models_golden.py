@@ -41,7 +41,7 @@ def without_quirk(cases):
     return [case for case in cases if "quirk" not in case.id]
 
 
-def near(actual, expected, name):
+def check_close(actual, expected, name):
     assert actual.shape == expected.shape, f"{name}: {tuple(actual.shape)} instead of {tuple(expected.shape)}"
     error = (actual.double() - expected).abs().max().item()
     size = max(expected.abs().max().item(), 1e-3 if actual.dtype == torch.float64 else 1.0)
@@ -69,13 +69,13 @@ class Recorded:
     def check(self, y, name, module, renamed, transposed=False):
         """Output and gradients; renamed: parameters -> state dict of the module, linear in each."""
         expected = self.case[f"out.{name}"]
-        near(y, expected, name)
+        check_close(y, expected, name)
         y.backward(self.case[f"cot.{name}"].to(self.dtype))
         self.check_gradients(module, renamed)
 
     def check_gradients(self, module, renamed):
         for name, leaf in self.inputs.items():
-            near(leaf.grad, self.case[f"grad.in.{name}"], f"grad {name}")
+            check_close(leaf.grad, self.case[f"grad.in.{name}"], f"grad {name}")
         gradients = {
             name.removeprefix("grad.param."): self.case[name]
             for name in sorted(self.case.names)
@@ -86,7 +86,7 @@ class Recorded:
         assert expected
         for name, value in expected.items():
             if name in found:  # tied parameters have one name
-                near(found[name].grad, value, f"grad {name}")
+                check_close(found[name].grad, value, f"grad {name}")
 
 
 def padding(case, name="keep_mask"):
@@ -137,7 +137,7 @@ def test_fairseq_decoder_layer(case, backend, dtype):
         steps = [
             layer(x[:, t : t + 1], states=states, states_mask=mask, past_key_values=cache) for t in range(x.shape[1])
         ]
-    near(torch.cat(steps, 1).transpose(0, 1), case["out.y_incremental"], "y, step by step")
+    check_close(torch.cat(steps, 1).transpose(0, 1), case["out.y_incremental"], "y, step by step")
 
 
 LIGHT, DYNAMIC = collect("fairseq_lightconv", "TBC"), collect("fairseq_dynconv", "DynamicConv1dTBC")
@@ -176,8 +176,8 @@ def test_bert_convolutions(case, backend, dtype):
     if case.options["attention_kernel"] == "convbert":
         # An output whose whole window is padding attends to padding in the authors' code; nothing depends on it.
         logits, expected = logits[real], expected[real]
-    near(logits, expected, "logits")
-    near(output.loss.reshape(1), case["out.loss"].reshape(1), "loss")
+    check_close(logits, expected, "logits")
+    check_close(output.loss.reshape(1), case["out.loss"].reshape(1), "loss")
     output.loss.backward()
     run.check_gradients(model, bert_convolutions.model_state)
 

@@ -167,7 +167,7 @@ def test_caches_of_another_batch(mixer):
 
 @pytest.mark.parametrize("field", ["decoder_start_token_id", "pad_token_id"])
 def test_tokens_that_making_the_input_of_a_decoder_needs(field):
-    """As in transformers' own models; whoever gives the decoder's input does not need them."""
+    """As in transformers' own models; a call with the decoder's input does not need them."""
     model, ids = seq2seq("lightweight", **{field: None}), text(2, 6)
     expected = f"ConditionalGeneration: argument 'config.{field}': expected a token.*decoder_input_ids.*got None"
     for call in (model.prepare_decoder_input_ids_from_labels, lambda labels: model(ids, labels=labels)):

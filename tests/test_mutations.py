@@ -2,23 +2,13 @@
 mutants).
 """
 
-import importlib.util
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-if not (ROOT / "scripts" / "mutations.py").exists():
-    pytest.skip("a copy of the tests without the scripts", allow_module_level=True)
-
-spec = importlib.util.spec_from_file_location("mutations", ROOT / "scripts" / "mutations.py")
-mutations = importlib.util.module_from_spec(spec)
-sys.modules["mutations"] = mutations
-spec.loader.exec_module(mutations)
-
-
+mutations = pytest.importorskip("mutations", reason="a copy of the tests without the scripts")
 MUTATIONS = [mutation for library in mutations.LIBRARIES.values() for mutation in library.mutations]
 
 

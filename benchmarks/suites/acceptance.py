@@ -24,6 +24,7 @@ from benchmarks.suites import BACKWARD, COPY, FORWARD, OURS
 from benchmarks.suites.acceptance_tables import BATCH, CHANNELS, FRESH, LONG_LENGTH, RESIDENT
 from convkernels.cli import environment
 from convkernels.cli.console import progress, quantity
+from convkernels.ops._dtypes import dtype_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HOPELESS = 10.0
@@ -62,7 +63,7 @@ class Settings:
 
 
 def _name(problem: Problem) -> str:
-    return f"{problem.op} T={problem.length} H={problem.heads} K={problem.taps} {str(problem.dtype)[6:]}"
+    return f"{problem.op} T={problem.length} H={problem.heads} K={problem.taps} {dtype_name(problem.dtype)}"
 
 
 class Group:
@@ -188,7 +189,7 @@ class Acceptance:
             {
                 "op": problem.op,
                 "direction": direction,
-                "dtype": str(problem.dtype)[6:],
+                "dtype": dtype_name(problem.dtype),
                 "length": problem.length,
                 "heads": problem.heads,
                 "taps": problem.taps,

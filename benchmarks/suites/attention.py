@@ -27,6 +27,7 @@ from benchmarks.suites import BACKWARD, BOTH, FORWARD
 from benchmarks.suites.attention_tables import BANDED, COMPOSITE, EAGER, FLASH, FLEX, PAPER, PLAIN, SDPA, SDPA_BIAS
 from convkernels.cli import environment
 from convkernels.cli.console import progress, quantity
+from convkernels.ops._dtypes import dtype_name
 
 
 @dataclass(frozen=True)
@@ -198,13 +199,13 @@ class Suite:
         self.workloads: list[dict[str, Any]] = []
         self.notes: list[str] = []
         self.errors: list[str] = []
-        self.seconds: dict[tuple[str, str, str], tuple[int, float]] = {}  # of the last length that was measured
+        self.seconds: dict[tuple[str, str, torch.dtype], tuple[int, float]] = {}  # of the last length that was measured
 
     def _failed(self, subject: str, name: str, error: Exception) -> None:
         failed = self.errors if name in OWN_LINES else self.notes
         failed.append(f"{name}, {subject}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 
-    def _too_slow(self, name: str, direction: str, dtype: str, length: int) -> bool:
+    def _too_slow(self, name: str, direction: str, dtype: torch.dtype, length: int) -> bool:
         before, seconds = self.seconds.get((name, direction, dtype), (length, 0.0))
         expected = seconds * (length / before) ** 2
         if expected > self.settings.stop_call:
@@ -241,7 +242,7 @@ class Suite:
         found: dict[str, Tensor] = {}
         with torch.no_grad():
             for name, form in forms.items():
-                if self._too_slow(name, FORWARD, str(inputs.q.dtype)[6:], inputs.q.shape[1]):
+                if self._too_slow(name, FORWARD, inputs.q.dtype, inputs.q.shape[1]):
                     continue
                 try:
                     result = form(inputs, *inputs.leaves)[:1].clone()
@@ -296,19 +297,19 @@ class Suite:
     def measure(
         self,
         length: int,
-        dtype_name: str,
+        dtype: torch.dtype,
         clock: timing.Clock,
         step: Callable[[str, int], None],
         saved: Callable[[dict[str, Any]], None],
     ) -> None:
-        settings, dtype = self.settings, getattr(torch, dtype_name)
+        settings = self.settings
         inputs = make_inputs(settings, length, dtype, self.device)
-        subject = f"T={length} {dtype_name}"
+        subject = f"T={length} {dtype_name(dtype)}"
         step(f"compare forms, {subject}", 0)
         forms = self._agreeing(self._forms(length, dtype), inputs, subject)
         for direction in (FORWARD, BACKWARD, BOTH):
             step(f"{direction}, {subject}", 0)
-            quick = {n: f for n, f in forms.items() if not self._too_slow(n, direction, dtype_name, length)}
+            quick = {n: f for n, f in forms.items() if not self._too_slow(n, direction, dtype, length)}
             failed = partial(self._failed, f"{direction}, {subject}")
             calls = self._calls(quick, inputs, direction, f"{direction}, {subject}")
             memory: dict[str, int | None] = {}
@@ -321,8 +322,8 @@ class Suite:
                 calls, clock, settings.seconds, settings.slow_call, first_call=first_call, on_error=failed
             )
             for name, t in times.items():
-                self.seconds[name, direction, dtype_name] = length, t.median
-                shape = {"line": name, "direction": direction, "dtype": dtype_name, "length": length,
+                self.seconds[name, direction, dtype] = length, t.median
+                shape = {"line": name, "direction": direction, "dtype": dtype_name(dtype), "length": length,
                          "batch": settings.batch}  # fmt: skip
                 try:
                     count = self._flops(name, forms[name], inputs, direction)
@@ -375,7 +376,7 @@ class Suite:
         with functorch_config.patch(donated_buffer=False), progress(3 * len(s.lengths) * len(s.dtypes)) as step:
             for dtype in s.dtypes:
                 for length in s.lengths:
-                    self.measure(length, dtype, clock, step, saved)
+                    self.measure(length, getattr(torch, dtype), clock, step, saved)
             if self.device.type == "cuda":
                 self.measure_workloads(clock, saved)
 

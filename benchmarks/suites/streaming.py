@@ -21,6 +21,7 @@ from benchmarks.peers import DYNAMIC, LIGHTWEIGHT, PEERS, Problem
 from benchmarks.suites import BACKWARD, COPY, FORWARD, OURS
 from convkernels.cli import environment
 from convkernels.cli.console import progress, say, table
+from convkernels.ops._dtypes import dtype_name
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class Streaming:
             "environment": environment.describe(self.device),
             "backend": s.backend,
             "shape": {"batch": s.batch, "length": s.length, "channels": s.channels, "heads": s.heads,
-                      "dtype": str(s.dtype)[6:]},
+                      "dtype": dtype_name(s.dtype)},
             "records": self.records,
             "failures": self.failures,
             "errors": self.errors,

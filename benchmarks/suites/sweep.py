@@ -31,6 +31,7 @@ from benchmarks.peers import (
 from benchmarks.suites import BOTH, FORWARD, OURS
 from convkernels.cli import environment
 from convkernels.cli.console import progress, quantity, say, table
+from convkernels.ops._dtypes import dtype_name
 
 ATTENTION, COMPILE = "attention", "compile"
 
@@ -224,7 +225,7 @@ class Sweep:
                 spent = f"{settings.compile_seconds:g} s are spent (--compile-seconds)"
                 self.note(line.label, f"not compiled for every length and dtype: {spent}")
                 return
-            step(f"compile {line.label}, T={length} {_name(dtype)} {direction}", 0)
+            step(f"compile {line.label}, T={length} {dtype_name(dtype)} {direction}", 0)
             form, ready = self.compiled.setdefault((line, length, dtype), (PEERS[COMPILE].build(masked=True), set()))
             inputs = make_inputs(settings, length, dtype, self.device)
             case = Case(line, settings.problem(line.op, length, dtype), inputs, settings.heads, form)
@@ -257,7 +258,7 @@ class Sweep:
             if length == self.settings.lengths[0] or line.form == COMPILE:
                 wrong = case.check()
                 if wrong:
-                    self.note(line.label, f"T={length} {_name(dtype)}: {wrong}")
+                    self.note(line.label, f"T={length} {dtype_name(dtype)}: {wrong}")
                     self.stopped |= {(line, dtype, direction) for direction in (FORWARD, BOTH)}
                     continue
             cases[line] = case
@@ -277,7 +278,7 @@ class Sweep:
                     calls[line, direction] = case.call(direction)
 
         def failed(key: object, error: Exception) -> None:
-            self.note(key[0].label, f"T={length} {_name(dtype)} {key[1]}: {_first_line(error)}")
+            self.note(key[0].label, f"T={length} {dtype_name(dtype)} {key[1]}: {_first_line(error)}")
 
         memory: dict[object, int | None] = {}
 
@@ -296,21 +297,23 @@ class Sweep:
             (line, direction): case.flops(direction) for line, case in cases.items() for direction in (FORWARD, BOTH)
         }
         for (line, direction), count in work.items():
-            shape = {"dtype": _name(dtype), "batch": batch, "length": length}
+            shape = {"dtype": dtype_name(dtype), "batch": batch, "length": length}
             self.work.append({"line": line.label, "direction": direction, **shape, "flops": count})
         for (line, direction), t in times.items():
             case = cases[line]
             if t.median > settings.stop_call and line.form != OURS and length < settings.lengths[-1]:
                 self.stopped.add((line, dtype, direction))
                 reason = f"stops at T={length}, where a call takes {quantity(t.median, 's')}"
-                self.note(line.label, f"{direction} in {_name(dtype)} {reason} (--stop-call {settings.stop_call:g})")
+                self.note(
+                    line.label, f"{direction} in {dtype_name(dtype)} {reason} (--stop-call {settings.stop_call:g})"
+                )
             self.records.append(
                 {
                     "line": line.label,
                     "op": line.op,
                     "form": line.form,
                     "direction": direction,
-                    "dtype": _name(dtype),
+                    "dtype": dtype_name(dtype),
                     "batch": batch,
                     "length": length,
                     "seconds": t.median,
@@ -328,10 +331,10 @@ class Sweep:
         with progress(len(groups)) as step:
             self.compile_peers(step)
             for length, dtype in groups:
-                step(f"measure T={length} {_name(dtype)}", 0)
+                step(f"measure T={length} {dtype_name(dtype)}", 0)
                 self.measure(length, dtype, clock, settings.seconds / len(groups))
                 saved(self.section())
-                step(f"measured T={length} {_name(dtype)}", 1)
+                step(f"measured T={length} {dtype_name(dtype)}", 1)
 
     def section(self) -> dict[str, Any]:
         """What has been measured so far, as the results file holds it."""
@@ -340,7 +343,7 @@ class Sweep:
             "environment": environment.describe(self.device),
             "settings": {
                 "lengths": list(settings.lengths),
-                "dtypes": [_name(dtype) for dtype in settings.dtypes],
+                "dtypes": [dtype_name(dtype) for dtype in settings.dtypes],
                 "channels": settings.channels,
                 "heads": settings.heads,
                 "taps": settings.taps,
@@ -381,10 +384,6 @@ def print_tables(section: dict[str, Any]) -> None:
             table(f"{direction}, {dtype}, {shape}, {title}", columns, rows)
     for note in section["notes"]:
         say(f"note: {note}")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _first_line(error: Exception) -> str:

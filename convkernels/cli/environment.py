@@ -14,6 +14,7 @@ import torch
 import convkernels
 from convkernels import backends
 from convkernels.ops import _select
+from convkernels.ops._dtypes import dtype_name
 
 from .console import Mistake
 
@@ -111,7 +112,7 @@ def automatic(device: torch.device) -> list[tuple[str, str, str, str, str]]:
                 reason = "measured to be the fastest on this device"
             else:
                 reason = f"the first usable one{f' ({fastest}, measured to be faster, is not)' if fastest else ''}"
-            rows.append((device.type, str(dtype).removeprefix("torch."), op, name or "reference", reason))
+            rows.append((device.type, dtype_name(dtype), op, name or "reference", reason))
     return rows
 
 

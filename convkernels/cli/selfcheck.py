@@ -24,6 +24,7 @@ import torch
 import convkernels
 from convkernels import backends
 from convkernels.cli import environment
+from convkernels.ops._dtypes import dtype_name
 from convkernels.ops._spec import overload
 from convkernels.testing.attention import DELTA_THROUGH_OUT, INPUTS, AttentionProblem
 from convkernels.testing.attention_oracle import Elements
@@ -244,7 +245,7 @@ def run_here(
                 if part == MODELS and dtype != torch.float32:
                     continue
                 isa = environment.active_isa() if backend == "cpu" else None
-                outcome, start = Outcome(part, backend, device, str(dtype)[6:], isa), time.perf_counter()
+                outcome, start = Outcome(part, backend, device, dtype_name(dtype), isa), time.perf_counter()
                 checks(outcome, dtype)
                 outcome.seconds = time.perf_counter() - start
                 yield outcome

@@ -5,8 +5,8 @@ import sys
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from ..nn._checks import expect
 from ..ops._select import known
+from ..ops._validate import expect
 
 MIXERS = ("transformer", "lightweight", "dynamic")
 PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import _select, _validate
+from ..ops._validate import each, expect
 from ..ops.attention import checks
 from ..ops.attention.api import composite_attention
 from ..ops.attention.weights import attention_weights
 from ..ops.conv import api
-from ._checks import each, expect
 from .conv import DepthwiseConv1d
 
 PROJECTIONS = ("linear", "conv", "mixed")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _validate
-from ._checks import each
+from ..ops._validate import each
 from .conv import DepthwiseConv1d
 
 

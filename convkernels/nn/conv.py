@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _select, _validate
+from ..ops._validate import each, expect
 from ..ops.conv import api, checks
 from ..ops.conv import step as steps
-from ._checks import each, expect
 
 
 class _Conv(nn.Module):

@@ -10,10 +10,24 @@ may be left out, and ``backward(ctx, backend, *grads)`` returns one gradient per
 
 from collections.abc import Callable
 
+from torch import Tensor
 from torch.autograd import Function
 
+from ._arguments import Saved
 from ._on_import import when_imported
 from ._spec import Autograd
+
+
+def save_gradients(saved: Saved, kind: type) -> Callable:
+    """The ``save`` of a gradient operator; its record says in ``wanted`` which outputs were asked for."""
+
+    def save(ctx, args: tuple, outputs: tuple[Tensor, ...]) -> None:
+        saved.keep(ctx, *args)
+        ctx.set_materialize_grads(False)
+        wanted = kind(*args).wanted
+        ctx.mark_non_differentiable(*[value for value, asked in zip(outputs, wanted, strict=True) if not asked])
+
+    return save
 
 
 def recorded(backend: str, raw: Callable, save: Callable, backward: Callable) -> Callable:

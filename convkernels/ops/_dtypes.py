@@ -1,10 +1,11 @@
-"""What the reference kernels of all operators share: the type they compute in, and the dropout masks."""
+"""What the operators share: names of dtypes, the type that the reference computes in, and its dropout masks."""
 
 import torch
 from torch import Tensor
 
-FARTHEST = 2**30
-"""The greatest dilation, and distance between the first and the last tap: positions near them fit into 32 bits."""
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

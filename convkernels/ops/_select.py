@@ -25,7 +25,7 @@ FASTEST = {
     ("NVIDIA H100 80GB HBM3", "lightweight_conv1d", torch.bfloat16): "cuda",
 }
 _CALLERS = ("convkernels", "torch", "transformers", "accelerate")
-# What users call, by whose names they may ask, too.
+# The public functions, whose names `why_not` takes like those of operators.
 _FUNCTIONS = ("composite_attention",) + tuple(
     f"{kind}_conv1d{step}" for kind in ("depthwise", "lightweight", "dynamic") for step in ("", "_step")
 )

@@ -30,7 +30,7 @@ class Autograd(NamedTuple):
 
 @dataclass(frozen=True)
 class OpSpec:
-    """Everything that is to be known about one operator.
+    """The record of one operator.
 
     arguments: record of its arguments, named after the operator (``_arguments.arguments``); the schema has positional
     arguments only, because the stable C++ interface takes no others.  fake: shapes and strides of the outputs.

@@ -1,4 +1,4 @@
-"""Checks of arguments. Every error reads: function: argument 'name': expected ..., got ...
+"""Checks of arguments. Every error reads: function: argument 'name': expected ..., got ... (function: or class)
 
 TypeError for a value of the wrong kind, ValueError for one of the right kind that cannot be used. The functions here
 are slow and complete; the public functions call them only when a few cheap comparisons do not already settle that a
@@ -6,11 +6,13 @@ call is fine.
 """
 
 import reprlib
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from ._dtypes import dtype_name
 from ._functorch import transforming
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -18,7 +20,7 @@ _FLOAT_NAMES = "float64, float32, bfloat16 or float16"
 _INTEGERS = (torch.int32, torch.int64)
 PLAIN = (Tensor, torch.nn.Parameter)
 _mode = torch._C._get_dispatch_mode
-# A compiler does not know it.
+# torch.compile cannot trace this function.
 autocast_somewhere = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 _FAKE, _PROXY, _FUNCTIONAL = (
     torch._C._TorchDispatchModeKey.__members__[name] for name in ("FAKE", "PROXY", "FUNCTIONAL")
@@ -31,10 +33,22 @@ def fail(function: str, argument: str, expected: str, got: Any, kind: type[Excep
     raise kind(f"{function}: argument '{argument}': expected {expected}, got {shown}")
 
 
+def expect(function: str, argument: str, good: bool, expected: str, got: Any) -> None:
+    """ValueError unless ``good``."""
+    if not good:
+        fail(function, argument, expected, got if isinstance(got, Tensor) else repr(got))
+
+
+def each(check: Callable[[str, str, Any], None], function: str, **values: Any) -> None:
+    """One check for several arguments, given by their names."""
+    for argument, value in values.items():
+        check(function, argument, value)
+
+
 def describe(value: Any) -> str:
     """A value as error messages show it."""
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)} on {value.device}"
+        return f"{dtype_name(value.dtype)} tensor of shape {list(value.shape)} on {value.device}"
     kind = type(value).__name__
     if hasattr(value, "shape") and hasattr(value, "dtype"):  # an array of another package may be large
         return f"{kind} of shape {list(value.shape)}"

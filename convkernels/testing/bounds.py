@@ -231,7 +231,7 @@ class Bounds:
         s, relative = exact.sigmoid, self.sigmoid_error
         results["x"] = self._selected(self._rounded(dz * s, s * error + np.abs(dz) * s * (relative + u), self.x_dtype))
         slope = exact.x * s * (1.0 - s)
-        # 1 - s carries the absolute error of s, which is all there is of it near s = 1.
+        # 1 - s has the absolute error of s, which near s = 1 is as large as 1 - s itself.
         slope_error = np.abs(exact.x) * (s * (1.0 - s) * (relative + 4.0 * u) + s * s * relative)
         results["gate"] = self._selected(
             self._rounded(dz * slope, np.abs(slope) * error + np.abs(dz) * slope_error, self.x_dtype)

@@ -86,8 +86,35 @@ def row_bytes(tensor, axis):
     return bits & -bits
 
 
+class _Derived:
+    """What problems of a sequence and of a step derive from their fields."""
+
+    @property
+    def channels(self):
+        return self.heads * self.head_size
+
+    @property
+    def span(self):
+        return (self.taps - 1) * self.dilation
+
+    def with_(self, **changes):
+        return replace(self, **changes)
+
+    def _make(self, shape, salt, layout):
+        return arrange(values(shape, self.dtype, self.seed + salt), layout)
+
+    def _weight(self, shape, salt):
+        return arrange(values(shape, self.weight_dtype, self.seed + salt), self.weight_layout)
+
+    def _bias(self, salt):
+        if not self.bias:
+            return None
+        dtype = self.bias_dtype or self.weight_dtype
+        return arrange(values((self.channels,), dtype, self.seed + salt), self.weight_layout)
+
+
 @dataclass(frozen=True)
-class Problem:
+class Problem(_Derived):
     """One call of the op family; see docs/semantics.md for the relation.
 
     kind: "light" weight [H,K], "dynamic" [B,T,H,K], "row" [B,1,H,K]. lengths: lengths of packed sequences (their sum
@@ -122,17 +149,6 @@ class Problem:
         if self.lengths:
             object.__setattr__(self, "length", sum(self.lengths))
 
-    @property
-    def channels(self):
-        return self.heads * self.head_size
-
-    @property
-    def span(self):
-        return (self.taps - 1) * self.dilation
-
-    def with_(self, **changes):
-        return replace(self, **changes)
-
     def _mask(self):
         if self.padding_mask == 0:
             return None
@@ -152,48 +168,26 @@ class Problem:
         """The op's tensor arguments by name (None where absent) and the cotangent `grad`."""
         shape = (self.batch, self.length, self.channels)
         packed = len(self.lengths) if self.lengths else 1
-        x_like = {"layout": self.layout}
+        states = (self.batch * packed, self.span, self.channels)
+        mask_layout = "step2" if self.layout == "step2" else "contiguous"
         return {
-            "x": self._make(shape, 1, **x_like),
-            "weight": arrange(values(self.weight_shape(), self.weight_dtype, self.seed + 2), self.weight_layout),
-            "bias": arrange(
-                values((self.channels,), self.bias_dtype or self.weight_dtype, self.seed + 3), self.weight_layout
-            )
-            if self.bias
-            else None,
-            "gate": self._make(shape, 4, **x_like) if self.gate else None,
-            "mask": None
-            if self.padding_mask == 0
-            else arrange(self._mask(), "step2" if self.layout == "step2" else "contiguous"),
+            "x": self._make(shape, 1, self.layout),
+            "weight": self._weight(self.weight_shape(), 2),
+            "bias": self._bias(3),
+            "gate": self._make(shape, 4, self.layout) if self.gate else None,
+            "mask": arrange(self._mask(), mask_layout) if self.padding_mask else None,
             "cu_seqlens": torch.tensor([0, *self.lengths]).cumsum(0) if self.lengths else None,
-            "initial_state": self._make((self.batch * packed, self.span, self.channels), 6, **x_like)
-            if self.state
-            else None,
+            "initial_state": self._make(states, 6, self.layout) if self.state else None,
             "seed": torch.tensor([self.seed * 0x9E3779B9 + 7]) if self.dropout > 0 else None,
             "grad": self._make(shape, 8, self.grad_layout),
         }
 
-    def _make(self, shape, salt, layout):
-        return arrange(values(shape, self.dtype, self.seed + salt), layout)
-
-    def op_arguments(self, tensors):
+    def op_arguments(self, t):
         """Arguments of the ops tap_conv and of the oracle, in schema order."""
-        t = tensors
         return (
-            t["x"],
-            t["weight"],
-            self.left,
-            self.dilation,
-            self.softmax,
-            self.renormalize,
-            self.dropout,
-            t["seed"],
-            t["bias"],
-            t["gate"],
-            t["mask"],
-            t["cu_seqlens"],
-            t["initial_state"],
-        )
+            t["x"], t["weight"], self.left, self.dilation, self.softmax, self.renormalize, self.dropout, t["seed"],
+            t["bias"], t["gate"], t["mask"], t["cu_seqlens"], t["initial_state"],
+        )  # fmt: skip
 
     def plan_facts(self, backward):
         """What a call with these tensors looks like to the plans of the cuda backend."""
@@ -212,29 +206,16 @@ class Problem:
             "time_bytes": min(row_bytes(t, 1) for t in tensors),
         }  # fmt: skip
 
-    def grad_arguments(self, tensors, needs=31):
+    def grad_arguments(self, t, needs=31):
         """Arguments of the op tap_grad, in schema order."""
-        t = tensors
         return (
-            t["grad"],
-            t["x"],
-            t["weight"],
-            self.left,
-            self.dilation,
-            self.softmax,
-            self.renormalize,
-            self.dropout,
-            t["seed"],
-            t["gate"],
-            t["mask"],
-            t["cu_seqlens"],
-            t["initial_state"],
-            needs,
-        )
+            t["grad"], t["x"], t["weight"], self.left, self.dilation, self.softmax, self.renormalize, self.dropout,
+            t["seed"], t["gate"], t["mask"], t["cu_seqlens"], t["initial_state"], needs,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class StepProblem:
+class StepProblem(_Derived):
     """One decoding step. indexed: rows continue from permuted and duplicated states. position: 0 none, 1 one for
     all, 2 per row.
     """
@@ -259,17 +240,6 @@ class StepProblem:
     weight_layout: str = "contiguous"
     seed: int = 0
 
-    @property
-    def channels(self):
-        return self.heads * self.head_size
-
-    @property
-    def span(self):
-        return (self.taps - 1) * self.dilation
-
-    def with_(self, **changes):
-        return replace(self, **changes)
-
     def tensors(self):
         """The op's tensor arguments by name, None where absent."""
         shape = (self.batch, self.channels)
@@ -281,33 +251,18 @@ class StepProblem:
             rows = self.batch if self.position == 2 else 1
             position = (values((rows,), torch.float64, self.seed + 9).abs() * self.span).long()
         return {
-            "x": arrange(values(shape, self.dtype, self.seed + 1), self.layout),
-            "state": arrange(
-                values((self.batch, self.span, self.channels), self.dtype, self.seed + 2), self.state_layout
-            ),
-            "weight": arrange(values(weight_shape, self.weight_dtype, self.seed + 3), self.weight_layout),
-            "bias": arrange(
-                values((self.channels,), self.bias_dtype or self.weight_dtype, self.seed + 4), self.weight_layout
-            )
-            if self.bias
-            else None,
-            "gate": arrange(values(shape, self.dtype, self.seed + 6), self.layout) if self.gate else None,
+            "x": self._make(shape, 1, self.layout),
+            "state": self._make((self.batch, self.span, self.channels), 2, self.state_layout),
+            "weight": self._weight(weight_shape, 3),
+            "bias": self._bias(4),
+            "gate": self._make(shape, 6, self.layout) if self.gate else None,
             "state_index": index,
             "position": position,
         }
 
-    def op_arguments(self, tensors):
+    def op_arguments(self, t):
         """Arguments of the op tap_step and of the oracle, in schema order."""
-        t = tensors
         return (
-            t["x"],
-            t["state"],
-            t["weight"],
-            self.dilation,
-            self.softmax,
-            self.renormalize,
-            t["bias"],
-            t["gate"],
-            t["state_index"],
-            t["position"],
-        )
+            t["x"], t["state"], t["weight"], self.dilation, self.softmax, self.renormalize, t["bias"], t["gate"],
+            t["state_index"], t["position"],
+        )  # fmt: skip

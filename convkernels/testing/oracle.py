@@ -139,6 +139,6 @@ class Windows:
         flat = per_tap.reshape(count, self.batch, self.length, self.channels, self.taps)
         rows = np.zeros((count, self.batch, total, self.channels))
         for tap in range(self.taps):
-            # For one tap all sources differ (but for the zero row, which nobody reads), so += meets each row once.
+            # For one tap all sources differ, but for the zero row, which is not returned: += adds to each row once.
             rows[:, :, self.row[:, tap]] += flat[..., tap]
         return rows[:, :, : self.length], rows[:, :, self.length : total - 1]

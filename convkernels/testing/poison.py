@@ -55,8 +55,8 @@ class Guarded:
 
 
 def fenced(tensor: torch.Tensor, after: bool) -> torch.Tensor:
-    """A contiguous copy on the CPU with inaccessible memory right after it, or right before it: whoever reads or writes
-    there ends the process."""
+    """A contiguous copy on the CPU with inaccessible memory right after it, or right before it: an access there ends
+    the process."""
     if tensor.numel() == 0:
         return torch.empty_like(tensor)
     size = tensor.numel() * tensor.element_size()

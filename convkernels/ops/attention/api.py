@@ -79,7 +79,7 @@ def composite_attention(
     """
     name = "composite_attention"
     transforming = _functorch.transforming()
-    # What stands as 0 and 1.0 follows from other parameters, once they are checked.
+    # The 0 and 1.0 here are placeholders: their values follow from other parameters once those are checked.
     args = Attention(
         q, k, v, 0, 0, 0, causal, qk, 1.0, 1.0, dropout, seed, bias, query_rel, rel_query, key_rel, value_conv,
         value_conv_bias, value_conv_scale, key_mask, cu_seqlens_q, cu_seqlens_k,

@@ -21,8 +21,8 @@ from .._validate import (
 from . import reference
 from .schema import Attention
 
-FARTHEST = 2**60
-"""What a window's reach is below: places of keys and queries do not overflow."""
+MAX_REACH = 2**60
+"""A window reaches less far to either side, so that positions do not overflow."""
 OUTSIDE = {"clip": reference.CLIP, "zero": reference.ZERO, "mask": reference.MASK}
 
 
@@ -128,7 +128,7 @@ def reach(function: str, window, outside, tables: dict) -> tuple[int, int]:
     for side in pair:
         if isinstance(side, bool) or not isinstance(side, int):
             fail(function, "window", expected, describe(window), TypeError)
-        if not 0 <= side < FARTHEST:
+        if not 0 <= side < MAX_REACH:
             fail(function, "window", expected, window)
     return pair[0], pair[1]
 

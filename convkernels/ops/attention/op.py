@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ...backends import BACKENDS
-from .._differentiable import hooks, recorded, transformable
+from .._differentiable import hooks, recorded, save_gradients, transformable
 from .._dtypes import accumulate_dtype
 from .._functorch import refuse_tangents, transforming
 from .._spec import OpSpec, overload, register
@@ -50,11 +50,7 @@ def _backward(ctx, backend: str, grad: Tensor | None, grad_lse: Tensor | None) -
     return gradients((*found, None))
 
 
-def _save_grad(ctx, args: tuple, output: tuple[Tensor, ...]) -> None:
-    FOR_DOUBLE_BACKWARD.keep(ctx, *args)
-    ctx.set_materialize_grads(False)
-    wanted = AttentionGrad(*args).wanted
-    ctx.mark_non_differentiable(*[value for value, asked in zip(output, wanted, strict=True) if not asked])
+_save_grad = save_gradients(FOR_DOUBLE_BACKWARD, AttentionGrad)
 
 
 def _double_backward(ctx, backend: str, *grads: Tensor | None) -> tuple:

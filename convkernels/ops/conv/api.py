@@ -18,7 +18,7 @@ _transforms_active = _functorch.transforms_active
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _STRIDED = torch.strided
-_FARTHEST = _dtypes.FARTHEST
+_MAX_SPAN = checks.MAX_SPAN
 
 # (function, backend, dtype of x, dtype of weight, device) of calls that passed all checks -> (raw, record).
 _proven: dict[tuple, tuple] = {}
@@ -167,7 +167,7 @@ def _conv(
         and (training is False or (training is True and p == 0.0))
         and seed is None
         and dilation.__class__ is int
-        and 0 < dilation <= _FARTHEST
+        and 0 < dilation <= _MAX_SPAN
         and (softmax is True or softmax is False)
         and p.__class__ is float
         and 0.0 <= p <= 1.0
@@ -198,7 +198,7 @@ def _conv(
                 and x.layout is weight.layout is _STRIDED
                 and K > 0
                 and C % H == 0
-                and 0 <= left <= (K - 1) * dilation <= _FARTHEST
+                and 0 <= left <= (K - 1) * dilation <= _MAX_SPAN
             )
             if fits and bias is None:
                 recorded = _is_grad_enabled() and (x.requires_grad or weight.requires_grad)

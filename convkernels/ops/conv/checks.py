@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._dtypes import FARTHEST
 from .._validate import (
     PLAIN,
     boundaries,
@@ -26,11 +25,14 @@ from .._validate import (
 )  # fmt: skip
 from .schema import TapConv, TapStep
 
+MAX_SPAN = 2**30
+"""The greatest dilation, and distance between the first and the last tap, so that positions fit into 32 bits."""
+
 
 def reach(function: str, dilation: Any, K: int) -> None:
     """A dilation, such that no position that K taps read overflows."""
     positive(function, "dilation", dilation)
-    if dilation > FARTHEST or (isinstance(K, int) and (K - 1) * dilation > FARTHEST):
+    if dilation > MAX_SPAN or (isinstance(K, int) and (K - 1) * dilation > MAX_SPAN):
         fail(function, "dilation", f"a positive integer, at most 2^30, also times K - 1 = {size_text(K - 1)}", dilation)
 
 

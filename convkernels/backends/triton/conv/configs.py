@@ -7,7 +7,7 @@ from ..host import ceil_div, power_of_2
 MATRIX_CHANNELS = 16  # least width of a matrix unit's operand
 MATRIX_TAPS = 65  # filters longer than this need band matrices that no longer fit into the registers
 WINDOW_TAPS = 32  # filters longer than this would leave a window of filters few rows of its own
-FARTHEST = 2**30  # the greatest dilation, and span: positions near them fit into 32 bits
+MAX_SPAN = 2**30  # the greatest dilation and span, so that positions fit into 32 bits
 PROGRAMS = 1024  # about as many programs as keep the largest device busy, where a program may walk many tiles
 
 

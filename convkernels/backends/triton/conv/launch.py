@@ -29,7 +29,7 @@ ROWS_OF_A_LAUNCH = 65_535  # what the second dimension of a grid may count
 
 
 def check_dilation(dilation: int, K: int) -> None:
-    if not 0 < dilation <= configs.FARTHEST // max(K - 1, 1):
+    if not 0 < dilation <= configs.MAX_SPAN // max(K - 1, 1):
         expected = f"a positive number, at most 2^30, also times K - 1 = {K - 1}"
         raise ValueError(f"argument 'dilation': expected {expected}, got {dilation}")
 
