@@ -292,3 +292,31 @@ def test_double_use_after_release_raises(backend):
     y.sum().backward()
     with pytest.raises(RuntimeError, match="second time"):
         y.sum().backward()
+
+
+def test_compiled_autograd(backend):
+    """A backward pass that is compiled as a whole has the operators in it, without a graph break."""
+    x, w = torch.randn(2, 5, 4, requires_grad=True), torch.randn(2, 3, requires_grad=True)
+    q, bias = torch.randn(1, 4, 2, 8, requires_grad=True), torch.randn(2, 3, requires_grad=True)
+    calls = [lambda: ck.lightweight_conv1d(x, w, backend=backend)]
+    if not ck.why_not(backend, op="attention", device=x.device):
+        calls.append(lambda: ck.composite_attention(q, q, q, bias=bias, backend=backend))
+    for call in calls:
+        leaves = (x, w, q, bias)
+        call().sum().backward()
+        expected = [leaf.grad for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+            call().sum().backward()
+        for leaf, gradient in zip(leaves, expected, strict=True):
+            assert (leaf.grad is None) == (gradient is None)
+            assert gradient is None or torch.equal(leaf.grad, gradient)
+            leaf.grad = None
+
+
+def test_autograd_names_the_operator():
+    x, w = torch.randn(2, 5, 4, requires_grad=True), torch.randn(2, 3)
+    q = torch.randn(1, 4, 2, 8, requires_grad=True)
+    assert type(ck.lightweight_conv1d(x, w).grad_fn).__name__ == "RecordedTapConvBackward"
+    assert type(ck.composite_attention(q, q, q).grad_fn).__name__ == "RecordedAttentionBackward"

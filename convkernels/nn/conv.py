@@ -86,11 +86,11 @@ class _Conv(nn.Module):
         )  # fmt: skip
 
     def _step(self, x, mask, state, gate=None, query=None, **arguments):
+        if self.padding not in ("causal", (self.kernel_size - 1) * self.dilation):
+            raise RuntimeError(f"{type(self).__name__}.step: expected padding='causal', got {self.padding!r}")
         x, gate, weight, bias = self._operands(x, mask, gate, query)
         if mask is not None:
             x, gate = (None if value is None else torch.where(mask[:, None], value, 0.0) for value in (x, gate))
-        if self.padding not in ("causal", (self.kernel_size - 1) * self.dilation):
-            raise RuntimeError(f"{type(self).__name__}.step: expected padding='causal', got {self.padding!r}")
         for name in self._step_options:
             arguments[name] = getattr(self, name)
         return self._step_function(x, state, weight, bias, gate=gate, **arguments)

@@ -6,7 +6,6 @@ some kernels, and torch.compile follows only plain functions.
 
 from collections import namedtuple
 from collections.abc import Callable, Sequence
-from functools import cache
 from operator import itemgetter
 
 import torch
@@ -43,12 +42,20 @@ class Inputs:
         self._places = tuple(map(kind._fields.index, names))
         self.of = _compiled(f"def of(record): return {', '.join(f'record[{place}]' for place in self._places)}")
         """The values of these arguments of a record."""
-        self.plan = cache(self._plan)
+        self._plans: dict[tuple[bool, ...], tuple[int, Callable]] = {}
 
-    def _plan(self, given: tuple[bool, ...]) -> tuple[int, Callable]:
+    def plan(self, given: tuple[bool, ...]) -> tuple[int, Callable]:
         """What ``ctx.needs_input_grad``, which ends where the arguments of a call end, asks for: the bits of the inputs
         that need a gradient, and a function that makes, of one gradient per input and a None, what ``backward``
         returns."""
+        if torch.compiler.is_compiling():  # a compiler cannot call a function that it has not seen made
+            return self._plan(given)
+        plan = self._plans.get(given)
+        if plan is None:
+            plan = self._plans[given] = self._plan(given)
+        return plan
+
+    def _plan(self, given):
         bits = {place: bit for bit, place in enumerate(self._places) if place < len(given) and given[place]}
         return sum(1 << bit for bit in bits.values()), itemgetter(*(bits.get(place, -1) for place in range(len(given))))
 
@@ -63,14 +70,18 @@ class Saved:
     """What a call of one operator keeps for its derivative, and hands on as arguments of another.
 
     source, target: records of the two.  rest: the arguments of the target that the source does not have, in the order
-    in which ``arguments`` takes them; ``outputs``: those that are outputs of the source, and kept too.
+    in which ``arguments`` takes them.  outputs: those that are outputs of the source, and kept too.  unused:
+    arguments of the target that are not kept, and None.
 
     keep(ctx, *args): of a call of the source; trailing defaults may be left out, outputs are given by name.
     arguments(ctx, *rest): all arguments of the target, a tuple.
     """
 
-    def __init__(self, source: type, target: type, outputs: Sequence[str] = (), rest: Sequence[str] = ()):
-        shared = [name for name in target._fields if name not in (*outputs, *rest)]
+    def __init__(
+        self, source: type, target: type, outputs: Sequence[str] = (), rest: Sequence[str] = (),
+        unused: Sequence[str] = (),
+    ):  # fmt: skip
+        shared = [name for name in target._fields if name not in (*outputs, *rest, *unused)]
         tensors = [name for name in shared if name in source.tensors]
         others = [name for name in shared if name not in source.tensors]
         defaults = source._field_defaults
@@ -87,7 +98,7 @@ class Saved:
             f"def arguments(ctx, {', '.join(rest)}):\n"
             f"    {', '.join([*tensors, *outputs])}, = ctx.saved_tensors\n"
             f"    {', '.join(others)}, = ctx.others\n"
-            f"    return {', '.join(target._fields)},"
+            f"    return {', '.join('None' if name in unused else name for name in target._fields)},"
         )
 
 

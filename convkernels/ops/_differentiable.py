@@ -30,21 +30,24 @@ def save_gradients(saved: Saved, kind: type) -> Callable:
     return save
 
 
-def recorded(backend: str, raw: Callable, save: Callable, backward: Callable) -> Callable:
+def _function(prefix: str, kind: type, **methods: Callable) -> type[Function]:
+    """An autograd.Function named after the operator, as error messages and profiles show it."""
+    name = prefix + kind.__name__.title().replace("_", "")
+    return type(name, (Function,), {method: staticmethod(code) for method, code in methods.items()})
+
+
+def recorded(kind: type, backend: str, raw: Callable, save: Callable, backward: Callable) -> Callable:
     """For eager autograd; takes as many arguments as are given."""
 
-    class Recorded(Function):
-        @staticmethod
-        def forward(ctx, *args):
-            outputs = raw(*args)
-            save(ctx, args, outputs)
-            return outputs
+    def forward(ctx, *args):
+        outputs = raw(*args)
+        save(ctx, args, outputs)
+        return outputs
 
-        @staticmethod
-        def backward(ctx, *grads):
-            return backward(ctx, backend, *grads)
+    def gradients(ctx, *grads):
+        return backward(ctx, backend, *grads)
 
-    return Recorded.apply
+    return _function("Recorded", kind, forward=forward, backward=gradients).apply
 
 
 def hooks(backend: str, save: Callable, backward: Callable) -> Autograd:
@@ -59,31 +62,28 @@ def transformable(kind: type, raw: Callable, save: Callable, backward: Callable,
     """For torch.func and torch.compile: a function of a backend's name and of the arguments. raw: backend -> its
     operator; vmap(function, size, dims, args): dims and args are records."""
 
-    class Transformable(Function):
-        @staticmethod
-        def forward(*args):
-            return raw(args[-1])(*args[:-1])
+    def forward(*args):
+        return raw(args[-1])(*args[:-1])
 
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            ctx.backend = inputs[-1]
-            save(ctx, inputs[:-1], output)
+    def setup_context(ctx, inputs, output):
+        ctx.backend = inputs[-1]
+        save(ctx, inputs[:-1], output)
 
-        @staticmethod
-        def backward(ctx, *grads):
-            return backward(ctx, ctx.backend, *grads)
+    def gradients(ctx, *grads):
+        return backward(ctx, ctx.backend, *grads)
 
-        @staticmethod
-        def vmap(info, in_dims, *args):
-            def function(*inner):
-                return call(args[-1], *inner)
+    def map_batch(info, in_dims, *args):
+        def inner(*inner_args):
+            return call(args[-1], *inner_args)
 
-            return vmap(function, info.batch_size, kind(*in_dims[:-1]), kind(*args[:-1]))
+        return vmap(inner, info.batch_size, kind(*in_dims[:-1]), kind(*args[:-1]))
+
+    function = _function("", kind, forward=forward, setup_context=setup_context, backward=gradients, vmap=map_batch)
 
     def call(backend: str, *args, **named):
-        return Transformable.apply(*kind(*args, **named), backend)
+        return function.apply(*kind(*args, **named), backend)
 
     # The compiler calls the Function instead of tracing into it. Inside torch.func.grad it takes its inputs for
     # constants, skips the Function, and every gradient is silently zero (seen with torch 2.13).
-    when_imported("torch._dynamo", lambda dynamo: dynamo.allow_in_graph(Transformable))
+    when_imported("torch._dynamo", lambda dynamo: dynamo.allow_in_graph(function))
     return call

@@ -98,7 +98,7 @@ register(
 def _kernels(backend: str) -> Kernels:
     raw, raw_grad = (overload(f"_{kind.__name__}", backend) for kind in (Attention, AttentionGrad))
     fast = getattr(raw, "_op", raw)
-    return Kernels(raw, raw_grad, recorded(backend, fast, _save, _backward))
+    return Kernels(raw, raw_grad, recorded(Attention, backend, fast, _save, _backward))
 
 
 KERNELS.update({name: _kernels(name) for name in BACKENDS})

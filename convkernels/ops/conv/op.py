@@ -106,7 +106,7 @@ def _kernels(backend: str) -> Kernels:
     raw, raw_grad, step = (overload(f"_{kind.__name__}", backend) for kind in (TapConv, TapGrad, TapStep))
     # OpOverload.__call__ only forwards to `_op`; calling that directly saves 0.1 us of the 3 a small call takes.
     fast = getattr(raw, "_op", raw)
-    return Kernels(raw, raw_grad, step, fast, recorded(backend, fast, _save, _backward))
+    return Kernels(raw, raw_grad, step, fast, recorded(TapConv, backend, fast, _save, _backward))
 
 
 KERNELS.update({name: _kernels(name) for name in BACKENDS})
