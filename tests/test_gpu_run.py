@@ -228,8 +228,9 @@ def test_a_test_that_goes_wrong_costs_only_itself(gpu_run, monkeypatch, tmp_path
     (tmp_path / "test_faults.py").write_text(FAULTS)
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
     command = PYTEST + " -n 2 --timeout 5 test_faults.py"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # conftest.py imports helpers of the tests
     steps = [
-        gpu_run.Step("faults", 1, 400, command, {"PYTHONPATH": str(ROOT)}),
+        gpu_run.Step("faults", 1, 400, command, {"PYTHONPATH": paths}),
         gpu_run.Step("next", 1, 20, "touch {result}"),
     ]
     assert execute(gpu_run, monkeypatch, steps, "--output", tmp_path / "out") == 1
