@@ -226,7 +226,7 @@ CK_DEVICE void band_product(float (&out)[4][4], const BandFilter<kSteps>& filter
 }
 
 // Stores two rows, lane / 4 and the eighth after it, of a product of 32 channels, of which a lane has pairs: lanes of
-// four exchange theirs for whole vectors. value(n, e): element e of the matrix of 8 channels n. row(half): where the
+// four exchange pairs for whole vectors. value(n, e): element e of the matrix of 8 channels n. row(half): where the
 // channels of the row begin, nullptr: nowhere. In pieces of `bytes`.
 template <class T, class Value, class Row>
 CK_DEVICE void store_product(int channels, int lane, int bytes, const Value& value, const Row& row) {

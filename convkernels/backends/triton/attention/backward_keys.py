@@ -211,7 +211,7 @@ def grad_keys(
                 queries = load_tile(q_at, i_first, d, rows, D, True)  # [BM, DP]
                 key_edge = tl.where(is_before, edge_after, edge_before)[:, None]
                 products, scores = far_scores(queries, keys, key_edge, key_scale, FLAGS, True, DTYPE)  # [BN, BM]
-                # Queries before the window of a key have it behind theirs.
+                # The key lies behind the window of a query that lies before the window of the key.
                 which = plane
                 if QUERY_TERMS and EDGES:
                     which = tl.where(is_before, 3, 2) * plane
