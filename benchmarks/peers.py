@@ -10,6 +10,7 @@ Source: Wu et al. 2019; Tay et al. 2021, equations 2 and 3.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -17,7 +18,6 @@ import torch
 import torch.nn.functional as F
 
 import convkernels
-from convkernels.ops.conv.flops import NEED_WEIGHT, NEED_X, conv_bytes, grad_bytes
 
 LIGHTWEIGHT, DYNAMIC, DEPTHWISE = "lightweight", "dynamic", "depthwise"
 
@@ -53,8 +53,9 @@ class Problem:
 
     def minimum_bytes(self, backward: bool) -> int:
         """Every input read once, every output written once: of the forward pass, or of forward and backward pass."""
-        shapes = (self.batch, self.length, self.channels), self.weight_shape, self.dtype.itemsize
-        return conv_bytes(*shapes) + (grad_bytes(*shapes, NEED_X | NEED_WEIGHT) if backward else 0)
+        # Forward: x and weight to y. Backward: d(y), x and weight to d(x) and d(weight).
+        rows, weights = (5, 3) if backward else (2, 1)
+        return rows * self.x_bytes + weights * math.prod(self.weight_shape) * self.dtype.itemsize
 
 
 Form = Callable[[torch.Tensor, torch.Tensor, Problem], torch.Tensor]
