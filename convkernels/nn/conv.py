@@ -14,17 +14,15 @@ from ..ops import _select, _validate
 from ..ops._validate import each, expect
 from ..ops.conv import api, checks
 from ..ops.conv import step as steps
+from ..ops.conv.schema import TapStep
 
 
 class _Conv(nn.Module):
     """What the three convolutions share: checked options, the call of the function behind, and the decoding state.
 
-    A subclass names its function and the step of it in ``_function`` and ``_step_function``, the options that they
-    take in ``_options`` and ``_step_options``, and computes in ``_operands`` the filters and the bias for an input.
+    A subclass names the public function behind and the dimensions of its filters, in a step too, and computes in
+    ``_operands`` the filters and the bias for an input.
     """
-
-    _options = ("softmax", "renormalize", "padding", "dilation", "weight_dropout", "training", "backend")
-    _step_options = ("softmax", "renormalize", "dilation", "backend")
 
     def __init__(
         self, channels, kernel_size, heads, *, padding, dilation, backend, softmax=False, renormalize=False,
@@ -77,23 +75,21 @@ class _Conv(nn.Module):
         if step is not None:
             return self._step(x, mask, **step)
         x, gate, weight, bias = self._operands(x, mask, gate, query)
-        options = {}
-        for name in self._options:
-            options[name] = getattr(self, name)
-        return self._function(
-            x, weight, bias, gate=gate, mask=mask, cu_seqlens=cu_seqlens, initial_state=initial_state,
-            return_state=return_state, **options,
+        return api.convolve(
+            self._function, self._filters, x, weight, bias, self.softmax, self.renormalize, self.padding, self.dilation,
+            self.weight_dropout, self.training, None, gate, mask, cu_seqlens, initial_state, return_state, self.backend,
         )  # fmt: skip
 
-    def _step(self, x, mask, state, gate=None, query=None, **arguments):
+    def _step(self, x, mask, state, gate=None, query=None, state_index=None, position=None):
         if self.padding not in ("causal", (self.kernel_size - 1) * self.dilation):
             raise RuntimeError(f"{type(self).__name__}.step: expected padding='causal', got {self.padding!r}")
         x, gate, weight, bias = self._operands(x, mask, gate, query)
         if mask is not None:
             x, gate = (None if value is None else torch.where(mask[:, None], value, 0.0) for value in (x, gate))
-        for name in self._step_options:
-            arguments[name] = getattr(self, name)
-        return self._step_function(x, state, weight, bias, gate=gate, **arguments)
+        args = TapStep(
+            x, state, weight, self.dilation, self.softmax, self.renormalize, bias, gate, state_index, position
+        )
+        return steps.step(f"{self._function}_step", self._step_filters, args, self.backend)
 
     def _operands(self, x, mask, gate, query) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """The convolution's input, its gate, the filters and the bias."""
@@ -143,7 +139,7 @@ class LightweightConv1d(_Conv):
     Source: Wu et al. 2019; Tay et al. 2021, equation 2.
     """
 
-    _function, _step_function = staticmethod(api.lightweight_conv1d), staticmethod(steps.lightweight_conv1d_step)
+    _function, _filters, _step_filters = "lightweight_conv1d", "[H,K]", "[H,K]"
 
     def __init__(
         self,
@@ -191,7 +187,7 @@ class DynamicConv1d(_Conv):
     Source: Wu et al. 2019; Tay et al. 2021, equation 3.
     """
 
-    _function, _step_function = staticmethod(api.dynamic_conv1d), staticmethod(steps.dynamic_conv1d_step)
+    _function, _filters, _step_filters = "dynamic_conv1d", "[B,T,H,K]", "[B,H,K]"
 
     def __init__(
         self,
@@ -289,8 +285,7 @@ class DepthwiseConv1d(_Conv):
     Source: Chang et al. 2021 (depthwise terms of convolutional attention); Tay et al. 2021.
     """
 
-    _function, _step_function = staticmethod(api.depthwise_conv1d), staticmethod(steps.depthwise_conv1d_step)
-    _options, _step_options = ("padding", "dilation", "backend"), ("dilation", "backend")
+    _function, _filters, _step_filters = "depthwise_conv1d", "[C,K]", "[C,K]"
 
     def __init__(
         self,

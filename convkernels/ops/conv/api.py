@@ -75,7 +75,7 @@ def lightweight_conv1d(
     backend named cannot run the call.
     Source: Wu et al. 2019, "Pay less attention with lightweight and dynamic convolutions"; Tay et al. 2021, equation 2.
     """
-    return _conv(
+    return convolve(
         "lightweight_conv1d", "[H,K]", x, weight, bias, softmax, renormalize, padding, dilation, weight_dropout,
         training, seed, gate, mask, cu_seqlens, initial_state, return_state, backend,
     )  # fmt: skip
@@ -107,7 +107,7 @@ def depthwise_conv1d(
 
     Source: Chang et al. 2021 (depthwise terms of convolutional attention); Tay et al. 2021.
     """
-    return _conv(
+    return convolve(
         "depthwise_conv1d", "[C,K]", x, weight, bias, False, False, padding, dilation, 0.0, False, None, gate, mask,
         cu_seqlens, initial_state, return_state, backend,
     )  # fmt: skip
@@ -146,16 +146,17 @@ def dynamic_conv1d(
 
     Source: Wu et al. 2019, "Pay less attention with lightweight and dynamic convolutions"; Tay et al. 2021, equation 3.
     """
-    return _conv(
+    return convolve(
         "dynamic_conv1d", "[B,T,H,K]", x, weight, bias, softmax, renormalize, padding, dilation, weight_dropout,
         training, seed, gate, mask, cu_seqlens, initial_state, return_state, backend,
     )  # fmt: skip
 
 
-def _conv(
+def convolve(
     name, letters, x, weight, bias, softmax, renormalize, padding, dilation, p, training, seed, gate, mask, cu_seqlens,
     initial_state, return_state, backend,
 ):  # fmt: skip
+    """What the public function ``name`` computes, whose filters have the dimensions ``letters``; p: weight_dropout."""
     plain = (
         not _is_compiling()
         and gate is None

@@ -44,7 +44,7 @@ def lightweight_conv1d_step(
     Source: Wu et al. 2019.
     """
     args = TapStep(x, state, weight, dilation, softmax, renormalize, bias, gate, state_index, position)
-    return _step("lightweight_conv1d_step", "[H,K]", args, backend)
+    return step("lightweight_conv1d_step", "[H,K]", args, backend)
 
 
 def depthwise_conv1d_step(
@@ -67,7 +67,7 @@ def depthwise_conv1d_step(
     Source: Wu et al. 2019.
     """
     args = TapStep(x, state, weight, dilation, bias=bias, gate=gate, state_index=state_index)
-    return _step("depthwise_conv1d_step", "[C,K]", args, backend)
+    return step("depthwise_conv1d_step", "[C,K]", args, backend)
 
 
 def dynamic_conv1d_step(
@@ -93,10 +93,11 @@ def dynamic_conv1d_step(
     Source: Wu et al. 2019.
     """
     args = TapStep(x, state, weight, dilation, softmax, renormalize, bias, gate, state_index, position)
-    return _step("dynamic_conv1d_step", "[B,H,K]", args, backend)
+    return step("dynamic_conv1d_step", "[B,H,K]", args, backend)
 
 
-def _step(name, letters, args: TapStep, backend) -> Tensor:
+def step(name, letters, args: TapStep, backend) -> Tensor:
+    """What the public function ``name`` computes, whose filters have the dimensions ``letters``."""
     x, state = args.x, args.state
     if isinstance(state, Tensor) and _validate.autocasting(x):
         # The state outlives the autocast region, so it decides the dtype.
