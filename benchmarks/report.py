@@ -6,6 +6,7 @@ attention` on a GPU with `--backend cuda` and `--backend triton`, each with `--o
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,5 +173,6 @@ def page() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__).parse_args()
     PAGE.write_text(page())
     print(f"wrote {PAGE}")

@@ -346,6 +346,16 @@ def test_an_installed_package_says_where_the_benchmarks_are(capsys, monkeypatch,
     assert "benchmarks" not in {path.name for path in tmp_path.iterdir()}
 
 
+def test_benchmarks_of_the_current_folder_are_not_taken(tmp_path):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").touch()
+    command = [sys.executable, "-m", "convkernels", "bench", "--help"]
+    ended = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ended.returncode == 0 and "--suite" in ended.stdout, ended.stderr
+
+
 def test_check_names_its_parts_and_instruction_sets(capsys):
     assert cli.main(["check", "--backend", "cpu"] if not convkernels.why_not("cpu") else ["check"]) == 0
     printed = capsys.readouterr().out

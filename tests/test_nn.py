@@ -119,6 +119,29 @@ def test_a_conv1d_checkpoint_loads(backend):
     torch.testing.assert_close(ours(x), theirs(x.transpose(1, 2)).transpose(1, 2), rtol=1e-5, atol=1e-6)
 
 
+def test_depthwise_conv_takes_the_channels_of_its_weight(backend):
+    """Those that pruning has left; it has no dropout, whatever sets one on all modules."""
+    conv = cknn.DepthwiseConv1d(C, K, backend=backend)
+    conv.weight, conv.bias = (torch.nn.Parameter(value[: C // 2].detach()) for value in (conv.weight, conv.bias))
+    conv.weight_dropout = 0.5
+    x = torch.randn(2, 9, C // 2)
+    assert torch.equal(conv(x), conv.eval()(x))
+
+
+@pytest.mark.parametrize("name", ["lightweight", "dynamic", "depthwise"])
+def test_channels_that_come_first_are_said(name):
+    with pytest.raises(ValueError, match=r"give x\.mT if channels come first"):
+        MODULES[name]()(torch.randn(2, C, 9))
+
+
+@pytest.mark.parametrize("name", ["lightweight", "depthwise"])
+def test_a_step_takes_no_query(name):
+    module = MODULES[name](padding="causal")
+    step = {"state": module.init_state(2), "query": torch.randn(2, C)}
+    with pytest.raises(TypeError, match="unexpected keyword argument 'query'"):
+        module(torch.randn(2, C), step=step)
+
+
 def test_gated_conv_is_its_equation(backend):
     module = MODULES["gated_light"](backend=backend)
     x = torch.randn(B, T, C)

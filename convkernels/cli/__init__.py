@@ -112,8 +112,7 @@ def benchmarks(arguments: list[str]) -> int:
             "the benchmarks are not installed: run `python -m benchmarks` in a clone or an unpacked source "
             "distribution of convkernels"
         )
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
+    sys.path.insert(0, str(ROOT))  # the current folder may have benchmarks of its own
     return importlib.import_module("benchmarks.cli").main(arguments)
 
 

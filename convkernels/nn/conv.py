@@ -21,7 +21,7 @@ class _Conv(nn.Module):
     """What the three convolutions share: checked options, the call of the function behind, and the decoding state.
 
     A subclass names the public function behind and the dimensions of its filters, in a step too, and computes in
-    ``_operands`` the filters and the bias for an input.
+    ``_operands`` the convolution's input, its gate, the filters and the bias.
     """
 
     def __init__(
@@ -58,7 +58,9 @@ class _Conv(nn.Module):
         The arguments are those of the function behind. ``step`` holds the arguments of the method of that name, which
         calls the module, so that its hooks run for steps too.
         """
-        return self._convolve(x, mask, step, gate, None, cu_seqlens, initial_state, return_state)
+        if step is not None:
+            return self._step(x, mask, **step)
+        return self._convolve(self._operands(x, mask, gate), mask, cu_seqlens, initial_state, return_state)
 
     def step(
         self, x: Tensor, state: Tensor, *, gate: Tensor | None = None, mask: Tensor | None = None,
@@ -70,36 +72,34 @@ class _Conv(nn.Module):
         """
         return self(x, mask, step=dict(state=state, gate=gate, state_index=state_index, position=position))
 
-    def _convolve(self, x, mask, step: dict | None, gate, query, cu_seqlens, initial_state, return_state):
-        """The function behind, or with ``step`` its step."""
-        if step is not None:
-            return self._step(x, mask, **step)
-        x, gate, weight, bias = self._operands(x, mask, gate, query)
+    def _convolve(self, operands, mask, cu_seqlens, initial_state, return_state):
+        x, gate, weight, bias = operands
         return api.convolve(
-            self._function, self._filters, x, weight, bias, self.softmax, self.renormalize, self.padding, self.dilation,
-            self.weight_dropout, self.training, None, gate, mask, cu_seqlens, initial_state, return_state, self.backend,
+            self._function, self._filters, self._settings(), x, weight, bias, None, gate, mask, cu_seqlens,
+            initial_state, return_state, self.backend,
         )  # fmt: skip
 
-    def _step(self, x, mask, state, gate=None, query=None, state_index=None, position=None):
+    def _step(self, x, mask, state, state_index=None, position=None, **operands):
         if self.padding not in ("causal", (self.kernel_size - 1) * self.dilation):
             raise RuntimeError(f"{type(self).__name__}.step: expected padding='causal', got {self.padding!r}")
-        x, gate, weight, bias = self._operands(x, mask, gate, query)
+        x, gate, weight, bias = self._operands(x, mask, **operands)
         if mask is not None:
             x, gate = (None if value is None else torch.where(mask[:, None], value, 0.0) for value in (x, gate))
-        args = TapStep(
-            x, state, weight, self.dilation, self.softmax, self.renormalize, bias, gate, state_index, position
-        )
+        softmax, renormalize, _, dilation, *_ = self._settings()
+        args = TapStep(x, state, weight, dilation, softmax, renormalize, bias, gate, state_index, position)
         return steps.step(f"{self._function}_step", self._step_filters, args, self.backend)
 
-    def _operands(self, x, mask, gate, query) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """The convolution's input, its gate, the filters and the bias."""
-        self._check_size("x", x, "C", self.channels)
-        return x, gate, self.weight.squeeze(1), self.bias
+    def _settings(self) -> tuple:
+        """softmax, renormalize, padding, dilation, weight_dropout and training of the function behind."""
+        return self.softmax, self.renormalize, self.padding, self.dilation, self.weight_dropout, self.training
 
     def _check_size(self, argument: str, value, letters: str, size: int) -> None:
         """That the last dimension has the size that the module was made for."""
         if isinstance(value, Tensor) and (value.dim() == 0 or value.shape[-1] != size):
-            _validate.fail(type(self).__name__, argument, f"a last dimension of {letters} = {size}", value)
+            hint = (
+                f" ({checks.CHANNELS_LAST})" if letters == "C" and value.dim() == 3 and value.shape[1] == size else ""
+            )
+            _validate.fail(type(self).__name__, argument, f"a last dimension of {letters} = {size}{hint}", value)
 
     def init_state(self, batch: int, *, dtype: torch.dtype | None = None, device=None) -> Tensor:
         """The state before the first position: zeros [batch, (K-1)*dilation, C], in the dtype of the inputs.
@@ -170,6 +170,10 @@ class LightweightConv1d(_Conv):
         nn.init.xavier_uniform_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def _operands(self, x, mask, gate=None):
+        self._check_size("x", x, "C", self.channels)
+        return x, gate, self.weight.squeeze(1), self.bias
 
 
 class DynamicConv1d(_Conv):
@@ -244,7 +248,9 @@ class DynamicConv1d(_Conv):
     ):
         """x [B,T,C] -> [B,T,C]; ``query`` [B,T,query_size] predicts the filters instead of x. The rest as in
         ``LightweightConv1d``."""
-        return self._convolve(x, mask, step, gate, query, cu_seqlens, initial_state, return_state)
+        if step is not None:
+            return self._step(x, mask, **step)
+        return self._convolve(self._operands(x, mask, gate, query), mask, cu_seqlens, initial_state, return_state)
 
     def step(
         self, x: Tensor, state: Tensor, *, query: Tensor | None = None, gate: Tensor | None = None,
@@ -253,7 +259,7 @@ class DynamicConv1d(_Conv):
         """As in ``LightweightConv1d``; ``query`` [B,query_size] predicts the filters instead of x."""
         return self(x, mask, step=dict(state=state, query=query, gate=gate, state_index=state_index, position=position))
 
-    def _operands(self, x, mask, gate, query):
+    def _operands(self, x, mask, gate=None, query=None):
         self._check_size("x", x, "C", self.channels)
         if query is not None or self.query_size != self.channels:
             self._check_size("query", x if query is None else query, "query_size", self.query_size)
@@ -311,6 +317,12 @@ class DepthwiseConv1d(_Conv):
         bound = 1 / math.sqrt(self.kernel_size)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
+
+    def _settings(self):
+        return False, False, self.padding, self.dilation, 0.0, False
+
+    def _operands(self, x, mask, gate=None):
+        return x, gate, self.weight.squeeze(1), self.bias
 
     def step(
         self, x: Tensor, state: Tensor, *, gate: Tensor | None = None, mask: Tensor | None = None,

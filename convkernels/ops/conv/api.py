@@ -76,8 +76,8 @@ def lightweight_conv1d(
     Source: Wu et al. 2019, "Pay less attention with lightweight and dynamic convolutions"; Tay et al. 2021, equation 2.
     """
     return convolve(
-        "lightweight_conv1d", "[H,K]", x, weight, bias, softmax, renormalize, padding, dilation, weight_dropout,
-        training, seed, gate, mask, cu_seqlens, initial_state, return_state, backend,
+        "lightweight_conv1d", "[H,K]", (softmax, renormalize, padding, dilation, weight_dropout, training), x, weight,
+        bias, seed, gate, mask, cu_seqlens, initial_state, return_state, backend,
     )  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def depthwise_conv1d(
     Source: Chang et al. 2021 (depthwise terms of convolutional attention); Tay et al. 2021.
     """
     return convolve(
-        "depthwise_conv1d", "[C,K]", x, weight, bias, False, False, padding, dilation, 0.0, False, None, gate, mask,
+        "depthwise_conv1d", "[C,K]", (False, False, padding, dilation, 0.0, False), x, weight, bias, None, gate, mask,
         cu_seqlens, initial_state, return_state, backend,
     )  # fmt: skip
 
@@ -147,16 +147,17 @@ def dynamic_conv1d(
     Source: Wu et al. 2019, "Pay less attention with lightweight and dynamic convolutions"; Tay et al. 2021, equation 3.
     """
     return convolve(
-        "dynamic_conv1d", "[B,T,H,K]", x, weight, bias, softmax, renormalize, padding, dilation, weight_dropout,
-        training, seed, gate, mask, cu_seqlens, initial_state, return_state, backend,
+        "dynamic_conv1d", "[B,T,H,K]", (softmax, renormalize, padding, dilation, weight_dropout, training), x, weight,
+        bias, seed, gate, mask, cu_seqlens, initial_state, return_state, backend,
     )  # fmt: skip
 
 
 def convolve(
-    name, letters, x, weight, bias, softmax, renormalize, padding, dilation, p, training, seed, gate, mask, cu_seqlens,
-    initial_state, return_state, backend,
-):  # fmt: skip
-    """What the public function ``name`` computes, whose filters have the dimensions ``letters``; p: weight_dropout."""
+    name, letters, settings, x, weight, bias, seed, gate, mask, cu_seqlens, initial_state, return_state, backend
+):
+    """What the public function ``name`` computes, whose filters have the dimensions ``letters``. settings: softmax,
+    renormalize, padding, dilation, weight_dropout, training."""
+    softmax, renormalize, padding, dilation, p, training = settings
     plain = (
         not _is_compiling()
         and gate is None

@@ -27,6 +27,7 @@ from .schema import TapConv, TapStep
 
 MAX_SPAN = 2**30
 """The greatest dilation, and distance between the first and the last tap, so that positions fit into 32 bits."""
+CHANNELS_LAST = "x is read as [B,T,C]: give x.mT if channels come first"
 
 
 def reach(function: str, dilation: Any, K: int) -> None:
@@ -71,7 +72,7 @@ def weight(function: str, value: Any, x: Tensor, leading: tuple, letters: str) -
             _weight(function, value, x.mT, leading and (x.shape[0], x.shape[2]), letters)
         except (TypeError, ValueError):
             raise error from None
-        raise ValueError(f"{error} (x is read as [B,T,C]: give x.mT if channels come first)") from None
+        raise ValueError(f"{error} ({CHANNELS_LAST})") from None
 
 
 def _weight(function: str, value: Any, x: Tensor, leading: tuple, letters: str) -> tuple[int, int]:
