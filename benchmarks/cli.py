@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,12 @@ def bench(arguments: argparse.Namespace) -> int:
     empty = suite.section()
     path = arguments.output / f"{environment.file_stem(empty['environment'])}.json"
     store = Store(path, name if backend == "auto" else f"{name} {backend}", empty, arguments.overwrite)
+    reasons = convkernels.why_not("cpu") if arguments.device.type == "cpu" and backend == "auto" else []
+    if reasons and not os.environ.get("CONVKERNELS_BACKEND"):
+        raise Mistake(
+            f"no kernels to measure: {'; '.join(reasons)}; `make bench` compiles them, and "
+            "CONVKERNELS_BACKEND=reference measures plain PyTorch"
+        )
     busy, interrupted, no_memory = _disturbance(arguments.device), False, ""
     try:
         suite.run(store.save)

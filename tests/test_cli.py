@@ -342,8 +342,14 @@ def test_an_installed_package_says_where_the_benchmarks_are(capsys, monkeypatch,
     monkeypatch.setattr(cli, "ROOT", tmp_path)
     for command in ("bench", "plot results.json"):
         message = refused(capsys, command)
-        assert "the benchmarks are not installed: run `python -m benchmarks` in a clone" in message
+        assert "the benchmarks are not installed: run `make bench`" in message
     assert "benchmarks" not in {path.name for path in tmp_path.iterdir()}
+
+
+def test_nothing_but_the_reference_is_not_measured(capsys, monkeypatch, nothing_runs):
+    monkeypatch.delenv("CONVKERNELS_BACKEND", raising=False)
+    monkeypatch.setattr(convkernels, "why_not", lambda *_, **__: ["not compiled"])
+    assert "no kernels to measure: not compiled; `make bench` compiles them" in refused(capsys, "bench")
 
 
 def test_benchmarks_of_the_current_folder_are_not_taken(tmp_path):

@@ -134,6 +134,25 @@ def test_channels_that_come_first_are_said(name):
         MODULES[name]()(torch.randn(2, C, 9))
 
 
+def test_inputs_of_the_modules_around_are_checked():
+    attention = cknn.CompositeAttention(C, 2, 3)
+    gated = MODULES["gated_light"]()
+    cases = [
+        (attention, (torch.randn(2, 9, C - 1),), "argument 'x': expected shape [B,T,C], C = 12, got"),
+        (attention, (torch.randn(9, C),), "argument 'x': expected shape [B,T,C], C = 12, got"),
+        (attention, (torch.randn(2, 9, C), torch.ones(2, 9)), "argument 'mask': expected a bool tensor"),
+        (
+            attention,
+            (torch.randn(2, 9, C), torch.ones(9, 2) > 0),
+            "argument 'mask': expected shape [B,T] = [2, 9], got",
+        ),
+        (gated, (torch.randn(2, 9, C - 1),), "argument 'x': expected a last dimension of C = 12, got"),
+    ]
+    for module, inputs, message in cases:
+        with pytest.raises((TypeError, ValueError), match=re.escape(f"{type(module).__name__}: {message}")):
+            module(*inputs)
+
+
 @pytest.mark.parametrize("name", ["lightweight", "depthwise"])
 def test_a_step_takes_no_query(name):
     module = MODULES[name](padding="causal")

@@ -109,8 +109,8 @@ def benchmarks(arguments: list[str]) -> int:
     """Run a command of the checkout's benchmarks, which are not installed."""
     if not (ROOT / "benchmarks" / "cli.py").exists():
         raise Mistake(
-            "the benchmarks are not installed: run `python -m benchmarks` in a clone or an unpacked source "
-            "distribution of convkernels"
+            "the benchmarks are not installed: run `make bench`, and then `python -m benchmarks`, in a clone or an "
+            "unpacked source distribution of convkernels"
         )
     sys.path.insert(0, str(ROOT))  # the current folder may have benchmarks of its own
     return importlib.import_module("benchmarks.cli").main(arguments)

@@ -12,6 +12,7 @@ from ..ops.attention import checks
 from ..ops.attention.api import composite_attention
 from ..ops.attention.weights import attention_weights
 from ..ops.conv import api
+from ..ops.conv import checks as conv_checks
 from .conv import DepthwiseConv1d
 
 PROJECTIONS = ("linear", "conv", "mixed")
@@ -284,6 +285,11 @@ class CompositeAttention(nn.Module):
     ) -> Tensor:
         """x [B,T,C] -> [B,T,C], the heads side by side. mask: bool [B,T], False for padding. cu_seqlens: x is [1,T,C]
         and holds several sequences. only_weights: instead what ``weights`` returns."""
+        name = type(self).__name__
+        _validate.tensor(name, "x", x)
+        fits = x.dim() == 3 and x.shape[2] == self.channels
+        expect(name, "x", fits, f"shape [B,T,C], C = {self.channels}", x)
+        conv_checks.mask(name, mask, x)
         if self.zeroes_padding and mask is not None:
             x = torch.where(mask[..., None], x, 0.0)
         q, k = (self._project(name, self.query_key, x, cu_seqlens) for name in ("query", "key"))

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ..ops import _validate
 from ..ops._validate import each
+from ..ops.conv import checks
 from .conv import DepthwiseConv1d
 
 
@@ -124,6 +125,7 @@ class GatedConv(nn.Module):
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The convolution's input and its gate."""
+        checks.last_dimension(type(self).__name__, "x", x, "C", self.channels)
         x = self.linear1(x)
         return tuple(x.chunk(2, dim=-1)) if self.glu else (x, None)
 

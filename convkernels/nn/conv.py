@@ -93,14 +93,6 @@ class _Conv(nn.Module):
         """softmax, renormalize, padding, dilation, weight_dropout and training of the function behind."""
         return self.softmax, self.renormalize, self.padding, self.dilation, self.weight_dropout, self.training
 
-    def _check_size(self, argument: str, value, letters: str, size: int) -> None:
-        """That the last dimension has the size that the module was made for."""
-        if isinstance(value, Tensor) and (value.dim() == 0 or value.shape[-1] != size):
-            hint = (
-                f" ({checks.CHANNELS_LAST})" if letters == "C" and value.dim() == 3 and value.shape[1] == size else ""
-            )
-            _validate.fail(type(self).__name__, argument, f"a last dimension of {letters} = {size}{hint}", value)
-
     def init_state(self, batch: int, *, dtype: torch.dtype | None = None, device=None) -> Tensor:
         """The state before the first position: zeros [batch, (K-1)*dilation, C], in the dtype of the inputs.
 
@@ -172,7 +164,7 @@ class LightweightConv1d(_Conv):
             nn.init.zeros_(self.bias)
 
     def _operands(self, x, mask, gate=None):
-        self._check_size("x", x, "C", self.channels)
+        checks.last_dimension(type(self).__name__, "x", x, "C", self.channels)
         return x, gate, self.weight.squeeze(1), self.bias
 
 
@@ -260,9 +252,10 @@ class DynamicConv1d(_Conv):
         return self(x, mask, step=dict(state=state, query=query, gate=gate, state_index=state_index, position=position))
 
     def _operands(self, x, mask, gate=None, query=None):
-        self._check_size("x", x, "C", self.channels)
+        checks.last_dimension(type(self).__name__, "x", x, "C", self.channels)
         if query is not None or self.query_size != self.channels:
-            self._check_size("query", x if query is None else query, "query_size", self.query_size)
+            given = x if query is None else query
+            checks.last_dimension(type(self).__name__, "query", given, "query_size", self.query_size)
         if query is None:
             if gate is not None:  # the filters need the product, so the convolution gets it ready-made
                 x, gate = x * torch.sigmoid(gate), None

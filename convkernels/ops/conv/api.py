@@ -51,8 +51,8 @@ def lightweight_conv1d(
     with x = 0 outside the sequence.
 
     x: [B,T,C], float64, float32, bfloat16 or float16, any strides; the result has its shape, dtype and layout.
-    bias: [C], optional.
     weight: [H,K], H divides C.
+    bias: [C], optional.
     softmax: use softmax over the K taps of ``weight`` (taps outside the sequence keep their share).
     renormalize: leave taps outside the sequence out of the softmax, so that the others sum to 1. Masked positions and
         rows of the initial state are inside.

@@ -61,6 +61,14 @@ def kernel_options(function: str, softmax: Any, renormalize: Any, dilation: Any,
     reach(function, dilation, K)
 
 
+def last_dimension(function: str, argument: str, value: Any, letters: str, size: int) -> None:
+    """That an input of a module has the size that the module was made for; what is no tensor is left to others."""
+    if isinstance(value, Tensor) and (value.dim() == 0 or value.shape[-1] != size):
+        first = letters == "C" and value.dim() == 3 and value.shape[1] == size
+        hint = f" ({CHANNELS_LAST})" if first else ""
+        fail(function, argument, f"a last dimension of {letters} = {size}{hint}", value)
+
+
 def weight(function: str, value: Any, x: Tensor, leading: tuple, letters: str) -> tuple[int, int]:
     """The weight [*leading, H, K]; returns H and K. The error says where it would be right for x.mT."""
     try:

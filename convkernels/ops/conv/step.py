@@ -30,8 +30,8 @@ def lightweight_conv1d_step(
     x: [B,C], the new position.
     state: [B,S,C] contiguous, S = dilation*(K-1), dtype of x: the inputs before it, gate applied, oldest first;
         start with zeros. Updated in place: the oldest row leaves, the new one enters.
-    bias: [C], optional.  gate: [B,C], the input becomes x * sigmoid(gate).
     weight: [H,K].
+    bias: [C], optional.  gate: [B,C], the input becomes x * sigmoid(gate).
     softmax, renormalize: as for ``lightweight_conv1d``.
     position: int64 [B] or [1], number of positions before this one; only ``renormalize`` needs it, to tell which
         rows of the state lie before the start of the sequence. By default none does.
