@@ -142,7 +142,7 @@ mutants: install
 
 # The tests of the triton backend in Triton's interpreter: all recorded results of attention, and of each other test's
 # cases, which have all sizes, one in EVERY.
-EVERY ?= 64
+EVERY ?= 48
 interpreted: export TRITON_INTERPRET = 1
 interpreted: install
 	$(BIN)/python -m pytest $(PARALLEL) -k triton tests/test_attention_golden.py $(PYTEST_FLAGS)

@@ -264,6 +264,6 @@ def test_pure_python_wheel_works_through_the_reference(tmp_path):
     assert len(reasons) == 1 and f"is not in {site}/convkernels/_native: it was not built" in reasons[0]
     command = [sys.executable, "-m", "convkernels.cli"]
     done = run(*command, "bench", cwd=tmp_path, PYTHONPATH=str(site))
-    assert done.returncode == 2 and "the benchmarks are not installed: run `python -m benchmarks`" in done.stderr
+    assert done.returncode == 2 and "the benchmarks are not installed: run `make bench`" in done.stderr
     done = run(*command, "info", cwd=tmp_path, PYTHONPATH=str(site))
     assert done.returncode == 0 and "reference" in done.stdout, done.stderr

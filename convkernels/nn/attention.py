@@ -285,11 +285,7 @@ class CompositeAttention(nn.Module):
     ) -> Tensor:
         """x [B,T,C] -> [B,T,C], the heads side by side. mask: bool [B,T], False for padding. cu_seqlens: x is [1,T,C]
         and holds several sequences. only_weights: instead what ``weights`` returns."""
-        name = type(self).__name__
-        _validate.tensor(name, "x", x)
-        fits = x.dim() == 3 and x.shape[2] == self.channels
-        expect(name, "x", fits, f"shape [B,T,C], C = {self.channels}", x)
-        conv_checks.mask(name, mask, x)
+        self._check(x, mask)
         if self.zeroes_padding and mask is not None:
             x = torch.where(mask[..., None], x, 0.0)
         q, k = (self._project(name, self.query_key, x, cu_seqlens) for name in ("query", "key"))
@@ -314,6 +310,16 @@ class CompositeAttention(nn.Module):
             value_conv_scale=None if scalar is None else scalar.view(H),
             **self._score_terms(mask, cu_seqlens),
         ).flatten(2)
+
+    def _check(self, x, mask) -> None:
+        """What the projections would say in other words, and ``composite_attention`` of its argument key_mask."""
+        name = type(self).__name__
+        if not (isinstance(x, Tensor) and x.dim() == 3 and x.shape[2] == self.channels):
+            _validate.tensor(name, "x", x)
+            _validate.fail(name, "x", f"shape [B,T,C], C = {self.channels}", x)
+        fits = mask is None or (isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == x.shape[:2])
+        if not fits:
+            conv_checks.mask(name, mask, x)
 
     def weights(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The attention weights of ``forward`` without dropout, [B,H,T,T]; with ``span`` those of the first half of the
