@@ -139,3 +139,13 @@ def test_the_simulated_library_answers_too():
     if cuda_backend.load_library("simt"):
         pytest.skip("the simulated library was not built")
     assert cuda_backend.support("simt") == (0, 0, None) and cuda_backend.reason_of(0, 0, None) is None
+
+
+def test_no_gpu_is_the_reason_against_the_backends_that_need_one(monkeypatch):
+    """Also with a PyTorch that was built for them."""
+    for name in ("TRITON_INTERPRET", "CONVKERNELS_SIMT", "CONVKERNELS_SIMT_COUNTED"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for backend in (triton_backend, cuda_backend):
+        assert "PyTorch finds no" in backend.load.__wrapped__()

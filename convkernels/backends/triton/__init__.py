@@ -60,6 +60,8 @@ def load() -> str | None:
     """Import Triton and the kernels; None, or the reason why they cannot run."""
     if not interpreting() and torch.version.cuda is None and torch.version.hip is None:
         return "this PyTorch was built without CUDA, and TRITON_INTERPRET=1 is not set"
+    if not interpreting() and not torch.cuda.is_available():
+        return "PyTorch finds no GPU, and TRITON_INTERPRET=1 is not set"
     try:
         import triton
     except ImportError as error:
