@@ -1,6 +1,7 @@
 """Several Python threads at once, worker processes, and the note on fork."""
 
 import multiprocessing
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -50,16 +51,26 @@ def in_child(backend, queue):
     queue.put([t.numpy() for t in forward_backward(*problem(0), backend)])
 
 
-@pytest.mark.parametrize("method", ["spawn", "fork"])
-def test_worker_processes(method, backend):
+def in_forked_child(backend, queue):
+    """A process of its own forks: in one whose backward passes have met another device, as those of the other tests may
+    have, autograd has threads, and torch refuses backward passes after a fork."""
+    forward_backward(*problem(0), backend)
+    process = multiprocessing.get_context("fork").Process(target=in_child, args=(backend, queue))
+    process.start()
+    process.join(120)
+    sys.exit(process.exitcode)
+
+
+@pytest.mark.parametrize("target", [in_child, in_forked_child], ids=["spawn", "fork"])
+def test_worker_processes(target, backend):
     """spawn always works. A forked child works with one thread: after a fork OpenMP's pool is gone, for PyTorch's own
     kernels too, so that a child has to call torch.set_num_threads(1) first, as DataLoader workers do.
     """
     if on_a_gpu(backend):
         pytest.skip("CUDA cannot be used after a fork, nor shared with a process that is started here")
-    context = multiprocessing.get_context(method)
+    context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=in_child, args=(backend, queue))
+    process = context.Process(target=target, args=(backend, queue))
     process.start()
     found = queue.get(timeout=120)
     process.join(120)

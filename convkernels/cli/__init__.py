@@ -112,7 +112,8 @@ def benchmarks(arguments: list[str]) -> int:
             "the benchmarks are not installed: run `make bench`, and then `python -m benchmarks`, in a clone or an "
             "unpacked source distribution of convkernels"
         )
-    sys.path.insert(0, str(ROOT))  # the current folder may have benchmarks of its own
+    if sys.path[0] != str(ROOT):
+        sys.path.insert(0, str(ROOT))  # the current folder may have benchmarks of its own
     return importlib.import_module("benchmarks.cli").main(arguments)
 
 

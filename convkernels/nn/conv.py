@@ -85,8 +85,8 @@ class _Conv(nn.Module):
         x, gate, weight, bias = self._operands(x, mask, **operands)
         if mask is not None:
             x, gate = (None if value is None else torch.where(mask[:, None], value, 0.0) for value in (x, gate))
-        softmax, renormalize, _, dilation, *_ = self._settings()
-        args = TapStep(x, state, weight, dilation, softmax, renormalize, bias, gate, state_index, position)
+        softmax, renormalize, *_ = self._settings()
+        args = TapStep(x, state, weight, self.dilation, softmax, renormalize, bias, gate, state_index, position)
         return steps.step(f"{self._function}_step", self._step_filters, args, self.backend)
 
     def _settings(self) -> tuple:
