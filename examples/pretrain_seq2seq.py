@@ -1,0 +1,101 @@
+"""Pre-trains an encoder-decoder of Tay et al. 2021 by span denoising (Raffel et al. 2020): 15 % of the tokens, in
+spans of 3 on average, Adafactor, a learning rate that falls with the inverse square root of the step.
+
+    python examples/pretrain_seq2seq.py --texts books.jsonl.xz --tokenizer tokenizer --mixer lightweight --size small \\
+        --output_dir lightweight --max_steps 10000
+
+All options of transformers' Seq2SeqTrainingArguments are taken. The same command goes on where it was stopped.
+torchrun or accelerate launch run it in several processes.
+"""
+
+from dataclasses import dataclass, field
+
+from datasets import Dataset
+from transformers import AutoTokenizer, Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
+
+from convkernels.models import ConvSeq2SeqForConditionalGeneration
+from training import architectures
+from training.files import TEXTS, documents, paragraphs, state
+from training.running import defaults, main, parsed, train
+from training.spans import SpanDenoising, block_length
+
+DEFAULTS = defaults(
+    optim="adafactor",
+    lr_scheduler_type="inverse_sqrt",
+    learning_rate=1e-2,
+    warmup_steps=1000,
+    max_steps=100_000,
+    per_device_train_batch_size=16,
+    save_steps=1000,
+)
+
+
+@dataclass
+class Arguments:
+    texts: list[str] = field(metadata={"help": TEXTS})
+    tokenizer: str = field(metadata={"help": "folder or Hub name of a tokenizer with sentinels <extra_id_0> ..."})
+    mixer: str = field(default="lightweight", metadata={"help": "transformer, lightweight, dilated or dynamic"})
+    size: str = field(default="small", metadata={"help": "base, small or tiny"})
+    style: str = field(default="paper", metadata={"help": "paper, fairseq or released"})
+    config: str | None = field(default=None, metadata={"help": "fields of ConvSeq2SeqConfig, as JSON"})
+    length: int = field(default=512, metadata={"help": "tokens of a source"})
+    rate: float = field(default=0.15, metadata={"help": "part of the tokens that is taken out"})
+    span: float = field(default=3.0, metadata={"help": "mean length of what is taken out"})
+
+
+def sentinels(tokenizer) -> list[int]:
+    """Ids of the sentinels, in the order of use. ValueError if the tokenizer has none."""
+    vocabulary, found = tokenizer.get_vocab(), []
+    while (token := f"<extra_id_{len(found)}>") in vocabulary:
+        found.append(vocabulary[token])
+    if not found:
+        raise ValueError("--tokenizer: expected one with sentinels <extra_id_0>, <extra_id_1>, ..., got one without")
+    return found
+
+
+def blocks(tokenizer, texts: list[str], length: int) -> Dataset:
+    """Rows of ``length`` tokens, without special tokens: the texts one behind the other, cut."""
+
+    def tokenize(batch):
+        return {"input_ids": tokenizer(batch["text"], add_special_tokens=False).input_ids}
+
+    def cut(batch):
+        tokens = [token for row in batch["input_ids"] for token in row]
+        return {"input_ids": [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)]}
+
+    lines = Dataset.from_generator(_lines, gen_kwargs={"texts": texts, "files": state(texts)})
+    tokens = lines.map(tokenize, batched=True, remove_columns=["text"], desc="tokenize")
+    rows = tokens.map(cut, batched=True, batch_size=10_000, desc="cut into blocks")
+    if not len(rows):
+        raise ValueError(f"--texts {' '.join(texts)}: expected {length} tokens or more, got less")
+    return rows
+
+
+def _lines(texts: list[str], files):
+    for text in documents(texts):
+        for line in paragraphs(text):
+            yield {"text": line}
+
+
+def pretrain(arguments: Arguments, training: Seq2SeqTrainingArguments) -> Seq2SeqTrainer:
+    set_seed(training.seed)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    config = architectures.seq2seq(
+        arguments.mixer, arguments.size, arguments.style, tokenizer, **architectures.fields(arguments.config)
+    )
+    tokens = block_length(arguments.length, arguments.rate, arguments.span)
+    collator = SpanDenoising(
+        sentinels(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, arguments.rate, arguments.span
+    )
+    model = ConvSeq2SeqForConditionalGeneration(config)
+    with training.main_process_first(desc="reading texts"):
+        rows = blocks(tokenizer, arguments.texts, tokens)
+    return train(Seq2SeqTrainer(model, training, collator, rows, processing_class=tokenizer))
+
+
+def run() -> None:
+    pretrain(*parsed((Arguments, Seq2SeqTrainingArguments), DEFAULTS, __doc__))
+
+
+if __name__ == "__main__":
+    main(run)

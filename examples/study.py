@@ -1,0 +1,249 @@
+"""The papers' claims about models, on real data: pre-trains and fine-tunes all models of the study, cell by cell.
+
+    python examples/study.py --scale cpu --data DATA --output study --workers 2
+    python examples/study.py --report study/log.jsonl
+
+What has been run is in OUTPUT/log.jsonl, a line per cell. The same command goes on where it was stopped, also within a
+cell. --report writes docs/findings.md from such logs. docs/training.md lists what DATA has to hold.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+
+from training.cells import FILES, SCALES, TEXTS, Cell, Scale, cells
+from training.files import DataError, rows
+from training.running import Interrupted, main
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "findings.md"
+
+
+def found(data: Path, name: str) -> str:
+    """The file of this name, as it is or compressed."""
+    for suffix in ("", ".xz", ".gz"):
+        if (data / f"{name}{suffix}").exists():
+            return str(data / f"{name}{suffix}")
+    raise DataError(
+        f"--data {data}: expected a file {name}, or that with .xz or .gz behind; docs/training.md tells of it"
+    )
+
+
+def run_cell(cell: Cell, scale: Scale, data: Path, output: Path) -> dict:
+    """Run one cell in its folder, and return its line of the log."""
+    folder = output / cell.name
+    folder.mkdir(parents=True, exist_ok=True)
+    clock, start = folder / "seconds", time.time()
+    spent = float(clock.read_text()) if clock.exists() else 0.0
+    try:
+        run = tokenizer if cell.model is None else pretraining if cell.task is None else finetuning
+        result = run(cell, scale, data, output)
+    finally:
+        clock.write_text(f"{spent + time.time() - start:.1f}")
+    return {"cell": cell.name, **asdict(cell), "seconds": float(clock.read_text()), **result}
+
+
+def tokenizer(cell: Cell, scale: Scale, data: Path, output: Path) -> dict:
+    """Trained on the texts, and on those of the training sets of the tasks."""
+    import finetune
+    import train_tokenizer
+
+    folder = output / cell.name
+    with (folder / "tasks.txt").open("w") as file:
+        for task, files in FILES.items():
+            columns = [finetune.TASKS[task].get(name) for name in ("text", "pair", "source", "target")]
+            columns = tuple(filter(None, columns))
+            for row in rows(Path(found(data, files["train"])), columns):
+                print(*row.values(), sep="\n", file=file)
+    made = train_tokenizer.train(
+        train_tokenizer.Arguments(
+            texts=[str(folder / "tasks.txt"), *(found(data, name) for name in TEXTS)],
+            output_dir=str(folder), kind=cell.family, vocab_size=scale.vocabulary,
+        )
+    )  # fmt: skip
+    made.save_pretrained(folder)
+    return {"tokens": len(made)}
+
+
+def pretraining(cell: Cell, scale: Scale, data: Path, output: Path) -> dict:
+    import pretrain_bert
+    import pretrain_seq2seq
+    from transformers import Seq2SeqTrainingArguments
+
+    folder = output / cell.name
+    shared = dict(
+        texts=[found(data, name) for name in TEXTS], tokenizer=str(output / Cell(cell.family).name), length=scale.length
+    )
+    options = dict(output_dir=str(folder), seed=cell.seed, save_steps=500, disable_tqdm=True, **scale.common)
+    options |= scale.pretrain[cell.family]
+    if cell.family == "seq2seq":
+        arguments = pretrain_seq2seq.Arguments(
+            mixer=cell.model, size=scale.size, config=json.dumps(scale.seq2seq), **shared
+        )
+        trainer = pretrain_seq2seq.pretrain(
+            arguments, Seq2SeqTrainingArguments(**(pretrain_seq2seq.DEFAULTS | options))
+        )
+    else:
+        arguments = pretrain_bert.Arguments(
+            variant=cell.model, size=scale.size, config=json.dumps(scale.bert), **shared
+        )
+        trainer = pretrain_bert.pretrain(arguments, Seq2SeqTrainingArguments(**(pretrain_bert.DEFAULTS | options)))
+    losses = [line["loss"] for line in map(json.loads, (folder / "log.jsonl").open()) if "loss" in line]
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    last = losses[-max(len(losses) // 20, 1) :]
+    return {"loss": sum(last) / len(last), "parameters": trainer.model.num_parameters()}
+
+
+def finetuning(cell: Cell, scale: Scale, data: Path, output: Path) -> dict:
+    import finetune
+    from transformers import Seq2SeqTrainingArguments
+
+    folder = output / cell.name
+    files = {role: found(data, name) for role, name in FILES[cell.task].items()}
+    if cell.start == "pretrained":
+        model = dict(model=str(output / Cell(cell.family, cell.model).name))
+    else:
+        model = dict(mixer=cell.model, size=scale.size, config=json.dumps(scale.seq2seq))
+    arguments = finetune.Arguments(
+        task=cell.task, train=files.pop("train"), test=[f"{role}={file}" for role, file in files.items()],
+        tokenizer=str(output / Cell(cell.family).name), **model,
+    )  # fmt: skip
+    options = dict(output_dir=str(folder), seed=cell.seed, save_strategy="no", disable_tqdm=True, **scale.common)
+    options |= scale.tasks[cell.family][cell.task]
+    results = finetune.finetune(arguments, Seq2SeqTrainingArguments(**(finetune.DEFAULTS | options)))
+    for path in (*folder.glob("checkpoint-*"), folder / "model.safetensors"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    return {"results": results}
+
+
+def _quiet(threads: int) -> None:
+    """What a worker does before its first cell."""
+    import datasets
+    import torch
+    import transformers
+
+    torch.set_num_threads(threads)
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+class Study:
+    """A log of cells, and the folder in which they run."""
+
+    def __init__(self, scale: str, data: Path, output: Path, workers: int) -> None:
+        self.scale, self.data, self.output, self.workers = scale, data, output, workers
+        for name in (*TEXTS, *(file for files in FILES.values() for file in files.values())):
+            found(data, name)
+        output.mkdir(parents=True, exist_ok=True)
+        self.log = output / "log.jsonl"
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        self.done = {line["cell"] for line in map(json.loads, lines) if "cell" in line}
+
+    def write(self, line: dict) -> None:
+        with self.log.open("a") as file:
+            print(json.dumps(line), file=file)
+
+    def head(self, threads: int) -> dict:
+        """What the log says of a call of this program."""
+        import torch
+
+        from convkernels.cli import environment
+
+        device = torch.device("cpu" if SCALES[self.scale].common.get("use_cpu") else "cuda")
+        return {"run": time.strftime("%Y-%m-%d"), "scale": self.scale, "workers": self.workers, "threads": threads,
+                "environment": environment.describe(device)}  # fmt: skip
+
+    def run(self, wanted: list[Cell]) -> None:
+        """Run the cells that the log does not have, some at a time, each behind those that it needs."""
+        threads = max(len(os.sched_getaffinity(0)) // self.workers, 1)
+        self.write(self.head(threads))
+        waiting = [cell for cell in wanted if cell.name not in self.done]
+        running, failed, stopped = {}, [], False
+        with ProcessPoolExecutor(self.workers, get_context("spawn"), _prepare, (threads,)) as pool:
+            while running or waiting:
+                ready = [cell for cell in waiting if all(need.name in self.done for need in cell.needs)]
+                for cell in ready[: self.workers - len(running)]:
+                    waiting.remove(cell)
+                    running[pool.submit(run_cell, cell, SCALES[self.scale], self.data, self.output)] = cell
+                if not running:
+                    break
+                try:
+                    ended = wait(running, return_when=FIRST_COMPLETED).done
+                except KeyboardInterrupt:
+                    waiting, stopped = [], True
+                    continue
+                for future in ended:
+                    cell = running.pop(future)
+                    if isinstance(future.exception(), (Interrupted, KeyboardInterrupt)):
+                        waiting, stopped = [], True
+                    elif future.exception() is not None:
+                        failed.append(cell.name)
+                        print(f"{cell.name} failed: {future.exception()!r}", file=sys.stderr, flush=True)
+                    else:
+                        self.done.add(cell.name)
+                        self.write(future.result())
+                        print(f"{len(self.done)} of {len(wanted)}: {summary(future.result())}", flush=True)
+        if stopped:
+            raise Interrupted(f"stopped with {len(self.done)} cells run; the same command goes on from there")
+        if failed:
+            sys.exit(f"failed: {', '.join(failed)}; the same command tries them again")
+
+
+def _prepare(threads: int) -> None:
+    """What a worker does before its first cell."""
+    import datasets
+    import torch
+    import transformers
+
+    torch.set_num_threads(threads)
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def summary(line: dict) -> str:
+    """A cell's result in a few words."""
+    parts = [f"{role} {value:.3f}" for role, values in line.get("results", {}).items()
+             for name, value in values.items() if name in ("accuracy", "matthews", "exact_match")]  # fmt: skip
+    parts += [f"{name} {line[name]:.3f}" for name in ("loss",) if name in line]
+    return f"{line['cell']}: {', '.join(parts) or 'done'}, {line['seconds']:.0f} s"
+
+
+def run() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=SCALES, default="cpu", help="sizes of models and training (default: cpu)")
+    parser.add_argument("--data", type=Path, help="folder of the data sets")
+    parser.add_argument("--output", type=Path, default=Path("study"), help="folder for cells and log (default: study)")
+    parser.add_argument("--workers", type=int, default=1, help="cells at a time, which share the cores (default: 1)")
+    parser.add_argument("--only", default="", help="run only cells whose names begin so, and what they need")
+    parser.add_argument("--report", type=Path, nargs="+", metavar="LOG", help=f"only write {PAGE.name} from logs")
+    arguments = parser.parse_args()
+    if arguments.report:
+        from training.findings import page
+
+        PAGE.write_text(page(arguments.report))
+        print(f"wrote {PAGE}")
+        return
+    order = cells(SCALES[arguments.scale])
+    chosen = [cell for cell in order if cell.name.startswith(arguments.only)]
+    if arguments.data is None:
+        parser.error("--data: expected the folder of the data sets")
+    if not chosen:
+        parser.error(f"--only {arguments.only}: expected the beginning of a name such as {order[-1].name}")
+    if arguments.workers < 1:
+        parser.error(f"--workers: expected 1 or more, got {arguments.workers}")
+    names = {one.name for cell in chosen for one in (*cell.needs, cell)}
+    study = Study(arguments.scale, arguments.data, arguments.output, arguments.workers)
+    study.run([cell for cell in order if cell.name in names])
+
+
+if __name__ == "__main__":
+    main(run)

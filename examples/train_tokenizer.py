@@ -1,0 +1,91 @@
+"""Trains a unigram tokenizer (Kudo 2018) with T5's or BERT's special tokens, and saves it for AutoTokenizer.
+
+python examples/train_tokenizer.py --texts books.jsonl.xz news.txt --vocab_size 32000 --output_dir tokenizer
+"""
+
+import io
+from dataclasses import dataclass, field
+
+import sentencepiece
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import HfArgumentParser, PreTrainedTokenizerFast
+
+from training.files import TEXTS, DataError, documents, paragraphs
+from training.running import main
+
+# The first three have the ids 0, 1 and 2, where T5 and the models' configurations expect them.
+PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
+BERT = ["[CLS]", "[SEP]", "[MASK]"]
+NORMALIZER = normalizers.NFKC()
+
+
+@dataclass
+class Arguments:
+    texts: list[str] = field(metadata={"help": TEXTS})
+    output_dir: str = field(metadata={"help": "where the tokenizer is saved"})
+    kind: str = field(
+        default="seq2seq",
+        metadata={
+            "help": "seq2seq: 'text </s>', bert: '[CLS] text [SEP] pair [SEP]'",
+            "choices": ["seq2seq", "bert"],
+        },
+    )
+    vocab_size: int = field(default=32000, metadata={"help": "tokens, special ones and sentinels included"})
+    sentinels: int = field(default=100, metadata={"help": "number of sentinels <extra_id_0> ... for span denoising"})
+    sample: int = field(default=500_000, metadata={"help": "train on at most so many paragraphs, drawn at random"})
+    seed: int = field(default=1, metadata={"help": "of that draw"})
+
+
+def train(arguments: Arguments) -> PreTrainedTokenizerFast:
+    """The tokenizer: pieces found by sentencepiece. DataError if the texts do not give so many."""
+    sentinels = [f"<extra_id_{i}>" for i in range(arguments.sentinels)]
+    model = io.BytesIO()
+    lines = (NORMALIZER.normalize_str(line) for text in documents(arguments.texts) for line in paragraphs(text))
+    sentencepiece.set_random_generator_seed(arguments.seed)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines, model_writer=model, model_type="unigram",
+            input_sentence_size=arguments.sample, shuffle_input_sentence=True,
+            vocab_size=arguments.vocab_size, normalization_rule_name="identity", character_coverage=0.99999,
+            max_sentence_length=2**16,
+            pad_id=0, eos_id=1, unk_id=2, bos_id=-1, pad_piece=PAD, eos_piece=END, unk_piece=UNKNOWN,
+            control_symbols=[*BERT, *sentinels], minloglevel=2,
+        )  # fmt: skip
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise DataError(f"{', '.join(arguments.texts)}, --vocab_size {arguments.vocab_size}: {reason}") from None
+    found = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    pieces = [(found.id_to_piece(i), found.get_score(i)) for i in range(found.get_piece_size())]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=found.unk_id()))
+    tokenizer.normalizer = NORMALIZER
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    if arguments.kind == "bert":
+        single, pair = "[CLS]:0 $A:0 [SEP]:0", "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1"
+        inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    else:
+        single, pair = f"$A {END}", f"$A {END} $B {END}"
+        inputs = ["input_ids", "attention_mask"]
+    used = [token for token in (*BERT, END) if token in single]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, pair=pair, special_tokens=[(token, found.piece_to_id(token)) for token in used]
+    )
+    names = ("pad_token", "eos_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_input_names=inputs,
+        extra_special_tokens=sentinels,
+        clean_up_tokenization_spaces=False,
+        **dict(zip(names, (PAD, END, UNKNOWN, *BERT), strict=True)),
+    )
+
+
+def run() -> None:
+    (arguments,) = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses()
+    tokenizer = train(arguments)
+    tokenizer.save_pretrained(arguments.output_dir)
+    print(f"{len(tokenizer)} tokens, saved in {arguments.output_dir}")
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,1 @@
+"""What the training scripts share: reading files, collating batches, running transformers' Trainer."""

@@ -1,0 +1,35 @@
+"""Configurations of the models that the scripts train, from names and a tokenizer."""
+
+import json
+
+from transformers import PreTrainedTokenizerBase
+
+from convkernels.models import CompositeBertConfig, ConvSeq2SeqConfig
+
+
+def fields(text: str | None) -> dict:
+    """Fields of a configuration, given as JSON."""
+    if not text:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--config: expected an object of JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"--config: expected an object of JSON, got {text}")
+    return value
+
+
+def seq2seq(mixer: str, size: str, style: str, tokenizer: PreTrainedTokenizerBase, **changes) -> ConvSeq2SeqConfig:
+    """``ConvSeq2SeqConfig.preset`` with the tokenizer's vocabulary and special tokens."""
+    pad = tokenizer.pad_token_id
+    tokens = dict(
+        vocab_size=len(tokenizer), pad_token_id=pad, eos_token_id=tokenizer.eos_token_id, decoder_start_token_id=pad
+    )
+    return ConvSeq2SeqConfig.preset(mixer, size, style, **(tokens | changes))
+
+
+def bert(variant: str, size: str, tokenizer: PreTrainedTokenizerBase, **changes) -> CompositeBertConfig:
+    """``CompositeBertConfig.preset`` with the tokenizer's vocabulary and padding."""
+    tokens = dict(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    return CompositeBertConfig.preset(variant, size, **(tokens | changes))

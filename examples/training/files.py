@@ -1,0 +1,159 @@
+"""Text and tables from files, plain, .gz or .xz, or from the Hugging Face Hub. What is wrong with a file is an error
+that names its line."""
+
+import gzip
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, load_dataset
+
+# How the scripts describe an option that names texts.
+TEXTS = "files: .txt, or .jsonl with 'text' in each line, also .gz or .xz; or of the Hub, as name:configuration:split"
+_OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!\bMr\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\bMrs\.)[\"')\]]*\s+")
+
+
+class DataError(Exception):
+    """A file that cannot be used, and why."""
+
+
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The numbered lines of a UTF-8 file, without their ends; DataError for what cannot be read."""
+    number = 0
+    try:
+        with _OPENERS.get(path.suffix, open)(path, "rb") as file:
+            for number, raw in enumerate(file, 1):
+                yield number, raw.decode().rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, line {number}: expected UTF-8, got byte {error.object[error.start]:#04x}") from None
+    except (lzma.LZMAError, zlib.error, EOFError, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}, after line {number}: expected {path.suffix} data, got: {error}") from None
+    except OSError as error:
+        raise DataError(f"{path}: expected a file that can be read: {error.strerror or error}") from None
+
+
+def _objects(path: Path) -> Iterator[tuple[int, dict]]:
+    for number, line in lines(path):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: expected an object of JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise DataError(f"{path}, line {number}: expected an object of JSON, got {type(value).__name__}")
+        yield number, value
+
+
+def _tabbed(path: Path) -> Iterator[tuple[int, dict]]:
+    rows = lines(path)
+    _, head = next(rows, (0, ""))
+    columns = head.split("\t")
+    if not head or len(set(columns)) != len(columns):
+        raise DataError(f"{path}, line 1: expected different names of columns, got {head!r}")
+    for number, line in rows:
+        fields = line.split("\t")
+        if len(fields) != len(columns):
+            raise DataError(
+                f"{path}, line {number}: expected {len(columns)} fields separated by tabs ({', '.join(columns)}), got "
+                f"{len(fields)}"
+            )
+        yield number, dict(zip(columns, fields, strict=True))
+
+
+def _format(path: Path) -> str:
+    return next((suffix for suffix in reversed(path.suffixes) if suffix not in _OPENERS), "")
+
+
+def rows(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    """The columns of a table: .tsv with a first line of names and no quoting, or .jsonl."""
+    reader = {".tsv": _tabbed, ".jsonl": _objects}.get(_format(path))
+    if reader is None:
+        raise DataError(f"{path}: expected a table, .tsv or .jsonl (or one of them with .gz or .xz behind)")
+    found = []
+    for number, row in reader(path):
+        for column in columns:
+            if column not in row:
+                raise DataError(f"{path}, line {number}: expected a column {column!r}, got {', '.join(row)}")
+            if not str(row[column]).strip():
+                raise DataError(f"{path}, line {number}: column {column!r} is empty")
+        found.append({column: str(row[column]) for column in columns})
+    if not found:
+        raise DataError(f"{path}: expected rows, got none")
+    return found
+
+
+def tables(files: dict[str, str], columns: tuple[str, ...]) -> DatasetDict:
+    """Named tables. A value is a file, or ``name:configuration:split`` of a data set on the Hub."""
+    found = DatasetDict()
+    for split, source in files.items():
+        if Path(source).exists() or _format(Path(source)) in (".tsv", ".jsonl"):
+            found[split] = Dataset.from_list(rows(Path(source), columns))
+            continue
+        data = _from_hub(source, split)
+        missing = [column for column in columns if column not in data.column_names]
+        if missing:
+            raise DataError(f"{source}: expected a column {missing[0]!r}, got {', '.join(data.column_names)}")
+        data = data.select_columns(list(columns))
+        found[split] = data.map(lambda row: {column: str(row[column]) for column in columns})
+    return found
+
+
+def _from_hub(source: str, split: str) -> Dataset:
+    name, configuration, part = (*source.split(":"), "", "")[:3]
+    try:
+        return load_dataset(name, configuration or None, split=part or split)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{source}: expected a file, or a data set on the Hub as name:configuration:split; {reason}"
+        ) from None
+
+
+def documents(sources: list[str]) -> Iterator[str]:
+    """The texts of files: .jsonl, in each line an object with "text", or plain text, in which a form feed ends a text;
+    or of data sets on the Hub with a column "text"."""
+    for source in sources:
+        path = Path(source)
+        kind = _format(path)
+        if kind == ".jsonl":
+            for number, value in _objects(path):
+                if not isinstance(value.get("text"), str):
+                    raise DataError(f"{path}, line {number}: expected a string named 'text', got {', '.join(value)}")
+                yield value["text"]
+        elif kind == ".txt" or path.exists():
+            part = []
+            for _, line in lines(path):
+                before, *after = line.split("\f")
+                part.append(before)
+                for text in after:
+                    yield "\n".join(part)
+                    part = [text]
+            yield "\n".join(part)
+        else:
+            for row in tables({"train": source}, ("text",))["train"]:
+                yield row["text"]
+
+
+def state(sources: list[str]) -> list[tuple]:
+    """Sizes and times of files, so that what is cached of them is not taken for them once they have changed."""
+    paths = [Path(source) for source in sources]
+    return [(path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else () for path in paths]
+
+
+def paragraphs(text: str) -> Iterator[str]:
+    """Paragraphs of a text, each as one line. Blank lines separate them; where there are none, every line is one."""
+    for part in re.split(r"\n\s*\n" if re.search(r"\n\s*\n", text) else r"\n", text):
+        line = " ".join(part.split())
+        if line:
+            yield line
+
+
+def sentences(text: str) -> Iterator[str]:
+    """Sentences of a text, in the order of its paragraphs."""
+    for paragraph in paragraphs(text):
+        yield from filter(None, _SENTENCE_END.split(paragraph))

@@ -1,0 +1,179 @@
+"""Writes the page of findings from the logs of the study: tables in the layout of the papers, and what they say."""
+
+import json
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from convkernels.cli import environment
+from convkernels.cli.console import markdown_table
+
+from .cells import BERT_TASKS, MIXERS, SCALES, SEQ2SEQ_TASKS, START, VARIANTS, cells
+
+# What is shown of a task: its role among the tests, the metric, a title.
+SHOWN = {
+    "trec": [("test", "accuracy", "TREC")],
+    "sst2": [("test", "accuracy", "SST-2")],
+    "cogs": [("test", "exact_match", "COGS"), ("generalization", "exact_match", "COGS gen.")],
+    "cola": [("test", "matthews", "CoLA")],
+    "rte": [("test", "accuracy", "RTE")],
+}
+# Tay et al. 2021, table 2 (TREC, SST-2), and section 4 on COGS, which gives one figure for convolutions.
+PAPER = {
+    ("transformer", "raw"): ("78.0", "78.4", "-", "-"),
+    ("lightweight", "raw"): ("82.2", "81.7", "-", "-"),
+    ("dilated", "raw"): ("79.6", "79.0", "-", "-"),
+    ("dynamic", "raw"): ("80.2", "82.8", "-", "-"),
+    ("transformer", "pretrained"): ("93.6", "92.1", "95", "77.5"),
+    ("lightweight", "pretrained"): ("93.6", "92.2", "95", "76.9"),
+    ("dilated", "pretrained"): ("94.2", "92.1", "95", "76.9"),
+    ("dynamic", "pretrained"): ("92.4", "91.6", "95", "76.9"),
+}
+HEAD = """\
+# Findings
+
+What the study of `examples/study.py` gave, written by its `--report` from the logs named below. It repeats the
+comparisons of Tay et al. 2021 and Chang et al. 2021 with models and data that fit the machine: the question is whether
+the order of the models is the papers', not whether their figures are. Cells are means over seeds, ± the standard
+deviation between them, in percent. One model is pre-trained for each row, from which all its seeds are fine-tuned: the
+spread is that of fine-tuning. The papers' figures stand for orientation; look them up there before you cite them.
+"""
+
+
+@dataclass(frozen=True)
+class Value:
+    """Results of several seeds."""
+
+    results: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.results)
+
+    @property
+    def spread(self) -> float:
+        return statistics.stdev(self.results) if len(self.results) > 1 else 0.0
+
+    def __str__(self) -> str:
+        more = f" ± {100 * self.spread:.1f}" if len(self.results) > 1 else ""
+        return f"{100 * self.mean:.1f}{more}"
+
+
+class Log:
+    """The lines of one log."""
+
+    def __init__(self, path: Path) -> None:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        self.path = path
+        self.runs = [line for line in lines if "run" in line]
+        self.cells = {line["cell"]: line for line in lines if "cell" in line}
+        self.scale = SCALES[self.runs[-1]["scale"]]
+        found = defaultdict(dict)
+        for line in self.cells.values():
+            for role, values in line.get("results", {}).items():
+                for metric in ("accuracy", "matthews", "exact_match"):
+                    if metric in values:
+                        key = line["family"], line["model"], line["start"], line["task"], role
+                        found[key][line["seed"]] = values[metric]
+        self.values = {key: Value(tuple(seeds.values())) for key, seeds in found.items()}
+
+    def value(self, family: str, model: str, start: str, task: str, role: str = "test") -> Value | None:
+        return self.values.get((family, model, start, task, role))
+
+
+def _cells(log: Log, family: str, model: str, start: str, tasks) -> list[str]:
+    found = [log.value(family, model, start, task, role) for task in tasks for role, _, _ in SHOWN[task]]
+    return ["-" if value is None else str(value) for value in found]
+
+
+def _titles(tasks) -> list[str]:
+    return [title for task in tasks for _, _, title in SHOWN[task]]
+
+
+def seq2seq(log: Log) -> str:
+    """In the layout of table 2 of Tay et al. 2021, the paper's figure behind each of ours."""
+    titles = [title for one in _titles(SEQ2SEQ_TASKS) for title in (one, "paper")]
+    rows = []
+    for start, name in START.items():
+        for mixer in MIXERS:
+            ours = _cells(log, "seq2seq", mixer, start, SEQ2SEQ_TASKS)
+            pairs = zip(ours, PAPER[mixer, start], strict=True)
+            rows.append((name, mixer, *(cell for pair in pairs for cell in pair)))
+    return markdown_table(("", "model", *titles), rows)
+
+
+def bert(log: Log) -> str:
+    """In the layout of tables 1 to 3 of Chang et al. 2021."""
+    rows = []
+    for variant in VARIANTS:
+        pretraining = log.cells.get(f"bert-{variant}-pretraining")
+        size, loss = "-", "-"
+        if pretraining:
+            size, loss = f"{pretraining['parameters'] / 1e6:.3f}M", f"{pretraining['loss']:.3f}"
+        rows.append((variant, size, loss, *_cells(log, "bert", variant, "pretrained", BERT_TASKS)))
+    return markdown_table(("attention", "parameters", "MLM loss", *_titles(BERT_TASKS)), rows)
+
+
+def compared(what: str, a: Value | None, b: Value | None) -> str | None:
+    """A sentence on the difference of two values, and whether it is more than their spread."""
+    if a is None or b is None:
+        return None
+    difference, spread = a.mean - b.mean, (a.spread**2 + b.spread**2) ** 0.5
+    verdict = "the spread covers it" if abs(difference) <= spread else "more than the spread"
+    return f"* {what}: {100 * difference:+.1f} ± {100 * spread:.1f}, {verdict}."
+
+
+def statements(log: Log):
+    """What the tables say to the papers' claims, sentence by sentence."""
+    yield "Pre-training helps convolutions as it helps the transformer (Tay et al.); pre-trained minus raw:"
+    for task in SEQ2SEQ_TASKS:
+        for role, _, title in SHOWN[task]:
+            for mixer in MIXERS:
+                pair = [log.value("seq2seq", mixer, start, task, role) for start in ("pretrained", "raw")]
+                yield compared(f"{title}, {mixer}", *pair)
+    yield "Pre-trained convolutions are at least as good as the transformer (Tay et al.); convolution minus transformer:"
+    for task in SEQ2SEQ_TASKS:
+        for role, _, title in SHOWN[task]:
+            for mixer in MIXERS[1:]:
+                pair = [log.value("seq2seq", one, "pretrained", task, role) for one in (mixer, "transformer")]
+                yield compared(f"{title}, {mixer}", *pair)
+    yield "Convolutions take the place of positions (Chang et al.); minus no positions, and minus absolute positions:"
+    for task in BERT_TASKS:
+        for variant in VARIANTS[2:]:
+            for other in VARIANTS[:2]:
+                pair = [log.value("bert", one, "pretrained", task) for one in (variant, other)]
+                yield compared(f"{SHOWN[task][0][2]}, {variant} against {other}", *pair)
+
+
+def settings(log: Log) -> str:
+    """How the log came about."""
+    s, run = log.scale, log.runs[-1]
+    hours = sum(line["seconds"] for line in log.cells.values()) / 3600
+    lines = [
+        f"`python examples/study.py --scale {run['scale']} --data DATA --output study --workers {run['workers']}`; "
+        f"{len(log.cells)} of {len(cells(s))} cells, {hours:.1f} hours of "
+        f"{'workers with one core each' if run['threads'] == 1 else 'workers'}, seeds {', '.join(map(str, s.seeds))}, "
+        f"{run['run']}, {environment.title(run['environment'])}.",
+        f"Vocabulary: {s.vocabulary} unigrams. Encoder-decoders: {json.dumps(s.seq2seq)}; BERTs: {json.dumps(s.bert)}; "
+        f"sequences of {s.length}. Pre-training: {json.dumps(s.pretrain)}. Fine-tuning: {json.dumps(s.tasks)}.",
+    ]
+    return "\n\n".join(lines)
+
+
+def section(log: Log) -> str:
+    parts = [f"## {environment.title(log.runs[-1]['environment'])}", settings(log)]
+    parts += ["### Encoder-decoders", seq2seq(log), "### BERTs", bert(log), "### What that says"]
+    block = []
+    for line in (*statements(log), None):
+        if line is not None and line.startswith("*"):
+            block.append(line)
+        elif line is not None:
+            parts += ["\n".join(block)] if block else []
+            parts.append(line)
+            block = []
+    return "\n\n".join([*parts, "\n".join(block)])
+
+
+def page(paths: list[Path]) -> str:
+    return "\n\n".join([HEAD.rstrip("\n"), *(section(Log(path)) for path in paths)]) + "\n"
