@@ -77,23 +77,14 @@ def pretraining(cell: Cell, scale: Scale, data: Path, output: Path) -> dict:
     from transformers import Seq2SeqTrainingArguments
 
     folder = output / cell.name
-    shared = dict(
-        texts=[found(data, name) for name in TEXTS], tokenizer=str(output / Cell(cell.family).name), length=scale.length
-    )
     options = dict(output_dir=str(folder), seed=cell.seed, save_steps=500, disable_tqdm=True, **scale.common)
     options |= scale.pretrain[cell.family]
-    if cell.family == "seq2seq":
-        arguments = pretrain_seq2seq.Arguments(
-            mixer=cell.model, size=scale.size, config=json.dumps(scale.seq2seq), **shared
-        )
-        trainer = pretrain_seq2seq.pretrain(
-            arguments, Seq2SeqTrainingArguments(**(pretrain_seq2seq.DEFAULTS | options))
-        )
-    else:
-        arguments = pretrain_bert.Arguments(
-            variant=cell.model, size=scale.size, config=json.dumps(scale.bert), **shared
-        )
-        trainer = pretrain_bert.pretrain(arguments, Seq2SeqTrainingArguments(**(pretrain_bert.DEFAULTS | options)))
+    module, kind = (pretrain_seq2seq, "mixer") if cell.family == "seq2seq" else (pretrain_bert, "variant")
+    arguments = module.Arguments(
+        texts=[found(data, name) for name in TEXTS], tokenizer=str(output / Cell(cell.family).name),
+        length=scale.length, size=scale.size, config=json.dumps(getattr(scale, cell.family)), **{kind: cell.model},
+    )  # fmt: skip
+    trainer = module.pretrain(arguments, Seq2SeqTrainingArguments(**(module.DEFAULTS | options)))
     losses = [line["loss"] for line in map(json.loads, (folder / "log.jsonl").open()) if "loss" in line]
     for path in folder.glob("checkpoint-*"):
         shutil.rmtree(path)

@@ -34,19 +34,19 @@ class Scale:
 
 SCALES = {
     "cpu": Scale(
-        vocabulary=4096,
+        vocabulary=2048,
         seq2seq=dict(d_model=128, d_ff=512, num_heads=4, encoder_layers=2, decoder_layers=2),
         bert=dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3),
         length=128,
         pretrain={
             "seq2seq": dict(max_steps=3000, per_device_train_batch_size=32, learning_rate=1e-2, warmup_steps=300),
-            "bert": dict(max_steps=4000, per_device_train_batch_size=64, learning_rate=1e-3, warmup_steps=400),
+            "bert": dict(max_steps=5000, per_device_train_batch_size=32, learning_rate=1e-3, warmup_steps=500),
         },
         tasks={
             "seq2seq": {
                 "trec": dict(num_train_epochs=10, learning_rate=1e-3),
                 "sst2": dict(num_train_epochs=1, learning_rate=1e-3),
-                "cogs": dict(num_train_epochs=6, learning_rate=1e-3, per_device_train_batch_size=64),
+                "cogs": dict(num_train_epochs=5, learning_rate=2e-3),
             },
             "bert": {
                 "cola": dict(num_train_epochs=10, learning_rate=3e-4),

@@ -132,7 +132,7 @@ def statements(log: Log):
             for mixer in MIXERS:
                 pair = [log.value("seq2seq", mixer, start, task, role) for start in ("pretrained", "raw")]
                 yield compared(f"{title}, {mixer}", *pair)
-    yield "Pre-trained convolutions are at least as good as the transformer (Tay et al.); convolution minus transformer:"
+    yield "Pre-trained convolutions are at least as good as the transformer (Tay et al.); one minus the other:"
     for task in SEQ2SEQ_TASKS:
         for role, _, title in SHOWN[task]:
             for mixer in MIXERS[1:]:
