@@ -153,12 +153,10 @@ class Classification:
                 f"{split}: class {min(unknown)!r} does not occur in {a.train}, which has {', '.join(self.labels)}"
             )
 
-        def tokenize(batch):
-            texts = [batch[a.text], *([batch[a.pair]] if a.pair else [])]
-            encoded = self.tokenizer(*texts, truncation=True, max_length=a.length)
-            return {**encoded, "labels": [self.labels.index(label) for label in batch[a.label]]}
-
-        return rows.map(tokenize, batched=True, remove_columns=rows.column_names, desc=f"tokenize {split}")
+        texts = [rows[column][:] for column in (a.text, a.pair) if column]
+        encoded = self.tokenizer(*texts, truncation=True, max_length=a.length)
+        ids = self.model.config.label2id
+        return Dataset.from_dict({**encoded, "labels": [ids[label] for label in rows[a.label]]})
 
     @staticmethod
     def reduce(logits, labels):
@@ -179,13 +177,9 @@ class TextToText:
 
     def encode(self, split: str, rows: Dataset) -> Dataset:
         a = self.arguments
-
-        def tokenize(batch):
-            encoded = self.tokenizer(batch[a.source], truncation=True, max_length=a.length)
-            targets = self.tokenizer(batch[a.target], truncation=True, max_length=a.target_length)
-            return {**encoded, "labels": targets.input_ids}
-
-        return rows.map(tokenize, batched=True, remove_columns=rows.column_names, desc=f"tokenize {split}")
+        encoded = self.tokenizer(rows[a.source][:], truncation=True, max_length=a.length)
+        targets = self.tokenizer(rows[a.target][:], truncation=True, max_length=a.target_length)
+        return Dataset.from_dict({**encoded, "labels": targets.input_ids})
 
     reduce = staticmethod(Classification.reduce)
 

@@ -11,7 +11,7 @@ torchrun or accelerate launch run it in several processes.
 from dataclasses import dataclass, field
 
 from datasets import Dataset
-from transformers import AutoTokenizer, Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
+from transformers import AutoTokenizer, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback, set_seed
 
 from convkernels.models import ConvSeq2SeqForConditionalGeneration
 from training import architectures
@@ -41,6 +41,16 @@ class Arguments:
     length: int = field(default=512, metadata={"help": "tokens of a source"})
     rate: float = field(default=0.15, metadata={"help": "part of the tokens that is taken out"})
     span: float = field(default=3.0, metadata={"help": "mean length of what is taken out"})
+
+
+class CountEpochs(TrainerCallback):
+    """Tells a collator the epoch, so that each takes something else out of the same text."""
+
+    def __init__(self, collator: SpanDenoising) -> None:
+        self.collator = collator
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        self.collator.epoch = int(state.epoch or 0)
 
 
 def sentinels(tokenizer) -> list[int]:
@@ -85,12 +95,16 @@ def pretrain(arguments: Arguments, training: Seq2SeqTrainingArguments) -> Seq2Se
     )
     tokens = block_length(arguments.length, arguments.rate, arguments.span)
     collator = SpanDenoising(
-        sentinels(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, arguments.rate, arguments.span
-    )
+        sentinels(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, arguments.rate, arguments.span,
+        training.seed,
+    )  # fmt: skip
     model = ConvSeq2SeqForConditionalGeneration(config)
     with training.main_process_first(desc="reading texts"):
         rows = blocks(tokenizer, arguments.texts, tokens)
-    return train(Seq2SeqTrainer(model, training, collator, rows, processing_class=tokenizer))
+    trainer = Seq2SeqTrainer(
+        model, training, collator, rows, processing_class=tokenizer, callbacks=[CountEpochs(collator)]
+    )
+    return train(trainer)
 
 
 def run() -> None:

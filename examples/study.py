@@ -98,10 +98,11 @@ def finetuning(cell: Cell, scale: Scale, data: Path, output: Path) -> dict:
 
     folder = output / cell.name
     files = {role: found(data, name) for role, name in FILES[cell.task].items()}
+    changes = scale.changes.get(cell.task, {})
     if cell.start == "pretrained":
-        model = dict(model=str(output / Cell(cell.family, cell.model).name))
+        model = dict(model=str(output / Cell(cell.family, cell.model).name), config=json.dumps(changes))
     else:
-        model = dict(mixer=cell.model, size=scale.size, config=json.dumps(scale.seq2seq))
+        model = dict(mixer=cell.model, size=scale.size, config=json.dumps(scale.seq2seq | changes))
     arguments = finetune.Arguments(
         task=cell.task, train=files.pop("train"), test=[f"{role}={file}" for role, file in files.items()],
         tokenizer=str(output / Cell(cell.family).name), **model,

@@ -14,7 +14,8 @@ from datasets import Dataset, DatasetDict, load_dataset
 # How the scripts describe an option that names texts.
 TEXTS = "files: .txt, or .jsonl with 'text' in each line, also .gz or .xz; or of the Hub, as name:configuration:split"
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
-_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!\bMr\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\bMrs\.)[\"')\]]*\s+")
+# What ends a sentence, if it does not end an initial or a title.
+_SENTENCE_END = re.compile(r"((?<!\b[A-Z])(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)[.!?][\"')\]]*)\s+")
 
 
 class DataError(Exception):
@@ -156,4 +157,4 @@ def paragraphs(text: str) -> Iterator[str]:
 def sentences(text: str) -> Iterator[str]:
     """Sentences of a text, in the order of its paragraphs."""
     for paragraph in paragraphs(text):
-        yield from filter(None, _SENTENCE_END.split(paragraph))
+        yield from _SENTENCE_END.sub(r"\1\n", paragraph).split("\n")

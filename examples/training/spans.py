@@ -1,5 +1,6 @@
 """Span denoising, the objective of T5 (Raffel et al. 2020), in which Tay et al. 2021 pre-train."""
 
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,28 +13,31 @@ def split(rng: np.random.Generator, total: int, parts: int) -> np.ndarray:
     return np.diff(np.concatenate(([0], cuts, [total])))
 
 
-def spans(rng: np.random.Generator, length: int, rate: float, mean: float) -> np.ndarray:
-    """Lengths of the pieces of a text of ``length`` tokens, which are kept and taken out by turns; a kept one is first.
-
-    round(rate * length) tokens, 1 or more, are taken out in round(that / mean) spans, 1 or more.
-    """
+def counts(length: int, rate: float, mean: float) -> tuple[int, int]:
+    """How many of ``length`` tokens are taken out, and in how many spans: round(rate * length) and round(that / mean),
+    each 1 or more, and so few that something is kept between any two."""
     noise = min(max(round(rate * length), 1), length - 1)
-    count = min(max(round(noise / mean), 1), noise, length - noise)
+    return noise, min(max(round(noise / mean), 1), noise, length - noise)
+
+
+def spans(rng: np.random.Generator, length: int, rate: float, mean: float) -> np.ndarray:
+    """Lengths of the pieces of a text, which are kept and taken out by turns: as in T5, the first token is always kept,
+    the last one always taken out."""
+    noise, count = counts(length, rate, mean)
     pieces = np.empty(2 * count, dtype=int)
     pieces[0::2], pieces[1::2] = split(rng, length - noise, count), split(rng, noise, count)
     return pieces
 
 
 def lengths(tokens: int, rate: float, mean: float) -> tuple[int, int]:
-    """Lengths of source and target that are made of so many tokens, the end of each with them."""
-    noise = min(max(round(rate * tokens), 1), tokens - 1)
-    count = min(max(round(noise / mean), 1), noise, tokens - noise)
+    """Lengths of the source and of the target that are made of so many tokens, the end of each included."""
+    noise, count = counts(tokens, rate, mean)
     return tokens - noise + count + 1, noise + count + 1
 
 
 def block_length(source: int, rate: float, mean: float) -> int:
     """The number of tokens from which a source of at most this length is made."""
-    tokens = source
+    tokens = source - 1
     while lengths(tokens + 1, rate, mean)[0] <= source:
         tokens += 1
     return tokens
@@ -46,8 +50,8 @@ class SpanDenoising:
 
     Source: the text, each span that is taken out replaced by a sentinel of its own, and the end. Target: of each span
     its sentinel and its tokens, and the end. sentinels: their ids, in the order of use. rate: the part of tokens taken
-    out; mean: the mean length of a span. The draws follow torch's generator, so that they are seeded and resumed as all
-    else is.
+    out; mean: the mean length of a span. What is taken out of a text depends on the seed, the epoch and the text alone,
+    so that neither batches nor processes nor a run that goes on where it was stopped change it.
     """
 
     sentinels: list[int]
@@ -55,6 +59,8 @@ class SpanDenoising:
     pad: int
     rate: float = 0.15
     mean: float = 3.0
+    seed: int = 0
+    epoch: int = 0
 
     def corrupt(self, tokens: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Source and target of one text of 2 tokens or more."""
@@ -78,9 +84,12 @@ class SpanDenoising:
         target = np.insert(tokens[taken], first, sentinels)
         return np.append(source[keep], self.end), np.append(target, self.end)
 
+    def _generator(self, text: np.ndarray) -> np.random.Generator:
+        return np.random.default_rng((self.seed, self.epoch, zlib.crc32(text.tobytes())))
+
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        rng = np.random.default_rng(int(torch.randint(2**62, ())))
-        sources, targets = zip(*(self.corrupt(np.asarray(row["input_ids"]), rng) for row in rows), strict=True)
+        texts = [np.asarray(row["input_ids"]) for row in rows]
+        sources, targets = zip(*(self.corrupt(text, self._generator(text)) for text in texts), strict=True)
         return {
             "input_ids": padded(sources, self.pad),
             "attention_mask": padded([np.ones_like(source) for source in sources], 0),
