@@ -11,11 +11,12 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 from training.cells import FILES, SCALES, TEXTS, Cell, Scale, cells
@@ -121,6 +122,7 @@ def _quiet(threads: int) -> None:
     import torch
     import transformers
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
@@ -155,6 +157,7 @@ class Study:
 
     def run(self, wanted: list[Cell]) -> None:
         """Run the cells that the log does not have, some at a time, each behind those that it needs."""
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
         threads = max(len(os.sched_getaffinity(0)) // self.workers, 1)
         self.write(self.head(threads))
         waiting = [cell for cell in wanted if cell.name not in self.done]
@@ -171,6 +174,8 @@ class Study:
                     ended = wait(running, return_when=FIRST_COMPLETED).done
                 except KeyboardInterrupt:
                     waiting, stopped = [], True
+                    for process in active_children():  # only this process hears Ctrl-C
+                        process.terminate()
                     continue
                 for future in ended:
                     cell = running.pop(future)
@@ -195,6 +200,7 @@ def _prepare(threads: int) -> None:
     import torch
     import transformers
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()

@@ -61,7 +61,7 @@ class Log(TrainerCallback):
 
 class StopOnSignal(TrainerCallback):
     """Ends training behind the step at hand, and saves, once SIGINT or SIGTERM has come to any process. A second signal
-    does what it usually does."""
+    does what it usually does; what is ignored stays ignored."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -70,7 +70,8 @@ class StopOnSignal(TrainerCallback):
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
+            heard = [number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self.before = {number: signal.signal(number, self._ask) for number in heard}
         return self
 
     def __exit__(self, *error) -> None:
