@@ -123,6 +123,7 @@ def _quiet(threads: int) -> None:
     import transformers
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     torch.set_num_threads(threads)
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
@@ -157,7 +158,7 @@ class Study:
 
     def run(self, wanted: list[Cell]) -> None:
         """Run the cells that the log does not have, some at a time, each behind those that it needs."""
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         threads = max(len(os.sched_getaffinity(0)) // self.workers, 1)
         self.write(self.head(threads))
         waiting = [cell for cell in wanted if cell.name not in self.done]
@@ -201,6 +202,7 @@ def _prepare(threads: int) -> None:
     import transformers
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     torch.set_num_threads(threads)
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
