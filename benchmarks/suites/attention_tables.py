@@ -106,7 +106,7 @@ WORKLOADS = (
         for line, bound in ((EAGER, 3.0), (SDPA_BIAS, 1.3))
     ),
 )
-DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 
 
 def _cells(value: float, bound: float, least: bool) -> tuple[str, str, str]:
