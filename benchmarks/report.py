@@ -41,7 +41,7 @@ do not travel between machines. Times come first, then the targets and how the m
 """
 
 MODEL_VALUES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "examples per second": lambda r: quantity(r["batch"] / r["seconds"]),
+    "examples per second": models_tables.speed,
     "FLOPs per example": lambda r: quantity(r["flops"] and r["flops"] / r["batch"]),
     "extra memory at the peak of a step": lambda r: quantity(r["peak_extra_bytes"], "B"),
 }

@@ -106,6 +106,11 @@ def shapes(section: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def speed(record: dict[str, Any]) -> str:
+    """Examples per second, also below one."""
+    return f"{record['batch'] / record['seconds']:.3g}"
+
+
 def _rows(section: dict[str, Any], case: str, dtype: str) -> list[tuple[str, ...]]:
     chosen = [r for r in section["records"] if (r["case"], r["dtype"]) == (case, dtype)]
     lines = list(dict.fromkeys(r["line"] for r in chosen))
@@ -116,7 +121,7 @@ def _rows(section: dict[str, Any], case: str, dtype: str) -> list[tuple[str, ...
             str(r["batch"]),
             quantity(r["seconds"], "s"),
             *([quantity(r["host_seconds"], "s") + " !" * r["host_bound"]] if on_gpu(section) else []),
-            quantity(r["batch"] / r["seconds"]),
+            speed(r),
             quantity(r["flops"]),
             "-" if r["flops"] is None else f"{r['flops'] / r['seconds'] / 1e9:.0f}",
             quantity(r["peak_extra_bytes"], "B"),
