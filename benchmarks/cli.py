@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import os
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ import torch
 
 import convkernels
 from benchmarks import timing
+from benchmarks.options import FLOATS, OPTIONS, PREPARE, check
 from benchmarks.store import Store, is_section, read, understood, writable_folder
+from benchmarks.suites.models_tables import SHAPES, SIZES
 from convkernels.cli import environment
 from convkernels.cli.console import (
     INTERRUPTED,
@@ -28,8 +30,6 @@ from convkernels.cli.console import (
     say,
 )
 
-FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-
 
 def _draw(results: Path, suite: str, section: dict[str, Any], folder: Path, dtypes: list[str] | None) -> None:
     from benchmarks import figures
@@ -40,27 +40,11 @@ def _draw(results: Path, suite: str, section: dict[str, Any], folder: Path, dtyp
         say(f"wrote {path}")
 
 
-# What each suite takes of the options that not all take.
-OPTIONS = {
-    "sweep": {"lengths", "max_length", "dtypes", "channels", "heads", "taps", "tokens", "all_peers", "slow_call",
-              "stop_call", "no_plots"},
-    "attention": {"lengths", "max_length", "dtypes", "channels", "heads", "batch", "backend", "slow_call", "stop_call",
-                  "no_plots"},
-    "acceptance": {"lengths", "max_length", "dtypes", "slow_call"},
-    "streaming": {"lengths", "batch", "backend"},
-}  # fmt: skip
-
-
 def bench(arguments: argparse.Namespace) -> int:
     """Measure, print tables, write JSON and plots. Results are saved as they come, so that Ctrl-C loses only what is
     being measured. Lengths and dtypes that the file has already are replaced, its others kept."""
     name, plotted = arguments.suite, "no_plots" in OPTIONS[arguments.suite] and not arguments.no_plots
-    for option in set.union(*OPTIONS.values()) - OPTIONS[name]:
-        if getattr(arguments, option) not in (None, False):
-            takers = ", ".join(suite for suite, options in OPTIONS.items() if option in options)
-            raise Mistake(f"--{option.replace('_', '-')} has no effect on the suite {name}; it is for: {takers}")
-    if name != "sweep" and arguments.compile_seconds:
-        raise Mistake(f"--compile-seconds: the suite {name} takes 0 only, which leaves torch.compile out")
+    check(arguments)
     if plotted:
         need("matplotlib", "plotting (--no-plots does without it)")
     if arguments.threads:
@@ -68,8 +52,7 @@ def bench(arguments: argparse.Namespace) -> int:
         if arguments.threads > cpus:
             raise Mistake(f"--threads {arguments.threads}: this process has {cpus} CPUs")
         torch.set_num_threads(arguments.threads)
-    prepare = {"acceptance": _acceptance, "attention": _attention, "streaming": _streaming, "sweep": _sweep}
-    tables, suite = prepare[name](arguments, arguments.device)
+    tables, suite = PREPARE[name](arguments, arguments.device)
     backend = arguments.backend or "auto"
     empty = suite.section()
     path = arguments.output / f"{environment.file_stem(empty['environment'])}.json"
@@ -131,96 +114,6 @@ def _disturbance(device: torch.device) -> float:
     return busy
 
 
-def _lengths(arguments: argparse.Namespace, default: tuple[int, ...]) -> tuple[int, ...]:
-    lengths = set(arguments.lengths or default)
-    if arguments.max_length:
-        length = max(lengths)
-        while (length := 2 * length) <= arguments.max_length:
-            lengths.add(length)
-        shortest, lengths = min(lengths), {n for n in lengths if n <= arguments.max_length}
-        if not lengths:
-            raise Mistake(
-                f"--max-length {arguments.max_length}: nothing would be measured, the shortest length is {shortest}; "
-                "--lengths gives others"
-            )
-    return tuple(sorted(lengths))
-
-
-def _settings(kind: type, arguments: argparse.Namespace, **changes) -> Any:
-    """Settings of a suite from the options that were given, and these."""
-    given = {field.name: getattr(arguments, field.name, None) for field in dataclasses.fields(kind)}
-    return kind(**{name: value for name, value in given.items() if value is not None} | changes)
-
-
-def _sweep(arguments: argparse.Namespace, device: torch.device) -> tuple:
-    from benchmarks.suites import sweep
-
-    dtypes = tuple(FLOATS[name] for name in arguments.dtypes or ("float32", "bfloat16"))
-    lengths = _lengths(arguments, sweep.Settings.lengths)
-    settings = _settings(sweep.Settings, arguments, lengths=lengths, dtypes=dtypes)
-    _divides(settings.heads, settings.channels)
-    return sweep, sweep.Sweep(settings, device)
-
-
-def _divides(heads: int, channels: int) -> None:
-    if channels % heads:
-        raise Mistake(f"--heads {heads}: expected a divisor of the channels, --channels {channels}")
-
-
-def _attention(arguments: argparse.Namespace, device: torch.device) -> tuple:
-    from benchmarks.suites import attention, attention_tables
-
-    defaults = attention.Settings()
-    heads = arguments.heads or defaults.heads
-    channels = arguments.channels or defaults.heads * defaults.head_size
-    _divides(heads, channels)
-    settings = _settings(
-        attention.Settings,
-        arguments,
-        lengths=_lengths(arguments, defaults.lengths),
-        dtypes=tuple(arguments.dtypes or defaults.dtypes),
-        head_size=channels // heads,
-        compiled=arguments.compile_seconds != 0,
-    )
-    for dtype in settings.dtypes:
-        _usable(settings.backend, "attention_grad", device, FLOATS[dtype])
-    return attention_tables, attention.Suite(settings, device)
-
-
-def _usable(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> None:
-    reasons = convkernels.why_not(backend, op=op, device=device, dtype=dtype)
-    if reasons:
-        raise Mistake(f"--backend {backend}: {'; '.join(reasons)}")
-
-
-def _acceptance(arguments: argparse.Namespace, device: torch.device) -> tuple:
-    from benchmarks.suites import acceptance, acceptance_tables
-
-    unknown = [name for name in arguments.dtypes or () if name not in acceptance.DTYPES]
-    if unknown:
-        raise Mistake(f"--dtypes {','.join(unknown)}: the targets are for {', '.join(acceptance.DTYPES)}")
-    defaults = acceptance.Settings()
-    settings = _settings(
-        acceptance.Settings,
-        arguments,
-        lengths=_lengths(arguments, defaults.lengths),
-        dtypes=tuple(arguments.dtypes or defaults.dtypes),
-        compiled=arguments.compile_seconds != 0,
-    )
-    return acceptance_tables, acceptance.Acceptance(settings, device)
-
-
-def _streaming(arguments: argparse.Namespace, device: torch.device) -> tuple:
-    from benchmarks.suites import streaming
-
-    lengths = arguments.lengths or [streaming.Settings.length]
-    if len(lengths) > 1:
-        raise Mistake("--lengths: the suite streaming measures one length")
-    settings = _settings(streaming.Settings, arguments, length=lengths[0], compiled=arguments.compile_seconds != 0)
-    _usable(settings.backend, "tap_conv", device, settings.dtype)
-    return streaming, streaming.Streaming(settings, device)
-
-
 def _only_results(folder: Path) -> Path:
     found = sorted(folder.glob("*.json"))
     if len(found) != 1:
@@ -274,12 +167,16 @@ def _device(value: str) -> torch.device:
     return device
 
 
-def _names(value: str) -> list[str]:
-    names = value.split(",")
-    unknown = [name for name in names if name not in FLOATS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"expected some of {', '.join(FLOATS)}, got {', '.join(unknown) or 'nothing'}")
-    return distinct(names)
+def _some_of(known: Iterable[str]) -> Callable[[str], list[str]]:
+    def names(value: str) -> list[str]:
+        names = value.split(",")
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            got = ", ".join(unknown) or "nothing"
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)}, got {got}")
+        return distinct(names)
+
+    return names
 
 
 def parser() -> argparse.ArgumentParser:
@@ -290,15 +187,15 @@ def parser() -> argparse.ArgumentParser:
     add = command.add_argument
     add(
         "--suite",
-        choices=("sweep", "attention", "acceptance", "streaming"),
+        choices=tuple(OPTIONS),
         default="sweep",
-        help="speed against length of convolutions or of attention, the target table, or the fraction of memory speed "
-        "on tensors of 64 MB and more",
+        help="speed against length of convolutions, of attention, or of training steps of whole models; the target "
+        "table; or the fraction of memory speed on tensors of 64 MB and more",
     )
     add(
         "--backend",
         choices=("auto", *convkernels.backends.names()),
-        help="of the streaming and attention suites; its results are kept apart (default: auto)",
+        help="of the suites streaming, attention and models; its results are kept apart (default: auto)",
     )
     add("--batch", type=positive, help="rows of the batch in the streaming (default: 16) and attention (4) suites")
     add(
@@ -318,22 +215,30 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=positive, help="CPU threads (default: what torch takes)")
     add("--lengths", type=numbers, help="sequence lengths, e.g. 64,512,4096 (default: those of the suite)")
     add("--max-length", type=positive, help="go on doubling up to this length, or stop before the default's end")
-    add("--dtypes", type=_names, help="default: float32,bfloat16")
+    add("--dtypes", type=_some_of(FLOATS), help="default: float32,bfloat16; models: float32, on a GPU bfloat16")
+    add(
+        "--models",
+        type=_some_of(SHAPES),
+        help="of the suite models: seq2seq, bert (default: both)",
+    )
+    add("--size", choices=SIZES, help="of these models (default: seq2seq small, bert base)")
+    add("--layers", type=positive, help="of each stack of these models (default: all)")
     add(
         "--seconds",
         type=_seconds,
         help="time for timed repeats, of the whole sweep (default: 10) or of each group of another suite (attention 6, "
-        "acceptance 1, streaming 1)",
+        "acceptance 1, streaming 1, models 10)",
     )
     add(
         "--slow-call",
         type=_seconds,
-        help="seconds; a slower call is not repeated (default: sweep 0.25, attention 4, acceptance 0.1)",
+        help="seconds; a slower call is not repeated (default: sweep 0.25, attention 4, acceptance 0.1, models 60)",
     )
     add(
         "--stop-call",
         type=_seconds,
-        help="seconds; what takes longer in a call is not run at longer sequences (default: sweep 0.7, attention 20)",
+        help="seconds; what takes longer in a call is not run at longer sequences (default: sweep 0.7, "
+        "attention 20, models 60)",
     )
     add(
         "--compile-seconds",
@@ -343,19 +248,19 @@ def parser() -> argparse.ArgumentParser:
     add("--channels", type=positive, help="default: 768")
     add("--heads", type=positive, help="distinct filters, and attention heads (default: 12)")
     add("--taps", type=positive, help="filter width (default: 7)")
-    add("--tokens", type=positive, help="tokens per batch (default: 2048)")
+    add("--tokens", type=positive, help="tokens per batch (default: sweep 2048, seq2seq 4096, bert 1024)")
     add(
         "--all-peers",
         action="store_true",
         default=None,
-        help="also conv2d channels-last, unfold, band matrix, compiled dynamic",
+        help="also conv2d channels-last, unfold, band matrix, compiled dynamic; models: transformers' T5",
     )
 
     command = commands.add_parser("plot", help=first_sentence(plot), description=plot.__doc__)
     command.set_defaults(run=plot)
     command.add_argument("results", type=Path, help="JSON file written by `python -m benchmarks bench`, or its folder")
     command.add_argument("--output", type=Path, help="folder for the PNG files (default: beside the results)")
-    command.add_argument("--dtypes", type=_names, help="draw only these")
+    command.add_argument("--dtypes", type=_some_of(FLOATS), help="draw only these")
     return top
 
 

@@ -1,4 +1,4 @@
-"""Two plots in the manner of Figures 1 and 2 of Tay et al. 2021: speed and FLOPs against sequence length, log axes."""
+"""Plots in the manner of Figures 1 and 2 of Tay et al. 2021: speed and FLOPs against sequence length, log axes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.suites import BOTH, FORWARD, OURS
-from benchmarks.suites.attention_tables import COMPOSITE, EAGER, FLASH, FLEX, PLAIN, SDPA, SDPA_BIAS, shape
+from benchmarks.suites import BOTH, FORWARD, OURS, models_tables
+from benchmarks.suites.attention_tables import COMPOSITE, DTYPES, EAGER, FLASH, FLEX, PLAIN, SDPA, SDPA_BIAS, shape
+from benchmarks.suites.models_tables import (
+    COMPOSITE_BERT,
+    DILATED,
+    PUBLISHED,
+    STOCK_BERT,
+    STOCK_T5,
+    T5_BIAS,
+    TRANSFORMER,
+)
 from benchmarks.suites.sweep import LINES, MORE_LINES
 from convkernels.cli import environment
 from convkernels.cli.console import Mistake
@@ -21,10 +30,13 @@ _OURS = {
     "depthwise": "#2a8f3c",
     COMPOSITE: "#c2185b",
     PLAIN: "#5c6bc0",
+    DILATED: "#2a8f3c",
+    T5_BIAS: "#5c6bc0",
+    COMPOSITE_BERT: "#00838f",
 }
 _PEERS = ("#7a7a7a", "#8d5bb5", "#c2185b", "#a08000", "#00838f", "#5d4037", "#9e9d24", "#455a64", "#ad1457", "#6a1b9a")
+_MODELS = (TRANSFORMER, STOCK_BERT, PUBLISHED, STOCK_T5)  # of others, in figures of their own
 _MARKERS = "sD^vPX*<>h"
-_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 
 
 def _style(label: str) -> dict[str, Any]:
@@ -32,7 +44,8 @@ def _style(label: str) -> dict[str, Any]:
         return {"color": _OURS[label], "marker": "o", "linewidth": 2.4, "markersize": 5.5, "zorder": 3}
     others = [line.label for line in LINES + MORE_LINES if line.form != OURS]
     others += [SDPA, SDPA_BIAS, FLEX, EAGER, FLASH]
-    i = others.index(label) if label in others else 0
+    places = {name: i for names in (others, _MODELS) for i, name in enumerate(names)}
+    i = places.get(label, 0)
     return {
         "color": _PEERS[i % len(_PEERS)],
         "marker": _MARKERS[i % len(_MARKERS)],
@@ -67,7 +80,8 @@ def _draw(axes, records: list[dict[str, Any]], value: Callable[[dict[str, Any]],
 
 @dataclass(frozen=True)
 class Plot:
-    """What a figure shows: a value of every record of a list, a row of panels per dtype, a column per direction."""
+    """What a figure shows: a value of every record of a list, a row of panels per dtype, a column per direction or per
+    model, where the section has several."""
 
     records: str
     heading: str
@@ -75,6 +89,11 @@ class Plot:
     value: Callable[[dict[str, Any]], float | None]
     nested: bool = False
     by_dtype: bool = True
+    column: str = "direction"
+
+    def columns(self, section: dict[str, Any]) -> dict[str, str]:
+        """What the records of each column have there, and its title."""
+        return {way: way for way in (FORWARD, BOTH)} if self.column == "direction" else models_tables.shapes(section)
 
     def remarks(self, section: dict[str, Any]) -> list[str]:
         """What the curves do not say themselves."""
@@ -82,7 +101,7 @@ class Plot:
             return list(section.get("notes", ()))
         curves: dict[str, list] = {}
         for r in section[self.records]:
-            curves.setdefault(r["line"], []).append((r["direction"], r["dtype"], r["length"], self.value(r)))
+            curves.setdefault(r["line"], []).append((r[self.column], r["dtype"], r["length"], self.value(r)))
         alike: dict[tuple, list[str]] = {}
         for label, values in curves.items():
             alike.setdefault(tuple(values), []).append(label)
@@ -118,6 +137,10 @@ PLOTS = {
         "attention-flops.png": replace(WORK, records="records"),
         "attention-memory.png": MEMORY,
     },
+    "models": {
+        "models-speed.png": replace(SPEED, heading="Training steps against sequence length", column="case"),
+        "models-flops.png": replace(WORK, heading="FLOPs of a training step", column="case"),
+    },
 }
 
 _HEADER, _PANEL, _LEGEND_ROW, _REMARK_ROW = 0.85, 3.1, 0.26, 0.135
@@ -129,22 +152,26 @@ def _save(plot: Plot, section: dict[str, Any], dtypes: list[str], path: Path) ->
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    settings, rows = section["settings"], dtypes if plot.by_dtype else dtypes[:1]
+    rows, columns = dtypes if plot.by_dtype else dtypes[:1], plot.columns(section)
     lines = len({r["line"] for r in section["records"]})
     remarks = [line for remark in plot.remarks(section) for line in textwrap.wrap(remark, 150, subsequent_indent="   ")]
     under_legend = 0.1 + _REMARK_ROW * len(remarks)
     footer = 0.1 + _LEGEND_ROW * -(-lines // 3) + under_legend
     height = _HEADER + _PANEL * len(rows) + footer
-    figure, grid = plt.subplots(len(rows), 2, figsize=(10.5, height), squeeze=False, sharex=True, sharey="row")
+    sharing = {"sharex": True, "sharey": "row"} if plot.column == "direction" else {}
+    figure, grid = plt.subplots(len(rows), len(columns), figsize=(10.5, height), squeeze=False, **sharing)
     for row, dtype in enumerate(rows):
-        for axes, direction in zip(grid[row], (FORWARD, BOTH), strict=True):
-            chosen = [r for r in section[plot.records] if (r["direction"], r["dtype"]) == (direction, dtype)]
+        for axes, (column, title) in zip(grid[row], columns.items(), strict=True):
+            chosen = [r for r in section[plot.records] if (r[plot.column], r["dtype"]) == (column, dtype)]
             _draw(axes, chosen, plot.value, plot.nested)
-            suffix = f", {_DTYPES.get(dtype, dtype)}" if plot.by_dtype else ""
-            axes.set_title(direction + suffix, fontsize=10.5)
+            suffix = f", {DTYPES[dtype]}" if plot.by_dtype else ""
+            axes.set_title(title + suffix, fontsize=10.5)
         grid[row][0].set_ylabel(plot.label)
-    lengths = sorted({r["length"] for r in section[plot.records] if not plot.by_dtype or r["dtype"] in rows})
-    grid[0][0].set_xticks(lengths, [str(length) for length in lengths])  # all panels share them
+    found = [r for r in section[plot.records] if not plot.by_dtype or r["dtype"] in rows]
+    # The panels of directions share them.
+    for axes, column in zip(grid[0], columns, strict=True):
+        lengths = sorted({r["length"] for r in found if sharing or r[plot.column] == column})
+        axes.set_xticks(lengths, [str(length) for length in lengths])
     for axes in grid[-1]:
         axes.set_xlabel("sequence length [tokens]")
     entries = {}
@@ -153,7 +180,7 @@ def _save(plot: Plot, section: dict[str, Any], dtypes: list[str], path: Path) ->
     place = {"loc": "lower center", "bbox_to_anchor": (0.5, (under_legend - 0.1) / height)}
     figure.legend(entries.values(), entries.keys(), ncols=3, frameon=False, fontsize=9.5, **place)
     figure.text(0.06, 0.07 / height, "\n".join(remarks), fontsize=7.5, color="#555555", va="bottom", linespacing=1.2)
-    under = f"{environment.title(section['environment'])}; {_shape(settings)}"
+    under = "; ".join([environment.title(section["environment"]), *_shape(section["settings"])])
     figure.text(0.5, 1 - 0.3 / height, plot.heading, ha="center", fontsize=13, fontweight="bold")
     figure.text(0.5, 1 - 0.55 / height, under, ha="center", fontsize=9)
     figure.tight_layout(rect=(0, footer / height, 1, 1 - (_HEADER - 0.2) / height))
@@ -162,11 +189,13 @@ def _save(plot: Plot, section: dict[str, Any], dtypes: list[str], path: Path) ->
     return path
 
 
-def _shape(settings: dict[str, Any]) -> str:
+def _shape(settings: dict[str, Any]) -> list[str]:
+    if "shapes" in settings:
+        return []  # the panels' titles name them
     if "window" in settings:
-        return shape(settings)
+        return [shape(settings)]
     sizes = f"C={settings['channels']}, H={settings['heads']}, K={settings['taps']}"
-    return f"{sizes}, {settings['tokens']} tokens per batch, of real text"
+    return [f"{sizes}, {settings['tokens']} tokens per batch, of real text"]
 
 
 def draw(suite: str, section: dict[str, Any], folder: Path, dtypes: list[str] | None = None) -> list[Path]:

@@ -186,6 +186,31 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, mas
     return F.scaled_dot_product_attention(q, k, v, attn_mask=keys).transpose(1, 2).flatten(2)
 
 
+def column_index(length: int, window: int, device: torch.device) -> torch.Tensor:
+    """[length, length]: the column of each pair of positions in tables of relative terms that repeat their edge."""
+    place = torch.arange(length, device=device)
+    return (place - place[:, None]).clamp(-window, window) + window
+
+
+def published_attention(
+    index: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor,
+    query_rel: torch.Tensor,
+    weigh: Callable[[torch.Tensor], torch.Tensor] = lambda scores: scores.softmax(-1),
+) -> torch.Tensor:
+    """Composite attention as Chang et al. 2021 published it, one [B, H, T, T] tensor per step: q, k, v and the result
+    [B, T, H, D], bias [H, W], query_rel [H, D, W], the `column_index`.
+    """
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    scale = q.shape[-1] ** -0.5
+    by_column = torch.einsum("bhtd,hdw->bhtw", q, query_rel) * scale + bias[:, None]
+    scores = q @ k.transpose(2, 3) * scale + by_column.gather(3, index.expand(*q.shape[:2], -1, -1))
+    return (weigh(scores) @ v).transpose(1, 2)
+
+
 def channels_first(x: torch.Tensor) -> torch.Tensor:
     """The same [B, T, C] values in [B, C, T] memory."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)

@@ -1,14 +1,15 @@
 """Writes docs/results.md, all of it, from the results in benchmarks/results: python -m benchmarks.report
 
-Those are what `bench --suite acceptance` and `--suite attention` leave on a CPU, and `--suite streaming` and `--suite
-attention` on a GPU with `--backend cuda` and `--backend triton`, each with `--output benchmarks/results`.
+Those are what `bench --suite acceptance`, `--suite attention` and `--suite models` leave on a CPU, and `--suite
+streaming`, `--suite attention` and `--suite models` on a GPU with `--backend cuda` and `--backend triton`, each with
+`--output benchmarks/results`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from benchmarks.suites import (
     OURS,
     acceptance_tables,
     attention_tables,
+    models_tables,
     streaming,
 )
 from benchmarks.suites.attention_tables import COMPOSITE, PLAIN
@@ -37,6 +39,12 @@ What the machines below gave, written by `python -m benchmarks.report` from `ben
 [performance.md](performance.md) says how it is measured, and by which command. Compare within a table: absolute times
 do not travel between machines. Times come first, then the targets and how the machines stand to them.
 """
+
+MODEL_VALUES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "examples per second": models_tables.speed,
+    "FLOPs per example": lambda r: quantity(r["flops"] and r["flops"] / r["batch"]),
+    "extra memory at the peak of a step": lambda r: quantity(r["peak_extra_bytes"], "B"),
+}
 
 Rows = list[tuple[str, ...]]
 
@@ -97,6 +105,23 @@ def attention_times(sections: dict[str, dict]) -> Iterator[str]:
         yield markdown_table(("T", *lines), _by_length(memory, lines, dtype, BOTH))
 
 
+def training_steps(sections: dict[str, dict]) -> Iterator[str]:
+    """Speed, FLOPs and memory of whole models by length, of each backend."""
+    yield "### Models\n\n`--suite models`: forward pass, loss and backward pass."
+    for name, section in sections.items():
+        for case, shape in models_tables.shapes(section).items():
+            yield f"{shape}{f', {name}' if name else ''}:"
+            chosen = [r for r in section["records"] if r["case"] == case]
+            lines = list(dict.fromkeys(r["line"] for r in chosen))
+            for dtype in dict.fromkeys(r["dtype"] for r in chosen):
+                for what, value in MODEL_VALUES.items():
+                    cells: dict[tuple, dict[str, str]] = {}
+                    for r in chosen:
+                        cells.setdefault((r["dtype"], BOTH, r["length"]), {})[r["line"]] = value(r)
+                    yield f"{what}, {dtype}:"
+                    yield markdown_table(("T", *lines), _by_length(cells, lines, dtype, BOTH))
+
+
 def _by_length(cells: dict[tuple, dict[str, str]], lines: list[str], dtype: str, direction: str) -> Rows:
     lengths = sorted(length for d, way, length in cells if (d, way) == (dtype, direction))
     return [(str(n), *(cells[dtype, direction, n].get(line, "-") for line in lines)) for n in lengths]
@@ -137,15 +162,21 @@ def aims(content: dict[str, dict]) -> Iterator[str]:
             f"Convolutions, {name}: {bounds[0]:.2f} to {bounds[-1]:.2f} of a copy, met by {met} of "
             f"{len(section['records'])} cases."
         )
-    for name, section in attentions(content).items():
+    for name, section in sections(content, "attention").items():
         yield f"Attention{f', {name}' if name else ''}:"
         yield markdown_table(*attention_tables.target_rows(section))
         yield from (f"Note: {note}." for note in section["notes"])
+    for name, section in sections(content, "models").items():
+        yield f"Models{f', {name}' if name else ''}:"
+        if not attention_tables.on_gpu(section):
+            yield markdown_table(*models_tables.target_rows(section))
+        yield markdown_table(*models_tables.crossover_rows(section))
+        yield from (f"Note: {note}." for note in section["notes"])
 
 
-def attentions(content: dict[str, dict]) -> dict[str, dict]:
+def sections(content: dict[str, dict], suite: str) -> dict[str, dict]:
     """Of each backend, or of the one that auto takes, with the name ""."""
-    return of_backends(content, "attention") or ({"": content["attention"]} if "attention" in content else {})
+    return of_backends(content, suite) or ({"": content[suite]} if suite in content else {})
 
 
 def title(content: dict[str, dict]) -> str:
@@ -162,8 +193,10 @@ def times(content: dict[str, dict]) -> Iterator[str]:
         yield from cpu_convolutions(content["acceptance"])
     if of_backends(content, "streaming"):
         yield from gpu_convolutions(of_backends(content, "streaming"))
-    if attentions(content):
-        yield from attention_times(attentions(content))
+    if sections(content, "attention"):
+        yield from attention_times(sections(content, "attention"))
+    if sections(content, "models"):
+        yield from training_steps(sections(content, "models"))
 
 
 def page() -> str:

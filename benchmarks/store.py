@@ -18,6 +18,8 @@ RECORDS = ("records", "work", "workloads")
 REMARKS = ("notes", "skipped", "failures", "errors")
 # What a section says of its records, and of the machine, that may differ between runs that are put together.
 COVERED = ("lengths", "dtypes", "padding")
+# What it says of each model; runs that are put together may be of different ones.
+EACH = ("shapes",)
 INCIDENTAL = ("platform", "busy_cpus", "date")
 
 
@@ -104,7 +106,10 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         before, after = old.get(part), new.get(part)
         if isinstance(before, dict) and isinstance(after, dict):
             names = [name for name in {**before, **after} if name not in (*COVERED, *INCIDENTAL)]
-            pairs = [(name, before.get(name), after.get(name)) for name in names]
+            pairs = [(name, before.get(name), after.get(name)) for name in names if name not in EACH]
+            for name in EACH:
+                old_ones, new_ones = before.get(name, {}), after.get(name, {})
+                pairs += [(key, old_ones[key], new_ones[key]) for key in old_ones if key in new_ones]
         else:
             pairs = [(part, before, after)]
         found += [f"{name}: {a}, not {b}" for name, a, b in pairs if _plain(a) != _plain(b)]
@@ -138,7 +143,8 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
             result[part] = [r for r in old.get(part, ()) if r not in new[part]] + new[part]
     for part in ("settings", "shape"):
         if part in new:
-            result[part] = {**new[part], **{n: _union(old[part][n], new[part][n]) for n in COVERED if n in new[part]}}
+            together = [name for name in (*COVERED, *EACH) if name in new[part]]
+            result[part] = {**new[part], **{name: _union(old[part][name], new[part][name]) for name in together}}
     return result
 
 

@@ -13,6 +13,9 @@ from pathlib import Path
 import torch
 
 PAD, UNKNOWN = 0, 1
+END = UNKNOWN  # of a sequence in span denoising, as T5 has it; the text has no unknown words
+NOISE, SPAN = 0.15, 3  # of span denoising: the part that is dropped, and how much at a place on average
+SHORTEST = 3  # source of span denoising: a token that is kept, one that stands for a span, the end
 
 
 @functools.cache
@@ -69,6 +72,58 @@ def batch(size: int, length: int) -> Batch:
         tokens[i, : len(ids)] = torch.tensor(ids)
     mask = tokens != PAD
     return Batch(tokens, mask, mask.sum(1))
+
+
+def rows(size: int, length: int) -> torch.Tensor:
+    """[size, length] tokens, paragraph behind paragraph without padding. The text starts again when it runs out."""
+    stream = itertools.cycle(itertools.chain.from_iterable(_tokens()[0]))
+    return torch.tensor(list(itertools.islice(stream, size * length))).view(size, length)
+
+
+def _noise(length: int) -> tuple[int, int]:
+    """How many of `length` tokens are dropped, and at how many places."""
+    dropped = max(1, round(NOISE * length))
+    return dropped, max(1, round(dropped / SPAN))
+
+
+def _partition(total: int, parts: int, generator: torch.Generator) -> list[int]:
+    """Random sizes, all above 0, of parts of a total."""
+    cuts = (torch.randperm(total - 1, generator=generator)[: parts - 1] + 1).sort().values.tolist()
+    return [b - a for a, b in zip([0, *cuts], [*cuts, total], strict=True)]
+
+
+def span_denoising(size: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """T5's task (Raffel et al. 2020): source [size, S], in which a token of its own stands for each span, and target
+    [size, T] with these and the spans. S is `length`, or one less where no text has such a source.
+    """
+
+    def source_length(count: int) -> int:
+        dropped, spans = _noise(count)
+        return count - dropped + spans + 1
+
+    count = max(n for n in range(2, 2 * length) if source_length(n) <= length)
+    (dropped, spans), generator = _noise(count), torch.Generator().manual_seed(0)
+    sources, targets = [], []
+    for row in rows(size, count).tolist():
+        source, target, at = [], [], 0
+        parts = (_partition(total, spans, generator) for total in (count - dropped, dropped))
+        for i, (kept, gone) in enumerate(zip(*parts, strict=True)):
+            mark = vocabulary_size() + i
+            source += [*row[at : at + kept], mark]
+            target += [mark, *row[at + kept : at + kept + gone]]
+            at += kept + gone
+        sources.append([*source, END])
+        targets.append([*target, END])
+    return torch.tensor(sources), torch.tensor(targets)
+
+
+def masked(size: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """BERT's task: tokens [size, length] of which 15 % are hidden by a token of its own, and labels with the words
+    there, -100 elsewhere."""
+    tokens = rows(size, length)
+    hidden = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)) < NOISE
+    hidden[:, 0] = True  # a row without labels has no loss
+    return tokens.masked_fill(hidden, vocabulary_size()), tokens.masked_fill(~hidden, -100)
 
 
 def embed(tokens: torch.Tensor, channels: int) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """The command line: a mistake is one line and costs no measurement; results survive an interruption."""
 
+import importlib.util
 import json
 import os
 import re
@@ -47,7 +48,10 @@ def nothing_runs(monkeypatch):
     def run(*rest):
         raise AssertionError("something was measured")
 
-    for suite in (acceptance.Acceptance, attention.Suite, streaming.Streaming, sweep.Sweep):
+    suites = [acceptance.Acceptance, attention.Suite, streaming.Streaming, sweep.Sweep]
+    if importlib.util.find_spec("transformers"):
+        suites.append(importlib.import_module("benchmarks.suites.models").Suite)
+    for suite in suites:
         monkeypatch.setattr(suite, "run", run)
     monkeypatch.setattr(selfcheck, "run", run)
 
@@ -74,6 +78,9 @@ def nothing_runs(monkeypatch):
         ("bench --suite streaming --lengths 8,16", "the suite streaming measures one length"),
         ("bench --suite streaming --heads 4", "--heads has no effect on the suite streaming"),
         ("bench --suite acceptance --compile-seconds 5", "takes 0 only"),
+        ("bench --models seq2seq --no-plots", "--models has no effect on the suite sweep; it is for: models"),
+        ("bench --suite models --heads 4", "--heads has no effect on the suite models"),
+        ("bench --suite models --models t5", "--models: expected some of seq2seq, bert, got t5"),
         ("bench --suite acceptance --dtypes float16", "the targets are for float32, bfloat16"),
         ("plot /nonexistent.json", "/nonexistent.json: expected a results file"),
         (f"plot {ROOT}", "expected a results file"),

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import convkernels
 from benchmarks import timing
-from benchmarks.peers import TOLERANCE, disagreement
+from benchmarks.peers import TOLERANCE, column_index, disagreement, published_attention
 from benchmarks.suites import BACKWARD, BOTH, FORWARD
 from benchmarks.suites.attention_tables import BANDED, COMPOSITE, EAGER, FLASH, FLEX, PAPER, PLAIN, SDPA, SDPA_BIAS
 from convkernels.cli import environment
@@ -75,8 +75,7 @@ def make_inputs(settings: Settings, length: int, dtype: torch.dtype, device: tor
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     q, k, v, grad = (normal(settings.batch, length, settings.heads, settings.head_size) for _ in range(4))
-    place = torch.arange(length, device=device)
-    index = (place - place[:, None]).clamp(-settings.window, settings.window) + settings.window
+    index = column_index(length, settings.window, device)
     tables = normal(settings.heads, columns), normal(settings.heads, settings.head_size, columns)
     return Inputs(q, k, v, *tables, grad, index, settings.window, settings.backend)
 
@@ -110,12 +109,8 @@ def sdpa_bias(n: Inputs, q, k, v, bias, query_rel) -> Tensor:
     return F.scaled_dot_product_attention(*_by_head(q, k, v), attn_mask=scores).transpose(1, 2)
 
 
-def eager(n: Inputs, q, k, v, bias, query_rel, weigh=lambda scores: scores.softmax(-1)) -> Tensor:
-    q, k, v = _by_head(q, k, v)
-    scale = q.shape[-1] ** -0.5
-    by_column = torch.einsum("bhtd,hdw->bhtw", q, query_rel) * scale + bias[:, None]
-    scores = q @ k.transpose(2, 3) * scale + by_column.gather(3, n.index.expand(*q.shape[:2], -1, -1))
-    return (weigh(scores) @ v).transpose(1, 2)
+def eager(n: Inputs, *terms) -> Tensor:
+    return published_attention(n.index, *terms)
 
 
 def flex() -> Callable[..., Tensor]:

@@ -4,6 +4,7 @@ targets of GPUs hold for bfloat16 and differ a little between the backends."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ SDPA_BIAS, FLEX, EAGER = "SDPA, materialised bias", "FlexAttention, compiled", "
 BANDED = "banded, T=8192, 64/8 heads of 128, 1024 columns of rank 16"
 PAPER = "paper, B=32, T=128, H={}, dropout, padding"
 SECONDS, MEMORY = "seconds", "peak_extra_bytes"
+Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ WORKLOADS = (
         for line, bound in ((EAGER, 3.0), (SDPA_BIAS, 1.3))
     ),
 )
-DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 
 
 def _cells(value: float, bound: float, least: bool) -> tuple[str, str, str]:
@@ -113,31 +115,36 @@ def _cells(value: float, bound: float, least: bool) -> tuple[str, str, str]:
     return f"{'>=' if least else '<='} {bound:.2f}", "-" if math.isnan(value) else f"{value:.2f}", verdict
 
 
-def target_rows(section: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Columns and rows: a ratio, its length, then per dtype target, value and verdict."""
-    settings = section["settings"]
-    on_gpu = settings["device"] == "cuda"
-    kind = "cpu" if not on_gpu else "cuda" if settings["backend"] == "cuda" else "triton"
-    dtypes = ("bfloat16",) if on_gpu else ("float32", "bfloat16")
-    records = {(r["line"], r["direction"], r["dtype"], r["length"]): r for r in section["records"]}
-    result = []
-    for target in TARGETS[kind]:
+def ratio_rows(targets: Iterable[Target], records: list[dict[str, Any]], dtypes: Sequence[str]) -> Table:
+    """Columns and rows of targets whose bounds are for these dtypes."""
+    found = {(r["line"], r["direction"], r["dtype"], r["length"]): r for r in records}
+    rows = []
+    for target in targets:
         for length, bounds in target.bounds.items():
             row = [target.text, str(length)]
             for dtype, bound in zip(dtypes, bounds, strict=True):
                 over, under = (
-                    records.get((line, target.direction, dtype, length), {}).get(target.of) or math.nan
+                    found.get((line, target.direction, dtype, length), {}).get(target.of) or math.nan
                     for line in (target.over, target.under)
                 )
                 row += _cells(over / under, bound, target.least)
-            result.append(tuple(row))
+            rows.append(tuple(row))
+    names = [name for dtype in dtypes for name in (f"{DTYPES[dtype]} target", DTYPES[dtype], "verdict")]
+    return ("ratio", "T", *names), rows
+
+
+def target_rows(section: dict[str, Any]) -> Table:
+    """Columns and rows: a ratio, its length, then per dtype target, value and verdict."""
+    settings, gpu = section["settings"], on_gpu(section)
+    kind = "cpu" if not gpu else "cuda" if settings["backend"] == "cuda" else "triton"
+    dtypes = ("bfloat16",) if gpu else ("float32", "bfloat16")
+    columns, result = ratio_rows(TARGETS[kind], section["records"], dtypes)
     times = {(w["workload"], w["line"]): w["seconds"] for w in section["workloads"]}
-    for target in WORKLOADS if on_gpu else ():
+    for target in WORKLOADS if gpu else ():
         value = times.get((target.workload, target.over), math.nan)
         value = value * 1e3 if target.under is None else value / times.get((target.workload, target.under), math.nan)
         result.append((f"{target.workload}: {target.text}", "", *_cells(value, target.bound, target.least)))
-    names = [name for dtype in dtypes for name in (f"{DTYPES[dtype]} target", DTYPES[dtype], "verdict")]
-    return ("ratio", "T", *names), result
+    return columns, result
 
 
 def shape(settings: dict[str, Any]) -> str:
