@@ -99,9 +99,15 @@ $(VENV)/.hf: $(VENV)/.requirements
 	    print(*extras["hf"], *extras["test-hf"])')
 	@touch $@
 
+# What the training scripts need beside the models.
+$(VENV)/.train: $(VENV)/.hf
+	$(BIN)/python -m pip install --quiet --no-compile $$($(BIN)/python -c 'import tomllib; \
+	    print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["train"])')
+	@touch $@
+
 build: $(NATIVE)/.built
 
-install: build $(VENV)/.triton $(VENV)/.hf
+install: build $(VENV)/.triton $(VENV)/.train
 
 # The main job
 

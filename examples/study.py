@@ -140,7 +140,11 @@ class Study:
         output.mkdir(parents=True, exist_ok=True)
         self.log = output / "log.jsonl"
         lines = self.log.read_text().splitlines() if self.log.exists() else []
-        self.done = {line["cell"] for line in map(json.loads, lines) if "cell" in line}
+        self.done = {line["cell"] for line in map(json.loads, lines) if "cell" in line and self._usable(line)}
+
+    def _usable(self, line: dict) -> bool:
+        """Whether a cell's line is all that others need of it, or its folder is there too."""
+        return line["task"] is not None or (self.output / line["cell"] / "tokenizer.json").exists()
 
     def write(self, line: dict) -> None:
         with self.log.open("a") as file:

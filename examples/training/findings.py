@@ -37,7 +37,8 @@ What the study of `examples/study.py` gave, written by its `--report` from the l
 comparisons of Tay et al. 2021 and Chang et al. 2021 with models and data that fit the machine: the question is whether
 the order of the models is the papers', not whether their figures are. Cells are means over seeds, ± the standard
 deviation between them, in percent. One model is pre-trained for each row, from which all its seeds are fine-tuned: the
-spread is that of fine-tuning. The papers' figures stand for orientation; look them up there before you cite them.
+spread is that of fine-tuning. What stands as the paper's is quoted from memory of Tay et al., for orientation: look it
+up there before you cite it.
 """
 
 

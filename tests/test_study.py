@@ -1,0 +1,106 @@
+"""The study: which cells there are, that they run and are not run again, and what the page says of their results."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+pytest.importorskip("datasets")
+pytest.importorskip("sentencepiece")
+pytest.importorskip("sklearn")
+import study
+from modelling import MIXERS
+from test_training import NOVELS, sentences
+
+from training import cells, findings
+from training.files import DataError, documents
+
+ONCE = dict(max_steps=2, per_device_train_batch_size=4)
+MINI = cells.Scale(
+    vocabulary=800,
+    size="tiny",
+    seeds=(1,),
+    seq2seq=dict(encoder_layers=1, decoder_layers=1, encoder_kernel_size=3),
+    bert=dict(num_hidden_layers=1),
+    length=32,
+    pretrain={"seq2seq": ONCE, "bert": ONCE},
+    tasks={
+        "seq2seq": {task: ONCE for task in cells.SEQ2SEQ_TASKS},
+        "bert": {task: ONCE for task in cells.BERT_TASKS},
+    },
+    common=dict(use_cpu=True, dataloader_pin_memory=False, logging_steps=1),
+)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Files of the names that the study reads, made of a sample of novels."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, text in zip(cells.TEXTS, documents([str(NOVELS)]), strict=False):
+        (folder / name).write_text(json.dumps({"text": text[:20_000]}) + "\n")
+    lines = [line for line in sentences(300) if "\t" not in line][:24]
+    columns = {"trec": "text coarse", "sst2": "sentence label", "cola": "sentence label",
+               "rte": "sentence1 sentence2 label", "cogs": "source target type"}  # fmt: skip
+    for task, files in cells.FILES.items():
+        names = columns[task].split()
+        for name in files.values():
+            rows = [[line] * (len(names) - 1) + [str(i % 2)] for i, line in enumerate(lines)]
+            (folder / name).write_text("\n".join("\t".join(row) for row in [names, *rows]) + "\n")
+    return folder
+
+
+def test_cells():
+    for scale in cells.SCALES.values():
+        found = cells.cells(scale)
+        names = [cell.name for cell in found]
+        assert len(set(names)) == len(names) == 2 + 4 + 8 + 4 * 2 * 3 * 3 + 8 * 3 * 3
+        for i, cell in enumerate(found):
+            assert {need.name for need in cell.needs} <= set(names[:i])
+        assert set(cells.MIXERS) == set(MIXERS)
+
+
+def test_cells_run_once(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(study.SCALES, "mini", MINI)
+    monkeypatch.setitem(findings.SCALES, "mini", MINI)
+    wanted = [
+        cell
+        for cell in cells.cells(MINI)
+        if cell.model in (None, "lightweight", "composite") and cell.task in (None, "cogs", "rte")
+    ]
+    output = tmp_path / "study"
+    for _ in range(2):
+        study.Study("mini", data, output, 1).run(wanted)
+    log = [json.loads(line) for line in (output / "log.jsonl").open()]
+    assert [line["cell"] for line in log if "cell" in line] == [cell.name for cell in wanted]
+    assert len(wanted) == 2 + 2 + 2 + 1
+    for line in log:
+        assert "results" not in line or 0 <= next(iter(line["results"]["test"].values())) <= 24
+    page = findings.page([output / "log.jsonl"])
+    assert "7 of 62 cells" in page and "0.0" in page
+    (output / "seq2seq-lightweight-pretraining" / "tokenizer.json").unlink()
+    assert "seq2seq-lightweight-pretraining" not in study.Study("mini", data, output, 1).done
+
+
+def test_data_that_is_not_there(data, tmp_path):
+    (data / "rte_dev.tsv").unlink()
+    with pytest.raises(DataError, match=r"--data .*: expected a file rte_dev.tsv, or that with .xz or .gz behind"):
+        study.Study("cpu", data, tmp_path / "study", 1)
+
+
+def test_what_the_page_says(tmp_path):
+    """Means and spreads by hand: 0.5 ± 0.1 and 0.8 ± 0.1 of three seeds differ by 0.3 ± 0.14; 0.55 by less."""
+    lines = [{"run": "2026-01-01", "scale": "cpu", "workers": 2, "threads": 1, "environment": {
+        "device": "CPU", "device_type": "cpu", "isa": "avx2", "threads": 2, "torch": "2"}}]  # fmt: skip
+    for model, results in {"none": (0.4, 0.5, 0.6), "composite": (0.7, 0.8, 0.9), "fixed": (0.45, 0.55, 0.65)}.items():
+        for seed, value in enumerate(results, 1):
+            cell = cells.Cell("bert", model, "cola", seed=seed)
+            result = {"test": {"rows": 10, "loss": 1.0, "matthews": value}}
+            lines.append({"cell": cell.name, **asdict(cell), "seconds": 60.0, "results": result})
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = findings.page([path])
+    assert "| none | - | - | 50.0 ± 10.0 | - | - |" in page
+    assert "* CoLA, composite against none: +30.0 ± 14.1, more than the spread." in page
+    assert "* CoLA, fixed against none: +5.0 ± 14.1, the spread covers it." in page
+    assert "9 of 158 cells" in page
