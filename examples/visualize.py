@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, PreTrained
 from convkernels import models
 from training.running import main
 
-LINES = 12  # more heads than these are a heat map, because nobody could tell their lines apart
+LINES = 10  # more heads than these are a heat map, because their lines would share colours
 LABELS = 75  # more rows or columns than these have numbers instead of labels, which would cover each other
 
 
@@ -182,11 +182,11 @@ def draw(heading: str, panels: dict[str, Learned], lines: bool = False) -> Figur
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         at = range(len(columns)) if words else columns
         if lines:
-            drawn = axis.plot(at, matrix.T, ".-", linewidth=1)
+            drawn = axis.plot(at, matrix.T.numpy(), ".-", linewidth=1)
             continue
         half = (at[-1] - at[0]) / max(len(at) - 1, 1) / 2 or 0.5
         sides = (at[0] - half, at[-1] + half, len(matrix) - 0.5, -0.5)
-        image = axis.imshow(matrix, aspect="auto", extent=sides, **colours)
+        image = axis.imshow(matrix.numpy(), aspect="auto", extent=sides, **colours)
         if words and len(columns) <= LABELS:
             axis.set_xticks(at, columns, rotation=90, parse_math=False)
         if rows and len(rows) <= LABELS:
@@ -194,7 +194,7 @@ def draw(heading: str, panels: dict[str, Learned], lines: bool = False) -> Figur
     if lines:
         figure.legend(drawn, rows, loc="outside right upper", fontsize=8, frameon=False)
     else:
-        figure.colorbar(image, ax=figure.axes)
+        figure.colorbar(image, ax=figure.axes, fraction=0.04, aspect=40)
     figure.suptitle(heading)
     figure.supxlabel("attends to" if words else "relative position", fontsize=9)
     figure.supylabel("" if lines or rows else "channel", fontsize=9)
