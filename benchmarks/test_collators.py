@@ -4,6 +4,7 @@ import pytest
 
 pytest.importorskip("datasets")
 import torch
+
 from training.spans import SpanDenoising, block_length
 
 
