@@ -301,24 +301,27 @@ def pretraining(tokenizers, folder, steps, *more):
             "--warmup_steps", 2, "--per_device_train_batch_size", 8, "--use_cpu", *more)  # fmt: skip
 
 
+STEPS = 300  # some seconds, so that it can be stopped
+
+
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(tokenizers, tmp_path):
     """Interrupted by SIGINT and started again, it logs the losses of a run that was left alone."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    succeed(*pretraining(tokenizers, whole, 40))
+    succeed(*pretraining(tokenizers, whole, STEPS))
     process = subprocess.Popen(
-        command(*pretraining(tokenizers, parts, 40)), stderr=subprocess.PIPE, text=True, env=environment()
+        command(*pretraining(tokenizers, parts, STEPS)), stderr=subprocess.PIPE, text=True, env=environment()
     )
     while process.poll() is None and not (parts / "log.jsonl").exists():
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 130, errors[-3000:]
-    assert re.search(r"stopped at step \d+ of 40, saved in .*; the same command goes on from there", errors)
+    assert re.search(rf"stopped at step \d+ of {STEPS}, saved in .*; the same command goes on from there", errors)
     first = logged(parts)
-    assert 0 < len(first) < 40
-    succeed(*pretraining(tokenizers, parts, 40))
-    assert logged(parts) == logged(whole) and len(logged(whole)) == 40
-    assert logged(whole)[40] < logged(whole)[1]
+    assert 0 < len(first) < STEPS
+    succeed(*pretraining(tokenizers, parts, STEPS))
+    assert logged(parts) == logged(whole) and len(logged(whole)) == STEPS
+    assert logged(whole)[STEPS] < logged(whole)[1]
 
 
 def test_two_processes(tokenizers, tmp_path):
