@@ -114,11 +114,11 @@ install: build $(VENV)/.triton $(VENV)/.train
 # Convolutions, attention, and training steps of the models of Tay et al. with two layers a stack: the last two with
 # smaller batches and fewer lengths than by default, so that all of it takes three minutes.
 bench: $(RUNNABLE) $(VENV)/.hf
-	$(BIN)/python -m benchmarks bench --output $(RESULTS)
+	$(BIN)/python -m benchmarks bench --output $(RESULTS) --seconds 5 --compile-seconds 10
 	$(BIN)/python -m benchmarks bench --output $(RESULTS) --suite attention --batch 1 --dtypes float32 \
-	    --lengths 128,256,512,1024 --seconds 0.3 --compile-seconds 0
+	    --lengths 128,512 --seconds 0.1 --compile-seconds 0
 	$(BIN)/python -m benchmarks bench --output $(RESULTS) --suite models --models seq2seq --layers 2 --tokens 512 \
-	    --lengths 64,256,1024 --seconds 1
+	    --lengths 64,1024 --seconds 0.3
 	@echo "Plots:" && find $(RESULTS) -name '*.png' | sort
 
 # Checks
