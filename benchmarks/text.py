@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from examples.training.spans import SpanDenoising, block_length
+
 PAD, UNKNOWN = 0, 1
 END = UNKNOWN  # of a sequence in span denoising, as T5 has it; the text has no unknown words
 NOISE, SPAN = 0.15, 3  # of span denoising: the part that is dropped, and how much at a place on average
@@ -80,41 +82,14 @@ def rows(size: int, length: int) -> torch.Tensor:
     return torch.tensor(list(itertools.islice(stream, size * length))).view(size, length)
 
 
-def _noise(length: int) -> tuple[int, int]:
-    """How many of `length` tokens are dropped, and at how many places."""
-    dropped = max(1, round(NOISE * length))
-    return dropped, max(1, round(dropped / SPAN))
-
-
-def _partition(total: int, parts: int, generator: torch.Generator) -> list[int]:
-    """Random sizes, all above 0, of parts of a total."""
-    cuts = (torch.randperm(total - 1, generator=generator)[: parts - 1] + 1).sort().values.tolist()
-    return [b - a for a, b in zip([0, *cuts], [*cuts, total], strict=True)]
-
-
 def span_denoising(size: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """T5's task (Raffel et al. 2020): source [size, S], in which a token of its own stands for each span, and target
     [size, T] with these and the spans. S is `length`, or one less where no text has such a source.
     """
-
-    def source_length(count: int) -> int:
-        dropped, spans = _noise(count)
-        return count - dropped + spans + 1
-
-    count = max(n for n in range(2, 2 * length) if source_length(n) <= length)
-    (dropped, spans), generator = _noise(count), torch.Generator().manual_seed(0)
-    sources, targets = [], []
-    for row in rows(size, count).tolist():
-        source, target, at = [], [], 0
-        parts = (_partition(total, spans, generator) for total in (count - dropped, dropped))
-        for i, (kept, gone) in enumerate(zip(*parts, strict=True)):
-            mark = vocabulary_size() + i
-            source += [*row[at : at + kept], mark]
-            target += [mark, *row[at + kept : at + kept + gone]]
-            at += kept + gone
-        sources.append([*source, END])
-        targets.append([*target, END])
-    return torch.tensor(sources), torch.tensor(targets)
+    count, marks = block_length(length, NOISE, SPAN), vocabulary_size()
+    collate = SpanDenoising(list(range(marks, marks + count)), END, PAD, NOISE, SPAN)
+    batch = collate([{"input_ids": row} for row in rows(size, count).tolist()])
+    return batch["input_ids"], batch["labels"]
 
 
 def masked(size: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:

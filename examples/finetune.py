@@ -131,6 +131,11 @@ def made(kind, arguments: Arguments, config):
     return kind.from_pretrained(arguments.model, config=config, ignore_mismatched_sizes=True)
 
 
+def highest(logits, labels):
+    """The class, or the token at each position, with the highest score: all that is kept of the scores."""
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+
+
 class Classification:
     """Texts, or pairs of texts, and their classes."""
 
@@ -158,10 +163,6 @@ class Classification:
         ids = self.model.config.label2id
         return Dataset.from_dict({**encoded, "labels": [ids[label] for label in rows[a.label]]})
 
-    @staticmethod
-    def reduce(logits, labels):
-        return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
-
     def measure(self, found: np.ndarray, labels: np.ndarray, rows: Dataset) -> dict:
         return {self.arguments.metric: float(METRICS[self.arguments.metric](labels, found))}
 
@@ -180,8 +181,6 @@ class TextToText:
         encoded = self.tokenizer(rows[a.source][:], truncation=True, max_length=a.length)
         targets = self.tokenizer(rows[a.target][:], truncation=True, max_length=a.target_length)
         return Dataset.from_dict({**encoded, "labels": targets.input_ids})
-
-    reduce = staticmethod(Classification.reduce)
 
     def measure(self, found: np.ndarray, labels: np.ndarray, rows: Dataset) -> dict:
         whole = (labels == self.tokenizer.eos_token_id).any(1)  # others have been cut
@@ -212,7 +211,7 @@ def finetune(arguments: Arguments, training: Seq2SeqTrainingArguments) -> dict:
         encoded["train"],
         {split: encoded[split] for split in tests} or None,
         processing_class=tokenizer,
-        preprocess_logits_for_metrics=task.reduce,
+        preprocess_logits_for_metrics=highest,
     )
     train(trainer)
     results = {}

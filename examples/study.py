@@ -116,20 +116,6 @@ def finetuning(cell: Cell, scale: Scale, data: Path, output: Path) -> dict:
     return {"results": results}
 
 
-def _quiet(threads: int) -> None:
-    """What a worker does before its first cell."""
-    import datasets
-    import torch
-    import transformers
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    torch.set_num_threads(threads)
-    datasets.disable_progress_bars()
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-
 class Study:
     """A log of cells, and the folder in which they run."""
 
@@ -192,7 +178,8 @@ class Study:
                     else:
                         self.done.add(cell.name)
                         self.write(future.result())
-                        print(f"{len(self.done)} of {len(wanted)}: {summary(future.result())}", flush=True)
+                        count = sum(cell.name in self.done for cell in wanted)
+                        print(f"{count} of {len(wanted)}: {summary(future.result())}", flush=True)
         if stopped:
             raise Interrupted(f"stopped with {len(self.done)} cells run; the same command goes on from there")
         if failed:

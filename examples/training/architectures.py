@@ -1,23 +1,15 @@
 """Configurations of the models that the scripts train, from names and a tokenizer."""
 
-import json
-
 from transformers import PreTrainedTokenizerBase
 
 from convkernels.models import CompositeBertConfig, ConvSeq2SeqConfig
 
+from .files import json_object
+
 
 def fields(text: str | None) -> dict:
     """Fields of a configuration, given as JSON."""
-    if not text:
-        return {}
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"--config: expected an object of JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"--config: expected an object of JSON, got {text}")
-    return value
+    return json_object(text, "--config") if text else {}
 
 
 def seq2seq(mixer: str, size: str, style: str, tokenizer: PreTrainedTokenizerBase, **changes) -> ConvSeq2SeqConfig:

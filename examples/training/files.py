@@ -37,17 +37,21 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
         raise DataError(f"{path}: expected a file that can be read: {error.strerror or error}") from None
 
 
+def json_object(text: str, where: str) -> dict:
+    """An object of JSON; DataError naming where it stands for anything else."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{where}: expected an object of JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: expected an object of JSON, got {type(value).__name__}")
+    return value
+
+
 def _objects(path: Path) -> Iterator[tuple[int, dict]]:
     for number, line in lines(path):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: expected an object of JSON: {error}") from None
-        if not isinstance(value, dict):
-            raise DataError(f"{path}, line {number}: expected an object of JSON, got {type(value).__name__}")
-        yield number, value
+        if line.strip():
+            yield number, json_object(line, f"{path}, line {number}")
 
 
 def _tabbed(path: Path) -> Iterator[tuple[int, dict]]:

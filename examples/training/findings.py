@@ -125,26 +125,34 @@ def compared(what: str, a: Value | None, b: Value | None) -> str | None:
     return f"* {what}: {100 * difference:+.1f} ± {100 * spread:.1f}, {verdict}."
 
 
-def statements(log: Log):
-    """What the tables say to the papers' claims, sentence by sentence."""
-    yield "Pre-training helps convolutions as it helps the transformer (Tay et al.); pre-trained minus raw:"
-    for task in SEQ2SEQ_TASKS:
-        for role, _, title in SHOWN[task]:
-            for mixer in MIXERS:
-                pair = [log.value("seq2seq", mixer, start, task, role) for start in ("pretrained", "raw")]
-                yield compared(f"{title}, {mixer}", *pair)
-    yield "Pre-trained convolutions are at least as good as the transformer (Tay et al.); one minus the other:"
-    for task in SEQ2SEQ_TASKS:
-        for role, _, title in SHOWN[task]:
-            for mixer in MIXERS[1:]:
-                pair = [log.value("seq2seq", one, "pretrained", task, role) for one in (mixer, "transformer")]
-                yield compared(f"{title}, {mixer}", *pair)
-    yield "Convolutions take the place of positions (Chang et al.); minus no positions, and minus absolute positions:"
-    for task in BERT_TASKS:
-        for variant in VARIANTS[2:]:
-            for other in VARIANTS[:2]:
-                pair = [log.value("bert", one, "pretrained", task) for one in (variant, other)]
-                yield compared(f"{SHOWN[task][0][2]}, {variant} against {other}", *pair)
+def statements(log: Log) -> dict[str, list[str | None]]:
+    """What the tables say to each of the papers' claims."""
+    shown = [(task, role, title) for task in SEQ2SEQ_TASKS for role, _, title in SHOWN[task]]
+
+    def value(mixer: str, task: str, role: str, start: str = "pretrained") -> Value | None:
+        return log.value("seq2seq", mixer, start, task, role)
+
+    def bert(variant: str, task: str) -> Value | None:
+        return log.value("bert", variant, "pretrained", task)
+
+    return {
+        "Pre-training helps convolutions as it helps the transformer (Tay et al.); pre-trained minus raw:": [
+            compared(f"{title}, {mixer}", value(mixer, task, role), value(mixer, task, role, "raw"))
+            for task, role, title in shown
+            for mixer in MIXERS
+        ],
+        "Pre-trained convolutions are at least as good as the transformer (Tay et al.); one minus the other:": [
+            compared(f"{title}, {mixer}", value(mixer, task, role), value("transformer", task, role))
+            for task, role, title in shown
+            for mixer in MIXERS[1:]
+        ],
+        "Convolutions take the place of positions (Chang et al.); minus no positions, and minus absolute positions:": [
+            compared(f"{SHOWN[task][0][2]}, {variant} against {other}", bert(variant, task), bert(other, task))
+            for task in BERT_TASKS
+            for variant in VARIANTS[2:]
+            for other in VARIANTS[:2]
+        ],
+    }
 
 
 def settings(log: Log) -> str:
@@ -165,15 +173,9 @@ def settings(log: Log) -> str:
 def section(log: Log) -> str:
     parts = [f"## {environment.title(log.runs[-1]['environment'])}", settings(log)]
     parts += ["### Encoder-decoders", seq2seq(log), "### BERTs", bert(log), "### What that says"]
-    block = []
-    for line in (*statements(log), None):
-        if line is not None and line.startswith("*"):
-            block.append(line)
-        elif line is not None:
-            parts += ["\n".join(block)] if block else []
-            parts.append(line)
-            block = []
-    return "\n\n".join([*parts, "\n".join(block)])
+    for claim, lines in statements(log).items():
+        parts += [claim, "\n".join(filter(None, lines))]
+    return "\n\n".join(filter(None, parts))
 
 
 def page(paths: list[Path]) -> str:
