@@ -40,7 +40,7 @@ help:
 	@echo "make interpreted the tests of the triton backend in Triton's interpreter (EVERY=1: all of them, for hours)"
 	@echo "make simulated  the tests of the cuda backend, its kernels simulated on the CPU"
 	@echo "make counters   what the simulated kernels move, held to a budget"
-	@echo "make models-oldest the tests of the models with the oldest transformers that they work with"
+	@echo "make models-oldest the tests of the models and the training scripts with the oldest packages that they work with"
 	@echo "make lint|format|ctest|abi|asan|mutants|cross|clean"
 	@echo "make gpu-run    on a machine with a GPU, with PYTHON=<one that has torch>, no network needed: every check and figure"
 	@echo "make gpu-smoke|gpu-test|gpu-sanitize|gpu-bench   parts of it"
@@ -190,19 +190,21 @@ test-full:
 test-fast: install ctest
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu" $(PYTEST_FLAGS)
 
-# The models with the oldest transformers that pyproject.toml allows, in an environment that has all else, torch and this
-# checkout too, from $(VENV).
+# The models and the training scripts with the oldest packages that pyproject.toml allows them, in an environment that
+# has all else, torch and this checkout too, from $(VENV).
 OLDEST := .venv-oldest
-$(OLDEST)/.hf: pyproject.toml $(VENV)/.hf
+$(OLDEST)/.packages: pyproject.toml $(VENV)/.train
 	$(BIN)/python -m venv --clear $(OLDEST)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 	    $$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth
-	$(OLDEST)/bin/python -m pip install --quiet --no-compile $$($(BIN)/python -c \
-	    'import re; print("transformers==" + re.search(r"transformers>=([\d.]+)", open("pyproject.toml").read())[1])')
+	$(OLDEST)/bin/python -m pip install --quiet --no-compile $$($(BIN)/python -c 'import re, tomllib; \
+	    extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+	    print(*(re.sub(">=([^,]+).*", r"==\1", one) for name in ("hf", "train") for one in extras[name]))')
 	@touch $@
 
-models-oldest: install $(OLDEST)/.hf
-	$(OLDEST)/bin/python -m pytest $(PARALLEL) -m "not slow" $(wildcard tests/test_models*.py) $(PYTEST_FLAGS)
+models-oldest: install $(OLDEST)/.packages
+	$(OLDEST)/bin/python -m pytest $(PARALLEL) -m "not slow" $(wildcard tests/test_models*.py) tests/test_training.py \
+	    tests/test_study.py tests/test_examples_visualize.py $(PYTEST_FLAGS)
 
 # Compiles the kernels and their tests for 64-bit Arm where such a compiler is installed, and runs them where an emulator is.
 cross:
