@@ -18,6 +18,7 @@ pytest.importorskip("datasets")
 pytest.importorskip("sentencepiece")
 pytest.importorskip("sklearn")
 import finetune
+import pretrain_bert
 import train_tokenizer
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
@@ -332,22 +333,24 @@ def test_two_processes(tokenizers, tmp_path):
     assert (folder / "model.safetensors").exists()
 
 
-def test_bert_and_what_follows(tokenizers, tables, tmp_path):
+def test_bert_and_what_follows(tokenizers, tables, tmp_path, monkeypatch):
     """Pre-training, a task, another task from that, and a task on pairs."""
-    bert, first = tmp_path / "bert", tmp_path / "first"
+    bert, first, second = (tmp_path / name for name in ("bert", "first", "second"))
     few = ("--max_steps", 3, "--per_device_train_batch_size", 8, "--logging_steps", 1, "--use_cpu")
-    vocabulary = ("--tokenizer", tokenizers["bert"])
-    succeed("pretrain_bert.py", "--texts", NOVELS, *vocabulary, "--config", BERT_SIZES, "--output_dir", bert, *few)
+    few += ("--tokenizer", tokenizers["bert"])
+
+    def run(script, *options):
+        monkeypatch.setattr("sys.argv", [script.__name__, *map(str, (*options, *few))])
+        script.run()
+
+    run(pretrain_bert, "--texts", NOVELS, "--config", BERT_SIZES, "--output_dir", bert)
     table = tables / "question.tsv"
     columns = ("--text", "text", "--label", "label", "--train", table, "--test", f"dev={table}")
-    succeed("finetune.py", *columns, *vocabulary, "--model", bert, "--output_dir", first, *few)
+    run(finetune, *columns, "--model", bert, "--output_dir", first)
     assert 0 <= json.loads((first / "results.json").read_text())["dev"]["accuracy"] <= 1
     table = tables / "follows.tsv"
     columns = ("--text", "first", "--pair", "second", "--label", "label", "--train", table, "--test", f"dev={table}")
-    second = tmp_path / "second"
-    succeed(
-        "finetune.py", *columns, *vocabulary, "--model", first, "--output_dir", second, *few, "--metric", "matthews"
-    )
+    run(finetune, *columns, "--model", first, "--output_dir", second, "--metric", "matthews")
     result = json.loads((second / "results.json").read_text())["dev"]
     assert result["rows"] == 199 and -1 <= result["matthews"] <= 1
 
