@@ -101,6 +101,6 @@ def test_what_the_page_says(tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = findings.page([path])
     assert "| none | - | - | 50.0 ± 10.0 | - | - |" in page
-    assert "* CoLA, composite against none: +30.0 ± 14.1, more than the spread." in page
-    assert "* CoLA, fixed against none: +5.0 ± 14.1, the spread covers it." in page
+    assert "| composite | none | **+30.0 ± 14.1** | - | - |" in page
+    assert "| fixed | none | +5.0 ± 14.1 | - | - |" in page
     assert "9 of 158 cells" in page

@@ -41,6 +41,9 @@ spread is that of fine-tuning. What stands as the paper's is quoted from memory 
 up there before you cite it.
 """
 
+DIFFERENCES = """\
+Each with the spread that it has from those of both means; bold where it is more than that."""
+
 
 @dataclass(frozen=True)
 class Value:
@@ -116,43 +119,49 @@ def bert(log: Log) -> str:
     return markdown_table(("attention", "parameters", "MLM loss", *_titles(BERT_TASKS)), rows)
 
 
-def compared(what: str, a: Value | None, b: Value | None) -> str | None:
-    """A sentence on the difference of two values, and whether it is more than their spread."""
+def difference(a: Value | None, b: Value | None) -> str:
+    """Of two values, with the spread of the difference; bold where it is more than that."""
     if a is None or b is None:
-        return None
-    difference, spread = a.mean - b.mean, (a.spread**2 + b.spread**2) ** 0.5
-    verdict = "the spread covers it" if abs(difference) <= spread else "more than the spread"
-    return f"* {what}: {100 * difference:+.1f} ± {100 * spread:.1f}, {verdict}."
+        return "-"
+    found, spread = a.mean - b.mean, (a.spread**2 + b.spread**2) ** 0.5
+    mark = "**" if abs(found) > spread else ""
+    return f"{mark}{100 * found:+.1f} ± {100 * spread:.1f}{mark}"
 
 
-def statements(log: Log) -> dict[str, list[str | None]]:
-    """What the tables say to each of the papers' claims."""
-    shown = [(task, role, title) for task in SEQ2SEQ_TASKS for role, _, title in SHOWN[task]]
+def mixers(log: Log, rows: list[tuple]) -> list[tuple]:
+    """Rows of differences, each of a title and of two pairs of a mixer and a start."""
+    shown = [(task, role) for task in SEQ2SEQ_TASKS for role, _, _ in SHOWN[task]]
+    return [
+        (*title, *(difference(log.value("seq2seq", *a, *one), log.value("seq2seq", *b, *one)) for one in shown))
+        for title, a, b in rows
+    ]
 
-    def value(mixer: str, task: str, role: str, start: str = "pretrained") -> Value | None:
-        return log.value("seq2seq", mixer, start, task, role)
 
-    def bert(variant: str, task: str) -> Value | None:
+def variants(log: Log, pairs: list[tuple[str, str]]) -> list[tuple]:
+    """Rows of differences of two variants of attention."""
+
+    def value(variant: str, task: str) -> Value | None:
         return log.value("bert", variant, "pretrained", task)
 
-    return {
-        "Pre-training helps convolutions as it helps the transformer (Tay et al.); pre-trained minus raw:": [
-            compared(f"{title}, {mixer}", value(mixer, task, role), value(mixer, task, role, "raw"))
-            for task, role, title in shown
-            for mixer in MIXERS
-        ],
-        "Pre-trained convolutions are at least as good as the transformer (Tay et al.); one minus the other:": [
-            compared(f"{title}, {mixer}", value(mixer, task, role), value("transformer", task, role))
-            for task, role, title in shown
-            for mixer in MIXERS[1:]
-        ],
-        "Convolutions take the place of positions (Chang et al.); minus no positions, and minus absolute positions:": [
-            compared(f"{SHOWN[task][0][2]}, {variant} against {other}", bert(variant, task), bert(other, task))
-            for task in BERT_TASKS
-            for variant in VARIANTS[2:]
-            for other in VARIANTS[:2]
-        ],
-    }
+    return [(a, b, *(difference(value(a, task), value(b, task)) for task in BERT_TASKS)) for a, b in pairs]
+
+
+def comparisons(log: Log) -> list[str]:
+    """What the tables say to each of the papers' claims: a title and a table of differences each."""
+    titles = _titles(SEQ2SEQ_TASKS)
+    helped = [((mixer,), (mixer, "pretrained"), (mixer, "raw")) for mixer in MIXERS]
+    as_good = [
+        ((name, mixer), (mixer, start), ("transformer", start)) for start, name in START.items() for mixer in MIXERS[1:]
+    ]
+    places = [(variant, other) for other in VARIANTS[:2] for variant in VARIANTS[2:]]
+    return [
+        "Pre-training helps convolutions as it helps the transformer (Tay et al.); pre-trained minus raw:",
+        markdown_table(("model", *titles), mixers(log, helped)),
+        "Convolutions are at least as good as the transformer (Tay et al.); the model minus the transformer:",
+        markdown_table(("", "model", *titles), mixers(log, as_good)),
+        "Convolutions take the place of positions (Chang et al.); an attention minus one without:",
+        markdown_table(("attention", "minus", *_titles(BERT_TASKS)), variants(log, places)),
+    ]
 
 
 def settings(log: Log) -> str:
@@ -172,10 +181,8 @@ def settings(log: Log) -> str:
 
 def section(log: Log) -> str:
     parts = [f"## {environment.title(log.runs[-1]['environment'])}", settings(log)]
-    parts += ["### Encoder-decoders", seq2seq(log), "### BERTs", bert(log), "### What that says"]
-    for claim, lines in statements(log).items():
-        parts += [claim, "\n".join(filter(None, lines))]
-    return "\n\n".join(filter(None, parts))
+    parts += ["### Encoder-decoders", seq2seq(log), "### BERTs", bert(log), "### Differences", DIFFERENCES]
+    return "\n\n".join([*parts, *comparisons(log)])
 
 
 def page(paths: list[Path]) -> str:
