@@ -8,13 +8,13 @@
 --model is a folder or Hub name of what pretrain_seq2seq.py or pretrain_bert.py has made, or of what this script has
 made on another task (intermediate-task initialisation). Without it --mixer or --variant name an architecture, whose
 weights are drawn. Results are in results.json in the output folder. All options of transformers'
-Seq2SeqTrainingArguments are taken. The same command goes on where it was stopped. torchrun or accelerate launch run it
+TrainingArguments are taken. The same command goes on where it was stopped. torchrun or accelerate launch run it
 in several processes.
 """
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,18 +24,16 @@ from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
+    TrainingArguments,
     set_seed,
 )
 
-import convkernels.models  # noqa: F401  the Auto classes know its models from here on
+from convkernels.models import CompositeBertConfig, ConvSeq2SeqConfig
 from training import architectures
-from training.files import DataError, tables
-from training.running import defaults, main, parsed, train
+from training.files import DataError, replace, tables
+from training.running import Trainer, defaults, main, parsed, train
 
 # Columns of the files that people have of these tasks, and what is measured.
 TASKS = {
@@ -78,7 +76,9 @@ class Arguments:
     source: str | None = field(default=None, metadata={"help": "text to text: column of the source"})
     target: str | None = field(default=None, metadata={"help": "text to text: column of the target"})
     category: str | None = field(default=None, metadata={"help": "text to text: column by which results are split up"})
-    metric: str = field(default="accuracy", metadata={"help": f"of classes: {', '.join(METRICS)}"})
+    metric: str | None = field(
+        default=None, metadata={"help": f"of classes: {', '.join(METRICS)}; without it that of the task, or accuracy"}
+    )
     model: str | None = field(default=None, metadata={"help": "folder or Hub name of a trained model"})
     mixer: str | None = field(default=None, metadata={"help": "without --model: transformer, lightweight, ..."})
     variant: str | None = field(default=None, metadata={"help": "without --model: none, absolute, composite, ..."})
@@ -89,23 +89,33 @@ class Arguments:
     target_length: int = field(default=256, metadata={"help": "tokens of a target; longer ones count as not matched"})
 
     def __post_init__(self):
+        columns = ("text", "pair", "label", "source", "target", "category")
         if self.task is not None:
             if self.task not in TASKS:
                 raise ValueError(f"--task: expected one of {', '.join(TASKS)}, got {self.task!r}")
+            given = [name for name in columns if getattr(self, name) is not None]
+            if given:
+                raise ValueError(f"--{given[0]}: expected it without --task, which names the columns")
             for name, value in TASKS[self.task].items():
-                setattr(self, name, value)
+                if getattr(self, name) is None:
+                    setattr(self, name, value)
         ways = [bool(self.text and self.label), bool(self.source and self.target)]
         if sum(ways) != 1:
             raise ValueError("expected --task, or --text and --label, or --source and --target")
+        self.metric = self.metric or "accuracy"
         if self.metric not in METRICS:
             raise ValueError(f"--metric: expected one of {', '.join(METRICS)}, got {self.metric!r}")
         if sum(value is not None for value in (self.model, self.mixer, self.variant)) != 1:
             raise ValueError("expected one of --model, --mixer and --variant")
         if self.target and self.variant:
             raise ValueError("--variant: expected a --mixer, because BERT does not write texts")
-        wrong = [text for text in self.test if "=" not in text]
-        if wrong:
-            raise ValueError(f"--test: expected name=table, got {wrong[0]!r}")
+        for name in ("length", "target_length"):
+            if getattr(self, name) < 3:
+                raise ValueError(f"--{name}: expected 3 or more, got {getattr(self, name)}")
+        names = [text.partition("=")[0] for text in self.test]
+        for name, text in zip(names, self.test, strict=True):
+            if "=" not in text or not name or name == "train" or names.count(name) > 1:
+                raise ValueError(f"--test: expected name=table, the names different and none 'train', got {text!r}")
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -113,9 +123,21 @@ class Arguments:
         return tuple(filter(None, named))
 
 
+def family(arguments: Arguments) -> type:
+    """The configuration's class of the model to load or to make. ValueError if it is not one of this package."""
+    if arguments.model is None:
+        return CompositeBertConfig if arguments.variant else ConvSeq2SeqConfig
+    found = type(AutoConfig.from_pretrained(arguments.model))
+    if found not in (CompositeBertConfig, ConvSeq2SeqConfig) or (arguments.target and found is CompositeBertConfig):
+        wanted = ConvSeq2SeqConfig.model_type
+        wanted += "" if arguments.target else f" or {CompositeBertConfig.model_type}"
+        raise ValueError(f"--model {arguments.model}: expected a model of type {wanted}, got {found.model_type}")
+    return found
+
+
 def configuration(arguments: Arguments, tokenizer, **changes):
     """Of the model to load, or of the architecture to make."""
-    changes |= architectures.fields(arguments.config)
+    changes |= architectures.fields(arguments.config, family(arguments))
     if arguments.model is not None:
         return AutoConfig.from_pretrained(arguments.model, **changes)
     if arguments.variant is not None:
@@ -125,10 +147,20 @@ def configuration(arguments: Arguments, tokenizer, **changes):
 
 
 def made(kind, arguments: Arguments, config):
-    """The model, with loaded weights where there are some; what belongs to another head is drawn anew."""
+    """The model, with loaded weights where there are some, and a new classifier unless its classes are the same.
+    ValueError if anything else does not fit."""
     if arguments.model is None:
         return kind.from_config(config)
-    return kind.from_pretrained(arguments.model, config=config, ignore_mismatched_sizes=True)
+    before = AutoConfig.from_pretrained(arguments.model)
+    model, report = kind.from_pretrained(
+        arguments.model, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    wrong = [name for name, *_ in report["mismatched_keys"] if not name.startswith("classifier.")]
+    if wrong:
+        raise ValueError(f"--config: expected what fits the weights of {arguments.model}, which {wrong[0]} does not")
+    if arguments.label and before.id2label != config.id2label:
+        model.classifier.load_state_dict(kind.from_config(config).classifier.state_dict())
+    return model
 
 
 def highest(logits, labels):
@@ -179,11 +211,11 @@ class TextToText:
     def encode(self, split: str, rows: Dataset) -> Dataset:
         a = self.arguments
         encoded = self.tokenizer(rows[a.source][:], truncation=True, max_length=a.length)
-        targets = self.tokenizer(rows[a.target][:], truncation=True, max_length=a.target_length)
-        return Dataset.from_dict({**encoded, "labels": targets.input_ids})
+        targets = self.tokenizer(rows[a.target][:]).input_ids
+        return Dataset.from_dict({**encoded, "labels": [target[: a.target_length] for target in targets]})
 
     def measure(self, found: np.ndarray, labels: np.ndarray, rows: Dataset) -> dict:
-        whole = (labels == self.tokenizer.eos_token_id).any(1)  # others have been cut
+        whole = (labels == self.tokenizer.eos_token_id).any(1)  # others have been cut: the end is their last token
         matched = ((found == labels) | (labels == -100)).all(1) & whole
         result = {"exact_match": float(matched.mean())}
         if self.arguments.category:
@@ -194,17 +226,24 @@ class TextToText:
         return result
 
 
-def finetune(arguments: Arguments, training: Seq2SeqTrainingArguments) -> dict:
+def finetune(arguments: Arguments, training: TrainingArguments) -> dict:
     """Train, measure on each test, write results.json, and return what it holds."""
     set_seed(training.seed)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
-    files = {"train": arguments.train, **dict(text.split("=", 1) for text in arguments.test)}
+    kind = "bert" if family(arguments) is CompositeBertConfig else "seq2seq"
+    tokenizer = architectures.tokenizer(arguments.tokenizer, kind)
+    tests = dict(text.split("=", 1) for text in arguments.test)
     with training.main_process_first(desc="reading tables"):
-        data = tables(files, arguments.columns)
+        data = tables({"train": arguments.train, **tests}, arguments.columns)
         task = (Classification if arguments.text else TextToText)(arguments, tokenizer, data)
+        if task.model.config.vocab_size < len(tokenizer):
+            raise ValueError(
+                f"--tokenizer {arguments.tokenizer}: expected the model's {task.model.config.vocab_size} tokens, got "
+                f"{len(tokenizer)}"
+            )
         encoded = {split: task.encode(split, rows) for split, rows in data.items()}
-    tests = [split for split in encoded if split != "train"]
-    trainer = Seq2SeqTrainer(
+    if training.load_best_model_at_end and training.metric_for_best_model == "loss" and tests:
+        training.metric_for_best_model = f"{next(iter(tests))}_loss"
+    trainer = Trainer(
         task.model,
         training,
         task.collator,
@@ -213,24 +252,25 @@ def finetune(arguments: Arguments, training: Seq2SeqTrainingArguments) -> dict:
         processing_class=tokenizer,
         preprocess_logits_for_metrics=highest,
     )
-    train(trainer)
+    options = asdict(arguments)
+    train(trainer, {name: options[name] for name in options if name not in ("test", "metric", "category")})
     results = {}
     for split in tests:
-        found = trainer.predict(encoded[split], metric_key_prefix=split)
+        found = trainer.predict_in_order(encoded[split], split)
         results[split] = {
             "rows": len(encoded[split]),
             "loss": found.metrics[f"{split}_loss"],
             **task.measure(found.predictions, found.label_ids, data[split]),
         }
     if trainer.is_world_process_zero():
-        (Path(training.output_dir) / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        replace(Path(training.output_dir) / "results.json", json.dumps(results, indent=1) + "\n")
         for split, values in results.items():
             print(split, *(f"{name} {value:.4g}" for name, value in values.items() if name != "by_category"))
     return results
 
 
 def run() -> None:
-    finetune(*parsed((Arguments, Seq2SeqTrainingArguments), DEFAULTS, __doc__))
+    finetune(*parsed((Arguments, TrainingArguments), DEFAULTS, __doc__))
 
 
 if __name__ == "__main__":

@@ -8,15 +8,15 @@ All options of transformers' TrainingArguments are taken. The same command goes 
 accelerate launch run it in several processes.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from datasets import Dataset
-from transformers import AutoTokenizer, DataCollatorForLanguageModeling, Trainer, TrainingArguments, set_seed
+from transformers import DataCollatorForLanguageModeling, TrainingArguments, set_seed
 
-from convkernels.models import CompositeBertForMaskedLM
+from convkernels.models import CompositeBertConfig, CompositeBertForMaskedLM
 from training import architectures
-from training.files import TEXTS, documents, sentences, state
-from training.running import defaults, main, parsed, train
+from training.files import TEXTS, documents, read, sentences
+from training.running import Trainer, defaults, main, parsed, train
 
 DEFAULTS = defaults(
     learning_rate=1e-4,
@@ -47,13 +47,11 @@ def pairs(tokenizer, texts: list[str], length: int) -> Dataset:
     def tokenize(batch):
         return tokenizer(batch["first"], batch["second"], truncation=True, max_length=length)
 
-    lines = Dataset.from_generator(_pairs, gen_kwargs={"texts": texts, "files": state(texts)})
-    if not len(lines):
-        raise ValueError(f"--texts {' '.join(texts)}: expected two sentences or more, got less")
+    lines = read(_pairs, texts, "pairs of sentences")
     return lines.map(tokenize, batched=True, remove_columns=["first", "second"], desc="tokenize")
 
 
-def _pairs(texts: list[str], files):
+def _pairs(texts: list[str]):
     for text in documents(texts):
         line = sentences(text)
         for first, second in zip(line, line, strict=False):
@@ -61,18 +59,20 @@ def _pairs(texts: list[str], files):
 
 
 def pretrain(arguments: Arguments, training: TrainingArguments) -> Trainer:
+    if arguments.length < 5:
+        raise ValueError(f"--length: expected 5 or more, got {arguments.length}")
+    if not 0 < arguments.rate < 1:
+        raise ValueError(f"--rate: expected a part between 0 and 1, got {arguments.rate}")
     set_seed(training.seed)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
-    for token in ("cls_token", "sep_token", "mask_token", "pad_token"):
-        if getattr(tokenizer, token) is None:
-            raise ValueError(f"--tokenizer {arguments.tokenizer}: expected one with a {token}, got one without")
-    changes = dict(max_position_embeddings=arguments.length) | architectures.fields(arguments.config)
+    tokenizer = architectures.tokenizer(arguments.tokenizer, "bert")
+    changes = dict(max_position_embeddings=arguments.length)
+    changes |= architectures.fields(arguments.config, CompositeBertConfig)
     config = architectures.bert(arguments.variant, arguments.size, tokenizer, **changes)
     model = CompositeBertForMaskedLM(config)
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=arguments.rate)
     with training.main_process_first(desc="reading texts"):
         rows = pairs(tokenizer, arguments.texts, arguments.length)
-    return train(Trainer(model, training, collator, rows, processing_class=tokenizer))
+    return train(Trainer(model, training, collator, rows, processing_class=tokenizer), asdict(arguments))
 
 
 def run() -> None:

@@ -4,19 +4,19 @@ spans of 3 on average, Adafactor, a learning rate that falls with the inverse sq
     python examples/pretrain_seq2seq.py --texts books.jsonl.xz --tokenizer tokenizer --mixer lightweight --size small \\
         --output_dir lightweight --max_steps 10000
 
-All options of transformers' Seq2SeqTrainingArguments are taken. The same command goes on where it was stopped.
+All options of transformers' TrainingArguments are taken. The same command goes on where it was stopped.
 torchrun or accelerate launch run it in several processes.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from datasets import Dataset
-from transformers import AutoTokenizer, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
-from convkernels.models import ConvSeq2SeqForConditionalGeneration
+from convkernels.models import ConvSeq2SeqConfig, ConvSeq2SeqForConditionalGeneration
 from training import architectures
-from training.files import TEXTS, documents, paragraphs, state
-from training.running import defaults, main, parsed, train
+from training.files import TEXTS, DataError, documents, paragraphs, read
+from training.running import Trainer, defaults, main, parsed, train
 from training.spans import SpanDenoising, block_length
 
 DEFAULTS = defaults(
@@ -73,26 +73,32 @@ def blocks(tokenizer, texts: list[str], length: int) -> Dataset:
         tokens = [token for row in batch["input_ids"] for token in row]
         return {"input_ids": [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)]}
 
-    lines = Dataset.from_generator(_lines, gen_kwargs={"texts": texts, "files": state(texts)})
+    lines = read(_lines, texts, "paragraphs")
     tokens = lines.map(tokenize, batched=True, remove_columns=["text"], desc="tokenize")
     rows = tokens.map(cut, batched=True, batch_size=10_000, desc="cut into blocks")
     if not len(rows):
-        raise ValueError(f"--texts {' '.join(texts)}: expected {length} tokens or more, got less")
+        raise DataError(f"{', '.join(texts)}: expected {length} tokens or more, got less")
     return rows
 
 
-def _lines(texts: list[str], files):
+def _lines(texts: list[str]):
     for text in documents(texts):
         for line in paragraphs(text):
             yield {"text": line}
 
 
-def pretrain(arguments: Arguments, training: Seq2SeqTrainingArguments) -> Seq2SeqTrainer:
+def pretrain(arguments: Arguments, training: TrainingArguments) -> Trainer:
+    refused = {
+        "--dataloader_persistent_workers": (training.dataloader_persistent_workers, "workers that hear of the epoch"),
+        "--label_smoothing_factor": (training.label_smoothing_factor, "0, because the model's own loss is trained"),
+    }
+    for name, (value, wanted) in refused.items():
+        if value:
+            raise ValueError(f"{name}: expected {wanted}, got {value}")
     set_seed(training.seed)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
-    config = architectures.seq2seq(
-        arguments.mixer, arguments.size, arguments.style, tokenizer, **architectures.fields(arguments.config)
-    )
+    tokenizer = architectures.tokenizer(arguments.tokenizer, "seq2seq")
+    changes = architectures.fields(arguments.config, ConvSeq2SeqConfig)
+    config = architectures.seq2seq(arguments.mixer, arguments.size, arguments.style, tokenizer, **changes)
     tokens = block_length(arguments.length, arguments.rate, arguments.span)
     collator = SpanDenoising(
         sentinels(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, arguments.rate, arguments.span,
@@ -101,14 +107,12 @@ def pretrain(arguments: Arguments, training: Seq2SeqTrainingArguments) -> Seq2Se
     model = ConvSeq2SeqForConditionalGeneration(config)
     with training.main_process_first(desc="reading texts"):
         rows = blocks(tokenizer, arguments.texts, tokens)
-    trainer = Seq2SeqTrainer(
-        model, training, collator, rows, processing_class=tokenizer, callbacks=[CountEpochs(collator)]
-    )
-    return train(trainer)
+    trainer = Trainer(model, training, collator, rows, processing_class=tokenizer, callbacks=[CountEpochs(collator)])
+    return train(trainer, asdict(arguments))
 
 
 def run() -> None:
-    pretrain(*parsed((Arguments, Seq2SeqTrainingArguments), DEFAULTS, __doc__))
+    pretrain(*parsed((Arguments, TrainingArguments), DEFAULTS, __doc__))
 
 
 if __name__ == "__main__":

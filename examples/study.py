@@ -15,12 +15,13 @@ import signal
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from multiprocessing import active_children, get_context
 from pathlib import Path
 
 from training.cells import FILES, SCALES, TEXTS, Cell, Scale, cells
-from training.files import DataError, rows
+from training.files import DataError, logged, replace, rows
 from training.running import Interrupted, main
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "findings.md"
@@ -75,7 +76,7 @@ def tokenizer(cell: Cell, scale: Scale, data: Path, output: Path) -> dict:
 def pretraining(cell: Cell, scale: Scale, data: Path, output: Path) -> dict:
     import pretrain_bert
     import pretrain_seq2seq
-    from transformers import Seq2SeqTrainingArguments
+    from transformers import TrainingArguments
 
     folder = output / cell.name
     options = dict(output_dir=str(folder), seed=cell.seed, save_steps=500, disable_tqdm=True, **scale.common)
@@ -85,8 +86,8 @@ def pretraining(cell: Cell, scale: Scale, data: Path, output: Path) -> dict:
         texts=[found(data, name) for name in TEXTS], tokenizer=str(output / Cell(cell.family).name),
         length=scale.length, size=scale.size, config=json.dumps(getattr(scale, cell.family)), **{kind: cell.model},
     )  # fmt: skip
-    trainer = module.pretrain(arguments, Seq2SeqTrainingArguments(**(module.DEFAULTS | options)))
-    losses = [line["loss"] for line in map(json.loads, (folder / "log.jsonl").open()) if "loss" in line]
+    trainer = module.pretrain(arguments, TrainingArguments(**(module.DEFAULTS | options)))
+    losses = [line["loss"] for line in logged(folder / "log.jsonl") if "loss" in line]
     for path in folder.glob("checkpoint-*"):
         shutil.rmtree(path)
     last = losses[-max(len(losses) // 20, 1) :]
@@ -95,7 +96,7 @@ def pretraining(cell: Cell, scale: Scale, data: Path, output: Path) -> dict:
 
 def finetuning(cell: Cell, scale: Scale, data: Path, output: Path) -> dict:
     import finetune
-    from transformers import Seq2SeqTrainingArguments
+    from transformers import TrainingArguments
 
     folder = output / cell.name
     files = {role: found(data, name) for role, name in FILES[cell.task].items()}
@@ -110,8 +111,8 @@ def finetuning(cell: Cell, scale: Scale, data: Path, output: Path) -> dict:
     )  # fmt: skip
     options = dict(output_dir=str(folder), seed=cell.seed, save_strategy="no", disable_tqdm=True, **scale.common)
     options |= scale.tasks[cell.family][cell.task]
-    results = finetune.finetune(arguments, Seq2SeqTrainingArguments(**(finetune.DEFAULTS | options)))
-    for path in (*folder.glob("checkpoint-*"), folder / "model.safetensors"):
+    results = finetune.finetune(arguments, TrainingArguments(**(finetune.DEFAULTS | options)))
+    for path in (*folder.glob("checkpoint-*"), folder / "run.json", folder / "model.safetensors"):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return {"results": results}
 
@@ -125,8 +126,13 @@ class Study:
             found(data, name)
         output.mkdir(parents=True, exist_ok=True)
         self.log = output / "log.jsonl"
-        lines = self.log.read_text().splitlines() if self.log.exists() else []
-        self.done = {line["cell"] for line in map(json.loads, lines) if "cell" in line and self._usable(line)}
+        self.settings = json.loads(json.dumps(asdict(SCALES[scale])))
+        lines = logged(self.log) if self.log.exists() else []
+        replace(self.log, "".join(json.dumps(line) + "\n" for line in lines))
+        for line in lines:
+            if "run" in line and line.get("settings") != self.settings:
+                raise ValueError(f"--output {output}: holds a study with other settings; expected another folder")
+        self.done = {line["cell"] for line in lines if "cell" in line and self._usable(line)}
 
     def _usable(self, line: dict) -> bool:
         """Whether a cell's line is all that others need of it, or its folder is there too."""
@@ -143,8 +149,10 @@ class Study:
         from convkernels.cli import environment
 
         device = torch.device("cpu" if SCALES[self.scale].common.get("use_cpu") else "cuda")
-        return {"run": time.strftime("%Y-%m-%d"), "scale": self.scale, "workers": self.workers, "threads": threads,
-                "environment": environment.describe(device)}  # fmt: skip
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"--scale {self.scale}: expected a GPU, which this PyTorch does not see")
+        return {"run": time.strftime("%Y-%m-%d"), "scale": self.scale, "settings": self.settings,
+                "workers": self.workers, "threads": threads, "environment": environment.describe(device)}  # fmt: skip
 
     def run(self, wanted: list[Cell]) -> None:
         """Run the cells that the log does not have, some at a time, each behind those that it needs."""
@@ -159,6 +167,7 @@ class Study:
                 for cell in ready[: self.workers - len(running)]:
                     waiting.remove(cell)
                     running[pool.submit(run_cell, cell, SCALES[self.scale], self.data, self.output)] = cell
+                    print(f"{cell.name}: begun", flush=True)
                 if not running:
                     break
                 try:
@@ -172,6 +181,8 @@ class Study:
                     cell = running.pop(future)
                     if isinstance(future.exception(), (Interrupted, KeyboardInterrupt)):
                         waiting, stopped = [], True
+                    elif isinstance(future.exception(), BrokenProcessPool):
+                        raise Interrupted("a worker was killed; the same command goes on from what is saved")
                     elif future.exception() is not None:
                         failed.append(cell.name)
                         print(f"{cell.name} failed: {future.exception()!r}", file=sys.stderr, flush=True)
@@ -188,12 +199,12 @@ class Study:
 
 def _prepare(threads: int) -> None:
     """What a worker does before its first cell."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     import datasets
     import torch
     import transformers
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     torch.set_num_threads(threads)
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
@@ -223,7 +234,7 @@ def run() -> None:
         PAGE.write_text(page(arguments.report))
         print(f"wrote {PAGE}")
         return
-    order = cells(SCALES[arguments.scale])
+    order = cells(SCALES[arguments.scale].seeds)
     chosen = [cell for cell in order if cell.name.startswith(arguments.only)]
     if arguments.data is None:
         parser.error("--data: expected the folder of the data sets")

@@ -5,13 +5,14 @@ python examples/train_tokenizer.py --texts books.jsonl.xz news.txt --vocab_size 
 
 import io
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import sentencepiece
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import HfArgumentParser, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from training.files import TEXTS, DataError, documents, paragraphs
-from training.running import main
+from training.running import main, parsed
 
 # The first three have the ids 0, 1 and 2, where T5 and the models' configurations expect them.
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
@@ -40,7 +41,18 @@ def train(arguments: Arguments) -> PreTrainedTokenizerFast:
     """The tokenizer: pieces found by sentencepiece. DataError if the texts do not give so many."""
     sentinels = [f"<extra_id_{i}>" for i in range(arguments.sentinels)]
     model = io.BytesIO()
-    lines = (NORMALIZER.normalize_str(line) for text in documents(arguments.texts) for line in paragraphs(text))
+    wrong = []
+
+    def checked():
+        # sentencepiece says of an error that comes out of its iterator only where it came from.
+        try:
+            for text in documents(arguments.texts):
+                yield from paragraphs(text)
+        except DataError as error:
+            wrong.append(error)
+            raise
+
+    lines = (NORMALIZER.normalize_str(line) for line in checked())
     sentencepiece.set_random_generator_seed(arguments.seed)
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -52,6 +64,8 @@ def train(arguments: Arguments) -> PreTrainedTokenizerFast:
             control_symbols=[*BERT, *sentinels], minloglevel=2,
         )  # fmt: skip
     except RuntimeError as error:
+        if wrong:
+            raise wrong[0] from None
         reason = str(error).strip().splitlines()[-1]
         raise DataError(f"{', '.join(arguments.texts)}, --vocab_size {arguments.vocab_size}: {reason}") from None
     found = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
@@ -81,7 +95,8 @@ def train(arguments: Arguments) -> PreTrainedTokenizerFast:
 
 
 def run() -> None:
-    (arguments,) = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses()
+    (arguments,) = parsed((Arguments,), {}, __doc__)
+    Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
     tokenizer = train(arguments)
     tokenizer.save_pretrained(arguments.output_dir)
     print(f"{len(tokenizer)} tokens, saved in {arguments.output_dir}")

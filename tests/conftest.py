@@ -19,6 +19,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import instruction_sets
 import pytest
 import torch
+from sample_texts import NOVELS, sentences
 
 import convkernels
 from convkernels.testing.compare import Operators
@@ -178,3 +179,32 @@ def lower_isa(isa):
     if isa == instruction_sets.available()[-1]:
         pytest.skip("the suite itself runs on it")
     return isa
+
+
+@pytest.fixture(scope="session")
+def tokenizers(tmp_path_factory):
+    """Folders of a tokenizer of each kind."""
+    import train_tokenizer
+
+    found = {}
+    for kind in ("seq2seq", "bert"):
+        folder = tmp_path_factory.mktemp(kind)
+        made = train_tokenizer.train(train_tokenizer.Arguments([str(NOVELS)], str(folder), kind, 700, 32))
+        made.save_pretrained(folder)
+        found[kind] = folder
+    return found
+
+
+@pytest.fixture(scope="session")
+def tables(tmp_path_factory):
+    """Tables made of real sentences: questions or not, pairs that follow each other or not, words turned round."""
+    folder, lines = tmp_path_factory.mktemp("tables"), sentences(200)
+    rows = {"question": ["text\tlabel"], "follows": ["first\tsecond\tlabel"], "reversed": ["source\ttarget\tkind"]}
+    for i, line in enumerate(lines[:-1]):
+        line = line.replace("\t", " ")
+        rows["question"].append(f"{line}\t{'yes' if '?' in line or i % 7 == 0 else 'no'}")
+        rows["follows"].append(f"{line}\t{lines[i + 1] if i % 2 else lines[-i]}\t{i % 2}")
+        rows["reversed"].append(f"{' '.join(line.split()[:4])}\t{' '.join(line.split()[3::-1])}\t{len(line) % 2}")
+    for name, content in rows.items():
+        (folder / f"{name}.tsv").write_text("\n".join(content) + "\n")
+    return folder

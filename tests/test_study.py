@@ -10,7 +10,7 @@ pytest.importorskip("sentencepiece")
 pytest.importorskip("sklearn")
 import study
 from modelling import MIXERS
-from test_training import NOVELS, sentences
+from sample_texts import NOVELS, sentences
 
 from training import cells, findings
 from training.files import DataError, documents
@@ -52,7 +52,7 @@ def data(tmp_path):
 
 def test_cells():
     for scale in cells.SCALES.values():
-        found = cells.cells(scale)
+        found = cells.cells(scale.seeds)
         names = [cell.name for cell in found]
         assert len(set(names)) == len(names) == 2 + 4 + 8 + 4 * 2 * 3 * 3 + 8 * 3 * 3
         for i, cell in enumerate(found):
@@ -62,10 +62,9 @@ def test_cells():
 
 def test_cells_run_once(data, tmp_path, monkeypatch):
     monkeypatch.setitem(study.SCALES, "mini", MINI)
-    monkeypatch.setitem(findings.SCALES, "mini", MINI)
     wanted = [
         cell
-        for cell in cells.cells(MINI)
+        for cell in cells.cells(MINI.seeds)
         if cell.model in (None, "lightweight", "composite") and cell.task in (None, "cogs", "rte")
     ]
     output = tmp_path / "study"
@@ -90,9 +89,15 @@ def test_data_that_is_not_there(data, tmp_path):
 
 def test_what_the_page_says(tmp_path):
     """Means and spreads by hand: 0.5 ± 0.1 and 0.8 ± 0.1 of three seeds differ by 0.3 ± 0.14; 0.55 by less."""
-    lines = [{"run": "2026-01-01", "scale": "cpu", "workers": 2, "threads": 1, "environment": {
+    settings = asdict(cells.SCALES["cpu"]) | {"seeds": [1, 2, 3], "vocabulary": 99}
+    lines = [{"run": "2026-01-01", "scale": "cpu", "settings": settings, "workers": 2, "threads": 1, "environment": {
         "device": "CPU", "device_type": "cpu", "isa": "avx2", "threads": 2, "torch": "2"}}]  # fmt: skip
-    for model, results in {"none": (0.4, 0.5, 0.6), "composite": (0.7, 0.8, 0.9), "fixed": (0.45, 0.55, 0.65)}.items():
+    for model, results in {
+        "none": (0.4, 0.5, 0.6),
+        "composite": (0.7, 0.8, 0.9),
+        "fixed": (0.45, 0.55, 0.65),
+        "absolute": (0.1,),
+    }.items():
         for seed, value in enumerate(results, 1):
             cell = cells.Cell("bert", model, "cola", seed=seed)
             result = {"test": {"rows": 10, "loss": 1.0, "matthews": value}}
@@ -103,4 +108,10 @@ def test_what_the_page_says(tmp_path):
     assert "| none | - | - | 50.0 ± 10.0 | - | - |" in page
     assert "| composite | none | **+30.0 ± 14.1** | - | - |" in page
     assert "| fixed | none | +5.0 ± 14.1 | - | - |" in page
-    assert "9 of 158 cells" in page
+    assert "| composite | absolute | +70.0 | - | - |" in page  # of one seed there is no spread
+    assert "10 of 158 cells" in page and "Vocabulary: 99 unigrams" in page
+    path.write_text(path.read_text() + '{"cell": "half a li')
+    assert findings.page([path]) == page
+    path.write_text('{"step": 1}\n')
+    with pytest.raises(DataError, match="expected a log of study.py"):
+        findings.page([path])

@@ -1,14 +1,8 @@
-"""The training scripts: what they read, how they corrupt, that they run, stop, go on, and say what is wrong."""
+"""What the training scripts read, and how they corrupt it."""
 
 import json
 import lzma
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,55 +10,11 @@ import torch
 
 pytest.importorskip("datasets")
 pytest.importorskip("sentencepiece")
-pytest.importorskip("sklearn")
-import finetune
-import pretrain_bert
-import train_tokenizer
+from sample_texts import sentences
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
-from convkernels.models import ConvSeq2SeqForConditionalGeneration
-from training import architectures, files
-from training.running import parsed
+from training import files
 from training.spans import SpanDenoising, block_length, lengths, spans
-
-ROOT = Path(__file__).resolve().parent.parent
-EXAMPLES, NOVELS = ROOT / "examples", ROOT / "benchmarks" / "data" / "novels.txt.xz"
-SIZES = json.dumps(dict(d_model=32, d_ff=64, num_heads=2, encoder_layers=1, decoder_layers=1, encoder_kernel_size=3))
-BERT_SIZES = json.dumps(dict(hidden_size=32, embedding_size=16, num_attention_heads=2, intermediate_size=64,
-                             num_hidden_layers=1))  # fmt: skip
-
-
-def sentences(count):
-    found = (one for text in files.documents([str(NOVELS)]) for one in files.sentences(text))
-    return [one for _, one in zip(range(count), found, strict=False)]
-
-
-@pytest.fixture(scope="session")
-def tokenizers(tmp_path_factory):
-    """Folders of a tokenizer of each kind."""
-    found = {}
-    for kind in ("seq2seq", "bert"):
-        folder = tmp_path_factory.mktemp(kind)
-        made = train_tokenizer.train(train_tokenizer.Arguments([str(NOVELS)], str(folder), kind, 700, 32))
-        made.save_pretrained(folder)
-        found[kind] = folder
-    return found
-
-
-@pytest.fixture(scope="session")
-def tables(tmp_path_factory):
-    """Tables made of real sentences: questions or not, pairs that follow each other or not, words turned round."""
-    folder, lines = tmp_path_factory.mktemp("tables"), sentences(200)
-    rows = {"question": ["text\tlabel"], "follows": ["first\tsecond\tlabel"], "reversed": ["source\ttarget\tkind"]}
-    for i, line in enumerate(lines[:-1]):
-        line = line.replace("\t", " ")
-        rows["question"].append(f"{line}\t{'yes' if '?' in line or i % 7 == 0 else 'no'}")
-        rows["follows"].append(f"{line}\t{lines[i + 1] if i % 2 else lines[-i]}\t{i % 2}")
-        rows["reversed"].append(f"{' '.join(line.split()[:4])}\t{' '.join(line.split()[3::-1])}\t{len(line) % 2}")
-    for name, content in rows.items():
-        (folder / f"{name}.tsv").write_text("\n".join(content) + "\n")
-    return folder
-
 
 # Spans
 
@@ -221,6 +171,7 @@ def test_tokenizer(tokenizers):
         (b"text\tlabel\n", "expected rows, got none"),
         (b"", "line 1: expected different names of columns"),
         (b"text\tlabel\na\tyes\nb\xff\tno\n", "line 3: expected UTF-8, got byte 0xff"),
+        (b"\xef\xbb\xbftext\tkind\na\tyes\n", "line 2: expected a column 'label', got text, kind"),
     ],
 )
 def test_malformed_tables(tmp_path, content, message):
@@ -245,6 +196,14 @@ def test_malformed_objects(tmp_path, content, message):
         list(files.documents([str(path)]))
 
 
+def test_values_of_objects(tmp_path):
+    path = tmp_path / "table.jsonl"
+    path.write_text('{"text": "a", "label": 1}\n{"text": null, "label": 1}\n')
+    with pytest.raises(files.DataError, match="line 2: expected a string or an integer in column 'text', got null"):
+        files.rows(path, ("text", "label"))
+    assert files.rows(path, ("label",)) == [{"label": "1"}] * 2
+
+
 def test_unreadable_files(tmp_path):
     path = tmp_path / "table.tsv.xz"
     with pytest.raises(files.DataError, match="expected a file that can be read: No such file"):
@@ -264,140 +223,3 @@ def test_texts_are_read_in_all_forms(tmp_path):
     assert texts == ["One line.\nTwo.\n\nNext part.", "Other text.", "Of JSON."]
     assert list(files.paragraphs(texts[0])) == ["One line. Two.", "Next part."]
     assert list(files.sentences('He went. "Why?" Mr. X. knew.')) == ["He went.", '"Why?"', "Mr. X. knew."]
-
-
-# Runs
-
-
-def command(script, *options, processes=1):
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [*start, str(EXAMPLES / script), *map(str, options)]
-
-
-def environment():
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-def start(*arguments, **options):
-    return subprocess.run(
-        command(*arguments, **options), capture_output=True, text=True, env=environment(), timeout=300
-    )
-
-
-def succeed(*arguments, **options):
-    done = start(*arguments, **options)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
-def logged(folder, name="loss"):
-    return {line["step"]: line[name] for line in map(json.loads, (folder / "log.jsonl").open()) if name in line}
-
-
-def pretraining(tokenizers, folder, steps, *more):
-    return ("pretrain_seq2seq.py", "--texts", NOVELS, "--tokenizer", tokenizers["seq2seq"], "--mixer", "dynamic",
-            "--config", SIZES, "--length", 64, "--output_dir", folder, "--max_steps", steps, "--logging_steps", 1,
-            "--warmup_steps", 2, "--per_device_train_batch_size", 8, "--use_cpu", *more)  # fmt: skip
-
-
-STEPS = 300  # some seconds, so that it can be stopped
-
-
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(tokenizers, tmp_path):
-    """Interrupted by SIGINT and started again, it logs the losses of a run that was left alone."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    succeed(*pretraining(tokenizers, whole, STEPS))
-    process = subprocess.Popen(
-        command(*pretraining(tokenizers, parts, STEPS)), stderr=subprocess.PIPE, text=True, env=environment()
-    )
-    while process.poll() is None and not (parts / "log.jsonl").exists():
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=100)
-    assert process.returncode == 130, errors[-3000:]
-    assert re.search(rf"stopped at step \d+ of {STEPS}, saved in .*; the same command goes on from there", errors)
-    first = logged(parts)
-    assert 0 < len(first) < STEPS
-    succeed(*pretraining(tokenizers, parts, STEPS))
-    assert logged(parts) == logged(whole) and len(logged(whole)) == STEPS
-    assert logged(whole)[STEPS] < logged(whole)[1]
-
-
-def test_two_processes(tokenizers, tmp_path):
-    """They train one model, write one log, and stop together where one is interrupted."""
-    folder = tmp_path / "two"
-    succeed(*pretraining(tokenizers, folder, 4, "--ddp_backend", "gloo"), processes=2)
-    assert list(logged(folder)) == [1, 2, 3, 4]
-    assert (folder / "model.safetensors").exists()
-
-
-def test_bert_and_what_follows(tokenizers, tables, tmp_path, monkeypatch):
-    """Pre-training, a task, another task from that, and a task on pairs."""
-    bert, first, second = (tmp_path / name for name in ("bert", "first", "second"))
-    few = ("--max_steps", 3, "--per_device_train_batch_size", 8, "--logging_steps", 1, "--use_cpu")
-    few += ("--tokenizer", tokenizers["bert"])
-
-    def run(script, *options):
-        monkeypatch.setattr("sys.argv", [script.__name__, *map(str, (*options, *few))])
-        script.run()
-
-    run(pretrain_bert, "--texts", NOVELS, "--config", BERT_SIZES, "--output_dir", bert)
-    table = tables / "question.tsv"
-    columns = ("--text", "text", "--label", "label", "--train", table, "--test", f"dev={table}")
-    run(finetune, *columns, "--model", bert, "--output_dir", first)
-    assert 0 <= json.loads((first / "results.json").read_text())["dev"]["accuracy"] <= 1
-    table = tables / "follows.tsv"
-    columns = ("--text", "first", "--pair", "second", "--label", "label", "--train", table, "--test", f"dev={table}")
-    run(finetune, *columns, "--model", first, "--output_dir", second, "--metric", "matthews")
-    result = json.loads((second / "results.json").read_text())["dev"]
-    assert result["rows"] == 199 and -1 <= result["matthews"] <= 1
-
-
-def test_a_mistake_is_one_line(tokenizers, tmp_path):
-    table = tmp_path / "table.tsv"
-    table.write_text("text\tlabel\na\tyes\nb\n")
-    done = start(
-        "finetune.py", "--train", table, "--tokenizer", tokenizers["seq2seq"], "--text", "text", "--label", "label",
-        "--mixer", "dynamic", "--output_dir", tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    last = done.stderr.splitlines()[-1]
-    assert last == f"finetune.py: {table}, line 3: expected 2 fields separated by tabs (text, label), got 1"
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ("--text text --label label", "expected one of --model, --mixer and --variant"),
-        ("--text text --mixer dynamic", "expected --task, or --text and --label, or --source and --target"),
-        ("--task mnli --mixer dynamic", "--task: expected one of trec, .*, got 'mnli'"),
-        ("--task cogs --variant none", "--variant: expected a --mixer"),
-        ("--task trec --mixer dynamic --metric bleu", "--metric: expected one of accuracy, f1, matthews, got 'bleu'"),
-        ("--task trec --mixer dynamic --test dev.tsv", "--test: expected name=table, got 'dev.tsv'"),
-    ],
-)
-def test_options_of_finetuning(options, message):
-    with pytest.raises(ValueError, match=message):
-        parsed((finetune.Arguments,), {}, "", ["--train", "a.tsv", "--tokenizer", "b", *options.split()])
-
-
-def test_exact_match_is_that_of_greedy_decoding(tokenizers):
-    """One pass with the target before it finds the targets that ``generate`` gives."""
-    tokenizer = AutoTokenizer.from_pretrained(tokenizers["seq2seq"])
-    torch.manual_seed(0)
-    config = json.loads(SIZES) | dict(dropout=0.0)
-    model = ConvSeq2SeqForConditionalGeneration(architectures.seq2seq("dynamic", "tiny", "paper", tokenizer, **config))
-    rows = [tokenizer(line, return_tensors="pt") for line in sentences(12)]
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3)  # so that its outputs differ
-    for i, row in enumerate(rows):
-        made = model.eval().generate(**row, max_new_tokens=6, num_beams=1, do_sample=False)[:, 1:]
-        label = made.clone()
-        if i % 2:
-            label[0, -1] = (label[0, -1] + 1) % 700
-        with torch.no_grad():
-            found = finetune.highest(model(**row, labels=label).logits, label)
-        assert torch.equal(found, label) == torch.equal(made, label)

@@ -1,15 +1,35 @@
-"""Configurations of the models that the scripts train, from names and a tokenizer."""
+"""Tokenizers, and configurations of the models that the scripts train, from names."""
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from convkernels.models import CompositeBertConfig, ConvSeq2SeqConfig
 
 from .files import json_object
 
 
-def fields(text: str | None) -> dict:
-    """Fields of a configuration, given as JSON."""
-    return json_object(text, "--config") if text else {}
+def tokenizer(name: str, family: str) -> PreTrainedTokenizerBase:
+    """A tokenizer from a folder or the Hub. ValueError if it does not mark texts as models of the family, "seq2seq" or
+    "bert", expect it."""
+    found = AutoTokenizer.from_pretrained(name)
+    ids = found("a").input_ids
+    marked = ids[-1:] == [found.eos_token_id] if family == "seq2seq" else ids[:1] == [found.cls_token_id]
+    if not marked or found.pad_token_id is None:
+        form = "text </s>" if family == "seq2seq" else "[CLS] text [SEP]"
+        raise ValueError(
+            f"--tokenizer {name}: expected one that makes {form!r} and has a token for padding, as one of "
+            f"train_tokenizer.py --kind {family}; got one that makes {found.decode(ids)!r}"
+        )
+    return found
+
+
+def fields(text: str | None, kind: type[PreTrainedConfig]) -> dict:
+    """Fields of a configuration, given as JSON. ValueError for what it does not have."""
+    found = json_object(text, "--config") if text else {}
+    known = {*kind().to_dict(), *kind.attribute_map}
+    unknown = sorted(found.keys() - known)
+    if unknown:
+        raise ValueError(f"--config: expected fields of {kind.__name__}, got {', '.join(unknown)}")
+    return found
 
 
 def seq2seq(mixer: str, size: str, style: str, tokenizer: PreTrainedTokenizerBase, **changes) -> ConvSeq2SeqConfig:

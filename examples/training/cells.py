@@ -1,5 +1,6 @@
 """What the study consists of: tokenizers, pre-trained models, and fine-tuned ones, each a cell with a name."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 MIXERS = ("transformer", "lightweight", "dilated", "dynamic")
@@ -112,12 +113,12 @@ class Cell:
         return (tokenizer, Cell(self.family, self.model)) if self.task and self.start == "pretrained" else (tokenizer,)
 
 
-def cells(scale: Scale) -> list[Cell]:
+def cells(seeds: Sequence[int]) -> list[Cell]:
     """All of them, in the order in which they are run: seed by seed, the longest last."""
     found = [Cell("bert"), Cell("seq2seq")]
     found += [Cell("bert", variant) for variant in VARIANTS]
     found += [Cell("seq2seq", mixer) for mixer in MIXERS]
-    for seed in scale.seeds:
+    for seed in seeds:
         for task in ("trec", "sst2", "cola", "rte", "cogs"):
             if task in BERT_TASKS:
                 found += [Cell("bert", variant, task, seed=seed) for variant in VARIANTS]

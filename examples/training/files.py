@@ -4,12 +4,14 @@ that names its line."""
 import gzip
 import json
 import lzma
+import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 # How the scripts describe an option that names texts.
 TEXTS = "files: .txt, or .jsonl with 'text' in each line, also .gz or .xz; or of the Hub, as name:configuration:split"
@@ -28,7 +30,7 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         with _OPENERS.get(path.suffix, open)(path, "rb") as file:
             for number, raw in enumerate(file, 1):
-                yield number, raw.decode().rstrip("\r\n")
+                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}, line {number}: expected UTF-8, got byte {error.object[error.start]:#04x}") from None
     except (lzma.LZMAError, zlib.error, EOFError, gzip.BadGzipFile) as error:
@@ -52,6 +54,20 @@ def _objects(path: Path) -> Iterator[tuple[int, dict]]:
     for number, line in lines(path):
         if line.strip():
             yield number, json_object(line, f"{path}, line {number}")
+
+
+def logged(path: Path) -> list[dict]:
+    """The lines of a log, objects of JSON; without the last one if it was cut off while it was written."""
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1].splitlines()
+    return [json_object(line, f"{path}, line {number}") for number, line in enumerate(whole, 1)]
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file in one go: whoever reads it sees the old text or the new one."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text)
+    os.replace(new, path)
 
 
 def _tabbed(path: Path) -> Iterator[tuple[int, dict]]:
@@ -84,6 +100,11 @@ def rows(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
         for column in columns:
             if column not in row:
                 raise DataError(f"{path}, line {number}: expected a column {column!r}, got {', '.join(row)}")
+            if not isinstance(row[column], str | int):
+                raise DataError(
+                    f"{path}, line {number}: expected a string or an integer in column {column!r}, got "
+                    f"{json.dumps(row[column])}"
+                )
             if not str(row[column]).strip():
                 raise DataError(f"{path}, line {number}: column {column!r} is empty")
         found.append({column: str(row[column]) for column in columns})
@@ -144,10 +165,29 @@ def documents(sources: list[str]) -> Iterator[str]:
                 yield row["text"]
 
 
-def state(sources: list[str]) -> list[tuple]:
-    """Sizes and times of files, so that what is cached of them is not taken for them once they have changed."""
+def read(rows: Callable[[list[str]], Iterator[dict]], sources: list[str], what: str) -> Dataset:
+    """What a function makes of sources of texts, kept on disk for the next time. DataError if that is nothing, or as
+    the function has it."""
+    given = {"rows": rows, "sources": sources, "what": what, "state": _state(rows, sources)}
+    try:
+        return Dataset.from_generator(_read, gen_kwargs=given)
+    except DatasetGenerationError as error:
+        raise error.__cause__ if isinstance(error.__cause__, DataError) else error from None
+
+
+def _read(rows, sources, what, state) -> Iterator[dict]:
+    row = None
+    for row in rows(sources):
+        yield row
+    if row is None:
+        raise DataError(f"{', '.join(sources)}: expected {what}, got none")
+
+
+def _state(rows: Callable, sources: list[str]) -> tuple:
+    """Sizes and times of files, and how they are read: what is kept of them is of no use once any of that changes."""
     paths = [Path(source) for source in sources]
-    return [(path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else () for path in paths]
+    kept = [(path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else () for path in paths]
+    return *kept, *(zlib.crc32(Path(code).read_bytes()) for code in (__file__, rows.__code__.co_filename))
 
 
 def paragraphs(text: str) -> Iterator[str]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from convkernels.cli import environment
 from convkernels.cli.console import markdown_table
 
-from .cells import BERT_TASKS, MIXERS, SCALES, SEQ2SEQ_TASKS, START, VARIANTS, cells
+from .cells import BERT_TASKS, MIXERS, SEQ2SEQ_TASKS, START, VARIANTS, cells
+from .files import DataError, logged
 
 # What is shown of a task: its role among the tests, the metric, a title.
 SHOWN = {
@@ -42,7 +43,8 @@ up there before you cite it.
 """
 
 DIFFERENCES = """\
-Each with the spread that it has from those of both means; bold where it is more than that."""
+Each with the spread that it has from those of both means, if there are several seeds; bold where it is more than
+that."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,12 @@ class Log:
     """The lines of one log."""
 
     def __init__(self, path: Path) -> None:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        self.path = path
+        lines = logged(path)
         self.runs = [line for line in lines if "run" in line]
         self.cells = {line["cell"]: line for line in lines if "cell" in line}
-        self.scale = SCALES[self.runs[-1]["scale"]]
+        if not self.runs or "settings" not in self.runs[-1] or any("task" not in cell for cell in self.cells.values()):
+            raise DataError(f"{path}: expected a log of study.py")
+        self.settings = self.runs[-1]["settings"]
         found = defaultdict(dict)
         for line in self.cells.values():
             for role, values in line.get("results", {}).items():
@@ -124,6 +127,8 @@ def difference(a: Value | None, b: Value | None) -> str:
     if a is None or b is None:
         return "-"
     found, spread = a.mean - b.mean, (a.spread**2 + b.spread**2) ** 0.5
+    if min(len(a.results), len(b.results)) < 2:
+        return f"{100 * found:+.1f}"
     mark = "**" if abs(found) > spread else ""
     return f"{mark}{100 * found:+.1f} ± {100 * spread:.1f}{mark}"
 
@@ -166,15 +171,17 @@ def comparisons(log: Log) -> list[str]:
 
 def settings(log: Log) -> str:
     """How the log came about."""
-    s, run = log.scale, log.runs[-1]
+    s, run = log.settings, log.runs[-1]
     hours = sum(line["seconds"] for line in log.cells.values()) / 3600
+    seeds = ", ".join(map(str, s["seeds"]))
     lines = [
         f"`python examples/study.py --scale {run['scale']} --data DATA --output study --workers {run['workers']}`; "
-        f"{len(log.cells)} of {len(cells(s))} cells, {hours:.1f} hours of "
-        f"{'workers with one core each' if run['threads'] == 1 else 'workers'}, seeds {', '.join(map(str, s.seeds))}, "
+        f"{len(log.cells)} of {len(cells(s['seeds']))} cells, {hours:.1f} hours of "
+        f"{'workers with one core each' if run['threads'] == 1 else 'workers'}, seeds {seeds}, "
         f"{run['run']}, {environment.title(run['environment'])}.",
-        f"Vocabulary: {s.vocabulary} unigrams. Encoder-decoders: {json.dumps(s.seq2seq)}; BERTs: {json.dumps(s.bert)}; "
-        f"sequences of {s.length}. Pre-training: {json.dumps(s.pretrain)}. Fine-tuning: {json.dumps(s.tasks)}.",
+        f"Vocabulary: {s['vocabulary']} unigrams. Encoder-decoders: {json.dumps(s['seq2seq'])}; BERTs: "
+        f"{json.dumps(s['bert'])}; sequences of {s['length']}. Pre-training: {json.dumps(s['pretrain'])}. Fine-tuning: "
+        f"{json.dumps(s['tasks'])}; of the configuration {json.dumps(s['changes'])}.",
     ]
     return "\n\n".join(lines)
 

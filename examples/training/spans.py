@@ -36,7 +36,12 @@ def lengths(tokens: int, rate: float, mean: float) -> tuple[int, int]:
 
 
 def block_length(source: int, rate: float, mean: float) -> int:
-    """The number of tokens from which a source of at most this length is made."""
+    """The number of tokens from which a source of at most this length is made. ValueError if there is no such."""
+    if not 0 < rate < 1 or mean < 1 or source < 3:
+        raise ValueError(
+            "span denoising: expected a rate between 0 and 1, spans of 1 or more and sources of 3 tokens or more, got "
+            f"{rate}, {mean} and {source}"
+        )
     tokens = source - 1
     while lengths(tokens + 1, rate, mean)[0] <= source:
         tokens += 1
