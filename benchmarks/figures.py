@@ -57,6 +57,8 @@ def _style(label: str) -> dict[str, Any]:
 
 
 def _draw(axes, records: list[dict[str, Any]], value: Callable[[dict[str, Any]], float | None], nested: bool) -> None:
+    from matplotlib import ticker
+
     lengths = sorted({r["length"] for r in records})
     labels = list(dict.fromkeys(r["line"] for r in records))
     for i, label in enumerate(labels):
@@ -71,6 +73,10 @@ def _draw(axes, records: list[dict[str, Any]], value: Callable[[dict[str, Any]],
             axes.plot(*zip(*points, strict=True), label=name, **style)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    if high < 100 * low:  # whole powers of ten would be one label or two
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     axes.minorticks_off()
     axes.grid(True, which="major", color="#dddddd", linewidth=0.7)
     axes.set_axisbelow(True)
