@@ -20,10 +20,10 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from convkernels import models
-from training.running import main
+from training.running import main, parsed
 
 LINES = 10  # more heads than these are a heat map, because their lines would share colours
 LABELS = 75  # more rows or columns than these have numbers instead of labels, which would cover each other
@@ -222,7 +222,7 @@ def visualize(arguments: Arguments) -> list[Path]:
 
 
 def run() -> None:
-    (arguments,) = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses()
+    (arguments,) = parsed((Arguments,), {}, __doc__)
     visualize(arguments)
 
 

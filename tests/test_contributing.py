@@ -22,7 +22,7 @@ FILES = [path for home in HOMES for path in (ROOT / home).rglob("*") if "__pycac
 PATHS = [f"/{path.relative_to(ROOT).as_posix()}" for path in (*FILES, *ROOT.glob("*"))]
 # Folders and files that commands make, and paths of other programs.
 MADE = re.compile(
-    r"(build|results|study|convkernels/_native|\.\./shared|~)/|(<device>|steps|results)\.json|(attention|models)-\w+\.png|.*\.gz"
+    r"(build|results|study|convkernels/_native|\.\./shared|~)/|(<device>|steps|results|run)\.json|(attention|models)-\w+\.png|.*\.gz"
     r"|counters-cuda\.md"
 )
 # Programs that take no options: --help would start their work.

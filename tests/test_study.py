@@ -76,7 +76,7 @@ def test_cells_run_once(data, tmp_path, monkeypatch):
     for line in log:
         assert "results" not in line or 0 <= next(iter(line["results"]["test"].values())) <= 24
     page = findings.page([output / "log.jsonl"])
-    assert "7 of 62 cells" in page and "0.0" in page
+    assert "7 of 62 cells so far" in page and "0.0" in page
     (output / "seq2seq-lightweight-pretraining" / "tokenizer.json").unlink()
     assert "seq2seq-lightweight-pretraining" not in study.Study("mini", data, output, 1).done
 

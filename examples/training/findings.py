@@ -173,10 +173,10 @@ def settings(log: Log) -> str:
     """How the log came about."""
     s, run = log.settings, log.runs[-1]
     hours = sum(line["seconds"] for line in log.cells.values()) / 3600
-    seeds = ", ".join(map(str, s["seeds"]))
+    seeds, total = ", ".join(map(str, s["seeds"])), len(cells(s["seeds"]))
     lines = [
         f"`python examples/study.py --scale {run['scale']} --data DATA --output study --workers {run['workers']}`; "
-        f"{len(log.cells)} of {len(cells(s['seeds']))} cells, {hours:.1f} hours of "
+        f"{len(log.cells)} of {total} cells{'' if len(log.cells) == total else ' so far'}, {hours:.1f} hours of "
         f"{'workers with one core each' if run['threads'] == 1 else 'workers'}, seeds {seeds}, "
         f"{run['run']}, {environment.title(run['environment'])}.",
         f"Vocabulary: {s['vocabulary']} unigrams. Encoder-decoders: {json.dumps(s['seq2seq'])}; BERTs: "
