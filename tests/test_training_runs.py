@@ -79,21 +79,23 @@ STEPS = 300  # some seconds, so that it can be stopped
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(tokenizers, tmp_path):
-    """Interrupted by SIGINT and started again, it logs the losses of a run that was left alone."""
+    """SIGTERM comes to it and to the process that makes its batches; started again, it logs the losses of a run that
+    was left alone."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     succeed(*pretraining(tokenizers, whole, STEPS))
+    again = pretraining(tokenizers, parts, STEPS, "--dataloader_num_workers", 1)
     process = subprocess.Popen(
-        command(*pretraining(tokenizers, parts, STEPS)), stderr=subprocess.PIPE, text=True, env=environment()
+        command(*again), stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
     )
     while process.poll() is None and not (parts / "log.jsonl").exists():
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 130, errors[-3000:]
     assert re.search(rf"stopped at step \d+ of {STEPS}, saved in .*; the same command goes on from there", errors)
     first = logged(parts)
     assert 0 < len(first) < STEPS
-    succeed(*pretraining(tokenizers, parts, STEPS))
+    succeed(*again)
     assert logged(parts) == logged(whole) and len(logged(whole)) == STEPS
     assert logged(whole)[STEPS] < logged(whole)[1]
 

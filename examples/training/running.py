@@ -85,7 +85,8 @@ class Trainer(transformers.Trainer):
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
         if loader.num_workers:
-            loader.worker_init_fn = partial(_leave_signals, loader.worker_init_fn)
+            inner = getattr(loader, "base_dataloader", loader)  # accelerate puts its own around it
+            inner.worker_init_fn = partial(_leave_signals, inner.worker_init_fn)
         return loader
 
     def predict_in_order(self, rows, prefix: str):
