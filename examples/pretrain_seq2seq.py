@@ -1,5 +1,6 @@
 """Pre-trains an encoder-decoder of Tay et al. 2021 by span denoising (Raffel et al. 2020): 15 % of the tokens, in
-spans of 3 on average, Adafactor, a learning rate that falls with the inverse square root of the step.
+spans of 3 on average. Adafactor takes steps relative to the size of each parameter, of a learning rate that falls with
+the inverse square root: at step t, with w steps of warm-up, learning_rate * min(t / w, sqrt(w / t)).
 
     python examples/pretrain_seq2seq.py --texts books.jsonl.xz --tokenizer tokenizer --mixer lightweight --size small \\
         --output_dir lightweight --max_steps 10000
@@ -11,7 +12,7 @@ torchrun or accelerate launch run it in several processes.
 from dataclasses import asdict, dataclass, field
 
 from datasets import Dataset
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import Adafactor, TrainerCallback, TrainingArguments, set_seed
 
 from convkernels.models import ConvSeq2SeqConfig, ConvSeq2SeqForConditionalGeneration
 from training import architectures
@@ -51,6 +52,13 @@ class CountEpochs(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
         self.collator.epoch = int(state.epoch or 0)
+
+
+def adafactor(training: TrainingArguments) -> tuple[type, dict] | None:
+    """T5's, where the training arguments name Adafactor: theirs takes absolute steps, of which 0.01 is far too long."""
+    if training.optim != "adafactor":
+        return None
+    return Adafactor, dict(lr=training.learning_rate, scale_parameter=True, relative_step=False)
 
 
 def sentinels(tokenizer) -> list[int]:
@@ -107,7 +115,10 @@ def pretrain(arguments: Arguments, training: TrainingArguments) -> Trainer:
     model = ConvSeq2SeqForConditionalGeneration(config)
     with training.main_process_first(desc="reading texts"):
         rows = blocks(tokenizer, arguments.texts, tokens)
-    trainer = Trainer(model, training, collator, rows, processing_class=tokenizer, callbacks=[CountEpochs(collator)])
+    trainer = Trainer(
+        model, training, collator, rows, processing_class=tokenizer, callbacks=[CountEpochs(collator)],
+        optimizer_cls_and_kwargs=adafactor(training),
+    )  # fmt: skip
     return train(trainer, asdict(arguments))
 
 

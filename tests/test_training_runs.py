@@ -270,6 +270,21 @@ def test_what_pretraining_refuses(tokenizers, tmp_path, run):
         run(pretrain_bert, "--texts", NOVELS, "--tokenizer", tokenizers["seq2seq"], "--output_dir", tmp_path)
 
 
+def test_steps_are_relative_to_the_size_of_parameters(tokenizers, tmp_path):
+    """As T5's: the first step, of a rate of 0.01, moves a matrix by a hundredth of its size, and not each of its
+    elements by 0.01."""
+    training = TrainingArguments(str(tmp_path), **pretrain_seq2seq.DEFAULTS)
+    kind, options = pretrain_seq2seq.adafactor(training)
+    for size in (1.0, 0.01):
+        parameter = torch.nn.Parameter(torch.full((8, 8), size))
+        parameter.grad = torch.randn(8, 8)
+        kind([parameter], **options).step()
+        moved = (parameter.detach() - size).square().mean().sqrt()
+        assert 0.3 < moved / (0.01 * size) < 1.1
+    training.optim = "adamw_torch"
+    assert pretrain_seq2seq.adafactor(training) is None
+
+
 def test_epochs_count_where_they_are_given():
     def steps(*more):
         options = ["--texts", "a", "--tokenizer", "b", "--output_dir", "c", *more]

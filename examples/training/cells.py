@@ -43,7 +43,7 @@ SCALES = {
         bert=dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3),
         length=128,
         pretrain={
-            "seq2seq": dict(max_steps=3000, per_device_train_batch_size=32, learning_rate=1e-2, warmup_steps=300),
+            "seq2seq": dict(max_steps=3000, per_device_train_batch_size=32, learning_rate=3e-2, warmup_steps=300),
             "bert": dict(max_steps=5000, per_device_train_batch_size=32, learning_rate=1e-3, warmup_steps=500),
         },
         tasks={
