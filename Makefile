@@ -203,7 +203,7 @@ $(OLDEST)/.packages: pyproject.toml $(VENV)/.train
 	@touch $@
 
 models-oldest: install $(OLDEST)/.packages
-	$(OLDEST)/bin/python -m pytest $(PARALLEL) -m "not slow" $(wildcard tests/test_models*.py) tests/test_training.py \
+	$(OLDEST)/bin/python -m pytest $(PARALLEL) -m "not slow" $(wildcard tests/test_models*.py tests/test_training*.py) \
 	    tests/test_study.py tests/test_examples_visualize.py $(PYTEST_FLAGS)
 
 # Compiles the kernels and their tests for 64-bit Arm where such a compiler is installed, and runs them where an emulator is.

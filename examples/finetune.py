@@ -51,6 +51,8 @@ METRICS = {
 }
 
 
+# What a model for another task may lack.
+HEAD = ("classifier.", "dense.", "bert.pooler.")
 DEFAULTS = defaults(
     learning_rate=3e-4,
     warmup_steps=0.1,
@@ -156,8 +158,12 @@ def made(kind, arguments: Arguments, config):
         arguments.model, config=config, ignore_mismatched_sizes=True, output_loading_info=True
     )
     wrong = [name for name, *_ in report["mismatched_keys"] if not name.startswith("classifier.")]
+    wrong += [name for name in report["missing_keys"] if not name.startswith(HEAD)]
     if wrong:
-        raise ValueError(f"--config: expected what fits the weights of {arguments.model}, which {wrong[0]} does not")
+        raise ValueError(
+            f"--model {arguments.model}: expected weights for all of the model but its head, got none that fit "
+            f"{wrong[0]}"
+        )
     if arguments.label and before.id2label != config.id2label:
         model.classifier.load_state_dict(kind.from_config(config).classifier.state_dict())
     return model
@@ -241,8 +247,13 @@ def finetune(arguments: Arguments, training: TrainingArguments) -> dict:
                 f"{len(tokenizer)}"
             )
         encoded = {split: task.encode(split, rows) for split, rows in data.items()}
-    if training.load_best_model_at_end and training.metric_for_best_model == "loss" and tests:
-        training.metric_for_best_model = f"{next(iter(tests))}_loss"
+    losses = [f"{name}_loss" for name in tests]
+    if training.metric_for_best_model in ("loss", "eval_loss") and tests:
+        training.metric_for_best_model = losses[0]
+    if training.metric_for_best_model not in (None, *losses):
+        raise ValueError(
+            f"--metric_for_best_model: expected one of {', '.join(losses)}, got {training.metric_for_best_model}"
+        )
     trainer = Trainer(
         task.model,
         training,

@@ -48,7 +48,7 @@ def train(arguments: Arguments) -> PreTrainedTokenizerFast:
         try:
             for text in documents(arguments.texts):
                 yield from paragraphs(text)
-        except DataError as error:
+        except BaseException as error:
             wrong.append(error)
             raise
 

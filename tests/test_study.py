@@ -74,7 +74,8 @@ def test_cells_run_once(data, tmp_path, monkeypatch):
     assert [line["cell"] for line in log if "cell" in line] == [cell.name for cell in wanted]
     assert len(wanted) == 2 + 2 + 2 + 1
     for line in log:
-        assert "results" not in line or 0 <= next(iter(line["results"]["test"].values())) <= 24
+        for metric in ("accuracy", "exact_match"):
+            assert 0 <= line.get("results", {}).get("test", {}).get(metric, 0) <= 1
     page = findings.page([output / "log.jsonl"])
     assert "7 of 62 cells so far" in page and "0.0" in page
     (output / "seq2seq-lightweight-pretraining" / "tokenizer.json").unlink()

@@ -90,6 +90,19 @@ def _format(path: Path) -> str:
     return next((suffix for suffix in reversed(path.suffixes) if suffix not in _OPENERS), "")
 
 
+def _strings(row: dict, columns: tuple[str, ...], where: str) -> dict[str, str]:
+    for column in columns:
+        if column not in row:
+            raise DataError(f"{where}: expected a column {column!r}, got {', '.join(row)}")
+        if not isinstance(row[column], str | int):
+            raise DataError(
+                f"{where}: expected a string or an integer in column {column!r}, got {json.dumps(row[column])}"
+            )
+        if not str(row[column]).strip():
+            raise DataError(f"{where}: column {column!r} is empty")
+    return {column: str(row[column]) for column in columns}
+
+
 def rows(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     """The columns of a table: .tsv with a first line of names and no quoting, or .jsonl."""
     reader = {".tsv": _tabbed, ".jsonl": _objects}.get(_format(path))
@@ -97,17 +110,7 @@ def rows(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
         raise DataError(f"{path}: expected a table, .tsv or .jsonl (or one of them with .gz or .xz behind)")
     found = []
     for number, row in reader(path):
-        for column in columns:
-            if column not in row:
-                raise DataError(f"{path}, line {number}: expected a column {column!r}, got {', '.join(row)}")
-            if not isinstance(row[column], str | int):
-                raise DataError(
-                    f"{path}, line {number}: expected a string or an integer in column {column!r}, got "
-                    f"{json.dumps(row[column])}"
-                )
-            if not str(row[column]).strip():
-                raise DataError(f"{path}, line {number}: column {column!r} is empty")
-        found.append({column: str(row[column]) for column in columns})
+        found.append(_strings(row, columns, f"{path}, line {number}"))
     if not found:
         raise DataError(f"{path}: expected rows, got none")
     return found
@@ -121,11 +124,9 @@ def tables(files: dict[str, str], columns: tuple[str, ...]) -> DatasetDict:
             found[split] = Dataset.from_list(rows(Path(source), columns))
             continue
         data = _from_hub(source, split)
-        missing = [column for column in columns if column not in data.column_names]
-        if missing:
-            raise DataError(f"{source}: expected a column {missing[0]!r}, got {', '.join(data.column_names)}")
-        data = data.select_columns(list(columns))
-        found[split] = data.map(lambda row: {column: str(row[column]) for column in columns})
+        found[split] = Dataset.from_list(
+            [_strings(row, columns, f"{source}, row {number}") for number, row in enumerate(data, 1)]
+        )
     return found
 
 
@@ -151,7 +152,7 @@ def documents(sources: list[str]) -> Iterator[str]:
                 if not isinstance(value.get("text"), str):
                     raise DataError(f"{path}, line {number}: expected a string named 'text', got {', '.join(value)}")
                 yield value["text"]
-        elif kind == ".txt" or path.exists():
+        elif kind == ".txt":
             part = []
             for _, line in lines(path):
                 before, *after = line.split("\f")
@@ -160,6 +161,8 @@ def documents(sources: list[str]) -> Iterator[str]:
                     yield "\n".join(part)
                     part = [text]
             yield "\n".join(part)
+        elif path.exists():
+            raise DataError(f"{path}: expected texts, .txt or .jsonl (or one of them with .gz or .xz behind)")
         else:
             for row in tables({"train": source}, ("text",))["train"]:
                 yield row["text"]

@@ -26,7 +26,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 DECISIVE = (
     *("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "train_sampling_strategy"),
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2"),
-    *("adam_epsilon", "max_grad_norm", "label_smoothing_factor", "bf16", "fp16"),
+    *("adam_epsilon", "max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "lr_scheduler_kwargs", "optim_args"),
+    *("neftune_noise_alpha", "dataloader_drop_last", "load_best_model_at_end", "metric_for_best_model", "world_size"),
 )
 # Without these a checkpoint is of no use; the Trainer writes the last of them last.
 CHECKPOINT = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
@@ -51,10 +52,10 @@ def defaults(**changes) -> dict:
 def parsed(kinds: tuple[type, ...], changes: dict, description: str, arguments: list[str] | None = None) -> tuple:
     """Command-line arguments as objects of these kinds, the last of them TrainingArguments with other defaults. Where a
     number of epochs is given, it is not the default number of steps that counts."""
-    given = {text.split("=")[0] for text in (sys.argv[1:] if arguments is None else arguments)}
-    if "--num_train_epochs" in given:
+    given = {text.split("=")[0].replace("-", "_") for text in (sys.argv[1:] if arguments is None else arguments)}
+    if "__num_train_epochs" in given:
         changes = {name: value for name, value in changes.items() if name != "max_steps"}
-    parser = HfArgumentParser(kinds, description=description, formatter_class=Help)
+    parser = HfArgumentParser(kinds, description=description, formatter_class=Help, allow_abbrev=False)
     parser.set_defaults(**changes)
     return parser.parse_args_into_dataclasses(arguments)
 
@@ -73,21 +74,28 @@ def main(run: Callable[[], object]) -> None:
         sys.exit(INTERRUPTED)
 
 
-def _leave_signals(initialise: Callable[[int], None], worker: int) -> None:
+def _leave_signals(initialise: Callable[[int], None] | None, worker: int) -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    initialise(worker)
+    if initialise is not None:
+        initialise(worker)
+
+
+def _deaf(loader):
+    if loader.num_workers:
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate puts its own around it
+        inner.worker_init_fn = partial(_leave_signals, inner.worker_init_fn)
+    return loader
 
 
 class Trainer(transformers.Trainer):
     """That of transformers; its processes that load data leave signals to it, which may reach all of a group."""
 
     def get_train_dataloader(self):
-        loader = super().get_train_dataloader()
-        if loader.num_workers:
-            inner = getattr(loader, "base_dataloader", loader)  # accelerate puts its own around it
-            inner.worker_init_fn = partial(_leave_signals, inner.worker_init_fn)
-        return loader
+        return _deaf(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        return _deaf(super().get_eval_dataloader(eval_dataset))
 
     def predict_in_order(self, rows, prefix: str):
         """``predict`` of all rows, in their order: as in training, they would be shuffled by length, or left out."""
@@ -98,17 +106,22 @@ class Trainer(transformers.Trainer):
 
 class Log(TrainerCallback):
     """Appends what the Trainer logs to a file, an object of JSON per line, in the process that counts as the first.
-    ValueError once the loss is not a number."""
+    ValueError once the loss is not a number, which is looked at before anything is saved."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        control.should_log |= control.should_save
+
+    on_epoch_end = on_step_end
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if state.is_world_process_zero:
             values = {key: value if math.isfinite(value) else None for key, value in (logs or {}).items()}
             with self.path.open("a") as file:
                 print(json.dumps({"step": state.global_step, **values}), file=file)
-        loss = (logs or {}).get("loss", 0.0)
+        loss = (logs or {}).get("loss", (logs or {}).get("train_loss", 0.0))
         if not math.isfinite(loss):
             raise ValueError(
                 f"the loss is {loss} at step {state.global_step}: expected a finite one; try a lower --learning_rate, "
@@ -140,13 +153,16 @@ class StopOnSignal(TrainerCallback):
         print("\nstopping behind this step, saving first; once more stops at once", file=sys.stderr)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if self._anywhere(args.device):
-            self.stopped = True
-            control.should_save |= state.global_step < state.max_steps
-            control.should_training_stop = True
-            control.should_evaluate = False
+        if self.anywhere(args.device):
+            self.stopped = control.should_training_stop = True
+            if state.global_step < state.max_steps:
+                control.should_save, control.should_evaluate = True, False
 
-    def _anywhere(self, device: torch.device) -> bool:
+    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+        if self.stopped and state.global_step < state.max_steps:  # it has been saved, and the epoch has not ended
+            control.should_save = control.should_evaluate = control.should_log = False
+
+    def anywhere(self, device: torch.device) -> bool:
         if not torch.distributed.is_initialized():
             return self.wanted
         wanted = torch.tensor(int(self.wanted), device=device)
@@ -163,20 +179,25 @@ class Run:
         accumulated = training.gradient_accumulation_steps
         if accumulated < 1:
             raise ValueError(f"--gradient_accumulation_steps: expected 1 or more, got {accumulated}")
+        for name in ("resume_from_checkpoint", "save_only_model", "fsdp", "deepspeed"):
+            if getattr(training, name):
+                raise ValueError(f"--{name}: expected it unset, because a run goes on from its folder, got {name}")
         self.trainer, self.folder = trainer, Path(training.output_dir)
         self.path, self.log = self.folder / "run.json", self.folder / "log.jsonl"
         self.options = json.loads(json.dumps(options | {name: getattr(training, name) for name in DECISIVE}))
-        self.until = {"max_steps": training.max_steps, "num_train_epochs": training.num_train_epochs}
+        self.steps = trainer.set_initial_training_values(training, trainer.get_train_dataloader())[-1]
+        if self.steps < 1:
+            raise ValueError("--max_steps and --num_train_epochs: expected a step or more, got none")
         self.folder.mkdir(parents=True, exist_ok=True)
         before = json.loads(self.path.read_text()) if self.path.exists() else {"options": self.options}
+        self.trained = before.get("trained")
         for name, value in self.options.items():
             held = before["options"].get(name)
-            if value != held:
+            if value != held and not (self.trained and name == "world_size"):
                 raise ValueError(
                     f"--output_dir {self.folder}: holds a run with --{name} {held}: expected that, or another folder, "
                     f"got {value}"
                 )
-        self.trained = before.get("trained")
 
     def write(self, **more) -> None:
         if self.trainer.is_world_process_zero():
@@ -184,29 +205,21 @@ class Run:
 
     def checkpoint(self) -> str | None:
         """The last one that is whole."""
-        chosen = self.trainer.args.resume_from_checkpoint
-        if chosen:
-            return chosen
         for path in reversed(sort_checkpoints(str(self.folder))):
             if all((Path(path) / name).exists() for name in CHECKPOINT):
                 return path
             print(f"{path} is not whole, so it is left out", file=sys.stderr)
         return None
 
-    def reached(self, checkpoint: str | None) -> tuple[int, bool]:
-        """The step of a checkpoint, and whether it is the last. ValueError where it is beyond what is wanted now."""
-        step, got, wanted = 0, 0, self.until["max_steps"]
-        if checkpoint is not None:
-            state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
-            step = got = state["global_step"]
-        if wanted <= 0:
-            wanted, got = self.until["num_train_epochs"], state["epoch"] if step else 0
-        if got > wanted or self.trained and not wanted > got > 0:
+    def reached(self, state: dict) -> int:
+        """The step of a checkpoint's state. ValueError if one cannot go on from there to the steps that are wanted."""
+        step = state.get("global_step", 0)
+        if step > self.steps or self.trained and not self.steps > step > 0:
             raise ValueError(
-                f"--output_dir {self.folder}: holds a model trained with {self.trained or got}, which cannot go on to "
-                f"{self.until}: expected more and a checkpoint, or another folder"
+                f"--output_dir {self.folder}: holds a model trained for {self.trained or step} steps, which cannot go "
+                f"on to {self.steps}: expected more and a checkpoint, or another folder"
             )
-        return step, got == wanted
+        return step
 
 
 def train(trainer: Trainer, options: dict) -> Trainer:
@@ -217,32 +230,34 @@ def train(trainer: Trainer, options: dict) -> Trainer:
     """
     run = Run(trainer, options)
     folder = run.folder
-    if run.trained == run.until:
+    if run.trained == run.steps:
         print(f"{folder} holds the trained model", file=sys.stderr)
         load_model(trainer.model, folder / "model.safetensors")
         return trainer
     checkpoint = run.checkpoint()
-    step, whole = run.reached(checkpoint)
-    stopped = False
-    if whole:  # it was stopped between its last step and saving the model
-        load_model(trainer.model, Path(checkpoint) / "model.safetensors")
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text()) if checkpoint else {}
+    step, stopped = run.reached(state), False
+    if step == run.steps:  # it was stopped between its last step and saving the model
+        best = state["best_model_checkpoint"] if trainer.args.load_best_model_at_end else None
+        load_model(trainer.model, Path(best or checkpoint) / "model.safetensors")
     else:
         run.write()
         if trainer.is_world_process_zero() and run.log.exists():
             kept = [line for line in logged(run.log) if line["step"] <= step]
             replace(run.log, "".join(json.dumps(line) + "\n" for line in kept))
-        trainer.add_callback(Log(run.log))
+        if trainer.args.metric_for_best_model and trainer.args.save_total_limit == 1:
+            trainer.args.save_total_limit = 2  # with the best one alone there would be none to go on from
         with StopOnSignal() as stop:
             trainer.add_callback(stop)
+            trainer.add_callback(Log(run.log))
             trainer.train(resume_from_checkpoint=checkpoint)
-        stopped = stop.stopped
-    state = trainer.state
-    if not stopped or state.global_step >= state.max_steps:
+            stopped = stop.stopped or stop.anywhere(trainer.args.device)
+            step = trainer.state.global_step
+    if not stopped or step >= run.steps:
         trainer.save_model()
-        run.write(trained=run.until)
+        run.write(trained=run.steps)
     if stopped:
         raise Interrupted(
-            f"stopped at step {state.global_step} of {state.max_steps}, saved in {folder}; the same command goes on "
-            "from there"
+            f"stopped at step {step} of {run.steps}, saved in {folder}; the same command goes on from there"
         )
     return trainer
