@@ -18,7 +18,7 @@ from convkernels.models import ConvSeq2SeqConfig, ConvSeq2SeqForConditionalGener
 from training import architectures
 from training.files import TEXTS, DataError, documents, paragraphs, read
 from training.running import Trainer, defaults, main, parsed, train
-from training.spans import SpanDenoising, block_length
+from training.spans import SpanDenoising, block_length, counts
 
 DEFAULTS = defaults(
     optim="adafactor",
@@ -108,8 +108,11 @@ def pretrain(arguments: Arguments, training: TrainingArguments) -> Trainer:
     changes = architectures.fields(arguments.config, ConvSeq2SeqConfig)
     config = architectures.seq2seq(arguments.mixer, arguments.size, arguments.style, tokenizer, **changes)
     tokens = block_length(arguments.length, arguments.rate, arguments.span)
+    found, needed = sentinels(tokenizer), counts(tokens, arguments.rate, arguments.span)[1]
+    if len(found) < needed:
+        raise ValueError(f"--tokenizer: expected {needed} sentinels for --length {arguments.length}, got {len(found)}")
     collator = SpanDenoising(
-        sentinels(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, arguments.rate, arguments.span,
+        found, tokenizer.eos_token_id, tokenizer.pad_token_id, arguments.rate, arguments.span,
         training.seed,
     )  # fmt: skip
     model = ConvSeq2SeqForConditionalGeneration(config)

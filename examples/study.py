@@ -47,7 +47,7 @@ def run_cell(cell: Cell, scale: Scale, data: Path, output: Path) -> dict:
         run = tokenizer if cell.model is None else pretraining if cell.task is None else finetuning
         result = run(cell, scale, data, output)
     finally:
-        clock.write_text(f"{spent + time.time() - start:.1f}")
+        replace(clock, f"{spent + time.time() - start:.1f}")
     return {"cell": cell.name, **asdict(cell), "seconds": float(clock.read_text()), **result}
 
 
@@ -158,8 +158,9 @@ class Study:
         """Run the cells that the log does not have, some at a time, each behind those that it needs."""
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         threads = max(len(os.sched_getaffinity(0)) // self.workers, 1)
-        self.write(self.head(threads))
         waiting = [cell for cell in wanted if cell.name not in self.done]
+        if waiting:
+            self.write(self.head(threads))
         running, failed, stopped = {}, [], False
         with ProcessPoolExecutor(self.workers, get_context("spawn"), _prepare, (threads,)) as pool:
             while running or waiting:

@@ -293,6 +293,7 @@ def test_what_pretraining_refuses(tokenizers, tmp_path, run):
         ("--texts", tmp_path / "no.txt"): "no.txt: expected a file that can be read: No such file",
         ("--tokenizer", tokenizers["bert"]): "expected one that makes 'text </s>'",
         ("--rate", "1"): "expected a rate between 0 and 1",
+        ("--length", "1024"): "--tokenizer: expected 57 sentinels for --length 1024, got 32",
         ("--config", '{"d_modell": 48}'): "--config: expected fields of ConvSeq2SeqConfig, got d_modell",
         ("--dataloader_persistent_workers", "true"): "--dataloader_persistent_workers: expected",
         ("--label_smoothing_factor", "0.1"): "--label_smoothing_factor: expected 0",
