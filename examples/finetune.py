@@ -164,7 +164,8 @@ def made(kind, arguments: Arguments, config):
             f"--model {arguments.model}: expected weights for all of the model but its head, got none that fit "
             f"{wrong[0]}"
         )
-    if arguments.label and before.id2label != config.id2label:
+    loaded = "classifier.weight" not in report["missing_keys"]
+    if arguments.label and loaded and before.id2label != config.id2label:
         model.classifier.load_state_dict(kind.from_config(config).classifier.state_dict())
     return model
 

@@ -197,14 +197,13 @@ def tokenizers(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tables(tmp_path_factory):
-    """Tables made of real sentences: questions or not, pairs that follow each other or not, words turned round."""
+    """Tables made of real sentences: questions or not, pairs that follow each other or not."""
     folder, lines = tmp_path_factory.mktemp("tables"), sentences(200)
-    rows = {"question": ["text\tlabel"], "follows": ["first\tsecond\tlabel"], "reversed": ["source\ttarget\tkind"]}
+    rows = {"question": ["text\tlabel"], "follows": ["first\tsecond\tlabel"]}
     for i, line in enumerate(lines[:-1]):
         line = line.replace("\t", " ")
         rows["question"].append(f"{line}\t{'yes' if '?' in line or i % 7 == 0 else 'no'}")
         rows["follows"].append(f"{line}\t{lines[i + 1] if i % 2 else lines[-i]}\t{i % 2}")
-        rows["reversed"].append(f"{' '.join(line.split()[:4])}\t{' '.join(line.split()[3::-1])}\t{len(line) % 2}")
     for name, content in rows.items():
         (folder / f"{name}.tsv").write_text("\n".join(content) + "\n")
     return folder

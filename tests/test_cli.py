@@ -328,7 +328,7 @@ def test_a_closed_pipe_is_no_traceback():
 def test_kernels_that_do_not_exist_are_said_at_once(capsys, backend):
     begin = time.monotonic()
     message = refused(capsys, f"--backend {backend} --only zzz", machine_code)
-    assert any(words in message for words in ("--only zzz: no kernel", "not", "needs triton", "neither in"))
+    assert "--only zzz: no kernel" in message or "not" in message
     assert time.monotonic() - begin < 60
 
 

@@ -191,19 +191,13 @@ def test_what_a_folder_has_decides(tokenizers, tmp_path, run, capsys):
     folder = tmp_path / "run"
 
     def train(steps, *more):
-        run(
-            pretrain_seq2seq,
-            *pretraining(tokenizers, folder, steps, "--save_steps", 2, "--save_total_limit", 3)[1:],
-            *more,
-        )
+        kept = ("--save_steps", 2, "--save_total_limit", 3)
+        run(pretrain_seq2seq, *pretraining(tokenizers, folder, steps, *kept, *more)[1:])
 
     train(4)
     before = logged(folder)
     for wrong, message in {
-        (
-            "--learning_rate",
-            "1e-4",
-        ): "holds a run with --learning_rate 0.01: .*, got 0.0001",
+        ("--learning_rate", "1e-4"): "holds a run with --learning_rate 0.01: .*, got 0.0001",
         ("--mixer", "lightweight"): "holds a run with --mixer dynamic: .* got lightweight",
     }.items():
         with pytest.raises(ValueError, match=message):
@@ -252,7 +246,7 @@ def test_a_signal_in_the_last_step(tokenizers, tmp_path, run, interrupted):
     assert (tmp_path / "log.jsonl").read_text() == log
 
 
-def test_a_stop_beside_the_best_model(tokenizers, tables, tmp_path, run, interrupted, capsys):
+def test_a_stop_beside_the_best_model(tokenizers, tables, tmp_path, run, interrupted):
     """Where the best model is kept, what a stop has saved is kept too, and nothing is measured before it."""
     table = tables / "question.tsv"
     options = ("--text", "text", "--label", "label", "--train", table, "--test", f"dev={table}", "--mixer",

@@ -175,7 +175,9 @@ def read(rows: Callable[[list[str]], Iterator[dict]], sources: list[str], what: 
     try:
         return Dataset.from_generator(_read, gen_kwargs=given)
     except DatasetGenerationError as error:
-        raise error.__cause__ if isinstance(error.__cause__, DataError) else error from None
+        if isinstance(error.__cause__, DataError):
+            raise error.__cause__ from None
+        raise
 
 
 def _read(rows, sources, what, state) -> Iterator[dict]:

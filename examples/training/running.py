@@ -45,8 +45,8 @@ def defaults(**changes) -> dict:
     """Of TrainingArguments, what all scripts set otherwise. Without an accelerator the processes of torchrun find each
     other only with use_cpu."""
     accelerated = torch.accelerator.is_available()
-    always = dict(report_to="none", save_total_limit=1, logging_steps=50, logging_nan_inf_filter=False)
-    return always | dict(use_cpu=not accelerated, dataloader_pin_memory=accelerated) | changes
+    return {"report_to": "none", "save_total_limit": 1, "logging_steps": 50, "logging_nan_inf_filter": False,
+            "use_cpu": not accelerated, "dataloader_pin_memory": accelerated, **changes}  # fmt: skip
 
 
 def parsed(kinds: tuple[type, ...], changes: dict, description: str, arguments: list[str] | None = None) -> tuple:
