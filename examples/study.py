@@ -14,10 +14,11 @@ import shutil
 import signal
 import sys
 import time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+import traceback
+from contextlib import suppress
 from dataclasses import asdict
-from multiprocessing import active_children, get_context
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from training.cells import FILES, SCALES, TEXTS, Cell, Scale, cells
@@ -161,45 +162,79 @@ class Study:
         waiting = [cell for cell in wanted if cell.name not in self.done]
         if waiting:
             self.write(self.head(threads))
-        running, failed, stopped = {}, [], False
-        with ProcessPoolExecutor(self.workers, get_context("spawn"), _prepare, (threads,)) as pool:
-            while running or waiting:
-                ready = [cell for cell in waiting if all(need.name in self.done for need in cell.needs)]
-                for cell in ready[: self.workers - len(running)]:
+        workers, failed, stopped = [], [], False
+        while True:
+            for cell in [cell for cell in waiting if all(need.name in self.done for need in cell.needs)]:
+                idle = [worker for worker in workers if worker.cell is None]
+                if not idle and len(workers) < self.workers:
+                    idle = [Worker(threads)]
+                    workers += idle
+                if idle:
                     waiting.remove(cell)
-                    running[pool.submit(run_cell, cell, SCALES[self.scale], self.data, self.output)] = cell
+                    idle[0].begin(cell, SCALES[self.scale], self.data, self.output)
                     print(f"{cell.name}: begun", flush=True)
-                if not running:
-                    break
-                try:
-                    ended = wait(running, return_when=FIRST_COMPLETED).done
-                except KeyboardInterrupt:
+            busy = {worker.answers: worker for worker in workers if worker.cell is not None}
+            if not busy:
+                break
+            try:
+                ended = wait(busy)
+            except KeyboardInterrupt:
+                waiting, stopped = [], True
+                for worker in busy.values():  # only this process hears Ctrl-C
+                    worker.stop()
+                continue
+            for worker in map(busy.get, ended):
+                cell, result, error = worker.end()
+                if result is not None:
+                    self.done.add(cell.name)
+                    self.write(result)
+                    count = sum(cell.name in self.done for cell in wanted)
+                    print(f"{count} of {len(wanted)}: {summary(result)}", flush=True)
+                elif error is not None:
+                    failed.append(cell.name)
+                    print(f"{cell.name} failed: {error}", file=sys.stderr, flush=True)
+                else:
                     waiting, stopped = [], True
-                    for process in active_children():  # only this process hears Ctrl-C
-                        process.terminate()
-                    continue
-                for future in ended:
-                    cell = running.pop(future)
-                    if isinstance(future.exception(), (Interrupted, KeyboardInterrupt)):
-                        waiting, stopped = [], True
-                    elif isinstance(future.exception(), BrokenProcessPool):
-                        raise Interrupted("a worker was killed; the same command goes on from what is saved")
-                    elif future.exception() is not None:
-                        failed.append(cell.name)
-                        print(f"{cell.name} failed: {future.exception()!r}", file=sys.stderr, flush=True)
-                    else:
-                        self.done.add(cell.name)
-                        self.write(future.result())
-                        count = sum(cell.name in self.done for cell in wanted)
-                        print(f"{count} of {len(wanted)}: {summary(future.result())}", flush=True)
+                if not worker.process.is_alive():
+                    workers.remove(worker)
         if stopped:
             raise Interrupted(f"stopped with {len(self.done)} cells run; the same command goes on from there")
         if failed:
             sys.exit(f"failed: {', '.join(failed)}; the same command tries them again")
 
 
-def _prepare(threads: int) -> None:
-    """What a worker does before its first cell."""
+class Worker:
+    """A process that runs cells, one behind the other."""
+
+    def __init__(self, threads: int) -> None:
+        context = get_context("spawn")
+        self.answers, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, threads), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.cell, self.asked = None, False
+
+    def begin(self, cell: Cell, *arguments) -> None:
+        self.cell = cell
+        self.answers.send((cell, *arguments))
+
+    def stop(self) -> None:
+        """Ask it to save where it is; asked once more, it does not."""
+        self.asked = True
+        self.process.terminate()
+
+    def end(self) -> tuple[Cell, dict | None, str | None]:
+        """The cell that was run, and its line of the log or what went wrong; neither if it was asked to stop."""
+        cell, self.cell = self.cell, None
+        try:
+            return cell, *self.answers.recv()
+        except EOFError:
+            self.process.join()
+            died = f"its process ended with {self.process.exitcode} (a signal if below 0)"
+            return cell, None, None if self.asked else died
+
+
+def _work(jobs: Connection, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     import datasets
@@ -210,6 +245,16 @@ def _prepare(threads: int) -> None:
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    with suppress(EOFError, KeyboardInterrupt):  # nothing more is to be done
+        while True:
+            job = jobs.recv()
+            try:
+                answer = run_cell(*job), None
+            except (Interrupted, KeyboardInterrupt):
+                answer = None, None
+            except BaseException as error:
+                answer = None, f"{error!r}\n{traceback.format_exc()}"
+            jobs.send(answer)
 
 
 def summary(line: dict) -> str:

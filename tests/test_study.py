@@ -1,7 +1,12 @@
 """The study: which cells there are, that they run and are not run again, and what the page says of their results."""
 
 import json
-from dataclasses import asdict
+import os
+import signal
+import threading
+import time
+from dataclasses import asdict, replace
+from multiprocessing import active_children
 
 import pytest
 
@@ -13,7 +18,8 @@ from modelling import MIXERS
 from sample_texts import NOVELS, sentences
 
 from training import cells, findings
-from training.files import DataError, documents
+from training.files import DataError, documents, logged
+from training.running import Interrupted
 
 ONCE = dict(max_steps=2, per_device_train_batch_size=4)
 MINI = cells.Scale(
@@ -80,6 +86,68 @@ def test_cells_run_once(data, tmp_path, monkeypatch):
     assert "7 of 62 cells so far" in page and "0.0" in page
     (output / "seq2seq-lightweight-pretraining" / "tokenizer.json").unlink()
     assert "seq2seq-lightweight-pretraining" not in study.Study("mini", data, output, 1).done
+
+
+def steps(folder):
+    log = folder / "log.jsonl"
+    return [line["step"] for line in logged(log) if "loss" in line] if log.exists() else []
+
+
+def test_a_worker_killed_and_a_stop_lose_nothing(data, tmp_path, monkeypatch, capsys):
+    """The third call ends what the first, whose workers are killed, and the second, stopped, have begun. Of the two
+    workers one is idle then."""
+    once = dict(max_steps=60, save_steps=10, per_device_train_batch_size=4)
+    monkeypatch.setitem(study.SCALES, "mini", replace(MINI, pretrain={"seq2seq": once, "bert": once}))
+    wanted = [cells.Cell("bert"), cells.Cell("seq2seq"), cells.Cell("seq2seq", "lightweight")]
+    output, handler = tmp_path / "study", signal.getsignal(signal.SIGTERM)
+    cell = output / wanted[-1].name
+
+    def kill():
+        for process in active_children():
+            process.kill()
+
+    def stop():
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def call(action, step):
+        """Run the study, and act once its last cell has reached a step."""
+
+        def watch():
+            while max(steps(cell), default=0) < step and ended.is_set() is False:
+                time.sleep(0.01)
+            if not ended.is_set():
+                action()
+
+        ended, thread = threading.Event(), threading.Thread(target=watch)
+        thread.start()
+        try:
+            study.Study("mini", data, output, 2).run(wanted)
+        finally:
+            ended.set()
+            thread.join()
+            signal.signal(signal.SIGTERM, handler)
+
+    with pytest.raises(SystemExit, match=f"failed: {cell.name}; the same command tries them again"):
+        call(kill, 12)
+    assert "its process ended with -9" in capsys.readouterr().err
+    with pytest.raises(Interrupted, match="stopped with 2 cells run"):
+        call(stop, 25)
+    assert 25 <= max(steps(cell)) < 60
+    study.Study("mini", data, output, 2).run(wanted)
+    signal.signal(signal.SIGTERM, handler)
+    assert steps(cell) == list(range(1, 61))
+
+
+def test_a_cell_that_fails_lets_others_run(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(study.SCALES, "mini", MINI)
+    with (data / "rte_dev.tsv").open("a") as file:
+        print("two\tfields", file=file)
+    tokenizer = cells.Cell("bert")
+    wanted = [tokenizer, cells.Cell("bert", "none"), *(cells.Cell("bert", "none", task) for task in ("rte", "cola"))]
+    with pytest.raises(SystemExit, match=f"failed: {wanted[2].name};"):
+        study.Study("mini", data, tmp_path / "study", 1).run(wanted)
+    assert "rte_dev.tsv, line 26: expected 3 fields" in capsys.readouterr().err
+    assert study.Study("mini", data, tmp_path / "study", 1).done == {cell.name for cell in wanted} - {wanted[2].name}
 
 
 def test_data_that_is_not_there(data, tmp_path):
