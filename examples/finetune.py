@@ -1,15 +1,15 @@
 """Fine-tunes a model of this package: classification of texts or pairs of texts, or text to text.
 
     python examples/finetune.py --task sst2 --train sst2_train.tsv --test dev=sst2_dev.tsv \\
-        --model lightweight --tokenizer tokenizer --output_dir sst2
+        --model lightweight --output_dir sst2
     python examples/finetune.py --text question --pair passage --label answer --train train.tsv --test dev=dev.tsv ...
     python examples/finetune.py --source english --target french --train train.tsv --test dev=dev.tsv ...
 
 --model is a folder or Hub name of what pretrain_seq2seq.py or pretrain_bert.py has made, or of what this script has
 made on another task (intermediate-task initialisation). Without it --mixer or --variant name an architecture, whose
-weights are drawn. Results are in results.json in the output folder. All options of transformers'
-TrainingArguments are taken. The same command goes on where it was stopped. torchrun or accelerate launch run it
-in several processes.
+weights are drawn, and --tokenizer its tokenizer. Results are in results.json in the output folder. All options of
+transformers' TrainingArguments are taken. The same command goes on where it was stopped. torchrun or accelerate launch
+run it in several processes.
 """
 
 import json
@@ -24,6 +24,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     TrainingArguments,
@@ -69,7 +70,9 @@ class Arguments:
     train: str = field(
         metadata={"help": "a table, .tsv or .jsonl, also .gz or .xz, or name:configuration:split of the Hub"}
     )
-    tokenizer: str = field(metadata={"help": "folder or Hub name"})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "folder or Hub name; without it that in the folder of --model"}
+    )
     test: list[str] = field(default_factory=list, metadata={"help": "tables to measure on, each as name=table"})
     task: str | None = field(default=None, metadata={"help": f"columns and metric of one of: {', '.join(TASKS)}"})
     text: str | None = field(default=None, metadata={"help": "column of the text to classify"})
@@ -84,11 +87,13 @@ class Arguments:
     model: str | None = field(default=None, metadata={"help": "folder or Hub name of a trained model"})
     mixer: str | None = field(default=None, metadata={"help": "without --model: transformer, lightweight, ..."})
     variant: str | None = field(default=None, metadata={"help": "without --model: none, absolute, composite, ..."})
-    size: str = field(default="small", metadata={"help": "without --model: base, small or tiny"})
-    style: str = field(default="paper", metadata={"help": "with --mixer: paper, fairseq or released"})
+    size: str | None = field(default=None, metadata={"help": "without --model: base, small (without it) or tiny"})
+    style: str | None = field(default=None, metadata={"help": "with --mixer: paper (without it), fairseq or released"})
     config: str | None = field(default=None, metadata={"help": "fields of the configuration to set otherwise, as JSON"})
     length: int = field(default=128, metadata={"help": "tokens of a text or pair; longer ones are cut"})
-    target_length: int = field(default=256, metadata={"help": "tokens of a target; longer ones count as not matched"})
+    target_length: int | None = field(
+        default=None, metadata={"help": "text to text: tokens of a target, 256 without it; longer ones are not matched"}
+    )
 
     def __post_init__(self):
         columns = ("text", "pair", "label", "source", "target", "category")
@@ -104,11 +109,17 @@ class Arguments:
         ways = [bool(self.text and self.label), bool(self.source and self.target)]
         if sum(ways) != 1:
             raise ValueError("expected --task, or --text and --label, or --source and --target")
+        if sum(value is not None for value in (self.model, self.mixer, self.variant)) != 1:
+            raise ValueError("expected one of --model, --mixer and --variant")
+        self._without_effect()
         self.metric = self.metric or "accuracy"
         if self.metric not in METRICS:
             raise ValueError(f"--metric: expected one of {', '.join(METRICS)}, got {self.metric!r}")
-        if sum(value is not None for value in (self.model, self.mixer, self.variant)) != 1:
-            raise ValueError("expected one of --model, --mixer and --variant")
+        self.target_length = 256 if self.target_length is None else self.target_length
+        if self.model is None:
+            if self.tokenizer is None:
+                raise ValueError("--tokenizer: expected it, because there is no --model that has one")
+            self.size, self.style = self.size or "small", self.style or "paper"
         if self.target and self.variant:
             raise ValueError("--variant: expected a --mixer, because BERT does not write texts")
         for name in ("length", "target_length"):
@@ -118,6 +129,20 @@ class Arguments:
         for name, text in zip(names, self.test, strict=True):
             if "=" not in text or not name or name == "train" or names.count(name) > 1:
                 raise ValueError(f"--test: expected name=table, the names different and none 'train', got {text!r}")
+
+    def _without_effect(self) -> None:
+        """ValueError for an option that would have none."""
+        classes, drawn = "classes, with --text and --label", "--mixer or --variant, which draw weights"
+        for name, used, where in (
+            ("pair", self.text, classes),
+            ("metric", self.text, classes),
+            ("category", self.source, "text to text, with --source and --target"),
+            ("target_length", self.source, "text to text, with --source and --target"),
+            ("size", self.model is None, drawn),
+            ("style", self.mixer, "--mixer"),
+        ):
+            if getattr(self, name) is not None and not used:
+                raise ValueError(f"--{name}: expected it only for {where}, got {getattr(self, name)}")
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -134,6 +159,23 @@ def family(arguments: Arguments) -> type:
         wanted = ConvSeq2SeqConfig.model_type
         wanted += "" if arguments.target else f" or {CompositeBertConfig.model_type}"
         raise ValueError(f"--model {arguments.model}: expected a model of type {wanted}, got {found.model_type}")
+    return found
+
+
+def tokenizer_of(arguments: Arguments, family: str):
+    """That which is named, or the model's. ValueError if these are two."""
+    if arguments.tokenizer is None:
+        return architectures.tokenizer(arguments.model, family, "--model")
+    found = architectures.tokenizer(arguments.tokenizer, family)
+    if arguments.model is not None:
+        try:
+            own = AutoTokenizer.from_pretrained(arguments.model)
+        except (OSError, ValueError):  # it has none
+            return found
+        if own.get_vocab() != found.get_vocab():
+            raise ValueError(
+                f"--tokenizer {arguments.tokenizer}: expected the tokens of --model {arguments.model}, got others"
+            )
     return found
 
 
@@ -237,7 +279,7 @@ def finetune(arguments: Arguments, training: TrainingArguments) -> dict:
     """Train, measure on each test, write results.json, and return what it holds."""
     set_seed(training.seed)
     kind = "bert" if family(arguments) is CompositeBertConfig else "seq2seq"
-    tokenizer = architectures.tokenizer(arguments.tokenizer, kind)
+    tokenizer = tokenizer_of(arguments, kind)
     tests = dict(text.split("=", 1) for text in arguments.test)
     with training.main_process_first(desc="reading tables"):
         data = tables({"train": arguments.train, **tests}, arguments.columns)

@@ -21,7 +21,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from training.cells import FILES, SCALES, TEXTS, Cell, Scale, cells
+from training.cells import CORPUS, FILES, SCALES, Cell, Scale, cells
 from training.files import DataError, logged, replace, rows
 from training.running import Interrupted, main
 
@@ -66,7 +66,7 @@ def tokenizer(cell: Cell, scale: Scale, data: Path, output: Path) -> dict:
                 print(*row.values(), sep="\n", file=file)
     made = train_tokenizer.train(
         train_tokenizer.Arguments(
-            texts=[str(folder / "tasks.txt"), *(found(data, name) for name in TEXTS)],
+            texts=[str(folder / "tasks.txt"), *(found(data, name) for name in CORPUS)],
             output_dir=str(folder), kind=cell.family, vocab_size=scale.vocabulary,
         )
     )  # fmt: skip
@@ -84,7 +84,7 @@ def pretraining(cell: Cell, scale: Scale, data: Path, output: Path) -> dict:
     options |= scale.pretrain[cell.family]
     module, kind = (pretrain_seq2seq, "mixer") if cell.family == "seq2seq" else (pretrain_bert, "variant")
     arguments = module.Arguments(
-        texts=[found(data, name) for name in TEXTS], tokenizer=str(output / Cell(cell.family).name),
+        texts=[found(data, name) for name in CORPUS], tokenizer=str(output / Cell(cell.family).name),
         length=scale.length, size=scale.size, config=json.dumps(getattr(scale, cell.family)), **{kind: cell.model},
     )  # fmt: skip
     trainer = module.pretrain(arguments, TrainingArguments(**(module.DEFAULTS | options)))
@@ -123,7 +123,7 @@ class Study:
 
     def __init__(self, scale: str, data: Path, output: Path, workers: int) -> None:
         self.scale, self.data, self.output, self.workers = scale, data, output, workers
-        for name in (*TEXTS, *(file for files in FILES.values() for file in files.values())):
+        for name in (*CORPUS, *(file for files in FILES.values() for file in files.values())):
             found(data, name)
         output.mkdir(parents=True, exist_ok=True)
         self.log = output / "log.jsonl"
@@ -163,44 +163,51 @@ class Study:
         if waiting:
             self.write(self.head(threads))
         workers, failed, stopped = [], [], False
-        while True:
-            for cell in [cell for cell in waiting if all(need.name in self.done for need in cell.needs)]:
-                idle = [worker for worker in workers if worker.cell is None]
-                if not idle and len(workers) < self.workers:
-                    idle = [Worker(threads)]
-                    workers += idle
-                if idle:
-                    waiting.remove(cell)
-                    idle[0].begin(cell, SCALES[self.scale], self.data, self.output)
-                    print(f"{cell.name}: begun", flush=True)
-            busy = {worker.answers: worker for worker in workers if worker.cell is not None}
-            if not busy:
-                break
-            try:
-                ended = wait(busy)
-            except KeyboardInterrupt:
-                waiting, stopped = [], True
-                for worker in busy.values():  # only this process hears Ctrl-C
-                    worker.stop()
-                continue
-            for worker in map(busy.get, ended):
-                cell, result, error = worker.end()
-                if result is not None:
-                    self.done.add(cell.name)
-                    self.write(result)
-                    count = sum(cell.name in self.done for cell in wanted)
-                    print(f"{count} of {len(wanted)}: {summary(result)}", flush=True)
-                elif error is not None:
-                    failed.append(cell.name)
-                    print(f"{cell.name} failed: {error}", file=sys.stderr, flush=True)
-                else:
+        try:
+            while True:
+                self._begin(waiting, workers, threads)
+                busy = {worker.answers: worker for worker in workers if worker.cell is not None}
+                if not busy:
+                    break
+                try:
+                    ended = wait(busy)
+                except KeyboardInterrupt:
                     waiting, stopped = [], True
-                if not worker.process.is_alive():
-                    workers.remove(worker)
+                    for worker in busy.values():  # only this process hears Ctrl-C
+                        worker.stop()
+                    continue
+                for worker in map(busy.get, ended):
+                    cell, result, error = worker.end()
+                    if result is not None:
+                        self.done.add(cell.name)
+                        self.write(result)
+                        count = sum(cell.name in self.done for cell in wanted)
+                        print(f"{count} of {len(wanted)}: {summary(result)}", flush=True)
+                    elif error is not None:
+                        failed.append(cell.name)
+                        print(f"{cell.name} failed: {error}", file=sys.stderr, flush=True)
+                    else:
+                        waiting, stopped = [], True
+        finally:
+            for worker in workers:
+                worker.close()
         if stopped:
             raise Interrupted(f"stopped with {len(self.done)} cells run; the same command goes on from there")
         if failed:
             sys.exit(f"failed: {', '.join(failed)}; the same command tries them again")
+
+    def _begin(self, waiting: list[Cell], workers: list["Worker"], threads: int) -> None:
+        """Give cells that need nothing more to workers that have none, while there are both."""
+        workers[:] = [worker for worker in workers if worker.cell is not None or worker.process.is_alive()]
+        for cell in [cell for cell in waiting if all(need.name in self.done for need in cell.needs)]:
+            idle = next((worker for worker in workers if worker.cell is None), None)
+            if idle is None and len(workers) < self.workers:
+                idle = Worker(threads)
+                workers.append(idle)
+            if idle is not None:
+                waiting.remove(cell)
+                idle.begin(cell, SCALES[self.scale], self.data, self.output)
+                print(f"{cell.name}: begun", flush=True)
 
 
 class Worker:
@@ -209,7 +216,7 @@ class Worker:
     def __init__(self, threads: int) -> None:
         context = get_context("spawn")
         self.answers, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, threads), daemon=True)
+        self.process = context.Process(target=_work, args=(theirs, threads))
         self.process.start()
         theirs.close()
         self.cell, self.asked = None, False
@@ -222,6 +229,12 @@ class Worker:
         """Ask it to save where it is; asked once more, it does not."""
         self.asked = True
         self.process.terminate()
+
+    def close(self) -> None:
+        """End it; a cell that it has saves first."""
+        if self.cell is not None:
+            self.stop()
+        self.answers.close()
 
     def end(self) -> tuple[Cell, dict | None, str | None]:
         """The cell that was run, and its line of the log or what went wrong; neither if it was asked to stop."""
@@ -245,7 +258,7 @@ def _work(jobs: Connection, threads: int) -> None:
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    with suppress(EOFError, KeyboardInterrupt):  # nothing more is to be done
+    with suppress(EOFError, OSError, KeyboardInterrupt):  # nothing more is to be done, or nobody waits for it
         while True:
             job = jobs.recv()
             try:

@@ -43,7 +43,7 @@ def data(tmp_path):
     """Files of the names that the study reads, made of a sample of novels."""
     folder = tmp_path / "data"
     folder.mkdir()
-    for name, text in zip(cells.TEXTS, documents([str(NOVELS)]), strict=False):
+    for name, text in zip(cells.CORPUS, documents([str(NOVELS)]), strict=False):
         (folder / name).write_text(json.dumps({"text": text[:20_000]}) + "\n")
     lines = [line for line in sentences(300) if "\t" not in line][:24]
     columns = {"trec": "text coarse", "sst2": "sentence label", "cola": "sentence label",
@@ -96,7 +96,7 @@ def steps(folder):
 def test_a_worker_killed_and_a_stop_lose_nothing(data, tmp_path, monkeypatch, capsys):
     """The third call ends what the first, whose workers are killed, and the second, stopped, have begun. Of the two
     workers one is idle then."""
-    once = dict(max_steps=60, save_steps=10, per_device_train_batch_size=4)
+    once = dict(max_steps=60, save_steps=10, per_device_train_batch_size=4, dataloader_num_workers=1)
     monkeypatch.setitem(study.SCALES, "mini", replace(MINI, pretrain={"seq2seq": once, "bert": once}))
     wanted = [cells.Cell("bert"), cells.Cell("seq2seq"), cells.Cell("seq2seq", "lightweight")]
     output, handler = tmp_path / "study", signal.getsignal(signal.SIGTERM)

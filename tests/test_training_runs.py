@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 
 pytest.importorskip("datasets")
 pytest.importorskip("sentencepiece")
@@ -20,6 +21,7 @@ pytest.importorskip("sklearn")
 import finetune
 import pretrain_bert
 import pretrain_seq2seq
+import transformers
 from datasets import Dataset
 from safetensors.torch import load_file
 from sample_texts import NOVELS, sentences
@@ -75,7 +77,7 @@ def pretraining(tokenizers, folder, steps, *more):
             "--warmup_steps", 2, "--per_device_train_batch_size", 8, *more)  # fmt: skip
 
 
-STEPS = 300  # some seconds, so that it can be stopped
+STEPS = 200  # some seconds, so that it can be stopped
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(tokenizers, tmp_path):
@@ -112,11 +114,23 @@ def run(monkeypatch):
 
 
 def test_two_processes(tokenizers, tmp_path):
-    """They train one model and write one log, also where nobody has said that there is no GPU."""
+    """They train one model and write one log, also where nobody has said that there is no GPU; all stop when one is
+    asked to, and go on."""
     folder = tmp_path / "two"
-    succeed(*pretraining(tokenizers, folder, 4), processes=2)
+    again, steps = pretraining(tokenizers, folder, STEPS // 2), range(1, STEPS // 2 + 1)
+    process = subprocess.Popen(command(*again, processes=2), stderr=subprocess.PIPE, text=True, env=environment())
+    while process.poll() is None and not (folder / "log.jsonl").exists():
+        time.sleep(0.02)
+    process.terminate()
+    _, errors = process.communicate(timeout=100)
+    done = list(logged(folder))
+    assert 0 < len(done) < len(steps) and not (folder / "model.safetensors").exists(), errors[-3000:]
+    if Version(transformers.__version__) < Version("5.24"):
+        assert "expected transformers 5.24 or later to go on in several" in start(*again, processes=2).stderr
+        return
+    succeed(*again, processes=2)
     lines = [json.loads(line) for line in (folder / "log.jsonl").open()]
-    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "loss" in line] == list(steps)
     assert (folder / "model.safetensors").exists()
 
 
@@ -162,15 +176,15 @@ def test_bert_and_what_follows(tokenizers, tables, tmp_path, run):
     """Pre-training, a task, another task from that, and a task on pairs."""
     bert, first, second = (tmp_path / name for name in ("bert", "first", "second"))
     few = ("--max_steps", 3, "--per_device_train_batch_size", 8, "--logging_steps", 1)
-    few += ("--tokenizer", tokenizers["bert"])
-    run(pretrain_bert, *few, "--texts", NOVELS, "--config", BERT_SIZES, "--output_dir", bert)
+    tokens = ("--tokenizer", tokenizers["bert"])
+    run(pretrain_bert, *few, *tokens, "--texts", NOVELS, "--config", BERT_SIZES, "--output_dir", bert)
     table = tables / "question.tsv"
     columns = ("--text", "text", "--label", "label", "--train", table, "--test", f"dev={table}")
     run(finetune, *few, *columns, "--model", bert, "--output_dir", first)
     assert 0 <= results(first)["accuracy"] <= 1
     table = tables / "follows.tsv"
     columns = ("--text", "first", "--pair", "second", "--label", "label", "--train", table, "--test", f"dev={table}")
-    run(finetune, *few, *columns, "--model", first, "--output_dir", second, "--metric", "matthews")
+    run(finetune, *few, *tokens, *columns, "--model", first, "--output_dir", second, "--metric", "matthews")
     assert results(second)["rows"] == 199 and -1 <= results(second)["matthews"] <= 1
     # The classifier is that of the model if the classes are, and new if they are others.
     config, weights = AutoConfig.from_pretrained(first), load_file(first / "model.safetensors")
@@ -184,6 +198,11 @@ def test_bert_and_what_follows(tokenizers, tables, tmp_path, run):
     wrong = ("--config", '{"hidden_size": 48}')
     with pytest.raises(ValueError, match="expected weights for all of the model but its head, got none that fit bert"):
         run(finetune, *few, *columns, "--model", first, "--output_dir", tmp_path / "third", *wrong)
+    other = AutoTokenizer.from_pretrained(tokenizers["bert"])
+    other.add_tokens("convolution")
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="--tokenizer .*other: expected the tokens of --model .*first, got others"):
+        run(finetune, *few, *columns, "--model", first, "--tokenizer", tmp_path / "other", "--output_dir", tmp_path)
 
 
 def test_what_a_folder_has_decides(tokenizers, tmp_path, run, capsys):
@@ -348,6 +367,12 @@ def test_a_mistake_is_one_line(tokenizers, tmp_path):
         ("--task trec --mixer dynamic --test dev=a dev=b", "--test: .* the names different .*, got 'dev=a'"),
         ("--task trec --mixer dynamic --text question", "--text: expected it without --task"),
         ("--task trec --mixer dynamic --length 0", "--length: expected 3 or more, got 0"),
+        ("--task cogs --mixer dynamic --metric f1", "--metric: expected it only for classes, .*, got f1"),
+        ("--source a --target b --mixer dynamic --pair c", "--pair: expected it only for classes, .*, got c"),
+        ("--text a --label b --category c --mixer dynamic", "--category: expected it only for text to text, .*, got c"),
+        ("--task trec --mixer dynamic --target_length 9", "--target_length: expected it only for text to text"),
+        ("--task trec --model a --size tiny", "--size: expected it only for --mixer or --variant, .*, got tiny"),
+        ("--task trec --variant none --style paper", "--style: expected it only for --mixer, got paper"),
     ],
 )
 def test_options_of_finetuning(options, message):

@@ -7,16 +7,16 @@ from convkernels.models import CompositeBertConfig, ConvSeq2SeqConfig
 from .files import json_object
 
 
-def tokenizer(name: str, family: str) -> PreTrainedTokenizerBase:
-    """A tokenizer from a folder or the Hub. ValueError if it does not mark texts as models of the family, "seq2seq" or
-    "bert", expect it."""
+def tokenizer(name: str, family: str, option: str = "--tokenizer") -> PreTrainedTokenizerBase:
+    """A tokenizer from a folder or the Hub, which an option names. ValueError if it does not mark texts as models of
+    the family, "seq2seq" or "bert", expect it."""
     found = AutoTokenizer.from_pretrained(name)
     ids = found("a").input_ids
     marked = ids[-1:] == [found.eos_token_id] if family == "seq2seq" else ids[:1] == [found.cls_token_id]
     if not marked or found.pad_token_id is None:
         form = "text </s>" if family == "seq2seq" else "[CLS] text [SEP]"
         raise ValueError(
-            f"--tokenizer {name}: expected one that makes {form!r} and has a token for padding, as one of "
+            f"{option} {name}: expected one that makes {form!r} and has a token for padding, as one of "
             f"train_tokenizer.py --kind {family}; got one that makes {found.decode(ids)!r}"
         )
     return found

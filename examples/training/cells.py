@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 MIXERS = ("transformer", "lightweight", "dilated", "dynamic")
 VARIANTS = ("none", "absolute", "fixed", "dynamic", "composite", "depthwise", "composite-depthwise", "conv-qk")
 START = {"raw": "no pre-training", "pretrained": "pre-trained"}
-TEXTS = ("novels_1.jsonl", "novels_2.jsonl", "wikinews.jsonl")
+CORPUS = ("novels_1.jsonl", "novels_2.jsonl", "wikinews.jsonl")
 # Of each task: its tables by their role, and which of the results is shown.
 FILES = {
     "trec": {"train": "trec_train.tsv", "test": "trec_test.tsv"},
@@ -61,27 +61,27 @@ SCALES = {
         common=dict(use_cpu=True, dataloader_pin_memory=False),
     ),
     "gpu": Scale(
-        vocabulary=16_000,
-        seq2seq=dict(),
-        bert=dict(),
-        length=512,
+        vocabulary=8000,
+        seq2seq=dict(d_model=256, d_ff=1024, num_heads=8, encoder_layers=4, decoder_layers=4),
+        bert=dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=6),
+        length=256,
         pretrain={
-            "seq2seq": dict(max_steps=2000, per_device_train_batch_size=64, learning_rate=1e-2, warmup_steps=500),
-            "bert": dict(max_steps=4000, per_device_train_batch_size=256, learning_rate=5e-4, warmup_steps=400),
+            "seq2seq": dict(max_steps=3000, per_device_train_batch_size=128, learning_rate=2e-2, warmup_steps=300),
+            "bert": dict(max_steps=4000, per_device_train_batch_size=256, learning_rate=1e-3, warmup_steps=400),
         },
         tasks={
             "seq2seq": {
-                "trec": dict(num_train_epochs=10, learning_rate=3e-4),
-                "sst2": dict(num_train_epochs=1, learning_rate=3e-4),
-                "cogs": dict(num_train_epochs=6, learning_rate=3e-4, per_device_train_batch_size=128),
+                "trec": dict(num_train_epochs=10, learning_rate=1e-3),
+                "sst2": dict(num_train_epochs=1, learning_rate=1e-3, per_device_train_batch_size=128),
+                "cogs": dict(num_train_epochs=8, learning_rate=2e-3, per_device_train_batch_size=128),
             },
             "bert": {
-                "cola": dict(num_train_epochs=10, learning_rate=3e-4),
-                "sst2": dict(num_train_epochs=1, learning_rate=3e-4),
-                "rte": dict(num_train_epochs=10, learning_rate=3e-4),
+                "cola": dict(num_train_epochs=10, learning_rate=3e-4, per_device_train_batch_size=64),
+                "sst2": dict(num_train_epochs=1, learning_rate=3e-4, per_device_train_batch_size=128),
+                "rte": dict(num_train_epochs=5, learning_rate=3e-4),
             },
         },
-        common=dict(bf16=True, dataloader_num_workers=4),
+        common=dict(bf16=True, dataloader_num_workers=1),
     ),
 }
 

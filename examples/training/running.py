@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from packaging.version import Version
 from safetensors import SafetensorError
 from safetensors.torch import load_model
 from transformers import HfArgumentParser, TrainerCallback
@@ -207,9 +208,20 @@ class Run:
         """The last one that is whole."""
         for path in reversed(sort_checkpoints(str(self.folder))):
             if all((Path(path) / name).exists() for name in CHECKPOINT):
-                return path
+                return self._loadable(path)
             print(f"{path} is not whole, so it is left out", file=sys.stderr)
         return None
+
+    def _loadable(self, checkpoint: str) -> str:
+        """ValueError where the Trainer would fail to read the state of the optimizer for one of several CPUs."""
+        arguments, needed = self.trainer.args, "5.24"
+        several = arguments.world_size > 1 and arguments.device.type == "cpu"
+        if several and Version(transformers.__version__) < Version(needed):
+            raise ValueError(
+                f"{checkpoint}: expected transformers {needed} or later to go on in several processes on CPUs, got "
+                f"{transformers.__version__}"
+            )
+        return checkpoint
 
     def reached(self, state: dict) -> int:
         """The step of a checkpoint's state. ValueError if one cannot go on from there to the steps that are wanted."""
