@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from multiprocessing import active_children
 
 import pytest
+import torch
 
 pytest.importorskip("datasets")
 pytest.importorskip("sentencepiece")
@@ -17,7 +18,8 @@ import study
 from modelling import MIXERS
 from sample_texts import NOVELS, sentences
 
-from training import cells, findings
+from convkernels.models import CompositeBertForMaskedLM, ConvSeq2SeqForConditionalGeneration
+from training import architectures, cells, findings
 from training.files import DataError, documents, logged
 from training.running import Interrupted
 
@@ -64,6 +66,25 @@ def test_cells():
         for i, cell in enumerate(found):
             assert {need.name for need in cell.needs} <= set(names[:i])
         assert set(cells.MIXERS) == set(MIXERS)
+
+
+@pytest.mark.parametrize("name", study.SCALES)
+def test_models_of_all_scales(name, tokenizers):
+    """They can be made, and take sequences of the scale's length."""
+    scale = study.SCALES[name]
+    for family, models in (("bert", cells.VARIANTS), ("seq2seq", cells.MIXERS)):
+        tokenizer = architectures.tokenizer(tokenizers[family], family)
+        for model in models:
+            if family == "bert":
+                kind, changes = CompositeBertForMaskedLM, {"max_position_embeddings": scale.length, **scale.bert}
+                config = architectures.bert(model, scale.size, tokenizer, **changes)
+            else:
+                kind = ConvSeq2SeqForConditionalGeneration
+                config = architectures.seq2seq(model, scale.size, "paper", tokenizer, **scale.seq2seq)
+            with torch.device("meta"):
+                ids = torch.zeros(2, scale.length, dtype=torch.long)
+                logits = kind(config)(input_ids=ids, labels=ids).logits
+            assert logits.shape == (2, scale.length, len(tokenizer))
 
 
 def test_cells_run_once(data, tmp_path, monkeypatch):
