@@ -166,7 +166,9 @@ def test_a_target_that_was_cut_is_not_matched(tokenizers):
     arguments = finetune.Arguments("a.tsv", "b", source="s", target="t", mixer="dynamic", config=SIZES, target_length=4)
     task = finetune.TextToText(arguments, tokenizer, None)
     rows = Dataset.from_dict({"s": ["a", "a"], "t": ["a", "one two three four five"]})
-    labels = task.encode("dev", rows)["labels"]
+    encoded = task.encode("dev", rows)
+    labels = encoded["labels"]
+    assert encoded["length"] == [len(a) + len(b) for a, b in zip(encoded["input_ids"], labels, strict=True)]
     assert labels[0][-1] == tokenizer.eos_token_id and len(labels[1]) == 4
     padded = np.array([label + [-100] * (4 - len(label)) for label in labels])
     assert task.measure(np.abs(padded), padded, rows) == {"exact_match": 0.5}
