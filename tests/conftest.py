@@ -207,3 +207,14 @@ def tables(tmp_path_factory):
     for name, content in rows.items():
         (folder / f"{name}.tsv").write_text("\n".join(content) + "\n")
     return folder
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Runs a script in this process."""
+
+    def call(script, *options):
+        monkeypatch.setattr("sys.argv", [script.__name__, *map(str, options)])
+        script.run()
+
+    return call

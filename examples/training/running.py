@@ -92,6 +92,9 @@ def _deaf(loader):
 class Trainer(transformers.Trainer):
     """That of transformers; its processes that load data leave signals to it, which may reach all of a group."""
 
+    def _get_train_sampler(self, train_dataset=None):
+        return super()._get_train_sampler()  # of the whole data set: that given has lost the column of lengths
+
     def get_train_dataloader(self):
         return _deaf(super().get_train_dataloader())
 
