@@ -87,12 +87,12 @@ class Arguments:
     model: str | None = field(default=None, metadata={"help": "folder or Hub name of a trained model"})
     mixer: str | None = field(default=None, metadata={"help": "without --model: transformer, lightweight, ..."})
     variant: str | None = field(default=None, metadata={"help": "without --model: none, absolute, composite, ..."})
-    size: str | None = field(default=None, metadata={"help": "without --model: base, small (without it) or tiny"})
-    style: str | None = field(default=None, metadata={"help": "with --mixer: paper (without it), fairseq or released"})
+    size: str | None = field(default=None, metadata={"help": "without --model: base, small (the default) or tiny"})
+    style: str | None = field(default=None, metadata={"help": "with --mixer: paper (the default), fairseq or released"})
     config: str | None = field(default=None, metadata={"help": "fields of the configuration to set otherwise, as JSON"})
     length: int = field(default=128, metadata={"help": "tokens of a text or pair; longer ones are cut"})
     target_length: int | None = field(
-        default=None, metadata={"help": "text to text: tokens of a target, 256 without it; longer ones are not matched"}
+        default=None, metadata={"help": "text to text: tokens of a target (default: 256); longer ones are not matched"}
     )
 
     def __post_init__(self):
@@ -106,9 +106,11 @@ class Arguments:
             for name, value in TASKS[self.task].items():
                 if getattr(self, name) is None:
                     setattr(self, name, value)
-        ways = [bool(self.text and self.label), bool(self.source and self.target)]
-        if sum(ways) != 1:
-            raise ValueError("expected --task, or --text and --label, or --source and --target")
+        classes = [name for name in ("text", "label") if getattr(self, name)]
+        texts = [name for name in ("source", "target") if getattr(self, name)]
+        if (len(classes), len(texts)) not in ((2, 0), (0, 2)):
+            got = ", ".join(f"--{name}" for name in classes + texts) or "none of them"
+            raise ValueError(f"expected --task, or --text and --label, or --source and --target, got {got}")
         if sum(value is not None for value in (self.model, self.mixer, self.variant)) != 1:
             raise ValueError("expected one of --model, --mixer and --variant")
         self._without_effect()
@@ -163,7 +165,7 @@ def family(arguments: Arguments) -> type:
 
 
 def tokenizer_of(arguments: Arguments, family: str):
-    """That which is named, or the model's. ValueError if these are two."""
+    """That which is named, or the model's. ValueError if their tokens differ."""
     if arguments.tokenizer is None:
         return architectures.tokenizer(arguments.model, family, "--model")
     found = architectures.tokenizer(arguments.tokenizer, family)
@@ -287,14 +289,17 @@ def finetune(arguments: Arguments, training: TrainingArguments) -> dict:
         data = tables({"train": arguments.train, **tests}, arguments.columns)
         task = (Classification if arguments.text else TextToText)(arguments, tokenizer, data)
         if task.model.config.vocab_size < len(tokenizer):
+            option = "model" if arguments.tokenizer is None else "tokenizer"
             raise ValueError(
-                f"--tokenizer {arguments.tokenizer}: expected the model's {task.model.config.vocab_size} tokens, got "
-                f"{len(tokenizer)}"
+                f"--{option} {getattr(arguments, option)}: expected a tokenizer of the model's "
+                f"{task.model.config.vocab_size} tokens, got {len(tokenizer)}"
             )
         encoded = {split: task.encode(split, rows) for split, rows in data.items()}
     losses = [f"{name}_loss" for name in tests]
     if training.metric_for_best_model in ("loss", "eval_loss") and tests:
         training.metric_for_best_model = losses[0]
+    if training.metric_for_best_model and not losses:
+        raise ValueError("--load_best_model_at_end and --metric_for_best_model: expected a --test to choose it by")
     if training.metric_for_best_model not in (None, *losses):
         raise ValueError(
             f"--metric_for_best_model: expected one of {', '.join(losses)}, got {training.metric_for_best_model}"

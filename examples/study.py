@@ -17,13 +17,14 @@ import time
 import traceback
 from contextlib import suppress
 from dataclasses import asdict
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from threading import Thread
 
 from training.cells import CORPUS, FILES, SCALES, Cell, Scale, cells
 from training.files import DataError, logged, replace, rows
-from training.running import Interrupted, main
+from training.running import SIGNALS, Interrupted, main, one_request
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "findings.md"
 
@@ -89,8 +90,6 @@ def pretraining(cell: Cell, scale: Scale, data: Path, output: Path) -> dict:
     )  # fmt: skip
     trainer = module.pretrain(arguments, TrainingArguments(**(module.DEFAULTS | options)))
     losses = [line["loss"] for line in logged(folder / "log.jsonl") if "loss" in line]
-    for path in folder.glob("checkpoint-*"):
-        shutil.rmtree(path)
     last = losses[-max(len(losses) // 20, 1) :]
     return {"loss": sum(last) / len(last), "parameters": trainer.model.num_parameters()}
 
@@ -112,10 +111,7 @@ def finetuning(cell: Cell, scale: Scale, data: Path, output: Path) -> dict:
     )  # fmt: skip
     options = dict(output_dir=str(folder), seed=cell.seed, save_strategy="no", disable_tqdm=True, **scale.common)
     options |= scale.tasks[cell.family][cell.task]
-    results = finetune.finetune(arguments, TrainingArguments(**(finetune.DEFAULTS | options)))
-    for path in (*folder.glob("checkpoint-*"), folder / "run.json", folder / "model.safetensors"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    return {"results": results}
+    return {"results": finetune.finetune(arguments, TrainingArguments(**(finetune.DEFAULTS | options)))}
 
 
 class Study:
@@ -157,44 +153,62 @@ class Study:
 
     def run(self, wanted: list[Cell]) -> None:
         """Run the cells that the log does not have, some at a time, each behind those that it needs."""
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
         threads = max(len(os.sched_getaffinity(0)) // self.workers, 1)
         waiting = [cell for cell in wanted if cell.name not in self.done]
         if waiting:
             self.write(self.head(threads))
-        workers, failed, stopped = [], [], False
+        workers, failed, asked, told = [], [], 0, 0
+
+        def ask(number, frame) -> None:
+            nonlocal asked
+            asked += 1
+
+        handler = one_request(ask)
+        before = {number: signal.signal(number, handler) for number in SIGNALS}
         try:
             while True:
-                self._begin(waiting, workers, threads)
+                if not asked:
+                    self._begin(waiting, workers, threads)
                 busy = {worker.answers: worker for worker in workers if worker.cell is not None}
                 if not busy:
                     break
-                try:
-                    ended = wait(busy)
-                except KeyboardInterrupt:
-                    waiting, stopped = [], True
-                    for worker in busy.values():  # only this process hears Ctrl-C
+                if asked > told:
+                    told = asked
+                    for worker in busy.values():  # they hear this process alone
                         worker.stop()
-                    continue
-                for worker in map(busy.get, ended):
+                for worker in map(busy.get, wait(busy, timeout=0.5)):
                     cell, result, error = worker.end()
                     if result is not None:
                         self.done.add(cell.name)
                         self.write(result)
+                        self._tidy(cell)
                         count = sum(cell.name in self.done for cell in wanted)
                         print(f"{count} of {len(wanted)}: {summary(result)}", flush=True)
                     elif error is not None:
                         failed.append(cell.name)
                         print(f"{cell.name} failed: {error}", file=sys.stderr, flush=True)
+                        workers.remove(worker)
+                        worker.close()  # after some errors of a GPU its process is of no more use
                     else:
-                        waiting, stopped = [], True
+                        asked = asked or 1  # it has been asked by somebody else
         finally:
             for worker in workers:
                 worker.close()
-        if stopped:
+            for number, one in before.items():
+                signal.signal(number, one)
+        if asked:
             raise Interrupted(f"stopped with {len(self.done)} cells run; the same command goes on from there")
         if failed:
             sys.exit(f"failed: {', '.join(failed)}; the same command tries them again")
+
+    def _tidy(self, cell: Cell) -> None:
+        """Remove what nothing reads once a cell is in the log."""
+        folder = self.output / cell.name
+        for path in folder.glob("checkpoint-*"):
+            shutil.rmtree(path)
+        if cell.task is not None:
+            for name in ("run.json", "model.safetensors"):
+                (folder / name).unlink(missing_ok=True)
 
     def _begin(self, waiting: list[Cell], workers: list["Worker"], threads: int) -> None:
         """Give cells that need nothing more to workers that have none, while there are both."""
@@ -223,7 +237,8 @@ class Worker:
 
     def begin(self, cell: Cell, *arguments) -> None:
         self.cell = cell
-        self.answers.send((cell, *arguments))
+        with suppress(OSError):  # where its process has ended, ``end`` says so
+            self.answers.send((cell, *arguments))
 
     def stop(self) -> None:
         """Ask it to save where it is; asked once more, it does not."""
@@ -241,15 +256,22 @@ class Worker:
         cell, self.cell = self.cell, None
         try:
             return cell, *self.answers.recv()
-        except EOFError:
+        except (EOFError, OSError):
             self.process.join()
             died = f"its process ended with {self.process.exitcode} (a signal if below 0)"
             return cell, None, None if self.asked else died
 
 
+def _follow() -> None:
+    """Stop this process as a signal would once the one that has started it is gone."""
+    parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _work(jobs: Connection, threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setpgrp()  # signals to the group of the process that has started it are passed on by that
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    Thread(target=_follow, daemon=True).start()
     import datasets
     import torch
     import transformers

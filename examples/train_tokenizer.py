@@ -47,16 +47,15 @@ def train(arguments: Arguments) -> PreTrainedTokenizerFast:
         # sentencepiece says of an error that comes out of its iterator only where it came from.
         try:
             for text in documents(arguments.texts):
-                yield from paragraphs(text)
+                yield from map(NORMALIZER.normalize_str, paragraphs(text))
         except BaseException as error:
             wrong.append(error)
             raise
 
-    lines = (NORMALIZER.normalize_str(line) for line in checked())
     sentencepiece.set_random_generator_seed(arguments.seed)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines, model_writer=model, model_type="unigram",
+            sentence_iterator=checked(), model_writer=model, model_type="unigram",
             input_sentence_size=arguments.sample, shuffle_input_sentence=True,
             vocab_size=arguments.vocab_size, normalization_rule_name="identity", character_coverage=0.99999,
             max_sentence_length=2**16,

@@ -100,11 +100,14 @@ def test_cells_run_once(data, tmp_path, monkeypatch):
     log = [json.loads(line) for line in (output / "log.jsonl").open()]
     assert [line["cell"] for line in log if "cell" in line] == [cell.name for cell in wanted]
     assert len(wanted) == 2 + 2 + 2 + 1
+    shown = []
     for line in log:
-        for metric in ("accuracy", "exact_match"):
-            assert 0 <= line.get("results", {}).get("test", {}).get(metric, 0) <= 1
+        if line.get("task"):
+            shown.append(line["results"]["test"][{"rte": "accuracy", "cogs": "exact_match"}[line["task"]]])
+            assert not list((output / line["cell"]).glob("*.safetensors"))
     page = findings.page([output / "log.jsonl"])
-    assert "7 of 62 cells so far" in page and "0.0" in page
+    assert len(shown) == 3 and all(0 <= value <= 1 and f" {100 * value:.1f} |" in page for value in shown)
+    assert "7 of 62 cells so far" in page
     (output / "seq2seq-lightweight-pretraining" / "tokenizer.json").unlink()
     assert "seq2seq-lightweight-pretraining" not in study.Study("mini", data, output, 1).done
 
@@ -117,7 +120,7 @@ def steps(folder):
 def test_a_worker_killed_and_a_stop_lose_nothing(data, tmp_path, monkeypatch, capsys):
     """The third call ends what the first, whose workers are killed, and the second, stopped, have begun. Of the two
     workers one is idle then."""
-    once = dict(max_steps=60, save_steps=10, per_device_train_batch_size=4, dataloader_num_workers=1)
+    once = dict(max_steps=200, save_steps=10, per_device_train_batch_size=4, dataloader_num_workers=1)
     monkeypatch.setitem(study.SCALES, "mini", replace(MINI, pretrain={"seq2seq": once, "bert": once}))
     wanted = [cells.Cell("bert"), cells.Cell("seq2seq"), cells.Cell("seq2seq", "lightweight")]
     output, handler = tmp_path / "study", signal.getsignal(signal.SIGTERM)
@@ -128,13 +131,16 @@ def test_a_worker_killed_and_a_stop_lose_nothing(data, tmp_path, monkeypatch, ca
             process.kill()
 
     def stop():
-        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(2):  # as timeout does
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
 
-    def call(action, step):
-        """Run the study, and act once its last cell has reached a step."""
+    def call(action, enough):
+        """Run the study, and act once its last cell has taken enough steps more."""
+        before = max(steps(cell), default=0)
 
         def watch():
-            while max(steps(cell), default=0) < step and ended.is_set() is False:
+            while len([step for step in steps(cell) if step > before]) < enough and not ended.is_set():
                 time.sleep(0.01)
             if not ended.is_set():
                 action()
@@ -146,17 +152,16 @@ def test_a_worker_killed_and_a_stop_lose_nothing(data, tmp_path, monkeypatch, ca
         finally:
             ended.set()
             thread.join()
-            signal.signal(signal.SIGTERM, handler)
+            assert signal.getsignal(signal.SIGTERM) == handler
 
     with pytest.raises(SystemExit, match=f"failed: {cell.name}; the same command tries them again"):
         call(kill, 12)
     assert "its process ended with -9" in capsys.readouterr().err
     with pytest.raises(Interrupted, match="stopped with 2 cells run"):
-        call(stop, 25)
-    assert 25 <= max(steps(cell)) < 60
+        call(stop, 5)
+    assert max(steps(cell)) < 200
     study.Study("mini", data, output, 2).run(wanted)
-    signal.signal(signal.SIGTERM, handler)
-    assert steps(cell) == list(range(1, 61))
+    assert steps(cell) == list(range(1, 201))
 
 
 def test_a_cell_that_fails_lets_others_run(data, tmp_path, monkeypatch, capsys):

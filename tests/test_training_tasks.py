@@ -140,7 +140,10 @@ def test_a_mistake_is_one_line(tokenizers, tmp_path):
     "options, message",
     [
         ("--text text --label label", "expected one of --model, --mixer and --variant"),
-        ("--text text --mixer dynamic", "expected --task, or --text and --label, or --source and --target"),
+        ("--text text --mixer dynamic", "expected --task, or --text and --label, or --source and --target, got --text"),
+        ("--source a --target b --text c --mixer dynamic", "expected --task, .*, got --text, --source, --target"),
+        ("--text a --label b --source c --mixer dynamic", "expected --task, .*, got --text, --label, --source"),
+        ("--mixer dynamic", "expected --task, .*, got none of them"),
         ("--task mnli --mixer dynamic", "--task: expected one of trec, .*, got 'mnli'"),
         ("--task cogs --variant none", "--variant: expected a --mixer"),
         ("--task trec --mixer dynamic --metric bleu", "--metric: expected one of accuracy, f1, matthews, got 'bleu'"),
@@ -158,6 +161,8 @@ def test_a_mistake_is_one_line(tokenizers, tmp_path):
     ],
 )
 def test_options_of_finetuning(options, message):
+    with pytest.raises(ValueError, match="--tokenizer: expected it, because there is no --model that has one"):
+        finetune.Arguments("a.tsv", task="trec", mixer="dynamic")
     with pytest.raises(ValueError, match=message):
         parsed((finetune.Arguments,), {}, "", ["--train", "a.tsv", "--tokenizer", "b", *options.split()])
 

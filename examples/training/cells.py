@@ -88,7 +88,8 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Cell:
-    """family: "seq2seq" or "bert"; model: a mixer or a variant; task: None for pre-training, "tokenizer" as it says."""
+    """family: "seq2seq" or "bert"; model: a mixer or a variant, None for a tokenizer; task: None for that and for
+    pre-training."""
 
     family: str
     model: str | None = None

@@ -37,14 +37,15 @@ HEAD = """\
 What the study of `examples/study.py` gave, written by its `--report` from the logs named below. It repeats the
 comparisons of Tay et al. 2021 and Chang et al. 2021 with models and data that fit the machine: the question is whether
 the order of the models is the papers', not whether their figures are. Cells are means over seeds, ± the standard
-deviation between them, in percent. One model is pre-trained for each row, from which all its seeds are fine-tuned: the
-spread is that of fine-tuning. What stands as the paper's is quoted from memory of Tay et al., for orientation: look it
-up there before you cite it.
+deviation between them, in percent. Targets of COGS with more than 256 tokens, which only its generalization set has,
+count as not matched. One model is pre-trained for each row, from which all its seeds are fine-tuned: the spread is that
+of fine-tuning. What stands as the paper's is quoted from memory of Tay et al., for orientation: look it up there before
+you cite it.
 """
 
 DIFFERENCES = """\
-Each with the spread that it has from those of both means, if there are several seeds; bold where it is more than
-that."""
+Each, if there are several seeds, ± the root of the sum of the squares of both standard deviations; bold where it is
+more than that."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def bert(log: Log) -> str:
 
 
 def difference(a: Value | None, b: Value | None) -> str:
-    """Of two values, with the spread of the difference; bold where it is more than that."""
+    """Of two values, with the root of the sum of their squared spreads; bold where it is more than that."""
     if a is None or b is None:
         return "-"
     found, spread = a.mean - b.mean, (a.spread**2 + b.spread**2) ** 0.5

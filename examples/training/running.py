@@ -3,9 +3,11 @@ on, and a stop on Ctrl-C that saves first."""
 
 import json
 import math
+import os
 import signal
 import sys
 import threading
+import time
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from functools import partial
@@ -36,6 +38,21 @@ CHECKPOINT = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_stat
 
 class Interrupted(Exception):
     """A run that was asked to stop, and has saved where it was."""
+
+
+def one_request(handle: Callable) -> Callable:
+    """A handler of signals for which those of one second are one: timeout sends its signal to a process and to its
+    group, and other processes pass theirs on."""
+    last = -math.inf
+
+    def handler(number, frame) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= 1.0:
+            last = now
+            handle(number, frame)
+
+    return handler
 
 
 class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -135,7 +152,7 @@ class Log(TrainerCallback):
 
 class StopOnSignal(TrainerCallback):
     """Ends training behind the step at hand, and saves, once SIGINT or SIGTERM has come to any process. A second signal
-    does what it usually does; what is ignored stays ignored."""
+    does what it usually does, but for one in the same second; what is ignored stays ignored."""
 
     def __init__(self) -> None:
         self.wanted, self.stopped, self.before = False, False, {}
@@ -143,7 +160,8 @@ class StopOnSignal(TrainerCallback):
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
             heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-            self.before = {number: signal.signal(number, self._ask) for number in heard}
+            handler = one_request(self._ask)
+            self.before = {number: signal.signal(number, handler) for number in heard}
         return self
 
     def __exit__(self, *error) -> None:
@@ -151,10 +169,14 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def _ask(self, number, frame) -> None:
-        self.wanted = True
-        for one, handler in self.before.items():
-            signal.signal(one, handler)
-        print("\nstopping behind this step, saving first; once more stops at once", file=sys.stderr)
+        if not self.wanted:
+            self.wanted = True
+            print("\nstopping behind this step, saving first; once more stops at once", file=sys.stderr)
+        elif callable(self.before[number]):
+            self.before[number](number, frame)
+        else:
+            signal.signal(number, self.before[number])
+            os.kill(os.getpid(), number)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self.anywhere(args.device):
@@ -185,7 +207,11 @@ class Run:
             raise ValueError(f"--gradient_accumulation_steps: expected 1 or more, got {accumulated}")
         for name in ("resume_from_checkpoint", "save_only_model", "fsdp", "deepspeed"):
             if getattr(training, name):
-                raise ValueError(f"--{name}: expected it unset, because a run goes on from its folder, got {name}")
+                raise ValueError(
+                    f"--{name}: expected it unset, because a run goes on from its folder, got {getattr(training, name)}"
+                )
+        if not training.remove_unused_columns:
+            raise ValueError("--remove_unused_columns: expected true, because data have columns for the sampler alone")
         self.trainer, self.folder = trainer, Path(training.output_dir)
         self.path, self.log = self.folder / "run.json", self.folder / "log.jsonl"
         self.options = json.loads(json.dumps(options | {name: getattr(training, name) for name in DECISIVE}))
