@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import traceback
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
@@ -24,7 +24,7 @@ from threading import Thread
 
 from training.cells import CORPUS, FILES, SCALES, Cell, Scale, cells
 from training.files import DataError, logged, replace, rows
-from training.running import SIGNALS, Interrupted, main, one_request
+from training.running import Interrupted, hearing, main
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "findings.md"
 
@@ -157,15 +157,13 @@ class Study:
         waiting = [cell for cell in wanted if cell.name not in self.done]
         if waiting:
             self.write(self.head(threads))
-        workers, failed, asked, told = [], [], 0, 0
+        failed, asked, told = [], 0, 0
 
         def ask(number, frame) -> None:
             nonlocal asked
             asked += 1
 
-        handler = one_request(ask)
-        before = {number: signal.signal(number, handler) for number in SIGNALS}
-        try:
+        with hearing(ask), closing(Workers()) as workers:
             while True:
                 if not asked:
                     self._begin(waiting, workers, threads)
@@ -191,11 +189,6 @@ class Study:
                         worker.close()  # after some errors of a GPU its process is of no more use
                     else:
                         asked = asked or 1  # it has been asked by somebody else
-        finally:
-            for worker in workers:
-                worker.close()
-            for number, one in before.items():
-                signal.signal(number, one)
         if asked:
             raise Interrupted(f"stopped with {len(self.done)} cells run; the same command goes on from there")
         if failed:
@@ -210,7 +203,7 @@ class Study:
             for name in ("run.json", "model.safetensors"):
                 (folder / name).unlink(missing_ok=True)
 
-    def _begin(self, waiting: list[Cell], workers: list["Worker"], threads: int) -> None:
+    def _begin(self, waiting: list[Cell], workers: "Workers", threads: int) -> None:
         """Give cells that need nothing more to workers that have none, while there are both."""
         workers[:] = [worker for worker in workers if worker.cell is not None or worker.process.is_alive()]
         for cell in [cell for cell in waiting if all(need.name in self.done for need in cell.needs)]:
@@ -260,6 +253,14 @@ class Worker:
             self.process.join()
             died = f"its process ended with {self.process.exitcode} (a signal if below 0)"
             return cell, None, None if self.asked else died
+
+
+class Workers(list):
+    """Those that have been started."""
+
+    def close(self) -> None:
+        for worker in self:
+            worker.close()
 
 
 def _follow() -> None:

@@ -40,26 +40,30 @@ from training.running import Interrupted, Trainer, parsed
 STEPS = 200  # some seconds, so that it can be stopped
 
 
+def stop(arguments, folder, group=False):
+    """Start a script, send it SIGTERM once it logs, and then its group if that is wanted; its status and errors."""
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True)
+    try:
+        while process.poll() is None and not (folder / "log.jsonl").exists():
+            time.sleep(0.02)
+        process.terminate()
+        time.sleep(0.05)
+        if group and process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+        _, errors = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    return process.returncode, errors
+
+
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(tokenizers, tmp_path):
     """SIGTERM comes to it, twice as from timeout, and to the process that makes its batches; started again, it logs the
     losses of a run that was left alone."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     succeed(*pretraining(tokenizers, whole, STEPS))
     again = pretraining(tokenizers, parts, STEPS, "--dataloader_num_workers", 1)
-    process = subprocess.Popen(
-        command(*again), stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
-    )
-    try:
-        while process.poll() is None and not (parts / "log.jsonl").exists():
-            time.sleep(0.02)
-        process.terminate()
-        time.sleep(0.05)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-        _, errors = process.communicate(timeout=100)
-    finally:
-        process.kill()
-    assert process.returncode == 130, errors[-3000:]
+    status, errors = stop(command(*again), parts, group=True)
+    assert status == 130, errors[-3000:]
     assert re.search(rf"stopped at step \d+ of {STEPS}, saved in .*; the same command goes on from there", errors)
     first = logged(parts)
     assert 0 < len(first) < STEPS
@@ -73,14 +77,7 @@ def test_two_processes(tokenizers, tmp_path):
     asked to, and go on."""
     folder = tmp_path / "two"
     again, steps = pretraining(tokenizers, folder, STEPS // 2), range(1, STEPS // 2 + 1)
-    process = subprocess.Popen(command(*again, processes=2), stderr=subprocess.PIPE, text=True, env=environment())
-    try:
-        while process.poll() is None and not (folder / "log.jsonl").exists():
-            time.sleep(0.02)
-        process.terminate()
-        _, errors = process.communicate(timeout=100)
-    finally:
-        process.kill()
+    _, errors = stop(command(*again, processes=2), folder)
     done = list(logged(folder))
     assert 0 < len(done) < len(steps) and not (folder / "model.safetensors").exists(), errors[-3000:]
     if Version(transformers.__version__) < Version("5.24"):

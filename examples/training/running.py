@@ -9,7 +9,8 @@ import sys
 import threading
 import time
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -40,9 +41,11 @@ class Interrupted(Exception):
     """A run that was asked to stop, and has saved where it was."""
 
 
-def one_request(handle: Callable) -> Callable:
-    """A handler of signals for which those of one second are one: timeout sends its signal to a process and to its
-    group, and other processes pass theirs on."""
+@contextmanager
+def hearing(handle: Callable) -> Iterator[dict]:
+    """Have SIGINT and SIGTERM handled, those of one second as one: timeout sends its signal to a process and to its
+    group, and other processes pass theirs on. What is ignored stays ignored. Yields the handlers there were, to which
+    it goes back."""
     last = -math.inf
 
     def handler(number, frame) -> None:
@@ -52,7 +55,15 @@ def one_request(handle: Callable) -> Callable:
             last = now
             handle(number, frame)
 
-    return handler
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, handler) for number in heard}
+    try:
+        yield before
+    finally:
+        for number, one in before.items():
+            signal.signal(number, one)
 
 
 class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -151,24 +162,13 @@ class Log(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ends training behind the step at hand, and saves, once SIGINT or SIGTERM has come to any process. A second signal
-    does what it usually does, but for one in the same second; what is ignored stays ignored."""
+    """Ends training behind the step at hand, and saves, once ``ask`` has been called in any process.
+    Called again, it does what the handlers in ``before`` do."""
 
     def __init__(self) -> None:
         self.wanted, self.stopped, self.before = False, False, {}
 
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-            handler = one_request(self._ask)
-            self.before = {number: signal.signal(number, handler) for number in heard}
-        return self
-
-    def __exit__(self, *error) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number, frame) -> None:
+    def ask(self, number, frame) -> None:
         if not self.wanted:
             self.wanted = True
             print("\nstopping behind this step, saving first; once more stops at once", file=sys.stderr)
@@ -288,7 +288,8 @@ def train(trainer: Trainer, options: dict) -> Trainer:
             replace(run.log, "".join(json.dumps(line) + "\n" for line in kept))
         if trainer.args.metric_for_best_model and trainer.args.save_total_limit == 1:
             trainer.args.save_total_limit = 2  # with the best one alone there would be none to go on from
-        with StopOnSignal() as stop:
+        stop = StopOnSignal()
+        with hearing(stop.ask) as stop.before:
             trainer.add_callback(stop)
             trainer.add_callback(Log(run.log))
             trainer.train(resume_from_checkpoint=checkpoint)
