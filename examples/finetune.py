@@ -89,6 +89,9 @@ class Arguments:
     variant: str | None = field(default=None, metadata={"help": "without --model: none, absolute, composite, ..."})
     size: str | None = field(default=None, metadata={"help": "without --model: base, small (the default) or tiny"})
     style: str | None = field(default=None, metadata={"help": "with --mixer: paper (the default), fairseq or released"})
+    redraw: list[str] | None = field(
+        default=None, metadata={"help": "with --model: beginnings of names of weights to draw anew, as model.decoder"}
+    )
     config: str | None = field(default=None, metadata={"help": "fields of the configuration to set otherwise, as JSON"})
     length: int = field(default=128, metadata={"help": "tokens of a text or pair; longer ones are cut"})
     target_length: int | None = field(
@@ -142,6 +145,7 @@ class Arguments:
             ("target_length", self.source, "text to text, with --source and --target"),
             ("size", self.model is None, drawn),
             ("style", self.mixer, "--mixer"),
+            ("redraw", self.model, "--model"),
         ):
             if getattr(self, name) is not None and not used:
                 raise ValueError(f"--{name}: expected it only for {where}, got {getattr(self, name)}")
@@ -208,10 +212,23 @@ def made(kind, arguments: Arguments, config):
             f"--model {arguments.model}: expected weights for all of the model but its head, got none that fit "
             f"{wrong[0]}"
         )
+    redrawn = list(arguments.redraw or [])
     loaded = "classifier.weight" not in report["missing_keys"]
     if arguments.label and loaded and before.id2label != config.id2label:
-        model.classifier.load_state_dict(kind.from_config(config).classifier.state_dict())
+        redrawn.append("classifier.")
+    redraw(model, kind.from_config(config) if redrawn else model, redrawn)
     return model
+
+
+def redraw(model, drawn, beginnings: list[str]) -> None:
+    """Take the weights whose names begin so from another model. ValueError for a beginning that none has."""
+    weights = drawn.state_dict()
+    for beginning in beginnings:
+        found = {name: weight for name, weight in weights.items() if name.startswith(beginning)}
+        if not found:
+            parts = sorted({".".join(name.split(".")[:2]) for name in weights})
+            raise ValueError(f"--redraw: expected the beginning of a name, as of {', '.join(parts)}, got {beginning!r}")
+        model.load_state_dict(found, strict=False)
 
 
 def highest(logits, labels):

@@ -23,6 +23,7 @@ from training_scripts import (
 )
 from transformers import (
     AutoConfig,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     TrainingArguments,
@@ -115,6 +116,23 @@ def test_bert_and_what_follows(tokenizers, tables, tmp_path, run):
         run(finetune, *few, *columns, "--model", first, "--tokenizer", tmp_path / "other", "--output_dir", tmp_path)
 
 
+def test_parts_of_a_model_are_drawn_anew(tokenizers, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers["seq2seq"])
+    config = architectures.seq2seq("lightweight", "tiny", "paper", tokenizer, **json.loads(SIZES))
+    before = ConvSeq2SeqForConditionalGeneration(config)
+    before.save_pretrained(tmp_path)
+    options = dict(task="cogs", model=str(tmp_path))
+    after = finetune.made(
+        AutoModelForSeq2SeqLM, finetune.Arguments("a.tsv", **options, redraw=["model.decoder", "model.sh"]), config
+    )
+    for name, weight in before.state_dict().items():
+        drawn = name.startswith(("model.decoder", "model.shared", "lm_head"))  # the last two are one
+        constant = weight.eq(weight.flatten()[0]).all()
+        assert torch.equal(weight, after.state_dict()[name]) != (drawn and not constant), name
+    with pytest.raises(ValueError, match="--redraw: .* model.decoder, model.encoder, model.shared, got 'decoder'"):
+        finetune.made(AutoModelForSeq2SeqLM, finetune.Arguments("a.tsv", **options, redraw=["decoder"]), config)
+
+
 def test_a_model_without_a_decoder_does_not_write(tokenizers, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tokenizers["seq2seq"])
     config = architectures.seq2seq("dynamic", "tiny", "paper", tokenizer, **json.loads(SIZES))
@@ -158,6 +176,7 @@ def test_a_mistake_is_one_line(tokenizers, tmp_path):
         ("--task trec --mixer dynamic --target_length 9", "--target_length: expected it only for text to text"),
         ("--task trec --model a --size tiny", "--size: expected it only for --mixer or --variant, .*, got tiny"),
         ("--task trec --variant none --style paper", "--style: expected it only for --mixer, got paper"),
+        ("--task cogs --mixer dynamic --redraw model.decoder", r"--redraw: expected it only for --model, got \['model"),
     ],
 )
 def test_options_of_finetuning(options, message):
