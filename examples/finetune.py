@@ -13,6 +13,8 @@ run it in several processes.
 """
 
 import json
+import os
+import sys
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -160,7 +162,7 @@ def family(arguments: Arguments) -> type:
     """The configuration's class of the model to load or to make. ValueError if it is not one of this package."""
     if arguments.model is None:
         return CompositeBertConfig if arguments.variant else ConvSeq2SeqConfig
-    found = type(AutoConfig.from_pretrained(arguments.model))
+    found = type(architectures.loaded("--model", arguments.model, AutoConfig.from_pretrained))
     if found not in (CompositeBertConfig, ConvSeq2SeqConfig) or (arguments.target and found is CompositeBertConfig):
         wanted = ConvSeq2SeqConfig.model_type
         wanted += "" if arguments.target else f" or {CompositeBertConfig.model_type}"
@@ -187,7 +189,11 @@ def tokenizer_of(arguments: Arguments, family: str):
 
 def configuration(arguments: Arguments, tokenizer, **changes):
     """Of the model to load, or of the architecture to make."""
-    changes |= architectures.fields(arguments.config, family(arguments))
+    given = architectures.fields(arguments.config, family(arguments))
+    for name in given:
+        if name in changes:
+            raise ValueError(f"--config: expected no {name}, because --train has the classes")
+    changes |= given
     if arguments.model is not None:
         return AutoConfig.from_pretrained(arguments.model, **changes)
     if arguments.variant is not None:
@@ -202,9 +208,10 @@ def made(kind, arguments: Arguments, config):
     if arguments.model is None:
         return kind.from_config(config)
     before = AutoConfig.from_pretrained(arguments.model)
-    model, report = kind.from_pretrained(
-        arguments.model, config=config, ignore_mismatched_sizes=True, output_loading_info=True
-    )
+    model, report = architectures.loaded(
+        "--model", arguments.model, kind.from_pretrained, config=config, ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )  # fmt: skip
     wrong = [name for name, *_ in report["mismatched_keys"] if not name.startswith("classifier.")]
     wrong += [name for name in report["missing_keys"] if not name.startswith(HEAD)]
     if wrong:
@@ -269,7 +276,10 @@ class Classification:
 
 class TextToText:
     """Sources and targets. A target counts as matched if greedy decoding gives it exactly, which is so if and only if,
-    of each of its tokens, the model gives the highest score behind those before: one pass shows it."""
+    of each of its tokens, the model gives the highest score behind those before: one pass shows it. Text that the
+    tokenizer does not know does not come out."""
+
+    labels = None
 
     def __init__(self, arguments: Arguments, tokenizer, data) -> None:
         self.arguments, self.tokenizer = arguments, tokenizer
@@ -281,11 +291,19 @@ class TextToText:
         encoded = self.tokenizer(rows[a.source][:], truncation=True, max_length=a.length)
         targets = [target[: a.target_length] for target in self.tokenizer(rows[a.target][:]).input_ids]
         # The Trainer groups by this column; by sources alone the targets of COGS are padded by 50 %, not by 8 %.
+        unknown = sum(self.tokenizer.unk_token_id in target for target in targets)
+        if unknown and int(os.environ.get("RANK", 0)) == 0:
+            print(
+                f"{split}: {unknown} of {len(targets)} targets have text that the tokenizer does not know, and will "
+                "not be matched",
+                file=sys.stderr,
+            )
         lengths = [len(source) + len(target) for source, target in zip(encoded.input_ids, targets, strict=True)]
         return Dataset.from_dict({**encoded, "labels": targets, "length": lengths})
 
     def measure(self, found: np.ndarray, labels: np.ndarray, rows: Dataset) -> dict:
         whole = (labels == self.tokenizer.eos_token_id).any(1)  # others have been cut: the end is their last token
+        whole &= ~(labels == self.tokenizer.unk_token_id).any(1)
         matched = ((found == labels) | (labels == -100)).all(1) & whole
         result = {"exact_match": float(matched.mean())}
         if self.arguments.category:
@@ -331,7 +349,8 @@ def finetune(arguments: Arguments, training: TrainingArguments) -> dict:
         preprocess_logits_for_metrics=highest,
     )
     options = asdict(arguments)
-    train(trainer, {name: options[name] for name in options if name not in ("test", "metric", "category")})
+    decisive = {name: options[name] for name in options if name not in ("test", "metric", "category")}
+    train(trainer, decisive | {"train classes": task.labels})
     results = {}
     for split in tests:
         found = trainer.predict_in_order(encoded[split], split)
@@ -340,7 +359,7 @@ def finetune(arguments: Arguments, training: TrainingArguments) -> dict:
             "loss": found.metrics[f"{split}_loss"],
             **task.measure(found.predictions, found.label_ids, data[split]),
         }
-    if trainer.is_world_process_zero():
+    if results and trainer.is_world_process_zero():
         replace(Path(training.output_dir) / "results.json", json.dumps(results, indent=1) + "\n")
         for split, values in results.items():
             print(split, *(f"{name} {value:.4g}" for name, value in values.items() if name != "by_category"))

@@ -99,6 +99,7 @@ def pretrain(arguments: Arguments, training: TrainingArguments) -> Trainer:
     refused = {
         "--dataloader_persistent_workers": (training.dataloader_persistent_workers, "workers that hear of the epoch"),
         "--label_smoothing_factor": (training.label_smoothing_factor, "0, because the model's own loss is trained"),
+        "--optim_args": (training.optim == "adafactor" and training.optim_args, "another --optim than adafactor"),
     }
     for name, (value, wanted) in refused.items():
         if value:

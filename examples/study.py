@@ -23,7 +23,7 @@ from pathlib import Path
 from threading import Thread
 
 from training.cells import CORPUS, FILES, SCALES, Cell, Scale, cells
-from training.files import DataError, logged, replace, rows
+from training.files import DataError, alone, logged, replace, rows
 from training.running import Interrupted, hearing, main
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "findings.md"
@@ -288,6 +288,8 @@ def _work(jobs: Connection, threads: int) -> None:
                 answer = run_cell(*job), None
             except (Interrupted, KeyboardInterrupt):
                 answer = None, None
+            except DataError as error:
+                answer = None, str(error)
             except BaseException as error:
                 answer = None, f"{error!r}\n{traceback.format_exc()}"
             jobs.send(answer)
@@ -325,8 +327,10 @@ def run() -> None:
     if arguments.workers < 1:
         parser.error(f"--workers: expected 1 or more, got {arguments.workers}")
     names = {one.name for cell in chosen for one in (*cell.needs, cell)}
-    study = Study(arguments.scale, arguments.data, arguments.output, arguments.workers)
-    study.run([cell for cell in order if cell.name in names])
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    with alone(arguments.output):
+        study = Study(arguments.scale, arguments.data, arguments.output, arguments.workers)
+        study.run([cell for cell in order if cell.name in names])
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ python examples/train_tokenizer.py --texts books.jsonl.xz news.txt --vocab_size 
 """
 
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from training.running import main, parsed
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 BERT = ["[CLS]", "[SEP]", "[MASK]"]
 NORMALIZER = normalizers.NFKC()
+LONGEST = 2**14  # characters, of at most 4 bytes: sentencepiece leaves out lines of more bytes than it is told
 
 
 @dataclass
@@ -37,17 +39,37 @@ class Arguments:
     seed: int = field(default=1, metadata={"help": "of that draw"})
 
 
+def cut(line: str) -> Iterator[str]:
+    """Parts of a line that are not too long, cut between words where there are such."""
+    while len(line) > LONGEST:
+        end = line.rfind(" ", 1, LONGEST)
+        end = LONGEST if end < 0 else end
+        yield line[:end]
+        line = line[end:].lstrip(" ")
+    yield line
+
+
 def train(arguments: Arguments) -> PreTrainedTokenizerFast:
-    """The tokenizer: pieces found by sentencepiece. DataError if the texts do not give so many."""
+    """The tokenizer: pieces found by sentencepiece. DataError if the texts do not give so many. ValueError if an
+    argument is out of range."""
+    for name, least in (("vocab_size", 1), ("sentinels", 0), ("sample", 101), ("seed", 0)):
+        if getattr(arguments, name) < least:
+            raise ValueError(f"--{name}: expected {least} or more, got {getattr(arguments, name)}")
     sentinels = [f"<extra_id_{i}>" for i in range(arguments.sentinels)]
     model = io.BytesIO()
     wrong = []
 
     def checked():
         # sentencepiece says of an error that comes out of its iterator only where it came from.
+        any_text = False
         try:
             for text in documents(arguments.texts):
-                yield from map(NORMALIZER.normalize_str, paragraphs(text))
+                for line in map(NORMALIZER.normalize_str, paragraphs(text)):
+                    for part in cut(line):
+                        any_text = True
+                        yield part
+            if not any_text:
+                raise DataError(f"{', '.join(arguments.texts)}: expected text, got none")
         except BaseException as error:
             wrong.append(error)
             raise
@@ -58,7 +80,7 @@ def train(arguments: Arguments) -> PreTrainedTokenizerFast:
             sentence_iterator=checked(), model_writer=model, model_type="unigram",
             input_sentence_size=arguments.sample, shuffle_input_sentence=True,
             vocab_size=arguments.vocab_size, normalization_rule_name="identity", character_coverage=0.99999,
-            max_sentence_length=2**16,
+            max_sentence_length=4 * LONGEST,
             pad_id=0, eos_id=1, unk_id=2, bos_id=-1, pad_piece=PAD, eos_piece=END, unk_piece=UNKNOWN,
             control_symbols=[*BERT, *sentinels], minloglevel=2,
         )  # fmt: skip

@@ -11,7 +11,7 @@ too, there is one for each layer: attention, what the relative terms of BERT's s
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from convkernels import models
+from training import architectures
 from training.running import main, parsed
 
 LINES = 10  # more heads than these are a heat map, because their lines would share colours
@@ -43,14 +44,6 @@ class Learned(NamedTuple):
     weights: Tensor  # of kernels [H,K], of depthwise ones [C,K], of a text [H,T,S]; of a panel without [H]
     columns: list  # offsets, negative to the left, or tokens
     rows: list[str] | None = None  # tokens, in a panel also heads
-
-
-def loaded(option: str, name: str, load: Callable):
-    """What is loaded by name; ValueError of one line for what cannot be."""
-    try:
-        return load(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--{option} {name}: {str(error).strip().splitlines()[0]}") from None
 
 
 def trained(name: str) -> PreTrainedModel:
@@ -203,21 +196,28 @@ def draw(heading: str, panels: dict[str, Learned], lines: bool = False) -> Figur
 
 def visualize(arguments: Arguments) -> list[Path]:
     """Write the pictures, say so of each, and return their paths."""
-    model = loaded("model", arguments.model, trained)
+    model = architectures.loaded("--model", arguments.model, trained)
     found, folder, written = kernels(model), Path(arguments.output_dir), []
     if arguments.text is not None:
-        tokenizer = loaded("tokenizer", arguments.tokenizer or arguments.model, AutoTokenizer.from_pretrained)
+        tokenizer = architectures.loaded(
+            "--tokenizer", arguments.tokenizer or arguments.model, AutoTokenizer.from_pretrained
+        )
         found |= maps(model, tokenizer, arguments.text)
     elif not found:
         raise ValueError(f"--text: expected a text, because {arguments.model} has no kernels to draw without one")
+    layers = {i for by_layer in found.values() for i in by_layer}
+    sizes = [len(one.weights) for name in found if not name.startswith("depthwise") for one in found[name].values()]
+    for option, has in (("layers", layers), ("heads", range(1, 1 + max(sizes, default=0)))):
+        beyond = sorted(set(getattr(arguments, option)).difference(has))
+        if beyond:
+            raise ValueError(f"--{option}: expected some of {sorted(has)}, got {beyond}")
     for name, figure in pictures(found, arguments.layers, arguments.heads):
         folder.mkdir(parents=True, exist_ok=True)
         written.append(folder / f"{name}.png")
         figure.savefig(written[-1])
         print(f"wrote {written[-1]}")
     if not written:
-        layers, heads = (" ".join(map(str, some)) or "all" for some in (arguments.layers, arguments.heads))
-        raise ValueError(f"--model {arguments.model}: there is nothing to draw of layers {layers}, heads {heads}")
+        raise ValueError(f"--model {arguments.model}: there is nothing to draw")
     return written
 
 

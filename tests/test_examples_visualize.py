@@ -277,10 +277,10 @@ def test_mistakes_are_one_line(monkeypatch, tmp_path, plain):
     said = message(monkeypatch, "--model", plain, *to)
     assert said == f"visualize.py: --text: expected a text, because {plain} has no kernels to draw without one"
     assert message(monkeypatch, "--model", plain, *to, "--text", " ").endswith("--text: expected a text, got ' '")
-    said = message(monkeypatch, "--model", plain, *to, "--text", TEXT, "--layers", 3, 4)
-    assert said.endswith(f"--model {plain}: there is nothing to draw of layers 3 4, heads all")
+    said = message(monkeypatch, "--model", plain, *to, "--text", TEXT, "--layers", 1, 3, 4)
+    assert said.endswith("--layers: expected some of [1, 2], got [3, 4]")
     said = message(monkeypatch, "--model", plain, *to, "--text", TEXT, "--heads", 3)
-    assert said.endswith("there is nothing to draw of layers all, heads 3")
+    assert said.endswith("--heads: expected some of [1, 2], got [3]")
     missing = tmp_path / "missing"
     assert f"--model {missing}: " in message(monkeypatch, "--model", missing, *to)
     assert f"--tokenizer {missing}: " in message(
@@ -293,7 +293,7 @@ def test_a_model_without_layers_or_of_another_kind_is_refused(monkeypatch, token
     folder = saved(bert("composite", num_hidden_layers=0), tokenizer, tmp_path / "empty")
     to = ("--output_dir", tmp_path / "pictures")
     said = message(monkeypatch, "--model", folder, *to, "--text", TEXT)
-    assert said.endswith("there is nothing to draw of layers all, heads all")
+    assert said.endswith(f"--model {folder}: there is nothing to draw")
     BertConfig(architectures=["BertModel"]).save_pretrained(tmp_path / "bert")
     said = message(monkeypatch, "--model", tmp_path / "bert", *to)
     assert said.endswith("expected a model of convkernels, got BertModel (bert)")

@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("datasets")
 pytest.importorskip("sentencepiece")
+import train_tokenizer
 from sample_texts import sentences
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
@@ -93,6 +94,27 @@ def test_spans_of_real_sentences(tokenizers):
         if len(ids) > 1:
             source, target = collate.corrupt(np.array(ids), rng)
             assert restored(source.tolist(), target.tolist(), collate.sentinels)[0] == ids
+
+
+def test_texts_for_a_tokenizer(tmp_path):
+    """Long paragraphs count, and what cannot be used is said in the scripts' own words."""
+    path = tmp_path / "texts.txt"
+    path.write_text("word other thing " * 6000 + "\n\na b c d.\n")
+    options = dict(texts=[str(path)], output_dir=str(tmp_path), sentinels=0)
+    tokenizer = train_tokenizer.train(train_tokenizer.Arguments(vocab_size=22, **options))
+    assert tokenizer.unk_token_id not in tokenizer("a word other thing").input_ids
+    long = "äb " * 20_000 + "x" * 40_000
+    parts = list(train_tokenizer.cut(long))
+    assert max(map(len, parts)) <= train_tokenizer.LONGEST and "".join(" ".join(parts).split()) == long.replace(" ", "")
+    path.write_text(" \n")
+    for wrong, error, message in (
+        ({}, files.DataError, "texts.txt: expected text, got none"),
+        ({"sample": 10}, ValueError, "--sample: expected 101 or more, got 10"),
+        ({"sentinels": -4}, ValueError, "--sentinels: expected 0 or more, got -4"),
+        ({"seed": -1}, ValueError, "--seed: expected 0 or more, got -1"),
+    ):
+        with pytest.raises(error, match=message):
+            train_tokenizer.train(train_tokenizer.Arguments(**(options | wrong)))
 
 
 @pytest.mark.parametrize("rate, mean", [(0.15, 3.0), (0.5, 3.0), (0.15, 1.0), (0.9, 10.0), (0.01, 3.0)])
@@ -202,6 +224,9 @@ def test_values_of_objects(tmp_path):
     with pytest.raises(files.DataError, match="line 2: expected a string or an integer in column 'text', got null"):
         files.rows(path, ("text", "label"))
     assert files.rows(path, ("label",)) == [{"label": "1"}] * 2
+    path.write_text('{"text": "\\ud83d\\ude00"}\n{"text": "\\ud83d end"}\n')
+    with pytest.raises(files.DataError, match=r"line 2: expected characters, got '\\ud83d'"):
+        files.rows(path, ("text",))
 
 
 def test_unreadable_files(tmp_path):

@@ -21,6 +21,7 @@ import pretrain_seq2seq
 import transformers
 from sample_texts import NOVELS
 from training_scripts import (
+    BERT_SIZES,
     SIZES,
     command,
     environment,
@@ -105,9 +106,14 @@ def test_what_a_folder_has_decides(tokenizers, tmp_path, run, capsys):
     }.items():
         with pytest.raises(ValueError, match=message):
             train(4, *wrong)
+    with pytest.raises(ValueError, match="holds a run of another script or version"):
+        run(pretrain_bert, "--texts", NOVELS, "--tokenizer", tokenizers["bert"], "--config", BERT_SIZES, "--output_dir",
+            folder)  # fmt: skip
+    with files.alone(folder), pytest.raises(ValueError, match="expected a folder that no other process writes to"):
+        train(4)
     with pytest.raises(ValueError, match="holds a model trained for 4 steps, which cannot go on to 3"):
         train(3)
-    (folder / "checkpoint-4" / "trainer_state.json").unlink()
+    (folder / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": 4, "log_hi')  # a full disk
     train(6)
     assert "checkpoint-4 is not whole" in capsys.readouterr().err
     assert list(logged(folder)) == [1, 2, 3, 4, 5, 6] and before.items() <= logged(folder).items()
@@ -187,6 +193,14 @@ def test_what_pretraining_refuses(tokenizers, tmp_path, run):
         ("--label_smoothing_factor", "0.1"): "--label_smoothing_factor: expected 0",
         ("--save_only_model", "true"): "--save_only_model: expected it unset",
         ("--max_steps", "0"): "expected a step or more, got none",
+        ("--optim_args", "decay_rate=-0.1"): "--optim_args: expected another --optim than adafactor",
+        ("--config", '{"vocab_size": 10}'): "--config: expected a vocab_size of 700 or more",
+        ("--tokenizer", tmp_path / "no"): f"--tokenizer {tmp_path / 'no'}: ",
+        ("--per_device_eval_batch_size", "0"): "--per_device_eval_batch_size: expected 1 or more, got 0",
+        ("--label_names", "x"): "--label_names: expected it unset",
+        ("--eval_do_concat_batches", "false"): "--eval_do_concat_batches: expected true",
+        ("--dataloader_drop_last", "true", "--per_device_train_batch_size", "99999"): "--dataloader_drop_last: ",
+        ("--fp16", "true"): "--fp16: expected a GPU",
     }.items():
         with pytest.raises((files.DataError, ValueError), match=re.escape(message)):
             run(pretrain_seq2seq, *pretraining(tokenizers, tmp_path / "run", 2, *options)[1:])

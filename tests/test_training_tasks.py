@@ -70,6 +70,34 @@ def test_a_target_that_was_cut_is_not_matched(tokenizers):
     assert task.measure(np.abs(padded), padded, rows) == {"exact_match": 0.5}
 
 
+def test_a_target_with_unknown_text_is_not_matched(tokenizers, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers["seq2seq"])
+    task = finetune.TextToText(finetune.Arguments("a.tsv", "b", source="s", target="t", mixer="dynamic", config=SIZES),
+                               tokenizer, None)  # fmt: skip
+    rows = Dataset.from_dict({"s": ["a", "a"], "t": ["one", "\U0001f600"]})
+    labels = task.encode("dev", rows)["labels"]
+    assert "dev: 1 of 2 targets have text that the tokenizer does not know" in capsys.readouterr().err
+    padded = np.array([label + [-100] * (9 - len(label)) for label in labels])
+    assert task.measure(np.abs(padded), padded, rows) == {"exact_match": 0.5}
+
+
+def test_a_folder_knows_its_classes(tokenizers, tables, tmp_path, run):
+    """A table under the same name, but with other classes, is not measured with a model of the former ones."""
+    table, folder = tmp_path / "table.tsv", tmp_path / "run"
+    options = ("--text", "text", "--label", "label", "--train", table, "--mixer", "lightweight", "--config", SIZES,
+               "--tokenizer", tokenizers["seq2seq"], "--output_dir", folder, "--max_steps", 1)  # fmt: skip
+    table.write_text("text\tlabel\none\tno\ntwo\tyes\n")
+    run(finetune, *options, "--test", f"dev={table}")
+    before = results(folder)
+    run(finetune, *options)
+    assert results(folder) == before  # nothing was measured
+    table.write_text("text\tlabel\none\tyes\ntwo\tzebra\n")
+    with pytest.raises(ValueError, match="holds a run with --train classes .'no', 'yes'.: .* got .'yes', 'zebra'."):
+        run(finetune, *options)
+    with pytest.raises(ValueError, match="--config: expected no id2label, because --train has the classes"):
+        run(finetune, *options, "--config", '{"id2label": {"0": "a", "1": "b"}}')
+
+
 def test_batches_have_targets_of_similar_lengths(tokenizers, tmp_path):
     """Sources are all alike. Of two batches that are sorted by length at a time one may have long and short targets."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizers["seq2seq"])

@@ -1,5 +1,8 @@
 """Tokenizers, and configurations of the models that the scripts train, from names."""
 
+from collections.abc import Callable
+
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from convkernels.models import CompositeBertConfig, ConvSeq2SeqConfig
@@ -7,10 +10,18 @@ from convkernels.models import CompositeBertConfig, ConvSeq2SeqConfig
 from .files import json_object
 
 
+def loaded(option: str, name: str, load: Callable, **more):
+    """What is loaded from the folder or Hub name that an option gives; ValueError of one line for what cannot be."""
+    try:
+        return load(name, **more)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{option} {name}: {str(error).strip().splitlines()[0]}") from None
+
+
 def tokenizer(name: str, family: str, option: str = "--tokenizer") -> PreTrainedTokenizerBase:
     """A tokenizer from a folder or the Hub, which an option names. ValueError if it does not mark texts as models of
     the family, "seq2seq" or "bert", expect it."""
-    found = AutoTokenizer.from_pretrained(name)
+    found = loaded(option, name, AutoTokenizer.from_pretrained)
     ids = found("a").input_ids
     marked = ids[-1:] == [found.eos_token_id] if family == "seq2seq" else ids[:1] == [found.cls_token_id]
     if not marked or found.pad_token_id is None:
@@ -38,10 +49,20 @@ def seq2seq(mixer: str, size: str, style: str, tokenizer: PreTrainedTokenizerBas
     tokens = dict(
         vocab_size=len(tokenizer), pad_token_id=pad, eos_token_id=tokenizer.eos_token_id, decoder_start_token_id=pad
     )
-    return ConvSeq2SeqConfig.preset(mixer, size, style, **(tokens | changes))
+    return _large_enough(ConvSeq2SeqConfig.preset(mixer, size, style, **(tokens | changes)), tokenizer)
 
 
 def bert(variant: str, size: str, tokenizer: PreTrainedTokenizerBase, **changes) -> CompositeBertConfig:
     """``CompositeBertConfig.preset`` with the tokenizer's vocabulary and padding."""
     tokens = dict(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
-    return CompositeBertConfig.preset(variant, size, **(tokens | changes))
+    return _large_enough(CompositeBertConfig.preset(variant, size, **(tokens | changes)), tokenizer)
+
+
+def _large_enough(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """ValueError if there are more tokens than the vocabulary has."""
+    if config.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"--config: expected a vocab_size of {len(tokenizer)} or more, as many tokens as the tokenizer has, got "
+            f"{config.vocab_size}"
+        )
+    return config

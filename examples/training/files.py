@@ -1,6 +1,7 @@
 """Text and tables from files, plain, .gz or .xz, or from the Hugging Face Hub. What is wrong with a file is an error
 that names its line."""
 
+import fcntl
 import gzip
 import json
 import lzma
@@ -8,6 +9,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset
@@ -47,6 +49,11 @@ def json_object(text: str, where: str) -> dict:
         raise DataError(f"{where}: expected an object of JSON: {error}") from None
     if not isinstance(value, dict):
         raise DataError(f"{where}: expected an object of JSON, got {type(value).__name__}")
+    if "\\ud" in text or "\\uD" in text:  # of these escapes, which come in pairs, one alone is no character
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where}: expected characters, got {error.object[error.start]!a}") from None
     return value
 
 
@@ -63,11 +70,36 @@ def logged(path: Path) -> list[dict]:
     return [json_object(line, f"{path}, line {number}") for number, line in enumerate(whole, 1)]
 
 
+def stored(path: Path) -> dict:
+    """The object of JSON that a file holds."""
+    return json_object(path.read_text(errors="replace"), str(path))
+
+
 def replace(path: Path, text: str) -> None:
     """Write a file in one go: whoever reads it sees the old text or the new one."""
     new = path.with_name(f"{path.name}.new")
-    new.write_text(text)
+    with new.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(new, path)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder, where the file system can. ValueError if one of them has it."""
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: expected a folder that no other process writes to") from None
+        except OSError:
+            pass
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)  # closing it is not enough while a forked process has it open
 
 
 def _tabbed(path: Path) -> Iterator[tuple[int, dict]]:

@@ -179,7 +179,7 @@ def settings(log: Log) -> str:
         f"`python examples/study.py --scale {run['scale']} --data DATA --output study --workers {run['workers']}`; "
         f"{len(log.cells)} of {total} cells{'' if len(log.cells) == total else ' so far'}, {hours:.1f} hours of "
         f"{'workers with one core each' if run['threads'] == 1 else 'workers'}, seeds {seeds}, "
-        f"{run['run']}, {environment.title(run['environment'])}.",
+        f"{' to '.join(sorted({log.runs[0]['run'], run['run']}))}, {environment.title(run['environment'])}.",
         f"Vocabulary: {s['vocabulary']} unigrams. Encoder-decoders: {json.dumps(s['seq2seq'])}; BERTs: "
         f"{json.dumps(s['bert'])}; sequences of {s['length']}. Pre-training: {json.dumps(s['pretrain'])}. Fine-tuning: "
         f"{json.dumps(s['tasks'])}; of the configuration {json.dumps(s['changes'])}.",

@@ -10,7 +10,7 @@ import threading
 import time
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from safetensors.torch import load_model
 from transformers import HfArgumentParser, TrainerCallback
 from transformers.trainer_utils import sort_checkpoints
 
-from .files import DataError, logged, replace
+from .files import DataError, alone, logged, replace, stored
 
 INTERRUPTED = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -32,7 +32,10 @@ DECISIVE = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2"),
     *("adam_epsilon", "max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "lr_scheduler_kwargs", "optim_args"),
     *("neftune_noise_alpha", "dataloader_drop_last", "load_best_model_at_end", "metric_for_best_model", "world_size"),
+    *("greater_is_better", "optim_target_modules", "ignore_data_skip"),
 )
+# These decide only which model is the best.
+CHOOSING = ("eval_strategy", "eval_steps")
 # Without these a checkpoint is of no use; the Trainer writes the last of them last.
 CHECKPOINT = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 
@@ -96,7 +99,7 @@ def main(run: Callable[[], object]) -> None:
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except (DataError, ValueError, OSError, SafetensorError) as error:
+    except (DataError, ValueError, OSError, ImportError, SafetensorError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is saved, if anything is", file=sys.stderr)
@@ -202,9 +205,9 @@ class Run:
 
     def __init__(self, trainer: Trainer, options: dict) -> None:
         training = trainer.args
-        accumulated = training.gradient_accumulation_steps
-        if accumulated < 1:
-            raise ValueError(f"--gradient_accumulation_steps: expected 1 or more, got {accumulated}")
+        for name in ("gradient_accumulation_steps", "per_device_eval_batch_size"):
+            if getattr(training, name) < 1:
+                raise ValueError(f"--{name}: expected 1 or more, got {getattr(training, name)}")
         for name in ("resume_from_checkpoint", "save_only_model", "fsdp", "deepspeed"):
             if getattr(training, name):
                 raise ValueError(
@@ -212,18 +215,38 @@ class Run:
                 )
         if not training.remove_unused_columns:
             raise ValueError("--remove_unused_columns: expected true, because data have columns for the sampler alone")
+        if training.label_names:
+            raise ValueError(
+                f"--label_names: expected it unset, because the scripts name them, got {training.label_names}"
+            )
+        if not training.eval_do_concat_batches:
+            raise ValueError("--eval_do_concat_batches: expected true, because what is measured needs all rows")
+        if training.fp16 and training.device.type == "cpu":
+            raise ValueError("--fp16: expected a GPU, because it has no effect on a CPU; --bf16 has")
         self.trainer, self.folder = trainer, Path(training.output_dir)
         self.path, self.log = self.folder / "run.json", self.folder / "log.jsonl"
-        self.options = json.loads(json.dumps(options | {name: getattr(training, name) for name in DECISIVE}))
-        self.steps = trainer.set_initial_training_values(training, trainer.get_train_dataloader())[-1]
+        decisive = {name: getattr(training, name) for name in DECISIVE}
+        decisive |= {name: getattr(training, name) if training.load_best_model_at_end else None for name in CHOOSING}
+        self.options = json.loads(json.dumps(options | decisive))
+        batches = trainer.get_train_dataloader()
+        if not len(batches):
+            raise ValueError(
+                f"--dataloader_drop_last: expected a batch of {training.train_batch_size} rows or more to be left, got "
+                f"{len(trainer.train_dataset)} rows"
+            )
+        self.steps = trainer.set_initial_training_values(training, batches)[-1]
         if self.steps < 1:
             raise ValueError("--max_steps and --num_train_epochs: expected a step or more, got none")
         self.folder.mkdir(parents=True, exist_ok=True)
-        before = json.loads(self.path.read_text()) if self.path.exists() else {"options": self.options}
+        before = stored(self.path) if self.path.exists() else {"options": self.options}
+        if before["options"].keys() != self.options.keys():
+            raise ValueError(
+                f"--output_dir {self.folder}: holds a run of another script or version, expected another folder"
+            )
         self.trained = before.get("trained")
         for name, value in self.options.items():
-            held = before["options"].get(name)
-            if value != held and not (self.trained and name == "world_size"):
+            held = before["options"][name]
+            if json.dumps(value) != json.dumps(held) and not (self.trained and name == "world_size"):
                 raise ValueError(
                     f"--output_dir {self.folder}: holds a run with --{name} {held}: expected that, or another folder, "
                     f"got {value}"
@@ -236,8 +259,9 @@ class Run:
     def checkpoint(self) -> str | None:
         """The last one that is whole."""
         for path in reversed(sort_checkpoints(str(self.folder))):
-            if all((Path(path) / name).exists() for name in CHECKPOINT):
-                return self._loadable(path)
+            with suppress(OSError, DataError):
+                if all((Path(path) / name).exists() for name in CHECKPOINT) and stored(Path(path) / CHECKPOINT[-1]):
+                    return self._loadable(path)
             print(f"{path} is not whole, so it is left out", file=sys.stderr)
         return None
 
@@ -270,13 +294,18 @@ def train(trainer: Trainer, options: dict) -> Trainer:
     options: what else decides how the model is trained, by name. ValueError if the folder has a run with others.
     """
     run = Run(trainer, options)
-    folder = run.folder
+    with alone(run.folder) if trainer.is_world_process_zero() else nullcontext():
+        return _train(run)
+
+
+def _train(run: Run) -> Trainer:
+    trainer, folder = run.trainer, run.folder
     if run.trained == run.steps:
         print(f"{folder} holds the trained model", file=sys.stderr)
         load_model(trainer.model, folder / "model.safetensors")
         return trainer
     checkpoint = run.checkpoint()
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text()) if checkpoint else {}
+    state = stored(Path(checkpoint) / CHECKPOINT[-1]) if checkpoint else {}
     step, stopped = run.reached(state), False
     if step == run.steps:  # it was stopped between its last step and saving the model
         best = state["best_model_checkpoint"] if trainer.args.load_best_model_at_end else None
