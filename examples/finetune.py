@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+import transformers
 from datasets import Dataset
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import (
@@ -208,10 +209,13 @@ def made(kind, arguments: Arguments, config):
     if arguments.model is None:
         return kind.from_config(config)
     before = AutoConfig.from_pretrained(arguments.model)
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it would report what is checked here, and warn of a new head
     model, report = architectures.loaded(
         "--model", arguments.model, kind.from_pretrained, config=config, ignore_mismatched_sizes=True,
         output_loading_info=True,
     )  # fmt: skip
+    transformers.logging.set_verbosity(level)
     wrong = [name for name, *_ in report["mismatched_keys"] if not name.startswith("classifier.")]
     wrong += [name for name in report["missing_keys"] if not name.startswith(HEAD)]
     if wrong:

@@ -1,10 +1,10 @@
 """The papers' claims about models, on real data: pre-trains and fine-tunes all models of the study, cell by cell.
 
     python examples/study.py --scale cpu --data DATA --output study --workers 2
-    python examples/study.py --report study/log.jsonl
+    python examples/study.py --report study/log.jsonl --page study/findings.md
 
 What has been run is in OUTPUT/log.jsonl, a line per cell. The same command goes on where it was stopped, also within a
-cell. --report writes docs/findings.md from such logs. docs/training.md lists what DATA has to hold.
+cell. --report makes a page of such logs, as docs/findings.md is one. docs/training.md lists what DATA has to hold.
 """
 
 import argparse
@@ -25,8 +25,6 @@ from threading import Thread
 from training.cells import CORPUS, FILES, SCALES, Cell, Scale, cells
 from training.files import DataError, alone, logged, replace, rows
 from training.running import Interrupted, hearing, main
-
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "findings.md"
 
 
 def found(data: Path, name: str) -> str:
@@ -310,13 +308,15 @@ def run() -> None:
     parser.add_argument("--output", type=Path, default=Path("study"), help="folder for cells and log (default: study)")
     parser.add_argument("--workers", type=int, default=1, help="cells at a time, which share the cores (default: 1)")
     parser.add_argument("--only", default="", help="run only cells whose names begin so, and what they need")
-    parser.add_argument("--report", type=Path, nargs="+", metavar="LOG", help=f"only write {PAGE.name} from logs")
+    parser.add_argument("--report", type=Path, nargs="+", metavar="LOG", help="only make a page of these logs")
+    parser.add_argument("--page", type=Path, help="file for that page (default: findings.md beside the first log)")
     arguments = parser.parse_args()
     if arguments.report:
         from training.findings import page
 
-        PAGE.write_text(page(arguments.report))
-        print(f"wrote {PAGE}")
+        path = arguments.page or arguments.report[0].with_name("findings.md")
+        path.write_text(page(arguments.report))
+        print(f"wrote {path}")
         return
     order = cells(SCALES[arguments.scale].seeds)
     chosen = [cell for cell in order if cell.name.startswith(arguments.only)]

@@ -10,6 +10,7 @@ too, there is one for each layer: attention, what the relative terms of BERT's s
 """
 
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -202,7 +203,12 @@ def visualize(arguments: Arguments) -> list[Path]:
         tokenizer = architectures.loaded(
             "--tokenizer", arguments.tokenizer or arguments.model, AutoTokenizer.from_pretrained
         )
-        found |= maps(model, tokenizer, arguments.text)
+        of_text = maps(model, tokenizer, arguments.text)
+        if not of_text:
+            print(
+                f"{arguments.model} has no attention and no dynamic filters, so its text is left out", file=sys.stderr
+            )
+        found |= of_text
     elif not found:
         raise ValueError(f"--text: expected a text, because {arguments.model} has no kernels to draw without one")
     layers = {i for by_layer in found.values() for i in by_layer}

@@ -62,7 +62,8 @@ def targets(dtypes: Sequence[str]) -> Iterator[Target]:
 
 def target_rows(section: dict[str, Any]) -> Table:
     dtypes = section["settings"]["dtypes"]
-    measured = {line for case in cases(section) for line in LINES[case]}
+    usual = [case for case in cases(section) if Shape(**section["settings"]["shapes"][case]) == SHAPES[case]]
+    measured = {line for case in usual for line in LINES[case]}  # targets are for these shapes
     chosen = [t for t in targets(dtypes) if {t.over, t.under} <= measured]
     return ratio_rows(chosen, section["records"], dtypes)
 

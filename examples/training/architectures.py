@@ -1,6 +1,7 @@
 """Tokenizers, and configurations of the models that the scripts train, from names."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
@@ -15,7 +16,8 @@ def loaded(option: str, name: str, load: Callable, **more):
     try:
         return load(name, **more)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{option} {name}: {str(error).strip().splitlines()[0]}") from None
+        which = "" if Path(name).exists() else "there is no such folder, and of the Hub: "
+        raise ValueError(f"{option} {name}: {which}{str(error).strip().splitlines()[0]}") from None
 
 
 def tokenizer(name: str, family: str, option: str = "--tokenizer") -> PreTrainedTokenizerBase:
