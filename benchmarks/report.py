@@ -168,8 +168,8 @@ def aims(content: dict[str, dict]) -> Iterator[str]:
         yield from (f"Note: {note}." for note in section["notes"])
     for name, section in sections(content, "models").items():
         yield f"Models{f', {name}' if name else ''}:"
-        if not attention_tables.on_gpu(section):
-            yield markdown_table(*models_tables.target_rows(section))
+        if not attention_tables.on_gpu(section) and (rows := models_tables.target_rows(section))[1]:
+            yield markdown_table(*rows)
         yield markdown_table(*models_tables.crossover_rows(section))
         yield from (f"Note: {note}." for note in section["notes"])
 

@@ -37,7 +37,7 @@ from transformers import (
 from convkernels.models import CompositeBertConfig, ConvSeq2SeqConfig
 from training import architectures
 from training.files import DataError, replace, tables
-from training.running import Trainer, defaults, main, parsed, train
+from training.running import Trainer, alone, defaults, main, parsed, train
 
 # Columns of the files that people have of these tasks, and what is measured.
 TASKS = {
@@ -211,11 +211,13 @@ def made(kind, arguments: Arguments, config):
     before = AutoConfig.from_pretrained(arguments.model)
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it would report what is checked here, and warn of a new head
-    model, report = architectures.loaded(
-        "--model", arguments.model, kind.from_pretrained, config=config, ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )  # fmt: skip
-    transformers.logging.set_verbosity(level)
+    try:
+        model, report = architectures.loaded(
+            "--model", arguments.model, kind.from_pretrained, config=config, ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )  # fmt: skip
+    finally:
+        transformers.logging.set_verbosity(level)
     wrong = [name for name, *_ in report["mismatched_keys"] if not name.startswith("classifier.")]
     wrong += [name for name in report["missing_keys"] if not name.startswith(HEAD)]
     if wrong:
@@ -298,8 +300,8 @@ class TextToText:
         unknown = sum(self.tokenizer.unk_token_id in target for target in targets)
         if unknown and int(os.environ.get("RANK", 0)) == 0:
             print(
-                f"{split}: {unknown} of {len(targets)} targets have text that the tokenizer does not know, and will "
-                "not be matched",
+                f"{split}: {unknown} of {len(targets)} targets have text that the tokenizer does not know, which "
+                "no model can write",
                 file=sys.stderr,
             )
         lengths = [len(source) + len(target) for source, target in zip(encoded.input_ids, targets, strict=True)]
@@ -318,6 +320,7 @@ class TextToText:
         return result
 
 
+@alone
 def finetune(arguments: Arguments, training: TrainingArguments) -> dict:
     """Train, measure on each test, write results.json, and return what it holds."""
     set_seed(training.seed)
@@ -327,12 +330,8 @@ def finetune(arguments: Arguments, training: TrainingArguments) -> dict:
     with training.main_process_first(desc="reading tables"):
         data = tables({"train": arguments.train, **tests}, arguments.columns)
         task = (Classification if arguments.text else TextToText)(arguments, tokenizer, data)
-        if task.model.config.vocab_size < len(tokenizer):
-            option = "model" if arguments.tokenizer is None else "tokenizer"
-            raise ValueError(
-                f"--{option} {getattr(arguments, option)}: expected a tokenizer of the model's "
-                f"{task.model.config.vocab_size} tokens, got {len(tokenizer)}"
-            )
+        option = "model" if arguments.tokenizer is None else "tokenizer"
+        architectures.check_size(task.model.config, tokenizer, f"--{option} {getattr(arguments, option)}")
         encoded = {split: task.encode(split, rows) for split, rows in data.items()}
     losses = [f"{name}_loss" for name in tests]
     if training.metric_for_best_model in ("loss", "eval_loss") and tests:
@@ -354,7 +353,8 @@ def finetune(arguments: Arguments, training: TrainingArguments) -> dict:
     )
     options = asdict(arguments)
     decisive = {name: options[name] for name in options if name not in ("test", "metric", "category")}
-    train(trainer, decisive | {"train classes": task.labels})
+    chosen_by = arguments.test[:1] if training.load_best_model_at_end else []
+    train(trainer, decisive | {"train classes": task.labels, "test to choose by": chosen_by})
     results = {}
     for split in tests:
         found = trainer.predict_in_order(encoded[split], split)

@@ -16,7 +16,7 @@ from transformers import DataCollatorForLanguageModeling, TrainingArguments, set
 from convkernels.models import CompositeBertConfig, CompositeBertForMaskedLM
 from training import architectures
 from training.files import TEXTS, documents, read, sentences
-from training.running import Trainer, defaults, main, parsed, train
+from training.running import Trainer, alone, defaults, main, parsed, train
 
 DEFAULTS = defaults(
     learning_rate=1e-4,
@@ -58,6 +58,7 @@ def _pairs(texts: list[str]):
             yield {"first": first, "second": second}
 
 
+@alone
 def pretrain(arguments: Arguments, training: TrainingArguments) -> Trainer:
     if arguments.length < 5:
         raise ValueError(f"--length: expected 5 or more, got {arguments.length}")

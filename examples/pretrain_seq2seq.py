@@ -17,7 +17,7 @@ from transformers import Adafactor, TrainerCallback, TrainingArguments, set_seed
 from convkernels.models import ConvSeq2SeqConfig, ConvSeq2SeqForConditionalGeneration
 from training import architectures
 from training.files import TEXTS, DataError, documents, paragraphs, read
-from training.running import Trainer, defaults, main, parsed, train
+from training.running import Trainer, alone, defaults, main, parsed, train
 from training.spans import SpanDenoising, block_length, counts
 
 DEFAULTS = defaults(
@@ -95,6 +95,7 @@ def _lines(texts: list[str]):
             yield {"text": line}
 
 
+@alone
 def pretrain(arguments: Arguments, training: TrainingArguments) -> Trainer:
     refused = {
         "--dataloader_persistent_workers": (training.dataloader_persistent_workers, "workers that hear of the epoch"),

@@ -23,7 +23,7 @@ from pathlib import Path
 from threading import Thread
 
 from training.cells import CORPUS, FILES, SCALES, Cell, Scale, cells
-from training.files import DataError, alone, logged, replace, rows
+from training.files import DataError, lock, logged, replace, rows
 from training.running import Interrupted, hearing, main
 
 
@@ -120,6 +120,7 @@ class Study:
         for name in (*CORPUS, *(file for files in FILES.values() for file in files.values())):
             found(data, name)
         output.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(output)
         self.log = output / "log.jsonl"
         self.settings = json.loads(json.dumps(asdict(SCALES[scale])))
         lines = logged(self.log) if self.log.exists() else []
@@ -311,6 +312,8 @@ def run() -> None:
     parser.add_argument("--report", type=Path, nargs="+", metavar="LOG", help="only make a page of these logs")
     parser.add_argument("--page", type=Path, help="file for that page (default: findings.md beside the first log)")
     arguments = parser.parse_args()
+    if arguments.page and not arguments.report:
+        parser.error("--page: expected it with --report")
     if arguments.report:
         from training.findings import page
 
@@ -327,10 +330,8 @@ def run() -> None:
     if arguments.workers < 1:
         parser.error(f"--workers: expected 1 or more, got {arguments.workers}")
     names = {one.name for cell in chosen for one in (*cell.needs, cell)}
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    with alone(arguments.output):
-        study = Study(arguments.scale, arguments.data, arguments.output, arguments.workers)
-        study.run([cell for cell in order if cell.name in names])
+    study = Study(arguments.scale, arguments.data, arguments.output, arguments.workers)
+    study.run([cell for cell in order if cell.name in names])
 
 
 if __name__ == "__main__":

@@ -41,20 +41,27 @@ class Arguments:
 
 def cut(line: str) -> Iterator[str]:
     """Parts of a line that are not too long, cut between words where there are such."""
-    while len(line) > LONGEST:
-        end = line.rfind(" ", 1, LONGEST)
-        end = LONGEST if end < 0 else end
-        yield line[:end]
-        line = line[end:].lstrip(" ")
-    yield line
+    start = 0
+    while start < len(line):
+        end = min(start + LONGEST, len(line))
+        if end < len(line):
+            space = line.rfind(" ", start + 1, end)
+            end = space if space > 0 else end
+        yield line[start:end]
+        start = end + 1 if line[end : end + 1] == " " else end
 
 
 def train(arguments: Arguments) -> PreTrainedTokenizerFast:
     """The tokenizer: pieces found by sentencepiece. DataError if the texts do not give so many. ValueError if an
     argument is out of range."""
-    for name, least in (("vocab_size", 1), ("sentinels", 0), ("sample", 101), ("seed", 0)):
-        if getattr(arguments, name) < least:
-            raise ValueError(f"--{name}: expected {least} or more, got {getattr(arguments, name)}")
+    for name, least, most in (
+        ("vocab_size", 1, 2**31 - 1),
+        ("sentinels", 0, 2**31 - 1),
+        ("sample", 101, 2**31 - 1),
+        ("seed", 0, 2**32 - 1),
+    ):
+        if not least <= getattr(arguments, name) <= most:
+            raise ValueError(f"--{name}: expected {least} to {most}, got {getattr(arguments, name)}")
     sentinels = [f"<extra_id_{i}>" for i in range(arguments.sentinels)]
     model = io.BytesIO()
     wrong = []

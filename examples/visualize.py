@@ -216,7 +216,8 @@ def visualize(arguments: Arguments) -> list[Path]:
     for option, has in (("layers", layers), ("heads", range(1, 1 + max(sizes, default=0)))):
         beyond = sorted(set(getattr(arguments, option)).difference(has))
         if beyond:
-            raise ValueError(f"--{option}: expected some of {sorted(has)}, got {beyond}")
+            wanted = f"some of {sorted(has)}" if has else f"it unset, because {arguments.model} has none to draw"
+            raise ValueError(f"--{option}: expected {wanted}, got {beyond}")
     for name, figure in pictures(found, arguments.layers, arguments.heads):
         folder.mkdir(parents=True, exist_ok=True)
         written.append(folder / f"{name}.png")

@@ -204,6 +204,7 @@ def test_what_the_page_says(tmp_path):
     assert "| composite | none | **+30.0 ± 14.1** | - | - |" in page
     assert "| fixed | none | +5.0 ± 14.1 | - | - |" in page
     assert "| composite | absolute | +70.0 | - | - |" in page  # of one seed there is no spread
+    assert "| CoLA | 10 | Matthews correlation | 31.6 |" in page
     assert "10 of 158 cells" in page and "Vocabulary: 99 unigrams" in page
     path.write_text(path.read_text() + '{"cell": "half a li')
     assert findings.page([path]) == page

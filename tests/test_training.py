@@ -109,9 +109,9 @@ def test_texts_for_a_tokenizer(tmp_path):
     path.write_text(" \n")
     for wrong, error, message in (
         ({}, files.DataError, "texts.txt: expected text, got none"),
-        ({"sample": 10}, ValueError, "--sample: expected 101 or more, got 10"),
-        ({"sentinels": -4}, ValueError, "--sentinels: expected 0 or more, got -4"),
-        ({"seed": -1}, ValueError, "--seed: expected 0 or more, got -1"),
+        ({"sample": 10}, ValueError, "--sample: expected 101 to 2147483647, got 10"),
+        ({"sentinels": -4}, ValueError, "--sentinels: expected 0 to 2147483647, got -4"),
+        ({"seed": -1}, ValueError, "--seed: expected 0 to 4294967295, got -1"),
     ):
         with pytest.raises(error, match=message):
             train_tokenizer.train(train_tokenizer.Arguments(**(options | wrong)))

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -109,8 +110,14 @@ def test_what_a_folder_has_decides(tokenizers, tmp_path, run, capsys):
     with pytest.raises(ValueError, match="holds a run of another script or version"):
         run(pretrain_bert, "--texts", NOVELS, "--tokenizer", tokenizers["bert"], "--config", BERT_SIZES, "--output_dir",
             folder)  # fmt: skip
-    with files.alone(folder), pytest.raises(ValueError, match="expected a folder that no other process writes to"):
-        train(4)
+    program = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    holder = [sys.executable, "-c", program, folder / "lock"]
+    with subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="expected a folder that no other process writes to, got one in use"):
+            train(4)
+        other.communicate("\n")
+    train(4, "--warmup_steps", "2.0", "--learning_rate", "1e-2")  # the same numbers, written otherwise
     with pytest.raises(ValueError, match="holds a model trained for 4 steps, which cannot go on to 3"):
         train(3)
     (folder / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": 4, "log_hi')  # a full disk
@@ -194,13 +201,16 @@ def test_what_pretraining_refuses(tokenizers, tmp_path, run):
         ("--save_only_model", "true"): "--save_only_model: expected it unset",
         ("--max_steps", "0"): "expected a step or more, got none",
         ("--optim_args", "decay_rate=-0.1"): "--optim_args: expected another --optim than adafactor",
-        ("--config", '{"vocab_size": 10}'): "--config: expected a vocab_size of 700 or more",
+        (
+            "--config",
+            '{"vocab_size": 10}',
+        ): "--config: expected a vocabulary of at least the tokenizer's 700 tokens, got one of 10",
         ("--tokenizer", tmp_path / "no"): f"--tokenizer {tmp_path / 'no'}: ",
         ("--per_device_eval_batch_size", "0"): "--per_device_eval_batch_size: expected 1 or more, got 0",
         ("--label_names", "x"): "--label_names: expected it unset",
         ("--eval_do_concat_batches", "false"): "--eval_do_concat_batches: expected true",
         ("--dataloader_drop_last", "true", "--per_device_train_batch_size", "99999"): "--dataloader_drop_last: ",
-        ("--fp16", "true"): "--fp16: expected a GPU",
+        ("--fp16", "true", "--use_cpu", "true"): "--fp16: expected a GPU",
     }.items():
         with pytest.raises((files.DataError, ValueError), match=re.escape(message)):
             run(pretrain_seq2seq, *pretraining(tokenizers, tmp_path / "run", 2, *options)[1:])

@@ -11,6 +11,7 @@ pytest.importorskip("sentencepiece")
 pytest.importorskip("sklearn")
 import finetune
 import pretrain_bert
+import transformers
 from datasets import Dataset
 from safetensors.torch import load_file
 from sample_texts import NOVELS, sentences
@@ -134,9 +135,14 @@ def test_bert_and_what_follows(tokenizers, tables, tmp_path, run):
         assert torch.equal(state["classifier.weight"], weights["classifier.weight"]) == same
         inner = [name for name in weights if not name.startswith("classifier")]
         assert inner and all(torch.equal(state[name], weights[name]) for name in inner)
-    wrong = ("--config", '{"hidden_size": 48}')
+    wrong, level = ("--config", '{"hidden_size": 48}'), transformers.logging.get_verbosity()
     with pytest.raises(ValueError, match="expected weights for all of the model but its head, got none that fit bert"):
         run(finetune, *few, *columns, "--model", first, "--output_dir", tmp_path / "third", *wrong)
+    with open(second / "model.safetensors", "r+b") as file:
+        file.truncate(100)
+    with pytest.raises(ValueError, match="--model .*second: "):
+        run(finetune, *few, *columns, "--model", second, "--output_dir", tmp_path / "third")
+    assert transformers.logging.get_verbosity() == level
     other = AutoTokenizer.from_pretrained(tokenizers["bert"])
     other.add_tokens("convolution")
     other.save_pretrained(tmp_path / "other")
@@ -150,13 +156,12 @@ def test_parts_of_a_model_are_drawn_anew(tokenizers, tmp_path):
     before = ConvSeq2SeqForConditionalGeneration(config)
     before.save_pretrained(tmp_path)
     options = dict(task="cogs", model=str(tmp_path))
-    after = finetune.made(
-        AutoModelForSeq2SeqLM, finetune.Arguments("a.tsv", **options, redraw=["model.decoder", "model.sh"]), config
-    )
-    for name, weight in before.state_dict().items():
-        drawn = name.startswith(("model.decoder", "model.shared", "lm_head"))  # the last two are one
-        constant = weight.eq(weight.flatten()[0]).all()
-        assert torch.equal(weight, after.state_dict()[name]) != (drawn and not constant), name
+    for redraw, redrawn in (["model.decoder"], ("model.decoder",)), (["model.sh"], ("model.shared", "lm_head")):
+        after = finetune.made(AutoModelForSeq2SeqLM, finetune.Arguments("a.tsv", **options, redraw=redraw), config)
+        for name, weight in before.state_dict().items():
+            constant = weight.eq(weight.flatten()[0]).all()
+            drawn = name.startswith(redrawn) and not constant
+            assert torch.equal(weight, after.state_dict()[name]) != drawn, name
     with pytest.raises(ValueError, match="--redraw: .* model.decoder, model.encoder, model.shared, got 'decoder'"):
         finetune.made(AutoModelForSeq2SeqLM, finetune.Arguments("a.tsv", **options, redraw=["decoder"]), config)
 

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from convkernels.models import CompositeBertConfig, ConvSeq2SeqConfig
 
-from .files import json_object
+from .files import first_line, json_object
 
 
 def loaded(option: str, name: str, load: Callable, **more):
@@ -17,7 +17,7 @@ def loaded(option: str, name: str, load: Callable, **more):
         return load(name, **more)
     except (OSError, ValueError, SafetensorError) as error:
         which = "" if Path(name).exists() else "there is no such folder, and of the Hub: "
-        raise ValueError(f"{option} {name}: {which}{str(error).strip().splitlines()[0]}") from None
+        raise ValueError(f"{option} {name}: {which}{first_line(error)}") from None
 
 
 def tokenizer(name: str, family: str, option: str = "--tokenizer") -> PreTrainedTokenizerBase:
@@ -51,20 +51,23 @@ def seq2seq(mixer: str, size: str, style: str, tokenizer: PreTrainedTokenizerBas
     tokens = dict(
         vocab_size=len(tokenizer), pad_token_id=pad, eos_token_id=tokenizer.eos_token_id, decoder_start_token_id=pad
     )
-    return _large_enough(ConvSeq2SeqConfig.preset(mixer, size, style, **(tokens | changes)), tokenizer)
+    config = ConvSeq2SeqConfig.preset(mixer, size, style, **(tokens | changes))
+    check_size(config, tokenizer, "--config")
+    return config
 
 
 def bert(variant: str, size: str, tokenizer: PreTrainedTokenizerBase, **changes) -> CompositeBertConfig:
     """``CompositeBertConfig.preset`` with the tokenizer's vocabulary and padding."""
     tokens = dict(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
-    return _large_enough(CompositeBertConfig.preset(variant, size, **(tokens | changes)), tokenizer)
+    config = CompositeBertConfig.preset(variant, size, **(tokens | changes))
+    check_size(config, tokenizer, "--config")
+    return config
 
 
-def _large_enough(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """ValueError if there are more tokens than the vocabulary has."""
+def check_size(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, option: str) -> None:
+    """ValueError naming an option if the tokenizer has more tokens than the vocabulary."""
     if config.vocab_size < len(tokenizer):
         raise ValueError(
-            f"--config: expected a vocab_size of {len(tokenizer)} or more, as many tokens as the tokenizer has, got "
+            f"{option}: expected a vocabulary of at least the tokenizer's {len(tokenizer)} tokens, got one of "
             f"{config.vocab_size}"
         )
-    return config

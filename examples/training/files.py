@@ -9,8 +9,8 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
@@ -85,21 +85,23 @@ def replace(path: Path, text: str) -> None:
     os.replace(new, path)
 
 
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder, where the file system can. ValueError if one of them has it."""
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder}: expected a folder that no other process writes to") from None
-        except OSError:
-            pass
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_UN)  # closing it is not enough while a forked process has it open
+def lock(folder: Path) -> IO:
+    """Keep other processes out of a folder, where the file system can, until the file that is returned is closed.
+    ValueError if one of them has it."""
+    file = (folder / "lock").open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise ValueError(f"{folder}: expected a folder that no other process writes to, got one in use") from None
+    except OSError:
+        pass
+    return file
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, or its name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _tabbed(path: Path) -> Iterator[tuple[int, dict]]:
@@ -167,9 +169,8 @@ def _from_hub(source: str, split: str) -> Dataset:
     try:
         return load_dataset(name, configuration or None, split=part or split)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"{source}: expected a file, or a data set on the Hub as name:configuration:split; {reason}"
+            f"{source}: expected a file, or a data set on the Hub as name:configuration:split; {first_line(error)}"
         ) from None
 
 

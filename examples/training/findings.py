@@ -34,19 +34,18 @@ PAPER = {
 HEAD = """\
 # Findings
 
-What the study of `examples/study.py` gave, written by its `--report` from the logs named below. It repeats the
-comparisons of Tay et al. 2021 and Chang et al. 2021 with models and data that fit the machine: the question is whether
-the order of the models is the papers', not whether their figures are. Cells are means over seeds, ± the standard
-deviation between them, in percent. Targets of COGS with more than 256 tokens, which only its generalization set has,
-count as not matched. One model is pre-trained for each row, from which all its seeds are fine-tuned: the spread is that
-of fine-tuning. Tokenizers have seen the texts of all training sets. What stands as the paper's is quoted from memory of
-Tay et al., for orientation: look it up there before you cite it. [What it shows](training.md#what-it-shows) reads the
-tables, and says why they differ from the papers'.
+What the study of `examples/study.py` gave, written by its `--report` from its logs. It repeats the comparisons of
+Tay et al. 2021 and Chang et al. 2021 with models and data that fit the machine: the question is whether the order of
+the models is the papers', not whether their figures are. Cells are means over seeds, ± the standard deviation between
+them, in percent. Targets of COGS with more than 256 tokens, which only its generalization set has, count as not
+matched. One model is pre-trained for each row, from which all its seeds are fine-tuned: the spread is that of
+fine-tuning. Tokenizers have seen the texts of all training sets. What stands as the paper's is quoted from memory of
+Tay et al., for orientation: look it up there before you cite it. "What it shows" in docs/training.md reads the tables.
 """
 TESTS = """\
-Always naming the commonest class is right for 27.6 % of TREC, 50.9 % of SST-2 and 52.7 % of RTE, and has a correlation
-of 0 on CoLA. What other rows of the same kind would give differs from a figure by this standard error, which the spread
-between seeds does not contain:"""
+In the usual tests, always naming the commonest class is right for 27.6 % of TREC, 50.9 % of SST-2 and 52.7 % of RTE,
+and has a correlation of 0 on CoLA. What other rows of the same kind would give differs from a figure by this standard
+error, which the spread between seeds does not contain:"""
 
 DIFFERENCES = """\
 Each, if there are several seeds, ± the root of the sum of the squares of both standard deviations; bold where it is

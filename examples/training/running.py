@@ -11,7 +11,7 @@ import time
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from safetensors.torch import load_model
 from transformers import HfArgumentParser, TrainerCallback
 from transformers.trainer_utils import sort_checkpoints
 
-from .files import DataError, alone, logged, replace, stored
+from .files import DataError, lock, logged, replace, stored
 
 INTERRUPTED = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -35,7 +35,7 @@ DECISIVE = (
     *("greater_is_better", "optim_target_modules", "ignore_data_skip"),
 )
 # These decide only which model is the best.
-CHOOSING = ("eval_strategy", "eval_steps")
+CHOOSING = ("eval_strategy", "eval_steps", "eval_delay")
 # Without these a checkpoint is of no use; the Trainer writes the last of them last.
 CHECKPOINT = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 
@@ -230,23 +230,27 @@ class Run:
         self.options = json.loads(json.dumps(options | decisive))
         batches = trainer.get_train_dataloader()
         if not len(batches):
+            least = training.train_batch_size * training.world_size
             raise ValueError(
-                f"--dataloader_drop_last: expected a batch of {training.train_batch_size} rows or more to be left, got "
-                f"{len(trainer.train_dataset)} rows"
+                f"--dataloader_drop_last: expected {least} rows or more, which fill a batch, got "
+                f"{len(trainer.train_dataset)}"
             )
         self.steps = trainer.set_initial_training_values(training, batches)[-1]
         if self.steps < 1:
             raise ValueError("--max_steps and --num_train_epochs: expected a step or more, got none")
         self.folder.mkdir(parents=True, exist_ok=True)
         before = stored(self.path) if self.path.exists() else {"options": self.options}
-        if before["options"].keys() != self.options.keys():
+        differing = before.get("options", {}).keys() ^ self.options.keys()
+        if differing:
             raise ValueError(
-                f"--output_dir {self.folder}: holds a run of another script or version, expected another folder"
+                f"--output_dir {self.folder}: expected another folder, because this one holds a run of another script "
+                f"or version, got options that one alone has: {', '.join(sorted(differing))}"
             )
         self.trained = before.get("trained")
         for name, value in self.options.items():
             held = before["options"][name]
-            if json.dumps(value) != json.dumps(held) and not (self.trained and name == "world_size"):
+            same = value == held or value != value and held != held  # not a number is not equal to itself
+            if not same and not (self.trained and name == "world_size"):
                 raise ValueError(
                     f"--output_dir {self.folder}: holds a run with --{name} {held}: expected that, or another folder, "
                     f"got {value}"
@@ -287,6 +291,19 @@ class Run:
         return step
 
 
+def alone(run: Callable) -> Callable:
+    """A function of arguments and TrainingArguments that has the output folder for itself while it runs."""
+
+    @wraps(run)
+    def call(arguments, training):
+        folder = Path(training.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock(folder) if training.process_index == 0 else nullcontext():
+            return run(arguments, training)
+
+    return call
+
+
 def train(trainer: Trainer, options: dict) -> Trainer:
     """Train from the last checkpoint in the output folder, if there is one, and save the model there; load it where
     that has been done. Interrupted where a signal has stopped it. Returns the trainer.
@@ -294,12 +311,7 @@ def train(trainer: Trainer, options: dict) -> Trainer:
     options: what else decides how the model is trained, by name. ValueError if the folder has a run with others.
     """
     run = Run(trainer, options)
-    with alone(run.folder) if trainer.is_world_process_zero() else nullcontext():
-        return _train(run)
-
-
-def _train(run: Run) -> Trainer:
-    trainer, folder = run.trainer, run.folder
+    folder = run.folder
     if run.trained == run.steps:
         print(f"{folder} holds the trained model", file=sys.stderr)
         load_model(trainer.model, folder / "model.safetensors")
