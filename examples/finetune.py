@@ -229,7 +229,8 @@ def made(kind, arguments: Arguments, config):
     loaded = "classifier.weight" not in report["missing_keys"]
     if arguments.label and loaded and before.id2label != config.id2label:
         redrawn.append("classifier.")
-    redraw(model, kind.from_config(config) if redrawn else model, redrawn)
+    if redrawn:
+        redraw(model, kind.from_config(config), redrawn)
     return model
 
 
@@ -296,7 +297,6 @@ class TextToText:
         a = self.arguments
         encoded = self.tokenizer(rows[a.source][:], truncation=True, max_length=a.length)
         targets = [target[: a.target_length] for target in self.tokenizer(rows[a.target][:]).input_ids]
-        # The Trainer groups by this column; by sources alone the targets of COGS are padded by 50 %, not by 8 %.
         unknown = sum(self.tokenizer.unk_token_id in target for target in targets)
         if unknown and int(os.environ.get("RANK", 0)) == 0:
             print(
@@ -304,6 +304,7 @@ class TextToText:
                 "no model can write",
                 file=sys.stderr,
             )
+        # The Trainer groups by this column; by sources alone the targets of COGS are padded by 50 %, not by 8 %.
         lengths = [len(source) + len(target) for source, target in zip(encoded.input_ids, targets, strict=True)]
         return Dataset.from_dict({**encoded, "labels": targets, "length": lengths})
 

@@ -17,7 +17,7 @@ from transformers import Adafactor, TrainerCallback, TrainingArguments, set_seed
 from convkernels.models import ConvSeq2SeqConfig, ConvSeq2SeqForConditionalGeneration
 from training import architectures
 from training.files import TEXTS, DataError, documents, paragraphs, read
-from training.running import Trainer, alone, defaults, main, parsed, train
+from training.running import Trainer, alone, defaults, main, parsed, refuse, train
 from training.spans import SpanDenoising, block_length, counts
 
 DEFAULTS = defaults(
@@ -97,14 +97,11 @@ def _lines(texts: list[str]):
 
 @alone
 def pretrain(arguments: Arguments, training: TrainingArguments) -> Trainer:
-    refused = {
-        "--dataloader_persistent_workers": (training.dataloader_persistent_workers, "workers that hear of the epoch"),
-        "--label_smoothing_factor": (training.label_smoothing_factor, "0, because the model's own loss is trained"),
-        "--optim_args": (training.optim == "adafactor" and training.optim_args, "another --optim than adafactor"),
-    }
-    for name, (value, wanted) in refused.items():
-        if value:
-            raise ValueError(f"{name}: expected {wanted}, got {value}")
+    refuse(training, {
+        "dataloader_persistent_workers": (training.dataloader_persistent_workers, "workers that hear of the epoch"),
+        "label_smoothing_factor": (training.label_smoothing_factor, "0, because the model's own loss is trained"),
+        "optim_args": (training.optim == "adafactor" and training.optim_args, "another --optim than adafactor"),
+    })  # fmt: skip
     set_seed(training.seed)
     tokenizer = architectures.tokenizer(arguments.tokenizer, "seq2seq")
     changes = architectures.fields(arguments.config, ConvSeq2SeqConfig)

@@ -120,7 +120,7 @@ class Study:
         for name in (*CORPUS, *(file for files in FILES.values() for file in files.values())):
             found(data, name)
         output.mkdir(parents=True, exist_ok=True)
-        self.lock = lock(output)
+        self.lock = lock(output)  # held until this study is gone
         self.log = output / "log.jsonl"
         self.settings = json.loads(json.dumps(asdict(SCALES[scale])))
         lines = logged(self.log) if self.log.exists() else []

@@ -19,7 +19,7 @@ import transformers
 from packaging.version import Version
 from safetensors import SafetensorError
 from safetensors.torch import load_model
-from transformers import HfArgumentParser, TrainerCallback
+from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import sort_checkpoints
 
 from .files import DataError, lock, logged, replace, stored
@@ -199,30 +199,31 @@ class StopOnSignal(TrainerCallback):
         return bool(wanted)
 
 
+def refuse(training: TrainingArguments, wrong: dict[str, tuple[object, str]]) -> None:
+    """ValueError for the first option that is wrong. Of each by name: whether it is, and what is expected."""
+    for name, (found, wanted) in wrong.items():
+        if found:
+            raise ValueError(f"--{name}: expected {wanted}, got {getattr(training, name)}")
+
+
 class Run:
     """What a folder has of a run: ``run.json`` with the options that decide how the model is trained and, once it is,
     how long; checkpoints; the model."""
 
     def __init__(self, trainer: Trainer, options: dict) -> None:
         training = trainer.args
-        for name in ("gradient_accumulation_steps", "per_device_eval_batch_size"):
-            if getattr(training, name) < 1:
-                raise ValueError(f"--{name}: expected 1 or more, got {getattr(training, name)}")
-        for name in ("resume_from_checkpoint", "save_only_model", "fsdp", "deepspeed"):
-            if getattr(training, name):
-                raise ValueError(
-                    f"--{name}: expected it unset, because a run goes on from its folder, got {getattr(training, name)}"
-                )
-        if not training.remove_unused_columns:
-            raise ValueError("--remove_unused_columns: expected true, because data have columns for the sampler alone")
-        if training.label_names:
-            raise ValueError(
-                f"--label_names: expected it unset, because the scripts name them, got {training.label_names}"
-            )
-        if not training.eval_do_concat_batches:
-            raise ValueError("--eval_do_concat_batches: expected true, because what is measured needs all rows")
-        if training.fp16 and training.device.type == "cpu":
-            raise ValueError("--fp16: expected a GPU, because it has no effect on a CPU; --bf16 has")
+        resuming = ("resume_from_checkpoint", "save_only_model", "fsdp", "deepspeed")
+        fp16_on_cpu = training.fp16 and training.device.type == "cpu"
+        columns, whole = training.remove_unused_columns, training.eval_do_concat_batches
+        refuse(training, {
+            "gradient_accumulation_steps": (training.gradient_accumulation_steps < 1, "1 or more"),
+            "per_device_eval_batch_size": (training.per_device_eval_batch_size < 1, "1 or more"),
+            **{name: (getattr(training, name), "it unset, because a run goes on from its folder") for name in resuming},
+            "remove_unused_columns": (not columns, "true, because data have columns for the sampler alone"),
+            "label_names": (training.label_names, "it unset, because the scripts name them"),
+            "eval_do_concat_batches": (not whole, "true, because what is measured needs all rows"),
+            "fp16": (fp16_on_cpu, "a GPU, because it has no effect on a CPU; --bf16 has"),
+        })  # fmt: skip
         self.trainer, self.folder = trainer, Path(training.output_dir)
         self.path, self.log = self.folder / "run.json", self.folder / "log.jsonl"
         decisive = {name: getattr(training, name) for name in DECISIVE}
@@ -238,7 +239,6 @@ class Run:
         self.steps = trainer.set_initial_training_values(training, batches)[-1]
         if self.steps < 1:
             raise ValueError("--max_steps and --num_train_epochs: expected a step or more, got none")
-        self.folder.mkdir(parents=True, exist_ok=True)
         before = stored(self.path) if self.path.exists() else {"options": self.options}
         differing = before.get("options", {}).keys() ^ self.options.keys()
         if differing:
