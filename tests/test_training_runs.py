@@ -208,6 +208,8 @@ def test_what_pretraining_refuses(tokenizers, tmp_path, run):
         ("--tokenizer", tmp_path / "no"): f"--tokenizer {tmp_path / 'no'}: ",
         ("--per_device_eval_batch_size", "0"): "--per_device_eval_batch_size: expected 1 or more, got 0",
         ("--label_names", "x"): "--label_names: expected it unset",
+        ("--do_train", "false"): "--do_train: expected true",
+        ("--do_predict", "true"): "--do_predict: expected false",
         ("--eval_do_concat_batches", "false"): "--eval_do_concat_batches: expected true",
         ("--dataloader_drop_last", "true", "--per_device_train_batch_size", "99999"): "--dataloader_drop_last: ",
         ("--fp16", "true", "--use_cpu", "true"): "--fp16: expected a GPU",

@@ -77,7 +77,7 @@ def defaults(**changes) -> dict:
     """Of TrainingArguments, what all scripts set otherwise. Without an accelerator the processes of torchrun find each
     other only with use_cpu."""
     accelerated = torch.accelerator.is_available()
-    return {"report_to": "none", "save_total_limit": 1, "logging_steps": 50, "logging_nan_inf_filter": False,
+    return {"do_train": True, "report_to": "none", "save_total_limit": 1, "logging_steps": 50, "logging_nan_inf_filter": False,
             "use_cpu": not accelerated, "dataloader_pin_memory": accelerated, **changes}  # fmt: skip
 
 
@@ -220,6 +220,8 @@ class Run:
             "per_device_eval_batch_size": (training.per_device_eval_batch_size < 1, "1 or more"),
             **{name: (getattr(training, name), "it unset, because a run goes on from its folder") for name in resuming},
             "remove_unused_columns": (not columns, "true, because data have columns for the sampler alone"),
+            "do_train": (not training.do_train, "true, because the scripts train"),
+            "do_predict": (training.do_predict, "false, because tables to measure on are named"),
             "label_names": (training.label_names, "it unset, because the scripts name them"),
             "eval_do_concat_batches": (not whole, "true, because what is measured needs all rows"),
             "fp16": (fp16_on_cpu, "a GPU, because it has no effect on a CPU; --bf16 has"),
