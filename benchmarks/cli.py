@@ -106,9 +106,10 @@ def _disturbance(device: torch.device) -> float:
     busy = timing.busy_cpus() if device.type == "cpu" else 0.0
     if busy < max(0.5, cpus - threads + 0.5):
         return 0.0
+    fewer = ", or with fewer --threads" if threads > 1 else ""
     print(
         f"bench: warning: other processes keep {busy:.1f} of {cpus} CPUs busy, and {threads} threads are measured: "
-        "times can be many times too long. Measure when they have ended, or with fewer --threads.",
+        f"times can be many times too long. Measure when they have ended{fewer}.",
         file=sys.stderr,
     )
     return busy
@@ -248,7 +249,11 @@ def parser() -> argparse.ArgumentParser:
     add("--channels", type=positive, help="default: 768")
     add("--heads", type=positive, help="distinct filters, and attention heads (default: 12)")
     add("--taps", type=positive, help="filter width (default: 7)")
-    add("--tokens", type=positive, help="tokens per batch (default: sweep 2048, seq2seq 4096, bert 1024)")
+    add(
+        "--tokens",
+        type=positive,
+        help="per batch, of one sequence at least (default: sweep 2048, seq2seq 4096, bert 1024)",
+    )
     add(
         "--all-peers",
         action="store_true",

@@ -55,6 +55,7 @@ METRICS = {
 }
 
 
+LENGTH = 128
 # What a model for another task may lack.
 HEAD = ("classifier.", "dense.", "bert.pooler.")
 DEFAULTS = defaults(
@@ -96,9 +97,11 @@ class Arguments:
         default=None, metadata={"help": "with --model: beginnings of names of weights to draw anew, as model.decoder"}
     )
     config: str | None = field(default=None, metadata={"help": "fields of the configuration to set otherwise, as JSON"})
-    length: int = field(default=128, metadata={"help": "tokens of a text or pair; longer ones are cut"})
+    length: int | None = field(
+        default=None, metadata={"help": f"tokens of a text or pair ({LENGTH}, if the model can); longer ones are cut"}
+    )
     target_length: int | None = field(
-        default=None, metadata={"help": "text to text: tokens of a target (default: 256); longer ones are not matched"}
+        default=None, metadata={"help": f"text to text: tokens of a target ({2 * LENGTH}); longer ones are not matched"}
     )
 
     def __post_init__(self):
@@ -123,7 +126,6 @@ class Arguments:
         self.metric = self.metric or "accuracy"
         if self.metric not in METRICS:
             raise ValueError(f"--metric: expected one of {', '.join(METRICS)}, got {self.metric!r}")
-        self.target_length = 256 if self.target_length is None else self.target_length
         if self.model is None:
             if self.tokenizer is None:
                 raise ValueError("--tokenizer: expected it, because there is no --model that has one")
@@ -131,7 +133,7 @@ class Arguments:
         if self.target and self.variant:
             raise ValueError("--variant: expected a --mixer, because BERT does not write texts")
         for name in ("length", "target_length"):
-            if getattr(self, name) < 3:
+            if getattr(self, name) is not None and getattr(self, name) < 3:
                 raise ValueError(f"--{name}: expected 3 or more, got {getattr(self, name)}")
         names = [text.partition("=")[0] for text in self.test]
         for name, text in zip(names, self.test, strict=True):
@@ -196,11 +198,15 @@ def configuration(arguments: Arguments, tokenizer, **changes):
             raise ValueError(f"--config: expected no {name}, because --train has the classes")
     changes |= given
     if arguments.model is not None:
-        return AutoConfig.from_pretrained(arguments.model, **changes)
-    if arguments.variant is not None:
-        changes = dict(max_position_embeddings=arguments.length) | changes
-        return architectures.bert(arguments.variant, arguments.size, tokenizer, **changes)
-    return architectures.seq2seq(arguments.mixer, arguments.size, arguments.style, tokenizer, **changes)
+        found = AutoConfig.from_pretrained(arguments.model, **changes)
+    elif arguments.variant is not None:
+        changes = dict(max_position_embeddings=arguments.length or LENGTH) | changes
+        found = architectures.bert(arguments.variant, arguments.size, tokenizer, **changes)
+    else:
+        found = architectures.seq2seq(arguments.mixer, arguments.size, arguments.style, tokenizer, **changes)
+    arguments.length = architectures.fitting("--length", arguments.length, LENGTH, found)
+    arguments.target_length = architectures.fitting("--target_length", arguments.target_length, 2 * LENGTH, found)
+    return found
 
 
 def made(kind, arguments: Arguments, config):
@@ -238,7 +244,7 @@ def redraw(model, drawn, beginnings: list[str]) -> None:
     """Take the weights whose names begin so from another model. ValueError for a beginning that none has."""
     weights = drawn.state_dict()
     for beginning in beginnings:
-        found = {name: weight for name, weight in weights.items() if name.startswith(beginning)}
+        found = {name: weight for name, weight in weights.items() if beginning and name.startswith(beginning)}
         if not found:
             parts = sorted({".".join(name.split(".")[:2]) for name in weights})
             raise ValueError(f"--redraw: expected the beginning of a name, as of {', '.join(parts)}, got {beginning!r}")
@@ -256,6 +262,9 @@ class Classification:
     def __init__(self, arguments: Arguments, tokenizer, data) -> None:
         self.arguments, self.tokenizer = arguments, tokenizer
         self.labels = sorted(set(data["train"][arguments.label]))
+        for label in self.labels:
+            if label != label.strip():
+                raise DataError(f"{arguments.train}: expected classes without spaces around them, got {label!r}")
         if len(self.labels) < 2:
             raise DataError(f"{arguments.train}: expected 2 classes or more, got {', '.join(self.labels)}")
         names = dict(enumerate(self.labels))
@@ -266,12 +275,13 @@ class Classification:
 
     def encode(self, split: str, rows: Dataset) -> Dataset:
         a = self.arguments
-        unknown = set(rows[a.label]) - set(self.labels)
-        if unknown:
-            raise DataError(
-                f"{split}: class {min(unknown)!r} does not occur in {a.train}, which has {', '.join(self.labels)}"
-            )
-
+        for number, label in enumerate(rows[a.label], 1):
+            if label not in self.labels:
+                source = dict(text.split("=", 1) for text in a.test)[split]
+                raise DataError(
+                    f"{source}, row {number}: expected a class of {a.train}, which are {', '.join(self.labels)}, got "
+                    f"{label!r}"
+                )
         texts = [rows[column][:] for column in (a.text, a.pair) if column]
         encoded = self.tokenizer(*texts, truncation=True, max_length=a.length)
         ids = self.model.config.label2id
@@ -309,7 +319,10 @@ class TextToText:
         return Dataset.from_dict({**encoded, "labels": targets, "length": lengths})
 
     def measure(self, found: np.ndarray, labels: np.ndarray, rows: Dataset) -> dict:
-        whole = (labels == self.tokenizer.eos_token_id).any(1)  # others have been cut: the end is their last token
+        ends = (
+            labels == self.tokenizer.eos_token_id
+        )  # at the first of them decoding stops; what was cut has none behind
+        whole = ends.any(1) & (ends.argmax(1) == (labels != -100).sum(1) - 1)
         whole &= ~(labels == self.tokenizer.unk_token_id).any(1)
         matched = ((found == labels) | (labels == -100)).all(1) & whole
         result = {"exact_match": float(matched.mean())}

@@ -87,9 +87,7 @@ def pretraining(cell: Cell, scale: Scale, data: Path, output: Path) -> dict:
         length=scale.length, size=scale.size, config=json.dumps(getattr(scale, cell.family)), **{kind: cell.model},
     )  # fmt: skip
     trainer = module.pretrain(arguments, TrainingArguments(**(module.DEFAULTS | options)))
-    losses = [line["loss"] for line in logged(folder / "log.jsonl") if "loss" in line]
-    last = losses[-max(len(losses) // 20, 1) :]
-    return {"loss": sum(last) / len(last), "parameters": trainer.model.num_parameters()}
+    return {"loss": last_loss(folder / "log.jsonl"), "parameters": trainer.model.num_parameters()}
 
 
 def finetuning(cell: Cell, scale: Scale, data: Path, output: Path) -> dict:
@@ -109,7 +107,15 @@ def finetuning(cell: Cell, scale: Scale, data: Path, output: Path) -> dict:
     )  # fmt: skip
     options = dict(output_dir=str(folder), seed=cell.seed, save_strategy="no", disable_tqdm=True, **scale.common)
     options |= scale.tasks[cell.family][cell.task]
-    return {"results": finetune.finetune(arguments, TrainingArguments(**(finetune.DEFAULTS | options)))}
+    results = finetune.finetune(arguments, TrainingArguments(**(finetune.DEFAULTS | options)))
+    return {"loss": last_loss(folder / "log.jsonl"), "results": results}
+
+
+def last_loss(log: Path) -> float:
+    """The mean over the last twentieth of what is logged of training."""
+    losses = [line["loss"] for line in logged(log) if "loss" in line]
+    last = losses[-max(len(losses) // 20, 1) :]
+    return sum(last) / len(last)
 
 
 class Study:
@@ -124,6 +130,10 @@ class Study:
         self.log = output / "log.jsonl"
         self.settings = json.loads(json.dumps(asdict(SCALES[scale])))
         lines = logged(self.log) if self.log.exists() else []
+        if lines and "run" not in lines[0]:
+            raise ValueError(
+                f"--output {output}: expected another folder, because {self.log} is not the log of a study"
+            )
         replace(self.log, "".join(json.dumps(line) + "\n" for line in lines))
         for line in lines:
             if "run" in line and line.get("settings") != self.settings:
@@ -314,10 +324,14 @@ def run() -> None:
     arguments = parser.parse_args()
     if arguments.page and not arguments.report:
         parser.error("--page: expected it with --report")
+    if arguments.report and (arguments.data or arguments.only):
+        parser.error("--report: expected it without --data and --only, because it runs nothing")
     if arguments.report:
         from training.findings import page
 
         path = arguments.page or arguments.report[0].with_name("findings.md")
+        if path in arguments.report:
+            parser.error(f"--page: expected another file than the log, got {path}")
         path.write_text(page(arguments.report))
         print(f"wrote {path}")
         return

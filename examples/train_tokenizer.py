@@ -4,9 +4,11 @@ python examples/train_tokenizer.py --texts books.jsonl.xz news.txt --vocab_size 
 """
 
 import io
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 
 import sentencepiece
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -51,50 +53,47 @@ def cut(line: str) -> Iterator[str]:
         start = end + 1 if line[end : end + 1] == " " else end
 
 
+def drawn(parts: Iterator[str], count: int, seed: int) -> list[str]:
+    """At most so many, each with the same probability (Vitter 1985, algorithm R)."""
+    found, random = [], Random(seed)
+    for number, part in enumerate(parts):
+        if number < count:
+            found.append(part)
+        elif (place := random.randrange(number + 1)) < count:
+            found[place] = part
+    return found
+
+
 def train(arguments: Arguments) -> PreTrainedTokenizerFast:
     """The tokenizer: pieces found by sentencepiece. DataError if the texts do not give so many. ValueError if an
     argument is out of range."""
     for name, least, most in (
         ("vocab_size", 1, 2**31 - 1),
         ("sentinels", 0, 2**31 - 1),
-        ("sample", 101, 2**31 - 1),
+        ("sample", 1, 2**31 - 1),
         ("seed", 0, 2**32 - 1),
     ):
         if not least <= getattr(arguments, name) <= most:
             raise ValueError(f"--{name}: expected {least} to {most}, got {getattr(arguments, name)}")
     sentinels = [f"<extra_id_{i}>" for i in range(arguments.sentinels)]
     model = io.BytesIO()
-    wrong = []
-
-    def checked():
-        # sentencepiece says of an error that comes out of its iterator only where it came from.
-        any_text = False
-        try:
-            for text in documents(arguments.texts):
-                for line in map(NORMALIZER.normalize_str, paragraphs(text)):
-                    for part in cut(line):
-                        any_text = True
-                        yield part
-            if not any_text:
-                raise DataError(f"{', '.join(arguments.texts)}: expected text, got none")
-        except BaseException as error:
-            wrong.append(error)
-            raise
-
-    sentencepiece.set_random_generator_seed(arguments.seed)
+    parts = drawn(
+        (part for text in documents(arguments.texts) for line in paragraphs(text)
+         for part in cut(NORMALIZER.normalize_str(line))),
+        arguments.sample, arguments.seed,
+    )  # fmt: skip
+    if not parts:
+        raise DataError(f"{', '.join(arguments.texts)}: expected text, got none")
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=checked(), model_writer=model, model_type="unigram",
-            input_sentence_size=arguments.sample, shuffle_input_sentence=True,
-            vocab_size=arguments.vocab_size, normalization_rule_name="identity", character_coverage=0.99999,
+            sentence_iterator=iter(parts), model_writer=model, model_type="unigram", vocab_size=arguments.vocab_size,
+            normalization_rule_name="identity", character_coverage=0.99999,
             max_sentence_length=4 * LONGEST,
             pad_id=0, eos_id=1, unk_id=2, bos_id=-1, pad_piece=PAD, eos_piece=END, unk_piece=UNKNOWN,
             control_symbols=[*BERT, *sentinels], minloglevel=2,
         )  # fmt: skip
     except RuntimeError as error:
-        if wrong:
-            raise wrong[0] from None
-        reason = str(error).strip().splitlines()[-1]
+        reason = re.sub(r"^\w+: \S+\(\d+\) \[.*?\] ", "", str(error).strip().splitlines()[-1])
         raise DataError(f"{', '.join(arguments.texts)}, --vocab_size {arguments.vocab_size}: {reason}") from None
     found = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     pieces = [(found.id_to_piece(i), found.get_score(i)) for i in range(found.get_piece_size())]
@@ -124,7 +123,9 @@ def train(arguments: Arguments) -> PreTrainedTokenizerFast:
 
 def run() -> None:
     (arguments,) = parsed((Arguments,), {}, __doc__)
-    Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
+    folder = Path(arguments.output_dir)
+    if (folder / "config.json").exists() or (folder / "run.json").exists():
+        raise ValueError(f"--output_dir {folder}: expected a folder for the tokenizer alone, got one of a model")
     tokenizer = train(arguments)
     tokenizer.save_pretrained(arguments.output_dir)
     print(f"{len(tokenizer)} tokens, saved in {arguments.output_dir}")

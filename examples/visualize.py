@@ -188,10 +188,10 @@ def draw(heading: str, panels: dict[str, Learned], lines: bool = False) -> Figur
     if lines:
         figure.legend(drawn, rows, loc="outside right upper", fontsize=8, frameon=False)
     else:
-        figure.colorbar(image, ax=figure.axes, fraction=0.04, aspect=40)
+        figure.colorbar(image, ax=figure.axes, fraction=0.04, aspect=40, label="weight")
     figure.suptitle(heading)
     figure.supxlabel("attends to" if words else "relative position", fontsize=9)
-    figure.supylabel("" if lines or rows else "channel", fontsize=9)
+    figure.supylabel("weight" if lines else "" if rows else "channel", fontsize=9)
     return figure
 
 

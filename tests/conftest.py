@@ -212,9 +212,10 @@ def tables(tmp_path_factory):
 @pytest.fixture
 def run(monkeypatch):
     """Runs a script in this process."""
+    from training_scripts import once
 
     def call(script, *options):
-        monkeypatch.setattr("sys.argv", [script.__name__, *map(str, options)])
+        monkeypatch.setattr("sys.argv", [script.__name__, *once(options)])
         script.run()
 
     return call

@@ -182,8 +182,9 @@ def test_data_that_is_not_there(data, tmp_path):
         study.Study("cpu", data, tmp_path / "study", 1)
 
 
-def test_what_the_page_says(tmp_path):
-    """Means and spreads by hand: 0.5 ± 0.1 and 0.8 ± 0.1 of three seeds differ by 0.3 ± 0.14; 0.55 by less."""
+def test_what_the_page_says(data, tmp_path):
+    """Means and spreads by hand: 0.5 ± 0.1 and 0.8 ± 0.1 of three seeds differ by 0.3 ± 0.14; 0.55 by less; and losses
+    0.2, 0.3 and 0.4 have a mean of 0.3."""
     settings = asdict(cells.SCALES["cpu"]) | {"seeds": [1, 2, 3], "vocabulary": 99}
     lines = [{"run": "2026-01-01", "scale": "cpu", "settings": settings, "workers": 2, "threads": 1, "environment": {
         "device": "CPU", "device_type": "cpu", "isa": "avx2", "threads": 2, "torch": "2"}}]  # fmt: skip
@@ -196,7 +197,8 @@ def test_what_the_page_says(tmp_path):
         for seed, value in enumerate(results, 1):
             cell = cells.Cell("bert", model, "cola", seed=seed)
             result = {"test": {"rows": 10, "loss": 1.0, "matthews": value}}
-            lines.append({"cell": cell.name, **asdict(cell), "seconds": 60.0, "results": result})
+            result = {"loss": 0.1 + seed / 10, "results": result}
+            lines.append({"cell": cell.name, **asdict(cell), "seconds": 60.0, **result})
     path = tmp_path / "log.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = findings.page([path])
@@ -204,10 +206,27 @@ def test_what_the_page_says(tmp_path):
     assert "| composite | none | **+30.0 ± 14.1** | - | - |" in page
     assert "| fixed | none | +5.0 ± 14.1 | - | - |" in page
     assert "| composite | absolute | +70.0 | - | - |" in page  # of one seed there is no spread
+    assert "| absolute | - | - | 10.0 (1 of 3 seeds) | - | - |" in page
+    assert "| pre-trained | composite | - | - | 0.300 / 1.000 | - | - |" in page
     assert "| CoLA | 10 | Matthews correlation | 31.6 |" in page
     assert "10 of 158 cells" in page and "Vocabulary: 99 unigrams" in page
     path.write_text(path.read_text() + '{"cell": "half a li')
     assert findings.page([path]) == page
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert findings.page([path]) == page  # an editor has taken the end of the last line
+    one = lines[1]
+    for line, message in (
+        (one | {"seed": 2}, "of cell bert-none-pretrained-cola-1 what it names, bert-none-pretrained-cola-2"),
+        (one | {"results": {"test": {"rows": 10, "loss": 1.0, "matthews": 40.0}}}, "a matthews of at most 1, got 40.0"),
+        (one | {"results": {"test": {"rows": 10, "loss": 1.0, "matthews": None}}}, ""),
+        ({key: value for key, value in one.items() if key != "seed"}, ", got a line without 'seed'"),
+        (lines[0] | {"settings": {}}, "calls with the same settings"),
+    ):
+        path.write_text("\n".join(map(json.dumps, [*lines, line])))
+        with pytest.raises(DataError, match=f"expected a log of study.py.*{message}"):
+            findings.page([path])
     path.write_text('{"step": 1}\n')
     with pytest.raises(DataError, match="expected a log of study.py"):
         findings.page([path])
+    with pytest.raises(ValueError, match="is not the log of a study"):
+        study.Study("cpu", data, tmp_path, 1)

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("datasets")
 pytest.importorskip("sentencepiece")
 import train_tokenizer
-from sample_texts import sentences
+from sample_texts import NOVELS, sentences
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
 from training import files
@@ -107,9 +107,18 @@ def test_texts_for_a_tokenizer(tmp_path):
     parts = list(train_tokenizer.cut(long))
     assert max(map(len, parts)) <= train_tokenizer.LONGEST and "".join(" ".join(parts).split()) == long.replace(" ", "")
     path.write_text(" \n")
+    draws = ["".join(train_tokenizer.drawn(iter("abcde"), 2, seed)) for seed in range(2000)]
+    assert draws == ["".join(train_tokenizer.drawn(iter("abcde"), 2, seed)) for seed in range(2000)]
+    assert all(abs(sum(letter in draw for draw in draws) - 800) < 100 for letter in "abcde")  # 4.5 standard deviations
+    assert train_tokenizer.drawn(iter("abc"), 3, 0) == ["a", "b", "c"]
     for wrong, error, message in (
         ({}, files.DataError, "texts.txt: expected text, got none"),
-        ({"sample": 10}, ValueError, "--sample: expected 101 to 2147483647, got 10"),
+        (
+            {"texts": [str(NOVELS)], "vocab_size": 99999},
+            files.DataError,
+            "--vocab_size 99999: Vocabulary size too high",
+        ),
+        ({"sample": 0}, ValueError, "--sample: expected 1 to 2147483647, got 0"),
         ({"sentinels": -4}, ValueError, "--sentinels: expected 0 to 2147483647, got -4"),
         ({"seed": -1}, ValueError, "--seed: expected 0 to 4294967295, got -1"),
     ):
@@ -208,6 +217,7 @@ def test_malformed_tables(tmp_path, content, message):
     [
         ('{"text": "a"}\n{"text": \n', "line 2: expected an object of JSON"),
         ('{"text": "a"}\n["a"]\n', "line 2: expected an object of JSON, got list"),
+        ("[" * 100_000, "line 1: expected an object of JSON"),
         ('{"text": "a"}\n\n{"title": "a"}\n', "line 3: expected a string named 'text', got title"),
     ],
 )

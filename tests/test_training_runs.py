@@ -19,6 +19,7 @@ pytest.importorskip("sklearn")
 import finetune
 import pretrain_bert
 import pretrain_seq2seq
+import train_tokenizer
 import transformers
 from sample_texts import NOVELS
 from training_scripts import (
@@ -162,17 +163,19 @@ def test_a_signal_in_the_last_step(tokenizers, tmp_path, run, interrupted):
     assert (tmp_path / "log.jsonl").read_text() == log
 
 
-def test_a_stop_beside_the_best_model(tokenizers, tables, tmp_path, run, interrupted):
-    """Where the best model is kept, what a stop has saved is kept too, and nothing is measured before it."""
+@pytest.mark.parametrize("step", [14, 17])
+def test_a_stop_beside_the_best_model(tokenizers, tables, tmp_path, run, interrupted, step):
+    """Where the best model is kept, what a stop has saved is kept too. Nothing is measured before it, but at the end of
+    an epoch, which would not be measured later."""
     table = tables / "question.tsv"
     options = ("--text", "text", "--label", "label", "--train", table, "--test", f"dev={table}", "--mixer",
                "lightweight", "--config", SIZES, "--tokenizer", tokenizers["seq2seq"], "--output_dir", tmp_path,
                "--num_train_epochs", 3, "--learning_rate", 1e-9, "--eval_strategy", "epoch", "--load_best_model_at_end",
                "true", "--logging_steps", 1)  # fmt: skip
-    interrupted(17)  # in the third epoch of 7 steps
-    with pytest.raises(Interrupted, match="stopped at step 17 of 21"):
+    interrupted(step)  # in the third epoch of 7 steps, or at the end of the second
+    with pytest.raises(Interrupted, match=f"stopped at step {step} of 21"):
         run(finetune, *options)
-    assert (tmp_path / "checkpoint-17" / "trainer_state.json").exists()
+    assert (tmp_path / f"checkpoint-{step}" / "trainer_state.json").exists()
     assert sorted(logged(tmp_path, "eval_dev_loss")) == [7, 14]
     run(finetune, *options)
     assert sorted(logged(tmp_path, "eval_dev_loss")) == [7, 14, 21] and list(logged(tmp_path)) == [*range(1, 22)]
@@ -235,9 +238,49 @@ def test_steps_are_relative_to_the_size_of_parameters(tokenizers, tmp_path):
     assert pretrain_seq2seq.adafactor(training) is None
 
 
+def test_steps_between_tests(tokenizers, tables, tmp_path, run, interrupted):
+    """A stop behind a step that is measured loses nothing, and those of the call that goes on count."""
+    table = tables / "question.tsv"
+    options = ("--text", "text", "--label", "label", "--train", table, "--test", f"dev={table}", "--mixer",
+               "lightweight", "--config", SIZES, "--tokenizer", tokenizers["seq2seq"], "--max_steps", 8,
+               "--train_sampling_strategy", "random", "--logging_steps", 1, "--eval_strategy", "steps")  # fmt: skip
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(finetune, *options, "--output_dir", whole, "--eval_steps", 2)
+    interrupted(4)
+    with pytest.raises(Interrupted, match="stopped at step 4 of 8"):
+        run(finetune, *options, "--output_dir", parts, "--eval_steps", 2)
+    run(finetune, *options, "--output_dir", parts, "--eval_steps", 1)
+    assert {step: logged(whole)[step] for step in range(1, 6)}.items() <= logged(parts).items()
+    assert sorted(logged(whole, "eval_dev_loss")) == [2, 4, 6, 8]
+    assert sorted(logged(parts, "eval_dev_loss")) == [2, 4, 5, 6, 7, 8]
+
+
+def test_folders_of_others(tokenizers, tmp_path, run):
+    """Nothing is written over: a model that no run has made, a log of another program, or a model's tokenizer."""
+    for name in ("config.json", "log.jsonl"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text("{}\n")
+        with pytest.raises(ValueError, match=f"expected another folder, because this one has {name} of something else"):
+            run(pretrain_seq2seq, *pretraining(tokenizers, folder, 1)[1:])
+        assert (folder / name).read_text() == "{}\n"
+    with pytest.raises(ValueError, match="expected a folder for the tokenizer alone, got one of a model"):
+        run(train_tokenizer, "--texts", NOVELS, "--output_dir", tmp_path / "config.json")
+    tokenizer = tmp_path / "tokenizer"
+    shutil.copytree(tokenizers["seq2seq"], tokenizer)
+    options = pretraining(tokenizers, tmp_path / "run", 1, "--tokenizer", tokenizer)[1:]
+    run(pretrain_seq2seq, *options)
+    again = ("--vocab_size", 690, "--sentinels", 32)
+    run(train_tokenizer, "--texts", NOVELS, "--output_dir", tokenizer, *again)
+    with pytest.raises(ValueError, match="holds a run with --checksum of the tokens"):
+        run(pretrain_seq2seq, *options, "--max_steps", 2)
+
+
 def test_epochs_count_where_they_are_given():
     def steps(*more):
         options = ["--texts", "a", "--tokenizer", "b", "--output_dir", "c", *more]
         return parsed((pretrain_bert.Arguments, TrainingArguments), pretrain_bert.DEFAULTS, "", options)[1].max_steps
 
     assert [steps(), steps("--num_train_epochs", "2"), steps("--num-train-epochs=2")] == [1_000_000, -1, -1]
+    with pytest.raises(ValueError, match="--texts: expected it once, with all that it takes, got it 2 times"):
+        steps("--texts=b")

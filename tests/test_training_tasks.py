@@ -32,6 +32,7 @@ from transformers import (
 
 from convkernels.models import ConvSeq2SeqForConditionalGeneration, ConvSeq2SeqForSequenceClassification
 from training import architectures
+from training.files import DataError
 from training.running import Trainer, parsed
 
 
@@ -69,6 +70,10 @@ def test_a_target_that_was_cut_is_not_matched(tokenizers):
     assert labels[0][-1] == tokenizer.eos_token_id and len(labels[1]) == 4
     padded = np.array([label + [-100] * (4 - len(label)) for label in labels])
     assert task.measure(np.abs(padded), padded, rows) == {"exact_match": 0.5}
+    padded[0, 0] = tokenizer.eos_token_id  # where greedy decoding ends
+    assert task.measure(np.abs(padded), padded, rows) == {"exact_match": 0.0}
+    padded[1, 1] = tokenizer.eos_token_id
+    assert task.measure(np.abs(padded), padded, rows) == {"exact_match": 0.0}
 
 
 def test_a_target_with_unknown_text_is_not_matched(tokenizers, capsys):
@@ -92,6 +97,10 @@ def test_a_folder_knows_its_classes(tokenizers, tables, tmp_path, run):
     before = results(folder)
     run(finetune, *options)
     assert results(folder) == before  # nothing was measured
+    run(finetune, *options, "--test", f"dev={table}", "--label_smoothing_factor", 0.5, "--learning_rate", 0,
+        "--output_dir", tmp_path / "smooth")  # fmt: skip
+    run(finetune, *options, "--test", f"dev={table}", "--learning_rate", 0, "--output_dir", tmp_path / "plain")
+    assert results(tmp_path / "smooth") == results(tmp_path / "plain")
     table.write_text("text\tlabel\none\tyes\ntwo\tzebra\n")
     with pytest.raises(ValueError, match="holds a run with --train classes .'no', 'yes'.: .* got .'yes', 'zebra'."):
         run(finetune, *options)
@@ -173,6 +182,34 @@ def test_a_model_without_a_decoder_does_not_write(tokenizers, tmp_path):
     arguments = finetune.Arguments("a.tsv", "b", source="s", target="t", model=str(tmp_path))
     with pytest.raises(ValueError, match="expected weights for all of the model but its head, .* fit model.decoder"):
         finetune.TextToText(arguments, tokenizer, None)
+
+
+def test_a_class_that_training_does_not_have(tokenizers, tmp_path, run):
+    for name, text in {"train": "a\tyes\nb\tno\n", "dev": "a\tyes\nb\tperhaps\n"}.items():
+        (tmp_path / f"{name}.tsv").write_text(f"text\tlabel\n{text}")
+    train, dev = tmp_path / "train.tsv", tmp_path / "dev.tsv"
+    options = ("--train", train, "--test", f"dev={dev}", "--tokenizer", tokenizers["seq2seq"], "--text", "text",
+               "--label", "label", "--size", "tiny", "--output_dir", tmp_path / "run")  # fmt: skip
+    with pytest.raises(DataError, match=f"{dev}, row 2: expected a class of {train}, which are no, yes, got 'perhaps'"):
+        run(finetune, *options, "--mixer", "dynamic")
+    learned = ("--mixer", "dynamic", "--config", '{"positions": "learned", "max_positions": 64}')
+    with pytest.raises(ValueError, match="--length: expected at most the max_positions of the model, 64, got 65"):
+        run(finetune, *options, *learned, "--length", 65)
+    train.write_text("text\tlabel\na\tyes\nb\tyes \n")
+    with pytest.raises(DataError, match=f"{train}: expected classes without spaces around them, got 'yes '"):
+        run(finetune, *options, "--mixer", "dynamic")
+
+
+def test_more_tokens_than_positions(tokenizers, tmp_path, run):
+    options = ("--tokenizer", tokenizers["bert"], "--output_dir", tmp_path)
+    few = ("--config", '{"max_position_embeddings": 16}')
+    with pytest.raises(ValueError, match="--length: expected at most the max_position_embeddings .*, 16, got 128"):
+        run(pretrain_bert, "--texts", NOVELS, *options, *few)
+    arguments = finetune.Arguments(
+        "a.tsv", tokenizers["bert"], text="text", label="label", variant="none", config=few[1]
+    )
+    finetune.configuration(arguments, AutoTokenizer.from_pretrained(tokenizers["bert"]))
+    assert arguments.length == 16
 
 
 def test_a_mistake_is_one_line(tokenizers, tmp_path):

@@ -15,11 +15,22 @@ BERT_SIZES = json.dumps(dict(hidden_size=32, embedding_size=16, num_attention_he
                              num_hidden_layers=1))  # fmt: skip
 
 
+def once(options):
+    """Options as strings; of one that is given again with what follows it the last."""
+    found = {}
+    for text in map(str, options):
+        if text.startswith("--"):
+            name, found[text] = text, []
+        else:
+            found[name].append(text)
+    return [text for name, values in found.items() for text in (name, *values)]
+
+
 def command(script, *options, processes=1):
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [*start, str(EXAMPLES / script), *map(str, options)]
+    return [*start, str(EXAMPLES / script), *once(options)]
 
 
 def environment():

@@ -1,5 +1,6 @@
 """Tokenizers, and configurations of the models that the scripts train, from names."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,6 +63,19 @@ def bert(variant: str, size: str, tokenizer: PreTrainedTokenizerBase, **changes)
     config = CompositeBertConfig.preset(variant, size, **(tokens | changes))
     check_size(config, tokenizer, "--config")
     return config
+
+
+def fitting(option: str, length: int | None, default: int, config: PreTrainedConfig) -> int:
+    """A length that an option gives, or its default where it gives none, which a model with fewer positions cuts.
+    ValueError if what is given is more than those."""
+    bert = isinstance(config, CompositeBertConfig)
+    name = "max_position_embeddings" if bert else "max_positions"
+    most = getattr(config, name) if bert or config.positions == "learned" else math.inf
+    if length is None:
+        return min(default, most)
+    if length > most:
+        raise ValueError(f"{option}: expected at most the {name} of the model, {most}, got {length}")
+    return length
 
 
 def check_size(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, option: str) -> None:

@@ -9,6 +9,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -45,7 +46,7 @@ def json_object(text: str, where: str) -> dict:
     """An object of JSON; DataError naming where it stands for anything else."""
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: expected an object of JSON: {error}") from None
     if not isinstance(value, dict):
         raise DataError(f"{where}: expected an object of JSON, got {type(value).__name__}")
@@ -65,9 +66,11 @@ def _objects(path: Path) -> Iterator[tuple[int, dict]]:
 
 def logged(path: Path) -> list[dict]:
     """The lines of a log, objects of JSON; without the last one if it was cut off while it was written."""
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1].splitlines()
-    return [json_object(line, f"{path}, line {number}") for number, line in enumerate(whole, 1)]
+    *whole, last = path.read_text(errors="replace").split("\n")
+    found = [json_object(line, f"{path}, line {number}") for number, line in enumerate(whole, 1)]
+    with suppress(DataError):
+        found.append(json_object(last, f"{path}, last line"))
+    return found
 
 
 def stored(path: Path) -> dict:
@@ -128,7 +131,7 @@ def _strings(row: dict, columns: tuple[str, ...], where: str) -> dict[str, str]:
     for column in columns:
         if column not in row:
             raise DataError(f"{where}: expected a column {column!r}, got {', '.join(row)}")
-        if not isinstance(row[column], str | int):
+        if not isinstance(row[column], str | int) or isinstance(row[column], bool):
             raise DataError(
                 f"{where}: expected a string or an integer in column {column!r}, got {json.dumps(row[column])}"
             )

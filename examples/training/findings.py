@@ -9,7 +9,7 @@ from pathlib import Path
 from convkernels.cli import environment
 from convkernels.cli.console import markdown_table
 
-from .cells import BERT_TASKS, MIXERS, SEQ2SEQ_TASKS, START, VARIANTS, cells
+from .cells import BERT_TASKS, MIXERS, SEQ2SEQ_TASKS, START, VARIANTS, Cell, cells
 from .files import DataError, logged
 
 # What is shown of a task: its role among the tests, the metric, a title.
@@ -20,6 +20,7 @@ SHOWN = {
     "cola": [("test", "matthews", "CoLA")],
     "rte": [("test", "accuracy", "RTE")],
 }
+METRICS = {"accuracy", "matthews", "exact_match"}
 # Tay et al. 2021, table 2 (TREC, SST-2), and section 4 on COGS, which gives one figure for convolutions.
 PAPER = {
     ("transformer", "raw"): ("78.0", "78.4", "-", "-"),
@@ -40,16 +41,20 @@ the models is the papers', not whether their figures are. Cells are means over s
 them, in percent. Targets of COGS with more than 256 tokens, which only its generalization set has, count as not
 matched. One model is pre-trained for each row, from which all its seeds are fine-tuned: the spread is that of
 fine-tuning. Tokenizers have seen the texts of all training sets. What stands as the paper's is quoted from memory of
-Tay et al., for orientation: look it up there before you cite it. "What it shows" in docs/training.md reads the tables.
+Tay et al., for orientation: look it up there before you cite it; on COGS it has one figure for all convolutions. "What
+it shows" in docs/training.md reads the tables.
 """
 TESTS = """\
 In the usual tests, always naming the commonest class is right for 27.6 % of TREC, 50.9 % of SST-2 and 52.7 % of RTE,
 and has a correlation of 0 on CoLA. What other rows of the same kind would give differs from a figure by this standard
 error, which the spread between seeds does not contain:"""
+LOSSES = """\
+In nats; in training the mean over the last twentieth of the steps. Pre-training: per token to predict, of the one
+model. Fine-tuning: in training / on the test, the mean over seeds; of COGS per token."""
 
 DIFFERENCES = """\
 Each, if there are several seeds, ± the root of the sum of the squares of both standard deviations; bold where it is
-more than that."""
+more than that, both rounded."""
 
 
 @dataclass(frozen=True)
@@ -78,25 +83,44 @@ class Log:
         lines = logged(path)
         self.runs = [line for line in lines if "run" in line]
         self.cells = {line["cell"]: line for line in lines if "cell" in line}
-        if not self.runs or "settings" not in self.runs[-1] or any("task" not in cell for cell in self.cells.values()):
-            raise DataError(f"{path}: expected a log of study.py")
+        if not self.runs or any(run["settings"] != self.runs[0]["settings"] for run in self.runs):
+            raise ValueError("calls with the same settings")
+        for name, cell in self.cells.items():
+            named = Cell(**{field: cell[field] for field in Cell.__dataclass_fields__}).name
+            if named != name:
+                raise ValueError(f"of cell {name} what it names, {named}")
+            for role, values in cell.get("results", {}).items():
+                for metric in METRICS & values.keys():
+                    if not -(metric == "matthews") <= values[metric] <= 1:
+                        raise ValueError(f"of cell {name} on {role} a {metric} of at most 1, got {values[metric]}")
         self.settings = self.runs[-1]["settings"]
         found = defaultdict(dict)
         for line in self.cells.values():
             for role, values in line.get("results", {}).items():
-                for metric in ("accuracy", "matthews", "exact_match"):
-                    if metric in values:
-                        key = line["family"], line["model"], line["start"], line["task"], role
-                        found[key][line["seed"]] = values[metric]
+                for metric in METRICS & values.keys():
+                    key = line["family"], line["model"], line["start"], line["task"], role
+                    found[key][line["seed"]] = values[metric]
         self.values = {key: Value(tuple(seeds.values())) for key, seeds in found.items()}
 
     def value(self, family: str, model: str, start: str, task: str, role: str = "test") -> Value | None:
         return self.values.get((family, model, start, task, role))
 
+    def fewer(self, value: Value) -> str:
+        """Says of how many seeds a value is, where that is not all of them."""
+        count = len(value.results)
+        return f" ({count} of {len(self.settings['seeds'])} seeds)" if count < len(self.settings["seeds"]) else ""
+
+    def losses(self, family: str, model: str, start: str, task: str) -> str:
+        """At the end of training, and on the test."""
+        wanted = dict(family=family, model=model, start=start, task=task)
+        found = [cell for cell in self.cells.values() if wanted.items() <= cell.items()]
+        pairs = [[cell["loss"] for cell in found], [cell["results"]["test"]["loss"] for cell in found]]
+        return " / ".join(f"{statistics.fmean(one):.3f}" for one in pairs) if found else "-"
+
 
 def _cells(log: Log, family: str, model: str, start: str, tasks) -> list[str]:
     found = [log.value(family, model, start, task, role) for task in tasks for role, _, _ in SHOWN[task]]
-    return ["-" if value is None else str(value) for value in found]
+    return ["-" if value is None else f"{value}{log.fewer(value)}" for value in found]
 
 
 def _titles(tasks) -> list[str]:
@@ -117,14 +141,34 @@ def seq2seq(log: Log) -> str:
 
 def bert(log: Log) -> str:
     """In the layout of tables 1 to 3 of Chang et al. 2021."""
-    rows = []
-    for variant in VARIANTS:
-        pretraining = log.cells.get(f"bert-{variant}-pretraining")
-        size, loss = "-", "-"
-        if pretraining:
-            size, loss = f"{pretraining['parameters'] / 1e6:.3f}M", f"{pretraining['loss']:.3f}"
-        rows.append((variant, size, loss, *_cells(log, "bert", variant, "pretrained", BERT_TASKS)))
+    rows = [
+        (variant, *_pretrained(log, "bert", variant), *_cells(log, "bert", variant, "pretrained", BERT_TASKS))
+        for variant in VARIANTS
+    ]
     return markdown_table(("attention", "parameters", "MLM loss", *_titles(BERT_TASKS)), rows)
+
+
+def _pretrained(log: Log, family: str, model: str) -> tuple[str, str]:
+    """Parameters and loss of a pre-trained model."""
+    cell = log.cells.get(f"{family}-{model}-pretraining")
+    return (f"{cell['parameters'] / 1e6:.3f}M", f"{cell['loss']:.3f}") if cell else ("-", "-")
+
+
+def losses(log: Log) -> list[str]:
+    """A table for each family."""
+    found = []
+    for family, models, starts, tasks in (
+        ("seq2seq", MIXERS, START, SEQ2SEQ_TASKS),
+        ("bert", VARIANTS, ("pretrained",), BERT_TASKS),
+    ):
+        rows = [
+            (START[start], model, *(_pretrained(log, family, model) if start == "pretrained" else ("", "")),
+             *(log.losses(family, model, start, task) for task in tasks))
+            for start in starts for model in models
+        ]  # fmt: skip
+        titles = [SHOWN[task][0][-1] for task in tasks]
+        found.append(markdown_table(("", "model", "parameters", "pre-training", *titles), rows))
+    return found
 
 
 def tests(log: Log) -> str:
@@ -142,14 +186,14 @@ def tests(log: Log) -> str:
 
 
 def difference(a: Value | None, b: Value | None) -> str:
-    """Of two values, with the root of the sum of their squared spreads; bold where it is more than that."""
+    """Of two values, with the root of the sum of their squared spreads; bold where it is more, both rounded."""
     if a is None or b is None:
         return "-"
-    found, spread = a.mean - b.mean, (a.spread**2 + b.spread**2) ** 0.5
+    found, spread = (round(100 * x, 1) for x in (a.mean - b.mean, (a.spread**2 + b.spread**2) ** 0.5))
     if min(len(a.results), len(b.results)) < 2:
-        return f"{100 * found:+.1f}"
+        return f"{found:+.1f}"
     mark = "**" if abs(found) > spread else ""
-    return f"{mark}{100 * found:+.1f} ± {100 * spread:.1f}{mark}"
+    return f"{mark}{found:+.1f} ± {spread:.1f}{mark}"
 
 
 def mixers(log: Log, rows: list[tuple]) -> list[tuple]:
@@ -209,9 +253,18 @@ def settings(log: Log) -> str:
 def section(log: Log) -> str:
     parts = [f"## {environment.title(log.runs[-1]['environment'])}", settings(log)]
     parts += ["### Encoder-decoders", seq2seq(log), "### BERTs", bert(log)]
-    parts += ["### Tests", TESTS, tests(log), "### Differences", DIFFERENCES]
+    parts += ["### Losses", LOSSES, *losses(log), "### Tests", TESTS, tests(log), "### Differences", DIFFERENCES]
     return "\n\n".join([*parts, *comparisons(log)])
 
 
 def page(paths: list[Path]) -> str:
-    return "\n\n".join([HEAD.rstrip("\n"), *(section(Log(path)) for path in paths)]) + "\n"
+    """DataError for a file that is not a log of study.py."""
+    parts = [HEAD.rstrip("\n")]
+    for path in paths:
+        try:
+            parts.append(section(Log(path)))
+        except KeyError as error:
+            raise DataError(f"{path}: expected a log of study.py, got a line without {error}") from None
+        except (TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"{path}: expected a log of study.py: {error}") from None
+    return "\n\n".join(parts) + "\n"

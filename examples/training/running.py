@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import zlib
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -77,14 +78,22 @@ def defaults(**changes) -> dict:
     """Of TrainingArguments, what all scripts set otherwise. Without an accelerator the processes of torchrun find each
     other only with use_cpu."""
     accelerated = torch.accelerator.is_available()
-    return {"do_train": True, "report_to": "none", "save_total_limit": 1, "logging_steps": 50, "logging_nan_inf_filter": False,
-            "use_cpu": not accelerated, "dataloader_pin_memory": accelerated, **changes}  # fmt: skip
+    return {"do_train": True, "report_to": "none", "save_total_limit": 1, "logging_steps": 50,
+            "logging_nan_inf_filter": False, "use_cpu": not accelerated, "dataloader_pin_memory": accelerated,
+            **changes}  # fmt: skip
 
 
 def parsed(kinds: tuple[type, ...], changes: dict, description: str, arguments: list[str] | None = None) -> tuple:
     """Command-line arguments as objects of these kinds, the last of them TrainingArguments with other defaults. Where a
-    number of epochs is given, it is not the default number of steps that counts."""
-    given = {text.split("=")[0].replace("-", "_") for text in (sys.argv[1:] if arguments is None else arguments)}
+    number of epochs is given, it is not the default number of steps that counts. ValueError for an option that is given
+    twice, because only the last of them would count."""
+    words = [text.split("=")[0] for text in (sys.argv[1:] if arguments is None else arguments)]
+    given = [text.replace("-", "_") for text in words if text.startswith("--")]
+    for name in given:
+        if given.count(name) > 1:
+            raise ValueError(
+                f"--{name[2:]}: expected it once, with all that it takes, got it {given.count(name)} times"
+            )
     if "__num_train_epochs" in given:
         changes = {name: value for name, value in changes.items() if name != "max_steps"}
     parser = HfArgumentParser(kinds, description=description, formatter_class=Help, allow_abbrev=False)
@@ -136,6 +145,7 @@ class Trainer(transformers.Trainer):
         """``predict`` of all rows, in their order: as in training, they would be shuffled by length, or left out."""
         self.args.train_sampling_strategy = "random"
         self.args.dataloader_drop_last = self.args.prediction_loss_only = False
+        self.label_smoother = None  # that is of training
         return self.predict(rows, metric_key_prefix=prefix)
 
 
@@ -145,6 +155,9 @@ class Log(TrainerCallback):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        state.compute_steps(args, state.max_steps)  # between logs, saves and tests, which a checkpoint has of its own
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         control.should_log |= control.should_save
@@ -165,7 +178,8 @@ class Log(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ends training behind the step at hand, and saves, once ``ask`` has been called in any process.
+    """Ends training behind the step at hand, and saves, once ``ask`` has been called in any process; behind an epoch's
+    last step, or one behind which tests are due, once these are done, as a run that is left alone does.
     Called again, it does what the handlers in ``before`` do."""
 
     def __init__(self) -> None:
@@ -184,11 +198,14 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self.anywhere(args.device):
             self.stopped = control.should_training_stop = True
-            if state.global_step < state.max_steps:
-                control.should_save, control.should_evaluate = True, False
+            control.should_save |= state.global_step < state.max_steps and not state.epoch.is_integer()
 
     def on_epoch_end(self, args, state, control, **kwargs) -> None:
-        if self.stopped and state.global_step < state.max_steps:  # it has been saved, and the epoch has not ended
+        if not self.stopped or state.global_step >= state.max_steps:
+            return
+        if state.epoch.is_integer():
+            control.should_save = True
+        else:  # it has been saved, and the epoch has not ended
             control.should_save = control.should_evaluate = control.should_log = False
 
     def anywhere(self, device: torch.device) -> bool:
@@ -217,6 +234,8 @@ class Run:
         columns, whole = training.remove_unused_columns, training.eval_do_concat_batches
         refuse(training, {
             "gradient_accumulation_steps": (training.gradient_accumulation_steps < 1, "1 or more"),
+            "eval_accumulation_steps": (training.eval_accumulation_steps == 0, "1 or more"),
+            "label_smoothing_factor": (not 0 <= training.label_smoothing_factor < 1, "0 or more, and less than 1"),
             "per_device_eval_batch_size": (training.per_device_eval_batch_size < 1, "1 or more"),
             **{name: (getattr(training, name), "it unset, because a run goes on from its folder") for name in resuming},
             "remove_unused_columns": (not columns, "true, because data have columns for the sampler alone"),
@@ -230,6 +249,8 @@ class Run:
         self.path, self.log = self.folder / "run.json", self.folder / "log.jsonl"
         decisive = {name: getattr(training, name) for name in DECISIVE}
         decisive |= {name: getattr(training, name) if training.load_best_model_at_end else None for name in CHOOSING}
+        tokens = json.dumps(sorted(trainer.processing_class.get_vocab().items())).encode()
+        decisive["checksum of the tokens"] = zlib.crc32(tokens)
         self.options = json.loads(json.dumps(options | decisive))
         batches = trainer.get_train_dataloader()
         if not len(batches):
@@ -241,6 +262,12 @@ class Run:
         self.steps = trainer.set_initial_training_values(training, batches)[-1]
         if self.steps < 1:
             raise ValueError("--max_steps and --num_train_epochs: expected a step or more, got none")
+        others = [name for name in ("config.json", self.log.name) if (self.folder / name).exists()]
+        if others and not self.path.exists():
+            raise ValueError(
+                f"--output_dir {self.folder}: expected another folder, because this one has {others[0]} of something "
+                f"else than such a run, got no {self.path.name}"
+            )
         before = stored(self.path) if self.path.exists() else {"options": self.options}
         differing = before.get("options", {}).keys() ^ self.options.keys()
         if differing:
@@ -323,7 +350,7 @@ def train(trainer: Trainer, options: dict) -> Trainer:
     step, stopped = run.reached(state), False
     if step == run.steps:  # it was stopped between its last step and saving the model
         best = state["best_model_checkpoint"] if trainer.args.load_best_model_at_end else None
-        load_model(trainer.model, Path(best or checkpoint) / "model.safetensors")
+        load_model(trainer.model, folder / Path(best or checkpoint).name / "model.safetensors")
     else:
         run.write()
         if trainer.is_world_process_zero() and run.log.exists():
@@ -331,6 +358,8 @@ def train(trainer: Trainer, options: dict) -> Trainer:
             replace(run.log, "".join(json.dumps(line) + "\n" for line in kept))
         if trainer.args.metric_for_best_model and trainer.args.save_total_limit == 1:
             trainer.args.save_total_limit = 2  # with the best one alone there would be none to go on from
+        if trainer.is_world_process_zero() and trainer.args.get_warmup_steps(run.steps) >= run.steps:
+            print(f"--warmup_steps: the learning rate still warms up in the last of {run.steps} steps", file=sys.stderr)
         stop = StopOnSignal()
         with hearing(stop.ask) as stop.before:
             trainer.add_callback(stop)
