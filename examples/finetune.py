@@ -319,9 +319,7 @@ class TextToText:
         return Dataset.from_dict({**encoded, "labels": targets, "length": lengths})
 
     def measure(self, found: np.ndarray, labels: np.ndarray, rows: Dataset) -> dict:
-        ends = (
-            labels == self.tokenizer.eos_token_id
-        )  # at the first of them decoding stops; what was cut has none behind
+        ends = labels == self.tokenizer.eos_token_id  # decoding stops at the first; a target that was cut lacks its own
         whole = ends.any(1) & (ends.argmax(1) == (labels != -100).sum(1) - 1)
         whole &= ~(labels == self.tokenizer.unk_token_id).any(1)
         matched = ((found == labels) | (labels == -100)).all(1) & whole

@@ -216,11 +216,14 @@ def test_what_the_page_says(data, tmp_path):
     assert findings.page([path]) == page  # an editor has taken the end of the last line
     one = lines[1]
     for line, message in (
-        (one | {"seed": 2}, "of cell bert-none-pretrained-cola-1 what it names, bert-none-pretrained-cola-2"),
-        (one | {"results": {"test": {"rows": 10, "loss": 1.0, "matthews": 40.0}}}, "a matthews of at most 1, got 40.0"),
+        (one | {"seed": 2}, "the line of bert-none-pretrained-cola-1 is that of bert-none-pretrained-cola-2"),
+        (
+            one | {"results": {"test": {"rows": 10, "loss": 1.0, "matthews": 40.0}}},
+            "bert-none-pretrained-cola-1 has a matthews of 40.0 on test",
+        ),
         (one | {"results": {"test": {"rows": 10, "loss": 1.0, "matthews": None}}}, ""),
         ({key: value for key, value in one.items() if key != "seed"}, ", got a line without 'seed'"),
-        (lines[0] | {"settings": {}}, "calls with the same settings"),
+        (lines[0] | {"settings": {}}, "its calls have different settings"),
     ):
         path.write_text("\n".join(map(json.dumps, [*lines, line])))
         with pytest.raises(DataError, match=f"expected a log of study.py.*{message}"):

@@ -84,15 +84,15 @@ class Log:
         self.runs = [line for line in lines if "run" in line]
         self.cells = {line["cell"]: line for line in lines if "cell" in line}
         if not self.runs or any(run["settings"] != self.runs[0]["settings"] for run in self.runs):
-            raise ValueError("calls with the same settings")
+            raise ValueError("its calls have different settings")
         for name, cell in self.cells.items():
             named = Cell(**{field: cell[field] for field in Cell.__dataclass_fields__}).name
             if named != name:
-                raise ValueError(f"of cell {name} what it names, {named}")
+                raise ValueError(f"the line of {name} is that of {named}")
             for role, values in cell.get("results", {}).items():
                 for metric in METRICS & values.keys():
                     if not -(metric == "matthews") <= values[metric] <= 1:
-                        raise ValueError(f"of cell {name} on {role} a {metric} of at most 1, got {values[metric]}")
+                        raise ValueError(f"{name} has a {metric} of {values[metric]} on {role}")
         self.settings = self.runs[-1]["settings"]
         found = defaultdict(dict)
         for line in self.cells.values():
