@@ -27,7 +27,6 @@ from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     TrainingArguments,
@@ -179,14 +178,7 @@ def tokenizer_of(arguments: Arguments, family: str):
         return architectures.tokenizer(arguments.model, family, "--model")
     found = architectures.tokenizer(arguments.tokenizer, family)
     if arguments.model is not None:
-        try:
-            own = AutoTokenizer.from_pretrained(arguments.model)
-        except (OSError, ValueError):  # it has none
-            return found
-        if own.get_vocab() != found.get_vocab():
-            raise ValueError(
-                f"--tokenizer {arguments.tokenizer}: expected the tokens of --model {arguments.model}, got others"
-            )
+        architectures.check_tokens(found, arguments.tokenizer, arguments.model)
     return found
 
 

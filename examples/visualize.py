@@ -203,6 +203,8 @@ def visualize(arguments: Arguments) -> list[Path]:
         tokenizer = architectures.loaded(
             "--tokenizer", arguments.tokenizer or arguments.model, AutoTokenizer.from_pretrained
         )
+        if arguments.tokenizer is not None:
+            architectures.check_tokens(tokenizer, arguments.tokenizer, arguments.model)
         of_text = maps(model, tokenizer, arguments.text)
         if not of_text:
             print(

@@ -303,3 +303,8 @@ def test_another_tokenizer_is_noticed(monkeypatch, tokenizer, tmp_path):
     folder = saved(bert("none", vocab_size=5), tokenizer, tmp_path / "model")
     said = message(monkeypatch, "--model", folder, "--output_dir", tmp_path / "pictures", "--text", TEXT)
     assert "--tokenizer: expected that of the model, 5 tokens, got number" in said
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<unk>": 0, "the": 1}, "<unk>")))
+    other.save_pretrained(tmp_path / "other")
+    options = ("--output_dir", tmp_path / "pictures", "--text", TEXT, "--tokenizer", tmp_path / "other")
+    said = message(monkeypatch, "--model", folder, *options)
+    assert said.endswith(f"--tokenizer {tmp_path / 'other'}: expected the tokens of --model {folder}, got others")

@@ -78,6 +78,16 @@ def fitting(option: str, length: int | None, default: int, config: PreTrainedCon
     return length
 
 
+def check_tokens(tokenizer: PreTrainedTokenizerBase, name: str, model: str) -> None:
+    """ValueError if --tokenizer names one with other tokens than that in the folder of --model, if there is one."""
+    try:
+        own = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError):
+        return
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"--tokenizer {name}: expected the tokens of --model {model}, got others")
+
+
 def check_size(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, option: str) -> None:
     """ValueError naming an option if the tokenizer has more tokens than the vocabulary."""
     if config.vocab_size < len(tokenizer):
