@@ -5,6 +5,7 @@ reasons that the package itself gives.
 import collections
 import importlib.util
 import os
+import signal
 import sys
 import types
 
@@ -15,6 +16,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CONVKERNELS_POISON", "1")
 # Without this, torch's own matrix products may differ from run to run on a GPU.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+# A shell has what it starts in the background ignore Ctrl-C, which tests send to themselves.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import instruction_sets
 import pytest
