@@ -17,9 +17,6 @@ os.environ.setdefault("CONVKERNELS_POISON", "1")
 # Without this, torch's own matrix products may differ from run to run on a GPU.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# A shell has what it starts in the background ignore Ctrl-C, which tests send to themselves.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 import instruction_sets
 import pytest
 import torch
@@ -29,6 +26,8 @@ import convkernels
 from convkernels.testing.compare import Operators
 
 torch.set_num_threads(1)
+# A shell has what it starts in the background ignore Ctrl-C, which tests send to themselves.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Results are compared with float32, which TF32 is not.
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 

@@ -120,7 +120,7 @@ def steps(folder):
 def test_a_worker_killed_and_a_stop_lose_nothing(data, tmp_path, monkeypatch, capsys):
     """The third call ends what the first, whose workers are killed, and the second, stopped, have begun. Of the two
     workers one is idle then."""
-    once = dict(max_steps=200, save_steps=10, per_device_train_batch_size=4, dataloader_num_workers=1)
+    once = dict(max_steps=100, save_steps=10, per_device_train_batch_size=4, dataloader_num_workers=1)
     monkeypatch.setitem(study.SCALES, "mini", replace(MINI, pretrain={"seq2seq": once, "bert": once}))
     wanted = [cells.Cell("bert"), cells.Cell("seq2seq"), cells.Cell("seq2seq", "lightweight")]
     output, handler = tmp_path / "study", signal.getsignal(signal.SIGTERM)
@@ -159,9 +159,9 @@ def test_a_worker_killed_and_a_stop_lose_nothing(data, tmp_path, monkeypatch, ca
     assert "its process ended with -9" in capsys.readouterr().err
     with pytest.raises(Interrupted, match="stopped with 2 cells run"):
         call(stop, 5)
-    assert max(steps(cell)) < 200
+    assert max(steps(cell)) < 100
     study.Study("mini", data, output, 2).run(wanted)
-    assert steps(cell) == list(range(1, 201))
+    assert steps(cell) == list(range(1, 101))
 
 
 def test_a_cell_that_fails_lets_others_run(data, tmp_path, monkeypatch, capsys):
