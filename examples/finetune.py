@@ -196,8 +196,8 @@ def configuration(arguments: Arguments, tokenizer, **changes):
         found = architectures.bert(arguments.variant, arguments.size, tokenizer, **changes)
     else:
         found = architectures.seq2seq(arguments.mixer, arguments.size, arguments.style, tokenizer, **changes)
-    arguments.length = architectures.fitting("--length", arguments.length, LENGTH, found)
-    arguments.target_length = architectures.fitting("--target_length", arguments.target_length, 2 * LENGTH, found)
+    arguments.length = architectures.fitting("--length", arguments.length, found, LENGTH)
+    arguments.target_length = architectures.fitting("--target_length", arguments.target_length, found, 2 * LENGTH)
     return found
 
 
@@ -267,8 +267,9 @@ class Classification:
 
     def encode(self, split: str, rows: Dataset) -> Dataset:
         a = self.arguments
-        for number, label in enumerate(rows[a.label], 1):
-            if label not in self.labels:
+        ids, labels = self.model.config.label2id, rows[a.label][:]
+        for number, label in enumerate(labels, 1):
+            if label not in ids:
                 source = dict(text.split("=", 1) for text in a.test)[split]
                 raise DataError(
                     f"{source}, row {number}: expected a class of {a.train}, which are {', '.join(self.labels)}, got "
@@ -276,8 +277,7 @@ class Classification:
                 )
         texts = [rows[column][:] for column in (a.text, a.pair) if column]
         encoded = self.tokenizer(*texts, truncation=True, max_length=a.length)
-        ids = self.model.config.label2id
-        return Dataset.from_dict({**encoded, "labels": [ids[label] for label in rows[a.label]]})
+        return Dataset.from_dict({**encoded, "labels": [ids[label] for label in labels]})
 
     def measure(self, found: np.ndarray, labels: np.ndarray, rows: Dataset) -> dict:
         return {self.arguments.metric: float(METRICS[self.arguments.metric](labels, found))}

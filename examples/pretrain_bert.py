@@ -69,11 +69,11 @@ def pretrain(arguments: Arguments, training: TrainingArguments) -> Trainer:
     changes = dict(max_position_embeddings=arguments.length)
     changes |= architectures.fields(arguments.config, CompositeBertConfig)
     config = architectures.bert(arguments.variant, arguments.size, tokenizer, **changes)
-    length = architectures.fitting("--length", arguments.length, arguments.length, config)
+    architectures.fitting("--length", arguments.length, config)
     model = CompositeBertForMaskedLM(config)
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=arguments.rate)
     with training.main_process_first(desc="reading texts"):
-        rows = pairs(tokenizer, arguments.texts, length)
+        rows = pairs(tokenizer, arguments.texts, arguments.length)
     return train(Trainer(model, training, collator, rows, processing_class=tokenizer), asdict(arguments))
 
 

@@ -106,8 +106,8 @@ def pretrain(arguments: Arguments, training: TrainingArguments) -> Trainer:
     tokenizer = architectures.tokenizer(arguments.tokenizer, "seq2seq")
     changes = architectures.fields(arguments.config, ConvSeq2SeqConfig)
     config = architectures.seq2seq(arguments.mixer, arguments.size, arguments.style, tokenizer, **changes)
-    length = architectures.fitting("--length", arguments.length, arguments.length, config)
-    tokens = block_length(length, arguments.rate, arguments.span)
+    architectures.fitting("--length", arguments.length, config)
+    tokens = block_length(arguments.length, arguments.rate, arguments.span)
     found, needed = sentinels(tokenizer), counts(tokens, arguments.rate, arguments.span)[1]
     if len(found) < needed:
         raise ValueError(f"--tokenizer: expected {needed} sentinels for --length {arguments.length}, got {len(found)}")

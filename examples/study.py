@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from threading import Thread
 
-from training.cells import CORPUS, FILES, SCALES, Cell, Scale, cells
+from training.cells import CORPUS, FILES, METRICS, SCALES, Cell, Scale, cells
 from training.files import DataError, lock, logged, replace, rows
 from training.running import Interrupted, hearing, main
 
@@ -307,7 +307,7 @@ def _work(jobs: Connection, threads: int) -> None:
 def summary(line: dict) -> str:
     """A cell's result in a few words."""
     parts = [f"{role} {value:.3f}" for role, values in line.get("results", {}).items()
-             for name, value in values.items() if name in ("accuracy", "matthews", "exact_match")]  # fmt: skip
+             for name, value in values.items() if name in METRICS]  # fmt: skip
     parts += [f"{name} {line[name]:.3f}" for name in ("loss",) if name in line]
     return f"{line['cell']}: {', '.join(parts) or 'done'}, {line['seconds']:.0f} s"
 

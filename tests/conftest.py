@@ -21,6 +21,7 @@ import instruction_sets
 import pytest
 import torch
 from sample_texts import NOVELS, sentences
+from training_scripts import once
 
 import convkernels
 from convkernels.testing.compare import Operators
@@ -215,7 +216,6 @@ def tables(tmp_path_factory):
 @pytest.fixture
 def run(monkeypatch):
     """Runs a script in this process."""
-    from training_scripts import once
 
     def call(script, *options):
         monkeypatch.setattr("sys.argv", [script.__name__, *once(options)])

@@ -65,9 +65,9 @@ def bert(variant: str, size: str, tokenizer: PreTrainedTokenizerBase, **changes)
     return config
 
 
-def fitting(option: str, length: int | None, default: int, config: PreTrainedConfig) -> int:
-    """A length that an option gives, or its default where it gives none, which a model with fewer positions cuts.
-    ValueError if what is given is more than those."""
+def fitting(option: str, length: int | None, config: PreTrainedConfig, default: int = 0) -> int:
+    """The length that an option gives; without one the default, or as many positions as the model has, if these are
+    fewer. ValueError if what is given is more than those."""
     bert = isinstance(config, CompositeBertConfig)
     name = "max_position_embeddings" if bert else "max_positions"
     most = getattr(config, name) if bert or config.positions == "learned" else math.inf

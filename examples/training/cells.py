@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 MIXERS = ("transformer", "lightweight", "dilated", "dynamic")
 VARIANTS = ("none", "absolute", "fixed", "dynamic", "composite", "depthwise", "composite-depthwise", "conv-qk")
 START = {"raw": "no pre-training", "pretrained": "pre-trained"}
+# Of what fine-tuning measures, what is shown.
+METRICS = {"accuracy", "matthews", "exact_match"}
 CORPUS = ("novels_1.jsonl", "novels_2.jsonl", "wikinews.jsonl")
 # Of each task: its tables by their role, and which of the results is shown.
 FILES = {

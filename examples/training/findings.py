@@ -3,13 +3,13 @@
 import json
 import statistics
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from convkernels.cli import environment
 from convkernels.cli.console import markdown_table
 
-from .cells import BERT_TASKS, MIXERS, SEQ2SEQ_TASKS, START, VARIANTS, Cell, cells
+from .cells import BERT_TASKS, METRICS, MIXERS, SEQ2SEQ_TASKS, START, VARIANTS, Cell, cells
 from .files import DataError, logged
 
 # What is shown of a task: its role among the tests, the metric, a title.
@@ -20,7 +20,6 @@ SHOWN = {
     "cola": [("test", "matthews", "CoLA")],
     "rte": [("test", "accuracy", "RTE")],
 }
-METRICS = {"accuracy", "matthews", "exact_match"}
 # Tay et al. 2021, table 2 (TREC, SST-2), and section 4 on COGS, which gives one figure for convolutions.
 PAPER = {
     ("transformer", "raw"): ("78.0", "78.4", "-", "-"),
@@ -86,7 +85,7 @@ class Log:
         if not self.runs or any(run["settings"] != self.runs[0]["settings"] for run in self.runs):
             raise ValueError("its calls have different settings")
         for name, cell in self.cells.items():
-            named = Cell(**{field: cell[field] for field in Cell.__dataclass_fields__}).name
+            named = Cell(**{field.name: cell[field.name] for field in fields(Cell)}).name
             if named != name:
                 raise ValueError(f"the line of {name} is that of {named}")
             for role, values in cell.get("results", {}).items():
