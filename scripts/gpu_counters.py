@@ -130,8 +130,8 @@ def _cases() -> dict[str, Callable[[str, str], Callable[[], object]]]:
     add("stream-k3", rows, kernel_cases.convolution, streaming.LIGHTWEIGHT, 3, directions=("fwd",))
     add("band-k31", rows, kernel_cases.convolution, streaming.LIGHTWEIGHT, 31)
     add("gate-k7", rows, kernel_cases.convolution, streaming.LIGHTWEIGHT, 7, gate=True)
-    add("rows-k7", rows, kernel_cases.convolution, streaming.DYNAMIC, 7)
-    add("rows-k31", rows, kernel_cases.convolution, streaming.DYNAMIC, 31, directions=("fwd",))
+    add("dynamic-k7", rows, kernel_cases.convolution, streaming.DYNAMIC, 7)
+    add("dynamic-k31", rows, kernel_cases.convolution, streaming.DYNAMIC, 31, directions=("fwd",))
     add("time-k7", rows, kernel_cases.time_layout, directions=("fwd",))
     for name, form, head_size in (
         ("attention-d64-plain", attention.PLAIN, 64),

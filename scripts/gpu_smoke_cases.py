@@ -99,7 +99,7 @@ def convolution_cases():
             name = f"k{taps} depthwise{' gate' if gate else ''}"
             yield convolution("stream", name, families, dtype, taps=taps, gate=gate, heads=136, head_size=1)
         yield from convolutions(
-            "rows", "rows", dtype, heads=5, head_size=32, kind="dynamic",
+            "rows", "rows", dtype, heads=9, head_size=12, kind="dynamic",
             backward=lambda own, wide=wide: not (wide and own.get("gate")),
         )  # fmt: skip
         for name, options in {
@@ -113,7 +113,7 @@ def convolution_cases():
                 "rows", f"k7 renormalize, {name}", ("rows",) * 2, dtype,
                 **{"taps": 7, "heads": 2, "head_size": 64, "softmax": True, "renormalize": True, **options},
             )  # fmt: skip
-        for head_size in (24, 48, 96, 256):
+        for head_size in (8, 20, 36, 260):
             yield convolution(
                 "rows", f"k7 heads of {head_size}", ("rows",) * 2, dtype, taps=7, heads=3, head_size=head_size,
                 kind="dynamic", softmax=True, bias=True,
@@ -142,6 +142,12 @@ def convolution_cases():
             yield convolution(
                 "band", f"{name} sliced", ("band",) * 2, dtype, heads=3, head_size=24, layout="sliced",
                 **CONVOLUTIONS[name],
+            )  # fmt: skip
+        yield from convolutions("band-dynamic", "band", dtype, heads=5, head_size=32, kind="dynamic")
+        for head_size in (24, 48, 72, 96, 256):
+            yield convolution(
+                "band-dynamic", f"k7 heads of {head_size}", ("band",) * 2, dtype, taps=7, heads=3, head_size=head_size,
+                kind="dynamic", softmax=True, bias=True,
             )  # fmt: skip
     for dtype in (BF16, F32):
         # Few channels and many rows: a reduction in several splits.

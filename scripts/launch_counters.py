@@ -62,12 +62,12 @@ INSTRUCTIONS = PROCESSORS * CLOCK * 4
 
 @dataclass(frozen=True)
 class Case:
-    """make(settings, device) gives the call. taps: of a convolution like those whose main loops are described."""
+    """make(settings, device) gives the call. loop: of a convolution, the case of its main loops in loops.py."""
 
     make: Callable
     small: object
     large: object
-    taps: int = 0
+    loop: str = ""
 
     @property
     def is_attention(self) -> bool:
@@ -101,14 +101,14 @@ def _cases() -> dict[str, Case]:
             ("band-k31", streaming.LIGHTWEIGHT, 31, {}, {}),
             ("gate-k7", streaming.LIGHTWEIGHT, 7, {"gate": True}, {}),
             ("gate-k31", streaming.LIGHTWEIGHT, 31, {"gate": True}, {}),
-            ("rows-k7", streaming.DYNAMIC, 7, {}, {}),
-            ("rows-k31", streaming.DYNAMIC, 31, {}, {}),
+            ("dynamic-k7", streaming.DYNAMIC, 7, {}, {}),
+            ("dynamic-k31", streaming.DYNAMIC, 31, {}, {}),
+            ("rows-k7-float32", streaming.DYNAMIC, 7, {}, float32),
         ):
             make = kernel_cases.convolution(op, taps, direction, **options)
-            cases[f"{name}-{short}"] = Case(
-                make, replace(small, **changes), replace(large, **changes), 0 if options else taps
-            )
-        cases[f"time-k7-{short}"] = Case(kernel_cases.time_layout(direction), small, large, 7)
+            loop = f"{taps} taps{', gate + mask' if options else ''}"
+            cases[f"{name}-{short}"] = Case(make, replace(small, **changes), replace(large, **changes), loop)
+        cases[f"time-k7-{short}"] = Case(kernel_cases.time_layout(direction), small, large, "7 taps")
         for name, form, size in (
             ("attention-d64-plain", attention.PLAIN, 64),
             ("attention-d64", attention.COMPOSITE, 64),
@@ -220,7 +220,7 @@ def instructions(case: Case, launch: Launch, loops: list[LoopCost]) -> tuple[flo
         if loop.per == "tile":
             rows, columns = map(int, re.findall(r"\d+", loop.case))
             times = case.large.batch * case.large.heads * case.large.lengths[0] ** 2 / (rows * columns)
-        elif loop.case != f"{case.taps} taps":
+        elif loop.case != case.loop:
             continue
         return loop.instructions * times, loop.classes["alu"] * times
     return None
@@ -256,9 +256,11 @@ def estimates(names: list[str]) -> str:
         for key, launch in extrapolate(case).items():
             e = estimate(launch, instructions(case, launch, loops))
             unit, seconds = e.bound()
-            rows.append((name, key, *("-" if t is None else f"{t * 1e6:.0f}" for t in vars(e).values()), unit,
-                         reached(case, launch, seconds)))  # fmt: skip
-    columns = ("case", "kernel", *(f"{unit.name} us" for unit in fields(Estimate)), "bound", "at most")
+            rows.append((name, key, *("-" if t is None else f"{t * 1e6:.0f}" for t in vars(e).values()),
+                         "-" if e.issue is None else _ratio(max(e.issue, e.integers), e.memory),
+                         _ratio(launch.moved, launch.least), unit, reached(case, launch, seconds)))  # fmt: skip
+    columns = ("case", "kernel", *(f"{unit.name} us" for unit in fields(Estimate)), "issue over memory",
+               "bytes over least", "bound", "at most")  # fmt: skip
     return markdown_table(columns, rows)
 
 

@@ -65,7 +65,7 @@ ORDINARY = {
     "C=1": ({"heads": 1, "head_size": 1}, "contiguous", ("time", "time")),
     "slice": ({"heads": 2, "head_size": 32}, "sliced", ("stream", "stream")),
     "slice, long": ({"heads": 2, "head_size": 32, "taps": 31}, "sliced", ("band", "band")),
-    "slice, dynamic": ({"heads": 2, "head_size": 32, "kind": "dynamic"}, "sliced", ("rows", "rows")),
+    "slice, dynamic": ({"heads": 2, "head_size": 32, "kind": "dynamic"}, "sliced", ("band", "band")),
     "dynamic": ({"heads": 25, "head_size": 4, "kind": "dynamic"}, "contiguous", ("rows", "rows")),
     "dynamic, C=300": ({"heads": 3, "head_size": 100, "kind": "dynamic"}, "contiguous", ("rows", "rows")),
     "misaligned": ({"heads": 2, "head_size": 32}, "offset1", ("stream", "stream")),
@@ -85,7 +85,8 @@ ORDINARY = {
 def test_ordinary_tensors_get_fast_kernels(name, dtype):
     options, layout, families = ORDINARY[name]
     if dtype == torch.float32:  # no tensor cores
-        families = tuple("stream" if family == "band" else family for family in families)
+        other = "rows" if options.get("kind") == "dynamic" else "stream"
+        families = tuple(other if family == "band" else family for family in families)
     problem = Problem(**{"length": 100, "taps": 3, "dtype": dtype, "layout": layout, "grad_layout": layout, **options})
     chosen = tuple(plan(backward, **problem.plan_facts(backward))["family"] for backward in (False, True))
     assert chosen == families
@@ -133,16 +134,23 @@ def test_heads_of_any_width_have_fast_kernels(backward, memory):
             backward, batch=8, time=512, channels=channels, heads=heads, taps=taps, dtype=dtype, gate=gate,
             per_position=per_position, renormalize=renormalize, block_memory=memory,
         )  # fmt: skip
-        assert chosen["family"] == "rows", (channels, heads, taps, dtype, gate, per_position, renormalize)
+        on_matrices = dtype != "float32" and channels // heads >= 16 and not renormalize
+        facts = (channels, heads, taps, dtype, gate, per_position, renormalize)
+        assert chosen["family"] == ("band" if on_matrices else "rows"), facts
+        if on_matrices:
+            assert chosen["units"] in (1, 2, 4), facts
+            continue
         assert chosen["lanes"] in (1, 2, 4, 8, 16, 32) and chosen["lanes"] * 4 >= min(channels // heads, 128)
 
 
 def test_heads_are_whole_quads():
-    """Nothing else is served by lanes of four channels."""
+    """Nothing else is served by lanes of four channels; eight and more than fifteen are for matrices."""
     for head_channels in (4, 6, 8, 9, 36, 72, 98, 100):
         facts = {"batch": 2, "time": 99, "channels": 8 * head_channels, "heads": 8, "taps": 7, "per_position": True}
         for backward, dtype in itertools.product((False, True), ("bfloat16", "float16", "float32")):
-            assert plan(backward, **facts, dtype=dtype)["family"] == ("plain" if head_channels % 4 else "rows")
+            on_matrices = dtype != "float32" and head_channels >= 16 and head_channels % 8 == 0
+            expected = "plain" if head_channels % 4 else "band" if on_matrices else "rows"
+            assert plan(backward, **facts, dtype=dtype)["family"] == expected
 
 
 def test_any_problem_that_is_hard_to_read_or_exact_is_plain():
@@ -152,7 +160,7 @@ def test_any_problem_that_is_hard_to_read_or_exact_is_plain():
 
 
 def test_little_shared_memory_is_enough_for_most_of_16_bits():
-    """The same kernels as with much; gated filters that are dynamic, or long and of float16, are an exception."""
+    """The same kernels as with much."""
     for dtype, taps, per_position, gate, backward, layout in itertools.product(
         ("bfloat16", "float16"), (3, 7, 31), (False, True), (False, True), (False, True),
         ("channel_bytes", "time_bytes"),
@@ -163,8 +171,6 @@ def test_little_shared_memory_is_enough_for_most_of_16_bits():
                  "per_position": per_position, "channel_bytes": 0, layout: 16}  # fmt: skip
         family = plan(backward, **facts, block_memory=LARGE)["family"]
         assert family != "plain"
-        if gate and backward and (per_position or (taps == 31 and dtype == "float16" and layout == "channel_bytes")):
-            family = "plain"
         assert plan(backward, **facts, block_memory=SMALL)["family"] == family, facts
 
 

@@ -1,7 +1,7 @@
 """The main loops of the CUDA kernels that do most of the work, and what one pass of them makes: in the middle of a
-tensor, without a gate, a mask, packed sequences, a state, dropout, relative terms or gradients of a bias. Numbers are
-those of a thread and follow from the kernels' constants: a change to how rows are copied, multiplied or stored is a
-change here."""
+tensor, unless the case says so without a gate, a mask, packed sequences, a state, dropout, relative terms or gradients
+of a bias. Numbers are those of a thread and follow from the kernels' constants: a change to how rows are copied,
+multiplied or stored is a change here."""
 
 from dataclasses import dataclass
 
@@ -37,16 +37,66 @@ def _stream(t: str, taps: int) -> list[MainLoop]:
     ]
 
 
+def _matrices(steps: int) -> tuple[tuple[float, Work], ...]:
+    """A tile of 16 filters, in three terms of bfloat16, times the tiles of 64 channels that it meets: first the two
+    smaller terms, then the large one."""
+    return (steps, Work({"HMMA": 16, "LDSM": 6})), (steps, Work({"HMMA": 8, "LDSM": 5}))
+
+
 def _band(taps: int) -> list[MainLoop]:
-    """64 rows of 64 channels by 4 warps, 32 channels at a time; filters are three terms of bfloat16. What was copied is
-    looked through for what is not finite, two vectors at a time, and d(y) summed."""
+    """16 rows of 64 channels by a warp. Backward d(filters) besides, a product of the rows of d(y) and x."""
     steps, case = (taps + 30) // 16, f"{taps} taps"
-    x, dy = ((2, Work({"LDS.128": 2, "FSETP": 16, "FADD": adds})) for adds in (0, 16))
-    rest = {STORE: 4, "LDS.128": 6 * steps, "FSETP": 0, "STS": 0, "LDG": 0}
-    forward, backward = {COPY: 4, "HMMA": 24 * steps, **rest}, {COPY: 8, "HMMA": 32 * steps, **rest}
+    rest = {STORE: 4, "F2FP": 16, "STS": 16, "LDG": 0}
+    forward = Work({COPY: 4, **rest}, _matrices(steps))
+    backward = Work({COPY: 8, "HMMA": 8 * steps, **rest}, _matrices(steps))
     return [
-        MainLoop("band_forward", "bf16, false", case, Work(forward, (x,))),
-        MainLoop("band_backward", "bf16, 3, false", case, Work(backward, (x, dy))),
+        MainLoop("band_forward", "bf16, 64, false, false", case, forward),
+        MainLoop("band_backward", "bf16, 64, false, false, 3", case, backward),
+    ]
+
+
+def _own_filters(taps: int) -> list[MainLoop]:
+    """The same, with the softmax of a filter for each row by two lanes, which split it into its terms, and backward
+    keep its probabilities and store gradients. Logits are copied for four heads, 8 bytes at a time. The last two of a
+    lane's exponentials are one piece of code, in which the second may be left out."""
+    steps, case, each = (taps + 30) // 16, f"{taps} taps", (taps + 1) // 2
+    pieces = (16 * taps + 127) // 128
+    exponentials = each + (each == 16)
+    copies = (pieces, Work({"LDGSTS.E.64": 1}))
+    rest = {STORE: 4, "LDS.U16": each, "MUFU.EX2": exponentials, "LDG": 0}
+    forward = Work({COPY: 4, "STS.U16": 3 * each, **rest}, (*_matrices(steps), copies))
+    backward = Work(
+        {COPY: 8, "HMMA": 8 * steps, "STS.U16": 4 * each, **rest},
+        (*_matrices(steps), copies, (pieces, Work({"STG.E.64": 1}))),
+    )
+    return [
+        MainLoop("band_forward", "bf16, 64, false, true", case, forward),
+        MainLoop("band_backward", "bf16, 64, false, true, 3", case, backward),
+    ]
+
+
+def _gated(taps: int) -> list[MainLoop]:
+    """With a gate and a mask. stream: a thread has 4 channels of 8 rows of z to make, two rows at a time; backward it
+    makes those that it owns twice, and reads the mask for them. band: 32 channels, whose z is in three terms; a warp
+    reads the mask of a tile at once."""
+    steps, case = (taps + 30) // 16, f"{taps} taps, gate + mask"
+    if taps < 12:
+        own = (4, Work({"MUFU.EX2": 8, "STS.128": 2}))
+        forward = Work({COPY: 8, STORE: 4, "FFMA": 32 * taps, "LDG.E.U8": 8}, (own,))
+        rows = {QUAD["bf16"]: 32 + 7 + taps, "MUFU.EX2": 64, "LDG.E.U8": 16}
+        backward = Work({COPY: 12, STORE: 8, "FFMA": 64 * taps, **rows})
+        return [
+            MainLoop("stream_forward", "bf16, true, true", case, forward),
+            MainLoop("stream_backward", "bf16, true, true", case, backward),
+        ]
+    large = (steps, Work({"HMMA": 4, "LDSM": 3}))
+    rest = {"F2FP": 32, "STS.128": 6, "LDG": 1}
+    forward = Work({COPY: 4, STORE: 2, "MUFU.EX2": 16, **rest}, ((steps, Work({"HMMA": 20, "LDSM": 9})), large))
+    rest = {"F2FP": 40, "STS.128": 6, "LDG": 2, "HMMA": 12 * steps}
+    backward = Work({COPY: 6, STORE: 4, "MUFU.EX2": 32, **rest}, ((steps, Work({"HMMA": 8, "LDSM": 4})), large))
+    return [
+        MainLoop("band_forward", "bf16, 32, true, false", case, forward, makes=16),
+        MainLoop("band_backward", "bf16, 32, true, false, 3", case, backward, makes=16),
     ]
 
 
@@ -97,5 +147,6 @@ def _attention(channels: int) -> list[MainLoop]:
 
 MAIN_LOOPS = (
     *_stream("bf16", 3), *_stream("bf16", 7), *_stream("float", 7), *_band(15), *_band(31),
-    *_rows("bf16"), *_rows("float"), *_time("bf16"), *_time("float"), *_attention(64), *_attention(128),
+    *_own_filters(7), *_own_filters(31), *_gated(7), *_gated(31), *_rows("float"),
+    *_time("bf16"), *_time("float"), *_attention(64), *_attention(128),
 )  # fmt: skip

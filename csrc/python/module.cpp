@@ -53,6 +53,7 @@ void each_field(ck::cuda::Facts& facts, Field&& field) {
   field("state", facts.state);
   field("channel_bytes", facts.channel_bytes);
   field("time_bytes", facts.time_bytes);
+  field("weight_bytes", facts.weight_bytes);
   field("multiprocessors", facts.device.multiprocessors);
   field("block_memory", facts.device.block_memory);
 }
@@ -63,6 +64,7 @@ void each_field(ck::cuda::Plan& plan, Field&& field) {
   field("groups", plan.groups);
   field("shared_bytes", plan.shared_bytes);
   field("lanes", plan.lanes);
+  field("units", plan.units);
 }
 
 template <class Field>

@@ -28,6 +28,7 @@
 #define CK_DEVICE inline
 #define CK_PARAM
 #define CK_GLOBAL(threads, blocks)
+#define CK_UNROLL _Pragma("GCC unroll 32")
 #define CK_SHARED(type, name, count) \
   static const char name##_site = 0; \
   type(&name)[count] =               \

@@ -12,6 +12,10 @@
 #define CK_WHOLE(type)
 #endif
 
+struct alignas(8) float2 {
+  float x, y;
+  CK_WHOLE(float2)
+};
 struct alignas(16) float4 {
   float x, y, z, w;
   CK_WHOLE(float4)
@@ -32,6 +36,7 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }

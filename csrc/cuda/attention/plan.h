@@ -120,7 +120,7 @@ inline AttentionPlan tensor_plan(const AttentionFacts& f, bool backward) {
   plan.family = AttentionFamily::kTensor;
   plan.channels = round_to(f.channels, 32);
   plan.kernel_channels = plan.channels <= 64 ? 64 : 128;
-  const int64_t limit = f.device.block_memory;
+  const int64_t limit = f.device.block_memory < kBlockMemory ? f.device.block_memory : kBlockMemory;
   if (backward) {
     plan.strip_pitch = f.relative ? strip_pitch_of(f.window, kGradOthers) : 0;
     plan.grad_pitch = f.relative ? grad_pitch_of(f.window) : 0;

@@ -1,11 +1,14 @@
-// Heads of 16 channels and more in 16-bit types: a tile of a head's convolution is a product with a banded matrix that
-// is made from its filter, on tensor cores. Both directions obey the same relation,
+// Heads of 16 channels and more in 16-bit types: 16 positions of a head's convolution are a product with a banded
+// matrix that is made from its filters, on tensor cores,
 //
-//   out[m, c] = sum over q of A[m, q] in[q, c],   A[m, q] = filter[q - m],   m < 16, q < 15 + taps,
+//   y[r, c] = sum over u of A[r, u] z[u, c],   A[r, r + j] = filter of row r, tap j,   r < 16, u < 15 + taps.
 //
-// where d(z) has the taps in reverse order (Taps::transposed). Numbers enter the products as sums of bfloat16 terms,
-// three for float32, which hold all of its bits; products below 2^-26 of the largest are left out. Zeros of A would
-// spread what is not finite, and rows of another sequence: tiles with either are summed tap by tap instead.
+// Numbers enter the products as sums of bfloat16 terms, three for float32, which hold all of its bits; products below
+// 2^-26 of the largest are left out. Zeros of A spread what is not finite to neighbours whose windows do not see it:
+// then the result is not finite either, and the tile is summed tap by tap instead.
+//
+// A warp works on a unit, up to 64 channels of a head, and walks along time by itself, 16 rows at a time. What it reads
+// comes through rings of tiles in its own part of shared memory. The warps of a block have units side by side.
 #pragma once
 
 #include <type_traits>
@@ -16,362 +19,326 @@
 
 namespace ck::cuda {
 
-// What a block of the band kernels does: `channels` channels from c0 on, a piece of a head of one owner; `group` says
-// which of their rows.
-struct BandBlock {
-  int width, log_vectors;  // channels and vectors (as a power of two) of a row in shared memory
-  int channels;
-  unsigned columns, column, head, group, owner;  // columns: pieces of all heads
+// The unit of a warp, and where it walks: `channels` channels from c0 on; 0 where no unit is left. Rows of shared
+// memory have kWidth channels.
+template <int kWidth>
+struct BandUnit {
+  // What a lane copies and stores of a tile: the vector from `column` on of every kRowStep-th row from `row` on. Eight
+  // lanes, which have the banks of shared memory together, have a whole row of 64 channels, or eight rows.
+  static constexpr int kVectors = kWidth / 8, kRowStep = 32 / kVectors, kTurns = kBandTile / kRowStep;
+  static constexpr int kRowDistance = kWidth == 64 ? kVectors : 1;  // from lane to lane that differ in their rows
+  static constexpr int kPitch = band_pitch(kWidth), kTileSize = kBandTile * kPitch;
+
+  int lane, warp, units;  // units: of the block
+  int column, row;
+  int channels, head, piece;
+  int first_head, heads;  // of the block
+  int group, owner;
   int64_t c0;
 
   // All in 32 bits, where a division is short.
-  CK_DEVICE BandBlock(const Problem& p, int parts, int64_t groups) {
-    const unsigned heads = static_cast<unsigned>(p.heads), R = static_cast<unsigned>(p.channels) / heads;
-    width = band_width(R, parts);
-    log_vectors = width == 2 * kBandUnit ? 3 : 2;
-    const unsigned pieces = (R + width - 1) / width, count = static_cast<unsigned>(groups);
-    columns = heads * pieces;
-    column = blockIdx.x % columns;
-    head = column / pieces;
-    group = blockIdx.x / columns % count;
-    owner = blockIdx.x / columns / count;
-    const unsigned inner = column % pieces * width;
+  CK_DEVICE BandUnit(const Problem& p, const BandShape& shape, int64_t groups)
+      : lane(threadIdx.x % 32),
+        warp(threadIdx.x / 32),
+        units(blockDim.x / 32),
+        column(kWidth == 64 ? lane % kVectors * 8 : lane / kRowStep * 8),
+        row(kWidth == 64 ? lane / kVectors : lane % kRowStep) {
+    const int all = static_cast<int>(p.heads) * shape.pieces, R = static_cast<int>(p.channels / p.heads);
+    const unsigned blocks = (all + units - 1) / units, others = blockIdx.x / blocks;
+    const int first = static_cast<int>(blockIdx.x % blocks) * units, unit = min(first + warp, all - 1);
+    head = unit / shape.pieces;
+    piece = unit % shape.pieces;
+    first_head = first / shape.pieces;
+    heads = min(first + units - 1, all - 1) / shape.pieces - first_head + 1;
+    group = static_cast<int>(others % static_cast<unsigned>(groups));
+    owner = static_cast<int>(others / static_cast<unsigned>(groups));
+    const int inner = piece * shape.piece(R);
     c0 = int64_t{head} * R + inner;
-    channels = static_cast<int>(min(R - inner, static_cast<unsigned>(width)));
+    channels = first + warp < all ? max(min(R - inner, shape.piece(R)), 0) : 0;
   }
 };
 
-// The bits of float32 numbers that bfloat16 holds too. The sum of the first three is the value, that of the first two
-// if it was float16. To nearest; ties need not go to even.
-struct Terms {
-  uint32_t bits[3];
+CK_DEVICE int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 
-  CK_DEVICE explicit Terms(float value) {
-    for (int i = 0; i < 3; ++i) {
-      bits[i] = (__float_as_uint(value) + 0x8000u) & 0xffff0000u;
-      value -= __uint_as_float(bits[i]);
-    }
-  }
+// Rows of a phase, in tiles of 16: row n is at position first + n * dilation.
+struct TileRows {
+  int64_t b, first, dilation;
+
+  CK_DEVICE int64_t position(int64_t n) const { return first + n * dilation; }
 };
 
-// Whether Terms are exact: finite, and not rounded up to infinity.
-CK_DEVICE bool splittable(float value) { return fabsf(value) < 3.38e38f; }
-
-// Two bfloat16 numbers in a register of a matrix.
-CK_DEVICE uint32_t pair_of(uint32_t low, uint32_t high) { return low >> 16 | high; }
-
-// acc += a b, of numbers that are sums of kA and kB terms; what is small against the rest goes to `small`, which may be
-// `large` itself.
-template <int kA, int kB>
-CK_DEVICE void multiply(float (&small)[4], float (&large)[4], const uint32_t (&a)[kA][4], const uint32_t (&b)[kB][2]) {
-  if constexpr (kA == 3) mma_m16n8k16<bf16>(small, a[2], b[0]);
-  if constexpr (kB == 3) mma_m16n8k16<bf16>(small, a[0], b[2]);
-  if constexpr (kA > 1 && kB > 1) mma_m16n8k16<bf16>(small, a[1], b[1]);
-  if constexpr (kA > 1) mma_m16n8k16<bf16>(small, a[1], b[0]);
-  if constexpr (kB > 1) mma_m16n8k16<bf16>(small, a[0], b[1]);
-  mma_m16n8k16<bf16>(large, a[0], b[0]);
-}
-
-// A filter as the products need it, in shared memory.
-template <int kSteps>
-struct BandFilter {
-  static constexpr int kMargin = kBandTile;
-
-  // filter[j], in the order of the relation, from j = -kMargin on; zeros where there is no tap.
-  float values[kMargin + kBandTile * kSteps];
-  // Registers of each lane for the 16 x 16 matrices of A and their terms, the largest first.
-  uint4 matrices[kSteps][3][32];
-
-  CK_DEVICE float tap(int64_t j) const { return values[kMargin + j]; }
-
-  // Fills all of it, by the whole block. Returns whether products cannot be used.
-  CK_DEVICE bool fill(const Problem& p, const BandBlock& block, bool reverse) {
-    const Sequence anywhere{0, 0, 0, kUnbounded};
-    const FilterAt at(p, block.owner, 0, block.head);
-    const Statistics<float> statistics = warp_statistics<float>(p, at, 0, threadIdx.x % 32, anywhere);
-    bool bad = false;
-    for (int i = threadIdx.x; i < kMargin + kBandTile * kSteps; i += kBandThreads) {
-      const int64_t K = p.taps.taps, j = i - kMargin;
-      values[i] = j >= 0 && j < K ? tap_of(p, at, 0, reverse ? K - 1 - j : j, statistics, anywhere).value() : 0;
-      bad = bad || !splittable(values[i]);
-    }
-    bad = __syncthreads_or(bad);
-    for (int i = threadIdx.x; i < kSteps * 32; i += kBandThreads) {
-      const int s = i / 32, lane = i % 32;
-      uint32_t words[3][4];
-      for (int r = 0; r < 4; ++r) {
-        const int row = lane / 4 + r % 2 * 8, column = lane % 4 * 2 + r / 2 * 8;
-        const Terms low(tap(16 * s + column - row)), high(tap(16 * s + column + 1 - row));
-        for (int term = 0; term < 3; ++term) words[term][r] = pair_of(low.bits[term], high.bits[term]);
-      }
-      for (int term = 0; term < 3; ++term) store_vector(&matrices[s][term][lane], words[term]);
-    }
-    __syncthreads();
-    return bad;
-  }
-
-  CK_DEVICE void load(uint32_t (&a)[3][4], int s, int lane) const {
-    for (int term = 0; term < 3; ++term) load_vector(a[term], &matrices[s][term][lane]);
-  }
-};
-
-// A tensor's chunks of kBandRows rows on their way through shared memory: copied as they are, then, unless they are
-// single terms already, gated and split by the thread that copied them. A slot of BandLayout is written again only
-// after a barrier that comes after its last use in walk_chunks.
-template <class T, bool kGate, bool kHalo>
-struct BandFeed {
-  static constexpr BandLayout kLayout{std::is_same_v<T, f16>, kGate, kHalo};
-  static constexpr int kParts = kLayout.parts, kTensors = kLayout.tensors, kRaw = kLayout.raw, kSplit = kLayout.split;
-  static constexpr bool kDirect = kParts == 1;
-
-  int base;  // where its shared memory begins, in elements
-  int pitch, log_vectors, chunk;
-
-  CK_DEVICE BandFeed(int base, const BandBlock& block)
-      : base(base), pitch(band_pitch(block.width)), log_vectors(block.log_vectors), chunk(kBandRows * pitch) {}
-
-  static CK_DEVICE T* at(int element) { return reinterpret_cast<T*>(shared_memory()) + element; }
-  CK_DEVICE int end() const { return base + kLayout.chunks() * chunk; }
-  CK_DEVICE int raw(int i, int tensor) const { return base + (i % kRaw * kTensors + tensor) * chunk; }
-  // The first of the parts of chunk i, which lie a chunk apart.
-  CK_DEVICE int parts(int i) const {
-    if constexpr (kDirect)
-      return raw(i, 0);
-    else
-      return base + (kRaw * kTensors + i % kSplit * kParts) * chunk;
-  }
-
-  // The vectors of a chunk that this thread copies and takes.
-  template <class Use>
-  CK_DEVICE void for_own_vectors(const Use& use) const {
-#pragma unroll 2
-    for (int v = threadIdx.x; v < kBandRows << log_vectors; v += kBandThreads)
-      use(v >> log_vectors, (v & ((1 << log_vectors) - 1)) * kVector<T>);
-  }
-
-  // Starts the copy of chunk i, whose first row is at position s, of a tensor like x; the first `wanted` rows of it.
-  template <bool kInput, class P>
-  CK_DEVICE void stage(int i, int tensor, const P& p, const Rows& rows, int64_t b, int64_t s, int64_t dilation,
-                       int wanted, const BandBlock& block) const {
-    stage_rows<T, kInput, kBandRows, kBandThreads, 2>(at(raw(i, tensor)), pitch, log_vectors, p, rows, b, s, dilation,
-                                                      wanted, block.c0, block.channels);
-  }
-
-  // Takes what this thread has copied; use(values) sees it. Returns whether products cannot be used.
-  template <class Use>
-  CK_DEVICE bool accept(int i, const Use& use) const {
-    bool bad = false;
-    for_own_vectors([&](int row, int column) {
-      float z[8];
-      unpack_vector(z, at(raw(i, 0) + row * pitch + column));
-      if constexpr (kGate) {
-        float gate[8];
-        unpack_vector(gate, at(raw(i, 1) + row * pitch + column));
-        for (int e = 0; e < 8; ++e) z[e] *= sigmoid<T>(gate[e]);
-      }
-      for (int e = 0; e < 8; ++e) bad = bad || !splittable(z[e]);
-      if constexpr (!kDirect) {
-        uint32_t out[3][4];
-        for (int e = 0; e < 4; ++e) {
-          const Terms low(z[2 * e]), high(z[2 * e + 1]);
-          for (int part = 0; part < 3; ++part) out[part][e] = pair_of(low.bits[part], high.bits[part]);
-        }
-        for (int part = 0; part < kParts; ++part)
-          store_vector(at(parts(i) + part * chunk + row * pitch + column), out[part]);
-      }
-      use(z);
-    });
-    return bad;
-  }
-};
-
-// The rows that windows of chunk i reach, in tiles of 16: those of the chunk, then those of the next.
-template <class T>
-struct BandWindow {
-  int here, next, pitch, chunk;
-
-  template <bool kGate>
-  CK_DEVICE BandWindow(const BandFeed<T, kGate, true>& feed, int i)
-      : here(feed.parts(i)), next(feed.parts(i + 1)), pitch(feed.pitch), chunk(feed.chunk) {}
-
-  CK_DEVICE const T* row(int tile, int part, int row) const {
-    const int chunk_of = tile < kBandWarps ? here : next;
-    return BandFeed<T, false, true>::at(chunk_of + part * chunk + (tile % kBandWarps * kBandTile + row) * pitch);
-  }
-};
-
-// The relation for the 16 rows of tile `first` of a chunk and 32 channels.
-template <class T, int kParts, int kSteps>
-CK_DEVICE void band_product(float (&out)[4][4], const BandFilter<kSteps>& filter, int steps,
-                            const BandWindow<T>& window, int first, int column, int lane) {
-  float small[4][4] = {};
-#pragma unroll 1
-  for (int s = 0; s < steps; ++s) {
-    uint32_t a[3][4];
-    filter.load(a, s, lane);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      uint32_t words[kParts][4], b[kParts][2];
-      for (int part = 0; part < kParts; ++part)
-        ldmatrix_x4_trans(words[part], window.row(first + s, part, lane % 16) + column + 16 * half + lane / 16 * 8);
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        for (int part = 0; part < kParts; ++part) b[part][0] = words[part][2 * n], b[part][1] = words[part][2 * n + 1];
-        multiply<3, kParts>(small[2 * half + n], out[2 * half + n], a, b);
-      }
-    }
-  }
-  for (int n = 0; n < 4; ++n)
-    for (int e = 0; e < 4; ++e) out[n][e] += small[n][e];
-}
-
-// Stores two rows, lane / 4 and the eighth after it, of a product of 32 channels, of which a lane has pairs: lanes of
-// four exchange pairs for whole vectors. value(n, e): element e of the matrix of 8 channels n. row(half): where the
-// channels of the row begin, nullptr: nowhere. In pieces of `bytes`.
-template <class T, class Value, class Row>
-CK_DEVICE void store_product(int channels, int lane, int bytes, const Value& value, const Row& row) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    uint32_t v[4];
-    for (int n = 0; n < 4; ++n) v[n] = narrow_pair<T>(value(n, 2 * half), value(n, 2 * half + 1));
-#pragma unroll
-    for (int by = 1; by <= 2; by *= 2) {
-      const bool upper = (lane & by) != 0;
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        if ((n & by) != 0) continue;
-        const uint32_t got = __shfl_xor_sync(kAllLanes, upper ? v[n] : v[n + by], by);
-        (upper ? v[n] : v[n + by]) = got;
-      }
-    }
-    T* const to = row(half);
-    const int c = lane % 4 * kVector<T>;
-    if (to != nullptr) store_pieces(to + c, v, channels - c, bytes);
-  }
-}
-
-// Whether the 16 outputs from position t on, a dilation apart, and all that they read are of one sequence.
-CK_DEVICE bool whole_windows(const Problem& p, const Taps& taps, int64_t t) {
-  if (p.offsets == nullptr) return true;
-  const int64_t last = t + (kBandTile - 1) * taps.dilation;
-  const Sequence sequence = sequence_of(p, t);
-  return max(taps.source(t, 0), int64_t{0}) >= sequence.begin &&
-         min(max(last, taps.source(last, taps.taps - 1)), p.time - 1) < sequence.end;
-}
-
-// A problem of which the compiler sees that it has no gate: code for one would take registers from everything around.
-template <bool kGate, class P>
-CK_DEVICE P with_known_gate(P p) {
-  if (!kGate) p.gate.data = nullptr;
-  return p;
-}
-
-// Chunks i = 0..count-1 while the next two are on their way: stage(i) starts copies of chunk i, accept(i) takes them
-// and returns whether products cannot be used, compute(i, slow) has chunks i and i + 1 to work with.
-template <class Stage, class Accept, class Compute>
-CK_DEVICE void walk_chunks(int count, const Stage& stage, const Accept& accept, const Compute& compute) {
-  for (int i = 0; i < 2; ++i) {
-    stage(i);
-    cp_async_commit();
-  }
-  bool before = false;
-  for (int i = -1; i < count; ++i) {
-    cp_async_wait<1>();
-    const bool bad = __syncthreads_or(accept(i + 1));
-    stage(i + 3);
-    cp_async_commit();
-    if (i >= 0) compute(i, before || bad);
-    before = bad;
-  }
-  // What follows may write everywhere.
-  cp_async_wait<0>();
-  __syncthreads();
-}
-
-// The rows of a group: body(b, t, count, last) for each run of `count` chunks of a phase of a batch row, from position
-// t on; `last`: the phase ends there. `before`: so many positions before 0 belong to it.
-template <class Body>
-CK_DEVICE void for_runs(const Problem& p, const Taps& taps, int64_t before, const BandBlock& block, int64_t groups,
+// The runs of a block: body(rows, count) for each run of `count` tiles of a phase of a batch row, whose row 0 is that
+// of `rows`. `before`: so many positions before 0 belong to it; `extra`: so many rows after the last one of a phase.
+template <class Unit, class Body>
+CK_DEVICE void for_runs(const Problem& p, const Unit& unit, int64_t groups, int64_t before, int64_t extra,
                         const Body& body) {
   // Fewer than 2^31: positions have at least 32 bytes each.
-  const unsigned dilation = static_cast<unsigned>(taps.dilation);
-  const unsigned chunks = static_cast<unsigned>(ceil_div(p.time + before, taps.dilation * kBandRows));
-  const unsigned all = static_cast<unsigned>(p.owner_batch()) * dilation * chunks;
+  const unsigned dilation = static_cast<unsigned>(p.taps.dilation);
+  const unsigned tiles =
+      static_cast<unsigned>(ceil_div(ceil_div(p.time + before, p.taps.dilation) + extra, int64_t{kBandTile}));
+  const unsigned all = static_cast<unsigned>(p.owner_batch()) * dilation * tiles;
   const unsigned each = (all + static_cast<unsigned>(groups) - 1) / static_cast<unsigned>(groups);
-  const unsigned end = min((block.group + 1) * each, all);
-  for (unsigned at = block.group * each; at < end;) {
-    const unsigned line = at / chunks, first = at % chunks, count = min(chunks - first, end - at);
-    body(int64_t{block.owner} + line / dilation, line % dilation - before + int64_t{first} * kBandRows * taps.dilation,
-         static_cast<int>(count), first + count == chunks);
+  const unsigned end = min((unit.group + 1) * each, all);
+  for (unsigned at = unit.group * each; at < end;) {
+    const unsigned line = at / tiles, first = at % tiles, count = min(tiles - first, end - at);
+    const int64_t phase = line % dilation - before;
+    body(TileRows{int64_t{unit.owner} + line / dilation, phase + int64_t{first} * kBandTile * p.taps.dilation,
+                  p.taps.dilation},
+         static_cast<int>(count));
     at += count;
   }
 }
 
-// The 16 outputs from position `first` on and of 32 channels, or `channels`, from c on, tap by tap.
-template <class T, int kSteps>
-CK_DEVICE void slow_outputs(const Forward& p, const BandFilter<kSteps>& filter, const float* bias, int64_t b,
-                            int64_t first, int64_t c, int channels, int lane) {
-  if (lane >= channels) return;
-  const int64_t end = min(first + kBandTile * p.taps.dilation, p.time);
-#pragma unroll 1
-  for (int64_t t = first; t < end; t += p.taps.dilation) {
-    const Sequence sequence = sequence_of(p, t);
-    float total = 0;
-#pragma unroll 1
-    for (int64_t j = 0; j < p.taps.taps; ++j)
-      total += filter.tap(j) * load_input<T>(p, b, p.taps.source(t, j), c + lane, sequence);
-    *at<T>(p.y, b, t, c + lane) = narrow<T>(total + bias[lane]);
+// Copies the tiles of a run one after another: of x and the gate, or of d(y). One address is found and moved on.
+template <class T, bool kInput, int kTensors, int kWidth>
+struct TileCopies {
+  using Unit = BandUnit<kWidth>;
+  const T* from[kTensors];  // this lane's vector of its first row
+  int next;                 // the tile to be copied
+  int whole, count;         // from which tile on, and how many, are there with all their rows
+  const bool* mask;         // of row lane % 16
+  bool open;                // what it says, read a tile ahead
+
+  // From tile `tile` on, of which rows below `wanted` are needed.
+  template <class P>
+  CK_DEVICE void start(const P& p, const TileRows& rows, int tile, int64_t wanted, const Unit& unit) {
+    const int64_t span = kBandTile * rows.dilation, last = (kBandTile - 1) * rows.dilation;
+    next = tile;
+    whole = static_cast<int>(-floor_div(rows.first, span));
+    count = static_cast<int>(min(floor_div(p.time - 1 - last - rows.first, span), wanted / kBandTile - 1)) + 1 - whole;
+    if (p.vector_bytes != 16 || count < 0) count = 0;
+    const int64_t s = rows.position(int64_t{tile} * kBandTile + unit.row);
+    const int64_t c = unit.c0 + (unit.column < unit.channels ? unit.column : 0);
+    for (int n = 0; n < kTensors; ++n) {
+      const Rows& tensor = source(p, n);
+      from[n] = static_cast<const T*>(tensor.data) + rows.b * tensor.batch + s * tensor.time + c;
+    }
+    if (!kInput || p.mask == nullptr) return;
+    mask =
+        p.mask + rows.b * p.mask_batch + rows.position(int64_t{tile} * kBandTile + unit.lane % kBandTile) * p.mask_time;
+    look_ahead();
   }
+
+  CK_DEVICE bool is_whole() const { return static_cast<unsigned>(next - whole) < static_cast<unsigned>(count); }
+  CK_DEVICE void look_ahead() {
+    if (is_whole()) open = *mask;
+  }
+
+  // Starts the copies of the next tile to `to`, and of the gate `apart` elements after it.
+  template <class P>
+  CK_DEVICE void copy(T* to, int apart, const P& p, const TileRows& rows, int64_t wanted, const Unit& unit) {
+    to += unit.column;
+    if (is_whole()) {
+      unsigned bits = kAllLanes;
+      if (kInput && p.mask != nullptr) bits = __ballot_sync(kAllLanes, open);
+      bits = unit.column < unit.channels ? bits >> unit.row : 0;
+      T* row = to + unit.row * Unit::kPitch;
+      int64_t hop[kTensors];
+      for (int n = 0; n < kTensors; ++n) hop[n] = Unit::kRowStep * p.taps.dilation * source(p, n).time;
+#pragma unroll
+      for (int turn = 0; turn < Unit::kTurns; ++turn) {
+        const bool valid = (bits >> turn * Unit::kRowStep & 1) != 0;
+        for (int n = 0; n < kTensors; ++n) {
+          cp_async<16>(row + n * apart, from[n], valid);
+          from[n] += hop[n];
+        }
+        row += Unit::kRowStep * Unit::kPitch;
+      }
+    } else {
+      const int64_t n0 = int64_t{next} * kBandTile;
+      for (int n = 0; n < kTensors; ++n) {
+        stage_any_rows<T, kInput, kBandTile, 1>(
+            to + n * apart, Unit::kPitch, p, source(p, n), rows.b, rows.position(n0), rows.dilation,
+            static_cast<int>(min(wanted - n0, int64_t{kBandTile})), unit.c0 + unit.column, unit.channels - unit.column,
+            opaque(unit.row), Unit::kRowStep);
+        from[n] += kBandTile * p.taps.dilation * source(p, n).time;
+      }
+    }
+    ++next;
+    if (!kInput || p.mask == nullptr) return;
+    mask += kBandTile * rows.dilation * p.mask_time;
+    look_ahead();
+  }
+
+  template <class P>
+  static CK_DEVICE const Rows& source(const P& p, int n) {
+    if constexpr (kInput)
+      return n == 0 ? p.x : p.gate;
+    else
+      return p.grad;
+  }
+};
+
+// Tiles of z, or of d(y), in a ring. What is not a single term arrives in tiles of its own, and is gated and split by
+// the lanes that copied it.
+template <class T, bool kGate, int kWidth, int kAhead, int kRaw = kAhead>
+struct TileRing {
+  using Unit = BandUnit<kWidth>;
+  static constexpr int kLaneWidth = kWidth;
+  static constexpr int kParts = band_parts(std::is_same_v<T, f16>, kGate), kTensors = kGate ? 2 : 1;
+  static constexpr bool kDirect = kParts == 1;
+  static constexpr int kGroups = kWidth / 16;  // of 16 channels
+  static constexpr int kTile = Unit::kTileSize;
+
+  T* base;
+  int slots;
+
+  CK_DEVICE TileRing(char* shared, int tiles)
+      : base(reinterpret_cast<T*>(shared)), slots(band_slots(kParts, tiles, kAhead)) {}
+
+  static CK_DEVICE int bytes(int tiles) { return band_ring_bytes(kParts, kTensors, tiles, kWidth, kAhead, kRaw); }
+
+  // What follows a raw slot; slot `by` after another one, by < slots.
+  static CK_DEVICE int next_raw(int turn) { return turn + 1 < kRaw ? turn + 1 : 0; }
+  CK_DEVICE int after(int slot, int by) const { return slot + by < slots ? slot + by : slot + by - slots; }
+  CK_DEVICE T* at(int slot) const { return base + slot * (kParts * kTile); }
+  // Where tiles arrive: turn by turn.
+  CK_DEVICE T* raw(int turn) const { return base + (slots * kParts + turn * kTensors) * kTile; }
+
+  // Makes the parts of a tile that this lane has copied.
+  CK_DEVICE void split(int slot, int turn, const Unit& unit) const {
+#pragma unroll
+    for (int n = 0; n < Unit::kTurns; ++n) {
+      const int place = (unit.row + n * Unit::kRowStep) * Unit::kPitch + unit.column;
+      float z[8];
+      unpack_vector(z, raw(turn) + place);
+      if constexpr (kGate) {
+        float gate[8];
+        unpack_vector(gate, raw(turn) + kTile + place);
+        for (int e = 0; e < 8; ++e) z[e] *= sigmoid<T>(gate[e]);
+      }
+      for (int part = 0; part < kParts; ++part) {
+        uint32_t words[4];
+        for (int e = 0; e < 4; ++e) {
+          words[e] = narrow_pair<bf16>(z[2 * e], z[2 * e + 1]);
+          z[2 * e] -= widen(bf16{static_cast<uint16_t>(words[e])});
+          z[2 * e + 1] -= widen(bf16{static_cast<uint16_t>(words[e] >> 16)});
+        }
+        store_vector(at(slot) + part * kTile + place, words);
+      }
+    }
+  }
+};
+
+// What walking a ring of z or d(y) along a run takes: where its tiles are copied to, and which one comes next.
+template <bool kInput, class Ring, class T>
+struct TileWalk {
+  using Unit = typename Ring::Unit;
+  TileCopies<T, kInput, Ring::kTensors, Ring::kLaneWidth> copies;
+  TileRows rows;
+  int64_t wanted;
+  int fill, turn;  // the slot, or where parts are made, the turn, that is copied to next
+
+  template <class P>
+  CK_DEVICE void start(const P& p, const TileRows& from, int tile, int64_t rows_wanted, const Unit& unit) {
+    rows = from;
+    wanted = rows_wanted;
+    fill = turn = 0;
+    copies.start(p, rows, tile, wanted, unit);
+  }
+
+  // Starts the copy of the next tile.
+  template <class P>
+  CK_DEVICE void copy(const P& p, const Ring& ring, const Unit& unit) {
+    if constexpr (Ring::kDirect) {
+      copies.copy(ring.at(fill), 0, p, rows, wanted, unit);
+      fill = ring.after(fill, 1);
+    } else {
+      copies.copy(ring.raw(turn), Ring::kTile, p, rows, wanted, unit);
+      turn = Ring::next_raw(turn);
+    }
+  }
+};
+
+// acc += a b over terms, of those products that are small against the rest, or of the large ones. Small ones are added
+// first, so that they lose nothing.
+template <bool kSmall, int kParts>
+CK_DEVICE void multiply(float (&acc)[4], const uint32_t (&a)[3][4], const uint32_t (&b)[kParts][2]) {
+  if constexpr (!kSmall) return mma_m16n8k16<bf16>(acc, a[0], b[0]);
+  mma_m16n8k16<bf16>(acc, a[2], b[0]);
+  if constexpr (kParts == 3) mma_m16n8k16<bf16>(acc, a[0], b[2]);
+  if constexpr (kParts > 1) mma_m16n8k16<bf16>(acc, a[1], b[1]);
+  mma_m16n8k16<bf16>(acc, a[1], b[0]);
+  if constexpr (kParts > 1) mma_m16n8k16<bf16>(acc, a[0], b[1]);
 }
 
-// Blocks: heads and their pieces, then groups, then owners.
-template <class T, bool kGate>
-CK_GLOBAL(kBandThreads, 4)
-void band_forward(const CK_PARAM Forward p, int64_t groups) {
-  using Feed = BandFeed<T, kGate, true>;
-  CK_SHARED(BandFilter<kBandSteps>, filter, 1);
-  CK_SHARED(float, bias, 2 * kBandUnit);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, K = static_cast<int>(p.taps.taps);
-  const BandBlock block(p, Feed::kParts, groups);
-  if (static_cast<int>(threadIdx.x) < block.channels)
-    bias[threadIdx.x] = p.bias == nullptr ? 0 : load_as<float>(p.bias, block.c0 + threadIdx.x, p.bias_dtype);
-  const bool bad_filter = filter->fill(p, block, false);
-  const Feed feed(0, block);
-  const int steps = (K + 2 * kBandTile - 2) / kBandTile;
-
-  for_runs(p, p.taps, 0, block, groups, [&](int64_t b, int64_t t0, int count, bool) {
-    const auto stage = [&](int i) {
-      if (i > count) return;
-      const int wanted = (count - i) * kBandRows + K - 1;
-      for (int tensor = 0; tensor < Feed::kTensors; ++tensor)
-        feed.template stage<true>(i, tensor, p, tensor == 0 ? p.x : p.gate, b, p.taps.source(t0, i * kBandRows),
-                                  p.taps.dilation, wanted, block);
-    };
-    const auto accept = [&](int i) { return feed.accept(i, [](const float (&)[8]) {}); };
-    walk_chunks(count, stage, accept, [&](int i, bool slow) {
-      const int64_t first = t0 + (i * kBandRows + warp * kBandTile) * p.taps.dilation;
-      if (first >= p.time) return;
-      slow = slow || bad_filter || !whole_windows(p, p.taps, first);
-      const BandWindow<T> window(feed, i);
+// out += A z of `steps` tiles and the unit's channels. load(a, term, s): the matrices of A. tile(s): the rows of z.
+template <class Ring, class Load, class Tile>
+CK_DEVICE void band_product(float (&out)[2 * Ring::kGroups][4], int steps, int lane, const Load& load,
+                            const Tile& tile) {
+  const int place = lane % 16 * Ring::Unit::kPitch + lane / 16 * 8;
+  const auto pass = [&](auto small) {
+    constexpr bool kSmall = decltype(small)::value;
 #pragma unroll 1
-      for (int column = 0; column < block.channels; column += kBandUnit) {
-        if (slow) {
-          slow_outputs<T>(with_known_gate<kGate>(p), *filter, bias + column, b, first, block.c0 + column,
-                          block.channels - column, lane);
-          continue;
+    for (int s = 0; s < steps; ++s) {
+      uint32_t a[3][4];
+      for (int term = 0; term < (kSmall ? 3 : 1); ++term)
+        if (!kSmall || Ring::kParts > 1 || term > 0) load(a[term], term, s);
+      const auto* const rows = tile(s) + place;
+#pragma unroll
+      for (int g = 0; g < Ring::kGroups; ++g) {
+        uint32_t words[Ring::kParts][4], b[Ring::kParts][2];
+        for (int part = 0; part < (kSmall ? Ring::kParts : 1); ++part)
+          ldmatrix_x4_trans(words[part], rows + part * Ring::kTile + 16 * g);
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          for (int part = 0; part < Ring::kParts; ++part)
+            b[part][0] = words[part][2 * n], b[part][1] = words[part][2 * n + 1];
+          multiply<kSmall, Ring::kParts>(out[2 * g + n], a, b);
         }
-        float out[4][4] = {};
-        band_product<T, Feed::kParts>(out, *filter, steps, window, warp, column, lane);
-        store_product<T>(
-            block.channels - column, lane, p.vector_bytes,
-            [&](int j, int e) { return out[j][e] + bias[column + 8 * j + lane % 4 * 2 + e % 2]; },
-            [&](int half) {
-              const int64_t t = first + (lane / 4 + 8 * half) * p.taps.dilation;
-              return t < p.time ? at<T>(p.y, b, t, block.c0 + column) : nullptr;
-            });
       }
-    });
-  });
+    }
+  };
+  pass(Bool<true>{});
+  pass(Bool<false>{});
+}
+
+// Where a run's results go, tile by tile.
+template <class T, int kWidth>
+struct TileStores {
+  using Unit = BandUnit<kWidth>;
+
+  T* to;  // this lane's vector of its first row
+
+  CK_DEVICE TileStores(const Rows& tensor, const TileRows& rows, const Unit& unit)
+      : to(static_cast<T*>(tensor.data) + rows.b * tensor.batch + rows.position(unit.row) * tensor.time + unit.c0 +
+           unit.column) {}
+
+  // Stores the next tile from shared memory, of which `rows` rows exist. By the warp.
+  CK_DEVICE void store(const T* tile, const Problem& p, const Rows& tensor, int rows, const Unit& unit) {
+    const T* const from = tile + unit.row * Unit::kPitch + unit.column;
+    const int channels = unit.channels - unit.column, last = channels > 0 ? rows - unit.row : 0;
+    const int64_t hop = Unit::kRowStep * p.taps.dilation * tensor.time;
+#pragma unroll
+    for (int turn = 0; turn < Unit::kTurns; ++turn, to += hop) {
+      uint32_t words[4];
+      load_vector(words, from + turn * Unit::kRowStep * Unit::kPitch);
+      if (turn * Unit::kRowStep >= last) continue;
+      if (p.vector_bytes == 16)
+        store_vector(to, words);
+      else
+        store_pieces(to, words, channels, p.vector_bytes);
+    }
+  }
+  CK_DEVICE void skip(const Problem& p, const Rows& tensor) { to += kBandTile * p.taps.dilation * tensor.time; }
+};
+
+// Rounds a unit's results, puts them where a tile is no longer needed, and returns whether all are finite. By the warp.
+template <class T, int kMatrices>
+CK_DEVICE bool put_tile(T* tile, const float (&out)[kMatrices][4], int lane) {
+  constexpr int kPitch = band_pitch(8 * kMatrices);
+  uint32_t* const to = reinterpret_cast<uint32_t*>(tile + lane / 4 * kPitch + lane % 4 * 2);
+  uint32_t found = 0;
+#pragma unroll
+  for (int n = 0; n < kMatrices; ++n) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t pair = narrow_pair<T>(out[n][2 * half], out[n][2 * half + 1]);
+      found = not_finite_pair<T>(pair, found);
+      to[4 * n + half * 4 * kPitch] = pair;
+    }
+  }
+  return __any_sync(kAllLanes, (found & 0x7fff7fffu) != 0) == 0;
 }
 
 }  // namespace ck::cuda

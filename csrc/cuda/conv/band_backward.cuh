@@ -1,205 +1,303 @@
-// The backward pass of the band family: all gradients from one walk over x and d(y). Row q of a window of d(y) reads
-// input m of a tile by tap q - m of the transposed relation, so that the filter's gradient lies along the diagonals of
+// The backward pass of the band family: all gradients from one walk over d(y) and z. With the matrices A of 16 outputs,
 //
-//   G[m, q] = sum over c of z[m, c] dy[q, c],
+//   d(z)[u, c] = sum over r of A[r, u] d(y)[r, c],      d(filter of row r)[j] = G[r, r + j],  G[r, u] = d(y)[r] . z[u].
 //
-// which stay in registers from the first tile to the last.
+// Tile i of the inputs is reached by tiles i .. i + steps - 1 of the outputs. When it has come, its d(z) can be found,
+// and the filters' gradients of output tile i, whose inputs are tiles i - steps + 1 .. i.
 #pragma once
 
-#include "csrc/cuda/conv/band.cuh"
+#include "csrc/cuda/conv/band_gradients.cuh"
+#include "csrc/cuda/conv/band_slow.cuh"
 
 namespace ck::cuda {
 
-// G += of the 16 rows of z at `z`, whose parts lie `apart`, the window of d(y) from tile `first` on, and 32 channels.
-template <class T, int kZParts, int kParts, int kSteps>
-CK_DEVICE void pair_product(float (&g)[2 * kSteps][4], int z, int apart, int steps, const BandWindow<T>& window,
-                            int first, int column, int lane) {
+// Stores a tile of d(x), part of which may be rows of the state, from shared memory. By the warp.
+template <class T, class Unit>
+CK_DEVICE void store_with_state(const Backward& p, const Unit& unit, const TileRows& rows, int tile, const T* from) {
+  const int channels = unit.channels - unit.column;
+  if (channels <= 0) return;
 #pragma unroll 1
-  for (int c = 0; c < kBandUnit; c += 16) {
-    uint32_t a[kZParts][4];
-    for (int part = 0; part < kZParts; ++part)
-      ldmatrix_x4(a[part], BandFeed<T, false, true>::at(z + part * apart + lane % 16 * window.pitch + column + c +
-                                                        lane / 16 * 8));
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      if (s >= steps) break;
-      uint32_t b[kParts][4], half[kParts][2];
-      for (int part = 0; part < kParts; ++part)
-        ldmatrix_x4(b[part], window.row(first + s, part, lane % 8 + lane / 16 * 8) + column + c + lane / 8 % 2 * 8);
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        for (int part = 0; part < kParts; ++part) half[part][0] = b[part][2 * n], half[part][1] = b[part][2 * n + 1];
-        multiply<kZParts, kParts>(g[2 * s + n], g[2 * s + n], a, half);
-      }
-    }
-  }
-}
-
-// The gradients of the 16 inputs from position `first` on and of `channels` channels from c on, at most 32, tap by tap.
-// `filter` and `taps` as in the relation; `sums`: of this warp, a number per tap.
-template <class T, int kSteps>
-CK_DEVICE void slow_gradients(const Backward& p, const Taps& taps, const BandFilter<kSteps>& filter, float* sums,
-                              int64_t b, int64_t first, int64_t c, int channels, int lane) {
-  const int64_t end = min(first + kBandTile * taps.dilation, p.time);
-  if (lane < channels)
-#pragma unroll 1
-    for (int64_t s = first; s < end; s += taps.dilation) {
-      const Sequence sequence = sequence_of(p, s);
-      float dz = 0;
-#pragma unroll 1
-      for (int64_t j = 0; j < taps.taps; ++j) {
-        const int64_t t = taps.source(s, j);
-        if (sequence.contains(t)) dz += filter.tap(j) * widen(*at<const T>(p.grad, b, t, c + lane));
-      }
-      if (s >= 0)
-        store_input_gradient<T>(p, b, s, c + lane, dz);
-      else if (p.grad_state != nullptr)
-        *state_at<T>(p, p.grad_state, b, s, c + lane, sequence) = narrow<T>(dz);
-    }
-  if (p.grad_weight == nullptr) return;
-#pragma unroll 1
-  for (int64_t j = lane; j < taps.taps; j += 32) {
-    float total = 0;
-#pragma unroll 1
-    for (int64_t s = first; s < end; s += taps.dilation) {
-      const int64_t t = taps.source(s, j);
-      const Sequence sequence = sequence_of(p, s);
-      if (!sequence.contains(t)) continue;
-#pragma unroll 1
-      for (int e = 0; e < channels; ++e)
-        total += load_input<T>(p, b, s, c + e, sequence) * widen(*at<const T>(p.grad, b, t, c + e));
-    }
-    sums[j] += total;
+  for (int turn = 0; turn < Unit::kTurns; ++turn) {
+    const int row = unit.row + turn * Unit::kRowStep;
+    const int64_t s = rows.position(int64_t{tile} * kBandTile + row), c = unit.c0 + unit.column;
+    T* const to = s >= p.time ? nullptr
+                  : s < 0     ? state_at<T>(p, p.grad_state, rows.b, s, c, {0, 0, p.time, kUnbounded})
+                              : (p.grad_x.data == nullptr ? nullptr : at<T>(p.grad_x, rows.b, s, c));
+    uint32_t words[4];
+    load_vector(words, from + row * Unit::kPitch + unit.column);
+    if (to != nullptr) store_pieces(to, words, channels, p.vector_bytes);
   }
 }
 
 // Blocks as in band_forward.
-template <class T, int kSteps, bool kGate>
-CK_GLOBAL(kBandThreads, 3)
+template <class T, int kWidth, bool kGate, bool kOwn, int kSteps>
+CK_GLOBAL(32 * kBandWarps, 2)
 void band_backward(const CK_PARAM Backward p) {
-  using GradFeed = BandFeed<T, false, true>;
-  using Feed = BandFeed<T, kGate, false>;
-  constexpr int kRow = kBandTile * kSteps;  // of G, and more than there are taps
-  CK_SHARED(BandFilter<kSteps>, filter, 1);
-  CK_SHARED(float, slow_sums, kBandWarps* kRow);
-  CK_SHARED(float, bias_sums, 8 * kBandThreads);  // each thread's, of the channels of its vectors
-  const Taps taps = p.taps.transposed();
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, K = static_cast<int>(taps.taps);
-  const BandBlock block(p, Feed::kParts, p.groups);
+  using GradRing = TileRing<T, false, kWidth, kBandGradAhead>;
+  using Ring = TileRing<T, kGate, kWidth, kBandGradAhead, kBandGradAhead + 1>;
+  constexpr bool kFloat16 = std::is_same_v<T, f16>;
+  CK_SHARED(float, slow_sums, kOwn ? 1 : kBandWarps * kBandMaxTaps);
+  const BandShape shape(p.taps.taps, p.head_channels(), kFloat16, kGate);
+  const BandUnit<kWidth> unit(p, shape, p.groups);
+  const Taps back = p.taps.transposed();
+  const int lane = unit.lane, steps = shape.steps, K = static_cast<int>(p.taps.taps);
   const bool need_input = p.grad_x.data != nullptr || p.grad_gate.data != nullptr || p.grad_state != nullptr;
   const bool need_weight = p.grad_weight != nullptr, need_bias = p.grad_bias != nullptr;
-  for (int i = threadIdx.x; i < kBandWarps * kRow; i += kBandThreads) slow_sums[i] = 0;
-  for (int e = 0; e < 8; ++e) bias_sums[e * kBandThreads + threadIdx.x] = 0;
-  const bool bad_filter = filter->fill(p, block, true);
-  const GradFeed grad(0, block);
-  const Feed feed(grad.end(), block);
-  const int steps = (K + 2 * kBandTile - 2) / kBandTile;
-  float g[2 * kSteps][4] = {};
 
-  const int64_t before = p.state == nullptr ? 0 : taps.span();
-  for_runs(p, taps, before, block, p.groups, [&](int64_t b, int64_t s0, int count, bool last) {
-    // Chunk i of d(y) comes with chunk i - 1 of x, which has no halo.
-    const auto stage = [&](int i) {
-      if (i > count) return;
-      grad.template stage<false>(i, 0, p, p.grad, b, taps.source(s0, i * kBandRows), taps.dilation,
-                                 (count - i) * kBandRows + K - 1, block);
-      if (i == 0 || !(need_weight || kGate)) return;
-      for (int tensor = 0; tensor < Feed::kTensors; ++tensor)
-        feed.template stage<true>(i - 1, tensor, p, tensor == 0 ? p.x : p.gate, b,
-                                  s0 + (i - 1) * kBandRows * taps.dilation, taps.dilation, kBandRows, block);
+  const int bytes = band_backward_bytes(shape, kFloat16, kGate, kOwn, K);
+  char* shared = shared_memory() + unit.warp * bytes;
+  // Of as many tiles of outputs as inputs are reached by, in turn.
+  const BandMatrix matrices(shared, shape, kBandTile * (steps - 1) - (K - 1));
+  shared += (kOwn ? steps : 1) * shape.matrix_bytes();
+  const GradRing grad_ring(shared, steps);
+  shared += GradRing::bytes(steps);
+  const Ring ring(shared, steps);
+  float* const strip = reinterpret_cast<float*>(shared + Ring::bytes(steps));
+  float* const probabilities = strip + band_strip_bytes(K) / 4;
+  const int probability_pitch = band_probability_pitch(K);
+  char* const block = shared_memory() + unit.units * bytes;
+  LogitTiles logits(p, shape, unit, LogitMemory::of_weight(p), block);
+  LogitTiles logit_grads(p, shape, unit, LogitMemory::of_gradient(p), logits.at(1 + kBandGradAhead, 0));
+  const bool cut = shape.pieces > 1;  // d(weight) is summed over pieces of heads afterwards
+
+  for (int n = 0; n < (kOwn ? steps : 1); ++n) matrices.other(n).clear(lane);
+  float* const warp_sums = slow_sums + (kOwn ? 0 : unit.warp * kBandMaxTaps);
+  if (!kOwn) {
+    if (unit.channels == 0) return;
+    for (int j = lane; j < K; j += 32) warp_sums[j] = 0;
+    __syncwarp();
+    make_shared_filters(p, matrices, unit);
+  }
+  float g[2 * kSteps][4] = {}, bias_sums[8] = {};
+
+  // Rows of the state come before the others; the last windows of a phase may reach outputs after its last input.
+  const int64_t before = p.state == nullptr ? 0 : p.taps.span();
+  const int64_t extra = ceil_div(p.taps.span() - p.taps.left, p.taps.dilation);
+  for_runs(p, unit, p.groups, before, extra, [&](const TileRows& rows, int count) {
+    const TileRows outputs{rows.b, back.source(rows.first, 0), rows.dilation};
+    TileWalk<false, GradRing, T> grad;
+    TileWalk<true, Ring, T> input;
+    const int64_t wanted = int64_t{count} * kBandTile;
+    grad.start(p, outputs, 0, wanted + K - 1, unit);
+    input.start(p, rows, 1 - steps, wanted, unit);
+    TileStores<T, kWidth> to_x(p.grad_x, rows, unit), to_gate(p.grad_gate, rows, unit);
+    const int left = static_cast<int>(ceil_div(p.time - rows.first, rows.dilation));
+    const auto sync = [&] {
+      if constexpr (kOwn)
+        __syncthreads();
+      else
+        __syncwarp();
     };
-    const auto accept = [&](int i) {
-      float sum[8] = {};
-      bool bad = grad.accept(i, [&](const float (&dy)[8]) {
-        for (int e = 0; e < 8; ++e) sum[e] += dy[e];
-      });
-      // The chunk after the last is the next run's first, unless there is none.
-      if (need_bias && (i < count || last))
-        for (int e = 0; e < 8; ++e) bias_sums[e * kBandThreads + threadIdx.x] += sum[e];
-      if (i > 0 && need_weight) bad = feed.accept(i - 1, [](const float (&)[8]) {}) || bad;
-      return bad;
-    };
-    walk_chunks(count, stage, accept, [&](int i, bool slow) {
-      const int64_t first = s0 + (i * kBandRows + warp * kBandTile) * taps.dilation;
-      if (first >= p.time) return;
-      slow = slow || bad_filter || !whole_windows(p, taps, first);
-      const BandWindow<T> window(grad, i);
-      const int own = warp * kBandTile * feed.pitch;
-#pragma unroll 1
-      for (int column = 0; column < block.channels; column += kBandUnit) {
-        const int channels = block.channels - column;
-        const int64_t c = block.c0 + column;
-        if (slow) {
-          slow_gradients<T>(with_known_gate<kGate>(p), taps, *filter, slow_sums + warp * kRow, b, first, c,
-                            min(channels, kBandUnit), lane);
-          continue;
-        }
-        if (need_weight)
-          pair_product<T, Feed::kParts, GradFeed::kParts, kSteps>(g, feed.parts(i) + own, feed.chunk, steps, window,
-                                                                  warp, column, lane);
-        if (!need_input) continue;
-        float dz[4][4] = {};
-        band_product<T, GradFeed::kParts>(dz, *filter, steps, window, warp, column, lane);
-        const auto position = [&](int half) { return first + (lane / 4 + 8 * half) * taps.dilation; };
-        if (p.mask != nullptr)
-          for (int half = 0; half < 2; ++half)
-            if (const int64_t s = position(half); s >= 0 && s < p.time && masked(p, b, s))
-              for (int j = 0; j < 4; ++j) dz[j][2 * half] = dz[j][2 * half + 1] = 0;
-        const auto row_of = [&](const Rows& rows, int half) {
-          const int64_t s = position(half);
-          return rows.data != nullptr && s < p.time ? at<T>(rows, b, s, c) : nullptr;
-        };
-        // Of x or the gate, where element e of matrix j of dz is.
-        const auto raw = [&](int tensor, int j, int e) {
-          const int row = own + (lane / 4 + e / 2 * 8) * feed.pitch;
-          return widen(*Feed::at(feed.raw(i, tensor) + row + column + 8 * j + lane % 4 * 2 + e % 2));
-        };
-        store_product<T>(
-            channels, lane, p.vector_bytes,
-            [&](int j, int e) { return kGate ? dz[j][e] * sigmoid<T>(raw(1, j, e)) : dz[j][e]; },
-            [&](int half) {
-              const int64_t s = position(half);
-              return s >= 0 ? row_of(p.grad_x, half)
-                            : state_at<T>(p, p.grad_state, b, s, c, {0, 0, p.time, kUnbounded});
-            });
-        if (kGate && p.grad_gate.data != nullptr)
-          store_product<T>(
-              channels, lane, p.vector_bytes,
-              [&](int j, int e) {
-                const float open = sigmoid<T>(raw(1, j, e));
-                return dz[j][e] * raw(0, j, e) * open * (1 - open);
-              },
-              [&](int half) { return row_of(p.grad_gate, half); });
+    if constexpr (kOwn) {
+      logits.start(p, LogitMemory::of_weight(p), outputs, unit);
+      logit_grads.start(p, LogitMemory::of_gradient(p), outputs, unit);
+    }
+    // Tile n of the outputs arrives with tile n - steps + 1 of the inputs.
+    const auto issue = [&](int n) {
+      if (n < count + steps - 1) {
+        grad.copy(p, grad_ring, unit);
+        if (need_weight || kGate) input.copy(p, ring, unit);
+        if constexpr (kOwn) logits.copy(p, n % (1 + kBandGradAhead));
       }
-    });
+      cp_async_commit();
+    };
+    // What the mask says of row lane % 16 of the next tile of inputs: read a tile ahead.
+    bool open = true;
+    const auto look_at_mask = [&](int tile) {
+      const int64_t s = rows.position(int64_t{tile} * kBandTile + lane % kBandTile);
+      open = s < 0 || s >= p.time || !masked(p, rows.b, s);
+    };
+    if (p.mask != nullptr) look_at_mask(0);
+    sync();  // the run before this one has been read
+    for (int n = 0; n < kBandGradAhead; ++n) issue(n);
+    // Slots: what has arrived, and where it lies as it came; the first tile of the windows; of matrices.
+    int grad_arrived = 0, grad_raw = 0, arrived = 0, raw = 0, grad_window = 0, window = 0, matrix = 0, logit_slot = 0;
+    for (int i = 1 - steps; i < count; ++i) {
+      cp_async_wait<kBandGradAhead - 1>();
+      if constexpr (!GradRing::kDirect) grad_ring.split(grad_arrived, grad_raw, unit);
+      if constexpr (!Ring::kDirect)
+        if (need_weight || kGate) ring.split(arrived, raw, unit);
+      sync();
+      issue(i + steps - 1 + kBandGradAhead);
+      if constexpr (kOwn) {
+        if (i > 0 && need_weight && !cut) logit_grads.store(p, (i - 1) % 2);
+        if (unit.channels != 0)
+          make_own_filters<T>(p, matrices.other(matrix), unit, logits, logit_slot, outputs, i + steps - 1,
+                              [&](int j, float value) {
+                                probabilities[(matrix * kBandTile + lane / 2) * probability_pitch + j] = value;
+                              });
+        logit_slot = logit_slot < kBandGradAhead ? logit_slot + 1 : 0;
+        __syncwarp();
+      }
+      const int raw_here = raw;  // x and the gate of tile i
+      grad_arrived = grad_ring.after(grad_arrived, 1);
+      arrived = ring.after(arrived, 1);
+      grad_raw = GradRing::next_raw(grad_raw);
+      raw = Ring::next_raw(raw);
+      // The oldest filters are the next slot's.
+      matrix = matrix + 1 < steps ? matrix + 1 : 0;
+      if (i < 0) continue;
+      unsigned open_rows = kAllLanes;
+      if (p.mask != nullptr) {
+        open_rows = __ballot_sync(kAllLanes, open);
+        look_at_mask(i + 1);
+      }
+
+      if (need_bias) {
+#pragma unroll 1
+        for (int turn = 0; turn < unit.kTurns; ++turn)
+          for (int part = 0; part < GradRing::kParts; ++part) {
+            float dy[8];
+            const T* const from = grad_ring.at(grad_window) + part * GradRing::kTile +
+                                  (unit.row + turn * unit.kRowStep) * unit.kPitch + unit.column;
+            if constexpr (GradRing::kDirect)
+              unpack_vector(dy, from);
+            else
+              unpack_vector(dy, reinterpret_cast<const bf16*>(from));
+            for (int e = 0; e < 8; ++e) bias_sums[e] += dy[e];
+          }
+      }
+      if (need_weight) {
+        const auto z_tile = [&](int s) { return ring.at(ring.after(window, s)); };
+        if constexpr (kOwn) {
+#pragma unroll
+          for (int n = 0; n < 2 * kSteps; ++n)
+            for (int e = 0; e < 4; ++e) g[n][e] = 0;
+        }
+        bool fast = true;
+        if constexpr (!kOwn) {
+          fast = whole_tile(p, p.taps, outputs, i);
+          // Rows that do not exist are zeros, which are no part of any sum: not even if they meet what is not finite.
+          const int64_t top =
+              min(rows.position(int64_t{i - steps + 1} * kBandTile), outputs.position(int64_t{i} * kBandTile));
+          const int64_t end = max(rows.position(int64_t{i} * kBandTile + kBandTile - 1),
+                                  outputs.position(int64_t{i} * kBandTile + kBandTile - 1));
+          if (fast && (top < -before || end >= p.time)) {
+            bool finite = finite_rows(grad_ring.at(grad_window), unit);
+#pragma unroll 1
+            for (int s = 0; s < steps; ++s) finite = finite_rows(z_tile(s), unit) && finite;
+            fast = __all_sync(kAllLanes, finite) != 0;
+          }
+        }
+        if (fast)
+          pair_product<GradRing, Ring, kSteps>(g, steps, grad_ring.at(grad_window), lane, z_tile);
+        else
+          slow_taps<T>(p, unit, outputs, i, warp_sums);
+        if constexpr (kOwn) {
+          put_band(strip, g, matrices.shift, K, lane);
+          __syncwarp();
+          const int row = lane / 2;
+          const int64_t t = outputs.position(int64_t{i} * kBandTile + row);
+          const bool exists = t >= 0 && t < p.time && unit.channels != 0;
+          int first = 0, last = exists ? K : 0;
+          if (exists && p.offsets != nullptr) {
+            const Sequence sequence = sequence_of(p, t);
+            first = static_cast<int>(p.taps.first_inside(t, sequence.begin));
+            last = static_cast<int>(p.taps.last_inside(t, sequence.end));
+          }
+          const FilterAt at(p, rows.b, exists ? t : 0, unit.head);
+          // Tile i's filters are those of the slot after the one that was made just now.
+          const float* const own = probabilities + (matrix * kBandTile + row) * probability_pitch;
+          float* const sums = strip + strip_row(row, K);
+          if (cut) {
+            float* const to = static_cast<float*>(p.partial_weight) +
+                              (((unit.piece * p.batch + rows.b) * p.time + t) * p.heads + unit.head) * K;
+            finish_own_filters(p, at, first, last, lane, sums, own, [&](int j, float value) {
+              if (exists) to[j] = value;
+            });
+          } else {
+            char* const to = logit_grads.at(i % 2, row) + (unit.head - unit.first_head) * K * logit_bytes(p);
+            const auto finish = [&](const auto& store) {
+              finish_own_filters(p, at, first, last, lane, sums, own, store);
+            };
+            finish([&](int j, float value) {
+              if (exists) store_as(to, j, p.weight_dtype, value);
+            });
+          }
+          __syncwarp();
+        }
+      }
+      T* const done = grad_ring.at(grad_window);  // which no later tile reaches
+      T* const done_z = ring.at(window);
+      if (need_input) {
+        float dz[2 * Ring::kGroups][4] = {};
+        band_product<GradRing>(
+            dz, steps, lane,
+            [&](auto& a, int term, int k) {
+              int slot = matrix + k;
+              slot = slot < steps ? slot : slot - steps;
+              (kOwn ? matrices.other(slot) : matrices).load_transposed(a, term, steps - 1 - k, lane);
+            },
+            [&](int k) { return grad_ring.at(grad_ring.after(grad_window, k)); });
+        if (p.mask != nullptr) {
+          const unsigned bits = open_rows >> lane / 4;
+#pragma unroll
+          for (int n = 0; n < 2 * Ring::kGroups; ++n)
+            for (int e = 0; e < 4; ++e) dz[n][e] = (bits >> e / 2 * 8 & 1) != 0 ? dz[n][e] : 0.0f;
+        }
+        bool fast = true;
+        if constexpr (kGate) {
+          float dgate[2 * Ring::kGroups][4];
+          const T* const x = ring.raw(raw_here) + lane / 4 * unit.kPitch + lane % 4 * 2;
+#pragma unroll
+          for (int n = 0; n < 2 * Ring::kGroups; ++n)
+            for (int e = 0; e < 4; ++e) {
+              const int place = 8 * n + e / 2 * 8 * unit.kPitch + e % 2;
+              const float gate = sigmoid<T>(widen(x[Ring::kTile + place]));
+              dgate[n][e] = dz[n][e] * widen(x[place]) * gate * (1 - gate);
+              dz[n][e] *= gate;
+            }
+          fast = put_tile<T>(done_z, dgate, lane);
+        }
+        fast = put_tile<T>(done, dz, lane) && fast && (kOwn || whole_tile(p, back, rows, i));
+        __syncwarp();
+        if (!fast) {
+          slow_inputs<T>(p, unit, rows, i);
+          to_x.skip(p, p.grad_x);
+          to_gate.skip(p, p.grad_gate);
+        } else {
+          if (rows.position(int64_t{i} * kBandTile) < 0) {
+            store_with_state(p, unit, rows, i, done);
+            to_x.skip(p, p.grad_x);
+          } else if (p.grad_x.data != nullptr) {
+            to_x.store(done, p, p.grad_x, left - i * kBandTile, unit);
+          }
+          if (kGate && p.grad_gate.data != nullptr) to_gate.store(done_z, p, p.grad_gate, left - i * kBandTile, unit);
+        }
+      }
+      grad_window = grad_ring.after(grad_window, 1);
+      window = ring.after(window, 1);
+    }
+    if constexpr (kOwn)
+      if (need_weight && !cut) {
+        __syncthreads();
+        logit_grads.store(p, (count - 1) % 2);
+      }
   });
 
-  // Computed again: kept over the whole walk it would take registers.
-  const BandBlock place(p, Feed::kParts, p.groups);
-  const int64_t partial = int64_t{place.owner} * p.groups + place.group;
-  float* const products = reinterpret_cast<float*>(shared_memory());
-  if (need_weight) {
-#pragma unroll
-    for (int k = 0; k < 2 * kSteps; ++k)
-      for (int e = 0; e < 4; ++e)
-        products[(warp * kBandTile + lane / 4 + e / 2 * 8) * kRow + 8 * k + lane % 4 * 2 + e % 2] = g[k][e];
-    __syncthreads();
-    if (static_cast<int>(threadIdx.x) < K) {
-      const int j = threadIdx.x;
-      float total = 0;
-      for (int w = 0; w < kBandWarps; ++w) {
-        total += slow_sums[w * kRow + j];
-        for (int m = 0; m < kBandTile; ++m) total += products[(w * kBandTile + m) * kRow + m + j];
-      }
-      static_cast<float*>(p.partial_weight)[(partial * place.columns + place.column) * K + K - 1 - j] = total;
+  const int64_t partial = int64_t{unit.owner} * p.groups + unit.group;
+  if (!kOwn && need_weight) {
+    float* const products = reinterpret_cast<float*>(grad_ring.base);
+    __syncwarp();
+    put_band(products, g, matrices.shift, K, lane);
+    __syncwarp();
+    const int64_t column = int64_t{unit.head} * shape.pieces + unit.piece, columns = p.heads * shape.pieces;
+    for (int j = lane; j < K; j += 32) {
+      float total = warp_sums[j];
+      for (int r = 0; r < kBandTile; ++r) total += products[strip_row(r, K) + j];
+      static_cast<float*>(p.partial_weight)[(partial * columns + column) * K + j] = total;
     }
   }
-  if (need_bias && static_cast<int>(threadIdx.x) < place.channels) {
-    const int vectors = 1 << place.log_vectors;
-    const float* const sums = bias_sums + threadIdx.x % 8 * kBandThreads + threadIdx.x / 8;
-    float total = 0;
-    for (int i = 0; i < kBandThreads; i += vectors) total += sums[i];
-    static_cast<float*>(p.partial_bias)[partial * p.channels + place.c0 + threadIdx.x] = total;
+  if (need_bias) {
+    // Lanes of a column have different rows.
+#pragma unroll
+    for (int e = 0; e < 8; ++e)
+      for (int distance = unit.kRowDistance; distance < unit.kRowDistance * unit.kRowStep; distance *= 2)
+        bias_sums[e] += __shfl_xor_sync(kAllLanes, bias_sums[e], distance);
+    if (unit.row == 0)
+      for (int e = 0; e < 8; ++e)
+        if (unit.column + e < unit.channels)
+          static_cast<float*>(p.partial_bias)[partial * p.channels + unit.c0 + unit.column + e] = bias_sums[e];
   }
 }
 

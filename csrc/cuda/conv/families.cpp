@@ -46,6 +46,7 @@ Facts common_facts(const Problem& p) {
   f.gate = p.gate.data != nullptr;
   f.packed = p.offsets != nullptr;
   f.state = p.state != nullptr;
+  f.weight_bytes = size_of(p.weight_dtype);
   f.channel_bytes = f.time_bytes = 16;
   f.device = current_device();
   add_alignment(f, p.x);
@@ -87,7 +88,11 @@ int64_t assign(Backward& p, const Plan& plan, void* workspace) {
   p.groups = plan.groups;
   Workspace sums(workspace, p.dtype);
   const int64_t rows = p.owners() * p.groups;
-  const int64_t pieces = plan.family == Family::kRows ? rows_pieces(p.head_channels()) : 1;
+  const bool float16 = p.dtype == Dtype::kFloat16, gate = p.gate.data != nullptr;
+  const int64_t pieces = plan.family == Family::kRows ? rows_pieces(p.head_channels())
+                         : plan.family == Family::kBand
+                             ? BandShape(p.taps.taps, p.head_channels(), float16, gate).pieces
+                             : 1;
   if (p.grad_weight != nullptr && !p.per_position)
     p.partial_weight = sums.take(rows * (p.renormalize ? p.heads * pieces : p.channels) * p.taps.taps);
   if (p.grad_weight != nullptr && p.per_position && pieces > 1)

@@ -7,6 +7,7 @@
 //   chunk   the rows that a block copies, and computes, at a time
 #pragma once
 
+#include "csrc/cuda/conv/band_shape.h"
 #include "csrc/cuda/conv/problem.h"
 #include "csrc/cuda/conv/time_tiles.h"
 #include "csrc/cuda/device/device.h"
@@ -40,6 +41,7 @@ struct Facts {
   // Bytes, 16 at most, at which every tensor like x can be read and written along its channels, or along its positions;
   // 0 where these do not lie side by side. Rows have a whole number of such pieces.
   int64_t channel_bytes = 16, time_bytes = 0;
+  int64_t weight_bytes = 4;  // of a logit
   Device device;
 
   bool per_row() const { return per_position || renormalize; }
@@ -53,6 +55,7 @@ struct Plan {
   int64_t groups = 1;        // of an owner's positions
   int64_t shared_bytes = 0;  // of a block; of the time family, what its tiles may take
   int64_t lanes = 0;         // of the rows family: of a warp, that a head has
+  int64_t units = 0;         // of the band family: warps of a block
 };
 
 inline int64_t at_least_one(int64_t n) { return n < 1 ? 1 : n; }
@@ -229,83 +232,70 @@ inline Plan rows_plan(const Facts& f, bool backward) {
   return plan;
 }
 
-// band: blocks of 32 or 64 channels of a head, 64 rows at a time
+// band: shapes in band_shape.h
 
-constexpr int kBandTile = 16;  // rows of a product
-constexpr int kBandWarps = 4, kBandThreads = 32 * kBandWarps;
-constexpr int kBandRows = kBandWarps * kBandTile;  // rows that are copied, and computed, at a time
-constexpr int kBandUnit = 32;                      // channels that a warp computes at a time
+// Of filters that positions share, the fewest: with 43 TFLOP/s, which is what threads reach, a tap costs 0.046 ps per
+// element forward and 0.092 backward; the memory of an H200 takes 0.83 ps and 1.25 ps, so that threads keep up to 18
+// and 13 taps, fewer if the two do not overlap. Matrices take 0.3 ps with up to 17 taps.
+constexpr int64_t kBandMinTaps = 12;
 
-// Windows of a chunk reach no further than the next one. The fewest: with 43 TFLOP/s, which is what threads reach, a
-// tap costs 0.046 ps per element forward and 0.092 backward; the memory of an H200 takes 0.83 ps and 1.25 ps, so that
-// threads keep up to 18 and 13 taps, fewer if the two do not overlap. Matrices take 0.3 ps with up to 17 taps.
-constexpr int64_t kBandMinTaps = 12, kBandMaxTaps = kBandRows + 1;
-constexpr int kBandSteps = kBandWarps + 1;  // tiles that the window of a tile reaches, at most
-constexpr int64_t kBandStatic = 14 << 10;   // bytes of filters and sums
-// Up to this many taps a window is three tiles, and sums for d(filter) take fewer registers.
-constexpr int kBandShortSteps = 3;
-constexpr int64_t kBandShort = (kBandShortSteps - 1) * kBandTile + 1;
-
-// How rows of a tensor lie in shared memory. Numbers are made up of terms of bfloat16: `parts` of them, one of its own,
-// two of float16, three of float32 (a gated input). Chunks come as they are, `raw` at a time, of x and of the gate;
-// what has more than one part is split from there, into `split` chunks of each part. A halo, the chunk after the one
-// that is computed, takes one more; raw rows without a halo are read for d(gate) until their chunk is done.
-struct BandLayout {
-  int parts, tensors, raw, split;
-
-  CK_HD constexpr BandLayout(bool float16, bool gate, bool halo)
-      : parts(gate      ? 3
-              : float16 ? 2
-                        : 1),
-        tensors(gate ? 2 : 1),
-        raw(halo ? (parts == 1 ? 4 : 2) : (parts == 1 || gate ? 3 : 2)),
-        split(parts == 1 ? 0
-              : halo     ? 3
-                         : 2) {}
-  CK_HD constexpr int chunks() const { return raw * tensors + split * parts; }
-};
-
-// Channels of a block of heads of R channels. Two units share a row of shared memory where neither would be empty;
-// rows in several parts are narrow, so that two blocks and more fit on a multiprocessor.
-CK_HD int band_width(int64_t R, int parts) {
-  return parts == 1 && (R - 1) % (2 * kBandUnit) >= kBandUnit ? 2 * kBandUnit : kBandUnit;
-}
-CK_HD int64_t band_pieces(int64_t R, int parts) {
-  const int64_t width = band_width(R, parts);
-  return (R + width - 1) / width;
-}
-
-// From row to row of shared memory: eight rows begin at different multiples of 16 bytes, modulo 128.
-CK_HD int band_pitch(int width) { return width + 8; }
-
-inline int64_t band_bytes(const Facts& f, bool backward) {
+inline int64_t band_bytes(const Facts& f, bool backward, int units) {
   const bool float16 = f.dtype == Dtype::kFloat16;
-  const BandLayout input(float16, f.gate, !backward), grad(float16, false, true);
-  const int64_t row = band_pitch(band_width(f.head_channels(), input.parts)) * 2;
-  return (input.chunks() + (backward ? grad.chunks() : 0)) * kBandRows * row;
+  const BandShape shape(f.taps, f.head_channels(), float16, f.gate);
+  // Backward two tiles of gradients besides.
+  const int tiles = !f.per_position ? 0 : backward ? 1 + kBandGradAhead + 2 : 1 + kBandAhead;
+  return tiles * kBandTile * band_logit_pitch(f.taps, band_heads(shape.pieces, units), f.weight_bytes) +
+         units * (backward ? band_backward_bytes(shape, float16, f.gate, f.per_position, f.taps)
+                           : band_forward_bytes(shape, f.gate));
+}
+
+// Blocks per multiprocessor that registers allow: 128 threads of at most 128, 168 or 255.
+inline int64_t band_blocks(const Facts& f, bool backward) { return backward ? 2 : f.per_position ? 3 : 4; }
+
+// Units of a block, a power of two so that rows of their logits are whole words: as many as fit, or fewer where many
+// more warps run at a time then; 0 if not even one fits.
+inline int band_units(const Facts& f, bool backward) {
+  int best = 0;
+  int64_t most = 0;
+  for (int units = kBandWarps; units > 0; units /= 2) {
+    const int64_t bytes = band_bytes(f, backward, units) + kBandStatic, fit = f.device.memory / (bytes + 1024);
+    const int64_t limit = band_blocks(f, backward) * kBandWarps / units, warps = (fit < limit ? fit : limit) * units;
+    if (bytes > f.device.block_memory || warps <= most + most / 4) continue;
+    best = units;
+    most = warps;
+  }
+  return best;
 }
 
 inline bool band_possible(const Facts& f, bool backward) {
   const bool narrow = f.dtype == Dtype::kBFloat16 || f.dtype == Dtype::kFloat16;
   const int64_t R = f.head_channels();
-  if (!narrow || f.per_row() || f.channel_bytes == 0 || f.taps > kBandMaxTaps || R < kBandTile || R % 8 != 0)
+  if (!narrow || f.renormalize || f.channel_bytes == 0 || f.taps > (f.per_position ? kBandShort : kBandMaxTaps) ||
+      R < kBandTile || R % 8 != 0)
     return false;
   // Positions are counted in 32 bits where there are at least as many as phases.
-  return f.dilation <= f.time && !(f.state && (f.packed || f.gate)) &&
-         band_bytes(f, backward) + kBandStatic <= f.device.block_memory;
+  return f.dilation <= f.time && !(f.state && (f.packed || f.gate)) && f.weight_bytes <= 4 &&
+         band_units(f, backward) != 0;
 }
 
 inline bool band_wanted(const Facts& f, bool backward) {
-  return band_possible(f, backward) && (f.taps >= kBandMinTaps || !stream_possible(f, backward));
+  return band_possible(f, backward) && (f.per_position || f.taps >= kBandMinTaps || !stream_possible(f, backward));
 }
 
 inline Plan band_plan(const Facts& f, bool backward) {
-  const BandLayout input(f.dtype == Dtype::kFloat16, f.gate, !backward);
-  const int64_t bytes = band_bytes(f, backward), reach = f.dilation * kBandRows;
-  const int64_t columns = f.heads * band_pieces(f.head_channels(), input.parts) * f.owners();
-  const int64_t chunks = f.batch / f.owners() * f.dilation * ((f.time + reach - 1) / reach);
-  // Filters and sums take static memory besides. A block waits for its first rows, and reads a halo.
-  return {Family::kBand, best_groups(f, chunks, columns, slots_of(f, bytes + kBandStatic, backward ? 3 : 4), 2), bytes};
+  const BandShape shape(f.taps, f.head_channels(), f.dtype == Dtype::kFloat16, f.gate);
+  const int units = band_units(f, backward);
+  const int64_t bytes = band_bytes(f, backward, units), reach = f.dilation * kBandTile;
+  const int64_t columns = (f.heads * shape.pieces + units - 1) / units * f.owners();
+  const int64_t tiles = f.batch / f.owners() * f.dilation * ((f.time + reach - 1) / reach);
+  // A block makes its filters, waits for its first rows, and reads a halo besides.
+  Plan plan{
+      Family::kBand,
+      best_groups(f, tiles, columns, slots_of(f, bytes + kBandStatic, band_blocks(f, backward) * kBandWarps / units),
+                  shape.steps + 2),
+      bytes};
+  plan.units = units;
+  return plan;
 }
 
 // time: a warp per piece of a few channel rows

@@ -9,6 +9,7 @@ Device current_device() {
   Device device;
   device.multiprocessors = 1;  // so that blocks walk far, as they do in problems of real size
   device.block_memory = static_cast<int64_t>(simt::shared_memory_limit());
+  device.memory = device.block_memory + 1024;
 #else
   // Every call asks, and mostly for the same one.
   thread_local Device device;
@@ -26,7 +27,6 @@ Device current_device() {
   look(device.block_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   look(device.memory, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
 #endif
-  if (device.block_memory > kBlockMemory) device.block_memory = kBlockMemory;
   return device;
 }
 

@@ -73,6 +73,25 @@ CK_DEVICE uint32_t narrow_pair(float low, float high) {
 #endif
 }
 
+// `found` + 0 * pair, number by number: zeros, of either sign, as long as all pairs are finite.
+template <class T>
+CK_DEVICE uint32_t not_finite_pair(uint32_t pair, uint32_t found) {
+#if defined(__CUDACC__)
+  const auto bits = [](auto both) { return *reinterpret_cast<uint32_t*>(&both); };
+  if constexpr (std::is_same_v<T, bf16>)
+    return bits(__hfma2(*reinterpret_cast<const __nv_bfloat162*>(&pair), __float2bfloat162_rn(0.0f),
+                        *reinterpret_cast<const __nv_bfloat162*>(&found)));
+  else
+    return bits(__hfma2(*reinterpret_cast<const __half2*>(&pair), __float2half2_rn(0.0f),
+                        *reinterpret_cast<const __half2*>(&found)));
+#else
+  const auto times_zero = [](uint32_t bits, uint32_t sum) {
+    return 0.0f * widen(T{static_cast<uint16_t>(bits)}) + widen(T{static_cast<uint16_t>(sum)});
+  };
+  return narrow_pair<T>(times_zero(pair, found), times_zero(pair >> 16, found >> 16));
+#endif
+}
+
 // Element `index` of an array whose type is known at run time.
 template <class C>
 CK_DEVICE C load_as(const void* data, int64_t index, Dtype dtype) {

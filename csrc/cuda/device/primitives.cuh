@@ -35,6 +35,8 @@
 #define CK_PARAM __grid_constant__
 #define CK_GLOBAL(threads, blocks) __global__ __launch_bounds__(threads, blocks)
 #define CK_SHARED(type, name, count) __shared__ type name[count]
+// Where lanes leave out some passes: unrolled by a host compiler too, so that each is a place of its own when counted.
+#define CK_UNROLL _Pragma("unroll")
 
 namespace ck::cuda {
 

@@ -1,37 +1,59 @@
 // Included once per type, with CK_TYPE defined.
 #include "csrc/common/switch.h"
 #include "csrc/cuda/conv/band_backward.cuh"
+#include "csrc/cuda/conv/band_forward.cuh"
 #include "csrc/cuda/conv/families.h"
 
 namespace ck::cuda {
 
-inline dim3 band_blocks(const Problem& p, int parts, int64_t groups) {
-  return dim3(static_cast<unsigned>(p.heads * band_pieces(p.head_channels(), parts) * groups * p.owners()));
+inline dim3 band_blocks(const Problem& p, const Plan& plan, const BandShape& shape) {
+  return dim3(static_cast<unsigned>(ceil_div(p.heads * shape.pieces, plan.units) * plan.groups * p.owners()));
+}
+
+// run(whether there is a gate, channels of a row in shared memory), of the kinds that there are.
+template <class T, class Run>
+const char* with_width(bool gate, int width, const Run& run) {
+  return with_bool(gate, [&](auto gated) -> const char* {
+    constexpr bool kGate = decltype(gated)::value;
+    if constexpr (band_parts(std::is_same_v<T, f16>, kGate) == 1)
+      if (width == 64) return run(gated, std::integral_constant<int, 64>{});
+    return run(gated, std::integral_constant<int, 32>{});
+  });
 }
 
 template <class T>
 const char* BandFamily<T>::forward(const Forward& p, const Plan& plan, Stream stream) {
-  return with_bool(p.gate.data != nullptr, [&](auto gate) {
-    using Feed = BandFeed<T, decltype(gate)::value, true>;
-    return launch(band_forward<T, decltype(gate)::value>, band_blocks(p, Feed::kParts, plan.groups), dim3(kBandThreads),
-                  static_cast<size_t>(plan.shared_bytes), stream, p, plan.groups);
+  const bool gate = p.gate.data != nullptr;
+  const BandShape shape(p.taps.taps, p.head_channels(), std::is_same_v<T, f16>, gate);
+  return with_width<T>(gate, shape.width, [&](auto gated, auto width) {
+    return with_bool(p.per_position, [&](auto own) {
+      return launch(band_forward<T, decltype(width)::value, decltype(gated)::value, decltype(own)::value>,
+                    band_blocks(p, plan, shape), dim3(static_cast<unsigned>(32 * plan.units)),
+                    static_cast<size_t>(plan.shared_bytes), stream, p, plan.groups);
+    });
   });
 }
 
 template <class T>
 const char* BandFamily<T>::backward(const Backward& p, const Plan& plan, Stream stream) {
-  int parts = 0;
-  const char* status = with_bool(p.gate.data != nullptr, [&](auto gate) {
-    return with_bool(p.taps.taps <= kBandShort, [&](auto few) {
-      constexpr bool kGate = decltype(gate)::value;
-      constexpr int kSteps = decltype(few)::value ? kBandShortSteps : kBandSteps;
-      parts = BandFeed<T, kGate, false>::kParts;
-      return launch(band_backward<T, kSteps, kGate>, band_blocks(p, parts, plan.groups), dim3(kBandThreads),
+  const bool gate = p.gate.data != nullptr;
+  const BandShape shape(p.taps.taps, p.head_channels(), std::is_same_v<T, f16>, gate);
+  const char* status = with_width<T>(gate, shape.width, [&](auto gated, auto width) {
+    const auto run = [&](auto own, auto steps) {
+      return launch(band_backward<T, decltype(width)::value, decltype(gated)::value, decltype(own)::value,
+                                  decltype(steps)::value>,
+                    band_blocks(p, plan, shape), dim3(static_cast<unsigned>(32 * plan.units)),
                     static_cast<size_t>(plan.shared_bytes), stream, p);
-    });
+    };
+    using Few = std::integral_constant<int, kBandShortSteps>;
+    if (p.per_position) return run(Bool<true>{}, Few{});
+    if (shape.steps <= kBandShortSteps) return run(Bool<false>{}, Few{});
+    return run(Bool<false>{}, std::integral_constant<int, kBandSteps>{});
   });
-  if (status == nullptr && p.grad_weight != nullptr)
-    status = Reduce<float>::weight(p, band_pieces(p.head_channels(), parts), false, stream);
+  if (status == nullptr && p.grad_weight != nullptr && !p.per_position)
+    status = Reduce<float>::weight(p, shape.pieces, false, stream);
+  if (status == nullptr && p.grad_weight != nullptr && p.per_position && shape.pieces > 1)
+    status = add_pieces(p, shape.pieces, stream);
   if (status == nullptr && p.grad_bias != nullptr) status = Reduce<float>::bias(p, p.owners() * p.groups, stream);
   return status;
 }
