@@ -276,28 +276,10 @@ CUDA_MUTATIONS = [
         "      cp_async_wait<kBandAhead + 1>();",
     ),
     Mutation(
-        "band: no barrier between lanes that copy and lanes that read",
-        "csrc/cuda/conv/band_forward.cuh",
-        "        __syncthreads();\n      else\n        __syncwarp();",
-        "        __syncthreads();",
-    ),
-    Mutation(
         "band: no barrier between warps that copy logits and warps that read them",
         "csrc/cuda/conv/band_backward.cuh",
         "      if constexpr (kOwn)\n        __syncthreads();\n      else\n        __syncwarp();",
         "      __syncwarp();",
-    ),
-    Mutation(
-        "band: filters used before the other lanes have made theirs",
-        "csrc/cuda/conv/band_forward.cuh",
-        "        logit_slot = logit_slot < kBandAhead ? logit_slot + 1 : 0;\n        __syncwarp();",
-        "        logit_slot = logit_slot < kBandAhead ? logit_slot + 1 : 0;",
-    ),
-    Mutation(
-        "band: results stored before all lanes have put theirs",
-        "csrc/cuda/conv/band_forward.cuh",
-        "      __syncwarp();\n      if (fast) {",
-        "      if (fast) {",
     ),
     Mutation(
         "band: what is not finite spreads to neighbours",

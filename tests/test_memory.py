@@ -1,6 +1,7 @@
 """Memory errors and leaks: poisoned allocations, guard bands, masked NaN, propagation of NaN and Inf, growth."""
 
 import gc
+import itertools
 import os
 
 import pytest
@@ -211,6 +212,29 @@ def test_nan_and_inf_spread_as_in_aten(dtype, taps, dilation, poison, backend):
         assert torch.equal(ours.isnan(), theirs.isnan())
         assert torch.equal(ours.isinf(), theirs.isinf())
         assert not ours.isfinite().all()
+
+
+@pytest.mark.parametrize("poisoned", ["x", "cotangent"])
+@pytest.mark.parametrize("padding", ["same", "causal"])
+@pytest.mark.parametrize(("function", "taps"), [("lightweight", 15), ("lightweight", 31), ("dynamic", 7)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_nan_and_inf_spread_no_further_than_windows(dtype, function, taps, padding, poisoned, backend):
+    """Heads that products of matrices compute: their zeros meet rows that no window has."""
+    length, heads = 40, 2
+    call = {"lightweight": ck.lightweight_conv1d, "dynamic": ck.dynamic_conv1d}[function]
+    shape = (heads, taps) if function == "lightweight" else (2, length, heads, taps)
+    weight = values(shape, dtype, 2)
+    # Each batch row has one, next to a border and in the middle.
+    for place, poison in itertools.product(((0, 39), (20, 33)), (float("nan"), float("inf"))):
+        tensors = {name: values((2, length, 64), dtype, n).clone() for n, name in enumerate(("x", "cotangent"))}
+        tensors[poisoned][0, place[0], 5] = tensors[poisoned][1, place[1], 40] = poison
+        found = []
+        for name in (backend, "reference"):
+            leaves = [tensors["x"].clone().requires_grad_(), weight.clone().requires_grad_()]
+            y = call(*leaves, padding=padding, backend=name)
+            found.append((y, *torch.autograd.grad(y, leaves, tensors["cotangent"])))
+        for ours, expected in zip(*found, strict=True):
+            assert torch.equal(ours.isfinite(), expected.isfinite())
 
 
 def test_nan_stays_in_its_sequence_and_head(backend):

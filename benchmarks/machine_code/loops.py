@@ -77,13 +77,13 @@ def _own_filters(taps: int) -> list[MainLoop]:
 
 def _gated(taps: int) -> list[MainLoop]:
     """With a gate and a mask. stream: a thread has 4 channels of 8 rows of z to make, two rows at a time; backward it
-    makes those that it owns twice, and reads the mask for them. band: 32 channels, whose z is in three terms; a warp
-    reads the mask of a tile at once."""
+    makes those that it owns twice. band: 32 channels, whose z is in three terms. A warp reads the mask of all rows that
+    it copies at once, and of those that it owns."""
     steps, case = (taps + 30) // 16, f"{taps} taps, gate + mask"
     if taps < 12:
         own = (4, Work({"MUFU.EX2": 8, "STS.128": 2}))
-        forward = Work({COPY: 8, STORE: 4, "FFMA": 32 * taps, "LDG.E.U8": 8}, (own,))
-        rows = {QUAD["bf16"]: 32 + 7 + taps, "MUFU.EX2": 64, "LDG.E.U8": 16}
+        forward = Work({COPY: 8, STORE: 4, "FFMA": 32 * taps, "LDG.E.U8": 2}, (own,))
+        rows = {QUAD["bf16"]: 32 + 7 + taps, "MUFU.EX2": 64, "LDG.E.U8": 3}
         backward = Work({COPY: 12, STORE: 8, "FFMA": 64 * taps, **rows})
         return [
             MainLoop("stream_forward", "bf16, true, true", case, forward),
@@ -118,16 +118,22 @@ def _rows(t: str) -> list[MainLoop]:
 
 
 def _time(t: str) -> list[MainLoop]:
-    """8 positions of a lane. 16 taps whose windows are two whole chunks of 8 elements: what others cost depends on
-    where they lie. A lane copies its chunk, and some lanes one of those to the right of all."""
-    n, case = VECTORS[t] // 4, "16 taps"
-    loops = ((1 + n, Work({COPY: 1})), (2, Work({"LDS.U8": 1, "FFMA": 64})))
-    forward = {STORE: n, COPY: 0, "FFMA": 0}
-    backward = {STORE: n, COPY: n, "FFMA": 128, "LDS.U8": 2, "LDS.128": 4 * n, "MUFU.EX2": 0, "LDG": 0}
-    return [
-        MainLoop("time_forward", f"{t}, false, false", case, Work(forward, loops), makes=8),
-        MainLoop("time_backward", f"{t}, false, 2", case, Work(backward, loops), makes=8),
-    ]
+    """8 positions of a lane, whose chunk of each tensor it copies; those that windows reach to the left are in the tile
+    before. 7 taps, all of which a lane has in registers with their window; and 16 whose windows are two whole chunks of
+    8 elements: what others cost depends on where they lie."""
+    n, products = VECTORS[t] // 4, (2, Work({"LDS.U8": 1, "FFMA": 64}))
+    few, many = {"LDS.U8": 0}, {"LDS.U8": 2, "LDS.128": 5 * n}
+    own = {STORE: n, COPY: 2 * n, "MUFU.EX2": 0, "LDG": 0}
+    found = []
+    for case, forward, backward, loops in (
+        ("7 taps", {"FFMA": 56, **few}, {"FFMA": 112, **few}, ()),
+        ("16 taps", {"FFMA": 0}, {"FFMA": 128, **many}, (products,)),
+    ):
+        found += [
+            MainLoop("time_forward", f"{t}, false, false", case, Work({STORE: n, COPY: n, **forward}, loops), makes=8),
+            MainLoop("time_backward", f"{t}, false, 2", case, Work({**own, **backward}, loops), makes=8),
+        ]
+    return found
 
 
 def _attention(channels: int) -> list[MainLoop]:

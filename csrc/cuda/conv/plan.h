@@ -313,7 +313,7 @@ inline bool time_possible(const Facts& f, bool backward) {
   if (f.time_bytes == 0 || f.dtype == Dtype::kFloat64 || f.per_row() || f.state) return false;
   const int64_t bytes = time_warp_bytes(f.device), span = f.dilation * (f.taps - 1);
   const int size = static_cast<int>(size_of(f.dtype));
-  if (span > kTimeSpan) return false;
+  if (span > kTimeSpan || f.time > kFarthest) return false;
   // Of all paddings, the one whose windows reach the most chunks.
   const Taps taps{f.taps, 1, f.dilation};
   return backward ? backward_tiles(taps, f.time, f.channels, size, f.gate, bytes).lanes != 0
@@ -327,7 +327,8 @@ inline Plan time_plan(const Facts& f) {
   const TimeTiles g = forward_tiles(taps, f.time, f.channels, static_cast<int>(size_of(f.dtype)), false, bytes);
   const int64_t warps = g.channel_blocks(f.channels) * f.owners();
   // A warp that has two tiles at least copies one while it computes the other.
-  const int64_t possible = at_least_one(f.batch / f.owners() * g.tiles / 2), wanted = (kTimeItems + warps - 1) / warps;
+  const int64_t possible = at_least_one(f.batch / f.owners() * g.tiles / 2),
+                items = kTimeItems * f.device.multiprocessors, wanted = (items + warps - 1) / warps;
   return {Family::kTime, wanted < possible ? wanted : possible, kTimeWarps * bytes};
 }
 

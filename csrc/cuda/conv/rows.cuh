@@ -124,7 +124,8 @@ void rows_forward(const CK_PARAM Forward p, const CK_PARAM Columns columns, int 
     const Reach reach(p.taps, run.phase);
     const int64_t n0 = run.start * kChunk, m0 = n0 + reach.offset;
     const auto issue = [&](int64_t chunk) {
-      if (chunk < run.count + window - 1) input.issue(p, reach.to, run.b, m0 + chunk * kChunk, chunk, work);
+      if (chunk < run.count + window - 1)
+        input.issue(p, reach.to, run.b, m0 + chunk * kChunk, chunk, rows_reached(p.taps, run.count, chunk), work);
       cp_async_commit();
     };
     __syncthreads();  // the run before this one has been read
@@ -273,8 +274,9 @@ void rows_backward(const CK_PARAM Backward p, const CK_PARAM Columns columns, in
     const int64_t n0 = run.start * kChunk, m0 = n0 + reach.offset, z0 = n0 - ahead + back.offset;
     const auto issue = [&](int64_t chunk) {
       if (chunk < run.count + window - 1) {
-        copy_gradient(ring.chunk(chunk), p, reach.to, run.b, m0 + chunk * kChunk, work);
-        if (need_weight) input.issue(p, back.to, run.b, z0 + chunk * kChunk, chunk, work);
+        const int wanted = rows_reached(taps, run.count, chunk);
+        copy_gradient(ring.chunk(chunk), p, reach.to, run.b, m0 + chunk * kChunk, wanted, work);
+        if (need_weight) input.issue(p, back.to, run.b, z0 + chunk * kChunk, chunk, wanted, work);
       }
       cp_async_commit();
     };

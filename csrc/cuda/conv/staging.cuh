@@ -2,6 +2,7 @@
 #pragma once
 
 #include "csrc/cuda/conv/inputs.cuh"
+#include "csrc/cuda/device/reduce.cuh"
 #include "csrc/cuda/device/vectors.cuh"
 
 namespace ck::cuda {
@@ -72,13 +73,15 @@ CK_DEVICE void stage_any_rows(T* to, int pitch, const P& p, const Rows& rows, in
   }
 }
 
-// Starts the copies of kRows rows at positions s, s + dilation, ... to shared memory, by kThreads threads: of x or the
+// Starts the copies of 32 rows at positions s, s + dilation, ... to shared memory, by kThreads threads: of x or the
 // gate (kInput), zeros where a position is masked, or of d(y), which no mask concerns; 1 << log_vectors times 16 bytes
-// of each from channel c0 on, of which `channels` exist. Only the first `wanted` rows are needed. kBatch rows of a
-// thread wait for their masks together; it has a whole number of them. A thread has the same channels in all its rows.
-template <class T, bool kInput, int kRows, int kThreads, int kBatch, class P>
+// of each from channel c0 on, of which `channels` exist. Only the first `wanted` rows are needed. Of rows that do not
+// exist, or are read in pieces, kBatch of a thread wait for their masks together; it has a whole number of them. A
+// thread has the same channels in all its rows.
+template <class T, bool kInput, int kThreads, int kBatch, class P>
 CK_DEVICE void stage_rows(T* to, int pitch, int log_vectors, const P& p, const Rows& rows, int64_t b, int64_t s,
                           int64_t dilation, int wanted, int64_t c0, int channels) {
+  constexpr int kRows = 32;
   const int column = (threadIdx.x & ((1 << log_vectors) - 1)) * kVector<T>, step = kThreads >> log_vectors;
   const int first = threadIdx.x >> log_vectors;
   const bool there = column < channels;
@@ -95,20 +98,14 @@ CK_DEVICE void stage_rows(T* to, int pitch, int log_vectors, const P& p, const R
     from += b * rows.batch + (s + first * dilation) * rows.time + c0 + column;
     stride = step * dilation * rows.time;
   }
-  const bool* mask =
-      kInput && p.mask != nullptr ? p.mask + b * p.mask_batch + (s + first * dilation) * p.mask_time : nullptr;
-  const int64_t mask_stride = step * dilation * p.mask_time;
+  // A lane reads the mask of one row, for all.
+  unsigned open = kAllLanes;
+  if (kInput && p.mask != nullptr)
+    open = __ballot_sync(kAllLanes, p.mask[b * p.mask_batch + (s + threadIdx.x % 32 * dilation) * p.mask_time]);
+  open = there ? open >> first : 0;
 #pragma unroll
-  for (int n = 0; n < (kRows << log_vectors) / kThreads; n += kBatch) {
-    bool valid[kBatch];
-#pragma unroll
-    for (int k = 0; k < kBatch; ++k) valid[k] = there;
-    if (mask != nullptr)
-#pragma unroll
-      for (int k = 0; k < kBatch; ++k, mask += mask_stride) valid[k] = there && *mask;
-#pragma unroll
-    for (int k = 0; k < kBatch; ++k, from += stride) cp_async<16>(to + (n + k) * step * pitch, from, valid[k]);
-  }
+  for (int n = 0; n < (kRows << log_vectors) / kThreads; ++n, from += stride)
+    cp_async<16>(to + n * step * pitch, from, (open >> n * step & 1) != 0);
 }
 
 }  // namespace ck::cuda

@@ -75,7 +75,8 @@ void stream_forward(const CK_PARAM Forward p, int64_t groups) {
     const Reach reach(p.taps, run.phase);
     const int64_t n0 = run.start * kChunk, m0 = n0 + reach.offset;
     const auto issue = [&](int64_t chunk) {
-      if (chunk < run.count + window - 1) input.issue(p, reach.to, run.b, m0 + chunk * kChunk, chunk, work);
+      if (chunk < run.count + window - 1)
+        input.issue(p, reach.to, run.b, m0 + chunk * kChunk, chunk, rows_reached(p.taps, run.count, chunk), work);
       cp_async_commit();
     };
     __syncthreads();  // the run before this one has been read

@@ -57,10 +57,12 @@ void stream_backward(const CK_PARAM Backward p) {
     const int64_t n0 = run.start * kChunk, m0 = n0 + reach.offset;
     const auto issue = [&](int64_t chunk, int64_t own) {
       if (chunk < run.count + window - 1)
-        copy_gradient(ring.chunk(chunk), p, reach.to, run.b, m0 + chunk * kChunk, work);
+        copy_gradient(ring.chunk(chunk), p, reach.to, run.b, m0 + chunk * kChunk, rows_reached(taps, run.count, chunk),
+                      work);
       if (own >= 0 && own < run.count) {
-        if (need_weight || gated) copy_input(own_x.chunk(own), p, p.x, reach.from, run.b, n0 + own * kChunk, work);
-        if (gated) copy_input(own_gate.chunk(own), p, p.gate, reach.from, run.b, n0 + own * kChunk, work);
+        if (need_weight || gated)
+          copy_input(own_x.chunk(own), p, p.x, reach.from, run.b, n0 + own * kChunk, kChunk, work);
+        if (gated) copy_input(own_gate.chunk(own), p, p.gate, reach.from, run.b, n0 + own * kChunk, kChunk, work);
       }
       cp_async_commit();
     };

@@ -32,20 +32,23 @@ CK_DEVICE void read_chunk(char* row, int n, float* to) {
 
 // Of a vector of positions from t on, those that exist.
 template <class T>
-CK_DEVICE int rest_of(const Problem& p, int64_t t) {
-  return static_cast<int>(min(p.time - t, int64_t{kVector<T>}));
+CK_DEVICE int rest_of(const Problem& p, int t) {
+  return min(static_cast<int>(p.time) - t, kVector<T>);
 }
 
-// Stores a lane's positions t .. t + 7 as far as they exist.
+// Stores a lane's positions t .. t + 7 as far as they exist, at `to`.
 template <class T>
-CK_DEVICE void store_chunk(const Problem& p, const Rows& rows, int64_t b, int64_t t, int64_t c,
-                           const float (&from)[kEight]) {
+CK_DEVICE void store_chunk(const Problem& p, T* to, int t, const float (&from)[kEight]) {
+  const int time = static_cast<int>(p.time);
+  const bool whole = p.vector_bytes == 16 && t + kEight <= time;
 #pragma unroll
   for (int v = 0; v < kEight; v += kVector<T>) {
-    if (t + v >= p.time) return;
     uint32_t out[4];
     pack<T>(out, from + v);
-    store_pieces(at<T>(rows, b, t + v, c), out, rest_of<T>(p, t + v), p.vector_bytes);
+    if (whole)
+      store_vector(to + v, out);
+    else if (t + v < time)
+      store_pieces(to + v, out, rest_of<T>(p, t + v), p.vector_bytes);
   }
 }
 
@@ -57,7 +60,7 @@ struct ChunkInputs {
   float x[kEight] = {}, open[kEight];
   unsigned off = 0;
 
-  CK_DEVICE ChunkInputs(const Problem& p, int64_t b, int64_t s, const T* x_at, const T* gate, int step) {
+  CK_DEVICE ChunkInputs(const Problem& p, int64_t b, int s, const T* x_at, const T* gate, int step) {
     const auto load = [&](const T* from, int count, float* to) {
       if constexpr (kStaged) {
         unpack_vector(to, from);
@@ -71,7 +74,7 @@ struct ChunkInputs {
     for (int i = 0; i < kEight; ++i) open[i] = 1;
 #pragma unroll
     for (int k0 = 0; k0 < kEight; k0 += kVector<T>) {
-      if (s + k0 < 0 || s + k0 >= p.time) {
+      if (s + k0 < 0 || s + k0 >= static_cast<int>(p.time)) {
         off |= ((1u << kVector<T>)-1u) << k0;
         continue;
       }
@@ -105,7 +108,7 @@ struct ChunkPart {
 // Calls body(part) until the 8 outputs at t are done: once, or, by the whole warp, as often as one of its lanes has
 // sequences.
 template <bool kPacked, class Body>
-CK_DEVICE void for_parts(const Problem& p, const TimeTiles& g, int64_t t, const Body& body) {
+CK_DEVICE void for_parts(const Problem& p, const TimeTiles& g, int t, const Body& body) {
   ChunkPart part;
   if constexpr (kPacked) {
     const int64_t start = g.window_start(t);
@@ -214,15 +217,58 @@ CK_DEVICE void collect(float (&sums)[kChunks * kEight], Window window, const Tim
   }
 }
 
+// Calls use(shift) with a number that the compiler knows, from 0 to 7.
+template <class Use>
+CK_DEVICE void with_known_shift(int shift, const Use& use) {
+  switch (shift) {
+    case 0: return use(std::integral_constant<int, 0>{});
+    case 1: return use(std::integral_constant<int, 1>{});
+    case 2: return use(std::integral_constant<int, 2>{});
+    case 3: return use(std::integral_constant<int, 3>{});
+    case 4: return use(std::integral_constant<int, 4>{});
+    case 5: return use(std::integral_constant<int, 5>{});
+    case 6: return use(std::integral_constant<int, 6>{});
+    default: return use(std::integral_constant<int, 7>{});
+  }
+}
+
+// A lane's window where taps are few: all of it in registers.
+template <class E>
+struct FewTaps {
+  float value[3 * kEight];
+
+  CK_DEVICE FewTaps(char* row, int lane_chunk, const TimeTiles& g) {
+    read_chunk<E>(row, lane_chunk, value);
+    read_chunk<E>(row, lane_chunk + 1, value + kEight);
+    if (g.chunks > 1) read_chunk<E>(row, lane_chunk + 2, value + 2 * kEight);
+  }
+
+  // Calls use(j, element, window) for each tap j, which reads window[i] for output i, an element of the first one's.
+  template <class Use>
+  CK_DEVICE void for_each(const TimeTiles& g, const Use& use) const {
+    const int taps = static_cast<int>(g.taps.taps);
+    with_known_shift(g.shift, [&](auto shift) {
+#pragma unroll
+      for (int j = 0; j < kEight; ++j) {
+        if (j > 0 && j >= taps) break;
+        use(j, decltype(shift)::value + j, value + decltype(shift)::value + j);
+      }
+    });
+  }
+};
+
 // Where a tile lies: from position t of batch row b on.
 struct TimePlace {
-  int64_t b, t;
+  int64_t b;
+  int t;
 
-  CK_DEVICE void advance(const TimeTiles& g, int64_t time) {
+  // Returns whether it is of the same row.
+  CK_DEVICE bool advance(const TimeTiles& g, int time) {
     t += kEight * g.lanes;
-    if (t < time) return;
+    if (t < time) return true;
     t = 0;
     ++b;
+    return false;
   }
 };
 
@@ -245,7 +291,7 @@ struct TimeWork {
     const int64_t first = piece % groups * each;
     exists = owner < p.owners();
     count = exists ? static_cast<int>(max(min(each, all - first), int64_t{0})) : 0;
-    start = {owner + first / g.tiles, first % g.tiles * kEight * g.lanes};
+    start = {owner + first / g.tiles, static_cast<int>(first % g.tiles) * kEight * g.lanes};
   }
 };
 
@@ -277,9 +323,18 @@ struct TimeLane {
     __syncthreads();
   }
 
-  // The lane's row of a tile; tiles take turns.
-  CK_DEVICE char* tile(const TimeTiles& g, int number) const {
-    return tiles + number % kTimeStages * stage_bytes + row * g.row_bytes;
+  // The lane's row of the tile in a slot.
+  CK_DEVICE char* tile(const TimeTiles& g, int slot) const { return tiles + slot * stage_bytes + row * g.row_bytes; }
+
+  // The first chunks of a tile are the last ones of the tile before, if both are of one row.
+  template <class T>
+  CK_DEVICE void move_on(const TimeTiles& g, char* from, char* to) const {
+    constexpr int kCount = kEight / kVector<T>;
+#pragma unroll 1
+    for (int i = part; i < g.chunks; i += g.lanes)
+#pragma unroll
+      for (int v = 0; v < kCount; ++v)
+        *vector_at<T>(to, i * kCount + v) = *vector_at<T>(from, (g.lanes + i) * kCount + v);
   }
 
   // The filters of the warp's channels, by the warp; value j lies where the window has what tap j reads.
@@ -297,53 +352,98 @@ struct TimeLane {
   }
 };
 
+// Where a lane's row lies in the tiles that take turns: now, next, and in the one after that, which was the last.
+struct TimeTurns {
+  char *now, *next, *last;
+
+  CK_DEVICE TimeTurns(const TimeTiles& g, const TimeLane& self)
+      : now(self.tile(g, 0)), next(self.tile(g, 1)), last(self.tile(g, 2)) {}
+
+  CK_DEVICE void advance() {
+    char* const free = last;
+    last = now;
+    now = next;
+    next = free;
+  }
+};
+static_assert(kTimeStages == 3);
+
 // Starts the copy of a lane's share of its row, if the channel exists: a vector begins in the row of positions, or lies
-// outside.
+// outside. line: where position 0 of the row is; `anywhere`: an address like it. `continued`: what the tile before has
+// as well is moved from there.
 template <class T>
-CK_DEVICE void stage_row(const Problem& p, const TimeTiles& g, const TimeLane& self, const Rows& rows,
-                         const TimePlace& place, int64_t c, char* row) {
-  const int64_t start = g.window_start(place.t);
-  const int elements = (g.lanes + g.chunks) * kEight;
-  const int begin = static_cast<int>(max(-start, int64_t{0}));
-  const int end = c < p.channels ? static_cast<int>(min(p.time - start, int64_t{elements})) : 0;
-  const T* const line = at<const T>(rows, place.b, start, c);
+CK_DEVICE void stage_row(const Problem& p, const TimeTiles& g, const TimeLane& self, const T* line, const T* anywhere,
+                         int t, bool exists, bool continued, char* row) {
+  const int start = g.window_start(t), time = static_cast<int>(p.time);
+  const int first = continued ? g.chunks * kEight : 0, elements = (g.lanes + g.chunks) * kEight;
+  const int step = g.lanes * kVector<T>;
+  int e = first + self.part * kVector<T>;
+  line += start;
+  if (exists && continued && start + elements <= time && p.vector_bytes == 16) {
+#pragma unroll
+    for (int n = 0; n < kEight / kVector<T>; ++n, e += step)
+      cp_async<16>(vector_at<T>(row, e / kVector<T>), line + e, true);
+    return;
+  }
+  const int begin = max(-start, 0);
+  const int end = exists ? min(time - start, elements) : 0;
 #pragma unroll 1
-  for (int e = self.part * kVector<T>; e < elements; e += g.lanes * kVector<T>) {
+  for (e = opaque(e); e < elements; e += step) {
     const bool inside = e >= begin && e < end;
-    stage_pieces(vector_at<T>(row, e / kVector<T>)->at, inside ? line + e : static_cast<const T*>(rows.data),
-                 inside ? end - e : 0, p.vector_bytes);
+    stage_pieces(vector_at<T>(row, e / kVector<T>)->at, inside ? line + e : anywhere, inside ? end - e : 0,
+                 p.vector_bytes);
   }
 }
 
 // kReady: rows are gated and masked on their way, once, into float32; otherwise they are copied as they are.
 template <class T, bool kReady, bool kPacked>
-CK_GLOBAL(32 * kTimeWarps, kPacked ? 4 : 6)
+CK_GLOBAL(32 * kTimeWarps, kPacked  ? 4
+                           : kReady ? 5
+                                    : 6)
 void time_forward(const CK_PARAM Forward p, const CK_PARAM TimeTiles g, int64_t groups) {
   using E = std::conditional_t<kReady, float, T>;
   const TimeLane self(g);
   const TimeWork work(p, g, groups, 1);
   if (work.count == 0) return;
   const int64_t c = work.c0 + self.row;
+  const int time = static_cast<int>(p.time);
   const bool exists = c < p.channels;
   self.fill(p, g, false, work);
   const float bias = p.bias != nullptr && exists ? load_as<float>(p.bias, c, p.bias_dtype) : 0.0f;
   TimePlace place = work.start, next = place;
-  const auto stage = [&](int tile) {
+  const T* line = at<const T>(p.x, next.b, 0, c);
+  T* to = at<T>(p.y, place.b, 0, c);
+  bool next_continues = false, continues = false;
+  const auto stage = [&](int tile, char* row) {
     if (tile < work.count) {
-      stage_row<T>(p, g, self, p.x, next, c, self.tile(g, tile));
-      next.advance(g, p.time);
+      stage_row<T>(p, g, self, line, static_cast<const T*>(p.x.data), next.t, exists, next_continues, row);
+      next_continues = next.advance(g, time);
+      if (!next_continues) line += p.x.batch;
     }
     cp_async_commit();
   };
-  for (int tile = kReady ? 0 : 1 - kTimeStages; tile < work.count; ++tile) {
-    if constexpr (!kReady) stage(tile + kTimeStages - 1);
-    if (tile < 0) continue;
-    char* const row = self.tile(g, kReady ? 0 : tile);
-    const int64_t b = place.b, t = place.t + kEight * self.part;
+  TimeTurns turns(g, self);
+  // Of a window of few taps.
+  float filter[kEight] = {};
+  const bool few = !kPacked && g.few_taps();
+  if (few) {
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < kEight; ++j)
+      if (j < static_cast<int>(g.taps.taps)) filter[j] = self.filter[g.shift + j];
+  }
+  if constexpr (!kReady) {
+    stage(0, turns.now);
+    stage(1, turns.next);
+  }
+  for (int tile = 0; tile < work.count; ++tile) {
+    char* const row = turns.now;
+    [[maybe_unused]] const int64_t b = place.b;
+    const int t = place.t + kEight * self.part;
     if constexpr (kReady) {
-      const int64_t start = g.window_start(place.t);
+      const int start = g.window_start(place.t);
       for (int n = self.part; n < g.lanes + g.chunks; n += g.lanes) {
-        const int64_t s = start + n * kEight;
+        const int s = start + n * kEight;
         // A channel that does not exist reads channel 0; its result is not stored.
         const int64_t from = exists ? c : 0;
         const ChunkInputs<T, false> inputs(p, b, s, at<const T>(p.x, b, s, from),
@@ -358,18 +458,35 @@ void time_forward(const CK_PARAM Forward p, const CK_PARAM TimeTiles g, int64_t 
         }
       }
     } else {
-      cp_async_wait<kTimeStages - 1>();
+      cp_async_wait<kTimeStages - 2>();
+      __syncwarp();
+      if (continues) self.template move_on<T>(g, turns.last, row);
     }
-    place.advance(g, p.time);
+    T* const here = to + t;
+    continues = place.advance(g, time);
+    if (!continues) to += p.y.batch;
     __syncwarp();
+    if constexpr (!kReady) {
+      stage(tile + 2, turns.last);
+      turns.advance();
+    }
     float sum[kEight];
-    for_parts<kPacked>(p, g, t, [&](const ChunkPart& part) {
-      correlate(sum, ChunkWindow<E, kPacked>(row, self.part, part), g, self.masks, self.filter);
-    });
 #pragma unroll
-    for (int i = 0; i < kEight; ++i) sum[i] += bias;
-    if (exists) store_chunk<T>(p, p.y, b, t, c, sum);
-    __syncwarp();
+    for (int i = 0; i < kEight; ++i) sum[i] = bias;
+    if (few) {
+      FewTaps<E>(row, self.part, g).for_each(g, [&](int j, int, const float* window) {
+#pragma unroll
+        for (int i = 0; i < kEight; ++i) sum[i] += filter[j] * window[i];
+      });
+    } else {
+      for_parts<kPacked>(p, g, t, [&](const ChunkPart& part) {
+        correlate(sum, ChunkWindow<E, kPacked>(row, self.part, part), g, self.masks, self.filter);
+      });
+#pragma unroll
+      for (int i = 0; i < kEight; ++i) sum[i] += bias;
+    }
+    if (exists) store_chunk<T>(p, here, t, sum);
+    if constexpr (kReady) __syncwarp();
   }
 }
 

@@ -8,13 +8,14 @@ namespace ck::cuda {
 // A warp has kChunks chunks of the window, whose sums for d(filters) its lanes have in registers; the warp with the
 // first ones also makes everything else. Inputs see d(y) through the transposed relation, g.taps.
 template <class T, bool kPacked, int kChunks>
-CK_GLOBAL(32 * kTimeWarps, 4 - (kPacked ? 1 : 0) - (kChunks > 2 && sizeof(T) == 4 ? 1 : 0))
+CK_GLOBAL(32 * kTimeWarps, kChunks > 2 && sizeof(T) == 4 ? 2 : 3)
 void time_backward(const CK_PARAM Backward p, const CK_PARAM TimeTiles g, int64_t windows) {
   const TimeLane self(g);
   const TimeWork work(p, g, p.groups, windows);
   if (!work.exists) return;
   const int lane = threadIdx.x % 32;
   const int64_t c = work.c0 + self.row;
+  const int time = static_cast<int>(p.time);
   const bool exists = c < p.channels;
   const bool need_weight = p.grad_weight != nullptr, need_gate = p.grad_gate.data != nullptr;
   const bool need_input = work.window == 0 && (p.grad_x.data != nullptr || need_gate);
@@ -24,68 +25,116 @@ void time_backward(const CK_PARAM Backward p, const CK_PARAM TimeTiles g, int64_
   float sums[kChunks * kEight] = {}, bias = 0;
   // Vector v of the lane's chunk of x, and from v = kEight / kVector<T> on of the gate, is 32 v vectors further.
   constexpr int kStep = 32 * kVector<T>, kCount = kEight / kVector<T>;
-  const auto own_of = [&](int tile) {
-    char* const end = self.tile(g, tile) - self.row * g.row_bytes + self.stage_bytes - g.own_bytes;
-    return reinterpret_cast<T*>(end) + lane * kVector<T>;
-  };
+  const int own_offset = self.stage_bytes - g.own_bytes - self.row * g.row_bytes + lane * kVectorBytes;
+  const auto own_of = [&](char* row) { return reinterpret_cast<T*>(row + own_offset); };
   TimePlace place = work.start, next = place;
-  const auto stage = [&](int tile) {
+  // Where position 0 of the row is in the tensors that are copied next, and in those that are stored.
+  const T *dy_line = at<const T>(p.grad, next.b, 0, c), *x_line = at<const T>(p.x, next.b, 0, c),
+          *gate_line = at<const T>(p.gate, next.b, 0, c);
+  T *dx_line = at<T>(p.grad_x, place.b, 0, c), *dgate_line = at<T>(p.grad_gate, place.b, 0, c);
+  bool next_continues = false, continues = false;
+  const auto stage = [&](int tile, char* row) {
     if (tile < work.count) {
-      stage_row<T>(p, g, self, p.grad, next, c, self.tile(g, tile));
-      const int64_t t = next.t + kEight * self.part;
+      stage_row<T>(p, g, self, dy_line, static_cast<const T*>(p.grad.data), next.t, exists, next_continues, row);
+      const int t = next.t + kEight * self.part;
+      T* const own = own_of(row);
+      const bool whole = exists && p.vector_bytes == 16 && t + kEight <= time;
 #pragma unroll
       for (int v = 0; v < kCount; ++v) {
-        const int64_t s = t + v * kVector<T>;
-        const auto copy = [&](int n, const Rows& rows) {
-          const bool inside = exists && s < p.time;
-          stage_pieces(own_of(tile) + n * kStep,
-                       inside ? at<const T>(rows, next.b, s, c) : static_cast<const T*>(rows.data),
+        const int s = t + v * kVector<T>;
+        const auto copy = [&](int n, const T* line, const Rows& rows) {
+          if (whole) return cp_async<16>(own + n * kStep, line + s, true);
+          const bool inside = exists && s < time;
+          stage_pieces(own + n * kStep, inside ? line + s : static_cast<const T*>(rows.data),
                        inside ? rest_of<T>(p, s) : 0, p.vector_bytes);
         };
-        if (need_x) copy(v, p.x);
-        if (gated) copy(kCount + v, p.gate);
+        if (need_x) copy(v, x_line, p.x);
+        if (gated) copy(kCount + v, gate_line, p.gate);
       }
-      next.advance(g, p.time);
+      next_continues = next.advance(g, time);
+      if (!next_continues) {
+        dy_line += p.grad.batch;
+        x_line += p.x.batch;
+        gate_line += p.gate.batch;
+      }
     }
     cp_async_commit();
   };
-  for (int tile = 1 - kTimeStages; tile < work.count; ++tile) {
-    stage(tile + kTimeStages - 1);
-    if (tile < 0) continue;
-    char* const row = self.tile(g, tile);
-    const int64_t b = place.b, t = place.t + kEight * self.part;
-    place.advance(g, p.time);
-    cp_async_wait<kTimeStages - 1>();
+  // Of a window of few taps.
+  float filter[kEight] = {};
+  const bool few = !kPacked && g.few_taps();
+  if (few && need_input) {
     __syncwarp();
+#pragma unroll
+    for (int j = 0; j < kEight; ++j)
+      if (j < static_cast<int>(g.taps.taps)) filter[j] = self.filter[g.shift + j];
+  }
+  TimeTurns turns(g, self);
+  stage(0, turns.now);
+  stage(1, turns.next);
+  for (int tile = 0; tile < work.count; ++tile) {
+    char* const row = turns.now;
+    const int64_t b = place.b;
+    const int t = place.t + kEight * self.part;
+    cp_async_wait<kTimeStages - 2>();
+    __syncwarp();
+    if (continues) self.template move_on<T>(g, turns.last, row);
+    T *const to_x = dx_line + t, *const to_gate = dgate_line + t;
+    continues = place.advance(g, time);
+    if (!continues) {
+      dx_line += p.grad_x.batch;
+      dgate_line += p.grad_gate.batch;
+    }
+    __syncwarp();
+    stage(tile + 2, turns.last);
+    turns.advance();
     const auto inputs_of = [&] {
-      const T* const own = own_of(tile);
+      const T* const own = own_of(row);
       return ChunkInputs<T, true>(p, b, t, need_x ? own : nullptr, gated ? own + kCount * kStep : nullptr, kStep);
     };
-    float dz[kEight];
-    for_parts<kPacked>(p, g, t, [&](const ChunkPart& part) {
-      const ChunkWindow<T, kPacked> dy(row, self.part, part);
+    float dz[kEight] = {};
+    if (few) {
+      const FewTaps<T> dy(row, self.part, g);
+      float z[kEight] = {};
       if (need_weight) {
         const ChunkInputs<T, true> inputs = inputs_of();
-        float z[kEight];
 #pragma unroll
-        for (int i = 0; i < kEight; ++i) z[i] = part.has(i) ? inputs.z(i) : 0.0f;
-        collect<kChunks>(sums, dy, g, self.masks, work.window * kChunks, z);
+        for (int i = 0; i < kEight; ++i) z[i] = inputs.z(i);
       }
-      if (need_input) correlate(dz, dy, g, self.masks, self.filter);
-    });
+      // Sums that nobody wants cost less than code that leaves them out.
+      dy.for_each(g, [&](int j, int element, const float* window) {
+#pragma unroll
+        for (int i = 0; i < kEight; ++i) {
+          dz[i] += filter[j] * window[i];
+          sums[element] += z[i] * window[i];
+        }
+      });
+    } else {
+      for_parts<kPacked>(p, g, t, [&](const ChunkPart& part) {
+        const ChunkWindow<T, kPacked> dy(row, self.part, part);
+        if (need_weight) {
+          const ChunkInputs<T, true> inputs = inputs_of();
+          float z[kEight];
+#pragma unroll
+          for (int i = 0; i < kEight; ++i) z[i] = part.has(i) ? inputs.z(i) : 0.0f;
+          collect<kChunks>(sums, dy, g, self.masks, work.window * kChunks, z);
+        }
+        if (need_input) correlate(dz, dy, g, self.masks, self.filter);
+      });
+    }
     if (need_input && exists) {
       const ChunkInputs<T, true> inputs = inputs_of();
       float out[kEight];
       if (p.grad_x.data != nullptr) {
 #pragma unroll
         for (int i = 0; i < kEight; ++i) out[i] = inputs.is_off(i) ? 0.0f : dz[i] * inputs.open[i];
-        store_chunk<T>(p, p.grad_x, b, t, c, out);
+        store_chunk<T>(p, to_x, t, out);
       }
       if (need_gate) {
 #pragma unroll
         for (int i = 0; i < kEight; ++i)
           out[i] = inputs.is_off(i) ? 0.0f : dz[i] * inputs.x[i] * inputs.open[i] * (1 - inputs.open[i]);
-        store_chunk<T>(p, p.grad_gate, b, t, c, out);
+        store_chunk<T>(p, to_gate, t, out);
       }
     }
     if (need_bias) {
@@ -95,7 +144,6 @@ void time_backward(const CK_PARAM Backward p, const CK_PARAM TimeTiles g, int64_
 #pragma unroll
       for (int i = 0; i < kEight; ++i) bias += own[i];
     }
-    __syncwarp();
   }
   if (need_bias) {
     bias = lane_sum(bias, g.lanes);
@@ -103,6 +151,7 @@ void time_backward(const CK_PARAM Backward p, const CK_PARAM TimeTiles g, int64_
   }
   if (!need_weight) return;
   // The tiles have been read: their memory is free.
+  __syncwarp();
   constexpr int kPitch = kTimeSumPitch<kChunks>;
   float* const columns = reinterpret_cast<float*>(self.tiles);
 #pragma unroll

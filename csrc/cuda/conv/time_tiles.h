@@ -12,8 +12,8 @@ constexpr int kTimeStages = 3;  // tiles in shared memory: one is computed, the 
 // Filters of a longer span would leave no shared memory for rows of 32 chunks.
 constexpr int64_t kTimeSpan = 1024;
 
-// Pieces of work for warps that fill a device a few times over.
-constexpr int64_t kTimeItems = 8192;
+// Pieces of work per multiprocessor, for warps that fill it a few times over.
+constexpr int64_t kTimeItems = 64;
 
 // A warp's tile is 256 positions: 32 / lanes channel rows of `lanes` chunks. In shared memory a row also has the chunks
 // to its right that windows reach, and begins at a multiple of 8 positions: the first output of a lane reads, with tap
@@ -51,13 +51,16 @@ struct TimeTiles {
     }
   }
 
+  // Whether a window is few elements side by side, which two chunks have.
+  CK_HD bool few_taps() const { return taps.dilation == 1 && taps.taps <= kEight; }
   CK_HD int rows() const { return 32 / lanes; }
   CK_HD int stage_bytes() const { return rows() * row_bytes + own_bytes; }
   CK_HD int filter_bytes() const { return rows() * filter_pitch * 4; }
   CK_HD int mask_bytes() const { return (chunks + 15) / 16 * 16; }
   CK_HD int64_t channel_blocks(int64_t channels) const { return (channels + rows() - 1) / rows(); }
 
-  CK_HD int64_t window_start(int64_t t) const { return taps.source(t, 0) - shift; }
+  // Positions of this family fit into 32 bits.
+  CK_HD int window_start(int t) const { return static_cast<int>(taps.source(t, 0)) - shift; }
   CK_HD int element_of(int64_t j) const { return static_cast<int>(shift + taps.dilation * j); }
   // The tap that reads an element of the window, or -1.
   CK_HD int tap_at(int element) const {

@@ -48,22 +48,30 @@ struct Work {
   int64_t dilation_, per_phase_, next_, last_;
 };
 
-// Starts the copy of a chunk of x or the gate, or of d(y), whose first row is row `first` of the phase.
+// Of a chunk of those that a run of `count` chunks reaches, the rows that its windows do.
+CK_DEVICE int rows_reached(const Taps& taps, int64_t count, int64_t chunk) {
+  return static_cast<int>(min((count - chunk) * kChunk + taps.taps - 1, int64_t{kChunk}));
+}
+
+static_assert(kChunk == 32);  // as stage_rows has it
+
+// Starts the copy of a chunk of x or the gate, or of d(y), whose first row is row `first` of the phase; `wanted` rows
+// of it.
 template <class T, bool kInput, class P>
-CK_DEVICE void copy_chunk(T* to, const P& p, const Rows& rows, const Phase& phase, int64_t b, int64_t first,
+CK_DEVICE void copy_chunk(T* to, const P& p, const Rows& rows, const Phase& phase, int64_t b, int64_t first, int wanted,
                           const Work& work) {
-  stage_rows<T, kInput, kChunk, kStreamThreads, 4>(to, kLaneRow, sizeof(T) == 4 ? 5 : 4, p, rows, b,
-                                                   phase.position(first), phase.dilation, kChunk, work.c0,
-                                                   static_cast<int>(work.channels));
+  stage_rows<T, kInput, kStreamThreads, 4>(to, kLaneRow, sizeof(T) == 4 ? 5 : 4, p, rows, b, phase.position(first),
+                                           phase.dilation, wanted, work.c0, static_cast<int>(work.channels));
 }
 template <class T>
 CK_DEVICE void copy_input(T* to, const Problem& p, const Rows& rows, const Phase& phase, int64_t b, int64_t first,
-                          const Work& work) {
-  copy_chunk<T, true>(to, p, rows, phase, b, first, work);
+                          int wanted, const Work& work) {
+  copy_chunk<T, true>(to, p, rows, phase, b, first, wanted, work);
 }
 template <class T>
-CK_DEVICE void copy_gradient(T* to, const Backward& p, const Phase& phase, int64_t b, int64_t first, const Work& work) {
-  copy_chunk<T, false>(to, p, p.grad, phase, b, first, work);
+CK_DEVICE void copy_gradient(T* to, const Backward& p, const Phase& phase, int64_t b, int64_t first, int wanted,
+                             const Work& work) {
+  copy_chunk<T, false>(to, p, p.grad, phase, b, first, wanted, work);
 }
 
 // Rows of z in windows of some chunks. With a gate they are gated on their way, once: x and gate come in through rings
@@ -81,10 +89,10 @@ struct InputRing {
           kGate ? kRaw : window + kAhead},
         open{x.end(), kRaw} {}
 
-  CK_DEVICE void issue(const Problem& p, const Phase& phase, int64_t b, int64_t first, int64_t chunk,
+  CK_DEVICE void issue(const Problem& p, const Phase& phase, int64_t b, int64_t first, int64_t chunk, int wanted,
                        const Work& work) const {
-    copy_input(x.chunk(chunk), p, p.x, phase, b, first, work);
-    if (kGate) copy_input(open.chunk(chunk), p, p.gate, phase, b, first, work);
+    copy_input(x.chunk(chunk), p, p.x, phase, b, first, wanted, work);
+    if (kGate) copy_input(open.chunk(chunk), p, p.gate, phase, b, first, wanted, work);
   }
 
   // Gates a chunk that has arrived.
@@ -140,15 +148,15 @@ CK_DEVICE void add_rows(Quad& sum, const Ring<E>& ring, int64_t first, int lane)
   }
 }
 
-// Masked positions have no gradient: selected, since neighbours may hold NaN.
+// Masked positions have no gradient: selected, since neighbours may hold NaN. By the warp, of which a lane reads the
+// mask of one row, for all.
 CK_DEVICE void mask_rows(const Problem& p, Quad (&run)[kRun], const Phase& phase, int64_t b, int64_t n) {
   if (p.mask == nullptr) return;
-  int64_t s = phase.position(n);
-  const bool* mask = p.mask + b * p.mask_batch + s * p.mask_time;
-  const int64_t stride = phase.dilation * p.mask_time;
+  const int64_t s = phase.position(n + threadIdx.x % kRun);
+  const unsigned off = __ballot_sync(kAllLanes, within(s, p.time) && masked(p, b, s));
 #pragma unroll
-  for (int i = 0; i < kRun; ++i, s += phase.dilation, mask += stride)
-    if (within(s, p.time) && !*mask) run[i] = {};
+  for (int i = 0; i < kRun; ++i)
+    if ((off >> i & 1) != 0) run[i] = {};
 }
 
 // Stores those of rows n .. n + kRun - 1 that are rows of the state.
