@@ -203,7 +203,7 @@ class Problem(_Derived):
             "per_position": self.kind == "dynamic", "renormalize": self.renormalize,
             "per_batch": self.kind != "light", "gate": self.gate, "packed": bool(self.lengths), "state": self.state,
             "channel_bytes": min(16 if aligned else self.dtype.itemsize, *(row_bytes(t, 2) for t in tensors)),
-            "time_bytes": min(row_bytes(t, 1) for t in tensors),
+            "time_bytes": min(row_bytes(t, 1) for t in tensors), "weight_bytes": self.weight_dtype.itemsize,
         }  # fmt: skip
 
     def grad_arguments(self, t, needs=31):

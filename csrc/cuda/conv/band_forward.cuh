@@ -8,7 +8,7 @@ namespace ck::cuda {
 
 // Blocks: units, then groups, then owners. kOwn: each position has filters of its own.
 template <class T, int kWidth, bool kGate, bool kOwn>
-CK_GLOBAL(32 * kBandWarps, kOwn ? 3 : 4)
+CK_GLOBAL(32 * kBandWarps, 3)
 void band_forward(const CK_PARAM Forward p, int64_t groups) {
   using Ring = TileRing<T, kGate, kWidth, kBandAhead>;
   const BandShape shape(p.taps.taps, p.head_channels(), std::is_same_v<T, f16>, kGate);

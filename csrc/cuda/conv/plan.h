@@ -249,8 +249,8 @@ inline int64_t band_bytes(const Facts& f, bool backward, int units) {
                            : band_forward_bytes(shape, f.gate));
 }
 
-// Blocks per multiprocessor that registers allow: 128 threads of at most 128, 168 or 255.
-inline int64_t band_blocks(const Facts& f, bool backward) { return backward ? 2 : f.per_position ? 3 : 4; }
+// Blocks per multiprocessor that registers allow: 128 threads of at most 168, or 255.
+inline int64_t band_blocks(const Facts& f, bool backward) { return backward ? 2 : 3; }
 
 // Units of a block, a power of two so that rows of their logits are whole words: as many as fit, or fewer where many
 // more warps run at a time then; 0 if not even one fits.

@@ -217,18 +217,16 @@ CK_DEVICE void collect(float (&sums)[kChunks * kEight], Window window, const Tim
   }
 }
 
-// Calls use(shift) with a number that the compiler knows, from 0 to 7.
-template <class Use>
+// Calls use(shift) with a number that the compiler knows, from 0 to 7: bit by bit.
+template <int kBit = kEight / 2, int kKnown = 0, class Use>
 CK_DEVICE void with_known_shift(int shift, const Use& use) {
-  switch (shift) {
-    case 0: return use(std::integral_constant<int, 0>{});
-    case 1: return use(std::integral_constant<int, 1>{});
-    case 2: return use(std::integral_constant<int, 2>{});
-    case 3: return use(std::integral_constant<int, 3>{});
-    case 4: return use(std::integral_constant<int, 4>{});
-    case 5: return use(std::integral_constant<int, 5>{});
-    case 6: return use(std::integral_constant<int, 6>{});
-    default: return use(std::integral_constant<int, 7>{});
+  if constexpr (kBit == 0) {
+    use(std::integral_constant<int, kKnown>{});
+  } else {
+    if ((shift & kBit) != 0)
+      with_known_shift<kBit / 2, kKnown + kBit>(shift, use);
+    else
+      with_known_shift<kBit / 2, kKnown>(shift, use);
   }
 }
 
@@ -397,9 +395,7 @@ CK_DEVICE void stage_row(const Problem& p, const TimeTiles& g, const TimeLane& s
 
 // kReady: rows are gated and masked on their way, once, into float32; otherwise they are copied as they are.
 template <class T, bool kReady, bool kPacked>
-CK_GLOBAL(32 * kTimeWarps, kPacked  ? 4
-                           : kReady ? 5
-                                    : 6)
+CK_GLOBAL(32 * kTimeWarps, kPacked ? 4 : 5)
 void time_forward(const CK_PARAM Forward p, const CK_PARAM TimeTiles g, int64_t groups) {
   using E = std::conditional_t<kReady, float, T>;
   const TimeLane self(g);

@@ -97,8 +97,9 @@ struct InputRing {
 
   // Gates a chunk that has arrived.
   CK_DEVICE void gate(int64_t chunk, int lane, int warp) const {
-    for (int row = warp; row < kChunk; row += kStreamWarps) {
-      const int at = row * kLaneRow + lane * kQuad;
+#pragma unroll 2
+    for (int n = 0; n < kChunk / kStreamWarps; ++n) {
+      const int row = warp + n * kStreamWarps, at = row * kLaneRow + lane * kQuad;
       Quad z = load_quad(x.chunk(chunk) + at);
       const Quad o = load_quad(open.chunk(chunk) + at);
       for (int e = 0; e < kQuad; ++e) z.v[e] *= sigmoid<T>(o.v[e]);
