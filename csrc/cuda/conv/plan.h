@@ -250,7 +250,7 @@ inline int64_t band_bytes(const Facts& f, bool backward, int units) {
 }
 
 // Blocks per multiprocessor that registers allow: 128 threads of at most 168, or 255.
-inline int64_t band_blocks(const Facts& f, bool backward) { return backward ? 2 : 3; }
+constexpr int64_t kBandForwardBlocks = 3, kBandBackwardBlocks = 2;
 
 // Units of a block, a power of two so that rows of their logits are whole words: as many as fit, or fewer where many
 // more warps run at a time then; 0 if not even one fits.
@@ -259,7 +259,8 @@ inline int band_units(const Facts& f, bool backward) {
   int64_t most = 0;
   for (int units = kBandWarps; units > 0; units /= 2) {
     const int64_t bytes = band_bytes(f, backward, units) + kBandStatic, fit = f.device.memory / (bytes + 1024);
-    const int64_t limit = band_blocks(f, backward) * kBandWarps / units, warps = (fit < limit ? fit : limit) * units;
+    const int64_t limit = (backward ? kBandBackwardBlocks : kBandForwardBlocks) * kBandWarps / units,
+                  warps = (fit < limit ? fit : limit) * units;
     if (bytes > f.device.block_memory || warps <= most + most / 4) continue;
     best = units;
     most = warps;
@@ -289,11 +290,12 @@ inline Plan band_plan(const Facts& f, bool backward) {
   const int64_t columns = (f.heads * shape.pieces + units - 1) / units * f.owners();
   const int64_t tiles = f.batch / f.owners() * f.dilation * ((f.time + reach - 1) / reach);
   // A block makes its filters, waits for its first rows, and reads a halo besides.
-  Plan plan{
-      Family::kBand,
-      best_groups(f, tiles, columns, slots_of(f, bytes + kBandStatic, band_blocks(f, backward) * kBandWarps / units),
-                  shape.steps + 2),
-      bytes};
+  Plan plan{Family::kBand,
+            best_groups(f, tiles, columns,
+                        slots_of(f, bytes + kBandStatic,
+                                 (backward ? kBandBackwardBlocks : kBandForwardBlocks) * kBandWarps / units),
+                        shape.steps + 2),
+            bytes};
   plan.units = units;
   return plan;
 }
