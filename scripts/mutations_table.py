@@ -290,8 +290,8 @@ CUDA_MUTATIONS = [
     Mutation(
         "band: what is not finite meets rows that do not exist",
         "csrc/cuda/conv/band_backward.cuh",
-        "if (fast && (top < -before || end >= p.time)) {",
-        "if (fast && top < -before - p.time) {",
+        "          if (fast && (outputs.position(int64_t{i} * kBandTile) < 0 ||",
+        "          if (!fast && (outputs.position(int64_t{i} * kBandTile) < 0 ||",
     ),
     Mutation(
         "band: windows that cross a boundary of sequences",

@@ -27,7 +27,7 @@ BANDED = ("band_forward", "band_backward", *ATTENTION)
 STREAMING = (*(f"{f}_{d}" for f in ("stream", "time", "rows") for d in ("forward", "backward")), *BANDED)
 # The sums for two gradients of 128 channels do not all fit into registers; the forward pass, which may walk over the
 # keys twice, keeps 16 bytes on sm_100. The budget has the bytes of each.
-SPILLING = ("attention_backward_keys", "attention_forward")
+SPILLING = ("attention_backward_keys", "attention_forward", "band_backward")
 
 
 def compiler_version() -> str:

@@ -62,7 +62,9 @@ CK_DEVICE int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b
 
 // Rows of a phase, in tiles of 16: row n is at position first + n * dilation.
 struct TileRows {
-  int64_t b, first, dilation;
+  int b;
+  int64_t first;
+  int dilation;
 
   CK_DEVICE int64_t position(int64_t n) const { return first + n * dilation; }
 };
@@ -72,7 +74,7 @@ struct TileRows {
 template <class Unit, class Body>
 CK_DEVICE void for_runs(const Problem& p, const Unit& unit, int64_t groups, int64_t before, int64_t extra,
                         const Body& body) {
-  // Fewer than 2^31: positions have at least 32 bytes each.
+  // The plan leaves other kernels what has more of them than 32 bits count.
   const unsigned dilation = static_cast<unsigned>(p.taps.dilation);
   const unsigned tiles =
       static_cast<unsigned>(ceil_div(ceil_div(p.time + before, p.taps.dilation) + extra, int64_t{kBandTile}));
@@ -82,8 +84,8 @@ CK_DEVICE void for_runs(const Problem& p, const Unit& unit, int64_t groups, int6
   for (unsigned at = unit.group * each; at < end;) {
     const unsigned line = at / tiles, first = at % tiles, count = min(tiles - first, end - at);
     const int64_t phase = line % dilation - before;
-    body(TileRows{int64_t{unit.owner} + line / dilation, phase + int64_t{first} * kBandTile * p.taps.dilation,
-                  p.taps.dilation},
+    body(TileRows{unit.owner + static_cast<int>(line / dilation), phase + int64_t{first} * kBandTile * p.taps.dilation,
+                  static_cast<int>(dilation)},
          static_cast<int>(count));
     at += count;
   }
@@ -101,11 +103,12 @@ struct TileCopies {
 
   // From tile `tile` on, of which rows below `wanted` are needed.
   template <class P>
-  CK_DEVICE void start(const P& p, const TileRows& rows, int tile, int64_t wanted, const Unit& unit) {
-    const int64_t span = kBandTile * rows.dilation, last = (kBandTile - 1) * rows.dilation;
+  CK_DEVICE void start(const P& p, const TileRows& rows, int tile, int wanted, const Unit& unit) {
+    const int64_t span = int64_t{kBandTile} * rows.dilation, last = span - rows.dilation;
     next = tile;
     whole = static_cast<int>(-floor_div(rows.first, span));
-    count = static_cast<int>(min(floor_div(p.time - 1 - last - rows.first, span), wanted / kBandTile - 1)) + 1 - whole;
+    count = static_cast<int>(min(floor_div(p.time - 1 - last - rows.first, span), int64_t{wanted / kBandTile - 1})) +
+            1 - whole;
     if (p.vector_bytes != 16 || count < 0) count = 0;
     const int64_t s = rows.position(int64_t{tile} * kBandTile + unit.row);
     const int64_t c = unit.c0 + (unit.column < unit.channels ? unit.column : 0);
@@ -126,7 +129,7 @@ struct TileCopies {
 
   // Starts the copies of the next tile to `to`, and of the gate `apart` elements after it.
   template <class P>
-  CK_DEVICE void copy(T* to, int apart, const P& p, const TileRows& rows, int64_t wanted, const Unit& unit) {
+  CK_DEVICE void copy(T* to, int apart, const P& p, const TileRows& rows, int wanted, const Unit& unit) {
     to += unit.column;
     if (is_whole()) {
       unsigned bits = kAllLanes;
@@ -145,18 +148,18 @@ struct TileCopies {
         row += Unit::kRowStep * Unit::kPitch;
       }
     } else {
-      const int64_t n0 = int64_t{next} * kBandTile;
+      const int n0 = next * kBandTile;
       for (int n = 0; n < kTensors; ++n) {
-        stage_any_rows<T, kInput, kBandTile, 1>(
-            to + n * apart, Unit::kPitch, p, source(p, n), rows.b, rows.position(n0), rows.dilation,
-            static_cast<int>(min(wanted - n0, int64_t{kBandTile})), unit.c0 + unit.column, unit.channels - unit.column,
-            opaque(unit.row), Unit::kRowStep);
+        stage_any_rows<T, kInput, kBandTile, 1>(to + n * apart, Unit::kPitch, p, source(p, n), rows.b,
+                                                rows.position(n0), rows.dilation, min(wanted - n0, kBandTile),
+                                                unit.c0 + unit.column, unit.channels - unit.column, opaque(unit.row),
+                                                Unit::kRowStep);
         from[n] += kBandTile * p.taps.dilation * source(p, n).time;
       }
     }
     ++next;
     if (!kInput || p.mask == nullptr) return;
-    mask += kBandTile * rows.dilation * p.mask_time;
+    mask += int64_t{kBandTile} * rows.dilation * p.mask_time;
     look_ahead();
   }
 
@@ -214,6 +217,8 @@ struct TileRing {
           z[2 * e] -= widen(bf16{static_cast<uint16_t>(words[e])});
           z[2 * e + 1] -= widen(bf16{static_cast<uint16_t>(words[e] >> 16)});
         }
+        // What is infinite is one term: there is no rest.
+        for (int e = 0; part == 0 && e < 8; ++e) z[e] = z[e] == z[e] ? z[e] : 0.0f;
         store_vector(at(slot) + part * kTile + place, words);
       }
     }
@@ -226,11 +231,11 @@ struct TileWalk {
   using Unit = typename Ring::Unit;
   TileCopies<T, kInput, Ring::kTensors, Ring::kLaneWidth> copies;
   TileRows rows;
-  int64_t wanted;
+  int wanted;
   int fill, turn;  // the slot, or where parts are made, the turn, that is copied to next
 
   template <class P>
-  CK_DEVICE void start(const P& p, const TileRows& from, int tile, int64_t rows_wanted, const Unit& unit) {
+  CK_DEVICE void start(const P& p, const TileRows& from, int tile, int rows_wanted, const Unit& unit) {
     rows = from;
     wanted = rows_wanted;
     fill = turn = 0;

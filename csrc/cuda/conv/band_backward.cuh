@@ -68,7 +68,19 @@ void band_backward(const CK_PARAM Backward p) {
     __syncwarp();
     make_shared_filters(p, matrices, unit);
   }
-  float g[2 * kSteps][4] = {}, bias_sums[8] = {};
+  float g[2 * kSteps][4] = {};
+  // A lane's, of the channels of its vectors.
+  constexpr bool kBiasInMemory = band_bias_in_memory(kOwn, kWidth);
+  float bias_sums[kBiasInMemory ? 1 : 8] = {};
+  float* const stored_sums = probabilities + steps * kBandTile * probability_pitch + lane;
+  const auto bias_sum = [&](int e) -> float& {
+    if constexpr (kBiasInMemory)
+      return stored_sums[32 * e];
+    else
+      return bias_sums[e];
+  };
+  if (need_bias)
+    for (int e = 0; e < 8; ++e) bias_sum(e) = 0;
 
   // Rows of the state come before the others; the last windows of a phase may reach outputs after its last input.
   const int64_t before = p.state == nullptr ? 0 : p.taps.span();
@@ -77,11 +89,12 @@ void band_backward(const CK_PARAM Backward p) {
     const TileRows outputs{rows.b, back.source(rows.first, 0), rows.dilation};
     TileWalk<false, GradRing, T> grad;
     TileWalk<true, Ring, T> input;
-    const int64_t wanted = int64_t{count} * kBandTile;
+    const int wanted = count * kBandTile;
     grad.start(p, outputs, 0, wanted + K - 1, unit);
     input.start(p, rows, 1 - steps, wanted, unit);
     TileStores<T, kWidth> to_x(p.grad_x, rows, unit), to_gate(p.grad_gate, rows, unit);
-    const int left = static_cast<int>(ceil_div(p.time - rows.first, rows.dilation));
+    const int left =  // rows of the run that exist
+        static_cast<int>(min(ceil_div(p.time - rows.first, rows.dilation), int64_t{count} * kBandTile));
     const auto sync = [&] {
       if constexpr (kOwn)
         __syncthreads();
@@ -154,62 +167,54 @@ void band_backward(const CK_PARAM Backward p) {
               unpack_vector(dy, from);
             else
               unpack_vector(dy, reinterpret_cast<const bf16*>(from));
-            for (int e = 0; e < 8; ++e) bias_sums[e] += dy[e];
+            for (int e = 0; e < 8; ++e) bias_sum(e) += dy[e];
           }
       }
       if (need_weight) {
         const auto z_tile = [&](int s) { return ring.at(ring.after(window, s)); };
-        if constexpr (kOwn) {
-#pragma unroll
-          for (int n = 0; n < 2 * kSteps; ++n)
-            for (int e = 0; e < 4; ++e) g[n][e] = 0;
-        }
         bool fast = true;
         if constexpr (!kOwn) {
           fast = whole_tile(p, p.taps, outputs, i);
-          // Rows that do not exist are zeros, which are no part of any sum: not even if they meet what is not finite.
-          const int64_t top =
-              min(rows.position(int64_t{i - steps + 1} * kBandTile), outputs.position(int64_t{i} * kBandTile));
-          const int64_t end = max(rows.position(int64_t{i} * kBandTile + kBandTile - 1),
-                                  outputs.position(int64_t{i} * kBandTile + kBandTile - 1));
-          if (fast && (top < -before || end >= p.time)) {
-            bool finite = finite_rows(grad_ring.at(grad_window), unit);
+          // Rows of d(y) that do not exist are zeros, which are no part of any sum: not even if z is not finite.
+          if (fast && (outputs.position(int64_t{i} * kBandTile) < 0 ||
+                       outputs.position(int64_t{i} * kBandTile + kBandTile - 1) >= p.time)) {
+            bool finite = true;
 #pragma unroll 1
             for (int s = 0; s < steps; ++s) finite = finite_rows(z_tile(s), unit) && finite;
             fast = __all_sync(kAllLanes, finite) != 0;
           }
         }
         if (fast)
-          pair_product<GradRing, Ring, kSteps>(g, steps, grad_ring.at(grad_window), lane, z_tile);
+          pair_product<GradRing, Ring, kOwn, kSteps>(g, steps, grad_ring.at(grad_window), lane, z_tile);
         else
           slow_taps<T>(p, unit, outputs, i, warp_sums);
+        __syncwarp();
         if constexpr (kOwn) {
           put_band(strip, g, matrices.shift, K, lane);
           __syncwarp();
           const int row = lane / 2;
           const int64_t t = outputs.position(int64_t{i} * kBandTile + row);
           const bool exists = t >= 0 && t < p.time && unit.channels != 0;
-          int first = 0, last = exists ? K : 0;
-          if (exists && p.offsets != nullptr) {
-            const Sequence sequence = sequence_of(p, t);
-            first = static_cast<int>(p.taps.first_inside(t, sequence.begin));
-            last = static_cast<int>(p.taps.last_inside(t, sequence.end));
-          }
           const FilterAt at(p, rows.b, exists ? t : 0, unit.head);
           // Tile i's filters are those of the slot after the one that was made just now.
           const float* const own = probabilities + (matrix * kBandTile + row) * probability_pitch;
           float* const sums = strip + strip_row(row, K);
+          if (exists && p.offsets != nullptr) {
+            // Rows of other sequences are zeros to this one.
+            const Sequence sequence = sequence_of(p, t);
+#pragma unroll 1
+            for (int j = lane % 2; j < K; j += 2)
+              if (!sequence.contains(p.taps.source(t, j))) sums[j] = 0;
+          }
           if (cut) {
             float* const to = static_cast<float*>(p.partial_weight) +
                               (((unit.piece * p.batch + rows.b) * p.time + t) * p.heads + unit.head) * K;
-            finish_own_filters(p, at, first, last, lane, sums, own, [&](int j, float value) {
+            finish_own_filters(p, at, lane, sums, own, [&](int j, float value) {
               if (exists) to[j] = value;
             });
           } else {
             char* const to = logit_grads.at(i % 2, row) + (unit.head - unit.first_head) * K * logit_bytes(p);
-            const auto finish = [&](const auto& store) {
-              finish_own_filters(p, at, first, last, lane, sums, own, store);
-            };
+            const auto finish = [&](const auto& store) { finish_own_filters(p, at, lane, sums, own, store); };
             finish([&](int j, float value) {
               if (exists) store_as(to, j, p.weight_dtype, value);
             });
@@ -235,6 +240,7 @@ void band_backward(const CK_PARAM Backward p) {
           for (int n = 0; n < 2 * Ring::kGroups; ++n)
             for (int e = 0; e < 4; ++e) dz[n][e] = (bits >> e / 2 * 8 & 1) != 0 ? dz[n][e] : 0.0f;
         }
+        __syncwarp();  // the tiles that results are put over have been read
         bool fast = true;
         if constexpr (kGate) {
           float dgate[2 * Ring::kGroups][4];
@@ -291,13 +297,13 @@ void band_backward(const CK_PARAM Backward p) {
   if (need_bias) {
     // Lanes of a column have different rows.
 #pragma unroll
-    for (int e = 0; e < 8; ++e)
+    for (int e = 0; e < 8; ++e) {
+      float total = bias_sum(e);
       for (int distance = unit.kRowDistance; distance < unit.kRowDistance * unit.kRowStep; distance *= 2)
-        bias_sums[e] += __shfl_xor_sync(kAllLanes, bias_sums[e], distance);
-    if (unit.row == 0)
-      for (int e = 0; e < 8; ++e)
-        if (unit.column + e < unit.channels)
-          static_cast<float*>(p.partial_bias)[partial * p.channels + unit.c0 + unit.column + e] = bias_sums[e];
+        total += __shfl_xor_sync(kAllLanes, total, distance);
+      if (unit.row == 0 && unit.column + e < unit.channels)
+        static_cast<float*>(p.partial_bias)[partial * p.channels + unit.c0 + unit.column + e] = total;
+    }
   }
 }
 

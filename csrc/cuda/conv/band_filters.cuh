@@ -91,7 +91,8 @@ CK_DEVICE void make_filters(const Problem& p, const BandMatrix& matrix, const Fi
     float value = values[i] * inverse;
     keep(j, value);
     if (p.seed != nullptr) value *= matrix.at(row, j)->bits != 0 ? static_cast<float>(p.keep_scale) : 0;
-    matrix.put(row, j, j < first || j >= last ? 0 : value);
+    // Times zero, and not zero: where a filter is not finite, the result is not either.
+    matrix.put(row, j, j < first || j >= last ? value * 0.0f : value);
   });
 }
 

@@ -33,8 +33,9 @@ void band_forward(const CK_PARAM Forward p, int64_t groups) {
   for_runs(p, unit, groups, 0, 0, [&](const TileRows& rows, int count) {
     TileWalk<true, Ring, T> input;
     // Rows that windows of the run reach: no more are copied.
-    const int left = static_cast<int>(ceil_div(p.time - rows.first, rows.dilation));
-    const int64_t wanted = min(int64_t{left}, int64_t{count} * kBandTile) + K - 1;
+    const int left =  // rows of the run that exist
+        static_cast<int>(min(ceil_div(p.time - rows.first, rows.dilation), int64_t{count} * kBandTile));
+    const int wanted = left + K - 1;
     input.start(p, {rows.b, p.taps.source(rows.first, 0), rows.dilation}, 0, wanted, unit);
     TileStores<T, kWidth> output(p.y, rows, unit);
     int logit_slot = 0, window = 0;  // of the tile that is computed
@@ -79,6 +80,7 @@ void band_forward(const CK_PARAM Forward p, int64_t groups) {
           out, steps, lane, [&](auto& a, int term, int s) { matrix.load(a, term, s, lane); },
           [&](int s) { return ring.at(ring.after(window, s)); });
       T* const done = ring.at(window);
+      __syncwarp();  // which has been read
       window = ring.after(window, 1);
       const bool fast = put_tile<T>(done, out, lane) && (kOwn || whole_tile(p, p.taps, rows, i));
       __syncwarp();

@@ -15,8 +15,9 @@ CK_DEVICE void multiply_pairs(float (&acc)[4], const uint32_t (&a)[kA][4], const
   mma_m16n8k16<bf16>(acc, a[0], b[0]);
 }
 
-// G += of the rows of d(y) at `dy` and `steps` tiles of z: tile(s).
-template <class GradRing, class Ring, int kSteps, class T, class Tile>
+// G += of the rows of d(y) at `dy` and `steps` tiles of z: tile(s). Tensor cores cut off what they add to a sum, so
+// that one of many tiles would be too small: those of each tile are found by themselves. kFirst: G is that of one tile.
+template <class GradRing, class Ring, bool kFirst, int kSteps, class T, class Tile>
 CK_DEVICE void pair_product(float (&g)[2 * kSteps][4], int steps, const T* dy, int lane, const Tile& tile) {
   constexpr int kPitch = Ring::Unit::kPitch;
   dy += lane % 16 * kPitch + lane / 16 * 8;
@@ -25,6 +26,7 @@ CK_DEVICE void pair_product(float (&g)[2 * kSteps][4], int steps, const T* dy, i
   for (int s = 0; s < kSteps; ++s) {
     if (s >= steps) break;
     const T* const z = tile(s) + place;
+    float sums[2][4] = {};
 #pragma unroll
     for (int c = 0; c < Ring::kGroups; ++c) {
       uint32_t a[GradRing::kParts][4], b[Ring::kParts][4], half[Ring::kParts][2];
@@ -34,9 +36,11 @@ CK_DEVICE void pair_product(float (&g)[2 * kSteps][4], int steps, const T* dy, i
       for (int n = 0; n < 2; ++n) {
         for (int part = 0; part < Ring::kParts; ++part)
           half[part][0] = b[part][2 * n], half[part][1] = b[part][2 * n + 1];
-        multiply_pairs<GradRing::kParts, Ring::kParts>(g[2 * s + n], a, half);
+        multiply_pairs<GradRing::kParts, Ring::kParts>(sums[n], a, half);
       }
     }
+    for (int n = 0; n < 2; ++n)
+      for (int e = 0; e < 4; ++e) g[2 * s + n][e] = kFirst ? sums[n][e] : g[2 * s + n][e] + sums[n][e];
   }
 }
 
@@ -75,7 +79,7 @@ CK_DEVICE bool finite_rows(const T* tile, const Unit& unit) {
 // From G of a tile, in `strip`, to the gradients of its logits: through dropout and softmax, row lane / 2 by two lanes.
 // store(j, value). By the warp.
 template <class Store>
-CK_DEVICE void finish_own_filters(const Backward& p, const FilterAt& at, int first, int last, int lane, float* strip,
+CK_DEVICE void finish_own_filters(const Backward& p, const FilterAt& at, int lane, float* strip,
                                   const float* probabilities, const Store& store) {
   const int K = static_cast<int>(p.taps.taps), q = lane % 2;
   if (p.seed != nullptr)
@@ -83,7 +87,7 @@ CK_DEVICE void finish_own_filters(const Backward& p, const FilterAt& at, int fir
     for (int j = q; j < K; j += 2) strip[j] *= dropout_factor<float>(p, at, j);
   float d[kOwnLaneTaps], inner = 0;
   for_lane_taps<kOwnLaneTaps>(K, lane, [&](int i, int j) {
-    d[i] = j >= first && j < last ? strip[j] : 0.0f;
+    d[i] = j < K ? strip[j] : 0.0f;
     if (j < K) inner += d[i] * probabilities[j];
   });
   inner += __shfl_xor_sync(kAllLanes, inner, 1);

@@ -68,6 +68,9 @@ CK_HD constexpr int band_strip_bytes(int64_t taps) { return kBandTile / 2 * band
 // Words from row to row of their probabilities.
 CK_HD constexpr int band_probability_pitch(int64_t taps) { return static_cast<int>(taps + 1) / 4 * 4 + 2; }
 
+// Whether a lane has its sums for d(bias) in shared memory, where registers are short.
+CK_HD constexpr bool band_bias_in_memory(bool own, int width) { return own && width == 32; }
+
 // Bytes of a warp.
 CK_HD int band_forward_bytes(const BandShape& shape, bool gate) {
   return shape.matrix_bytes() +
@@ -79,7 +82,7 @@ CK_HD int band_backward_bytes(const BandShape& shape, bool float16, bool gate, b
       band_ring_bytes(shape.parts, gate ? 2 : 1, shape.steps, shape.width, kBandGradAhead, kBandGradAhead + 1);
   if (!own) return shape.matrix_bytes() + rings;
   return shape.steps * (shape.matrix_bytes() + kBandTile * band_probability_pitch(taps) * 4) + rings +
-         band_strip_bytes(taps);
+         band_strip_bytes(taps) + (band_bias_in_memory(own, shape.width) ? 32 * 8 * 4 : 0);
 }
 
 // Bytes of a row of logits of `heads` heads in shared memory: an odd multiple of 8, for 16 rows in different banks.

@@ -9,7 +9,7 @@ namespace ck::cuda {
 CK_DEVICE bool whole_tile(const Problem& p, const Taps& taps, const TileRows& rows, int tile) {
   if (p.offsets == nullptr) return true;
   const int64_t t = rows.position(int64_t{tile} * kBandTile);
-  const int64_t last = t + (kBandTile - 1) * rows.dilation;
+  const int64_t last = t + int64_t{kBandTile - 1} * rows.dilation;
   const Sequence sequence = sequence_of(p, t);
   return max(taps.source(t, 0), int64_t{0}) >= sequence.begin &&
          min(max(last, taps.source(last, taps.taps - 1)), p.time - 1) < sequence.end;
@@ -79,7 +79,6 @@ CK_DEVICE void slow_taps(const Backward& p, const Unit& unit, const TileRows& ro
       const int64_t t = rows.position(int64_t{tile} * kBandTile + r), s = p.taps.source(t, j);
       if (t < 0 || t >= p.time) continue;
       const Sequence sequence = sequence_of(p, t);
-      if (s < sequence.first || s >= sequence.end) continue;
 #pragma unroll 1
       for (int64_t c = unit.c0; c < unit.c0 + unit.channels; ++c)
         total += load_input<T>(p, rows.b, s, c, sequence) * widen(*at<const T>(p.grad, rows.b, t, c));

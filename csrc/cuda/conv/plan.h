@@ -268,15 +268,21 @@ inline int band_units(const Facts& f, bool backward) {
   return best;
 }
 
+// Tiles of an owner's batch rows, phase by phase, at most: a backward pass also walks what windows reach.
+inline int64_t band_tiles(const Facts& f, bool backward) {
+  const int64_t rows = (f.time + f.dilation - 1) / f.dilation + (backward ? 2 * (f.taps - 1) : 0);
+  return f.batch / f.owners() * f.dilation * ((rows + kBandTile - 1) / kBandTile);
+}
+
 inline bool band_possible(const Facts& f, bool backward) {
   const bool narrow = f.dtype == Dtype::kBFloat16 || f.dtype == Dtype::kFloat16;
   const int64_t R = f.head_channels();
   if (!narrow || f.renormalize || f.channel_bytes == 0 || f.taps > (f.per_position ? kBandShort : kBandMaxTaps) ||
       R < kBandTile || R % 8 != 0)
     return false;
-  // Positions are counted in 32 bits where there are at least as many as phases.
-  return f.dilation <= f.time && !(f.state && (f.packed || f.gate)) && f.weight_bytes <= 4 &&
-         band_units(f, backward) != 0;
+  // Tiles, and the rows of a run, are counted in 32 bits.
+  if (f.dilation > f.time || band_tiles(f, backward) > kFarthest / kBandTile) return false;
+  return !(f.state && (f.packed || f.gate)) && f.weight_bytes <= 4 && band_units(f, backward) != 0;
 }
 
 inline bool band_wanted(const Facts& f, bool backward) {
@@ -286,12 +292,11 @@ inline bool band_wanted(const Facts& f, bool backward) {
 inline Plan band_plan(const Facts& f, bool backward) {
   const BandShape shape(f.taps, f.head_channels(), f.dtype == Dtype::kFloat16, f.gate);
   const int units = band_units(f, backward);
-  const int64_t bytes = band_bytes(f, backward, units), reach = f.dilation * kBandTile;
+  const int64_t bytes = band_bytes(f, backward, units);
   const int64_t columns = (f.heads * shape.pieces + units - 1) / units * f.owners();
-  const int64_t tiles = f.batch / f.owners() * f.dilation * ((f.time + reach - 1) / reach);
   // A block makes its filters, waits for its first rows, and reads a halo besides.
   Plan plan{Family::kBand,
-            best_groups(f, tiles, columns,
+            best_groups(f, band_tiles(f, false), columns,
                         slots_of(f, bytes + kBandStatic,
                                  (backward ? kBandBackwardBlocks : kBandForwardBlocks) * kBandWarps / units),
                         shape.steps + 2),
