@@ -314,8 +314,8 @@ CUDA_MUTATIONS = [
     Mutation(
         "band: the mask of the tile before",
         "csrc/cuda/conv/band.cuh",
-        "    mask += kBandTile * rows.dilation * p.mask_time;\n    look_ahead();",
-        "    look_ahead();\n    mask += kBandTile * rows.dilation * p.mask_time;",
+        "    mask += int64_t{kBandTile} * rows.dilation * p.mask_time;\n    look_ahead();",
+        "    look_ahead();\n    mask += int64_t{kBandTile} * rows.dilation * p.mask_time;",
     ),
     Mutation(
         "state overwritten while others read it",
