@@ -277,15 +277,15 @@ CUDA_MUTATIONS = [
     ),
     Mutation(
         "band: no barrier between warps that copy logits and warps that read them",
-        "csrc/cuda/conv/band_backward.cuh",
-        "      if constexpr (kOwn)\n        __syncthreads();\n      else\n        __syncwarp();",
-        "      __syncwarp();",
+        "csrc/cuda/conv/band.cuh",
+        "  if constexpr (kOwn)\n    __syncthreads();\n  else\n    __syncwarp();",
+        "  __syncwarp();",
     ),
     Mutation(
         "band: what is not finite spreads to neighbours",
         "csrc/cuda/conv/band.cuh",
-        "return __any_sync(kAllLanes, (found & 0x7fff7fffu) != 0) == 0;",
-        "return __any_sync(kAllLanes, (found & 0x7fff7fffu) != 0) >= 0;",
+        "return __any_sync(kAllLanes, !all_finite(found)) == 0;",
+        "return __any_sync(kAllLanes, !all_finite(found)) >= 0;",
     ),
     Mutation(
         "band: what is not finite meets rows that do not exist",

@@ -58,8 +58,6 @@ struct BandUnit {
   }
 };
 
-CK_DEVICE int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
-
 // Rows of a phase, in tiles of 16: row n is at position first + n * dilation.
 struct TileRows {
   int b;
@@ -89,6 +87,21 @@ CK_DEVICE void for_runs(const Problem& p, const Unit& unit, int64_t groups, int6
          static_cast<int>(count));
     at += count;
   }
+}
+
+// Rows of a run of `count` tiles that exist.
+CK_DEVICE int rows_of_run(const Problem& p, const TileRows& rows, int count) {
+  return static_cast<int>(min(ceil_div(p.time - rows.first, rows.dilation), int64_t{count} * kBandTile));
+}
+
+// Waits for all that read what this warp has copied, or copied what it reads: the warps of a block copy filters of
+// their own (kOwn) together, all else each for itself.
+template <bool kOwn>
+CK_DEVICE void sync_copies() {
+  if constexpr (kOwn)
+    __syncthreads();
+  else
+    __syncwarp();
 }
 
 // Copies the tiles of a run one after another: of x and the gate, or of d(y). One address is found and moved on.
@@ -343,7 +356,7 @@ CK_DEVICE bool put_tile(T* tile, const float (&out)[kMatrices][4], int lane) {
       to[4 * n + half * 4 * kPitch] = pair;
     }
   }
-  return __any_sync(kAllLanes, (found & 0x7fff7fffu) != 0) == 0;
+  return __any_sync(kAllLanes, !all_finite(found)) == 0;
 }
 
 }  // namespace ck::cuda

@@ -93,14 +93,7 @@ void band_backward(const CK_PARAM Backward p) {
     grad.start(p, outputs, 0, wanted + K - 1, unit);
     input.start(p, rows, 1 - steps, wanted, unit);
     TileStores<T, kWidth> to_x(p.grad_x, rows, unit), to_gate(p.grad_gate, rows, unit);
-    const int left =  // rows of the run that exist
-        static_cast<int>(min(ceil_div(p.time - rows.first, rows.dilation), int64_t{count} * kBandTile));
-    const auto sync = [&] {
-      if constexpr (kOwn)
-        __syncthreads();
-      else
-        __syncwarp();
-    };
+    const int left = rows_of_run(p, rows, count);
     if constexpr (kOwn) {
       logits.start(p, LogitMemory::of_weight(p), outputs, unit);
       logit_grads.start(p, LogitMemory::of_gradient(p), outputs, unit);
@@ -121,7 +114,7 @@ void band_backward(const CK_PARAM Backward p) {
       open = s < 0 || s >= p.time || !masked(p, rows.b, s);
     };
     if (p.mask != nullptr) look_at_mask(0);
-    sync();  // the run before this one has been read
+    sync_copies<kOwn>();  // the run before this one has been read
     for (int n = 0; n < kBandGradAhead; ++n) issue(n);
     // Slots: what has arrived, and where it lies as it came; the first tile of the windows; of matrices.
     int grad_arrived = 0, grad_raw = 0, arrived = 0, raw = 0, grad_window = 0, window = 0, matrix = 0, logit_slot = 0;
@@ -130,7 +123,7 @@ void band_backward(const CK_PARAM Backward p) {
       if constexpr (!GradRing::kDirect) grad_ring.split(grad_arrived, grad_raw, unit);
       if constexpr (!Ring::kDirect)
         if (need_weight || kGate) ring.split(arrived, raw, unit);
-      sync();
+      sync_copies<kOwn>();
       issue(i + steps - 1 + kBandGradAhead);
       if constexpr (kOwn) {
         if (i > 0 && need_weight && !cut) logit_grads.store(p, (i - 1) % 2);
@@ -214,8 +207,7 @@ void band_backward(const CK_PARAM Backward p) {
             });
           } else {
             char* const to = logit_grads.at(i % 2, row) + (unit.head - unit.first_head) * K * logit_bytes(p);
-            const auto finish = [&](const auto& store) { finish_own_filters(p, at, lane, sums, own, store); };
-            finish([&](int j, float value) {
+            finish_own_filters(p, at, lane, sums, own, [&](int j, float value) {
               if (exists) store_as(to, j, p.weight_dtype, value);
             });
           }

@@ -33,19 +33,12 @@ void band_forward(const CK_PARAM Forward p, int64_t groups) {
   for_runs(p, unit, groups, 0, 0, [&](const TileRows& rows, int count) {
     TileWalk<true, Ring, T> input;
     // Rows that windows of the run reach: no more are copied.
-    const int left =  // rows of the run that exist
-        static_cast<int>(min(ceil_div(p.time - rows.first, rows.dilation), int64_t{count} * kBandTile));
+    const int left = rows_of_run(p, rows, count);
     const int wanted = left + K - 1;
     input.start(p, {rows.b, p.taps.source(rows.first, 0), rows.dilation}, 0, wanted, unit);
     TileStores<T, kWidth> output(p.y, rows, unit);
     int logit_slot = 0, window = 0;  // of the tile that is computed
     if constexpr (kOwn) logits.start(p, LogitMemory::of_weight(p), rows, unit);
-    const auto sync = [&] {
-      if constexpr (kOwn)
-        __syncthreads();
-      else
-        __syncwarp();
-    };
     // Tile n of z arrives with the logits of the outputs whose windows end with it.
     const auto issue = [&](int n) {
       if (n < count + steps - 1) input.copy(p, ring, unit);
@@ -53,7 +46,7 @@ void band_forward(const CK_PARAM Forward p, int64_t groups) {
         if (const int tile = n - (steps - 1); tile >= 0 && tile < count) logits.copy(p, tile % (1 + kBandAhead));
       cp_async_commit();
     };
-    sync();  // the run before this one has been read
+    sync_copies<kOwn>();  // the run before this one has been read
     for (int n = 0; n < kBandAhead; ++n) issue(n);
     int arrived = 0, turn = 0;
     for (int i = 1 - steps; i < count; ++i) {
@@ -62,7 +55,7 @@ void band_forward(const CK_PARAM Forward p, int64_t groups) {
         ring.split(arrived, turn, unit);
         turn = Ring::next_raw(turn);
       }
-      sync();
+      sync_copies<kOwn>();
       issue(i + steps - 1 + kBandAhead);
       arrived = ring.after(arrived, 1);
       if (i < 0) continue;

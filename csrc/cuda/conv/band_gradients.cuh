@@ -73,7 +73,7 @@ CK_DEVICE bool finite_rows(const T* tile, const Unit& unit) {
     load_vector(words, tile + (unit.row + turn * Unit::kRowStep) * Unit::kPitch + unit.column);
     for (int w = 0; w < 4; ++w) found = not_finite_pair<bf16>(words[w], found);
   }
-  return (found & 0x7fff7fffu) == 0;
+  return all_finite(found);
 }
 
 // From G of a tile, in `strip`, to the gradients of its logits: through dropout and softmax, row lane / 2 by two lanes.

@@ -88,11 +88,9 @@ int64_t assign(Backward& p, const Plan& plan, void* workspace) {
   p.groups = plan.groups;
   Workspace sums(workspace, p.dtype);
   const int64_t rows = p.owners() * p.groups;
-  const bool float16 = p.dtype == Dtype::kFloat16, gate = p.gate.data != nullptr;
-  const int64_t pieces = plan.family == Family::kRows ? rows_pieces(p.head_channels())
-                         : plan.family == Family::kBand
-                             ? BandShape(p.taps.taps, p.head_channels(), float16, gate).pieces
-                             : 1;
+  const int64_t pieces = plan.family == Family::kRows   ? rows_pieces(p.head_channels())
+                         : plan.family == Family::kBand ? band_shape(p).pieces
+                                                        : 1;
   if (p.grad_weight != nullptr && !p.per_position)
     p.partial_weight = sums.take(rows * (p.renormalize ? p.heads * pieces : p.channels) * p.taps.taps);
   if (p.grad_weight != nullptr && p.per_position && pieces > 1)

@@ -239,9 +239,14 @@ inline Plan rows_plan(const Facts& f, bool backward) {
 // and 13 taps, fewer if the two do not overlap. Matrices take 0.3 ps with up to 17 taps.
 constexpr int64_t kBandMinTaps = 12;
 
+inline BandShape band_shape(const Facts& f) { return {f.taps, f.head_channels(), f.dtype == Dtype::kFloat16, f.gate}; }
+inline BandShape band_shape(const Problem& p) {
+  return {p.taps.taps, p.head_channels(), p.dtype == Dtype::kFloat16, p.gate.data != nullptr};
+}
+
 inline int64_t band_bytes(const Facts& f, bool backward, int units) {
   const bool float16 = f.dtype == Dtype::kFloat16;
-  const BandShape shape(f.taps, f.head_channels(), float16, f.gate);
+  const BandShape shape = band_shape(f);
   // Backward two tiles of gradients besides.
   const int tiles = !f.per_position ? 0 : backward ? 1 + kBandGradAhead + 2 : 1 + kBandAhead;
   return tiles * kBandTile * band_logit_pitch(f.taps, band_heads(shape.pieces, units), f.weight_bytes) +
@@ -290,7 +295,7 @@ inline bool band_wanted(const Facts& f, bool backward) {
 }
 
 inline Plan band_plan(const Facts& f, bool backward) {
-  const BandShape shape(f.taps, f.head_channels(), f.dtype == Dtype::kFloat16, f.gate);
+  const BandShape shape = band_shape(f);
   const int units = band_units(f, backward);
   const int64_t bytes = band_bytes(f, backward, units);
   const int64_t columns = (f.heads * shape.pieces + units - 1) / units * f.owners();

@@ -23,7 +23,7 @@ struct Reach {
 
   CK_DEVICE Reach(const Taps& taps, int64_t phase) : from{phase, taps.dilation} {
     const int64_t s = taps.source(phase, 0), d = taps.dilation;
-    const int64_t down = s >= 0 ? s / d : -((-s + d - 1) / d);
+    const int64_t down = floor_div(s, d);
     to = {s - down * d, d};
     offset = down;
   }

@@ -78,6 +78,13 @@ struct TimeLane {
   // The lane's row of the tile in a slot.
   CK_DEVICE char* tile(const TimeTiles& g, int slot) const { return tiles + slot * stage_bytes + row * g.row_bytes; }
 
+  // The filter of the lane's row where taps are few.
+  CK_DEVICE void load_few(float (&values)[kEight], const TimeTiles& g) const {
+#pragma unroll
+    for (int j = 0; j < kEight; ++j)
+      if (j < static_cast<int>(g.taps.taps)) values[j] = filter[g.shift + j];
+  }
+
   // The first chunks of a tile are the last ones of the tile before, if both are of one row.
   template <class T>
   CK_DEVICE void move_on(const TimeTiles& g, char* from, char* to) const {
@@ -178,9 +185,7 @@ void time_forward(const CK_PARAM Forward p, const CK_PARAM TimeTiles g, int64_t 
   const bool few = !kPacked && g.few_taps();
   if (few) {
     __syncwarp();
-#pragma unroll
-    for (int j = 0; j < kEight; ++j)
-      if (j < static_cast<int>(g.taps.taps)) filter[j] = self.filter[g.shift + j];
+    self.load_few(filter, g);
   }
   if constexpr (!kReady) {
     stage(0, turns.now);

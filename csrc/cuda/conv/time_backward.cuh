@@ -65,9 +65,7 @@ void time_backward(const CK_PARAM Backward p, const CK_PARAM TimeTiles g, int64_
   const bool few = !kPacked && g.few_taps();
   if (few && need_input) {
     __syncwarp();
-#pragma unroll
-    for (int j = 0; j < kEight; ++j)
-      if (j < static_cast<int>(g.taps.taps)) filter[j] = self.filter[g.shift + j];
+    self.load_few(filter, g);
   }
   TimeTurns turns(g, self);
   stage(0, turns.now);

@@ -92,6 +92,9 @@ CK_DEVICE uint32_t not_finite_pair(uint32_t pair, uint32_t found) {
 #endif
 }
 
+// What it has found so far.
+CK_DEVICE bool all_finite(uint32_t found) { return (found & 0x7fff7fffu) == 0; }
+
 // Element `index` of an array whose type is known at run time.
 template <class C>
 CK_DEVICE C load_as(const void* data, int64_t index, Dtype dtype) {
@@ -141,5 +144,6 @@ CK_HD N max(N a, N b) {
   return a < b ? b : a;
 }
 CK_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+CK_HD int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 
 }  // namespace ck::cuda

@@ -23,9 +23,8 @@ const char* with_width(bool gate, int width, const Run& run) {
 
 template <class T>
 const char* BandFamily<T>::forward(const Forward& p, const Plan& plan, Stream stream) {
-  const bool gate = p.gate.data != nullptr;
-  const BandShape shape(p.taps.taps, p.head_channels(), std::is_same_v<T, f16>, gate);
-  return with_width<T>(gate, shape.width, [&](auto gated, auto width) {
+  const BandShape shape = band_shape(p);
+  return with_width<T>(p.gate.data != nullptr, shape.width, [&](auto gated, auto width) {
     return with_bool(p.per_position, [&](auto own) {
       return launch(band_forward<T, decltype(width)::value, decltype(gated)::value, decltype(own)::value>,
                     band_blocks(p, plan, shape), dim3(static_cast<unsigned>(32 * plan.units)),
@@ -36,9 +35,8 @@ const char* BandFamily<T>::forward(const Forward& p, const Plan& plan, Stream st
 
 template <class T>
 const char* BandFamily<T>::backward(const Backward& p, const Plan& plan, Stream stream) {
-  const bool gate = p.gate.data != nullptr;
-  const BandShape shape(p.taps.taps, p.head_channels(), std::is_same_v<T, f16>, gate);
-  const char* status = with_width<T>(gate, shape.width, [&](auto gated, auto width) {
+  const BandShape shape = band_shape(p);
+  const char* status = with_width<T>(p.gate.data != nullptr, shape.width, [&](auto gated, auto width) {
     const auto run = [&](auto own, auto steps) {
       return launch(band_backward<T, decltype(width)::value, decltype(gated)::value, decltype(own)::value,
                                   decltype(steps)::value>,
