@@ -260,8 +260,26 @@ CUDA_MUTATIONS = [
     Mutation(
         "rows: gradients added before all lanes have finished theirs",
         "csrc/cuda/conv/rows.cuh",
-        "  __syncwarp();\n  if (!p.per_position) {",
-        "  if (!p.per_position) {",
+        "  __syncwarp();\n  if (p.per_position) {",
+        "  if (p.per_position) {",
+    ),
+    Mutation(
+        "rows: logits not waited for",
+        "csrc/cuda/conv/rows.cuh",
+        "      if (k >= 0) issue_filters(k + 1);\n      issue(k + window + kAhead - 1);",
+        "      issue(k + window + kAhead - 1);\n      if (k >= 0) issue_filters(k + 1);",
+    ),
+    Mutation(
+        "rows: logits copied over filters that are in use",
+        "csrc/cuda/conv/rows.cuh",
+        "const int slots = window + kFiltersAhead,",
+        "const int slots = window,",
+    ),
+    Mutation(
+        "rows: filters read before all lanes have made theirs",
+        "csrc/cuda/conv/rows.cuh",
+        "own_filters(k), common);\n      __syncwarp();",
+        "own_filters(k), common);",
     ),
     Mutation(
         "rows: pieces of a head written to one place",

@@ -256,23 +256,29 @@ class ControlFlow:
         return min(found, key=lambda one: one.instructions)
 
     def _passes(self, work: Work, loops: dict[int, set[int]]) -> list[Pass]:
-        able = {head: body for head, body in loops.items() if self._has_kinds(work, body)}
+        able = {head for head in loops if self._is_able(head, work)}
         found = []
-        for head, body in able.items():
-            if any(other != head and other in body for other in able):
+        for head in able:
+            body, within = self.loops[head], self._within(head)
+            if any(other in within for other in able):
                 continue
-            within = {h: b for h, b in self.loops.items() if h != head and h in body}
             choices = [self._passes(inner, within) for _, inner in work.loops]
             if all(choices):
                 inside = [min(passes, key=lambda one: one.instructions) for passes in choices]
                 found.append(self._shortest(head, body, work, inside))
         return [one for one in found if one]
 
-    def _has_kinds(self, work: Work, body: set[int]) -> bool:
-        names = {i.name for b in body for i in self.blocks[b].instructions}
+    def _within(self, head: int) -> dict[int, set[int]]:
+        """The loops within a loop."""
+        return {h: b for h, b in self.loops.items() if h != head and h in self.loops[head]}
+
+    def _is_able(self, head: int, work: Work) -> bool:
+        """Whether a loop has all kinds of this work, and loops within it those of the work's loops."""
+        within = self._within(head)
+        names = {i.name for b in self.loops[head] for i in self.blocks[b].instructions}
         own = [kind for kind, count in zip(work.kinds, work.counts.values(), strict=True) if count]
         return all(any(map(kind.match, names)) for kind in own) and all(
-            self._has_kinds(inner, body) for _, inner in work.loops
+            any(self._is_able(other, inner) for other in within) for _, inner in work.loops
         )
 
     def _leading_to(self, goals: set[int], head: int) -> set[int]:

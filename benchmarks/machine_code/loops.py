@@ -101,19 +101,23 @@ def _gated(taps: int) -> list[MainLoop]:
 
 
 def _rows(t: str) -> list[MainLoop]:
-    """As the stream kernels, with 7 taps and heads of 64 channels. A warp has 16 filters, makes softmax of 4 at a time
-    by 8 lanes each, and sums products over 16 lanes. Walks have 8 taps unrolled, of which 7 are run through."""
-    n, load, store = VECTORS[t], "LDG" + NUMBER[t], "STG" + NUMBER[t]
-    others = {} if t == "bf16" else {f"{name}.E.{size}": 0 for name in ("LDG", "STG") for size in ("U16", "64")}
-    fill = (4, Work({load: 3, "LDG": 3, "STG": 0, **others, "MUFU.EX2": 2, "SHFL": 9, "STS": 1}))
-    finish = (4, Work({load: 4, "LDG": 4, store: 1, "STG": 1, **others, "MUFU.EX2": 3, "SHFL": 12, "STS": 1}))
+    """As the stream kernels, with 7 taps and heads of 64 channels. A warp has 16 filters of 7 logits, or gradients, in 8
+    rows, of which its lanes copy 4 numbers each; a lane each makes softmax of, and finishes, and products are summed
+    over 16 lanes. Walks have 8 taps unrolled, of which 7 are run through, others 4."""
+    n, number = VECTORS[t], r"LDGSTS\.E(?!\.)"
+    copy = (1, Work({"LDG": 0, "FMUL": 0}, ((2, Work({number: 2, "LDG": 0})),)))
+    loops = [{"FMNMX": 4}, {"MUFU.EX2": 4, "STS": 4}, {"FMUL": 4, "STS": 4, "FADD": 0}]
+    make = (1, Work({"MUFU.EX2": 0, "LDG": 0, "FMNMX": 0}, tuple((7 / 4, Work(loop)) for loop in loops)))
+    loops = [{"LDS": 8, "FFMA": 4, "STS": 0}, {"LDS": 8, "FADD": 4, "FMUL": 4, "STS": 4, "MUFU": 0}]
+    finish = (1, Work({"MUFU.EX2": 0, "LDG": 0, "FMUL": 0}, tuple((7 / 4, Work(loop)) for loop in loops)))
+    store = (1, Work({"FMUL": 0}, ((2, Work({"STG": 2, "LDS": 2})),)))
     products = (7 / 8, Work({"FFMA": 256, "SHFL": 64, QUAD[t]: 8}))
     gradient = (7 / 8, Work({"FFMA": 256, "SHFL": 0, "STS": 0, QUAD[t]: 8}))
     rest = {STORE: n, "SHFL": 8 if t == "bf16" else 0, "LDG": 0}
     forward, backward = {COPY: n, "FFMA": 224, **rest}, {COPY: 2 * n, **rest}
     return [
-        MainLoop("rows_forward", f"{t}, false", "7 taps", Work(forward, (fill,))),
-        MainLoop("rows_backward", f"{t}, false", "7 taps", Work(backward, (fill, finish, products, gradient))),
+        MainLoop("rows_forward", f"{t}, false", "7 taps", Work(forward, (copy, make))),
+        MainLoop("rows_backward", f"{t}, false", "7 taps", Work(backward, (copy, make, finish, store, products, gradient))),
     ]
 
 

@@ -187,6 +187,7 @@ inline Columns rows_columns(int64_t channels, int64_t R, int64_t lanes) {
   return {channels, R, ((R + pieces - 1) / pieces + 7) / 8 * 8, pieces};  // whole vectors, of 16 bits as well
 }
 
+constexpr int kFiltersAhead = 1;  // chunks of logits that are copied while one is computed
 CK_HD int64_t rows_pitch(int64_t taps) { return taps / 2 * 2 + 1; }
 // Filters of `rows` rows.
 CK_HD int64_t rows_table_bytes(int64_t taps, int64_t lanes, int64_t rows = kChunk) {
@@ -199,8 +200,8 @@ inline int64_t rows_bytes(const Facts& f, int64_t lanes, bool backward) {
                                : (window + kAhead) * stream_chunk_bytes(size);
   // Where positions share filters, a warp keeps those of whole windows, and sums for their gradient.
   const int64_t own = f.per_position ? 0 : kStreamWarps;
-  if (!backward) return rows_table_bytes(f.taps, lanes, kChunk + own) + input;
-  return (window + 1) * table + rows_table_bytes(f.taps, lanes, 2 * own) +
+  if (!backward) return rows_table_bytes(f.taps, lanes, (1 + kFiltersAhead) * kChunk + own) + input;
+  return (window + kFiltersAhead + 1) * table + rows_table_bytes(f.taps, lanes, 2 * own) +
          (window + kAhead) * stream_chunk_bytes(size) + input;
 }
 

@@ -3,7 +3,7 @@
 // then filters differ only where a window is cut off.
 #pragma once
 
-#include "csrc/cuda/conv/walk.cuh"
+#include "csrc/cuda/conv/rows_filters.cuh"
 
 namespace ck::cuda {
 
@@ -14,95 +14,6 @@ CK_DEVICE int quad_of_lane(int64_t R, int lanes, int lane) {
   const int quads = static_cast<int>(min(R / kQuad, int64_t{lanes})), head = lane / lanes, at = lane % lanes;
   return at < quads ? head * quads + at : 32 / lanes * quads + head * (lanes - quads) + at - quads;
 }
-
-// Whether the windows of rows n .. n + kRun - 1 of a phase, all of which exist, lie within a sequence as a whole.
-CK_DEVICE bool whole_windows(const Problem& p, const Phase& phase, int64_t n) {
-  const int64_t top = phase.position(n), end = phase.position(n + kRun - 1);
-  if (top < 0 || end >= p.time) return false;
-  const Sequence sequence = sequence_of(p, top);
-  return end < sequence.end && p.taps.source(top, 0) >= sequence.first &&
-         p.taps.source(end, p.taps.taps - 1) < sequence.end;
-}
-
-// Filters that positions share, kept by a warp from the first whole windows that it computes.
-struct CommonFilters {
-  float* values;
-  bool known = false;
-};
-
-// Filters of rows of a phase in shared memory: [row][head of the block][tap].
-struct FilterRows {
-  float* values;
-  int heads, pitch;  // pitch: from one head to the next, odd so that heads lie in different banks
-  int lanes;         // that share a head
-
-  CK_DEVICE FilterRows(const Problem& p, int lanes, char* shared)
-      : values(reinterpret_cast<float*>(shared)),
-        heads(32 / lanes),
-        pitch(static_cast<int>(rows_pitch(p.taps.taps))),
-        lanes(lanes) {}
-
-  CK_DEVICE float* row(int number) const { return values + number * heads * pitch; }
-  // Filters of a row for the head that lane serves.
-  CK_DEVICE float* of_lane(int number, int lane) const { return row(number) + lane / lanes * pitch; }
-
-  // Calls use(h0 + head, head, t, i, lane) for the heads of rows n .. n + rows - 1 of a phase, a group of lanes each,
-  // as many at once as the taps allow; `lane` counts within the group. Rows that do not exist have t = -1. By one
-  // warp.
-  template <class Use>
-  CK_DEVICE void for_each(const Problem& p, const Phase& phase, int64_t n, int rows, int64_t h0, const Use& use) const {
-    const int lane = threadIdx.x % 32, width = group_width(p.taps.taps), groups = 32 / width;
-    for (int item = 0; item < rows * heads; item += groups) {
-      const int mine = item + lane / width, i = mine / heads, head = mine % heads;
-      const int64_t t = phase.position(n + i);
-      const bool exists = mine < rows * heads && t >= 0 && t < p.time && h0 + head < p.heads;
-      use(h0 + head, head, exists ? t : -1, i, lane % width);
-    }
-  }
-
-  // Lanes of a group: enough for the taps, at most a warp.
-  static CK_DEVICE int group_width(int64_t taps) {
-    int width = 1;
-    while (width < 32 && width < taps) width *= 2;
-    return width;
-  }
-
-  // Fills rows `first` .. of the table with the filters of rows n .. n + kRun - 1 of a phase. By one warp.
-  CK_DEVICE void fill(const Problem& p, const Phase& phase, int64_t b, int64_t n, int64_t h0, int first,
-                      CommonFilters& common) const {
-    const bool whole = !p.per_position && whole_windows(p, phase, n);
-    if (whole && common.known) {
-#pragma unroll 1
-      for (int at = threadIdx.x % 32; at < heads * pitch; at += 32)
-        for (int i = 0; i < kRun; ++i) row(first + i)[at] = common.values[at];
-      return;
-    }
-    const int width = group_width(p.taps.taps);
-    for_each(p, phase, n, kRun, h0, [&](int64_t h, int head, int64_t t, int i, int lane) {
-      const bool exists = t >= 0;
-      const int64_t known = exists ? t : 0;
-      const FilterAt f(p, b, known, exists ? h : 0);
-      const Sequence sequence = sequence_of(p, known);
-      const Statistics<float> statistics = warp_statistics<float>(p, f, known, lane, sequence, width, exists);
-      if (i < kRun)
-        for (int j = lane; j < p.taps.taps; j += width)
-          row(first + i)[head * pitch + j] = exists ? tap_of(p, f, known, j, statistics, sequence).value() : 0.0f;
-    });
-    if (!whole) return;
-    __syncwarp();
-#pragma unroll 1
-    for (int at = threadIdx.x % 32; at < heads * pitch; at += 32) common.values[at] = row(first)[at];
-    common.known = true;
-  }
-
-  // Adds rows first .. first + count - 1 to the row at `sum`. By one warp.
-  CK_DEVICE void add_up(int first, int count, float* sum) const {
-#pragma unroll 1
-    for (int at = threadIdx.x % 32; at < heads * pitch; at += 32)
-      for (int i = 0; i < count; ++i) sum[at] += row(first + i)[at];
-    __syncwarp();
-  }
-};
 
 template <class T, bool kGate>
 CK_GLOBAL(kStreamThreads, 2)
@@ -115,8 +26,9 @@ void rows_forward(const CK_PARAM Forward p, const CK_PARAM Columns columns, int 
   const int64_t h0 = work.c0 / R;
   char* shared = shared_memory();
   const FilterRows filters(p, lanes, shared);
-  CommonFilters common{filters.row(kChunk + warp)};
-  shared += rows_table_bytes(K, lanes, p.per_position ? kChunk : kChunk + kStreamWarps);
+  constexpr int kSlots = 1 + kFiltersAhead;
+  CommonFilters common{filters.row(kSlots * kChunk + warp)};
+  shared += rows_table_bytes(K, lanes, kSlots * kChunk + (p.per_position ? 0 : kStreamWarps));
   const InputRing<T, kGate> input(shared, window);
   const Quad bias = load_bias(p, work.c0 + quad * kQuad);
 
@@ -128,25 +40,37 @@ void rows_forward(const CK_PARAM Forward p, const CK_PARAM Columns columns, int 
         input.issue(p, reach.to, run.b, m0 + chunk * kChunk, chunk, rows_reached(p.taps, run.count, chunk), work);
       cp_async_commit();
     };
+    // Where a warp has the filters of its rows of a chunk.
+    const auto own_filters = [&](int64_t chunk) {
+      return static_cast<int>(static_cast<uint32_t>(chunk) % kSlots) * kChunk + warp * kRun;
+    };
+    const auto issue_filters = [&](int64_t chunk) {
+      if (!p.per_position || chunk >= run.count) return;
+      filters.copy(p, reach.from, run.b, n0 + chunk * kChunk + warp * kRun, h0, own_filters(chunk), kRun);
+      cp_async_commit();
+    };
     __syncthreads();  // the run before this one has been read
+    issue_filters(0);
     for (int chunk = 0; chunk < (kGate ? kAhead : window + kAhead - 1); ++chunk) issue(chunk);
     for (int64_t k = kGate ? 1 - window : 0; k < run.count; ++k) {
       const int64_t n = n0 + k * kChunk + warp * kRun;
-      // A warp makes the filters of its own rows, while inputs are on their way.
-      if (k >= 0) filters.fill(p, reach.from, run.b, n, h0, warp * kRun, common);
+      // All but the last inputs that were asked for, and so the logits, which are asked for before them.
       cp_async_wait<kAhead - 1>();
       __syncthreads();
+      if (k >= 0) issue_filters(k + 1);
       issue(k + window + kAhead - 1);
       if constexpr (kGate) {
         input.gate(k + window - 1, lane, warp);
         __syncthreads();
         if (k < 0) continue;
       }
+      filters.make(p, reach.from, run.b, n, h0, own_filters(k), common);
+      __syncwarp();
       Quad total[kRun] = {};
       const Borders borders(p, p.taps, reach.from, n);
       const float* filter[kRun];
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) filter[i] = filters.of_lane(warp * kRun + i, lane);
+      for (int i = 0; i < kRun; ++i) filter[i] = filters.of_lane(own_filters(k) + i, lane);
       walk_within(borders, input.ring, k * kChunk + warp * kRun, K, quad,
                   [&](auto fast, int j, const Quad(&rows)[kRun], int turn) {
 #pragma unroll
@@ -157,7 +81,6 @@ void rows_forward(const CK_PARAM Forward p, const CK_PARAM Columns columns, int 
                     }
                   });
       store_output<T>(p, total, bias, reach.from, run.b, n, work, quad);
-      __syncwarp();  // the filters have been read
     }
   }
 }
@@ -190,41 +113,28 @@ struct RowSums {
   }
 };
 
-// Through dropout and softmax: d(weight) of rows n .. n + kRun - 1 from their products; of filters that positions
-// share, added to `sum`. It is linear in the products: pieces of a head are finished one by one, and rows with the same
-// filter together. By one warp.
+// d(weight) of rows n .. n + kRun - 1 from their products; of filters that positions share, added to `sum`. It is
+// linear in the products: pieces of a head are finished one by one, and rows with the same filter together.
+// filter_row(i): the filters of row n + i. By one warp.
+template <class Filter>
 CK_DEVICE void finish_filters(const Backward& p, const FilterRows& products, const Phase& phase, int64_t b, int64_t n,
-                              int64_t h0, int piece, int warp, float* sum) {
-  const bool cut = p.head_channels() > kLaneRow, whole = !p.per_position && whole_windows(p, phase, n);
-  void* const to = cut ? p.partial_weight : p.grad_weight;
-  const Dtype dtype = cut ? Dtype::kFloat32 : p.weight_dtype;
-  const int64_t first_row = ((cut ? piece * p.batch : 0) + b) * p.time;
-  if (whole) products.add_up(warp * kRun + 1, kRun - 1, products.row(warp * kRun));
-  const int rows = whole ? 1 : kRun, width = products.group_width(p.taps.taps);
-  products.for_each(p, phase, n, rows, h0, [&](int64_t h, int head, int64_t t, int i, int lane) {
-    const bool exists = t >= 0;
-    const int64_t known = exists ? t : 0, K = exists ? p.taps.taps : 0;
-    const FilterAt f(p, b, known, exists ? h : 0);
-    const Sequence sequence = sequence_of(p, known);
-    const Statistics<float> statistics = warp_statistics<float>(p, f, known, lane, sequence, width, exists);
-    float* const d = products.row(warp * kRun + (exists ? i : 0)) + head * products.pitch;
-    float inner = 0;
-    for (int j = lane; j < K; j += width) {
-      const Tap<float> tap = tap_of(p, f, known, j, statistics, sequence);
-      d[j] *= tap.factor;
-      inner += tap.p * d[j];
-    }
-    inner = lane_sum(inner, width);
-    for (int j = lane; j < K; j += width) {
-      const float share = p.softmax ? tap_of(p, f, known, j, statistics, sequence).p * (d[j] - inner) : d[j];
-      if (p.per_position)
-        store_as(to, ((first_row + known) * p.heads + h) * p.taps.taps + j, dtype, share);
-      else
-        d[j] = share;
-    }
-  });
+                              int64_t h0, int piece, int warp, float* sum, const Filter& filter_row) {
+  const bool whole = !p.per_position && whole_windows(p, phase, n);
+  float* const own = products.row(warp * kRun);
+  if (whole) products.add_up(warp * kRun + 1, kRun - 1, own);
+  const int rows = whole ? 1 : kRun;
+  products.differentiate(p, phase, b, n, h0, rows, own, filter_row);
   __syncwarp();
-  if (!p.per_position) {
+  if (p.per_position) {
+    const bool cut = p.head_channels() > kLaneRow;
+    void* const to = cut ? p.partial_weight : p.grad_weight;
+    const Dtype dtype = cut ? Dtype::kFloat32 : p.weight_dtype;
+    const int64_t K = p.taps.taps, row = p.heads * K;
+    products.for_each_number(p, phase, n, h0, ((cut ? piece * p.batch : 0) + b) * p.time * row, row, K, 1,
+                             [&](int, int64_t at, int offset, bool exists) {
+                               if (exists) store_as(to, at, dtype, own[offset]);
+                             });
+  } else {
     int first = 0;
 #pragma unroll 1
     while (first < rows && phase.position(n + first) < 0) ++first;
@@ -254,8 +164,9 @@ void rows_backward(const CK_PARAM Backward p, const CK_PARAM Columns columns, in
 
   // Filters of the rows that a chunk's windows reach, then products of each warp's own rows; where positions share
   // filters, those of each warp and its sums besides.
-  const FilterRows filters(p, lanes, shared_memory()), products(p, lanes, shared_memory() + window * table_bytes);
-  char* shared = shared_memory() + (window + 1) * table_bytes;
+  const int slots = window + kFiltersAhead, filter_rows = slots * kChunk;
+  const FilterRows filters(p, lanes, shared_memory()), products(p, lanes, shared_memory() + slots * table_bytes);
+  char* shared = shared_memory() + (slots + 1) * table_bytes;
   const FilterRows sums(p, lanes, shared);
   CommonFilters common{sums.row(kStreamWarps + warp)};
   if (!p.per_position) {
@@ -280,25 +191,38 @@ void rows_backward(const CK_PARAM Backward p, const CK_PARAM Columns columns, in
       }
       cp_async_commit();
     };
+    // Where a row of d(y) has its filters, counted as in its ring.
+    const auto filter_at = [&](int64_t row) {
+      return static_cast<int>(static_cast<uint32_t>(row) % static_cast<uint32_t>(filter_rows));
+    };
+    const auto issue_filters = [&](int64_t chunk) {
+      if (!p.per_position || chunk >= run.count + window - 1) return;
+      const int64_t first = chunk * kChunk + warp * kRun;
+      filters.copy(p, reach.to, run.b, m0 + first, h0, filter_at(first),
+                   rows_reached(taps, run.count, chunk) - warp * kRun);
+      cp_async_commit();
+    };
     __syncthreads();  // the run before this one has been read
+    issue_filters(0);
     for (int chunk = 0; chunk < kAhead; ++chunk) issue(chunk);
     for (int64_t k = 1 - window; k < run.count; ++k) {
       const int64_t arrived = k + window - 1;
-      cp_async_wait<kAhead - 1>();
+      cp_async_wait<kAhead - 1>();  // and for the logits, which were asked for before the last inputs
       __syncthreads();
+      issue_filters(arrived + 1);
       issue(arrived + kAhead);
-      if (need_input)
-        filters.fill(p, reach.to, run.b, m0 + arrived * kChunk + warp * kRun, h0,
-                     static_cast<int>(arrived % window) * kChunk + warp * kRun, common);
+      const int64_t made = arrived * kChunk + warp * kRun;
+      filters.make(p, reach.to, run.b, m0 + made, h0, filter_at(made), common);
       if constexpr (kGate)
         if (need_weight) input.gate(arrived, lane, warp);
       __syncthreads();
       if (k < 0) continue;
-      const int64_t own = k * kChunk + warp * kRun, n = n0 + own;
-      if (need_bias) add_rows(bias_sum, ring, own - reach.offset - ahead, quad);
+      // A row of d(x), and the row of d(y) at the position of z.
+      const int64_t own = k * kChunk + warp * kRun, n = n0 + own, own_output = own - reach.offset - ahead;
+      if (need_bias) add_rows(bias_sum, ring, own_output, quad);
       if (need_weight) {
         Quad dy[kRun];
-        const T* row = ring.row(own - reach.offset - ahead);
+        const T* row = ring.row(own_output);
 #pragma unroll
         for (int i = 0; i < kRun; ++i, row = ring.next(row)) dy[i] = load_quad(row + quad * kQuad);
         const Borders borders(p, p.taps, back.from, n - ahead);
@@ -317,21 +241,36 @@ void rows_backward(const CK_PARAM Backward p, const CK_PARAM Columns columns, in
             if (i < product_sums.count) to[i * products.heads * products.pitch] = product_sums.values[i];
         });
         __syncwarp();
-        finish_filters(p, products, back.from, run.b, n - ahead, h0, work.piece, warp, sums.row(warp));
+        finish_filters(p, products, back.from, run.b, n - ahead, h0, work.piece, warp, sums.row(warp),
+                       [&](int i) { return filters.row(filter_at(own_output + i)); });
       }
       if (!need_input) continue;
       Quad dz[kRun] = {};
       const Borders borders(p, taps, reach.from, n);
-      int at = static_cast<int>(k % window) * kChunk + warp * kRun;  // the filters of row n + reach.offset
+      // The filters of the rows of the window, as these are numbered, at the tap that meets them.
+      const float* filter[kRun];
+      int at = filter_at(own);
+      const auto next_filter = [&](int j) {
+        const float* const found = filters.of_lane(at, lane) + K - 1 - j;
+        at = at + 1 < filter_rows ? at + 1 : 0;
+        return found;
+      };
+#pragma unroll
+      for (int i = 0; i < kRun - 1; ++i) filter[i] = next_filter(0);
       walk_within(borders, ring, own, K, quad, [&](auto fast, int j, const Quad(&rows)[kRun], int turn) {
+        filter[(turn + kRun - 1) % kRun] = next_filter(j);
 #pragma unroll
         for (int i = 0; i < kRun; ++i) {
-          if (!decltype(fast)::value && !borders.inside(i, j)) continue;
-          const int row = at + i < window * kChunk ? at + i : at + i - window * kChunk;
-          const float w = filters.of_lane(row, lane)[K - 1 - j];
-          add_product(dz[i], {{w, w, w, w}}, rows[(turn + i) % kRun]);
+          const float*& from = filter[(turn + i) % kRun];
+          if (decltype(fast)::value || borders.inside(i, j)) {
+            const float w = *from;
+            add_product(dz[i], {{w, w, w, w}}, rows[(turn + i) % kRun]);
+          }
+          --from;
         }
-        at = at + 1 < window * kChunk ? at + 1 : 0;
+        if constexpr (!decltype(fast)::value)
+#pragma unroll
+          for (int i = 0; i < kRun - 1; ++i) filter[i] = filter[i + 1];
       });
       mask_rows(p, dz, reach.from, run.b, n);
       if constexpr (kGate) {
