@@ -101,8 +101,8 @@ def _gated(taps: int) -> list[MainLoop]:
 
 
 def _rows(t: str) -> list[MainLoop]:
-    """As the stream kernels, with 7 taps and heads of 64 channels. A warp has 16 filters of 7 logits, or gradients, in 8
-    rows, of which its lanes copy 4 numbers each; a lane each makes softmax of, and finishes, and products are summed
+    """As the stream kernels, with 7 taps and heads of 64 channels. A warp has 16 filters of 7 logits, or gradients, in
+    8 rows, of which its lanes copy 4 numbers each; a lane each makes softmax of, and finishes, and products are summed
     over 16 lanes. Walks have 8 taps unrolled, of which 7 are run through, others 4."""
     n, number = VECTORS[t], r"LDGSTS\.E(?!\.)"
     copy = (1, Work({"LDG": 0, "FMUL": 0}, ((2, Work({number: 2, "LDG": 0})),)))
@@ -117,7 +117,9 @@ def _rows(t: str) -> list[MainLoop]:
     forward, backward = {COPY: n, "FFMA": 224, **rest}, {COPY: 2 * n, **rest}
     return [
         MainLoop("rows_forward", f"{t}, false", "7 taps", Work(forward, (copy, make))),
-        MainLoop("rows_backward", f"{t}, false", "7 taps", Work(backward, (copy, make, finish, store, products, gradient))),
+        MainLoop(
+            "rows_backward", f"{t}, false", "7 taps", Work(backward, (copy, make, finish, store, products, gradient))
+        ),
     ]
 
 

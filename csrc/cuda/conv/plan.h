@@ -187,6 +187,10 @@ inline Columns rows_columns(int64_t channels, int64_t R, int64_t lanes) {
   return {channels, R, ((R + pieces - 1) / pieces + 7) / 8 * 8, pieces};  // whole vectors, of 16 bits as well
 }
 
+// Chunks of inputs that are copied while one is computed: in float32 no more fit beside d(y), x, the gate and z.
+CK_HD constexpr int rows_ahead(int64_t size, bool gate, bool backward) {
+  return size == 4 && gate && backward ? 1 : kAhead;
+}
 constexpr int kFiltersAhead = 1;  // chunks of logits that are copied while one is computed
 CK_HD int64_t rows_pitch(int64_t taps) { return taps / 2 * 2 + 1; }
 // Filters of `rows` rows.
@@ -196,13 +200,14 @@ CK_HD int64_t rows_table_bytes(int64_t taps, int64_t lanes, int64_t rows = kChun
 
 inline int64_t rows_bytes(const Facts& f, int64_t lanes, bool backward) {
   const int64_t size = size_of(f.dtype), window = stream_window(f.taps), table = rows_table_bytes(f.taps, lanes);
-  const int64_t input = f.gate ? window * stream_chunk_bytes(4) + 2 * (1 + kAhead) * stream_chunk_bytes(size)
-                               : (window + kAhead) * stream_chunk_bytes(size);
+  const int64_t ahead = rows_ahead(size, f.gate, backward);
+  const int64_t input = f.gate ? window * stream_chunk_bytes(4) + 2 * (1 + ahead) * stream_chunk_bytes(size)
+                               : (window + ahead) * stream_chunk_bytes(size);
   // Where positions share filters, a warp keeps those of whole windows, and sums for their gradient.
   const int64_t own = f.per_position ? 0 : kStreamWarps;
   if (!backward) return rows_table_bytes(f.taps, lanes, (1 + kFiltersAhead) * kChunk + own) + input;
   return (window + kFiltersAhead + 1) * table + rows_table_bytes(f.taps, lanes, 2 * own) +
-         (window + kAhead) * stream_chunk_bytes(size) + input;
+         (window + ahead) * stream_chunk_bytes(size) + input;
 }
 
 // Lanes of a head: a power of two, for sums over them. The fewest that its quads need, or more, for fewer filters per
@@ -220,8 +225,6 @@ inline int64_t rows_lanes(const Facts& f, bool backward) {
 inline bool rows_possible(const Facts& f, bool backward) {
   if (f.channel_bytes == 0 || f.dtype == Dtype::kFloat64 || !f.per_row() || f.dilation > f.time) return false;
   if (f.state && (f.gate || f.packed)) return false;
-  // In float32, d(y), x, the gate and z alone take all of kBlockMemory: there is no such kernel.
-  if (backward && f.gate && f.dtype == Dtype::kFloat32) return false;
   return rows_lanes(f, backward) != 0;
 }
 
@@ -344,6 +347,11 @@ inline Plan time_plan(const Facts& f) {
                 items = kTimeItems * f.device.multiprocessors, wanted = (items + warps - 1) / warps;
   return {Family::kTime, wanted < possible ? wanted : possible, kTimeWarps * bytes};
 }
+
+// plain
+
+// Numbers from one filter in shared memory to the next: odd, so that they lie in different banks.
+CK_HD int64_t plain_pitch(int64_t taps) { return taps / 2 * 2 + 1; }
 
 // The first family that can run the problem. Time before stream: a single channel is a row of positions.
 inline Plan plan_forward(const Facts& f) {

@@ -29,7 +29,7 @@ void rows_forward(const CK_PARAM Forward p, const CK_PARAM Columns columns, int 
   constexpr int kSlots = 1 + kFiltersAhead;
   CommonFilters common{filters.row(kSlots * kChunk + warp)};
   shared += rows_table_bytes(K, lanes, kSlots * kChunk + (p.per_position ? 0 : kStreamWarps));
-  const InputRing<T, kGate> input(shared, window);
+  const InputRing<T, kGate, kAhead> input(shared, window);
   const Quad bias = load_bias(p, work.c0 + quad * kQuad);
 
   for (Run run; work.next(run);) {
@@ -149,6 +149,7 @@ CK_DEVICE void finish_filters(const Backward& p, const FilterRows& products, con
 template <class T, bool kGate>
 CK_GLOBAL(kStreamThreads, 2)
 void rows_backward(const CK_PARAM Backward p, const CK_PARAM Columns columns, int lanes) {
+  constexpr int kCopies = rows_ahead(sizeof(T), kGate, true);
   const Taps taps = p.taps.transposed();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, K = static_cast<int>(taps.taps);
   const int window = static_cast<int>(stream_window(K));
@@ -174,8 +175,8 @@ void rows_backward(const CK_PARAM Backward p, const CK_PARAM Columns columns, in
 #pragma unroll 1
     for (int at = lane; at < sums.heads * sums.pitch; at += 32) sums.row(warp)[at] = 0;
   }
-  const Ring<T> ring{reinterpret_cast<T*>(shared), window + kAhead};
-  const InputRing<T, kGate> input(reinterpret_cast<char*>(ring.end()), window);
+  const Ring<T> ring{reinterpret_cast<T*>(shared), window + kCopies};
+  const InputRing<T, kGate, kCopies> input(reinterpret_cast<char*>(ring.end()), window);
   Quad bias_sum{};
 
   for (Run run; work.next(run);) {
@@ -204,13 +205,13 @@ void rows_backward(const CK_PARAM Backward p, const CK_PARAM Columns columns, in
     };
     __syncthreads();  // the run before this one has been read
     issue_filters(0);
-    for (int chunk = 0; chunk < kAhead; ++chunk) issue(chunk);
+    for (int chunk = 0; chunk < kCopies; ++chunk) issue(chunk);
     for (int64_t k = 1 - window; k < run.count; ++k) {
       const int64_t arrived = k + window - 1;
-      cp_async_wait<kAhead - 1>();  // and for the logits, which were asked for before the last inputs
+      cp_async_wait<kCopies - 1>();  // and for the logits, which were asked for before the last inputs
       __syncthreads();
       issue_filters(arrived + 1);
-      issue(arrived + kAhead);
+      issue(arrived + kCopies);
       const int64_t made = arrived * kChunk + warp * kRun;
       filters.make(p, reach.to, run.b, m0 + made, h0, filter_at(made), common);
       if constexpr (kGate)

@@ -67,7 +67,7 @@ void stream_forward(const CK_PARAM Forward p, int64_t groups) {
   const int window = static_cast<int>(stream_window(K));
   Work work(p, groups, Columns(p.channels));
   const FilterTable<kShared> table{reinterpret_cast<float*>(shared_memory())};
-  const InputRing<T, kGate> input(shared_memory() + stream_table_bytes(K, kShared), window);
+  const InputRing<T, kGate, kAhead> input(shared_memory() + stream_table_bytes(K, kShared), window);
   table.fill(p, work.owner, work.c0);
   const Quad bias = load_bias(p, work.c0 + lane * kQuad);
 

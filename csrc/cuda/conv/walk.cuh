@@ -75,18 +75,18 @@ CK_DEVICE void copy_gradient(T* to, const Backward& p, const Phase& phase, int64
 }
 
 // Rows of z in windows of some chunks. With a gate they are gated on their way, once: x and gate come in through rings
-// of their own, and `ring` holds float32.
-template <class T, bool kGate>
+// of their own, and `ring` holds float32. kCopies: chunks that are copied while one is computed.
+template <class T, bool kGate, int kCopies>
 struct InputRing {
   using E = std::conditional_t<kGate, float, T>;
-  static constexpr int kRaw = 1 + kAhead;
+  static constexpr int kRaw = 1 + kCopies;
   Ring<E> ring;
   Ring<T> x, open;
 
   CK_DEVICE InputRing(char* shared, int window)
-      : ring{reinterpret_cast<E*>(shared), kGate ? window : window + kAhead},
+      : ring{reinterpret_cast<E*>(shared), kGate ? window : window + kCopies},
         x{reinterpret_cast<T*>(kGate ? shared + window * stream_chunk_bytes(sizeof(float)) : shared),
-          kGate ? kRaw : window + kAhead},
+          kGate ? kRaw : window + kCopies},
         open{x.end(), kRaw} {}
 
   CK_DEVICE void issue(const Problem& p, const Phase& phase, int64_t b, int64_t first, int64_t chunk, int wanted,

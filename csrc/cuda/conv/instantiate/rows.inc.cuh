@@ -19,13 +19,9 @@ template <class T>
 const char* RowsFamily<T>::backward(const Backward& p, const Plan& plan, Stream stream) {
   const Columns columns = rows_columns(p.channels, p.head_channels(), plan.lanes);
   const int64_t blocks = columns.blocks * plan.groups * p.owners();
-  const char* status = with_bool(p.gate.data != nullptr, [&](auto gate) -> const char* {
-    constexpr bool kGate = decltype(gate)::value;
-    if constexpr (kGate && sizeof(T) == 4)
-      return "the rows kernels have no gated backward pass in float32";
-    else
-      return launch(rows_backward<T, kGate>, dim3(static_cast<unsigned>(blocks)), dim3(kStreamThreads),
-                    static_cast<size_t>(plan.shared_bytes), stream, p, columns, static_cast<int>(plan.lanes));
+  const char* status = with_bool(p.gate.data != nullptr, [&](auto gate) {
+    return launch(rows_backward<T, decltype(gate)::value>, dim3(static_cast<unsigned>(blocks)), dim3(kStreamThreads),
+                  static_cast<size_t>(plan.shared_bytes), stream, p, columns, static_cast<int>(plan.lanes));
   });
   if (status == nullptr && p.grad_weight != nullptr && !p.per_position)
     status = Reduce<float>::weight(p, columns.pieces, true, stream);
