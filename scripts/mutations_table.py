@@ -163,13 +163,13 @@ CPU_MUTATIONS = [
 CUDA_MUTATIONS = [
     Mutation(
         "no barrier before a block's sums are read",
-        "csrc/cuda/conv/plain.cuh",
+        "csrc/cuda/conv/plain_backward.cuh",
         "sums[threadIdx.x] = total[u];\n      __syncthreads();",
         "sums[threadIdx.x] = total[u];",
     ),
     Mutation(
         "no barrier before a block's sums are overwritten",
-        "csrc/cuda/conv/plain.cuh",
+        "csrc/cuda/conv/plain_backward.cuh",
         "* K + j0 + u] = all;\n      }\n      __syncthreads();",
         "* K + j0 + u] = all;\n      }",
     ),
@@ -204,10 +204,22 @@ CUDA_MUTATIONS = [
         "return s >= begin && s <= end; }",
     ),
     Mutation(
+        "plain: filters read before all warps have made theirs",
+        "csrc/cuda/conv/plain.cuh",
+        "statistics, anywhere).value();\n    }\n    __syncthreads();",
+        "statistics, anywhere).value();\n    }",
+    ),
+    Mutation(
+        "plain: a run whose last row does not exist taken to be whole",
+        "csrc/cuda/conv/plain.cuh",
+        "whole(last < sequence.end)",
+        "whole(last <= sequence.end)",
+    ),
+    Mutation(
         "write past the last channel",
         "csrc/cuda/conv/plain.cuh",
-        "if (c < p.channels && s < p.time)",
-        "if (s < p.time)",
+        "if (c >= p.channels) continue;",
+        "if (c > p.channels) continue;",
     ),
     Mutation(
         "too little shared memory",

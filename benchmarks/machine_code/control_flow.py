@@ -11,7 +11,7 @@ import heapq
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 # Names of instructions without what follows the first dot, by what they take: memory and its pipes, the integer pipe
 # (alu), the one for multiplications (imad and float), and so on. What is in none is "other".
@@ -249,7 +249,7 @@ class ControlFlow:
         raise Unreadable("a subroutine that does not return")
 
     def cheapest_pass(self, work: Work) -> Pass:
-        """The shortest pass that does this work, of the innermost loops that have all kinds of it."""
+        """The shortest pass that does this work, of the innermost loops of which one does."""
         found = self._passes(work, self.loops)
         if not found:
             raise Unreadable(f"no pass of a loop does exactly this: {work}")
@@ -257,16 +257,18 @@ class ControlFlow:
 
     def _passes(self, work: Work, loops: dict[int, set[int]]) -> list[Pass]:
         able = {head for head in loops if self._is_able(head, work)}
-        found = []
-        for head in able:
-            body, within = self.loops[head], self._within(head)
-            if any(other in within for other in able):
-                continue
-            choices = [self._passes(inner, within) for _, inner in work.loops]
-            if all(choices):
-                inside = [min(passes, key=lambda one: one.instructions) for passes in choices]
-                found.append(self._shortest(head, body, work, inside))
-        return [one for one in found if one]
+        while able:
+            innermost = {head for head in able if not able & self._within(head).keys()}
+            found = [one for one in map(partial(self._pass, work), innermost) if one]
+            if found:
+                return found
+            able -= innermost
+        return []
+
+    def _pass(self, work: Work, head: int) -> Pass | None:
+        choices = [self._passes(inner, self._within(head)) for _, inner in work.loops]
+        inside = [min(passes, key=lambda one: one.instructions) for passes in choices if passes]
+        return self._shortest(head, self.loops[head], work, inside) if len(inside) == len(choices) else None
 
     def _within(self, head: int) -> dict[int, set[int]]:
         """The loops within a loop."""

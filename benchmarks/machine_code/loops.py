@@ -142,6 +142,17 @@ def _time(t: str) -> list[MainLoop]:
     return found
 
 
+def _plain(t: str) -> list[MainLoop]:
+    """8 rows of a phase by a thread, 7 taps, with filters that were made before."""
+    rest = {"MUFU.EX2": 0, "LDG.E.U8": 0}
+    products = (1, Work({"FFMA": 56, **rest}))
+    return [
+        MainLoop("plain_forward", t, "7 taps", Work({"STG": 8, **rest}, (products,)), makes=8),
+        MainLoop("plain_input", t, "7 taps", Work({"STG": 8}, (products,)), makes=8),
+        MainLoop("plain_weight", t, "7 taps", Work({"FFMA": 64, **rest}), makes=8),
+    ]
+
+
 def _attention(channels: int) -> list[MainLoop]:
     """32 keys, or queries in the pass over keys, and 16 of a warp's own; forward 32 with up to 64 channels. No row
     finds a larger score than in the tiles before, which is rare."""
@@ -159,6 +170,6 @@ def _attention(channels: int) -> list[MainLoop]:
 
 MAIN_LOOPS = (
     *_stream("bf16", 3), *_stream("bf16", 7), *_stream("float", 7), *_band(15), *_band(31),
-    *_own_filters(7), *_own_filters(31), *_gated(7), *_gated(31), *_rows("float"),
+    *_own_filters(7), *_own_filters(31), *_gated(7), *_gated(31), *_rows("float"), *_plain("bf16"), *_plain("float"),
     *_time("bf16"), *_time("float"), *_attention(64), *_attention(128),
 )  # fmt: skip

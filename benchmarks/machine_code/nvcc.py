@@ -26,9 +26,8 @@ ATTENTION = ("attention_forward", "attention_backward_queries", "attention_backw
 BANDED = ("band_forward", "band_backward", *ATTENTION)
 STREAMING = (*(f"{f}_{d}" for f in ("stream", "time", "rows") for d in ("forward", "backward")), *BANDED)
 # The sums for two gradients of 128 channels do not all fit into registers; the forward pass, which may walk over the
-# keys twice, keeps 16 bytes on sm_100; the backward pass of gated dynamic filters in float16 8 bytes on sm_90a. The
-# budget has the bytes of each.
-SPILLING = ("attention_backward_keys", "attention_forward", "band_backward")
+# keys twice, keeps 16 bytes on sm_100. The budget has the bytes of each.
+SPILLING = ("attention_backward_keys", "attention_forward")
 
 
 def compiler_version() -> str:

@@ -195,6 +195,7 @@ struct TileRing {
   static constexpr bool kDirect = kParts == 1;
   static constexpr int kGroups = kWidth / 16;  // of 16 channels
   static constexpr int kTile = Unit::kTileSize;
+  static constexpr int kTurns = kRaw;
 
   T* base;
   int slots;

@@ -116,8 +116,10 @@ void band_backward(const CK_PARAM Backward p) {
     if (p.mask != nullptr) look_at_mask(0);
     sync_copies<kOwn>();  // the run before this one has been read
     for (int n = 0; n < kBandGradAhead; ++n) issue(n);
-    // Slots: what has arrived, and where it lies as it came; the first tile of the windows; of matrices.
-    int grad_arrived = 0, grad_raw = 0, arrived = 0, raw = 0, grad_window = 0, window = 0, matrix = 0, logit_slot = 0;
+    // Slots: what has arrived, and where it lies as it came, logits like the inputs; the first tile of the windows; of
+    // matrices.
+    static_assert(Ring::kTurns == 1 + kBandGradAhead);
+    int grad_arrived = 0, grad_raw = 0, arrived = 0, raw = 0, grad_window = 0, window = 0, matrix = 0;
     for (int i = 1 - steps; i < count; ++i) {
       cp_async_wait<kBandGradAhead - 1>();
       if constexpr (!GradRing::kDirect) grad_ring.split(grad_arrived, grad_raw, unit);
@@ -128,11 +130,10 @@ void band_backward(const CK_PARAM Backward p) {
       if constexpr (kOwn) {
         if (i > 0 && need_weight && !cut) logit_grads.store(p, (i - 1) % 2);
         if (unit.channels != 0)
-          make_own_filters<T>(p, matrices.other(matrix), unit, logits, logit_slot, outputs, i + steps - 1,
+          make_own_filters<T>(p, matrices.other(matrix), unit, logits, raw, outputs, i + steps - 1,
                               [&](int j, float value) {
                                 probabilities[(matrix * kBandTile + lane / 2) * probability_pitch + j] = value;
                               });
-        logit_slot = logit_slot < kBandGradAhead ? logit_slot + 1 : 0;
         __syncwarp();
       }
       const int raw_here = raw;  // x and the gate of tile i
@@ -273,7 +274,8 @@ void band_backward(const CK_PARAM Backward p) {
       }
   });
 
-  const int64_t partial = int64_t{unit.owner} * p.groups + unit.group;
+  // Owner and group, which blocks have in turn after the units. Found anew: there is no register to keep them in.
+  const int64_t partial = blockIdx.x / (gridDim.x / static_cast<unsigned>(p.owners() * p.groups));
   if (!kOwn && need_weight) {
     float* const products = reinterpret_cast<float*>(grad_ring.base);
     __syncwarp();

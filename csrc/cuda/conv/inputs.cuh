@@ -75,6 +75,46 @@ CK_DEVICE Compute<T> load_input(const Problem& p, int64_t b, int64_t s, int64_t 
   return row == nullptr ? Compute<T>{0} : widen(*row);
 }
 
+// What load_input gives for positions s, s + step, ..., of which `count` are wanted. All are asked for before one is
+// waited for.
+template <class T, int kCount>
+CK_DEVICE void load_inputs(Compute<T> (&z)[kCount], const Problem& p, int64_t b, int64_t s, int64_t step, int64_t count,
+                           int64_t c, const Sequence& sequence) {
+  // What concerns all of them is asked once, and addresses are moved on.
+  const T* from[kCount];
+  bool inside[kCount];
+  const T* const first = at<const T>(p.x, b, s, c);
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    inside[k] = k < count && sequence.contains(s + k * step);
+    from[k] = inside[k] ? first + k * (step * p.x.time) : nullptr;
+  }
+  if (p.state != nullptr && s < sequence.begin)
+#pragma unroll
+    for (int k = 0; k < kCount; ++k)
+      if (k < count && s + k * step < sequence.begin)
+        from[k] = state_at<const T>(p, const_cast<void*>(p.state), b, s + k * step, c, sequence);
+  T raw[kCount];
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) raw[k] = from[k] == nullptr ? T{} : *from[k];
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) z[k] = widen(raw[k]);
+  if (p.gate.data != nullptr) {
+    const T* const gate = at<const T>(p.gate, b, s, c);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) raw[k] = inside[k] ? gate[k * (step * p.gate.time)] : T{};
+#pragma unroll
+    for (int k = 0; k < kCount; ++k)
+      if (inside[k]) z[k] *= sigmoid<T>(widen(raw[k]));
+  }
+  if (p.mask != nullptr) {
+    const bool* const mask = p.mask + b * p.mask_batch + s * p.mask_time;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k)
+      if (inside[k] && !mask[k * (step * p.mask_time)]) z[k] = 0;
+  }
+}
+
 // Stores d(loss)/d(x) and d(loss)/d(gate) from d(loss)/d(z) at a position of the row; 0 where it is masked.
 template <class T>
 CK_DEVICE void store_input_gradient(const Backward& p, int64_t b, int64_t s, int64_t c, Compute<T> dz) {

@@ -162,7 +162,7 @@ struct FilterRows {
       if (!p.softmax) return;
       const float* const filter = filter_row(i) + (offset - i * row_pitch());
       const auto finish = [&](auto unroll, const auto& probability) {
-        constexpr int kUnroll = decltype(unroll)::value;
+        [[maybe_unused]] constexpr int kUnroll = decltype(unroll)::value;  // by nvcc alone
         float inner = 0;
 #pragma unroll kUnroll
         for (int j = 0; j < taps; ++j) inner += probability(j) * d[j];
