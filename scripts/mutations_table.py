@@ -320,8 +320,26 @@ CUDA_MUTATIONS = [
     Mutation(
         "state overwritten while others read it",
         "csrc/cuda/conv/step.cuh",
-        "p.state_row == nullptr ? p.next_state : p.scratch",
-        "p.next_state",
+        "  cp_async_wait<0>();\n  __syncthreads();\n  for",
+        "  cp_async_wait<0>();\n  for",
+    ),
+    Mutation(
+        "state overwritten before all outputs are made",
+        "csrc/cuda/conv/step.cuh",
+        "  __syncthreads();\n  const int held",
+        "  const int held",
+    ),
+    Mutation(
+        "rows of the state overwritten while others read them",
+        "csrc/cuda/conv/step.cuh",
+        "      __syncthreads();\n      block.store(",
+        "      block.store(",
+    ),
+    Mutation(
+        "rows of the state replaced before they are stored",
+        "csrc/cuda/conv/step.cuh",
+        "depth, depth, 0);\n      __syncthreads();",
+        "depth, depth, 0);",
     ),
     Mutation(
         "attention: keys read before they have come",
