@@ -165,11 +165,14 @@ def step_cases():
             "k7 dynamic position state_index": {
                 "taps": 7, "kind": "dynamic", "softmax": True, "renormalize": True, "position": 2, "indexed": True,
             },
+            # More rows, and longer states, than shared memory holds.
+            "k31 state_index 400 rows": {"taps": 31, "indexed": True, "batch": 400},
         }.items():  # fmt: skip
             for head_size in (25, 32):  # in vectors or not
-                problem = StepProblem(
-                    batch=5, heads=6, head_size=head_size, dtype=dtype, weight_dtype=dtype, seed=len(name), **options
-                )
+                problem = StepProblem(**{
+                    "batch": 5, "heads": 6, "head_size": head_size, "dtype": dtype, "weight_dtype": dtype,
+                    "seed": len(name), **options,
+                })  # fmt: skip
                 yield Case("step", f"{name} {dtype_name(dtype)} {6 * head_size} channels", problem, ())
 
 

@@ -194,8 +194,8 @@ CUDA_MUTATIONS = [
     Mutation(
         "shuffle that waits for lanes that are not there",
         "csrc/cuda/conv/reduce.cuh",
-        "    inner = lane_sum(inner);",
-        "    if (lane < 16) inner = lane_sum(inner);",
+        "    inner = lane_sum(inner, team);",
+        "    if (own == 0) inner = lane_sum(inner, team);",
     ),
     Mutation(
         "read past the end of the row",
@@ -224,14 +224,26 @@ CUDA_MUTATIONS = [
     Mutation(
         "too little shared memory",
         "csrc/cuda/conv/instantiate/reduce.cu",
-        "static_cast<size_t>(p.taps.taps) * sizeof(C)",
-        "static_cast<size_t>(p.taps.taps - 1) * sizeof(C)",
+        "static_cast<size_t>(heads * p.taps.taps) * sizeof(C)",
+        "static_cast<size_t>(heads * p.taps.taps - 1) * sizeof(C)",
     ),
     Mutation(
         "last group of partial sums left out",
         "csrc/cuda/conv/reduce.cuh",
         "group < p.groups; group += group_step",
         "group < max(int64_t{1}, p.groups - 1); group += group_step",
+    ),
+    Mutation(
+        "partial sums added before all are there",
+        "csrc/cuda/conv/reduce.cuh",
+        "sums[threadIdx.x] = total;\n    __syncthreads();\n    for (int left",
+        "sums[threadIdx.x] = total;\n    for (int left",
+    ),
+    Mutation(
+        "heads of a block in the place of its first",
+        "csrc/cuda/conv/reduce.cuh",
+        "reinterpret_cast<C*>(shared_memory()) + place * K;",
+        "reinterpret_cast<C*>(shared_memory());",
     ),
     Mutation(
         "mask not selected, only multiplied",
@@ -350,8 +362,26 @@ CUDA_MUTATIONS = [
     Mutation(
         "state overwritten while others read it",
         "csrc/cuda/conv/step.cuh",
-        "p.state_row == nullptr ? p.next_state : p.scratch",
-        "p.next_state",
+        "  cp_async_wait<0>();\n  __syncthreads();\n  for",
+        "  cp_async_wait<0>();\n  for",
+    ),
+    Mutation(
+        "state overwritten before all outputs are made",
+        "csrc/cuda/conv/step.cuh",
+        "  __syncthreads();\n  const int held",
+        "  const int held",
+    ),
+    Mutation(
+        "rows of the state overwritten while others read them",
+        "csrc/cuda/conv/step.cuh",
+        "      __syncthreads();\n      block.store(",
+        "      block.store(",
+    ),
+    Mutation(
+        "rows of the state replaced before they are stored",
+        "csrc/cuda/conv/step.cuh",
+        "depth, depth, 0);\n      __syncthreads();",
+        "depth, depth, 0);",
     ),
     Mutation(
         "attention: keys read before they have come",

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import interpreted
 
 import convkernels as ck
 from convkernels.testing.inputs import values
@@ -20,7 +21,20 @@ MODES = {
     "renormalize_dilation": {"renormalize": True, "dilation": 2},
 }
 CASES = [(f, m) for f in CALLS for m in MODES if f != "depthwise" or m in ("plain", "dilation")]
-TOLERANCE = {torch.float64: {"rtol": 1e-12, "atol": 1e-12}, torch.float32: {"rtol": 1e-5, "atol": 1e-5}}
+TOLERANCE = {
+    torch.float64: {"rtol": 1e-12, "atol": 1e-12},
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 1e-2, "atol": 1e-2},
+    torch.float16: {"rtol": 1e-3, "atol": 1e-3},
+}
+# Which rows of the old state rows continue from.
+ORDERS = {
+    "permutation": lambda rows: torch.randperm(rows, generator=torch.Generator().manual_seed(0), device="cpu"),
+    "duplicates": lambda rows: torch.randint(rows, (rows,), generator=torch.Generator().manual_seed(1), device="cpu"),
+    "one cycle": lambda rows: torch.arange(rows, device="cpu").roll(1),
+    "pairs": lambda rows: torch.arange(rows, device="cpu").flip(0),
+    "one row": lambda rows: torch.full((rows,), rows // 2, device="cpu"),
+}
 
 
 def tensors(function, taps, dtype, batch=B, length=T):
@@ -94,6 +108,61 @@ def test_beam_reorder(function, mode, backend):
         weight = t["weight"][:, n : n + 1].expand(-1, n + 1, -1, -1) if function == "dynamic" else t["weight"]
         expected = full(history, weight, t["bias"], padding="causal", backend=backend, **MODES[mode])
         torch.testing.assert_close(y, expected[:, n], **TOLERANCE[dtype])
+
+
+def check_reordered(function, order, dtype, batch, taps, backend, channels=C, call=None, **options):
+    """One step whose rows continue from others: what the reference makes of a state in that order. call: the step
+    itself, if it is not that of `function`."""
+    step = CALLS[function][1]
+    heads = channels if function == "depthwise" else channels // 4
+    shape = (batch, heads, taps) if function == "dynamic" else (heads, taps)
+    span = (taps - 1) * options.get("dilation", 1)
+    x, gate = values((batch, channels), dtype, 1), values((batch, channels), dtype, 2)
+    weight, bias = values(shape, dtype, 3), values((channels,), dtype, 4)
+    old = values((batch, span, channels), dtype, 5)
+    index = ORDERS[order](batch).to(x.device) if isinstance(order, str) else order
+    state, expected_state = old.clone(), old[index.clamp(0, batch - 1)]
+    expected = step(x, expected_state, weight, bias, gate=gate, backend="reference", **options)
+    call = call or step
+    y = call(x, state, weight, bias, gate=gate, state_index=index, backend=backend, **options)
+    torch.testing.assert_close(y, expected, **TOLERANCE[dtype])
+    assert torch.equal(state[:, : span - 1], expected_state[:, : span - 1])
+    torch.testing.assert_close(state, expected_state, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("taps", "dilation"), [(1, 1), (2, 1), (4, 3), (31, 1)])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("function", CALLS)
+def test_rows_continue_from_others(function, order, taps, dilation, dtype, backend):
+    check_reordered(function, order, dtype, 7, taps, backend, dilation=dilation)
+
+
+# Shared memory holds whole states, some rows of each, or rows of some.
+@pytest.mark.parametrize(("batch", "shared"), [(600, 232448), (600, 65536), (300, 4096)])
+@pytest.mark.parametrize(("dtype", "channels"), [(torch.float16, 40), (torch.float32, 12), (torch.float64, 4)])
+@pytest.mark.parametrize(("function", "taps"), [("depthwise", 1), ("lightweight", 2), ("dynamic", 9)])
+@pytest.mark.parametrize("order", ["duplicates", "one cycle"])
+def test_many_rows_continue_from_others(order, function, taps, dtype, channels, batch, shared, backend, monkeypatch):
+    """More rows than a block of a GPU has threads."""
+    if interpreted(backend):
+        pytest.skip("one program goes through all rows, slowly here")
+    monkeypatch.setenv("CONVKERNELS_SIMT_SHARED", str(shared))
+    check_reordered(function, order, dtype, batch, taps, backend, channels=channels)
+
+
+@pytest.mark.parametrize("taps", [1, 5])
+def test_rows_that_do_not_exist_are_clamped(taps, backend):
+    """On a GPU the values of an index are not checked: the first or the last row of the state takes their place."""
+    if backend != "cuda":
+        pytest.skip("another backend checks them, or its kernels do not")
+
+    def call(x, state, weight, bias, gate, state_index, backend):
+        step = torch.ops.convkernels._tap_step.cuda
+        return step(x, state, weight, 1, False, False, bias, gate, state_index, None)
+
+    index = torch.tensor([-1, 7, 2, -(2**62), 2**62, 0, 6])
+    check_reordered("depthwise", index, torch.float32, 7, taps, backend, call=call)
 
 
 @pytest.mark.parametrize("sizes", [(11,), (4, 7), (5, 1, 1, 4), (1,) * 11, (3, 0, 8)])

@@ -10,7 +10,8 @@ from conftest import interpreted
 from helpers import CALLS
 from torch.autograd import gradcheck, gradgradcheck
 
-from convkernels.testing.inputs import arrange, values
+from convkernels.testing.compare import conv_gradients
+from convkernels.testing.inputs import Problem, arrange, values
 
 # Sizes and options; what is not named takes the values of SIZES. "with_*" adds an input, the rest goes to the function.
 SIZES = {"batch": 2, "length": 5, "heads": 2, "head_size": 2, "taps": 3, "layout": "contiguous"}
@@ -134,6 +135,21 @@ def test_gradcheck_long_kernel(backend):
     for function, taps in (("depthwise", 63), ("lightweight", 255), ("dynamic", 63)):
         call, inputs = build(function, "bias", backend, taps=taps // 4 if short else taps, length=20 if short else 40)
         assert gradcheck(call, inputs, nondet_tol=0.0, fast_mode=True)
+
+
+# Of many heads with few partial sums a block of a GPU adds several up, of few heads with many one each.
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kind", ["light", "row"])
+@pytest.mark.parametrize(
+    ("heads", "head_size", "taps"),
+    [(70, 1, 1), (70, 1, 3), (33, 4, 7), (5, 2, 20), (3, 2, 40), (2, 3, 90), (3, 2, 200), (2, 2, 300), (1, 96, 31)],
+)
+def test_sums_of_heads(heads, head_size, taps, kind, dtype, ops):
+    problem = Problem(
+        batch=3, length=70, heads=heads, head_size=head_size, taps=taps, left=taps // 2, kind=kind, softmax=True,
+        dropout=0.25, dtype=dtype, weight_dtype=dtype,
+    )  # fmt: skip
+    conv_gradients(ops, problem)
 
 
 @pytest.mark.parametrize("subset", [(0,), (1,), (2,), (3,), (0, 1), (1, 3), (2, 3), (0, 2, 3)])

@@ -70,13 +70,8 @@ class Cuda {
     check_status(ck::cuda::backward(p, launch, workspace.mutable_data_ptr(), stream()));
   }
 
-  void step(Step& p, const Tensor& state, bool reordered) const {
+  void step(Step& p, const Tensor& state, bool) const {
     p.next_state = state.mutable_data_ptr();
-    std::optional<Tensor> scratch;
-    if (reordered) {
-      scratch = allocate_contiguous(device, View(state));
-      p.scratch = scratch->mutable_data_ptr();
-    }
     check_status(ck::cuda::step(p, stream()));
   }
 

@@ -135,10 +135,14 @@ const char* backward(Backward p, const Launch& launch, void* workspace, Stream s
   return with_family(launch.plan, p.dtype, [&](auto family) { return family.backward(p, launch.plan, stream); });
 }
 
-const char* step(const Step& p, Stream stream) {
+const char* step(Step p, Stream stream) {
+  p.vector_bytes = static_cast<int>(
+      max_vector_bytes(reinterpret_cast<uintptr_t>(p.state) | static_cast<uint64_t>(p.channels * size_of(p.dtype))));
+  const StepTiles tiles = step_tiles(p, current_device());
+  if (tiles.rows > INT32_MAX) return "more batch rows than a block can count";
   return with_dtype(p.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    return PlainFamily<T>::step(p, stream);
+    return PlainFamily<T>::step(p, tiles, stream);
   });
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "csrc/cuda/conv/plan.h"
+#include "csrc/cuda/conv/step_tiles.h"
 
 namespace ck::cuda {
 
@@ -10,7 +11,7 @@ template <class T>
 struct PlainFamily {
   static const char* forward(const Forward& p, const Plan& plan, Stream stream);
   static const char* backward(const Backward& p, const Plan& plan, Stream stream);
-  static const char* step(const Step& p, Stream stream);
+  static const char* step(const Step& p, const StepTiles& tiles, Stream stream);
 };
 
 // Not for float64.
@@ -66,6 +67,6 @@ struct Launch {
 Launch prepare(Backward& p);
 const char* backward(Backward p, const Launch& launch, void* workspace, Stream stream);
 
-const char* step(const Step& p, Stream stream);
+const char* step(Step p, Stream stream);
 
 }  // namespace ck::cuda

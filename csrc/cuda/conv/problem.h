@@ -44,7 +44,6 @@ struct Backward : Problem, Gradients {
 struct Step : Problem {
   Rows y;
   void* next_state = nullptr;  // the state, which is updated in place
-  void* scratch = nullptr;     // a copy of it, if state_row is given
 };
 
 }  // namespace ck::cuda

@@ -8,26 +8,30 @@ namespace ck::cuda {
 constexpr int kReduceThreads = 256, kReduceWarps = kReduceThreads / 32;
 constexpr int kReduceWeightThreads = 768;  // more would have to keep registers in memory
 
-// grad_weight[owner, h] from partial_weight [owner, groups, heads * pieces, K], a block each; then through dropout and
-// softmax, unless the pieces have been (`finished`). Shared memory: K numbers. A head has few blocks, or one, and many
-// partial sums: all threads read, neighbours what lies side by side, and the index of a number is not divided.
+// grad_weight[owner, h] from partial_weight [owner, groups, heads * pieces, K], by `lanes` threads of a block each, a
+// power of two, or a whole block; then through dropout and softmax, unless the pieces have been (`finished`). Shared
+// memory: K numbers per head of the block. Neighbours read what lies side by side, and the index of a number is not
+// divided.
 template <class C>
 CK_GLOBAL(kReduceWeightThreads, 1)
-void reduce_weight(const CK_PARAM Backward p, int64_t pieces, bool finished) {
+void reduce_weight(const CK_PARAM Backward p, int lanes, int64_t pieces, bool finished) {
   CK_SHARED(C, sums, kReduceWeightThreads);
-  const int lane = threadIdx.x % 32;
-  const int64_t K = p.taps.taps, h = blockIdx.x % p.heads, owner = blockIdx.x / p.heads;
-  C* const d = reinterpret_cast<C*>(shared_memory());
+  const int own = threadIdx.x % lanes, place = threadIdx.x / lanes;
+  const int64_t K = p.taps.taps;
+  const unsigned head = blockIdx.x * (blockDim.x / lanes) + place, heads = static_cast<unsigned>(p.heads);
+  const int64_t h = head % heads, owner = head / heads;
+  const bool exists = owner < p.owners();
+  C* const d = reinterpret_cast<C*>(shared_memory()) + place * K;
   const FilterAt f(p, owner, 0, h);
   // A thread has tap j0 + tap of every so many pieces and groups, from its own on.
-  const int width = static_cast<int>(min(K, int64_t{kReduceWeightThreads})), max_rows = kReduceWeightThreads / width;
-  const int tap = threadIdx.x % width, row = threadIdx.x / width, count = static_cast<int>(pieces);
+  const int width = static_cast<int>(min(K, int64_t{lanes})), max_rows = lanes / width;
+  const int tap = own % width, row = own / width, count = static_cast<int>(pieces);
   const int turns = static_cast<int>(ceil_div(count, max_rows)), piece_step = static_cast<int>(ceil_div(count, turns));
   const int group_step = max_rows / piece_step, rows = group_step * piece_step;
   const int64_t group_size = p.heads * pieces * K;
   for (int64_t j0 = 0; j0 < K; j0 += width) {
     C total = 0;
-    if (row < rows && j0 + tap < K)
+    if (exists && row < rows && j0 + tap < K)
       for (int piece = row % piece_step; piece < count; piece += piece_step) {
         const C* from = static_cast<const C*>(p.partial_weight) + owner * p.groups * group_size +
                         row / piece_step * group_size + (h * pieces + piece) * K + j0 + tap;
@@ -43,20 +47,24 @@ void reduce_weight(const CK_PARAM Backward p, int64_t pieces, bool finished) {
       __syncthreads();
       left = half;
     }
-    if (row == 0 && j0 + tap < K) d[j0 + tap] = finished ? sums[tap] : sums[tap] * dropout_factor<C>(p, f, j0 + tap);
+    if (exists && row == 0 && j0 + tap < K)
+      d[j0 + tap] = finished ? sums[threadIdx.x] : sums[threadIdx.x] * dropout_factor<C>(p, f, j0 + tap);
     __syncthreads();
   }
-  if (threadIdx.x >= 32) return;
+  // The rest is a warp's per head, or a part of one.
+  const int team = min(lanes, 32);
+  if (own >= team) return;
   // Here filters are the same at all positions: any one sees all taps.
   const Sequence anywhere{0, 0, 0, kUnbounded};
+  const int64_t taps = exists ? K : 0;
   Statistics<C> statistics;
   C inner = 0;
   if (!finished && p.softmax) {
-    statistics = warp_statistics<C>(p, f, 0, lane, anywhere);
-    for (int64_t j = lane; j < K; j += 32) inner += tap_of(p, f, 0, j, statistics, anywhere).p * d[j];
-    inner = lane_sum(inner);
+    statistics = warp_statistics<C>(p, f, 0, own, anywhere, team, exists);
+    for (int64_t j = own; j < taps; j += team) inner += tap_of(p, f, 0, j, statistics, anywhere).p * d[j];
+    inner = lane_sum(inner, team);
   }
-  for (int64_t j = lane; j < K; j += 32) {
+  for (int64_t j = own; j < taps; j += team) {
     C value = d[j];
     if (!finished && p.softmax) value = tap_of(p, f, 0, j, statistics, anywhere).p * (value - inner);
     store_as(p.grad_weight, (owner * p.heads + h) * K + j, p.weight_dtype, value);

@@ -69,14 +69,9 @@ const char* PlainFamily<T>::backward(const Backward& p, const Plan&, Stream stre
 }
 
 template <class T>
-const char* PlainFamily<T>::step(const Step& p, Stream stream) {
-  const int64_t threads = p.batch * p.channels, span = p.taps.span();
-  const char* status =
-      launch(cuda::step<T>, blocks_for(ceil_div(threads, kStepThreads)), dim3(kStepThreads), 0, stream, p);
-  if (status == nullptr && p.state_row != nullptr && span > 0)
-    status =
-        launch(step_copy<T>, blocks_for(ceil_div(threads * span, 4 * kStepThreads)), dim3(kStepThreads), 0, stream, p);
-  return status;
+const char* PlainFamily<T>::step(const Step& p, const StepTiles& tiles, Stream stream) {
+  return launch(cuda::step<T>, dim3(tiles.blocks), dim3(static_cast<unsigned>(tiles.threads)),
+                static_cast<size_t>(tiles.shared_bytes), stream, p, tiles);
 }
 
 template struct PlainFamily<CK_TYPE>;

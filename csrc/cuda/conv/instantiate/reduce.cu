@@ -4,10 +4,21 @@
 
 namespace ck::cuda {
 
+// Threads per head: a few numbers for each, and a tap, up to those of a block; with many more numbers, of a larger one.
+static int reduce_lanes(int64_t numbers, int64_t taps) {
+  constexpr int kEach = 8;
+  int lanes = 1;
+  while (lanes < kReduceThreads && (lanes * kEach < numbers || lanes < taps)) lanes *= 2;
+  return lanes * kEach < numbers ? kReduceWeightThreads : lanes;
+}
+
 template <class C>
 const char* Reduce<C>::weight(const Backward& p, int64_t pieces, bool finished, Stream stream) {
-  return launch(reduce_weight<C>, dim3(static_cast<unsigned>(p.owners() * p.heads)), dim3(kReduceWeightThreads),
-                static_cast<size_t>(p.taps.taps) * sizeof(C), stream, p, pieces, finished);
+  const int lanes = reduce_lanes(p.groups * pieces * p.taps.taps, p.taps.taps), threads = max(lanes, kReduceThreads);
+  const int heads = threads / lanes;
+  return launch(reduce_weight<C>, dim3(static_cast<unsigned>(ceil_div(p.owners() * p.heads, heads))),
+                dim3(static_cast<unsigned>(threads)), static_cast<size_t>(heads * p.taps.taps) * sizeof(C), stream, p,
+                lanes, pieces, finished);
 }
 
 template <class C>
