@@ -161,6 +161,10 @@ void count_access(bool write, const void* pointer, size_t bytes, const void* ins
     count_in_tally(write ? Access::kStore : Access::kLoad, pointer, bytes, instruction);
 }
 
+void count_bulk(Access access, const void* pointer, size_t bytes, const void* instruction) {
+  if (engine->tally) engine->tally->add_bulk(access, instruction, pointer, static_cast<unsigned>(bytes));
+}
+
 void count_matrix_load(const void* pointer, const void* instruction) {
   if (engine->tally) count_in_tally(Access::kMatrixLoad, pointer, 16, instruction);
 }

@@ -69,6 +69,8 @@ void copy_wait(unsigned newest);
 
 // Counts an access of the calling thread to memory that it shares with others, if this launch is counted.
 void count_access(bool write, const void* pointer, size_t bytes, const void* instruction);
+// The same for a bulk copy, whose bytes lie side by side.
+void count_bulk(Access access, const void* pointer, size_t bytes, const void* instruction);
 // The same for ldmatrix, which reads 16 bytes of shared memory.
 void count_matrix_load(const void* pointer, const void* instruction);
 // The thread calls a function, or returns from it.
