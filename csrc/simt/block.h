@@ -32,6 +32,9 @@ const char* run(const Launch& launch);
 // Bytes that a block may have: CONVKERNELS_SIMT_SHARED.
 size_t shared_memory_limit();
 
+// Of the GPU that is simulated, 10 times its compute capability: CONVKERNELS_SIMT_ARCH.
+uint64_t architecture();
+
 // Everything below is called by kernels.
 
 // Ends the launch with a status that names the launch, the block and the thread.

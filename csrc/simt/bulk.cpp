@@ -115,6 +115,8 @@ std::string AsyncProxy::describe() const {
 }
 
 void mbarrier_init(void* mbarrier, unsigned count) {
+  if (!engine->async.exists)
+    fail("mbarrier.init: the simulated GPU, sm_" + std::to_string(architecture()) + ", is older than bulk copies");
   check_aligned("mbarrier.init", mbarrier, sizeof kOpaque);
   check_shared("mbarrier.init", mbarrier, sizeof kOpaque);
   if (count < 1 || count > kMost)

@@ -39,6 +39,7 @@ struct BulkStore {
 struct AsyncProxy {
   std::vector<Mbarrier> mbarriers;
   std::vector<BulkLoad> loads;
+  bool exists = true;  // in the GPU that is simulated
 
   void begin_block();
   // Lets a copy come in. Returns false if none is on its way.

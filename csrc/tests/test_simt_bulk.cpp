@@ -62,6 +62,12 @@ CK_GLOBAL(32, 1) void asks(Ask ask, unsigned count, bool* done) {
   done[1] = true;
 }
 
+CK_TEST(older_gpus_have_none) {
+  setenv("CONVKERNELS_SIMT_ARCH", "89", 1);
+  expect_failure(launch(asks, 1, 1, 16, nullptr, Ask::kNothing, 1u, nullptr), "sm_89, is older than bulk copies");
+  unsetenv("CONVKERNELS_SIMT_ARCH");
+}
+
 CK_TEST(mistakes_with_mbarriers_are_reported) {
   for_seeds([] {
     alignas(8) bool done[2] = {};
