@@ -231,7 +231,7 @@ def test_unknown_facts_of_attention_are_refused():
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_long_rows_of_whole_vectors_come_in_bulk(backward):
-    facts = {"batch": 16, "channels": 64, "heads": 16, "taps": 7, "channel_bytes": 0, "time_bytes": 16}
+    facts = {"batch": 16, "channels": 1024, "heads": 16, "taps": 7, "channel_bytes": 0, "time_bytes": 16}
     facts |= {"time": 4096, "dtype": "bfloat16"}
     chosen = plan(backward, **facts)
     assert chosen["family"] == "time" and chosen["bulk"]

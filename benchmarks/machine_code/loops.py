@@ -126,8 +126,8 @@ def _rows(t: str) -> list[MainLoop]:
 def _time(t: str) -> list[MainLoop]:
     """8 positions of a lane, whose chunk of each tensor it copies; those that windows reach to the left are in the tile
     before. 7 taps, all of which a lane has in registers with their window; and 16 whose windows are two whole chunks of
-    8 elements: what others cost depends on where they lie. In bulk a warp gets four tiles at a time, and what they reach
-    with them."""
+    8 elements: what others cost depends on where they lie. In bulk a warp gets four tiles at a time, and what they
+    reach with them."""
     n, products = VECTORS[t] // 4, (2, Work({"LDS.U8": 1, "FFMA": 64}))
     few, many, ungated = {"LDS.U8": 0}, {"LDS.U8": 2, "LDS.128": 5 * n}, {"MUFU.EX2": 0, "LDG": 0}
     found = []
