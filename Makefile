@@ -162,15 +162,16 @@ interpreted: install
 	    $(PYTEST_FLAGS)
 
 # The tests of the cuda backend, its kernels on this CPU: all recorded results, one in SIMULATED_EVERY of each other
-# test's cases, and random problems with the threads of a block in four other orders, two of them with as little shared
-# memory as GPUs of compute capability 8.6, 8.9 and 12.x have.
+# test's cases, and random problems with the threads of a block in four other orders, on GPUs of compute capability 9.0
+# and 8.0, and with as little shared memory as 8.6 and 12.0 have.
 SIMULATED_EVERY ?= 6
 simulated: export CONVKERNELS_SIMT = 1
 simulated: install simt-build
 	$(BIN)/python -m pytest $(PARALLEL) -k cuda tests/test_golden.py tests/test_attention_golden.py $(PYTEST_FLAGS)
 	$(BIN)/python -m pytest $(PARALLEL) -k cuda -m "not slow and not gpu" --every $(SIMULATED_EVERY) \
 	    --ignore tests/test_golden.py --ignore tests/test_attention_golden.py $(PYTEST_FLAGS)
-	printf 'CONVKERNELS_SIMT_SEED=%s CONVKERNELS_SIMT_SHARED=%s\n' 1 232448 2 232448 3 101376 4 101376 | \
+	printf 'CONVKERNELS_SIMT_SEED=%s CONVKERNELS_SIMT_ARCH=%s CONVKERNELS_SIMT_SHARED=%s\n' \
+	    1 90 232448 2 80 166912 3 86 101376 4 120 101376 | \
 	    xargs -P $(WORKERS) -L 1 sh -c 'env "$$@" $(BIN)/python -m pytest -q -k "cuda and (wide or rows_quick)" tests/test_fuzz.py \
 	    tests/test_attention_fragments.py $(PYTEST_FLAGS)' sh
 

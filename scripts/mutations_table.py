@@ -160,6 +160,7 @@ CPU_MUTATIONS = [
     ),
 ]
 
+TIME_COPIES = "csrc/cuda/conv/time_copies.cuh"
 CUDA_MUTATIONS = [
     Mutation(
         "no barrier before a block's sums are read",
@@ -359,6 +360,11 @@ CUDA_MUTATIONS = [
         "    mask += int64_t{kBandTile} * rows.dilation * p.mask_time;\n    look_ahead();",
         "    look_ahead();\n    mask += int64_t{kBandTile} * rows.dilation * p.mask_time;",
     ),
+    Mutation("bulk copies not waited for", TIME_COPIES, "    mbarrier_wait(arrived_ + slot_, parity_);\n", ""),
+    Mutation("bulk copies waited for in one phase", TIME_COPIES, "if (slot_ == 0) parity_ ^= 1u;", ""),
+    Mutation("more bytes expected of bulk copies", TIME_COPIES, "bytes = window;", "bytes = window + 16;"),
+    Mutation("no fence before bulk copies overwrite", TIME_COPIES, "      fence_async_proxy();\n", ""),
+    Mutation("bulk copies overwrite what is read", TIME_COPIES, "read.\n    __syncwarp();\n", "read.\n"),
     Mutation(
         "state overwritten while others read it",
         "csrc/cuda/conv/step.cuh",

@@ -227,3 +227,16 @@ def test_sums_of_attention_stay_small():
 def test_unknown_facts_of_attention_are_refused():
     with pytest.raises(TypeError, match="cuda_attention_plan: a fact"):
         attention_plan(False, taps=3)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_long_rows_of_whole_vectors_come_in_bulk(backward):
+    facts = {"batch": 16, "channels": 1024, "heads": 16, "taps": 7, "channel_bytes": 0, "time_bytes": 16}
+    facts |= {"time": 4096, "dtype": "bfloat16"}
+    chosen = plan(backward, **facts)
+    assert chosen["family"] == "time" and chosen["bulk"]
+    # Groups have whole runs of four tiles, where they have more than one.
+    assert 16 * 16 % chosen["groups"] == 0 and 16 * 16 // chosen["groups"] % 4 == 0
+    for changes in ({"bulk_copies": False}, {"time_bytes": 8}, {"dtype": "float32"}, {"time": 96}):
+        assert not plan(backward, **facts | changes)["bulk"], changes
+    assert plan(backward, **facts | {"bulk_copies": False})["family"] == "time"

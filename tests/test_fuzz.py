@@ -15,7 +15,7 @@ from convkernels.testing.random_problems import for_each, random_conv, random_st
 FULL, QUICK, LARGE, WIDE = 5_000, 300, 240, 300
 # The reference is slower than the oracle and simpler than a kernel, CUDA kernels on a CPU and sanitized ones are slow:
 # they get fewer.
-FULL_OF_SLOW, WIDE_OF_SLOW, ROWS_OF_SLOW = 1_500, 120, 60
+FULL_OF_SLOW, WIDE_OF_SLOW, ROWS_OF_SLOW, TIME = 1_500, 120, 60, 120
 # Triton's interpreter takes half a second for a case; with --full it gets twice as many.
 INTERPRETED, INTERPRETED_LARGE, INTERPRETED_WIDE = 90, 2, 4
 BOTH = pytest.mark.parametrize("check", [compare.conv_forward, compare.conv_gradients])
@@ -72,6 +72,14 @@ def test_rows_quick(check, ops):
     """Filters that differ between positions, for heads of many widths."""
     count = ROWS_OF_SLOW if ops.slow and not ops.full else WIDE
     run(check, partial(random_conv, size="rows"), ops, count, interpreted=INTERPRETED_WIDE)
+
+
+@pytest.mark.parametrize("architecture", ["80", "90"])
+@BOTH
+def test_time_quick(check, architecture, ops, monkeypatch):
+    """Long rows of positions side by side, on GPUs without bulk copies and with them."""
+    monkeypatch.setenv("CONVKERNELS_SIMT_ARCH", architecture)
+    run(check, partial(random_conv, size="time"), ops, TIME * (1 + 2 * ops.full), interpreted=INTERPRETED_WIDE)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from benchmarks.machine_code.control_flow import Work
 
 COPY, STORE = "LDGSTS.E.BYPASS.128", "STG.E.128"  # 16 bytes
+BULK_COPY = "UBLKCP.S.G"  # of as many as an instruction says, by one thread
 VECTORS = {"bf16": 4, "float": 8}  # of 16 bytes in 32 numbers
 QUAD = {"bf16": "LDS.64", "float": "LDS.128"}  # reads 4 numbers
 NUMBER = {"bf16": ".E.U16", "float": ".E"}
@@ -23,6 +24,11 @@ class MainLoop:
     work: Work
     per: str = "output"
     makes: int = 32
+
+
+def copies_in_bulk(kernel: str, variant: str) -> bool:
+    """Whether a kernel needs compute capability 9.0; what older architectures have of it only stops the launch."""
+    return kernel.startswith("time_") and variant.endswith(", true")
 
 
 def _stream(t: str, taps: int) -> list[MainLoop]:
@@ -126,19 +132,25 @@ def _rows(t: str) -> list[MainLoop]:
 def _time(t: str) -> list[MainLoop]:
     """8 positions of a lane, whose chunk of each tensor it copies; those that windows reach to the left are in the tile
     before. 7 taps, all of which a lane has in registers with their window; and 16 whose windows are two whole chunks of
-    8 elements: what others cost depends on where they lie."""
+    8 elements: what others cost depends on where they lie. In bulk a warp gets four tiles at a time, and what they
+    reach with them."""
     n, products = VECTORS[t] // 4, (2, Work({"LDS.U8": 1, "FFMA": 64}))
-    few, many = {"LDS.U8": 0}, {"LDS.U8": 2, "LDS.128": 5 * n}
-    own = {STORE: n, COPY: 2 * n, "MUFU.EX2": 0, "LDG": 0}
+    few, many, ungated = {"LDS.U8": 0}, {"LDS.U8": 2, "LDS.128": 5 * n}, {"MUFU.EX2": 0, "LDG": 0}
     found = []
     for case, forward, backward, loops in (
         ("7 taps", {"FFMA": 56, **few}, {"FFMA": 112, **few}, ()),
         ("16 taps", {"FFMA": 0}, {"FFMA": 128, **many}, (products,)),
     ):
-        found += [
-            MainLoop("time_forward", f"{t}, false, false", case, Work({STORE: n, COPY: n, **forward}, loops), makes=8),
-            MainLoop("time_backward", f"{t}, false, 2", case, Work({**own, **backward}, loops), makes=8),
-        ]
+        tiles = {
+            ("time_forward", f"{t}, false, false"): ({STORE: n, **forward}, 1),
+            ("time_backward", f"{t}, false, 2"): ({STORE: n, **ungated, **backward}, 2),
+        }
+        for (kernel, variant), (tile, copies) in tiles.items():
+            work = Work({COPY: copies * n, **tile}, loops)
+            found.append(MainLoop(kernel, f"{variant}, false", case, work, makes=8))
+            if t == "bf16":
+                work = Work({BULK_COPY: copies, "LDG": 0}, ((4, Work(tile, loops)),))
+                found.append(MainLoop(kernel, f"{variant}, true", case, work))
     return found
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.machine_code import control_flow
-from benchmarks.machine_code.loops import MAIN_LOOPS
+from benchmarks.machine_code.loops import MAIN_LOOPS, copies_in_bulk
 from benchmarks.machine_code.rules import (
     LoopCost,
     Resources,
@@ -114,7 +114,8 @@ def _parts(wanted: Callable[[str, str, str], bool], all_kernels: bool) -> dict[s
     names = _short_names({mangled for mangled, _ in usage})
     found: dict[str, dict[str, tuple]] = {}
     for (mangled, architecture), said in usage.items():
-        if wanted(*names[mangled], architecture):
+        exists = int(architecture.rstrip("af")) >= 90 or not copies_in_bulk(*names[mangled])
+        if exists and wanted(*names[mangled], architecture):
             found.setdefault(architecture, {})[mangled] = names[mangled], said
     return {
         f"sm_{name}": partial(_read, name, found[name], [] if all_kernels else ["-fun", ",".join(found[name])])

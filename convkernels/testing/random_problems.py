@@ -88,10 +88,21 @@ _CONV["rows"] = _CONV["wide"] | {
     "kind": ("light", "row", "dynamic", "dynamic"),
     "layout": ("contiguous",),
 }  # fmt: skip
+# Long rows of positions side by side, in whole vectors or not: what the time kernels of a GPU backend copy in bulk.
+_CONV["time"] = _CONV["wide"] | {
+    "length": (136, 256, 264, 300, 512, 776, 1032, 1280, 1544, 2060, 2312),
+    "sequence": (0, 1, 5, 64, 200, 250, 256, 512, 900),
+    "width": ((1, 1), (3, 1), (1, 3), (2, 2), (1, 5)),
+    "taps": (1, 2, 3, 4, 7, 8, 9, 15, 31, 63, 200),
+    "kind": ("light", "light", "row"),
+    "dtype": (BFLOAT16, FLOAT16, BFLOAT16, FLOAT16, FLOAT32),
+    "state": (False,),
+    "layout": ("swap_last",),
+}
 
 
 def random_conv(number, size="small"):
-    """Any call of tap_conv or tap_grad. size: small, large, wide or rows."""
+    """Any call of tap_conv or tap_grad. size: small, large, wide, rows or time."""
     rng, options = random.Random(number), _CONV[size]
 
     def choose(*from_these):
@@ -118,7 +129,7 @@ def random_conv(number, size="small"):
         dilation=dilation,
         kind=kind,
         softmax=softmax,
-        renormalize=softmax and renormalize and (size != "wide" or kind == "dynamic"),
+        renormalize=softmax and renormalize and (size not in ("wide", "time") or kind == "dynamic"),
         dropout=choose(0.0, 0.0, 0.25, 0.9, 1.0),
         bias=choose(False, True),
         gate=choose(False, False, True),

@@ -56,6 +56,7 @@ void each_field(ck::cuda::Facts& facts, Field&& field) {
   field("weight_bytes", facts.weight_bytes);
   field("multiprocessors", facts.device.multiprocessors);
   field("block_memory", facts.device.block_memory);
+  field("bulk_copies", facts.device.bulk_copies);
 }
 
 template <class Field>
@@ -65,6 +66,7 @@ void each_field(ck::cuda::Plan& plan, Field&& field) {
   field("shared_bytes", plan.shared_bytes);
   field("lanes", plan.lanes);
   field("units", plan.units);
+  field("bulk", plan.bulk);
 }
 
 template <class Field>

@@ -40,6 +40,7 @@ uint64_t from_environment(const char* name, uint64_t otherwise) {
 }  // namespace
 
 // By default what sm_90 has.
+uint64_t architecture() { return from_environment("CONVKERNELS_SIMT_ARCH", 90); }
 size_t shared_memory_limit() { return from_environment("CONVKERNELS_SIMT_SHARED", 227 * 1024); }
 
 const char* run(const Launch& launch) {
@@ -55,6 +56,7 @@ const char* run(const Launch& launch) {
     engine->failure.clear();
     engine->shared.begin_launch(launch.shared_bytes, shared_memory_limit());
     engine->prepare(launch.block.x * launch.block.y * launch.block.z);
+    engine->async.exists = architecture() >= 90;
     blockDim = launch.block;
     gridDim = launch.grid;
     engine->tally = counting ? std::make_unique<Tally>() : nullptr;
@@ -159,6 +161,10 @@ void count_access(bool write, const void* pointer, size_t bytes, const void* ins
     count_in_tally(write ? Access::kSharedStore : Access::kSharedLoad, pointer, bytes, instruction);
   else
     count_in_tally(write ? Access::kStore : Access::kLoad, pointer, bytes, instruction);
+}
+
+void count_bulk(Access access, const void* pointer, size_t bytes, const void* instruction) {
+  if (engine->tally) engine->tally->add_bulk(access, instruction, pointer, static_cast<unsigned>(bytes));
 }
 
 void count_matrix_load(const void* pointer, const void* instruction) {

@@ -32,6 +32,9 @@ const char* run(const Launch& launch);
 // Bytes that a block may have: CONVKERNELS_SIMT_SHARED.
 size_t shared_memory_limit();
 
+// Of the GPU that is simulated, 10 times its compute capability: CONVKERNELS_SIMT_ARCH.
+uint64_t architecture();
+
 // Everything below is called by kernels.
 
 // Ends the launch with a status that names the launch, the block and the thread.
@@ -69,6 +72,8 @@ void copy_wait(unsigned newest);
 
 // Counts an access of the calling thread to memory that it shares with others, if this launch is counted.
 void count_access(bool write, const void* pointer, size_t bytes, const void* instruction);
+// The same for a bulk copy, whose bytes lie side by side.
+void count_bulk(Access access, const void* pointer, size_t bytes, const void* instruction);
 // The same for ldmatrix, which reads 16 bytes of shared memory.
 void count_matrix_load(const void* pointer, const void* instruction);
 // The thread calls a function, or returns from it.

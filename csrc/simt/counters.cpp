@@ -68,16 +68,31 @@ void Tally::count(const Request& request) {
   instructions[{request.instruction, request.access}] += one;
 }
 
+void Tally::touch(Access access, uintptr_t sector, uintptr_t first, uintptr_t end) {
+  const uintptr_t from = std::max(first, sector * kSector), bytes = std::min(end, (sector + 1) * kSector) - from;
+  touched_[sector] |= ((uint64_t{1} << bytes) - 1) << from % kSector << (access == Access::kStore ? 32 : 0);
+}
+
+void Tally::add_bulk(Access access, const void* instruction, const void* pointer, unsigned bytes) {
+  Requests one{1, bytes, 0, 0, 0};
+  const auto first = reinterpret_cast<uintptr_t>(pointer), end = first + bytes;
+  if (is_global(access)) {
+    one.sectors = (end + kSector - 1) / kSector - first / kSector;
+    for (uintptr_t sector = first / kSector; sector * kSector < end; ++sector) touch(access, sector, first, end);
+  } else {
+    one.wavefronts = (bytes + 127) / 128;  // all banks at a time
+  }
+  counts.accesses[static_cast<unsigned>(access)] += one;
+  instructions[{instruction, access}] += one;
+}
+
 uint64_t Tally::sectors(const Request& request) {
   uintptr_t touched[2 * kWarp];
   unsigned n = 0;
-  const unsigned shift = request.access == Access::kStore ? 32 : 0;
   for (unsigned i = 0; i < request.lanes; ++i) {
     const uintptr_t first = request.address[i], end = first + request.bytes;
     for (uintptr_t sector = first / kSector; sector * kSector < end; ++sector) {
-      const uintptr_t from = std::max(first, sector * kSector) % kSector;
-      const uintptr_t bytes = std::min(end, (sector + 1) * kSector) - std::max(first, sector * kSector);
-      touched_[sector] |= ((uint64_t{1} << bytes) - 1) << from << shift;
+      touch(request.access, sector, first, end);
       if (n == 0 || touched[n - 1] != sector) touched[n++] = sector;
     }
   }

@@ -16,7 +16,8 @@
 
 namespace ck::simt {
 
-// Loads and stores, copies by cp.async from global to shared memory, and ldmatrix.
+// Loads and stores, copies by cp.async from global to shared memory, and ldmatrix. A bulk copy is such a copy, or a
+// load of shared memory and a store.
 enum class Access : uint8_t { kLoad, kStore, kCopyRead, kSharedLoad, kSharedStore, kCopyWrite, kMatrixLoad };
 inline constexpr unsigned kAccesses = 7;
 inline constexpr bool is_global(Access access) { return access <= Access::kCopyRead; }
@@ -62,6 +63,8 @@ class Tally {
   // At most 16 bytes.
   void add(unsigned warp, unsigned lane, Access access, const void* instruction, uint64_t place, const void* pointer,
            unsigned bytes);
+  // A bulk copy, one request of its own.
+  void add_bulk(Access access, const void* instruction, const void* pointer, unsigned bytes);
   // Called when the lanes of a warp have come together: their accesses since the last time become requests.
   void meet(unsigned warp);
   void end_launch();
@@ -89,6 +92,8 @@ class Tally {
 
   void count(const Request& request);
   uint64_t sectors(const Request& request);
+  // Notes which bytes of a sector, those from `first` to `end`, are read, or written.
+  void touch(Access access, uintptr_t sector, uintptr_t first, uintptr_t end);
   static bool lanes_agree(const Request& request, unsigned apart);
   static void count_wavefronts(const Request& request, Requests& into);
 

@@ -49,6 +49,7 @@ void Engine::body() {
     current->state = Thread::kStarted;
     try {
       self.launch->call(self.launch->arguments);
+      end_bulk_stores();
     } catch (const Stop&) {
     } catch (const std::exception& error) {
       self.report(error.what());
@@ -71,22 +72,31 @@ void Engine::step(Warp& warp, unsigned first_thread) {
   current = nullptr;
 }
 
-bool Engine::open_barrier() {
+bool Engine::go_on() {
   const Thread& some = *threads[0];
   unsigned same = 0, exited = 0;
   int predicates = 0;
   for (unsigned i = 0; i < count; ++i) {
     const Thread& t = *threads[i];
     exited += t.state == Thread::kExited;
-    if (t.waits == nullptr || t.waits != some.waits || t.mask != 0) continue;
+    if (t.waits == nullptr || t.waits != some.waits || t.mask != 0 || t.mbarrier != nullptr) continue;
     ++same;
     predicates += *static_cast<const bool*>(t.operand);
   }
-  if (exited == count) return false;
-  if (same != count) {
-    report(describe(exited));
-    return false;
+  try {
+    if (exited == count)
+      async.end_block();
+    else if (same == count)
+      open_barrier(predicates);
+    else if (!async.advance())
+      fail(describe(exited));
+  } catch (const std::exception& error) {
+    report(error.what());
   }
+  return exited != count && failure.empty();
+}
+
+void Engine::open_barrier(int predicates) {
   barrier_count = predicates;
   if (tally) {
     tally->count(Meeting::kBarrier);
@@ -95,7 +105,6 @@ bool Engine::open_barrier() {
   for (unsigned i = 0; i < count; ++i) threads[i]->waits = nullptr;
   for (Warp& warp : warps) warp.ready = warp.lanes;
   random.shuffle(order.data(), static_cast<unsigned>(order.size()));
-  return true;
 }
 
 void Engine::meet_all() {
@@ -115,7 +124,7 @@ std::string Engine::describe(unsigned exited) const {
   for (const auto& [where, n] : waiting)
     text +=
         (text.empty() ? "" : ", ") + std::to_string(n) + (n == 1 ? " thread waits at " : " threads wait at ") + where;
-  return text + ", " + std::to_string(exited) + (exited == 1 ? " has exited" : " have exited");
+  return text + ", " + std::to_string(exited) + (exited == 1 ? " has exited" : " have exited") + async.describe();
 }
 
 void Engine::prepare(unsigned threads_in_block) {
@@ -133,12 +142,16 @@ void Engine::prepare(unsigned threads_in_block) {
 
 void Engine::run_block() {
   shared.begin_block();
+  async.begin_block();
   for (unsigned i = 0; i < count; ++i) {
     Thread& t = *threads[i];
     t.state = Thread::kFresh;
     t.waits = nullptr;
+    t.mbarrier = nullptr;
     t.copies.clear();
     t.group = 0;
+    t.stores.clear();
+    t.bulk_group = 0;
     t.path.assign(1, 0);
   }
   if (tally) tally->begin_block(static_cast<unsigned>(warps.size()));
@@ -164,7 +177,7 @@ void Engine::run_block() {
         order.push_back(w);
       }
     }
-  } while (open_barrier());
+  } while (go_on());
   if (!failure.empty()) return unwind();
   if (tally) meet_all();
 }

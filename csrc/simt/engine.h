@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "csrc/simt/block.h"
+#include "csrc/simt/bulk.h"
 #include "csrc/simt/fiber.h"
 #include "csrc/simt/shared.h"
 
@@ -54,8 +55,11 @@ struct Thread {
   const Collective* waits = nullptr;
   unsigned mask = 0;
   void* operand = nullptr;
+  const char* mbarrier = nullptr;  // whose current phase it waits for
   std::vector<Copy> copies;
   unsigned group = 0;
+  std::vector<BulkStore> stores;
+  unsigned bulk_group = 0;
   // The calls that led to where it is, as one number each.
   std::vector<uint64_t> path;
 };
@@ -78,6 +82,7 @@ struct Engine {
   std::vector<Warp> warps;
   std::vector<unsigned> order;
   SharedMemory shared;
+  AsyncProxy async;
   std::unique_ptr<Tally> tally;  // of a launch that is counted
   Fiber scheduler;
   Random random{0};
@@ -96,8 +101,10 @@ struct Engine {
   // A fiber runs one thread after another, one in each block.
   static void body();
   void step(Warp& warp, unsigned first_thread);
-  // Called when no thread can run. True if all wait at the same barrier, which is then opened.
-  bool open_barrier();
+  // Called when no thread can run. True if all wait at the same barrier, which is then opened, or if a bulk copy was on
+  // its way, which has now come.
+  bool go_on();
+  void open_barrier(int predicates);
   void meet_all();
   std::string describe(unsigned exited) const;
   void prepare(unsigned threads_in_block);

@@ -16,6 +16,7 @@
 #include "csrc/common/dtypes.h"
 #include "csrc/cuda/device/device.h"
 #include "csrc/simt/block.h"
+#include "csrc/simt/bulk.h"
 #include "csrc/simt/types.h"
 #include "csrc/simt/warp.h"
 
@@ -109,6 +110,34 @@ inline void cp_async_commit() { simt::copy_commit(); }
 template <int Newest>
 void cp_async_wait() {
   simt::copy_wait(Newest);
+}
+
+inline constexpr bool kBulkCopies = true;
+inline void mbarrier_init(uint64_t* mbarrier, unsigned arrivals) { simt::mbarrier_init(mbarrier, arrivals); }
+inline void mbarrier_invalidate(uint64_t* mbarrier) { simt::mbarrier_invalidate(mbarrier); }
+inline void mbarrier_arrive(uint64_t* mbarrier) { simt::mbarrier_arrive(mbarrier); }
+inline void mbarrier_expect(uint64_t* mbarrier, unsigned bytes) { simt::mbarrier_expect(mbarrier, bytes); }
+inline void mbarrier_arrive_expect(uint64_t* mbarrier, unsigned bytes) {
+  simt::mbarrier_expect(mbarrier, bytes);
+  simt::mbarrier_arrive(mbarrier);
+}
+inline bool mbarrier_try_wait(uint64_t* mbarrier, unsigned parity) { return simt::mbarrier_try_wait(mbarrier, parity); }
+inline void fence_mbarrier_init() { simt::fence_mbarrier_init(); }
+inline void fence_async_proxy() { simt::fence_proxy_async(); }
+[[gnu::always_inline]] inline void bulk_load(void* shared, const void* global, unsigned bytes, uint64_t* mbarrier) {
+  simt::bulk_load(shared, global, bytes, mbarrier);
+}
+[[gnu::always_inline]] inline void bulk_store(void* global, const void* shared, unsigned bytes) {
+  simt::bulk_store(global, shared, bytes);
+}
+inline void bulk_commit() { simt::bulk_commit(); }
+template <int Newest>
+void bulk_wait() {
+  simt::bulk_wait(Newest, false);
+}
+template <int Newest>
+void bulk_wait_read() {
+  simt::bulk_wait(Newest, true);
 }
 
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { simt::load_matrices(r, false, row); }

@@ -31,6 +31,16 @@ class Piece {
 
   void spoil() {
     if (bytes_ != 0) std::memset(begin_.get(), 0xFF, bytes_);
+    seen_.clear();
+  }
+
+  // What the async proxy sees here.
+  char* seen() {
+    if (seen_.empty()) seen_.assign(bytes_, '\xff');
+    return seen_.data();
+  }
+  void publish() {
+    if (bytes_ != 0) std::memcpy(seen(), begin_.get(), bytes_);
   }
 
   bool holds(const void* pointer, size_t size) const {
@@ -43,6 +53,7 @@ class Piece {
     void operator()(void* p) const { std::free(p); }
   };
   std::unique_ptr<char, Free> begin_;
+  std::vector<char> seen_;
   size_t bytes_ = 0;
 };
 
@@ -82,6 +93,22 @@ class SharedMemory {
            std::any_of(arrays_.begin(), arrays_.end(), [&](const Array& a) { return a.piece.holds(pointer, bytes); });
   }
 
+  // Where the async proxy sees what lies at `pointer`, which is in shared memory: as it was at the last fence.
+  char* seen(const void* pointer) {
+    Piece& piece = piece_of(pointer);
+    return piece.seen() + (static_cast<const char*>(pointer) - piece.begin());
+  }
+  void publish() {
+    dynamic_.publish();
+    for (Array& array : arrays_) array.piece.publish();
+  }
+
+  std::string place(const void* pointer) {
+    const Piece& piece = piece_of(pointer);
+    return "byte " + std::to_string(static_cast<const char*>(pointer) - piece.begin()) +
+           (&piece == &dynamic_ ? " of dynamic shared memory" : " of a static array");
+  }
+
   static void require(const char* what, size_t bytes, size_t most) {
     if (bytes > most)
       throw std::runtime_error(std::string(what) + ": at most " + std::to_string(most) + " bytes, got " +
@@ -93,6 +120,12 @@ class SharedMemory {
     const void* site;
     Piece piece;
   };
+
+  Piece& piece_of(const void* pointer) {
+    if (dynamic_.holds(pointer, 1)) return dynamic_;
+    return std::find_if(arrays_.begin(), arrays_.end(), [&](const Array& a) { return a.piece.holds(pointer, 1); })
+        ->piece;
+  }
 
   Piece dynamic_;
   size_t most_ = 0;

@@ -235,6 +235,31 @@ CK_TEST(copies_read_what_is_valid_and_write_all) {
   CK_EQUAL(c.of(Access::kSharedStore).requests, 0u);
 }
 
+// One thread copies for all, 192 bytes from the middle of a sector on, and back to the beginning of one.
+CK_GLOBAL(32, 1) void copies_at_once(float* to, const float* from) {
+  CK_SHARED(uint64_t, full, 1);
+  if (threadIdx.x == 0) {
+    mbarrier_init(full, 1);
+    fence_mbarrier_init();
+    mbarrier_arrive_expect(full, 192);
+    bulk_load(shared_memory(), from, 192, full);
+    mbarrier_wait(full, 0);
+    bulk_store(to, shared_memory(), 192);
+    bulk_commit();
+    bulk_wait_read<0>();
+  }
+}
+
+CK_TEST(a_bulk_copy_is_a_request) {
+  const Counts c = counts_of(copies_at_once, 1, 32, memory() + kFloats, memory() + 4);
+  check_global(c.of(Access::kCopyRead), 1, 192, 7);
+  check_global(c.of(Access::kStore), 1, 192, 6);
+  check_shared(c.of(Access::kCopyWrite), 1, 2, 0);
+  check_shared(c.of(Access::kSharedLoad), 1, 2, 0);
+  CK_EQUAL(c.bytes_read, 192u);
+  CK_EQUAL(c.bytes_written, 192u);
+}
+
 }  // namespace
 
 CK_TEST_MAIN()

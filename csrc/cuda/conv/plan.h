@@ -56,6 +56,7 @@ struct Plan {
   int64_t shared_bytes = 0;  // of a block; of the time family, what its tiles may take
   int64_t lanes = 0;         // of the rows family: of a warp, that a head has
   int64_t units = 0;         // of the band family: warps of a block
+  bool bulk = false;         // of the time family: tiles of x, or of gradients, come by bulk copies
 };
 
 inline int64_t at_least_one(int64_t n) { return n < 1 ? 1 : n; }
@@ -332,20 +333,38 @@ inline bool time_possible(const Facts& f, bool backward) {
   if (span > kTimeSpan || f.time > kFarthest) return false;
   // Of all paddings, the one whose windows reach the most chunks.
   const Taps taps{f.taps, 1, f.dilation};
-  return backward ? backward_tiles(taps, f.time, f.channels, size, f.gate, bytes).lanes != 0
-                  : forward_tiles(taps, f.time, f.channels, size, false, bytes).lanes != 0 &&
-                        forward_tiles(taps, f.time, f.channels, size, true, bytes).lanes != 0;
+  return backward ? backward_tiles(taps, f.time, f.channels, size, f.gate, false, bytes).lanes != 0
+                  : forward_tiles(taps, f.time, f.channels, size, false, false, bytes).lanes != 0 &&
+                        forward_tiles(taps, f.time, f.channels, size, true, false, bytes).lanes != 0;
 }
 
-inline Plan time_plan(const Facts& f) {
+// Whether tiles come by bulk copies: those that are 32 chunks of one row, and that lanes read without conflicts as they
+// lie in memory.
+inline bool time_bulk(const Facts& f, bool backward) {
+  if (!f.device.bulk_copies || f.time_bytes != 16 || size_of(f.dtype) != 2) return false;
+  const Taps taps{f.taps, 1, f.dilation};
+  const auto tiles = [&](bool bulk) {
+    const int64_t bytes = time_warp_bytes(f.device);
+    return backward ? backward_tiles(taps, f.time, f.channels, 2, f.gate, bulk, bytes)
+                    : forward_tiles(taps, f.time, f.channels, 2, false, bulk, bytes);
+  };
+  return tiles(false).lanes == 32 && tiles(true).lanes == 32;
+}
+
+inline Plan time_plan(const Facts& f, bool backward) {
   const int64_t bytes = time_warp_bytes(f.device);
   const Taps taps{f.taps, 0, f.dilation};
-  const TimeTiles g = forward_tiles(taps, f.time, f.channels, static_cast<int>(size_of(f.dtype)), false, bytes);
+  const TimeTiles g = forward_tiles(taps, f.time, f.channels, static_cast<int>(size_of(f.dtype)), false, false, bytes);
   const int64_t warps = g.channel_blocks(f.channels) * f.owners();
   // A warp that has two tiles at least copies one while it computes the other.
   const int64_t possible = at_least_one(f.batch / f.owners() * g.tiles / 2),
                 items = kTimeItems * f.device.multiprocessors, wanted = (items + warps - 1) / warps;
-  return {Family::kTime, wanted < possible ? wanted : possible, kTimeWarps * bytes};
+  Plan plan{Family::kTime, wanted < possible ? wanted : possible, kTimeWarps * bytes};
+  plan.bulk = time_bulk(f, backward);
+  // Whole runs of tiles, where a group has more than one.
+  const int64_t all = f.batch / f.owners() * g.tiles, each = (all + plan.groups - 1) / plan.groups;
+  if (plan.bulk && each > kTimeRun) plan.groups = (all - 1) / ((each + kTimeRun - 1) / kTimeRun * kTimeRun) + 1;
+  return plan;
 }
 
 // plain
@@ -357,7 +376,7 @@ CK_HD int64_t plain_pitch(int64_t taps) { return taps / 2 * 2 + 1; }
 inline Plan plan_forward(const Facts& f) {
   if (band_wanted(f, false)) return band_plan(f, false);
   if (rows_possible(f, false)) return rows_plan(f, false);
-  if (time_possible(f, false)) return time_plan(f);
+  if (time_possible(f, false)) return time_plan(f, false);
   if (stream_possible(f, false)) return stream_plan(f, false);
   return {};
 }
@@ -365,7 +384,7 @@ inline Plan plan_forward(const Facts& f) {
 inline Plan plan_backward(const Facts& f) {
   if (band_wanted(f, true)) return band_plan(f, true);
   if (rows_possible(f, true)) return rows_plan(f, true);
-  if (time_possible(f, true)) return time_plan(f);
+  if (time_possible(f, true)) return time_plan(f, true);
   if (stream_possible(f, true)) return stream_plan(f, true);
   const int64_t columns = f.per_row() ? f.heads / 8 : f.channels / 32 * ((f.taps + 7) / 8);
   return {Family::kPlain, groups_of(f, f.owner_rows(), columns)};

@@ -5,157 +5,55 @@
 #include <type_traits>
 
 #include "csrc/common/switch.h"
-#include "csrc/cuda/conv/time_window.cuh"
+#include "csrc/cuda/conv/time_copies.cuh"
 
 namespace ck::cuda {
 
-// Where a tile lies: from position t of batch row b on.
-struct TimePlace {
-  int64_t b;
-  int t;
-
-  // Returns whether it is of the same row.
-  CK_DEVICE bool advance(const TimeTiles& g, int time) {
-    t += kEight * g.lanes;
-    if (t < time) return true;
-    t = 0;
-    ++b;
-    return false;
-  }
-};
-
-// What a warp does: `count` tiles of a block of channel rows.
-struct TimeWork {
-  int64_t c0, owner;
-  TimePlace start;
-  int64_t piece;  // number of the group among those of all owners
-  int window, count;
-  bool exists;  // warps beyond the last piece have none
-
-  // Warps: channel blocks, then blocks of chunks of the window, then groups, then owners.
-  CK_DEVICE TimeWork(const Problem& p, const TimeTiles& g, int64_t groups, int64_t windows) {
-    const int64_t number = int64_t{blockIdx.x} * (blockDim.x / 32) + threadIdx.x / 32;
-    const int64_t blocks = g.channel_blocks(p.channels), all = p.owner_batch() * g.tiles, each = ceil_div(all, groups);
-    c0 = number % blocks * g.rows();
-    window = static_cast<int>(number / blocks % windows);
-    piece = number / blocks / windows;
-    owner = piece / groups;
-    const int64_t first = piece % groups * each;
-    exists = owner < p.owners();
-    count = exists ? static_cast<int>(max(min(each, all - first), int64_t{0})) : 0;
-    start = {owner + first / g.tiles, static_cast<int>(first % g.tiles) * kEight * g.lanes};
-  }
-};
-
-// What a lane works on, and where.
-struct TimeLane {
-  int part, row;  // its chunk of the tile, and its channel row
-  int stage_bytes;
-  uint8_t* masks;
-  float* filters;  // of the warp's rows
-  float* filter;   // of the lane's row
-  char* tiles;     // of the warp
-
-  // For each chunk of a window the elements that taps read, as bits.
-  CK_DEVICE explicit TimeLane(const TimeTiles& g) {
-    char* const shared = shared_memory();
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    part = lane % g.lanes;
-    row = lane / g.lanes;
-    stage_bytes = opaque(g.stage_bytes());  // a division, which is otherwise made for every tile
-    masks = reinterpret_cast<uint8_t*>(shared);
-    filters = reinterpret_cast<float*>(shared + g.mask_bytes() + warp * g.warp_bytes);
-    filter = filters + row * g.filter_pitch;
-    tiles = reinterpret_cast<char*>(filters) + g.filter_bytes();
-    for (int n = threadIdx.x; n < g.chunks; n += blockDim.x) {
-      unsigned mask = 0;
-      for (int u = 0; u < kEight; ++u) mask |= unsigned{g.tap_at(kEight * n + u) >= 0} << u;
-      masks[n] = static_cast<uint8_t>(mask);
-    }
-    __syncthreads();
-  }
-
-  // The lane's row of the tile in a slot.
-  CK_DEVICE char* tile(const TimeTiles& g, int slot) const { return tiles + slot * stage_bytes + row * g.row_bytes; }
-
-  // The filter of the lane's row where taps are few.
-  CK_DEVICE void load_few(float (&values)[kEight], const TimeTiles& g) const {
-#pragma unroll
-    for (int j = 0; j < kEight; ++j)
-      if (j < static_cast<int>(g.taps.taps)) values[j] = filter[g.shift + j];
-  }
-
-  // The first chunks of a tile are the last ones of the tile before, if both are of one row.
-  template <class T>
-  CK_DEVICE void move_on(const TimeTiles& g, char* from, char* to) const {
-    constexpr int kCount = kEight / kVector<T>;
-#pragma unroll 1
-    for (int i = part; i < g.chunks; i += g.lanes)
-#pragma unroll
-      for (int v = 0; v < kCount; ++v)
-        *vector_at<T>(to, i * kCount + v) = *vector_at<T>(from, (g.lanes + i) * kCount + v);
-  }
-
-  // The filters of the warp's channels, by the warp; value j lies where the window has what tap j reads.
-  CK_DEVICE void fill(const Problem& p, const TimeTiles& g, bool transposed, const TimeWork& work) const {
-    const int64_t K = p.taps.taps;
-    const int lane = threadIdx.x % 32;
-    const Sequence anywhere{0, 0, 0, kUnbounded};
-    for (int r = 0; r < g.rows() && work.c0 + r < p.channels; ++r) {
-      const FilterAt f(p, work.owner, 0, (work.c0 + r) / p.head_channels());
-      const Statistics<float> statistics = warp_statistics<float>(p, f, 0, lane, anywhere);
-      for (int64_t j = lane; j < K; j += 32)
-        filters[r * g.filter_pitch + g.element_of(transposed ? K - 1 - j : j)] =
-            tap_of(p, f, 0, j, statistics, anywhere).value();
-    }
-  }
-};
-
-// Where a lane's row lies in the tiles that take turns: now, next, and in the one after that, which was the last.
-struct TimeTurns {
-  char *now, *next, *last;
-
-  CK_DEVICE TimeTurns(const TimeTiles& g, const TimeLane& self)
-      : now(self.tile(g, 0)), next(self.tile(g, 1)), last(self.tile(g, 2)) {}
-
-  CK_DEVICE void advance() {
-    char* const free = last;
-    last = now;
-    now = next;
-    next = free;
-  }
-};
-static_assert(kTimeStages == 3);
-
-// Starts the copy of a lane's share of its row, if the channel exists: a vector begins in the row of positions, or lies
-// outside. line: where position 0 of the row is; `anywhere`: an address like it. `continued`: what the tile before has
-// as well is moved from there.
+// Tiles that are not copied: x is gated and masked on its way, once, into float32.
 template <class T>
-CK_DEVICE void stage_row(const Problem& p, const TimeTiles& g, const TimeLane& self, const T* line, const T* anywhere,
-                         int t, bool exists, bool continued, char* row) {
-  const int start = g.window_start(t), time = static_cast<int>(p.time);
-  const int first = continued ? g.chunks * kEight : 0, elements = (g.lanes + g.chunks) * kEight;
-  const int step = g.lanes * kVector<T>;
-  int e = first + self.part * kVector<T>;
-  line += start;
-  if (exists && continued && start + elements <= time && p.vector_bytes == 16) {
-#pragma unroll
-    for (int n = 0; n < kEight / kVector<T>; ++n, e += step)
-      cp_async<16>(vector_at<T>(row, e / kVector<T>), line + e, true);
-    return;
-  }
-  const int begin = max(-start, 0);
-  const int end = exists ? min(time - start, elements) : 0;
-#pragma unroll 1
-  for (e = opaque(e); e < elements; e += step) {
-    const bool inside = e >= begin && e < end;
-    stage_pieces(vector_at<T>(row, e / kVector<T>)->at, inside ? line + e : anywhere, inside ? end - e : 0,
-                 p.vector_bytes);
-  }
-}
+class TimeGated {
+ public:
+  CK_DEVICE TimeGated(const Problem& p, const TimeTiles& g, const TimeLane& self, const TimeWork& work,
+                      const TimeSources<T, 1>&)
+      : p_(p), g_(g), self_(self), c_(work.c0 + self.row), place_(work.start) {}
 
-// kReady: rows are gated and masked on their way, once, into float32; otherwise they are copied as they are.
-template <class T, bool kReady, bool kPacked>
+  static constexpr int kRun = 1;
+
+  // The lane's row of the next tile.
+  CK_DEVICE char* next(int, bool) {
+    char* const row = self_.tile(g_, 0);
+    // A channel that does not exist reads channel 0; its result is not stored.
+    const int64_t from = c_ < p_.channels ? c_ : 0;
+    const int start = g_.window_start(place_.t);
+    __syncwarp();  // the tile before has been read
+    for (int n = self_.part; n < g_.lanes + g_.chunks; n += g_.lanes) {
+      const int s = start + n * kEight;
+      const ChunkInputs<T, false> inputs(p_, place_.b, s, at<const T>(p_.x, place_.b, s, from),
+                                         p_.gate.data == nullptr ? nullptr : at<const T>(p_.gate, place_.b, s, from),
+                                         kVector<T>);
+#pragma unroll
+      for (int v = 0; v < kEight; v += kVector<float>) {
+        Words<float> z;
+#pragma unroll
+        for (int k = 0; k < kVector<float>; ++k) z.at[k] = inputs.z(v + k);
+        *vector_at<float>(row, (n * kEight + v) / kVector<float>) = z;
+      }
+    }
+    place_.advance(g_, static_cast<int>(p_.time));
+    __syncwarp();
+    return row;
+  }
+
+ private:
+  const Problem& p_;
+  const TimeTiles& g_;
+  const TimeLane& self_;
+  int64_t c_;
+  TimePlace place_;
+};
+
+// kReady: rows are gated and masked on their way; otherwise they are copied as they are, kBulk: by bulk copies.
+template <class T, bool kReady, bool kPacked, bool kBulk>
 CK_GLOBAL(32 * kTimeWarps, kPacked ? 4 : 5)
 void time_forward(const CK_PARAM Forward p, const CK_PARAM TimeTiles g, int64_t groups) {
   using E = std::conditional_t<kReady, float, T>;
@@ -167,19 +65,8 @@ void time_forward(const CK_PARAM Forward p, const CK_PARAM TimeTiles g, int64_t 
   const bool exists = c < p.channels;
   self.fill(p, g, false, work);
   const float bias = p.bias != nullptr && exists ? load_as<float>(p.bias, c, p.bias_dtype) : 0.0f;
-  TimePlace place = work.start, next = place;
-  const T* line = at<const T>(p.x, next.b, 0, c);
+  TimePlace place = work.start;
   T* to = at<T>(p.y, place.b, 0, c);
-  bool next_continues = false, continues = false;
-  const auto stage = [&](int tile, char* row) {
-    if (tile < work.count) {
-      stage_row<T>(p, g, self, line, static_cast<const T*>(p.x.data), next.t, exists, next_continues, row);
-      next_continues = next.advance(g, time);
-      if (!next_continues) line += p.x.batch;
-    }
-    cp_async_commit();
-  };
-  TimeTurns turns(g, self);
   // Of a window of few taps.
   float filter[kEight] = {};
   const bool few = !kPacked && g.few_taps();
@@ -187,44 +74,13 @@ void time_forward(const CK_PARAM Forward p, const CK_PARAM TimeTiles g, int64_t 
     __syncwarp();
     self.load_few(filter, g);
   }
-  if constexpr (!kReady) {
-    stage(0, turns.now);
-    stage(1, turns.next);
-  }
-  for (int tile = 0; tile < work.count; ++tile) {
-    char* const row = turns.now;
-    [[maybe_unused]] const int64_t b = place.b;
+  using Copies = std::conditional_t<kReady, TimeGated<T>, TimeCopies<kBulk, T, 1>>;
+  Copies copies(p, g, self, work, {{{p.x, at<const T>(p.x, place.b, 0, c)}}});
+  for_tiles(copies, work.count, place, [&](char* row) {
     const int t = place.t + kEight * self.part;
-    if constexpr (kReady) {
-      const int start = g.window_start(place.t);
-      for (int n = self.part; n < g.lanes + g.chunks; n += g.lanes) {
-        const int s = start + n * kEight;
-        // A channel that does not exist reads channel 0; its result is not stored.
-        const int64_t from = exists ? c : 0;
-        const ChunkInputs<T, false> inputs(p, b, s, at<const T>(p.x, b, s, from),
-                                           p.gate.data == nullptr ? nullptr : at<const T>(p.gate, b, s, from),
-                                           kVector<T>);
-#pragma unroll
-        for (int v = 0; v < kEight; v += kVector<float>) {
-          Words<float> z;
-#pragma unroll
-          for (int k = 0; k < kVector<float>; ++k) z.at[k] = inputs.z(v + k);
-          *vector_at<float>(row, (n * kEight + v) / kVector<float>) = z;
-        }
-      }
-    } else {
-      cp_async_wait<kTimeStages - 2>();
-      __syncwarp();
-      if (continues) self.template move_on<T>(g, turns.last, row);
-    }
     T* const here = to + t;
-    continues = place.advance(g, time);
+    const bool continues = place.advance(g, time);
     if (!continues) to += p.y.batch;
-    __syncwarp();
-    if constexpr (!kReady) {
-      stage(tile + 2, turns.last);
-      turns.advance();
-    }
     float sum[kEight];
 #pragma unroll
     for (int i = 0; i < kEight; ++i) sum[i] = bias;
@@ -241,8 +97,8 @@ void time_forward(const CK_PARAM Forward p, const CK_PARAM TimeTiles g, int64_t 
       for (int i = 0; i < kEight; ++i) sum[i] += bias;
     }
     if (exists) store_chunk<T>(p, here, t, sum);
-    if constexpr (kReady) __syncwarp();
-  }
+    return continues;
+  });
 }
 
 }  // namespace ck::cuda

@@ -7,7 +7,7 @@ namespace ck::cuda {
 
 // A warp has kChunks chunks of the window, whose sums for d(filters) its lanes have in registers; the warp with the
 // first ones also makes everything else. Inputs see d(y) through the transposed relation, g.taps.
-template <class T, bool kPacked, int kChunks>
+template <class T, bool kPacked, int kChunks, bool kBulk>
 CK_GLOBAL(32 * kTimeWarps, kChunks > 2 && sizeof(T) == 4 ? 2 : 3)
 void time_backward(const CK_PARAM Backward p, const CK_PARAM TimeTiles g, int64_t windows) {
   const TimeLane self(g);
@@ -23,43 +23,9 @@ void time_backward(const CK_PARAM Backward p, const CK_PARAM TimeTiles g, int64_
   const bool need_bias = work.window == 0 && p.grad_bias != nullptr;
   if (need_input) self.fill(p, g, true, work);
   float sums[kChunks * kEight] = {}, bias = 0;
-  // Vector v of the lane's chunk of x, and from v = kEight / kVector<T> on of the gate, is 32 v vectors further.
-  constexpr int kStep = 32 * kVector<T>, kCount = kEight / kVector<T>;
-  const int own_offset = self.stage_bytes - g.own_bytes - self.row * g.row_bytes + lane * kVectorBytes;
-  const auto own_of = [&](char* row) { return reinterpret_cast<T*>(row + own_offset); };
-  TimePlace place = work.start, next = place;
-  // Where position 0 of the row is in the tensors that are copied next, and in those that are stored.
-  const T *dy_line = at<const T>(p.grad, next.b, 0, c), *x_line = at<const T>(p.x, next.b, 0, c),
-          *gate_line = at<const T>(p.gate, next.b, 0, c);
+  TimePlace place = work.start;
+  // Where position 0 of the row is in the tensors that are stored.
   T *dx_line = at<T>(p.grad_x, place.b, 0, c), *dgate_line = at<T>(p.grad_gate, place.b, 0, c);
-  bool next_continues = false, continues = false;
-  const auto stage = [&](int tile, char* row) {
-    if (tile < work.count) {
-      stage_row<T>(p, g, self, dy_line, static_cast<const T*>(p.grad.data), next.t, exists, next_continues, row);
-      const int t = next.t + kEight * self.part;
-      T* const own = own_of(row);
-      const bool whole = exists && p.vector_bytes == 16 && t + kEight <= time;
-#pragma unroll
-      for (int v = 0; v < kCount; ++v) {
-        const int s = t + v * kVector<T>;
-        const auto copy = [&](int n, const T* line, const Rows& rows) {
-          if (whole) return cp_async<16>(own + n * kStep, line + s, true);
-          const bool inside = exists && s < time;
-          stage_pieces(own + n * kStep, inside ? line + s : static_cast<const T*>(rows.data),
-                       inside ? rest_of<T>(p, s) : 0, p.vector_bytes);
-        };
-        if (need_x) copy(v, x_line, p.x);
-        if (gated) copy(kCount + v, gate_line, p.gate);
-      }
-      next_continues = next.advance(g, time);
-      if (!next_continues) {
-        dy_line += p.grad.batch;
-        x_line += p.x.batch;
-        gate_line += p.gate.batch;
-      }
-    }
-    cp_async_commit();
-  };
   // Of a window of few taps.
   float filter[kEight] = {};
   const bool few = !kPacked && g.few_taps();
@@ -67,28 +33,24 @@ void time_backward(const CK_PARAM Backward p, const CK_PARAM TimeTiles g, int64_
     __syncwarp();
     self.load_few(filter, g);
   }
-  TimeTurns turns(g, self);
-  stage(0, turns.now);
-  stage(1, turns.next);
-  for (int tile = 0; tile < work.count; ++tile) {
-    char* const row = turns.now;
+  using Copies = TimeCopies<kBulk, T, 3>;
+  Copies copies(p, g, self, work,
+                {{{p.grad, at<const T>(p.grad, place.b, 0, c)},
+                  {p.x, at<const T>(p.x, place.b, 0, c), need_x},
+                  {p.gate, at<const T>(p.gate, place.b, 0, c), gated}}});
+  for_tiles(copies, work.count, place, [&](char* row) {
     const int64_t b = place.b;
     const int t = place.t + kEight * self.part;
-    cp_async_wait<kTimeStages - 2>();
-    __syncwarp();
-    if (continues) self.template move_on<T>(g, turns.last, row);
     T *const to_x = dx_line + t, *const to_gate = dgate_line + t;
-    continues = place.advance(g, time);
+    const bool continues = place.advance(g, time);
     if (!continues) {
       dx_line += p.grad_x.batch;
       dgate_line += p.grad_gate.batch;
     }
-    __syncwarp();
-    stage(tile + 2, turns.last);
-    turns.advance();
     const auto inputs_of = [&] {
-      const T* const own = own_of(row);
-      return ChunkInputs<T, true>(p, b, t, need_x ? own : nullptr, gated ? own + kCount * kStep : nullptr, kStep);
+      const T* const own = self.own<T>(row);
+      return ChunkInputs<T, true>(p, b, t, need_x ? own : nullptr, gated ? own + Copies::kRun * 32 * kEight : nullptr,
+                                  32 * kVector<T>);
     };
     float dz[kEight] = {};
     if (few) {
@@ -142,7 +104,8 @@ void time_backward(const CK_PARAM Backward p, const CK_PARAM TimeTiles g, int64_
 #pragma unroll
       for (int i = 0; i < kEight; ++i) bias += own[i];
     }
-  }
+    return continues;
+  });
   if (need_bias) {
     bias = lane_sum(bias, g.lanes);
     if (self.part == 0 && exists) static_cast<float*>(p.partial_bias)[work.piece * p.channels + c] = bias;

@@ -10,6 +10,7 @@ Device current_device() {
   device.multiprocessors = 1;  // so that blocks walk far, as they do in problems of real size
   device.block_memory = static_cast<int64_t>(simt::shared_memory_limit());
   device.memory = device.block_memory + 1024;
+  device.bulk_copies = simt::architecture() >= 90;
 #else
   // Every call asks, and mostly for the same one.
   thread_local Device device;
@@ -26,6 +27,11 @@ Device current_device() {
   look(device.multiprocessors, cudaDevAttrMultiProcessorCount);
   look(device.block_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   look(device.memory, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  // A driver may have compiled PTX of an older architecture for the device.
+  cudaFuncAttributes attributes;
+  const bool known_code = cudaFuncGetAttributes(&attributes, Reduce<float>::sample()) == cudaSuccess;
+  if (!known_code) cudaGetLastError();  // the first launch says what is wrong
+  device.bulk_copies = known_code && attributes.ptxVersion >= 90;
 #endif
   return device;
 }

@@ -20,6 +20,7 @@ struct Device {
   int64_t multiprocessors = 132;
   int64_t block_memory = kBlockMemory;  // bytes of shared memory that a block may ask for
   int64_t memory = 164 << 10;           // and of all blocks on a multiprocessor
+  bool bulk_copies = true;              // compute capability 9.0 and up, and kernels compiled for it
 };
 
 Device current_device();

@@ -79,6 +79,72 @@ CK_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Newest) : "memory");
 }
 
+// mbarriers in shared memory, and bulk copies, of compute capability 9.0 and up. Where there are none, code that would
+// use them stops the launch.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr bool kBulkCopies = true;
+#define CK_PTX_90(...) asm volatile(__VA_ARGS__)
+#else
+constexpr bool kBulkCopies = false;
+#define CK_PTX_90(...) __trap()
+#endif
+
+// The bytes of copies that come in complete a phase, besides arrivals. Bulk copies may use an mbarrier after
+// fence_mbarrier_init by the thread that has initialised it.
+CK_DEVICE void mbarrier_init(uint64_t* mbarrier, unsigned arrivals) {
+  CK_PTX_90("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(mbarrier)), "r"(arrivals) : "memory");
+}
+// The memory is free for anything then.
+CK_DEVICE void mbarrier_invalidate(uint64_t* mbarrier) {
+  CK_PTX_90("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(shared_address(mbarrier)) : "memory");
+}
+CK_DEVICE void mbarrier_arrive(uint64_t* mbarrier) {
+  CK_PTX_90("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(mbarrier)) : "memory");
+}
+CK_DEVICE void mbarrier_expect(uint64_t* mbarrier, unsigned bytes) {
+  CK_PTX_90("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(mbarrier)),
+            "r"(bytes) : "memory");
+}
+CK_DEVICE void mbarrier_arrive_expect(uint64_t* mbarrier, unsigned bytes) {
+  CK_PTX_90("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(mbarrier)),
+            "r"(bytes) : "memory");
+}
+// Whether the phase of this parity is complete: 0 for the first, 1 for the next. Waits for some time.
+CK_DEVICE bool mbarrier_try_wait(uint64_t* mbarrier, unsigned parity) {
+  unsigned done = 0;
+  CK_PTX_90(
+      "{\n .reg .pred p;\n mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}" : "=r"(
+          done) : "r"(shared_address(mbarrier)),
+      "r"(parity) : "memory");
+  return done != 0;
+}
+CK_DEVICE void fence_mbarrier_init() { CK_PTX_90("fence.mbarrier_init.release.cluster;" :: : "memory"); }
+// Before bulk copies read, or overwrite, what this thread has written to shared memory. The thread that starts them
+// follows by a barrier.
+CK_DEVICE void fence_async_proxy() { CK_PTX_90("fence.proxy.async.shared::cta;" :: : "memory"); }
+
+// Addresses and sizes of bulk copies are multiples of 16 bytes. One thread copies for all.
+CK_DEVICE void bulk_load(void* shared, const void* global, unsigned bytes, uint64_t* mbarrier) {
+  CK_PTX_90("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                shared_address(shared)),
+            "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(mbarrier)) : "memory");
+}
+// Shared memory must stay as it is until bulk_wait_read of the same thread, before its end at the latest.
+CK_DEVICE void bulk_store(void* global, const void* shared, unsigned bytes) {
+  CK_PTX_90("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(global)),
+            "r"(shared_address(shared)), "r"(bytes) : "memory");
+}
+CK_DEVICE void bulk_commit() { CK_PTX_90("cp.async.bulk.commit_group;" :: : "memory"); }
+// Waits for all groups of this thread but the `Newest` last ones, until they are stored, or read.
+template <int Newest>
+CK_DEVICE void bulk_wait() {
+  CK_PTX_90("cp.async.bulk.wait_group %0;" ::"n"(Newest) : "memory");
+}
+template <int Newest>
+CK_DEVICE void bulk_wait_read() {
+  CK_PTX_90("cp.async.bulk.wait_group.read %0;" ::"n"(Newest) : "memory");
+}
+
 CK_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -172,3 +238,12 @@ const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
 }  // namespace ck::cuda
 
 #endif
+
+namespace ck::cuda {
+
+CK_DEVICE void mbarrier_wait(uint64_t* mbarrier, unsigned parity) {
+  while (!mbarrier_try_wait(mbarrier, parity)) {
+  }
+}
+
+}  // namespace ck::cuda
