@@ -19,7 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from mutations_table import CPU_MUTATIONS, CUDA_MUTATIONS, TESTS, Mutation
+from mutations_cuda import CUDA_MUTATIONS
+from mutations_table import CPU_MUTATIONS, TESTS, Mutation
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = os.environ.get("CXX", "g++")
