@@ -79,27 +79,29 @@ CK_DEVICE Tap<C> tap_of(const Problem& p, const FilterAt& f, int64_t t, int64_t 
   return {value, dropout_factor<C>(p, f, j)};
 }
 
-// What statistics_of finds, by the lanes of a warp with a tap each.
+// What statistics_of finds, by a group of `width` lanes with a tap each. All lanes of the warp take part; those of a
+// group that has no filter say so by `exists`.
 template <class C>
 CK_DEVICE Statistics<C> warp_statistics(const Problem& p, const FilterAt& f, int64_t t, int lane,
-                                        const Sequence& sequence) {
+                                        const Sequence& sequence, int width = 32, bool exists = true) {
   if (!p.softmax) return {};
   C highest = -infinity<C>(), total = 0;
   bool any = false;
-  for (int64_t j = lane; j < p.taps.taps; j += 32)
+  const int64_t taps = exists ? p.taps.taps : 0;
+  for (int64_t j = lane; j < taps; j += width)
     if (has_share(p, t, j, sequence)) {
       any = true;
       const C value = logit<C>(p, f, j);
       highest = value > highest || value != value ? value : highest;
     }
-  for (int distance = 16; distance > 0; distance /= 2) {
+  for (int distance = width / 2; distance > 0; distance /= 2) {
     const C other = __shfl_xor_sync(kAllLanes, highest, distance);
     highest = other > highest || other != other ? other : highest;
   }
-  for (int64_t j = lane; j < p.taps.taps; j += 32)
+  for (int64_t j = lane; j < taps; j += width)
     if (has_share(p, t, j, sequence)) total += exponential(logit<C>(p, f, j) - highest);
-  total = lane_sum(total);
-  return lane_sum(any ? 1 : 0) > 0 ? Statistics<C>{highest, 1 / total} : Statistics<C>{0, 0};
+  total = lane_sum(total, width);
+  return lane_sum(any ? 1 : 0, width) > 0 ? Statistics<C>{highest, 1 / total} : Statistics<C>{0, 0};
 }
 
 }  // namespace ck::cuda
