@@ -318,6 +318,12 @@ CUDA_MUTATIONS = [
         "char* const to = logit_grads.at(0, row)",
     ),
     Mutation(
+        "band: pieces of a head added up before they are there",
+        "csrc/cuda/conv/band_backward.cuh",
+        "            __syncthreads();  // the sums of the other pieces are there\n",
+        "            __syncwarp();\n",
+    ),
+    Mutation(
         "band: the last tap of a gradient left out",
         "csrc/cuda/conv/band_gradients.cuh",
         "static_cast<unsigned>(first + at) < static_cast<unsigned>(taps)",
@@ -346,12 +352,6 @@ CUDA_MUTATIONS = [
         "csrc/cuda/conv/step.cuh",
         "      __syncthreads();\n      block.store(",
         "      block.store(",
-    ),
-    Mutation(
-        "rows of the state replaced before they are stored",
-        "csrc/cuda/conv/step.cuh",
-        "depth, depth, 0);\n      __syncthreads();",
-        "depth, depth, 0);",
     ),
     Mutation(
         "attention: keys read before they have come",
