@@ -222,18 +222,6 @@ CUDA_MUTATIONS = [
         "group < max(int64_t{1}, p.groups - 1); group += group_step",
     ),
     Mutation(
-        "partial sums added before all are there",
-        "csrc/cuda/conv/reduce.cuh",
-        "sums[threadIdx.x] = total;\n    __syncthreads();\n    for (int left",
-        "sums[threadIdx.x] = total;\n    for (int left",
-    ),
-    Mutation(
-        "heads of a block in the place of its first",
-        "csrc/cuda/conv/reduce.cuh",
-        "reinterpret_cast<C*>(shared_memory()) + place * K;",
-        "reinterpret_cast<C*>(shared_memory());",
-    ),
-    Mutation(
         "mask not selected, only multiplied",
         "csrc/cuda/conv/inputs.cuh",
         "return masked(p, b, s) ? Compute<T>{0} : gated<T>(p, b, s, c);",
