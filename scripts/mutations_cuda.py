@@ -192,6 +192,12 @@ CUDA_MUTATIONS = [
         "char* const to = logit_grads.at(0, row)",
     ),
     Mutation(
+        "band: pieces of a head added up before they are there",
+        "csrc/cuda/conv/band_backward.cuh",
+        "            __syncthreads();  // the sums of the other pieces are there\n",
+        "            __syncwarp();\n",
+    ),
+    Mutation(
         "band: the last tap of a gradient left out",
         "csrc/cuda/conv/band_gradients.cuh",
         "static_cast<unsigned>(first + at) < static_cast<unsigned>(taps)",

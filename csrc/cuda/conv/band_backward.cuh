@@ -58,7 +58,8 @@ void band_backward(const CK_PARAM Backward p) {
   char* const block = shared_memory() + unit.units * bytes;
   LogitTiles logits(p, shape, unit, LogitMemory::of_weight(p), block);
   LogitTiles logit_grads(p, shape, unit, LogitMemory::of_gradient(p), logits.at(1 + kBandGradAhead, 0));
-  const bool cut = shape.pieces > 1;  // d(weight) is summed over pieces of heads afterwards
+  // d(weight) is summed over pieces of heads afterwards.
+  const bool cut = !band_whole_heads(shape.pieces, unit.units);
 
   for (int n = 0; n < (kOwn ? steps : 1); ++n) matrices.other(n).clear(lane);
   float* const warp_sums = slow_sums + (kOwn ? 0 : unit.warp * kBandMaxTaps);
@@ -200,13 +201,20 @@ void band_backward(const CK_PARAM Backward p) {
             for (int j = lane % 2; j < K; j += 2)
               if (!sequence.contains(p.taps.source(t, j))) sums[j] = 0;
           }
+          if (shape.pieces > 1 && !cut) {
+            __syncthreads();  // the sums of the other pieces are there
+            if (unit.piece == 0)
+#pragma unroll 1
+              for (int j = lane % 2; j < K; j += 2)
+                for (int piece = 1; piece < shape.pieces; ++piece) sums[j] += sums[j + piece * bytes / 4];
+          }
           if (cut) {
             float* const to = static_cast<float*>(p.partial_weight) +
                               (((unit.piece * p.batch + rows.b) * p.time + t) * p.heads + unit.head) * K;
             finish_own_filters(p, at, lane, sums, own, [&](int j, float value) {
               if (exists) to[j] = value;
             });
-          } else {
+          } else if (unit.piece == 0) {
             char* const to = logit_grads.at(i % 2, row) + (unit.head - unit.first_head) * K * logit_bytes(p);
             finish_own_filters(p, at, lane, sums, own, [&](int j, float value) {
               if (exists) store_as(to, j, p.weight_dtype, value);

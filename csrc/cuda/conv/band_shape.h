@@ -94,4 +94,7 @@ CK_HD int band_heads(int pieces, int units) {
   return pieces == 1 ? units : (units + pieces - 1) / pieces + (units % pieces == 0 || pieces % units == 0 ? 0 : 1);
 }
 
+// Whether a block has whole heads, and so adds up what their pieces give for gradients of dynamic filters.
+CK_HD bool band_whole_heads(int pieces, int units) { return units % pieces == 0; }
+
 }  // namespace ck::cuda

@@ -93,7 +93,10 @@ int64_t assign(Backward& p, const Plan& plan, void* workspace) {
                                                         : 1;
   if (p.grad_weight != nullptr && !p.per_position)
     p.partial_weight = sums.take(rows * (p.renormalize ? p.heads * pieces : p.channels) * p.taps.taps);
-  if (p.grad_weight != nullptr && p.per_position && pieces > 1)
+  const bool whole = plan.family == Family::kBand
+                         ? band_whole_heads(static_cast<int>(pieces), static_cast<int>(plan.units))
+                         : pieces == 1;
+  if (p.grad_weight != nullptr && p.per_position && !whole)
     p.partial_weight = sums.take(pieces * p.filters() * p.taps.taps);
   if (p.grad_bias != nullptr) p.partial_bias = sums.take(rows * p.channels);
   if (p.per_row() && p.softmax && plan.family == Family::kPlain) p.statistics = sums.take(2 * p.filters());

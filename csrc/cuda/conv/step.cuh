@@ -195,8 +195,7 @@ void step(const CK_PARAM Step p, const CK_PARAM StepTiles tiles) {
       block.load(b, count, r + 1, depth);
       cp_async_wait<0>();
       __syncthreads();
-      block.store(b, count, r, depth, depth, 0);
-      __syncthreads();
+      block.store(b, count, r, depth, depth, 0);  // a thread what it has copied itself
     }
   }
   for (int i = block.row; block.exists(i); i += block.row_step)

@@ -50,7 +50,8 @@ const char* BandFamily<T>::backward(const Backward& p, const Plan& plan, Stream 
   });
   if (status == nullptr && p.grad_weight != nullptr && !p.per_position)
     status = Reduce<float>::weight(p, shape.pieces, false, stream);
-  if (status == nullptr && p.grad_weight != nullptr && p.per_position && shape.pieces > 1)
+  if (status == nullptr && p.grad_weight != nullptr && p.per_position &&
+      !band_whole_heads(shape.pieces, static_cast<int>(plan.units)))
     status = add_pieces(p, shape.pieces, stream);
   if (status == nullptr && p.grad_bias != nullptr) status = Reduce<float>::bias(p, p.owners() * p.groups, stream);
   return status;
