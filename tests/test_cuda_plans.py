@@ -235,7 +235,7 @@ def test_long_rows_of_whole_vectors_come_in_bulk(backward):
     facts |= {"time": 4096, "dtype": "bfloat16"}
     chosen = plan(backward, **facts)
     assert chosen["family"] == "time" and chosen["bulk"]
-    # Groups have whole runs of four tiles, where they have more than one.
+    # Groups have whole stretches of four tiles, where they have more than one.
     assert 16 * 16 % chosen["groups"] == 0 and 16 * 16 // chosen["groups"] % 4 == 0
     for changes in ({"bulk_copies": False}, {"time_bytes": 8}, {"dtype": "float32"}, {"time": 96}):
         assert not plan(backward, **facts | changes)["bulk"], changes

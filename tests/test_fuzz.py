@@ -15,7 +15,7 @@ from convkernels.testing.random_problems import for_each, random_conv, random_st
 FULL, QUICK, LARGE, WIDE = 5_000, 300, 240, 300
 # The reference is slower than the oracle and simpler than a kernel, CUDA kernels on a CPU and sanitized ones are slow:
 # they get fewer.
-FULL_OF_SLOW, WIDE_OF_SLOW, ROWS_OF_SLOW, TIME = 1_500, 120, 60, 120
+FULL_OF_SLOW, WIDE_OF_SLOW, ROWS_OF_SLOW, TIME = 1_500, 120, 60, 60
 # Triton's interpreter takes half a second for a case; with --full it gets twice as many.
 INTERPRETED, INTERPRETED_LARGE, INTERPRETED_WIDE = 90, 2, 4
 BOTH = pytest.mark.parametrize("check", [compare.conv_forward, compare.conv_gradients])

@@ -92,7 +92,8 @@ _CONV["rows"] = _CONV["wide"] | {
 _CONV["time"] = _CONV["wide"] | {
     "length": (136, 256, 264, 300, 512, 776, 1032, 1280, 1544, 2060, 2312),
     "sequence": (0, 1, 5, 64, 200, 250, 256, 512, 900),
-    "width": ((1, 1), (3, 1), (1, 3), (2, 2), (1, 5)),
+    # Of many channels a warp walks far.
+    "width": ((1, 1), (3, 1), (2, 2), (1, 5), (1, 64), (64, 1), (2, 48)),
     "taps": (1, 2, 3, 4, 7, 8, 9, 15, 31, 63, 200),
     "kind": ("light", "light", "row"),
     "dtype": (BFLOAT16, FLOAT16, BFLOAT16, FLOAT16, FLOAT32),

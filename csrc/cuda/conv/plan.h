@@ -361,9 +361,10 @@ inline Plan time_plan(const Facts& f, bool backward) {
                 items = kTimeItems * f.device.multiprocessors, wanted = (items + warps - 1) / warps;
   Plan plan{Family::kTime, wanted < possible ? wanted : possible, kTimeWarps * bytes};
   plan.bulk = time_bulk(f, backward);
-  // Whole runs of tiles, where a group has more than one.
+  // Whole stretches of tiles, where a group has more than one.
   const int64_t all = f.batch / f.owners() * g.tiles, each = (all + plan.groups - 1) / plan.groups;
-  if (plan.bulk && each > kTimeRun) plan.groups = (all - 1) / ((each + kTimeRun - 1) / kTimeRun * kTimeRun) + 1;
+  if (plan.bulk && each > kTimeStretch)
+    plan.groups = (all - 1) / ((each + kTimeStretch - 1) / kTimeStretch * kTimeStretch) + 1;
   return plan;
 }
 

@@ -17,7 +17,7 @@ class TimeGated {
                       const TimeSources<T, 1>&)
       : p_(p), g_(g), self_(self), c_(work.c0 + self.row), place_(work.start) {}
 
-  static constexpr int kRun = 1;
+  static constexpr int kStretch = 1;
 
   // The lane's row of the next tile.
   CK_DEVICE char* next(int, bool) {

@@ -49,8 +49,8 @@ void time_backward(const CK_PARAM Backward p, const CK_PARAM TimeTiles g, int64_
     }
     const auto inputs_of = [&] {
       const T* const own = self.own<T>(row);
-      return ChunkInputs<T, true>(p, b, t, need_x ? own : nullptr, gated ? own + Copies::kRun * 32 * kEight : nullptr,
-                                  32 * kVector<T>);
+      return ChunkInputs<T, true>(p, b, t, need_x ? own : nullptr,
+                                  gated ? own + Copies::kStretch * 32 * kEight : nullptr, 32 * kVector<T>);
     };
     float dz[kEight] = {};
     if (few) {

@@ -154,7 +154,7 @@ struct TimeSources {
 template <class T, int kTensors>
 class TimePieces {
  public:
-  static constexpr int kRun = 1;  // tiles that come as one
+  static constexpr int kStretch = 1;  // tiles that come as one
 
   CK_DEVICE TimePieces(const Problem& p, const TimeTiles& g, const TimeLane& self, const TimeWork& work,
                        const TimeSources<T, kTensors>& from)
@@ -244,11 +244,11 @@ class TimePieces {
   char *now_, *next_, *last_;
 };
 
-// Here they come by bulk copies, kTimeRun at a time if a row has as many: tiles of 32 chunks, of 16-bit numbers.
+// Here they come by bulk copies, kTimeStretch at a time if a row has as many: tiles of 32 chunks, of 16-bit numbers.
 template <class T, int kTensors>
 class TimeBulk {
  public:
-  static constexpr int kRun = kTimeRun, kTileBytes = 32 * kEight * sizeof(T);
+  static constexpr int kStretch = kTimeStretch, kTileBytes = 32 * kEight * sizeof(T);
 
   CK_DEVICE TimeBulk(const Problem& p, const TimeTiles& g, const TimeLane& self, const TimeWork& work,
                      const TimeSources<T, kTensors>& from)
@@ -264,6 +264,7 @@ class TimeBulk {
     copy(1);
   }
 
+  // The row of the first of the next tiles, which have come: count() of them, kTileBytes apart.
   CK_DEVICE char* next(int, bool) {
     // The slot before has been read.
     __syncwarp();
@@ -277,7 +278,7 @@ class TimeBulk {
 
   // How many tiles have come, of those from position t of a row on.
   CK_DEVICE int count(int t) const {
-    return min(static_cast<int>(static_cast<unsigned>(time_ - t + kTile - 1) / kTile), kRun);
+    return min(static_cast<int>(static_cast<unsigned>(time_ - t + kTile - 1) / kTile), kStretch);
   }
 
  private:
@@ -310,7 +311,7 @@ class TimeBulk {
 #pragma unroll
       for (int k = 1; k < kTensors; ++k)
         if (from_.at[k].wanted)
-          bulk_load(to + g_.row_bytes + (k - 1) * kTimeRun * kTileBytes, from_.at[k].line + t_, own, arrived);
+          bulk_load(to + g_.row_bytes + (k - 1) * kTimeStretch * kTileBytes, from_.at[k].line + t_, own, arrived);
     }
     rest_ -= tiles;
     t_ += tiles * kTile;
@@ -341,7 +342,7 @@ CK_DEVICE void for_tiles(Copies& copies, int tiles, const TimePlace& place, cons
   bool continues = false;
   for (int tile = 0; tile < tiles;) {
     char* row = copies.next(tile, continues);
-    if constexpr (Copies::kRun == 1) {
+    if constexpr (Copies::kStretch == 1) {
       continues = compute(row);
       ++tile;
     } else {
@@ -352,6 +353,7 @@ CK_DEVICE void for_tiles(Copies& copies, int tiles, const TimePlace& place, cons
   }
 }
 
+// The one place that says how tiles come.
 template <bool kBulk, class T, int kTensors>
 using TimeCopies = std::conditional_t<kBulk, TimeBulk<T, kTensors>, TimePieces<T, kTensors>>;
 

@@ -7,8 +7,8 @@ namespace ck::cuda {
 
 constexpr int kEight = 8;  // consecutive positions of a lane: a chunk
 constexpr int kTimeWarps = 4;
-constexpr int kTimeStages = 3;  // tiles in shared memory: one is computed, the others are on their way
-constexpr int kTimeRun = 4;     // tiles, side by side, of which bulk copies make one
+constexpr int kTimeStages = 3;   // tiles in shared memory: one is computed, the others are on their way
+constexpr int kTimeStretch = 4;  // tiles side by side that one bulk copy brings
 
 // Filters of a longer span would leave no shared memory for rows of 32 chunks.
 constexpr int64_t kTimeSpan = 1024;
@@ -27,19 +27,19 @@ struct TimeTiles {
   int row_bytes = 0, own_bytes, filter_pitch, warp_bytes = 0;
 
   // `size`: bytes of an element in shared memory; `own`: tensors of which a tile has the lanes' chunks alone; `spare`:
-  // bytes that the tiles of a warp must have at least; `limit`: and at most; `run`: tiles of a row that come as one, of
-  // 32 chunks each if they are more than one. No lanes if nothing fits.
+  // bytes that the tiles of a warp must have at least; `limit`: and at most; `stretch`: tiles of a row that come as
+  // one, of 32 chunks each if they are more than one. No lanes if nothing fits.
   TimeTiles(const Taps& relation, int64_t time, int64_t channels, int size, int stages, int own, int spare,
-            int64_t limit, int run)
+            int64_t limit, int stretch)
       : taps(relation),
         shift(static_cast<int>((kEight - relation.left % kEight) % kEight)),
         chunks(static_cast<int>((shift + relation.span()) / kEight + 1)),
-        own_bytes(own * run * 32 * kEight * size),
+        own_bytes(own * stretch * 32 * kEight * size),
         // The odd number of vectors lets lanes read the filters of different rows without conflicts.
         filter_pitch(kEight * chunks + 4) {
     int64_t best = 0;
-    for (int n = 32; n > (run > 1 ? 16 : 0) && 32 / n < 2 * channels; n /= 2) {
-      const int bytes = bytes_of_row(n, run, size), rows = 32 / n;
+    for (int n = 32; n > (stretch > 1 ? 16 : 0) && 32 / n < 2 * channels; n /= 2) {
+      const int bytes = bytes_of_row(n, stretch, size), rows = 32 / n;
       const int tile = stages * (rows * bytes + own_bytes),
                 all = (tile < spare ? spare : tile) + rows * filter_pitch * 4;
       // Short rows are cut so that the least is copied and computed in vain.
@@ -73,8 +73,8 @@ struct TimeTiles {
  private:
   // 32-bit elements have a vector left free after every 8 (see vector_at); short rows of 16-bit elements take an odd
   // multiple of the vectors that their lanes read at a time: either way 8 lanes find 8 different banks.
-  int bytes_of_row(int n, int run, int size) const {
-    const int vectors = (n * run + chunks) * kEight * size / 16;
+  int bytes_of_row(int n, int stretch, int size) const {
+    const int vectors = (n * stretch + chunks) * kEight * size / 16;
     if (size == 4) return (vectors + vectors / 8) * 16;
     return n < 8 ? ((vectors + n - 1) / n | 1) * n * 16 : vectors * 16;
   }
@@ -83,7 +83,7 @@ struct TimeTiles {
 // `ready`: x is gated or masked on its way, and kept in float32. `bulk`: tiles come by bulk copies.
 inline TimeTiles forward_tiles(const Taps& taps, int64_t time, int64_t channels, int size, bool ready, bool bulk,
                                int64_t limit) {
-  return {taps, time, channels, ready ? 4 : size, ready ? 1 : kTimeStages, 0, 0, limit, bulk ? kTimeRun : 1};
+  return {taps, time, channels, ready ? 4 : size, ready ? 1 : kTimeStages, 0, 0, limit, bulk ? kTimeStretch : 1};
 }
 
 // A warp has sums for a few chunks of the window at a time.
@@ -102,7 +102,7 @@ inline bool few_chunks(const Taps& transposed) {
 inline TimeTiles backward_tiles(const Taps& transposed, int64_t time, int64_t channels, int size, bool gate, bool bulk,
                                 int64_t limit) {
   const int spare = few_chunks(transposed) ? kTimeSumBytes<kTimeFewChunks> : kTimeSumBytes<kTimeManyChunks>;
-  return {transposed, time, channels, size, kTimeStages, gate ? 2 : 1, spare, limit, bulk ? kTimeRun : 1};
+  return {transposed, time, channels, size, kTimeStages, gate ? 2 : 1, spare, limit, bulk ? kTimeStretch : 1};
 }
 
 }  // namespace ck::cuda
