@@ -233,12 +233,6 @@ CUDA_MUTATIONS = [
         "      block.store(",
     ),
     Mutation(
-        "rows of the state replaced before they are stored",
-        "csrc/cuda/conv/step.cuh",
-        "depth, depth, 0);\n      __syncthreads();",
-        "depth, depth, 0);",
-    ),
-    Mutation(
         "attention: keys read before they have come",
         "csrc/cuda/attention/forward.cuh",
         "        cp_async_wait<1>();\n        __syncthreads();\n        const T* const k_rows",
