@@ -10,6 +10,7 @@ without `else`, are executed, unless they do work of the kinds named: {"LDG": 0}
 import heapq
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -247,6 +248,33 @@ class ControlFlow:
             for following in here.after:
                 heapq.heappush(waiting, (length + len(here.instructions), following, classes))
         raise Unreadable("a subroutine that does not return")
+
+    def whole(self, passes: Callable[[Counter], float]) -> Counter:
+        """What a thread executes of a kernel that makes one tile, or some tiles one after the other: the longest way
+        from its begin to its end that meets all matrix instructions, or where there are none all stores. So what masks
+        may skip counts, and what is there for numbers that are not finite does not. passes: of a loop on this way, by
+        the names of the instructions in it."""
+        names = {b: Counter(i.base for i in self.blocks[b].instructions) for b in self._order}
+        kinds = ("HMMA", "HGMMA", "WGMMA") if any(n["HMMA"] + n["HGMMA"] for n in names.values()) else ("STG",)
+        most = {b: any(names[b][kind] for kind in kinds) for b in self._order}
+        times = dict.fromkeys(self._order, 1.0)
+        for body in self.loops.values():
+            count = passes(sum((names[b] for b in body), Counter()))
+            times |= {b: times[b] * count for b in body}
+        place, best = {block: n for n, block in enumerate(self._order)}, {}
+        for block in reversed(self._order):
+            # A way around again ends here: what follows a loop is reached from where it is left.
+            ways = [best[b] for b in self.blocks[block].after if place[b] > place[block]]
+            met, length, classes = max(ways, key=lambda way: way[:2], default=(0, 0.0, Counter()))
+            here = self.blocks[block].classes
+            if self.blocks[block].calls:
+                here = here + self._subroutine(self.blocks[block].calls)
+            more = {kind: times[block] * count for kind, count in here.items()}
+            best[block] = met + most[block], length + sum(more.values()), classes + Counter(more)
+        met, _, classes = best[0]
+        if met != sum(most.values()):
+            raise Unreadable(f"no way through the kernel meets all its {kinds[0]}")
+        return classes
 
     def cheapest_pass(self, work: Work) -> Pass:
         """The shortest pass that does this work, of the innermost loops that have all kinds of it."""
