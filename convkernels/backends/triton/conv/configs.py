@@ -165,20 +165,19 @@ def choose(shape: Shape, backward: bool) -> Config:
 
 def tile(shape: Shape, backward: bool = False) -> Tile:
     """A thread loads 16 bytes of a row at a time; 8 in the backward pass, which has a sum for each tap and channel in
-    registers; of filters that differ by position no more than a head has. It owns eight positions, which share the rows
-    that they meet, unless these could lie in different sequences, or need filters of their own backward, or are too
-    few that lie a dilation apart to fill a tile."""
+    registers; of filters that differ by position no more than a head has. It owns eight positions, fewer
+    of short sequences, which share the rows that they meet, unless these could lie in different sequences or need
+    filters of their own backward."""
     V = (8 if backward else 16) // itemsize(shape.dtype)
     if shape.per_row:
         V = math.gcd(V, shape.head_channels)
     V = min(V, power_of_2(shape.channels))
+    alone = shape.packed or not shape.phased or (backward and (shape.per_row or shape.state))
     phase = ceil_div(shape.time, shape.dilation)
-    scattered = shape.dilation > 1 and not (shape.phased and phase >= 64)
-    alone = shape.packed or scattered or (backward and (shape.per_row or shape.state))
-    ROWS = 1 if alone else min(8, power_of_2(phase))
+    ROWS = 1 if alone else min(8, max(1, power_of_2(phase) // 16))
     # 128 bytes of a row side by side, if there are as many.
     BV = min(power_of_2(ceil_div(shape.channels, V)), max(8, 64 // V) if backward else 8 if V > 1 else 32)
-    BG = min(128 // BV, power_of_2(ceil_div(shape.time if alone else phase, ROWS)))
+    BG = min(128 // BV, power_of_2(ceil_div(shape.time if ROWS == 1 else phase, ROWS)))
     return Tile(ROWS, BG, BV, V, shape.taps if shape.taps <= FEW_TAPS * (1 if backward else 2) else FEW_TAPS, 4)
 
 
