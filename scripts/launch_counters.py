@@ -4,6 +4,7 @@
     python scripts/launch_counters.py --lines [--only NAME]      # which lines have conflicts or touch too much
     python scripts/launch_counters.py --update                   # the counts of now are the budget: prints what rises
     python scripts/launch_counters.py --estimate                 # what an H100 would take at least
+    python scripts/launch_counters.py --estimate --backend triton   # the same of Triton's kernels, compiled here
 
 needs the library of `make counted-build`. Problems are small; the estimate scales their counts to the shapes of the
 streaming and attention suites, and reads instructions from the library for GPUs, if there is one.
@@ -16,7 +17,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 
@@ -31,6 +32,9 @@ import torch
 from benchmarks.machine_code import nvcc
 from benchmarks.machine_code.budgets import format_counts, parse_counts
 from benchmarks.machine_code.counters import GLOBAL, SECTOR, SHARED, Launch, counted, source_lines
+from benchmarks.machine_code.estimate import COLUMNS as ESTIMATE_COLUMNS
+from benchmarks.machine_code.estimate import PROCESSORS, PRODUCT, Estimate, of_a_copy, of_counts, ratio
+from benchmarks.machine_code.estimate import row as estimate_row
 from benchmarks.machine_code.rules import LoopCost, raised
 from benchmarks.suites import attention, streaming
 from convkernels.cli.console import markdown_table
@@ -50,14 +54,6 @@ HELD: dict[str, Callable[[Launch], int]] = {
 }  # fmt: skip
 # Margins: another compiler may keep a number in a register that this one loads twice.
 SLACK = 1.01
-
-# What an H100 does per second: sizes and clock by its data sheet, bytes as measured. Matrix units reach 62 % of their
-# rate through mma.sync, a measurement of others. The estimate depends on these.
-PROCESSORS, CLOCK = 132, 1.755e9
-COPY_BYTES, CACHE_BYTES = 3.0e12, 5.5e12
-WAVEFRONTS = PROCESSORS * CLOCK
-PRODUCTS = PROCESSORS * CLOCK * 2048 * 0.62 / (16 * 8 * 16)
-INSTRUCTIONS = PROCESSORS * CLOCK * 4
 
 
 @dataclass(frozen=True)
@@ -156,10 +152,6 @@ def extrapolate(case: Case) -> dict[str, Launch]:
     }
 
 
-def _ratio(a: float, b: float) -> str:
-    return f"{a / b:.2f}" if b else "-"
-
-
 # Those of shared memory, shuffles and products are per 1000 outputs.
 COLUMNS = ("case", "kernel", "bytes over least", "sectors per load", "per copy", "per store", "wavefronts", "conflicts",
            "shuffles", "matrix products", "barriers per block")  # fmt: skip
@@ -167,10 +159,10 @@ COLUMNS = ("case", "kernel", "bytes over least", "sectors per load", "per copy",
 
 def row(name: str, key: str, launch: Launch) -> tuple[str, ...]:
     outputs = CASES[name].outputs(CASES[name].small)
-    sectors = [_ratio(launch[f"{access}_sectors"], launch[f"{access}_requests"]) for access in GLOBAL]
+    sectors = [ratio(launch[f"{access}_sectors"], launch[f"{access}_requests"]) for access in GLOBAL]
     shared = (launch.wavefronts, launch.conflicts, launch["shuffles"], launch["matrix_products"])
-    return (name, key, _ratio(launch.moved, launch.least), *sectors, *(f"{1000 * n / outputs:.1f}" for n in shared),
-            _ratio(launch["barriers"], launch["blocks"]))  # fmt: skip
+    return (name, key, ratio(launch.moved, launch.least), *sectors, *(f"{1000 * n / outputs:.1f}" for n in shared),
+            ratio(launch["barriers"], launch["blocks"]))  # fmt: skip
 
 
 LINE_COLUMNS = ("case", "kernel", "line", "access", "requests", "bytes each", "sectors or wavefronts", "conflicts")
@@ -194,23 +186,6 @@ def lines(name: str, key: str, launch: Launch) -> list[tuple[str, ...]]:
     return sorted(found, key=lambda cells: -int(cells[-1]))
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Seconds that each unit of an H100 takes for a launch."""
-
-    memory: float
-    cache: float
-    shared: float
-    matrix: float
-    issue: float | None
-    integers: float | None
-
-    def bound(self) -> tuple[str, float]:
-        times = {name: value for name, value in vars(self).items() if value is not None}
-        name = max(times, key=times.__getitem__)
-        return name, times[name]
-
-
 def instructions(case: Case, launch: Launch, loops: list[LoopCost]) -> tuple[float, float] | None:
     """What warps execute at least, and how much of that is for the integer units, if there is a main loop like this."""
     for loop in loops:
@@ -227,25 +202,18 @@ def instructions(case: Case, launch: Launch, loops: list[LoopCost]) -> tuple[flo
 
 
 def estimate(launch: Launch, executed: tuple[float, float] | None = None) -> Estimate:
-    """executed: instructions of warps, all and those of the integer units, which take twice as long."""
+    """executed: instructions of warps, all and those of the integer units."""
     # Loads are left out of what reaches the second cache: the first one may have them.
     cached = launch["copy_read_sectors"] + launch["store_sectors"]
-    return Estimate(
-        memory=launch.least / COPY_BYTES,
-        cache=SECTOR * cached / CACHE_BYTES,
-        # Shuffles use the same unit.
-        shared=(launch.wavefronts + launch["shuffles"]) / WAVEFRONTS,
-        matrix=launch["matrix_products"] / PRODUCTS,
-        issue=executed and executed[0] / INSTRUCTIONS,
-        integers=executed and 2 * executed[1] / INSTRUCTIONS,
-    )
+    wavefronts = launch.wavefronts + launch["shuffles"]
+    return of_counts(launch.least, cached, wavefronts, launch["matrix_products"], executed)
 
 
 def reached(case: Case, launch: Launch, seconds: float) -> str:
     """The fraction of a copy; of attention, what its products of matrices make per second."""
-    if case.is_attention:
-        return f"{2 * 16 * 8 * 16 * launch['matrix_products'] / seconds / 1e12:.0f} TFLOP/s"
-    return f"{launch.least / COPY_BYTES / seconds:.2f} of a copy"
+    if not case.is_attention:
+        return of_a_copy(launch.least, seconds)
+    return f"{2 * PRODUCT * launch['matrix_products'] / seconds / 1e12:.0f} TFLOP/s"
 
 
 def estimates(names: list[str]) -> str:
@@ -255,13 +223,19 @@ def estimates(names: list[str]) -> str:
         case = CASES[name]
         for key, launch in extrapolate(case).items():
             e = estimate(launch, instructions(case, launch, loops))
-            unit, seconds = e.bound()
-            rows.append((name, key, *("-" if t is None else f"{t * 1e6:.0f}" for t in vars(e).values()),
-                         "-" if e.issue is None else _ratio(max(e.issue, e.integers), e.memory),
-                         _ratio(launch.moved, launch.least), unit, reached(case, launch, seconds)))  # fmt: skip
-    columns = ("case", "kernel", *(f"{unit.name} us" for unit in fields(Estimate)), "issue over memory",
-               "bytes over least", "bound", "at most")  # fmt: skip
-    return markdown_table(columns, rows)
+            rows.append(estimate_row(name, key, e, launch.moved, launch.least, reached(case, launch, e.bound()[1])))
+    return markdown_table(ESTIMATE_COLUMNS, rows)
+
+
+def estimate_triton(only: str) -> int:
+    """Needs Triton, but neither library; its kernels are compiled for compute capability 9.0."""
+    from benchmarks.machine_code import triton_estimate
+
+    if (reason := triton_estimate.missing()) is not None:
+        print(f"triton: {reason}", file=sys.stderr)
+        return 2
+    print(markdown_table(ESTIMATE_COLUMNS, triton_estimate.rows(only)))
+    return 0
 
 
 def held(results: dict[str, dict[str, Launch]]) -> dict[str, dict[str, dict[str, int]]]:
@@ -304,8 +278,13 @@ def main() -> int:
     parser.add_argument("--update", action="store_true", help="write the budget")
     parser.add_argument("--lines", action="store_true", help="print which lines have conflicts or touch too much")
     parser.add_argument("--estimate", action="store_true", help="print what an H100 would take at least")
+    parser.add_argument("--backend", choices=("cuda", "triton"), default="cuda", help="whose kernels are estimated")
     parser.add_argument("--budget", type=Path, default=BUDGET)
     arguments = parser.parse_args()
+    if arguments.backend == "triton":
+        if not arguments.estimate:
+            parser.error("--backend triton: expected with --estimate, its kernels are not simulated")
+        return estimate_triton(arguments.only)
     names = [name for name in CASES if arguments.only in name]
     if not names:
         parser.error(f"--only {arguments.only}: expected part of one of {', '.join(CASES)}")

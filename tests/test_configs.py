@@ -42,17 +42,20 @@ def test_every_shape_gets_a_fitting_configuration(backward):
             assert config.BT >= shape.taps and config.KP >= shape.taps, (shape, config)
             assert config.RP >= shape.head_channels and elements <= 64 * 32 * config.num_warps, (shape, config)
             continue
-        assert all(is_power_of_2(n) for n in (config.BT, config.BC, config.KP, config.num_warps)), (shape, config)
+        assert all(is_power_of_2(n) for n in (config.BT, config.BC, config.num_warps)), (shape, config)
         if isinstance(config, Band):
             # Least operand of a matrix unit; a window that holds every row; filters that fit.
             assert min(config.BT, config.HALO, config.BC) >= 16, (shape, config)
             assert config.HALO >= shape.taps - 1 and config.KP >= shape.taps, (shape, config)
             assert shape.dtype != "float64" and not (shape.packed and shape.state), (shape, config)
-            assert is_power_of_2(config.HALO) and config.BC < 2 * shape.head_channels, (shape, config)
+            assert is_power_of_2(config.HALO) and is_power_of_2(config.KP), (shape, config)
+            assert config.BC < 2 * shape.head_channels and config.BT * config.BC >= 32 * config.num_warps, config
         else:
-            assert config.BC < 2 * shape.channels and 1 <= config.UNROLL <= shape.taps, (shape, config)
-        elements = config.BT * config.BC
-        assert elements >= 32 * config.num_warps or elements < 128, (shape, config)
+            # A vector for each thread; positions of a group that share rows; vectors with a filter of one position.
+            assert config.BG * config.BV <= 32 * config.num_warps and config.V <= 16, (shape, config)
+            assert config.BC < 2 * shape.channels and 1 <= config.TAPS <= shape.taps, (shape, config)
+            assert config.ROWS == 1 or (shape.phased and not shape.packed), (shape, config)
+            assert not shape.per_row or shape.head_channels % config.V == 0, (shape, config)
 
 
 def test_the_paths_people_use():
@@ -60,8 +63,9 @@ def test_the_paths_people_use():
         fields = {"batch": 8, "time": 512, "channels": 768, "heads": 12, "taps": 7, "dtype": "bfloat16"} | changes
         return type(configs.choose(Shape(**fields), backward)).__name__
 
-    assert name(False) == "Tile" and name(True) == "Band"
-    assert name(False, taps=31) == name(False, gate=True) == name(False, per_row=True) == "Band"
+    assert name(False) == name(True) == name(False, gate=True) == name(False, per_row=True) == "Tile"
+    assert name(False, taps=31) == name(True, taps=31) == name(True, per_row=True) == name(True, packed=True) == "Band"
+    assert name(True, state=True) == name(False, gate=True, packed=True) == "Band"
     assert name(False, heads=768) == name(True, heads=768) == name(True, taps=127) == "Tile"
     assert name(True, heads=768, per_row=True, taps=4) == name(True, heads=96, per_row=True) == "Window"
     assert name(True, heads=768, per_row=True, taps=63) == name(False, heads=768, per_row=True) == "Tile"

@@ -10,6 +10,7 @@ without `else`, are executed, unless they do work of the kinds named: {"LDG": 0}
 import heapq
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -29,6 +30,7 @@ CLASSES = {
     "control": "BRA BRX JMP JMX CALL RET EXIT BSSY BSYNC BREAK BMOV BAR WARPSYNC WARPGROUP NANOSLEEP YIELD NOP KILL "
     "MEMBAR ERRBAR ACQBULK",
 }
+MATRIX = ("HMMA", "HGMMA", "UTCHMMA")
 CLASS_OF = {name: kind for kind, names in CLASSES.items() for name in names.split()}
 COUNTED = (*CLASSES, "other")
 MOST_STATES = 1_000_000
@@ -37,6 +39,14 @@ MOST_OPTIONAL = 48  # instructions of an `if` that is taken to be what is usual
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?(\w[\w.]*)([^;]*);")
 _TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
 _SECOND = re.compile(r"\bU?P\d\b")  # a branch may have a condition among its operands
+
+
+def classes_of(names: Counter) -> Counter:
+    """Counts of instructions by what they take, from those by name."""
+    found: Counter = Counter()
+    for name, count in names.items():
+        found[CLASS_OF.get(name.partition(".")[0], "other")] += count
+    return found
 
 
 class Unreadable(ValueError):
@@ -247,6 +257,30 @@ class ControlFlow:
             for following in here.after:
                 heapq.heappush(waiting, (length + len(here.instructions), following, classes))
         raise Unreadable("a subroutine that does not return")
+
+    def whole(self, passes: Callable[[Counter], float]) -> Counter:
+        """What a thread executes of a kernel, by name: the longest way from its begin to its end that meets all matrix
+        instructions, or where there are none all stores. So what masks may skip counts, and what is there for numbers
+        that are not finite does not. passes: of a loop on this way, by the base names of the instructions in it."""
+        bases = {b: Counter(i.base for i in self.blocks[b].instructions) for b in self._order}
+        kinds = MATRIX if any(names[kind] for names in bases.values() for kind in MATRIX) else ("STG",)
+        most = {b: any(names[kind] for kind in kinds) for b, names in bases.items()}
+        times = dict.fromkeys(self._order, 1.0)
+        for body in self.loops.values():
+            count = passes(sum((bases[b] for b in body), Counter()))
+            times |= {b: times[b] * count for b in body}
+        place, best = {block: n for n, block in enumerate(self._order)}, {}
+        for block in reversed(self._order):
+            # A way around again ends here: what follows a loop is reached from where it is left.
+            ways = [best[b] for b in self.blocks[block].after if place[b] > place[block]]
+            met, length, names = max(ways, key=lambda way: way[:2], default=(0, 0.0, Counter()))
+            here = Counter(i.name for i in self.blocks[block].instructions)
+            here = Counter({name: times[block] * count for name, count in here.items()})
+            best[block] = met + most[block], length + here.total(), names + here
+        met, _, names = best[0]
+        if met != sum(most.values()):
+            raise Unreadable(f"no way through the kernel meets all its {kinds[0]}")
+        return names
 
     def cheapest_pass(self, work: Work) -> Pass:
         """The shortest pass that does this work, of the innermost loops of which one does."""

@@ -4,6 +4,7 @@ The launches are those of ``launch``, for tensors without memory, so what is com
 """
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.machine_code.rules import Resources, Rules, read_code, read_usage, run_tool, tools
+from benchmarks.machine_code.control_flow import COUNTED, MATRIX, ControlFlow, classes_of, instructions_of
+from benchmarks.machine_code.rules import LoopCost, Resources, Rules, read_code, read_usage, run_tool, tools
 from convkernels.backends.triton.attention import launch as attention_launch
 from convkernels.backends.triton.conv import configs, launch
 from convkernels.ops.attention.schema import INPUTS, Attention
@@ -40,7 +42,8 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A problem with contiguous tensors, as models have it; channels = heads * head_channels."""
+    """A problem with contiguous tensors, as models have it; channels = heads * head_channels. time_last: positions, not
+    channels, lie side by side in memory."""
 
     name: str
     taps: int
@@ -57,16 +60,26 @@ class Variant:
     state: bool = False
     dilation: int = 1
     dtype: torch.dtype = torch.bfloat16
+    batch: int = 8
+    time_last: bool = False
 
     def launches(self, architecture: int) -> Iterator[tuple]:
         """(kernel, arguments) of the forward and the backward pass, and of a decoding step; the same for all
         architectures."""
-        batch, time, channels = 1 if self.packed else 8, 4096, self.heads * self.head_channels
+        for launches in self.passes().values():
+            for kernel, _, arguments in launches:
+                yield kernel, arguments
+        if not (self.packed or self.mask or self.dropout):
+            yield self.step()
 
-        def empty(*shape, dtype=self.dtype):
-            return torch.empty(shape, dtype=dtype, device="meta")
+    def _empty(self, *shape, dtype=None):
+        return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
 
-        x = empty(batch, time, channels)
+    def passes(self) -> dict[str, list[tuple]]:
+        """(kernel, grid, arguments) of the launches of each direction."""
+        batch, time, channels = 1 if self.packed else self.batch, 4096, self.heads * self.head_channels
+        empty = self._empty
+        x = empty(batch, channels, time).transpose(1, 2) if self.time_last else empty(batch, time, channels)
         weight = empty(*((batch, time) if self.dynamic else ()), self.heads, self.taps)
         bias = empty(channels) if self.bias else None
         span = (self.taps - 1) * self.dilation
@@ -90,23 +103,25 @@ class Variant:
         )
         none = empty(0)
         results = (
-            empty(*x.shape), empty(*weight.shape), empty(channels) if self.bias else none,
-            empty(*x.shape) if self.gate else none, none if state is None else empty(*state.shape),
+            torch.empty_like(x), empty(*weight.shape), empty(channels) if self.bias else none,
+            torch.empty_like(x) if self.gate else none, none if state is None else empty(*state.shape),
         )  # fmt: skip
-        kernel, _, arguments = launch.forward_launch(call, empty(*x.shape), configs.choose(call.shape, False))
-        yield kernel, arguments
-        config = configs.choose(call.shape, True)
-        for kernel, _, arguments in launch.gradient_launches(call, empty(*x.shape), results, config):
-            yield kernel, arguments
-        if not (self.packed or self.mask or self.dropout):
-            row = empty(256, channels)
-            step = TapStep(
-                row, empty(256, span, channels), empty(256, *weight.shape[2:]) if self.dynamic else weight,
-                self.dilation, self.softmax, self.renormalize, bias, row if self.gate else None,
-                empty(256, dtype=torch.int64) if self.state else None,
-            )  # fmt: skip
-            kernel, _, arguments = launch.step_launch(step, empty(*row.shape))
-            yield kernel, arguments
+        like = torch.empty_like(x)
+        backward = launch.gradient_launches(call, like, results, configs.choose(call.shape, True))
+        forward = launch.forward_launch(call, like, configs.choose(call.shape, False))
+        return {"fwd": [forward], "bwd": list(backward)}
+
+    def step(self) -> tuple:
+        """(kernel, arguments) of a decoding step."""
+        channels, span, empty = self.heads * self.head_channels, (self.taps - 1) * self.dilation, self._empty
+        row, weight = empty(256, channels), empty(*((256,) if self.dynamic else ()), self.heads, self.taps)
+        step = TapStep(
+            row, empty(256, span, channels), weight, self.dilation, self.softmax, self.renormalize,
+            empty(channels) if self.bias else None, row if self.gate else None,
+            empty(256, dtype=torch.int64) if self.state else None,
+        )  # fmt: skip
+        kernel, _, arguments = launch.step_launch(step, empty(*row.shape))
+        return kernel, arguments
 
 
 VARIANTS = (
@@ -250,18 +265,55 @@ def source(kernel, arguments: dict) -> tuple[ASTSource, dict]:
     return ASTSource(kernel, signature, constants, attributes), options
 
 
-def measure(variant: str, kernel, arguments: dict, architecture: int) -> Resources:
-    """Compile one launch for one architecture and read its machine code."""
+def compiled(kernel, arguments: dict, architecture: int) -> tuple:
+    """Of one launch: what the compiler made, and what the tools write of its usage and its instructions."""
     what, options = source(kernel, arguments)
-    compiled = triton.compile(what, target=GPUTarget("cuda", architecture, 32), options=options)
-    unit = next((name for name in MATRIX_UNITS.values() if name in compiled.asm["ptx"]), "")
+    made = triton.compile(what, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(made.asm["cubin"])
         file.flush()
         usage = run_tool("cuobjdump", "--dump-resource-usage", file.name)
-        code = run_tool("nvdisasm", "-c", file.name)
-    figures = read_usage(usage) | read_code(code) | {"shared": compiled.metadata.shared, "unit": unit}
-    return Resources(variant, kernel.__name__, str(architecture), **figures)
+        return made, usage, run_tool("cuobjdump", "-sass", file.name)
+
+
+def measure(variant: str, kernel, arguments: dict, architecture: int) -> Resources:
+    """Compile one launch for one architecture and read its machine code."""
+    made, usage, code = compiled(kernel, arguments, architecture)
+    unit = next((name for name in MATRIX_UNITS.values() if name in made.asm["ptx"]), "")
+    figures = read_usage(usage) | read_code(code) | {"shared": made.metadata.shared, "unit": unit}
+    loops = ()
+    if kernel.__name__ in RULES.streaming:
+        names = executed(kernel.__name__, arguments, code)
+        classes = {name: classes_of(names)[name] for name in COUNTED}
+        whole = sum(classes.values())
+        body = len(instructions_of(code))
+        loops = (LoopCost(kernel.__name__, variant, "whole kernel", "thread", whole, classes, body=body),)
+    return Resources(variant, kernel.__name__, str(architecture), **figures, loops=loops)
+
+
+def executed(kernel: str, arguments: dict, code: str) -> Counter:
+    """Instructions of a thread of a convolution kernel by name. A loop with matrix products, stores or sums for filters
+    walks the tiles of a program; one without, next to matrix products, serves what is not finite; others walk taps."""
+    if kernel in ("reduce_filters", "reduce_bias"):
+        summed = arguments["groups"] * arguments["pieces"] if kernel == "reduce_filters" else arguments["rows"]
+        return ControlFlow(code).whole(lambda names: -(-summed // arguments["BR"]))
+    taps = arguments["FILTER"].K
+    tiles = arguments.get("TILES", 1)
+    if "groups" in arguments:
+        tiles = arguments["t_blocks"] / arguments["groups"]
+
+    def passes(names: Counter) -> float:
+        if "TAPS" not in arguments and not kernel.endswith("_band"):
+            return taps
+        if kernel.endswith("_band"):
+            return tiles if any(names[kind] for kind in MATRIX) else 0
+        if names["STG"] or (kernel == "grad_tile" and arguments["NEED"].FILTER):
+            return tiles
+        if names["FFMA"] > arguments["TAPS"]:
+            return taps // arguments["TAPS"]
+        return taps * (1 if arguments["UNIFORM"] else arguments["V"]) / max(names["LDG"], 1)
+
+    return ControlFlow(code).whole(passes)
 
 
 def measure_all(variant: Variant | AttentionVariant, architectures=ARCHITECTURES) -> list[Resources]:

@@ -66,16 +66,17 @@ def split(value):
 
 
 @triton.jit
-def splittable(value):
-    """Whether ``split`` is exact: finite, and not rounded up to infinity."""
-    return tl.abs(value) < 3.38e38
+def product(a, b, total, A_PARTS: tl.constexpr, B_PARTS: tl.constexpr):
+    """total + a @ b to float32 accuracy on bfloat16 matrix units. PARTS: how many bfloat16 numbers make up an element
+    (1 bfloat16, 2 float16, 3 float32). Not finite where an element is not, or rounds to infinity as bfloat16."""
+    return product_of_parts(split(a), b, total, A_PARTS, B_PARTS)
 
 
 @triton.jit
-def product(a, b, total, A_PARTS: tl.constexpr, B_PARTS: tl.constexpr):
-    """total + a @ b to float32 accuracy on bfloat16 matrix units. PARTS: how many bfloat16 numbers make up an element
-    (1 bfloat16, 2 float16, 3 float32). Products below 2^-26 of the largest are left out, small ones added first."""
-    a0, a1, a2 = split(a)
+def product_of_parts(a, b, total, A_PARTS: tl.constexpr, B_PARTS: tl.constexpr):
+    """``product`` for a matrix that has been split. Products below 2^-26 of the largest are left out, small ones added
+    first."""
+    a0, a1, a2 = a
     b0, b1, b2 = split(b)
     if A_PARTS == 3:
         total = multiply(a2, b0, total)
@@ -88,6 +89,12 @@ def product(a, b, total, A_PARTS: tl.constexpr, B_PARTS: tl.constexpr):
     if B_PARTS > 1:
         total = multiply(a0, b1, total)
     return multiply(a0, b0, total)
+
+
+@triton.jit
+def finite(value):
+    """Whether no element of a tile is infinite or NaN."""
+    return tl.sum((~(tl.abs(value) < float("inf"))).to(tl.int32)) == 0
 
 
 @triton.jit

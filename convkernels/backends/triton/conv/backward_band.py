@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..device import narrow, product, splittable, take
+from ..device import finite, narrow, product, product_of_parts, split, take
 from .taps import (
     Place,
     Sequence,
@@ -11,7 +11,9 @@ from .taps import (
     filter_rows,
     filters_at,
     gradients_at,
+    gradients_from,
     inputs_at,
+    inputs_from,
     load_input,
     load_rows,
     sequence_of,
@@ -45,6 +47,7 @@ def grad_band(
     PER_ROW: tl.constexpr = FILTER.PER_TIME or FILTER.RENORMALIZE
     PER_TIME: tl.constexpr = FILTER.PER_TIME
     PACKED: tl.constexpr = INPUT.PACKED
+    PER_TILE: tl.constexpr = PER_ROW or PACKED
     T, C, H, R, dilation = sizes.T, sizes.C, sizes.H, sizes.R, relation.dilation
     pid = tl.program_id(0)
     units = H if PER_ROW else H * pieces
@@ -67,6 +70,10 @@ def grad_band(
         w, p, factor = filter_rows(filter_at, place, j, j >= 0, whole, relation, dropout, FILTER, tl.float32)
         w_halo = tl.broadcast_to(w, [HALO, KP])
         w = tl.broadcast_to(w, [BT, KP])
+    in_band, in_band_halo = (tap >= 0) & (tap < K), (tap_halo >= 0) & (tap_halo < K)
+    if not PER_TILE:
+        band = split(tl.trans(take(w, tap, in_band)))
+        band_halo = split(tl.trans(take(w_halo, tap_halo, in_band_halo)))
     pairs = tl.zeros([BT, BT], tl.float32)
     pairs_halo = tl.zeros([BT if PER_ROW else HALO, HALO if PER_ROW else BT], tl.float32)
     row_sum = tl.zeros([1, KP], tl.float32)
@@ -86,7 +93,7 @@ def grad_band(
         alive, alive_halo = (t >= 0) & (t < T), (t_halo >= 0) & (t_halo < T) & in_window
         t_sequence = sequence_of(t, T, sequences, PACKED)
         t_sequence_halo = sequence_of(t_halo, T, sequences, PACKED)
-        on, on_halo = (tap >= 0) & (tap < K), (tap_halo >= 0) & (tap_halo < K)
+        on, on_halo = in_band, in_band_halo
         if PACKED:
             position = start + dilation * i
             on = on & (position >= t_sequence.begin) & (position < t_sequence.end)
@@ -103,7 +110,8 @@ def grad_band(
             )
             pairs = tl.zeros([BT, BT], tl.float32)
             pairs_halo = tl.zeros([BT, HALO], tl.float32)
-        bad_filters = tl.sum((~splittable(w)).to(tl.int32)) + tl.sum((~splittable(w_halo)).to(tl.int32))
+        if PER_TILE:
+            band, band_halo = split(tl.trans(take(w, tap, on))), split(tl.trans(take(w_halo, tap_halo, on_halo)))
         for piece in tl.range(first_piece, last_piece):
             inner = piece * BC + tl.arange(0, BC)[None, :]
             c, columns = h * R + inner, inner < R
@@ -112,15 +120,14 @@ def grad_band(
             dy = load_rows(dy_at, t, alive & columns, tl.float32)  # [BT, BC]
             dy_halo = load_rows(dy_at, t_halo, alive_halo & columns, tl.float32)  # [HALO, BC]
             inside = (s >= 0) & (s < T) & columns
-            wanted = unmasked(z_at.mask, s, inside, INPUT.HAS_MASK)
+            z_here = inputs_from(z_at, s)
+            wanted = unmasked(z_here.mask, inside, INPUT.HAS_MASK)
             if NEED.X or NEED.GATE or NEED.STATE:
-                spread = bad_filters + tl.sum((~splittable(dy)).to(tl.int32))
-                spread += tl.sum((~splittable(dy_halo)).to(tl.int32))
                 dz = tl.zeros([BT, BC], tl.float32)
-                if spread == 0:
-                    dz = product(tl.trans(take(w_halo, tap_halo, on_halo)), dy_halo, dz, 3, PARTS)
-                    dz = product(tl.trans(take(w, tap, on)), dy, dz, 3, PARTS)
-                else:
+                dz = product_of_parts(band_halo, dy_halo, dz, 3, PARTS)
+                dz = product_of_parts(band, dy, dz, 3, PARTS)
+                if not finite(dz):
+                    dz = tl.zeros([BT, BC], tl.float32)
                     for k in tl.range(0, K):
                         at = target(s, k, relation)
                         reached = (at >= sequence.begin) & (at < sequence.end) & (at >= 0) & (at < T)
@@ -131,8 +138,8 @@ def grad_band(
                         )  # fmt: skip
                         value = tl.sum(tl.where(j == k, w_there, 0.0), 1)[:, None]
                         dz += value * load_rows(dy_at, at, reached & columns, tl.float32)
-                outputs = gradients_at(gradients, b, c)
-                store_input_gradient(dz, z_at, outputs, s, inside, wanted, INPUT, NEED, tl.float32)
+                outputs = gradients_from(gradients_at(gradients, b, c), s)
+                store_input_gradient(dz, z_here, outputs, inside, wanted, INPUT, NEED, tl.float32)
                 if NEED.STATE:
                     at = grad_state + (b.to(tl.int64) * span + span + s) * C + c
                     tl.store(at, narrow(dz, grad_state.dtype.element_ty), mask=(s < 0) & (s >= -span) & columns)

@@ -1,13 +1,14 @@
 """The backward kernels that sum filters tap by tap; they serve every problem.
 
-``grad_tile`` reads x and d(y) once and writes all gradients, except those of filters that differ by position:
-``grad_filter_rows`` finds these. Sums over positions stay in the program's registers while it walks its tiles.
+``grad_tile`` finds all gradients, except those of filters that differ by position: ``grad_filter_rows`` finds these.
+Sums over positions stay in the program's registers while it walks its tiles.
 """
 
 import triton
 import triton.language as tl
 
 from ..device import narrow, sequence_bounds
+from .groups import first_positions, replace, some_taps, whole_filters, zeros
 from .taps import (
     Place,
     Sequence,
@@ -17,9 +18,13 @@ from .taps import (
     filter_tap,
     filters_at,
     gradients_at,
+    gradients_from,
     inputs_at,
+    inputs_from,
     load_input,
+    load_row,
     load_rows,
+    rows_from,
     sequence_of,
     source,
     states_at,
@@ -52,40 +57,104 @@ def filter_sums(
 
 
 @triton.jit
+def nowhere(place):
+    """The place of filters that all positions share."""
+    return Place(place.b, place.h * 0, place.h)
+
+
+@triton.jit
+def add_gradients(
+    gradients, sums, z, grad, whole, statistics, weight, place, first, columns, exists, sizes, sequence, relation,
+    dropout,
+    FILTER: tl.constexpr, INPUTS: tl.constexpr, FILTERS: tl.constexpr, DTYPE: tl.constexpr,
+    ROWS: tl.constexpr, TAPS: tl.constexpr,
+):  # fmt: skip
+    """``gradients``, d(z) of each row of a group, and ``sums``, d(w') of each tap, with what TAPS taps from ``first``
+    on add to them; INPUTS, FILTERS: which are wanted. place: of the first row; z: of each row; whole: all taps, if TAPS
+    are all; statistics: of the filters that all positions share, or where those of each position are."""
+    PER_ROW: tl.constexpr = FILTER.PER_TIME or FILTER.RENORMALIZE
+    T = sizes.T
+    w = whole
+    if INPUTS and not PER_ROW and TAPS < FILTER.K:
+        w = some_taps(
+            filters_at(weight, nowhere(place), FILTER), nowhere(place), first, exists, statistics, sequence, relation,
+            dropout, FILTER, DTYPE, TAPS,
+        )  # fmt: skip
+    first_output = target(place.t, first + (TAPS - 1), relation)
+    dy_at = rows_from(grad, first_output)
+    for n in tl.static_range(ROWS + TAPS - 1):
+        t = first_output + n * relation.dilation
+        reached = (t >= sequence.begin) & (t < sequence.end)
+        dy = load_row(rows_from(dy_at, n * relation.dilation), reached & columns, DTYPE)
+        for j in tl.static_range(max(0, TAPS - 1 - n), min(TAPS, ROWS + TAPS - 1 - n)):
+            # By tap j this row is met by row n + j - (TAPS - 1) of the group.
+            if INPUTS:
+                if PER_ROW:
+                    real = reached & exists
+                    there = Place(place.b, t, place.h)
+                    found = Statistics(t, t)  # without softmax not looked at
+                    if FILTER.SOFTMAX:
+                        at = statistics + ((place.b.to(tl.int64) * T + t) * sizes.H + place.h) * 2
+                        largest, inverse = tl.load(at, mask=real, other=0.0), tl.load(at + 1, mask=real, other=0.0)
+                        found = Statistics(largest, inverse)
+                    tap, p, factor = filter_tap(
+                        filters_at(weight, there, FILTER), there, first + j, real, found, sequence, relation, dropout,
+                        FILTER, DTYPE,
+                    )  # fmt: skip
+                    # A filter that is not there may be NaN.
+                    share = tl.where(real, tap * dy, 0.0)
+                else:
+                    share = w[j] * dy
+                gradients = replace(gradients, n + j - TAPS + 1, gradients[n + j - TAPS + 1] + share)
+            if FILTERS:
+                sums = replace(sums, j, sums[j] + dy * z[n + j - TAPS + 1])
+    return gradients, sums
+
+
+@triton.jit
 def grad_tile(
     grad, inputs, weight, statistics, gradients, grad_state, filters, biases, sizes, relation, sequences, dropout,
     t_blocks, c_blocks, groups,
-    FILTER: tl.constexpr, INPUT: tl.constexpr, NEED: tl.constexpr, OF_STATE: tl.constexpr, DTYPE: tl.constexpr,
-    BT: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr, UNROLL: tl.constexpr,
+    FILTER: tl.constexpr, INPUT: tl.constexpr, NEED: tl.constexpr, OF_STATE: tl.constexpr, UNIFORM: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ROWS: tl.constexpr, BG: tl.constexpr, BV: tl.constexpr, V: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
-    """d(z) as the sum of shifted tiles of d(y), and with the same tiles the sums over positions for filters that all
-    positions share, and for the bias. A program walks the tiles group, group + groups, ... of its channels; taps beyond
-    KP are left to further programs along axis 1, which compute only their filter sums. OF_STATE: the rows are those of
-    the initial state, which lie before the begin of each sequence."""
+    """d(z) from shifted tiles of d(y), and with the same tiles the sums over positions for filters that all positions
+    share, and for the bias. Tiles and groups are those of ``conv_tile``; a program walks the tiles group, group +
+    groups, ... of its channels. Filters of more than TAPS taps take a launch of their own, in which the programs along
+    axis 1 have TAPS taps each. OF_STATE: the rows are those of the initial state, which lie before the begin of each
+    sequence."""
     K: tl.constexpr = FILTER.K
+    REST: tl.constexpr = K % TAPS
     PER_ROW: tl.constexpr = FILTER.PER_TIME or FILTER.RENORMALIZE
-    T, C, H = sizes.T, sizes.C, sizes.H
+    INPUTS: tl.constexpr = NEED.X or NEED.GATE or OF_STATE
+    T, C = sizes.T, sizes.C
     pid = tl.program_id(0)
-    first_tap = tl.program_id(1) * KP
+    first_tap = tl.program_id(1) * TAPS
     cb, group, owner = pid % c_blocks, (pid // c_blocks) % groups, pid // c_blocks // groups
-    c = cb * BC + tl.arange(0, BC)[None, :]
-    h, columns = c // sizes.R, c < C
-    span = (K - 1) * relation.dilation
-    k = tl.arange(0, KP)[:, None]
-    filter_sum = tl.zeros([KP, BC], DTYPE)
-    bias_sum = tl.zeros([1, BC], DTYPE)
-    zero = tl.zeros([1, 1], tl.int32)
-    if not PER_ROW:
-        place = Place(owner, zero, h)
-        filters_here = filters_at(weight, place, FILTER)
-        nowhere = Sequence(zero, zero, zero)
-        shared = filter_statistics(filters_here, zero, columns, nowhere, relation, FILTER, DTYPE)
+    v = cb * BV + tl.arange(0, BV)[None, :, None]  # [1, BV, 1]
+    c = v * V + tl.arange(0, V)[None, None, :]  # [1, BV, V]
+    columns, first_channel = c < C, v * V if UNIFORM else c
+    h, exists = first_channel // sizes.R, first_channel < C
+    span, dilation = (K - 1) * relation.dilation, relation.dilation
+    step = dilation if ROWS > 1 else 1
+    row_tiles = step * tl.cdiv(tl.cdiv(span if OF_STATE else T, step), BG * ROWS)  # of a batch row, or of a sequence
+    whole = ()
+    if INPUTS and not PER_ROW:
+        shared = nowhere(Place(owner, owner, h))
+        at, always = filters_at(weight, shared, FILTER), Sequence(0, 0, T)
+        if TAPS == K:
+            whole = whole_filters(at, shared, exists, always, relation, dropout, FILTER, DTYPE)
+        else:
+            statistics = filter_statistics(at, shared.t, exists, always, relation, FILTER, DTYPE)
+    filter_sums = zeros([BG, BV, V], DTYPE, TAPS)
+    bias_sum = tl.zeros([BG, BV, V], DTYPE)
     for tile in tl.range(group, t_blocks, groups):
         # Filters of a batch row of their own: `owner` is that row. Otherwise it is 0, and the tiles are those of all.
-        row_tiles = tl.cdiv(span if OF_STATE else T, BT)
         b = owner + tile // row_tiles
-        r = (tile % row_tiles) * BT + tl.arange(0, BT)[:, None]
+        s = first_positions(tile % row_tiles, row_tiles, relation, BG, ROWS) + v * 0  # [BG, BV, 1]
         if OF_STATE:
+            r = s
             number = (tile // row_tiles) % sequences.count
             dstate = grad_state + ((owner * sequences.count + tile // row_tiles).to(tl.int64) * span + r) * C + c
             b = owner + tile // row_tiles // sequences.count
@@ -95,59 +164,59 @@ def grad_tile(
                 begin, end = sequence_bounds(number, T, sequences.data)
             sequence = Sequence(number, begin, end)
             s = begin - span + r
-            inside = (r < span) & columns
         else:
-            s = r
             sequence = sequence_of(s, T, sequences, INPUT.PACKED)
-            inside = (s < T) & columns
-        z_at = inputs_at(inputs, b, c, inputs.state)
-        wanted = unmasked(z_at.mask, s, inside & (s >= sequence.begin), INPUT.HAS_MASK)
+        no_state = columns_at(inputs.x, b, c)  # not looked at
+        z_at = inputs_from(inputs_at(inputs, b, c, no_state), s)
         dy_at = columns_at(grad, b, c)
-        if NEED.FILTER:
-            z = load_rows(z_at.x, s, wanted, DTYPE)  # [BT, BC]
+        z = ()
+        for i in tl.static_range(ROWS if NEED.FILTER else 0):
+            here = inputs_from(z_at, i * dilation)
+            wanted = unmasked(here.mask, s + i * dilation < T, INPUT.HAS_MASK) & columns
+            one = load_row(here.x, wanted, DTYPE)
             if INPUT.HAS_GATE:
-                z *= tl.sigmoid(load_rows(z_at.gate, s, wanted, DTYPE))
-        dz = tl.zeros([BT, BC], DTYPE)
-        # Constant bounds where there are no further programs: they save registers.
-        start = 0 if KP >= K else first_tap
-        stop = K if KP >= K else tl.where(first_tap == 0, K, tl.minimum(first_tap + KP, K))
-        for j in tl.range(start, stop, loop_unroll_factor=UNROLL):
-            t = target(s, j, relation)
-            reached = inside & (t >= sequence.begin) & (t < sequence.end)
-            dy = load_rows(dy_at, t, reached, DTYPE)  # [BT, BC]
-            if PER_ROW:
-                largest, inverse = dy, dy  # without softmax not looked at
-                if FILTER.SOFTMAX:
-                    at = statistics + ((b.to(tl.int64) * T + t) * H + h) * 2
-                    largest = tl.load(at, mask=reached, other=0.0)
-                    inverse = tl.load(at + 1, mask=reached, other=0.0)
-                there = Place(b, t, h)
-                w, p, factor = filter_tap(
-                    filters_at(weight, there, FILTER), there, j, reached, Statistics(largest, inverse), sequence,
-                    relation, dropout, FILTER, DTYPE,
+                one *= tl.sigmoid(load_row(here.gate, wanted, DTYPE))
+            z = z + (one,)
+        dz = zeros([BG, BV, V], DTYPE, ROWS)
+        place = Place(b if PER_ROW else owner, s, h)
+        if NEED.FILTER:
+            dz, filter_sums = add_gradients(
+                dz, filter_sums, z, dy_at, whole, statistics, weight, place, first_tap, columns, exists, sizes,
+                sequence, relation, dropout, FILTER, INPUTS, True, DTYPE, ROWS, TAPS,
+            )  # fmt: skip
+        elif INPUTS:
+            for first in tl.range(0, K - REST, TAPS):
+                dz, none = add_gradients(
+                    dz, (), z, dy_at, whole, statistics, weight, place, first, columns, exists, sizes, sequence,
+                    relation, dropout, FILTER, True, False, DTYPE, ROWS, TAPS,
                 )  # fmt: skip
-                dz += tl.where(reached, w * dy, 0.0)
-            else:
-                w, p, factor = filter_tap(
-                    filters_here, place, j, columns, shared, sequence, relation, dropout, FILTER, DTYPE
-                )
-                dz += w * dy
-            if NEED.FILTER:
-                filter_sum += tl.where(k == j - first_tap, tl.sum(dy * z, 0)[None, :], 0.0)
-            if NEED.BIAS:
-                # The tap that reads its own position meets every d(y) once.
-                bias_sum += tl.where(j * relation.dilation == relation.left, tl.sum(dy, 0)[None, :], 0.0)
+            if REST > 0:
+                dz, none = add_gradients(
+                    dz, (), z, dy_at, whole, statistics, weight, place, K - REST, columns, exists, sizes, sequence,
+                    relation, dropout, FILTER, True, False, DTYPE, ROWS, REST,
+                )  # fmt: skip
         if OF_STATE:
-            tl.store(dstate, narrow(dz, grad_state.dtype.element_ty), mask=inside)
-        elif first_tap == 0:
-            outputs = gradients_at(gradients, b, c)
-            store_input_gradient(dz, z_at, outputs, s, inside, wanted, INPUT, NEED, DTYPE)
+            tl.store(dstate, narrow(dz[0], grad_state.dtype.element_ty), mask=(r < span) & columns)
+        else:
+            outputs = gradients_from(gradients_at(gradients, b, c), s)
+            own = rows_from(dy_at, s)
+            for i in tl.static_range(ROWS):
+                here, exist = inputs_from(z_at, i * dilation), s + i * dilation < T
+                inside = exist & columns
+                if INPUTS:
+                    wanted = unmasked(here.mask, exist, INPUT.HAS_MASK) & columns
+                    there = gradients_from(outputs, i * dilation)
+                    store_input_gradient(dz[i], here, there, inside, wanted, INPUT, NEED, DTYPE)
+                if NEED.BIAS:
+                    bias_sum += load_row(rows_from(own, i * dilation), inside, DTYPE)
     partial = owner.to(tl.int64) * groups + group
     if NEED.FILTER:
-        taps = first_tap + k
-        tl.store(filters + (partial * C + c) * K + taps, filter_sum, mask=columns & (taps < K))
-    if NEED.BIAS and first_tap == 0:
-        tl.store(biases + partial * C + c, bias_sum, mask=columns)
+        for j in tl.static_range(TAPS):
+            tap = first_tap + j + v * 0
+            total = tl.sum(filter_sums[j], 0)[None, :, :]
+            tl.store(filters + (partial * C + c) * K + tap, total, mask=columns & (tap < K))
+    if NEED.BIAS:
+        tl.store(biases + partial * C + c, tl.sum(bias_sum, 0)[None, :, :], mask=columns)
 
 
 @triton.jit

@@ -11,7 +11,9 @@ from .taps import (
     filter_rows,
     filters_at,
     gradients_at,
+    gradients_from,
     inputs_at,
+    inputs_from,
     load_input,
     load_rows,
     sequence_of,
@@ -66,7 +68,7 @@ def grad_window(
     out_sequence = sequence_of(out, T, sequences, INPUT.PACKED)
     outputs = own & (out >= 0) & (out < T)  # [BT * BH * RP, 1]
     dy_at = columns_at(grad, b, c)
-    z_at = inputs_at(inputs, b, c, inputs.state)
+    z_at = inputs_at(inputs, b, c, columns_at(inputs.x, b, c))  # there is no state
     if NEED.X or NEED.GATE:
         s = source(out, K - 1, relation)
         s_sequence = sequence_of(s, T, sequences, INPUT.PACKED)
@@ -79,8 +81,9 @@ def grad_window(
         w_there = tl.reshape(tl.broadcast_to(w_there, [BT * BH, RP, KP]), [BT * BH * RP, KP])
         dy = load_rows(dy_at, there, reached, DTYPE)
         dz = tl.sum(tl.where(reached, w_there * dy, 0.0), 1)[:, None]
-        wanted = unmasked(z_at.mask, s, existing, INPUT.HAS_MASK)
-        store_input_gradient(dz, z_at, gradients_at(gradients, b, c), s, existing, wanted, INPUT, NEED, DTYPE)
+        z_here, outputs_here = inputs_from(z_at, s), gradients_from(gradients_at(gradients, b, c), s)
+        wanted = unmasked(z_here.mask, existing, INPUT.HAS_MASK)
+        store_input_gradient(dz, z_here, outputs_here, existing, wanted, INPUT, NEED, DTYPE)
     dy = load_rows(dy_at, out, outputs, DTYPE)  # [BT * BH * RP, 1]
     if NEED.BIAS:
         inner = tl.arange(0, BH * RP)[None, :]

@@ -1,5 +1,6 @@
 """Launch configurations: plain data, chosen by pure functions of the problem, the same on every device."""
 
+import math
 from dataclasses import dataclass
 
 from ..host import ceil_div, power_of_2
@@ -7,6 +8,7 @@ from ..host import ceil_div, power_of_2
 MATRIX_CHANNELS = 16  # least width of a matrix unit's operand
 MATRIX_TAPS = 65  # filters longer than this need band matrices that no longer fit into the registers
 WINDOW_TAPS = 32  # filters longer than this would leave a window of filters few rows of its own
+FEW_TAPS = 8  # filters longer than this are cheaper as banded matrices
 MAX_SPAN = 2**30  # the greatest dilation and span, so that positions fit into 32 bits
 PROGRAMS = 1024  # about as many programs as keep the largest device busy, where a program may walk many tiles
 
@@ -44,14 +46,25 @@ class Shape:
 
 @dataclass(frozen=True)
 class Tile:
-    """conv_tile, grad_tile: BT positions by BC channels; KP sums of taps in registers; UNROLL taps unrolled."""
+    """conv_tile, grad_tile: BG groups of ROWS positions by BV vectors of V channels, a vector for each thread; TAPS
+    taps at a time. maxnreg: as in ``Band``."""
 
-    BT: int
-    BC: int
-    KP: int
-    UNROLL: int
+    ROWS: int
+    BG: int
+    BV: int
+    V: int
+    TAPS: int
     num_warps: int
     num_stages: int = 1
+    maxnreg: int = 255
+
+    @property
+    def BT(self) -> int:
+        return self.BG * self.ROWS
+
+    @property
+    def BC(self) -> int:
+        return self.BV * self.V
 
 
 @dataclass(frozen=True)
@@ -107,6 +120,10 @@ class Step:
     maxnreg: int = 255
 
 
+def itemsize(dtype: str) -> int:
+    return {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}[dtype]
+
+
 def parts(dtype: str, gated: bool = False) -> int:
     """How many bfloat16 numbers hold an element exactly: 1 for bfloat16, 2 for float16, 3 for float32 (a gated input is
     float32)."""
@@ -125,13 +142,16 @@ def band_possible(shape: Shape) -> bool:
 
 
 def forward_uses_band(shape: Shape) -> bool:
-    """Short filters are cheaper as shifted tiles, unless every shift would gate its input, or weigh its rows, anew."""
-    return band_possible(shape) and (shape.taps > 8 or shape.gate or shape.per_row)
+    """Few taps are cheaper as shifted tiles, unless every shift would gate its input, or weigh its rows, anew: those
+    of packed sequences, whose positions share no rows."""
+    return band_possible(shape) and (shape.taps > FEW_TAPS or (shape.packed and (shape.gate or shape.per_row)))
 
 
 def backward_uses_band(shape: Shape) -> bool:
-    """The sums over channels for d(filters) are matrix products: the band serves short filters as well."""
-    return band_possible(shape)
+    """As forward; but positions that share no rows, and filters or inputs of which ``grad_tile`` leaves the sums over
+    channels to others, are cheaper in matrix products."""
+    alone = shape.packed or shape.per_row or shape.state
+    return band_possible(shape) and (shape.taps > FEW_TAPS or alone)
 
 
 def choose(shape: Shape, backward: bool) -> Config:
@@ -144,33 +164,47 @@ def choose(shape: Shape, backward: bool) -> Config:
 
 
 def tile(shape: Shape, backward: bool = False) -> Tile:
-    """A thread loads 16 bytes of a row at a time. The backward pass keeps three tiles in registers, and filters of
-    their own for every position and channel take as much again."""
-    wide = 64 if backward or shape.per_row or shape.gate or shape.dtype in ("float32", "float64") else 128
-    BC = min(power_of_2(shape.channels), wide)
-    BT = max(1, min(16 if shape.per_row else 32, power_of_2(shape.time)))
-    UNROLL = 1 if shape.per_row or backward else 4 if shape.gate else 8
-    return Tile(BT, BC, min(power_of_2(shape.taps), 16), min(shape.taps, UNROLL), 4)
+    """A thread loads 16 bytes of a row at a time; 8 in the backward pass, which has a sum for each tap and channel in
+    registers; of filters that differ by position no more than a head has. It owns eight positions, fewer
+    of short sequences, which share the rows that they meet, unless these could lie in different sequences or need
+    filters of their own backward."""
+    V = (8 if backward else 16) // itemsize(shape.dtype)
+    if shape.per_row:
+        V = math.gcd(V, shape.head_channels)
+    V = min(V, power_of_2(shape.channels))
+    alone = shape.packed or not shape.phased or (backward and (shape.per_row or shape.state))
+    phase = ceil_div(shape.time, shape.dilation)
+    ROWS = 1 if alone else min(8, max(1, power_of_2(phase) // 16))
+    # 128 bytes of a row side by side, if there are as many.
+    BV = min(power_of_2(ceil_div(shape.channels, V)), max(8, 64 // V) if backward else 8 if V > 1 else 32)
+    BG = min(128 // BV, power_of_2(ceil_div(shape.time if ROWS == 1 else phase, ROWS)))
+    return Tile(ROWS, BG, BV, V, shape.taps if shape.taps <= FEW_TAPS * (1 if backward else 2) else FEW_TAPS, 4)
 
 
 def band(shape: Shape, backward: bool = False) -> Band:
     """The window's halo holds K - 1 rows; a tile as high as its halo, or twice as high, costs little more to read than
-    its rows. The backward pass is bound by registers (`benchmarks/machine_code` counts them), the more so the more
-    bfloat16 numbers make up an element; as many warps share a tile as leave 16 bytes of a row to each thread."""
+    its rows, and 64 rows by four warps are what the newest matrix units multiply at once. The backward pass is bound by
+    registers (`benchmarks/machine_code` counts them), the more so the more bfloat16 numbers make up an element; as many
+    warps share a tile as leave 16 bytes of a row to each thread. Filters of one position are made by two warps, so that
+    a thread has enough of them."""
     HALO = max(16, power_of_2(shape.taps - 1))
-    BT, BC, warps = max(32, HALO), 64, 4
+    BT, BC, warps = max(64, HALO), 64, 4
+    if shape.per_row and HALO <= 32:
+        BT, warps = 32, 2
     if backward:
         many = shape.gate or shape.dtype != "bfloat16"
         if shape.dtype == "float32":
-            BT, BC, warps = 16, 32, 4
+            BT, BC, warps = 16 if shape.per_row or HALO > 32 else 32, 32, 4
+        elif many and HALO == 32 and not shape.per_row:
+            BT, BC, warps = 64, 32, 4
         elif many and (HALO > 16 or shape.per_row):
             BT, BC, warps = 16, 32, 2
         elif many:
             BT, BC, warps = 32, 32, 4
         elif HALO > 32:
             BT, BC, warps = 16, 64, 4
-        else:
-            BT, BC, warps = 32, 64, 4 if HALO == 16 else 8
+        elif not shape.per_row:
+            BT = 2 * HALO
     if BC > shape.head_channels:
         narrow = power_of_2(shape.head_channels)
         warps, BC = max(1, warps * narrow // BC), narrow

@@ -7,21 +7,22 @@ of the input, read once, by the banded matrix of a head's filters; it serves hea
 import triton
 import triton.language as tl
 
-from ..device import narrow, product, splittable, take, widen
+from ..device import finite, narrow, product_of_parts, split, take, widen
+from .groups import add_taps, first_positions, statistics_of_rows, zeros
 from .taps import (
     Place,
     Relation,
     Sequence,
     columns_at,
     filter_rows,
-    filter_statistics,
-    filter_tap,
     filters_at,
     inputs_at,
     load_input,
+    rows_from,
     sequence_of,
     source,
     states_at,
+    store_row,
     store_rows,
     tap_exists,
 )
@@ -30,33 +31,42 @@ from .taps import (
 @triton.jit
 def conv_tile(
     inputs, weight, bias, y, sizes, relation, sequences, dropout, t_blocks, c_blocks,
-    FILTER: tl.constexpr, INPUT: tl.constexpr, HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr,
-    BT: tl.constexpr, BC: tl.constexpr, UNROLL: tl.constexpr,
+    FILTER: tl.constexpr, INPUT: tl.constexpr, HAS_BIAS: tl.constexpr, UNIFORM: tl.constexpr, DTYPE: tl.constexpr,
+    ROWS: tl.constexpr, BG: tl.constexpr, BV: tl.constexpr, V: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
-    """y[b, t, c] for BT positions and BC channels: one shifted tile of z per tap, from the first-level cache."""
+    """y[b, t, c] for BG groups of ROWS positions and BV vectors of V channels, those of a vector in one head if
+    UNIFORM. TAPS taps at a time meet the rows that a group reads for them."""
     K: tl.constexpr = FILTER.K
-    PER_ROW: tl.constexpr = FILTER.PER_TIME or FILTER.RENORMALIZE
+    REST: tl.constexpr = K % TAPS
     pid = tl.program_id(0)
     block, b = (pid // c_blocks) % t_blocks, pid // c_blocks // t_blocks
-    t = block * BT + tl.arange(0, BT)[:, None]  # [BT, 1]
-    c = (pid % c_blocks) * BC + tl.arange(0, BC)[None, :]  # [1, BC]
-    columns, inside = c < sizes.C, (t < sizes.T) & (c < sizes.C)
+    v = (pid % c_blocks) * BV + tl.arange(0, BV)[None, :, None]  # [1, BV, 1]
+    c = v * V + tl.arange(0, V)[None, None, :]  # [1, BV, V]
+    t = first_positions(block, t_blocks, relation, BG, ROWS) + v * 0  # [BG, BV, 1]
+    columns, owner = c < sizes.C, v * V if UNIFORM else c
+    place, exists = Place(b, t, owner // sizes.R), owner < sizes.C
     sequence = sequence_of(t, sizes.T, sequences, INPUT.PACKED)
-    exists = inside if PER_ROW else columns
-    place = Place(b, t if PER_ROW else tl.zeros([1, 1], tl.int32), c // sizes.R)
-    filters = filters_at(weight, place, FILTER)
-    statistics = filter_statistics(filters, place.t, exists, sequence, relation, FILTER, DTYPE)
+    statistics = statistics_of_rows(weight, place, exists, sizes.T, sequence, relation, FILTER, DTYPE, ROWS, TAPS)
     span = (K - 1) * relation.dilation
     z = inputs_at(inputs, b, c, states_at(inputs.state, b, c, sequence, sequences.count, sizes.C, span))
-    total = tl.zeros([BT, BC], DTYPE)
-    for j in tl.range(0, K, loop_unroll_factor=UNROLL):
-        # [BT, BC] or [1, BC]
-        w, p, factor = filter_tap(filters, place, j, exists, statistics, sequence, relation, dropout, FILTER, DTYPE)
-        s = source(t, j, relation)
-        total += w * load_input(z, s, inside, sequence, span, INPUT, DTYPE)
-    if HAS_BIAS:
-        total += widen(tl.load(bias + c, mask=columns, other=0.0), DTYPE)
-    store_rows(columns_at(y, b, c), t, total, inside)
+    totals = zeros([BG, BV, V], DTYPE, ROWS)
+    for first in tl.range(0, K - REST, TAPS):
+        totals = add_taps(
+            totals, z, weight, place, first, columns, exists, statistics, sizes.T, sequence, span, relation, dropout,
+            FILTER, INPUT, DTYPE, ROWS, TAPS,
+        )  # fmt: skip
+    if REST > 0:
+        totals = add_taps(
+            totals, z, weight, place, K - REST, columns, exists, statistics, sizes.T, sequence, span, relation, dropout,
+            FILTER, INPUT, DTYPE, ROWS, REST,
+        )  # fmt: skip
+    outputs = rows_from(columns_at(y, b, c), t)
+    for i in tl.static_range(ROWS):
+        total = totals[i]
+        if HAS_BIAS:
+            total += widen(tl.load(bias + c, mask=columns, other=0.0), DTYPE)
+        inside = (t + i * relation.dilation < sizes.T) & columns
+        store_row(rows_from(outputs, i * relation.dilation), total, inside)
 
 
 @triton.jit
@@ -71,6 +81,7 @@ def conv_band(
     or NaN element, which the zeros of W would spread, is summed tap by tap instead."""
     K: tl.constexpr = FILTER.K
     PER_ROW: tl.constexpr = FILTER.PER_TIME or FILTER.RENORMALIZE
+    PER_TILE: tl.constexpr = PER_ROW or INPUT.PACKED
     T, dilation = sizes.T, relation.dilation
     pid = tl.program_id(0)
     block, b = (pid // c_blocks) % t_blocks, pid // c_blocks // t_blocks
@@ -94,6 +105,9 @@ def conv_band(
         filters = filters_at(weight, place, FILTER)
         w, p, factor = filter_rows(filters, place, j, j >= 0, whole, relation, dropout, FILTER, tl.float32)
         w = tl.broadcast_to(w, [BT, KP])
+    in_band, in_band_halo = (q - m >= 0) & (q - m < K), (q_halo - m >= 0) & (q_halo - m < K)  # [BT, BT], [BT, HALO]
+    if not PER_TILE:
+        band, band_halo = split(take(w, q - m, in_band)), split(take(w, q_halo - m, in_band_halo))
     for step in tl.range(0, TILES):
         start = phase + dilation * (((block % phase_tiles) * TILES + step) * BT)
         t = start + dilation * m
@@ -107,18 +121,16 @@ def conv_band(
         z = load_input(z_at, source(start, rows, relation), columns, whole, span, INPUT, tl.float32)
         in_halo = columns & (rows_halo < BT + K - 1)
         z_halo = load_input(z_at, source(start, rows_halo, relation), in_halo, whole, span, INPUT, tl.float32)
-        spread = tl.sum((~splittable(z)).to(tl.int32)) + tl.sum((~splittable(z_halo)).to(tl.int32))
-        spread += tl.sum((~splittable(w)).to(tl.int32))
-        total = tl.zeros([BT, BC], tl.float32)
-        if spread == 0:
-            on = (q - m >= 0) & (q - m < K)  # [BT, BT]
-            on_halo = (q_halo - m >= 0) & (q_halo - m < K)  # [BT, HALO]
+        if PER_TILE:
+            on, on_halo = in_band, in_band_halo
             if INPUT.PACKED:
                 on = on & tap_exists(start, q, sequence, relation, False)
                 on_halo = on_halo & tap_exists(start, q_halo, sequence, relation, False)
-            total = product(take(w, q_halo - m, on_halo), z_halo, total, 3, Z_PARTS)
-            total = product(take(w, q - m, on), z, total, 3, Z_PARTS)
-        else:
+            band, band_halo = split(take(w, q - m, on)), split(take(w, q_halo - m, on_halo))
+        total = product_of_parts(band_halo, z_halo, tl.zeros([BT, BC], tl.float32), 3, Z_PARTS)
+        total = product_of_parts(band, z, total, 3, Z_PARTS)
+        if not finite(total):
+            total = tl.zeros([BT, BC], tl.float32)
             for tap in tl.range(0, K):
                 value = tl.sum(tl.where(j == tap, w, 0.0), 1)[:, None]
                 s = source(t, tap, relation)

@@ -114,22 +114,35 @@ def forward_launch(call: Call, y: Tensor, config: Tile | Band):
     bias = call.bias
     arguments = {
         **call.arguments, "bias": y if bias is None else bias.contiguous(), "y": rows(y), "HAS_BIAS": bias is not None,
-        "BT": config.BT, "BC": config.BC, **options(config),
+        **options(config),
     }  # fmt: skip
     if isinstance(config, Band):
         c_blocks = call.H * ceil_div(call.C // call.H, config.BC)
         t_blocks = ceil_div(ceil_div(call.T, call.dilation), config.BT * config.TILES) * call.dilation
         kernel = forward.conv_band
         arguments |= {
-            "HALO": config.HALO, "KP": config.KP, "TILES": config.TILES,
+            "BT": config.BT, "HALO": config.HALO, "BC": config.BC, "KP": config.KP, "TILES": config.TILES,
             "Z_PARTS": configs.parts(call.shape.dtype, call.gate is not None),
         }  # fmt: skip
     else:
-        c_blocks, t_blocks = ceil_div(call.C, config.BC), ceil_div(call.T, config.BT)
+        c_blocks, t_blocks = ceil_div(call.C, config.BC), tile_blocks(call, call.T, config)
         kernel = forward.conv_tile
-        arguments |= {"DTYPE": call.accumulator, "UNROLL": config.UNROLL}
+        arguments |= tile_arguments(call, config)
     arguments |= {"t_blocks": t_blocks, "c_blocks": c_blocks}
     return kernel, (call.B * t_blocks * c_blocks,), arguments
+
+
+def tile_blocks(call: Call, positions: int, config: Tile) -> int:
+    """Blocks of positions, those of a group a dilation apart."""
+    phases = call.dilation if config.ROWS > 1 else 1
+    return phases * ceil_div(ceil_div(positions, phases), config.BT)
+
+
+def tile_arguments(call: Call, config: Tile) -> dict:
+    return {
+        "UNIFORM": call.C // call.H % config.V == 0, "DTYPE": call.accumulator, "ROWS": config.ROWS, "BG": config.BG,
+        "BV": config.BV, "V": config.V, "TAPS": config.TAPS,
+    }  # fmt: skip
 
 
 def tap_grad(args) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -221,33 +234,31 @@ def _tile_launches(call: Call, arguments: dict, results: tuple, need: Needs, con
         yield backward_tile.filter_sums, (call.B * ceil_div(call.T, blocks.BT) * h_blocks,), own
     owners = call.B if call.per_batch and not call.per_row else 1
     c_blocks = ceil_div(call.C, config.BC)
-    needs = need._replace(FILTER=need.FILTER and not rowwise)
     common = {
-        **arguments, "statistics": statistics, "grad_state": grad_state, "c_blocks": c_blocks,
-        "DTYPE": call.accumulator, "BT": config.BT, "BC": config.BC, "KP": config.KP, "UNROLL": config.UNROLL,
+        **arguments, "statistics": statistics, "grad_state": grad_state, "c_blocks": c_blocks, "filters": call.x,
+        "biases": call.x, "OF_STATE": False, **tile_arguments(call, config),
     }  # fmt: skip
-    if needs.X or needs.GATE or needs.FILTER or needs.BIAS:
-        tiles = ceil_div(call.T, config.BT) * call.B // owners
-        groups = configs.groups(tiles, c_blocks, owners)
-        filters = sums_like(call.x, owners, groups, call.C, call.K) if needs.FILTER else call.x
-        biases = sums_like(call.x, owners * groups, call.C) if needs.BIAS else call.x
-        own = {
-            **common, "filters": filters, "biases": biases, "t_blocks": tiles, "groups": groups, "NEED": needs,
-            "OF_STATE": False,
-        }  # fmt: skip
-        chunks = ceil_div(call.K, config.KP) if needs.FILTER else 1
-        yield backward_tile.grad_tile, (c_blocks * groups * owners, chunks), own
-        if needs.FILTER:
+    tiles = tile_blocks(call, call.T, config) * call.B // owners
+    chunks = ceil_div(call.K, config.TAPS)
+    # Sums for all taps fit into registers, or the other gradients come first and then, TAPS at a time, these.
+    needs = need._replace(FILTER=need.FILTER and not rowwise, STATE=False)
+    filters_alone = Needs(X=False, GATE=False, FILTER=needs.FILTER, BIAS=False, STATE=False)
+    for part in (needs,) if chunks == 1 else (needs._replace(FILTER=False), filters_alone):
+        if not any(part):
+            continue
+        groups = configs.groups(tiles, c_blocks * (chunks if part.FILTER else 1), owners)
+        filters = sums_like(call.x, owners, groups, call.C, call.K) if part.FILTER else call.x
+        biases = sums_like(call.x, owners * groups, call.C) if part.BIAS else call.x
+        own = {"filters": filters, "biases": biases, "t_blocks": tiles, "groups": groups, "NEED": part}
+        yield backward_tile.grad_tile, (c_blocks * groups * owners, chunks if part.FILTER else 1), common | own
+        if part.FILTER:
             yield _reduce_filters(call, filters, grad_weight, owners, call.C // call.H, False)
-        if needs.BIAS:
+        if part.BIAS:
             yield _reduce_bias(call, biases, grad_bias)
     if need.STATE:
         tiles = ceil_div(call.shape.span, config.BT) * call.sequence_count * call.B // owners
-        own = {
-            **common, "filters": call.x, "biases": call.x, "t_blocks": tiles, "groups": tiles,
-            "NEED": needs._replace(FILTER=False, BIAS=False), "OF_STATE": True,
-        }  # fmt: skip
-        yield backward_tile.grad_tile, (c_blocks * tiles * owners, 1), own
+        own = {"t_blocks": tiles, "groups": tiles, "NEED": need._replace(FILTER=False, BIAS=False), "OF_STATE": True}
+        yield backward_tile.grad_tile, (c_blocks * tiles * owners, 1), common | own
     if need.FILTER and rowwise:
         t_blocks, h_blocks = ceil_div(call.T, blocks.BT), ceil_div(call.H, blocks.BH)
         filters = call.x if call.per_time else sums_like(call.x, call.B, t_blocks, call.H, call.K)

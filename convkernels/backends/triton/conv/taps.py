@@ -195,36 +195,67 @@ def inputs_at(inputs, b, c, states):
 
 
 @triton.jit
+def rows_from(x, s):
+    """x from x[s] on."""
+    return Rows(x.data + tl.cast(s, tl.int64) * x.time, x.batch, x.time, x.channel)
+
+
+@triton.jit
+def inputs_from(z, s):
+    """Inputs from position s on."""
+    mask = Mask(z.mask.data + tl.cast(s, tl.int64) * z.mask.time, z.mask.batch, z.mask.time)
+    return Inputs(rows_from(z.x, s), rows_from(z.gate, s), mask, rows_from(z.state, s))
+
+
+@triton.jit
+def load_row(x, keep, DTYPE: tl.constexpr):
+    """The first row of x in the accumulation type; 0 where not ``keep``."""
+    return widen(tl.load(x.data, mask=keep, other=0.0), DTYPE)
+
+
+@triton.jit
 def load_rows(x, s, keep, DTYPE: tl.constexpr):
     """x[s] in the accumulation type; 0 where not ``keep``."""
-    return widen(tl.load(x.data + s.to(tl.int64) * x.time, mask=keep, other=0.0), DTYPE)
+    return load_row(rows_from(x, s), keep, DTYPE)
+
+
+@triton.jit
+def store_row(x, value, keep):
+    """The first row of x = value where ``keep``."""
+    tl.store(x.data, narrow(value, x.data.dtype.element_ty), mask=keep)
 
 
 @triton.jit
 def store_rows(x, s, value, keep):
     """x[s] = value where ``keep``."""
-    value = narrow(value, x.data.dtype.element_ty)
-    tl.store(x.data + s.to(tl.int64) * x.time, value, mask=keep)
+    store_row(rows_from(x, s), value, keep)
 
 
 @triton.jit
-def unmasked(mask, s, inside, HAS_MASK: tl.constexpr):
-    """``inside``, less the positions that the padding mask excludes."""
+def unmasked(mask, inside, HAS_MASK: tl.constexpr):
+    """``inside``, less the rows that the padding mask excludes."""
     if HAS_MASK:
-        inside = inside & (tl.load(mask.data + s.to(tl.int64) * mask.time, mask=inside, other=0) != 0)
+        inside = inside & (tl.load(mask.data, mask=inside, other=0) != 0)
     return inside
 
 
 @triton.jit
 def load_input(z, s, columns, sequence, span, INPUT: tl.constexpr, DTYPE: tl.constexpr):
-    """z[s]: x, gated, 0 by selection where masked or outside; positions before the sequence from the state."""
-    inside = unmasked(z.mask, s, (s >= sequence.begin) & (s < sequence.end), INPUT.HAS_MASK) & columns
-    value = load_rows(z.x, s, inside, DTYPE)
+    """z[s]; ``z`` is the input from position 0 on."""
+    return load_input_row(inputs_from(z, s), s, columns, sequence, span, INPUT, DTYPE)
+
+
+@triton.jit
+def load_input_row(z, s, columns, sequence, span, INPUT: tl.constexpr, DTYPE: tl.constexpr):
+    """The first row of z, which is position s: x, gated, 0 by selection where masked or outside; positions before the
+    sequence from the state."""
+    inside = unmasked(z.mask, (s >= sequence.begin) & (s < sequence.end), INPUT.HAS_MASK) & columns
+    value = load_row(z.x, inside, DTYPE)
     if INPUT.HAS_GATE:
-        value *= tl.sigmoid(load_rows(z.gate, s, inside, DTYPE))
+        value *= tl.sigmoid(load_row(z.gate, inside, DTYPE))
     if INPUT.HAS_STATE:
         before = (s < sequence.begin) & (s >= sequence.begin - span) & columns
-        value += load_rows(z.state, s, before, DTYPE)
+        value += load_row(z.state, before, DTYPE)
     return value
 
 
@@ -234,19 +265,25 @@ def gradients_at(gradients, b, c):
 
 
 @triton.jit
+def gradients_from(gradients, s):
+    """Gradients from position s on."""
+    return Gradients(rows_from(gradients.x, s), rows_from(gradients.gate, s))
+
+
+@triton.jit
 def store_input_gradient(
-    dz, z, gradients, s, inside, wanted, INPUT: tl.constexpr, NEED: tl.constexpr, DTYPE: tl.constexpr
+    dz, z, gradients, inside, wanted, INPUT: tl.constexpr, NEED: tl.constexpr, DTYPE: tl.constexpr
 ):
-    """d(x) and d(gate) from d(z) at positions that exist; 0 where not ``wanted``, that is, where masked."""
+    """The first rows of d(x) and d(gate) from d(z) where positions exist; 0 where not ``wanted``, that is, masked."""
     dx = dz
     if INPUT.HAS_GATE:
-        opened = tl.sigmoid(load_rows(z.gate, s, wanted, DTYPE))
+        opened = tl.sigmoid(load_row(z.gate, wanted, DTYPE))
         dx = dz * opened
         if NEED.GATE:
-            dgate = dz * load_rows(z.x, s, wanted, DTYPE) * (opened * (1.0 - opened))
-            store_rows(gradients.gate, s, tl.where(wanted, dgate, 0.0), inside)
+            dgate = dz * load_row(z.x, wanted, DTYPE) * (opened * (1.0 - opened))
+            store_row(gradients.gate, tl.where(wanted, dgate, 0.0), inside)
     if NEED.X:
-        store_rows(gradients.x, s, tl.where(wanted, dx, 0.0), inside)
+        store_row(gradients.x, tl.where(wanted, dx, 0.0), inside)
 
 
 @triton.jit
