@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from benchmarks.machine_code.control_flow import COUNTED, ControlFlow, Unreadable, Work, instructions_of
+from benchmarks.machine_code.control_flow import ControlFlow, Work
+from benchmarks.machine_code.instructions import COUNTED, Unreadable, instructions_of
 
 COPY, STORE = "LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64]", "STG.E.128 desc[UR4][R2.64], R4"
 MULTIPLY, ADD, READ = "FFMA R4, R5, R6, R4", "IADD3 R1, R1, 0x10, RZ", "LDS R5, [R1]"

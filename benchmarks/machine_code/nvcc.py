@@ -6,7 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks.machine_code import control_flow
+from benchmarks.machine_code.control_flow import ControlFlow
+from benchmarks.machine_code.instructions import COUNTED, Unreadable
 from benchmarks.machine_code.loops import MAIN_LOOPS, copies_in_bulk
 from benchmarks.machine_code.rules import (
     LoopCost,
@@ -83,12 +84,12 @@ def _main_loops(kernel: str, variant: str, code: str) -> tuple[LoopCost, ...]:
     flow, costs = None, []
     for loop in loops:
         try:
-            flow = flow or control_flow.ControlFlow(code)
+            flow = flow or ControlFlow(code)
             one = flow.cheapest_pass(loop.work)
             classes, body, fault = one.classes, flow.body_length(one), ""
-        except control_flow.Unreadable as error:
+        except Unreadable as error:
             classes, body, fault = {}, 0, f"{error}: loops.py no longer describes this kernel"
-        shares = {name: classes.get(name, 0) / loop.makes for name in control_flow.COUNTED}
+        shares = {name: classes.get(name, 0) / loop.makes for name in COUNTED}
         total = sum(shares.values())
         costs.append(LoopCost(kernel, variant, loop.case, loop.per, total, shares, fault, body))
     return tuple(costs)
@@ -144,5 +145,5 @@ def main_loops(architecture: str = "90a") -> list[LoopCost]:
     for loop, cost in zip(MAIN_LOOPS, found, strict=True):
         if cost is None or cost.fault:
             why = cost.fault if cost else f"the library has no such kernel for sm_{architecture}"
-            raise control_flow.Unreadable(f"{loop.variant} / {loop.kernel}, {loop.case}: {why}")
+            raise Unreadable(f"{loop.variant} / {loop.kernel}, {loop.case}: {why}")
     return found

@@ -15,7 +15,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.machine_code.control_flow import COUNTED, MATRIX, ControlFlow, classes_of, instructions_of
+from benchmarks.machine_code.control_flow import ControlFlow
+from benchmarks.machine_code.instructions import COUNTED, MATRIX, classes_of, instructions_of
 from benchmarks.machine_code.rules import LoopCost, Resources, Rules, read_code, read_usage, run_tool, tools
 from convkernels.backends.triton.attention import launch as attention_launch
 from convkernels.backends.triton.conv import configs, launch

@@ -12,9 +12,9 @@ from math import prod
 
 import torch
 
-from benchmarks.machine_code.control_flow import classes_of
 from benchmarks.machine_code.counters import SECTOR
 from benchmarks.machine_code.estimate import PRODUCT, of_a_copy, of_counts, row
+from benchmarks.machine_code.instructions import classes_of
 from benchmarks.machine_code.triton import Variant, compiled, executed, missing
 
 __all__ = ["CASES", "missing", "rows"]
