@@ -112,8 +112,8 @@ def _rows(t: str) -> list[MainLoop]:
     over 16 lanes. Walks have 8 taps unrolled, of which 7 are run through, others 4."""
     n, number = VECTORS[t], r"LDGSTS\.E(?!\.)"
     copy = (1, Work({"LDG": 0, "FMUL": 0}, ((2, Work({number: 2, "LDG": 0})),)))
-    loops = [{"FMNMX": 4}, {"MUFU.EX2": 4, "STS": 4}, {"FMUL": 4, "STS": 4, "FADD": 0}]
-    make = (1, Work({"MUFU.EX2": 0, "LDG": 0, "FMNMX": 0}, tuple((7 / 4, Work(loop)) for loop in loops)))
+    loops = [{"LDS": 4, "STS": 0}, {"MUFU.EX2": 4, "STS": 4}, {"FMUL": 4, "STS": 4, "FADD": 0}]
+    make = (1, Work({"MUFU.EX2": 0, "LDG": 0, "FMNMX3?": 0}, tuple((7 / 4, Work(loop)) for loop in loops)))
     loops = [{"LDS": 8, "FFMA": 4, "STS": 0}, {"LDS": 8, "FADD": 4, "FMUL": 4, "STS": 4, "MUFU": 0}]
     finish = (1, Work({"MUFU.EX2": 0, "LDG": 0, "FMUL": 0}, tuple((7 / 4, Work(loop)) for loop in loops)))
     store = (1, Work({"FMUL": 0}, ((2, Work({"STG": 2, "LDS": 2})),)))

@@ -81,22 +81,21 @@ template <class T, int kCount>
 CK_DEVICE void load_inputs(Compute<T> (&z)[kCount], const Problem& p, int64_t b, int64_t s, int64_t step, int64_t count,
                            int64_t c, const Sequence& sequence) {
   // What concerns all of them is asked once, and addresses are moved on.
-  const T* from[kCount];
+  T raw[kCount];
   bool inside[kCount];
   const T* const first = at<const T>(p.x, b, s, c);
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
     inside[k] = k < count && sequence.contains(s + k * step);
-    from[k] = inside[k] ? first + k * (step * p.x.time) : nullptr;
+    raw[k] = inside[k] ? first[k * (step * p.x.time)] : T{};
   }
   if (p.state != nullptr && s < sequence.begin)
 #pragma unroll
     for (int k = 0; k < kCount; ++k)
-      if (k < count && s + k * step < sequence.begin)
-        from[k] = state_at<const T>(p, const_cast<void*>(p.state), b, s + k * step, c, sequence);
-  T raw[kCount];
-#pragma unroll
-  for (int k = 0; k < kCount; ++k) raw[k] = from[k] == nullptr ? T{} : *from[k];
+      if (k < count && s + k * step < sequence.begin) {
+        const T* const row = state_at<const T>(p, const_cast<void*>(p.state), b, s + k * step, c, sequence);
+        if (row != nullptr) raw[k] = *row;
+      }
 #pragma unroll
   for (int k = 0; k < kCount; ++k) z[k] = widen(raw[k]);
   if (p.gate.data != nullptr) {
