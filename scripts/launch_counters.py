@@ -104,7 +104,9 @@ def _cases() -> dict[str, Case]:
             make = kernel_cases.convolution(op, taps, direction, **options)
             loop = f"{taps} taps{', gate + mask' if options else ''}"
             cases[f"{name}-{short}"] = Case(make, replace(small, **changes), replace(large, **changes), loop)
-        cases[f"time-k7-{short}"] = Case(kernel_cases.time_layout(direction), small, large, "7 taps")
+        for name, changes in (("time-k7", {}), ("time-k7-float32", float32)):
+            make = kernel_cases.time_layout(direction)
+            cases[f"{name}-{short}"] = Case(make, replace(small, **changes), replace(large, **changes), "7 taps")
         for name, form, size in (
             ("attention-d64-plain", attention.PLAIN, 64),
             ("attention-d64", attention.COMPOSITE, 64),

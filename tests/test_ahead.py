@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -187,6 +188,13 @@ def test_what_breaks_a_rule_is_found(tmp_path):
     assert "8 bytes of stack" in found(good, spills=8)
     assert "no 16-byte" in found(good, wide_stores=0)
     assert "no matrix instructions" in found(band, matrix=0)
+    halves = dataclasses.replace(rules, streaming=(), vectors=("stream",), scattered=("per channel",))
+    budget.write_text(halves.to_budget([good, dataclasses.replace(good, variant="per channel")]))
+    assert halves.violations([dataclasses.replace(good, vector_loads=1, vector_stores=1)]) == []
+    assert halves.violations([dataclasses.replace(good, variant="per channel")]) == []
+    (text,) = halves.violations([dataclasses.replace(good, vector_loads=1)])
+    assert "no 8-byte loads and stores" in text
+    budget.write_text(rules.to_budget([good, band]))
     newest = dataclasses.replace(rules, multiplying=("stream",), units={"90": "wgmma"})
     assert newest.violations([dataclasses.replace(good, unit="wgmma")]) == []
     assert "multiplies by mma, not" in newest.violations([dataclasses.replace(good, unit="mma")])[0]
@@ -291,10 +299,12 @@ def test_the_command_says_what_it_does_not_compare_and_what_it_raises(tmp_path, 
 def test_machine_code_is_counted():
     code = """
         LDG.E.128 R4, [R2.64] ; LDG.E.U16 R0, [R2.64] ; LDGSTS.E.BYPASS.128 [R9], [R2.64] ;
+        LDG.E.64 R4, [R2.64] ; STG.E.64 [R2.64], R4 ;
         STG.E.128 [R2.64], R4 ; STG.E [R2.64], R0 ; HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
     """
     assert read_code(code) == {
-        "wide_loads": 2, "narrow_loads": 1, "wide_stores": 1, "narrow_stores": 1, "matrix": 1,
+        "wide_loads": 2, "narrow_loads": 2, "wide_stores": 1, "narrow_stores": 2, "matrix": 1,
+        "vector_loads": 3, "vector_stores": 2,
     }  # fmt: skip
     usage = "REG:52 STACK:8 SHARED:2048 LOCAL:16 CONSTANT[0]:816"
     assert read_usage(usage) == {"registers": 52, "spills": 24, "shared": 2048}
@@ -342,3 +352,19 @@ def test_parameter_lists_stay_short():
     assert launched < set(counts)
     for name, count in counts.items():
         assert count <= (40 if name in launched else 10), (name, count)
+
+
+def test_what_the_estimate_of_triton_takes_a_launch_to_move():
+    triton_ahead()
+    from benchmarks.machine_code import triton_estimate as estimate
+
+    assert estimate.products(Counter({"HMMA.16816.F32.BF16": 3, "HGMMA.64x64x16.F32.BF16": 2})) == 3 + 2 * 8
+    x = 2 * 16 * 4096 * 1024
+    for name, forward, backward in (("k7", 2, 3), ("gate-k7", 3, 5), ("dynamic-k7", 2 + 7 / 64, 3 + 14 / 64)):
+        variant = estimate.CASES[name]
+        for direction, least in (("fwd", forward), ("bwd", backward)):
+            assert estimate.least(variant, direction) == least * x
+            launches = variant.passes()[direction]
+            moved = sum(estimate.moved(variant, kernel.__name__, arguments) for kernel, _, arguments in launches)
+            assert 1 < moved / (least * x) < 1.2
+    assert estimate.rows("no such case") == []

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from benchmarks.machine_code.control_flow import ControlFlow, Work
-from benchmarks.machine_code.instructions import COUNTED, Unreadable, instructions_of
+from benchmarks.machine_code.instructions import COUNTED, Unreadable, classes_of, instructions_of
 
 COPY, STORE = "LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64]", "STG.E.128 desc[UR4][R2.64], R4"
 MULTIPLY, ADD, READ = "FFMA R4, R5, R6, R4", "IADD3 R1, R1, 0x10, RZ", "LDS R5, [R1]"
@@ -220,3 +220,31 @@ def test_warps_that_come_apart_are_not_followed():
     (only,) = found.loops.values()
     assert len(only) == 3
     assert found.cheapest_pass(Work({"LDGSTS": 1})).instructions == 4
+
+
+def test_a_whole_kernel_is_its_longest_way_past_all_products():
+    """What masks may skip counts; what is there for numbers that are not finite does not; loops as often as asked."""
+    found = flow(
+        f"""
+        @P0 BRA outside
+        3 {READ}
+        outside:
+        tiles:
+        2 HMMA.16816.F32.BF16 R4, R8, R12, R4
+        @P1 BRA finite
+        slow:
+        9 {MULTIPLY}
+        @P2 BRA slow
+        finite:
+        {STORE}
+        @P3 BRA tiles
+        EXIT
+        """
+    )
+    names = found.whole(lambda inside: 5 if inside["HMMA"] else 0)
+    assert names["LDS"] == 3 and names["HMMA.16816.F32.BF16"] == 10 and names["STG.E.128"] == 5
+    assert not names["FFMA"] and classes_of(names)["matrix"] == 10 and names["BRA"] == 1 + 5 * 2
+    without = flow(f"@P0 BRA end\n{READ}\n{STORE}\nend:\nEXIT").whole(lambda inside: 1)
+    assert without == {"BRA": 1, "LDS": 1, "STG.E.128": 1, "EXIT": 1}
+    with pytest.raises(Unreadable, match="no way through the kernel meets all its STG"):
+        flow(f"@P0 BRA other\n{STORE}\nEXIT\nother:\n{STORE}\nEXIT").whole(lambda inside: 1)

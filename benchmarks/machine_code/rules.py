@@ -29,8 +29,9 @@ class LoopCost:
 @dataclass(frozen=True)
 class Resources:
     """What one kernel takes. spills: bytes of stack per thread. wide and narrow: loads and stores of global memory of
-    16 bytes per thread or more, and of fewer. matrix: matrix instructions. unit: the matrix unit they are for, by the
-    name of its instruction in PTX, where that is known. loops: its main loops, those that are described."""
+    16 bytes per thread or more, and of fewer; vector: those of 8 or more. matrix: matrix instructions. unit: the matrix
+    unit they are for, by the name of its instruction in PTX, where that is known. loops: its main loops, those that are
+    described."""
 
     variant: str
     kernel: str
@@ -45,6 +46,8 @@ class Resources:
     matrix: int
     unit: str = ""
     loops: tuple[LoopCost, ...] = ()
+    vector_loads: int = 0
+    vector_stores: int = 0
 
     @property
     def key(self) -> str:
@@ -96,7 +99,10 @@ def read_code(code: str) -> dict[str, int]:
     # copies are of 16 bytes and more.
     loads, stores = (re.findall(rf"{name}\b((?:\.\w+)*)", code) for name in ("LDG(?:STS)?", "STG"))
     wide_loads, wide_stores = (sum(".128" in a or ".256" in a for a in accesses) for accesses in (loads, stores))
+    pairs = [sum(".64" in a for a in accesses) for accesses in (loads, stores)]
     return {
+        "vector_loads": wide_loads + pairs[0],
+        "vector_stores": wide_stores + pairs[1],
         "wide_loads": wide_loads + code.count("UBLKCP.S.G"),
         "narrow_loads": len(loads) - wide_loads,
         "wide_stores": wide_stores,
@@ -153,6 +159,9 @@ class Rules:
     version: str
     streaming: tuple[str, ...] = ()
     """Kernels that move whole tensors, 16 bytes at a time."""
+    vectors: tuple[str, ...] = ()
+    """Kernels that move whole tensors, 8 bytes at a time or more, but for these variants:"""
+    scattered: tuple[str, ...] = ()
     banded: tuple[str, ...] = ()
     """Kernels that multiply on matrix units."""
     multiplying: tuple[str, ...] = ()
@@ -194,6 +203,9 @@ class Rules:
                 found.append(f"{result.key}: {result.spills} bytes of stack, expected none")
             if result.kernel in self.streaming and not (result.wide_loads and result.wide_stores):
                 found.append(f"{result.key}: no 16-byte loads and stores")
+            moved = result.kernel in self.vectors and result.variant not in self.scattered
+            if moved and not (result.vector_loads and result.vector_stores):
+                found.append(f"{result.key}: no 8-byte loads and stores")
             if result.kernel in self.banded and not result.matrix:
                 found.append(f"{result.key}: no matrix instructions")
             if result.kernel in self.multiplying and result.unit != self.units[result.architecture]:

@@ -30,7 +30,10 @@ RULES = Rules(
     Path(__file__).with_name("triton.txt"),
     "triton",
     triton.__version__,
-    streaming=("conv_tile", "conv_band", "grad_tile", "grad_band", "grad_window"),
+    streaming=("conv_band", "grad_band", "grad_window"),
+    vectors=("conv_tile", "grad_tile"),
+    # A thread has one channel of filters that differ by position and channel.
+    scattered=("dynamic per channel K=4", "dynamic per channel gate mask K=4", "dynamic per channel K=63"),
     banded=("conv_band", "grad_band"),
     multiplying=("attention_forward", "grad_queries", "grad_keys"),
     units=MATRIX_UNITS,
@@ -283,7 +286,7 @@ def measure(variant: str, kernel, arguments: dict, architecture: int) -> Resourc
     unit = next((name for name in MATRIX_UNITS.values() if name in made.asm["ptx"]), "")
     figures = read_usage(usage) | read_code(code) | {"shared": made.metadata.shared, "unit": unit}
     loops = ()
-    if kernel.__name__ in RULES.streaming:
+    if kernel.__name__ in (*RULES.streaming, *RULES.vectors):
         names = executed(kernel.__name__, arguments, code)
         classes = {name: classes_of(names)[name] for name in COUNTED}
         whole = sum(classes.values())

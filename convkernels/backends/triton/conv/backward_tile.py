@@ -86,28 +86,29 @@ def add_gradients(
         t = first_output + n * relation.dilation
         reached = (t >= sequence.begin) & (t < sequence.end)
         dy = load_row(rows_from(dy_at, n * relation.dilation), reached & columns, DTYPE)
-        for j in tl.static_range(max(0, TAPS - 1 - n), min(TAPS, ROWS + TAPS - 1 - n)):
-            # By tap j this row is met by row n + j - (TAPS - 1) of the group.
-            if INPUTS:
-                if PER_ROW:
-                    real = reached & exists
-                    there = Place(place.b, t, place.h)
-                    found = Statistics(t, t)  # without softmax not looked at
-                    if FILTER.SOFTMAX:
-                        at = statistics + ((place.b.to(tl.int64) * T + t) * sizes.H + place.h) * 2
-                        largest, inverse = tl.load(at, mask=real, other=0.0), tl.load(at + 1, mask=real, other=0.0)
-                        found = Statistics(largest, inverse)
-                    tap, p, factor = filter_tap(
-                        filters_at(weight, there, FILTER), there, first + j, real, found, sequence, relation, dropout,
-                        FILTER, DTYPE,
-                    )  # fmt: skip
-                    # A filter that is not there may be NaN.
-                    share = tl.where(real, tap * dy, 0.0)
-                else:
-                    share = w[j] * dy
-                gradients = replace(gradients, n + j - TAPS + 1, gradients[n + j - TAPS + 1] + share)
-            if FILTERS:
-                sums = replace(sums, j, sums[j] + dy * z[n + j - TAPS + 1])
+        for j in tl.static_range(TAPS):
+            # By tap j this row is met by row n + j - (TAPS - 1) of the group, if there is such a row.
+            if n + j >= TAPS - 1 and n + j < ROWS + TAPS - 1:
+                if INPUTS:
+                    if PER_ROW:
+                        real = reached & exists
+                        there = Place(place.b, t, place.h)
+                        found = Statistics(t, t)  # without softmax not looked at
+                        if FILTER.SOFTMAX:
+                            at = statistics + ((place.b.to(tl.int64) * T + t) * sizes.H + place.h) * 2
+                            largest, inverse = tl.load(at, mask=real, other=0.0), tl.load(at + 1, mask=real, other=0.0)
+                            found = Statistics(largest, inverse)
+                        tap, p, factor = filter_tap(
+                            filters_at(weight, there, FILTER), there, first + j, real, found, sequence, relation,
+                            dropout, FILTER, DTYPE,
+                        )  # fmt: skip
+                        # A filter that is not there may be NaN.
+                        share = tl.where(real, tap * dy, 0.0)
+                    else:
+                        share = w[j] * dy
+                    gradients = replace(gradients, n + j - TAPS + 1, gradients[n + j - TAPS + 1] + share)
+                if FILTERS:
+                    sums = replace(sums, j, sums[j] + dy * z[n + j - TAPS + 1])
     return gradients, sums
 
 
@@ -128,6 +129,7 @@ def grad_tile(
     REST: tl.constexpr = K % TAPS
     PER_ROW: tl.constexpr = FILTER.PER_TIME or FILTER.RENORMALIZE
     INPUTS: tl.constexpr = NEED.X or NEED.GATE or OF_STATE
+    READ: tl.constexpr = ROWS if NEED.FILTER else 0
     T, C = sizes.T, sizes.C
     pid = tl.program_id(0)
     first_tap = tl.program_id(1) * TAPS
@@ -170,7 +172,7 @@ def grad_tile(
         z_at = inputs_from(inputs_at(inputs, b, c, no_state), s)
         dy_at = columns_at(grad, b, c)
         z = ()
-        for i in tl.static_range(ROWS if NEED.FILTER else 0):
+        for i in tl.static_range(READ):
             here = inputs_from(z_at, i * dilation)
             wanted = unmasked(here.mask, s + i * dilation < T, INPUT.HAS_MASK) & columns
             one = load_row(here.x, wanted, DTYPE)

@@ -194,7 +194,7 @@ def band(shape: Shape, backward: bool = False) -> Band:
     if backward:
         many = shape.gate or shape.dtype != "bfloat16"
         if shape.dtype == "float32":
-            BT, BC, warps = 16 if shape.per_row or HALO > 32 else 32, 32, 4
+            BT, BC, warps = (16, 32, 2) if shape.per_row else (16 if HALO > 32 else 32, 32, 4)
         elif many and HALO == 32 and not shape.per_row:
             BT, BC, warps = 64, 32, 4
         elif many and (HALO > 16 or shape.per_row):

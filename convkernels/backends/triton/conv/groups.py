@@ -48,19 +48,20 @@ def first_positions(block, blocks, relation, BG: tl.constexpr, ROWS: tl.constexp
 @triton.jit
 def whole_filters(weight, place, exists, sequence, relation, dropout, FILTER: tl.constexpr, DTYPE: tl.constexpr):
     """w' of every tap, after softmax and dropout: a tuple of tiles of the shape of ``exists``."""
+    K: tl.constexpr = FILTER.K
     taps = ()
-    for j in tl.static_range(FILTER.K):
+    for j in tl.static_range(K):
         taps = taps + (widen(tl.load(weight.data + j * weight.tap, mask=exists, other=0.0), DTYPE),)
     if FILTER.SOFTMAX:
         logits, taps = taps, ()
         largest = tl.full(exists.shape, float("-inf"), DTYPE)
-        for j in tl.static_range(FILTER.K):
+        for j in tl.static_range(K):
             real = exists
             if FILTER.RENORMALIZE:
                 real = real & tap_exists(place.t, j, sequence, relation, FILTER.HAS_STATE)
             largest = tl.maximum(largest, tl.where(real, logits[j], float("-inf")))
         total = tl.zeros(exists.shape, DTYPE)
-        for j in tl.static_range(FILTER.K):
+        for j in tl.static_range(K):
             power = tl.exp(logits[j] - largest)
             if FILTER.RENORMALIZE:
                 real = exists & tap_exists(place.t, j, sequence, relation, FILTER.HAS_STATE)
@@ -69,11 +70,11 @@ def whole_filters(weight, place, exists, sequence, relation, dropout, FILTER: tl
             total += power
         inverse = 1.0 / tl.where(total == 0.0, 1.0, total)  # no tap exists
         powers, taps = taps, ()
-        for j in tl.static_range(FILTER.K):
+        for j in tl.static_range(K):
             taps = taps + (powers[j] * inverse,)
     if FILTER.DROPOUT:
         all_taps, taps = taps, ()
-        for j in tl.static_range(FILTER.K):
+        for j in tl.static_range(K):
             factor = tl.where(kept(dropout, place, j, FILTER), number_from_bits(dropout.scale, DTYPE), 0.0)
             taps = taps + (all_taps[j] * factor,)
     return taps
@@ -119,8 +120,9 @@ def add_taps(
     for n in tl.static_range(ROWS + TAPS - 1):
         here = inputs_from(z, n * relation.dilation)
         row = load_input_row(here, s + n * relation.dilation, columns, sequence, span, INPUT, DTYPE)
-        for i in tl.static_range(max(0, n - TAPS + 1), min(ROWS, n + 1)):
-            totals = replace(totals, i, totals[i] + filters[i][n - i] * row)
+        for i in tl.static_range(ROWS):
+            if i <= n and n < i + TAPS:
+                totals = replace(totals, i, totals[i] + filters[i][n - i] * row)
     return totals
 
 

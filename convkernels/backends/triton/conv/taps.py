@@ -325,7 +325,9 @@ def filter_rows(
     """Whole filters, taps side by side (j a row): w' after softmax and dropout, p after softmax, and the multiplier of
     dropout, each [filters, taps]. ``rows`` (a column): positions that exist; the others have filters of 0."""
     taps = rows & (j < FILTER.K)
-    w = widen(tl.load(weight.data + j.to(tl.int64) * weight.tap, mask=taps, other=0.0), DTYPE)
+    # Triton 3.4 does not broadcast pointers to the shape of a mask.
+    at = weight.data + j.to(tl.int64) * weight.tap + rows.to(tl.int64) * 0
+    w = widen(tl.load(at, mask=taps, other=0.0), DTYPE)
     if FILTER.SOFTMAX:
         real = taps
         if FILTER.RENORMALIZE:
