@@ -174,7 +174,8 @@ def tile(shape: Shape, backward: bool = False) -> Tile:
     V = min(V, power_of_2(shape.channels))
     alone = shape.packed or not shape.phased or (backward and (shape.per_row or shape.state))
     phase = ceil_div(shape.time, shape.dilation)
-    ROWS = 1 if alone else min(8, max(1, power_of_2(phase) // 16))
+    most = 4 if shape.per_row and shape.gate else 8
+    ROWS = 1 if alone else min(most, max(1, power_of_2(phase) // 16))
     # 128 bytes of a row side by side, if there are as many.
     BV = min(power_of_2(ceil_div(shape.channels, V)), max(8, 64 // V) if backward else 8 if V > 1 else 32)
     BG = min(128 // BV, power_of_2(ceil_div(shape.time if ROWS == 1 else phase, ROWS)))
@@ -183,19 +184,22 @@ def tile(shape: Shape, backward: bool = False) -> Tile:
 
 def band(shape: Shape, backward: bool = False) -> Band:
     """The window's halo holds K - 1 rows; a tile as high as its halo, or twice as high, costs little more to read than
-    its rows, and 64 rows by four warps are what the newest matrix units multiply at once. The backward pass is bound by
+    its rows, and 64 rows by four warps are what the newest matrix units multiply at once; older ones lack the registers
+    for these if several bfloat16 numbers make up an element. The backward pass is bound by
     registers (`benchmarks/machine_code` counts them), the more so the more bfloat16 numbers make up an element; as many
     warps share a tile as leave 16 bytes of a row to each thread. Filters of one position are made by two warps, so that
     a thread has enough of them."""
     HALO = max(16, power_of_2(shape.taps - 1))
     BT, BC, warps = max(64, HALO), 64, 4
+    many = shape.gate or shape.dtype != "bfloat16"
     if shape.per_row and HALO <= 32:
-        BT, warps = 32, 2
+        BT, warps = 32, 4 if backward and shape.dropout else 2
+    elif many:
+        BT = max(32, HALO)
     if backward:
-        many = shape.gate or shape.dtype != "bfloat16"
         if shape.dtype == "float32":
             BT, BC, warps = (16, 32, 2) if shape.per_row else (16 if HALO > 32 else 32, 32, 4)
-        elif many and HALO == 32 and not shape.per_row:
+        elif shape.dtype == "bfloat16" and many and HALO == 32 and not shape.per_row:
             BT, BC, warps = 64, 32, 4
         elif many and (HALO > 16 or shape.per_row):
             BT, BC, warps = 16, 32, 2
@@ -204,7 +208,7 @@ def band(shape: Shape, backward: bool = False) -> Band:
         elif HALO > 32:
             BT, BC, warps = 16, 64, 4
         elif not shape.per_row:
-            BT = 2 * HALO
+            BT, warps = 2 * HALO, 4
     if BC > shape.head_channels:
         narrow = power_of_2(shape.head_channels)
         warps, BC = max(1, warps * narrow // BC), narrow
