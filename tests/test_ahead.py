@@ -354,6 +354,16 @@ def test_parameter_lists_stay_short():
         assert count <= (40 if name in launched else 10), (name, count)
 
 
+def test_launches_of_one_kernel_are_held_to_one_budget():
+    ahead = triton_ahead()
+    loop = LoopCost("grad_tile", "long", "whole kernel", "thread", 24.0, {}, body=1000)
+    first = Resources("long", "grad_tile", "90", 64, 0, 512, 0, 4, 0, 2, 0, "", (loop,), 4, 2)
+    sums = dataclasses.replace(first, registers=80, shared=0, vector_loads=3, vector_stores=0)
+    both = ahead.together(first, sums)
+    assert (both.registers, both.shared, both.vector_loads, both.vector_stores) == (80, 512, 3, 2)
+    assert [one.case for one in both.loops] == ["whole kernel", "whole kernel, launch 2"]
+
+
 def test_what_the_estimate_of_triton_takes_a_launch_to_move():
     triton_ahead()
     from benchmarks.machine_code import triton_estimate as estimate

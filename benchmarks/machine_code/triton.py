@@ -6,7 +6,7 @@ The launches are those of ``launch``, for tensors without memory, so what is com
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -321,12 +321,23 @@ def executed(kernel: str, arguments: dict, code: str) -> Counter:
 
 
 def measure_all(variant: Variant | AttentionVariant, architectures=ARCHITECTURES) -> list[Resources]:
-    """Every launch of a variant for every architecture."""
-    return [
-        measure(variant.name, kernel, arguments, architecture)
-        for architecture in architectures
-        for kernel, arguments in variant.launches(architecture)
-    ]
+    """Every kernel of a variant for every architecture; of several launches of a kernel what the most demanding takes,
+    and the instructions of each."""
+    found: dict[str, Resources] = {}
+    for architecture in architectures:
+        for kernel, arguments in variant.launches(architecture):
+            one = measure(variant.name, kernel, arguments, architecture)
+            found[one.key] = together(found[one.key], one) if one.key in found else one
+    return list(found.values())
+
+
+def together(first: Resources, other: Resources) -> Resources:
+    # One that leaves nothing but sums stores no tensor.
+    most = ("registers", "spills", "shared", "wide_stores", "vector_stores")
+    largest = {name: max(getattr(first, name), getattr(other, name)) for name in most}
+    least = {name: min(getattr(first, name), getattr(other, name)) for name in ("wide_loads", "vector_loads", "matrix")}
+    renamed = (replace(loop, case=f"{loop.case}, launch {len(first.loops) + 1}") for loop in other.loops)
+    return replace(first, **largest, **least, loops=(*first.loops, *renamed))
 
 
 def missing() -> str | None:

@@ -4,11 +4,13 @@
 Sums over positions stay in the program's registers while it walks its tiles.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from ..device import narrow, sequence_bounds
-from .groups import first_positions, replace, some_taps, whole_filters, zeros
+from .groups import Bank, filters_of_row, first_positions, replace, some_taps, whole_filters, zeros
 from .taps import (
     Place,
     Sequence,
@@ -56,59 +58,62 @@ def filter_sums(
     tl.store(at + 1, found.inverse, mask=inside)
 
 
+class Met(NamedTuple):
+    """What taps meet: z of each position of a group; d(y); of filters that all positions share every tap, if all are
+    taken at once, and their statistics, or where those of each position are."""
+
+    z: Any
+    grad: Any
+    whole: Any
+    statistics: Any
+
+
 @triton.jit
-def nowhere(place):
-    """The place of filters that all positions share."""
-    return Place(place.b, place.h * 0, place.h)
+def tap_of_output(bank, statistics, t, reached, j, FILTER: tl.constexpr, DTYPE: tl.constexpr):
+    """w' of tap j of the filters of outputs t; statistics: where those of each position are."""
+    b, h = bank.place.b, bank.place.h
+    real, there = reached & bank.exists, Place(b, t, h)
+    found = Statistics(t, t)  # without softmax not looked at
+    if FILTER.SOFTMAX:
+        at = statistics + ((b.to(tl.int64) * bank.sizes.T + t) * bank.sizes.H + h) * 2
+        found = Statistics(tl.load(at, mask=real, other=0.0), tl.load(at + 1, mask=real, other=0.0))
+    weight = filters_at(bank.weight, there, FILTER)
+    w, p, factor = filter_tap(
+        weight, there, j, real, found, bank.sequence, bank.relation, bank.dropout, FILTER, DTYPE
+    )  # fmt: skip
+    return tl.where(real, w, 0.0)
 
 
 @triton.jit
 def add_gradients(
-    gradients, sums, z, grad, whole, statistics, weight, place, first, columns, exists, sizes, sequence, relation,
-    dropout,
-    FILTER: tl.constexpr, INPUTS: tl.constexpr, FILTERS: tl.constexpr, DTYPE: tl.constexpr,
-    ROWS: tl.constexpr, TAPS: tl.constexpr,
+    gradients, sums, met, bank, first,
+    FILTER: tl.constexpr, NEED: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
-    """``gradients``, d(z) of each row of a group, and ``sums``, d(w') of each tap, with what TAPS taps from ``first``
-    on add to them; INPUTS, FILTERS: which are wanted. place: of the first row; z: of each row; whole: all taps, if TAPS
-    are all; statistics: of the filters that all positions share, or where those of each position are."""
+    """``gradients``, d(z) of each position of a group, and ``sums``, d(w') of each tap, with what TAPS taps from
+    ``first`` on add to them."""
     PER_ROW: tl.constexpr = FILTER.PER_TIME or FILTER.RENORMALIZE
-    T = sizes.T
-    w = whole
+    INPUTS: tl.constexpr = NEED.X or NEED.GATE or NEED.STATE
+    w = met.whole
     if INPUTS and not PER_ROW and TAPS < FILTER.K:
-        w = some_taps(
-            filters_at(weight, nowhere(place), FILTER), nowhere(place), first, exists, statistics, sequence, relation,
-            dropout, FILTER, DTYPE, TAPS,
-        )  # fmt: skip
-    first_output = target(place.t, first + (TAPS - 1), relation)
-    dy_at = rows_from(grad, first_output)
+        w = some_taps(filters_of_row(bank, 0, FILTER), met.statistics, first, FILTER, DTYPE, TAPS)
+    dilation, sequence = bank.relation.dilation, bank.sequence
+    first_output = target(bank.place.t, first + (TAPS - 1), bank.relation)
+    dy_at = rows_from(met.grad, first_output)
     for n in tl.static_range(ROWS + TAPS - 1):
-        t = first_output + n * relation.dilation
+        t = first_output + n * dilation
         reached = (t >= sequence.begin) & (t < sequence.end)
-        dy = load_row(rows_from(dy_at, n * relation.dilation), reached & columns, DTYPE)
+        dy = load_row(rows_from(dy_at, n * dilation), reached & bank.columns, DTYPE)
         for j in tl.static_range(TAPS):
             # By tap j this row is met by row n + j - (TAPS - 1) of the group, if there is such a row.
             if n + j >= TAPS - 1 and n + j < ROWS + TAPS - 1:
                 if INPUTS:
                     if PER_ROW:
-                        real = reached & exists
-                        there = Place(place.b, t, place.h)
-                        found = Statistics(t, t)  # without softmax not looked at
-                        if FILTER.SOFTMAX:
-                            at = statistics + ((place.b.to(tl.int64) * T + t) * sizes.H + place.h) * 2
-                            largest, inverse = tl.load(at, mask=real, other=0.0), tl.load(at + 1, mask=real, other=0.0)
-                            found = Statistics(largest, inverse)
-                        tap, p, factor = filter_tap(
-                            filters_at(weight, there, FILTER), there, first + j, real, found, sequence, relation,
-                            dropout, FILTER, DTYPE,
-                        )  # fmt: skip
-                        # A filter that is not there may be NaN.
-                        share = tl.where(real, tap * dy, 0.0)
+                        share = tap_of_output(bank, met.statistics, t, reached, first + j, FILTER, DTYPE) * dy
                     else:
                         share = w[j] * dy
                     gradients = replace(gradients, n + j - TAPS + 1, gradients[n + j - TAPS + 1] + share)
-                if FILTERS:
-                    sums = replace(sums, j, sums[j] + dy * z[n + j - TAPS + 1])
+                if NEED.FILTER:
+                    sums = replace(sums, j, sums[j] + dy * met.z[n + j - TAPS + 1])
     return gradients, sums
 
 
@@ -128,7 +133,7 @@ def grad_tile(
     K: tl.constexpr = FILTER.K
     REST: tl.constexpr = K % TAPS
     PER_ROW: tl.constexpr = FILTER.PER_TIME or FILTER.RENORMALIZE
-    INPUTS: tl.constexpr = NEED.X or NEED.GATE or OF_STATE
+    INPUTS: tl.constexpr = NEED.X or NEED.GATE or NEED.STATE
     READ: tl.constexpr = ROWS if NEED.FILTER else 0
     T, C = sizes.T, sizes.C
     pid = tl.program_id(0)
@@ -143,12 +148,12 @@ def grad_tile(
     row_tiles = step * tl.cdiv(tl.cdiv(span if OF_STATE else T, step), BG * ROWS)  # of a batch row, or of a sequence
     whole = ()
     if INPUTS and not PER_ROW:
-        shared = nowhere(Place(owner, owner, h))
-        at, always = filters_at(weight, shared, FILTER), Sequence(0, 0, T)
+        nowhere, always = Place(owner, h * 0, h), Sequence(0, 0, T)
+        shared = Bank(filters_at(weight, nowhere, FILTER), nowhere, exists, columns, always, sizes, relation, dropout)
         if TAPS == K:
-            whole = whole_filters(at, shared, exists, always, relation, dropout, FILTER, DTYPE)
+            whole = whole_filters(shared, FILTER, DTYPE)
         else:
-            statistics = filter_statistics(at, shared.t, exists, always, relation, FILTER, DTYPE)
+            statistics = filter_statistics(shared.weight, nowhere.t, exists, always, relation, FILTER, DTYPE)
     filter_sums = zeros([BG, BV, V], DTYPE, TAPS)
     bias_sum = tl.zeros([BG, BV, V], DTYPE)
     for tile in tl.range(group, t_blocks, groups):
@@ -181,22 +186,15 @@ def grad_tile(
             z = z + (one,)
         dz = zeros([BG, BV, V], DTYPE, ROWS)
         place = Place(b if PER_ROW else owner, s, h)
+        bank = Bank(weight, place, exists, columns, sequence, sizes, relation, dropout)
+        met = Met(z, dy_at, whole, statistics)
         if NEED.FILTER:
-            dz, filter_sums = add_gradients(
-                dz, filter_sums, z, dy_at, whole, statistics, weight, place, first_tap, columns, exists, sizes,
-                sequence, relation, dropout, FILTER, INPUTS, True, DTYPE, ROWS, TAPS,
-            )  # fmt: skip
+            dz, filter_sums = add_gradients(dz, filter_sums, met, bank, first_tap, FILTER, NEED, DTYPE, ROWS, TAPS)
         elif INPUTS:
             for first in tl.range(0, K - REST, TAPS):
-                dz, none = add_gradients(
-                    dz, (), z, dy_at, whole, statistics, weight, place, first, columns, exists, sizes, sequence,
-                    relation, dropout, FILTER, True, False, DTYPE, ROWS, TAPS,
-                )  # fmt: skip
+                dz, none = add_gradients(dz, (), met, bank, first, FILTER, NEED, DTYPE, ROWS, TAPS)
             if REST > 0:
-                dz, none = add_gradients(
-                    dz, (), z, dy_at, whole, statistics, weight, place, K - REST, columns, exists, sizes, sequence,
-                    relation, dropout, FILTER, True, False, DTYPE, ROWS, REST,
-                )  # fmt: skip
+                dz, none = add_gradients(dz, (), met, bank, K - REST, FILTER, NEED, DTYPE, ROWS, REST)
         if OF_STATE:
             tl.store(dstate, narrow(dz[0], grad_state.dtype.element_ty), mask=(r < span) & columns)
         else:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ..device import finite, narrow, product_of_parts, split, take, widen
-from .groups import add_taps, first_positions, statistics_of_rows, zeros
+from .groups import Bank, add_taps, first_positions, statistics_of_rows, zeros
 from .taps import (
     Place,
     Relation,
@@ -44,22 +44,17 @@ def conv_tile(
     c = v * V + tl.arange(0, V)[None, None, :]  # [1, BV, V]
     t = first_positions(block, t_blocks, relation, BG, ROWS) + v * 0  # [BG, BV, 1]
     columns, owner = c < sizes.C, v * V if UNIFORM else c
-    place, exists = Place(b, t, owner // sizes.R), owner < sizes.C
     sequence = sequence_of(t, sizes.T, sequences, INPUT.PACKED)
-    statistics = statistics_of_rows(weight, place, exists, sizes.T, sequence, relation, FILTER, DTYPE, ROWS, TAPS)
+    place, exists = Place(b, t, owner // sizes.R), owner < sizes.C
+    bank = Bank(weight, place, exists, columns, sequence, sizes, relation, dropout)
+    statistics = statistics_of_rows(bank, FILTER, DTYPE, ROWS, TAPS)
     span = (K - 1) * relation.dilation
     z = inputs_at(inputs, b, c, states_at(inputs.state, b, c, sequence, sequences.count, sizes.C, span))
     totals = zeros([BG, BV, V], DTYPE, ROWS)
     for first in tl.range(0, K - REST, TAPS):
-        totals = add_taps(
-            totals, z, weight, place, first, columns, exists, statistics, sizes.T, sequence, span, relation, dropout,
-            FILTER, INPUT, DTYPE, ROWS, TAPS,
-        )  # fmt: skip
+        totals = add_taps(totals, z, bank, statistics, first, FILTER, INPUT, DTYPE, ROWS, TAPS)
     if REST > 0:
-        totals = add_taps(
-            totals, z, weight, place, K - REST, columns, exists, statistics, sizes.T, sequence, span, relation, dropout,
-            FILTER, INPUT, DTYPE, ROWS, REST,
-        )  # fmt: skip
+        totals = add_taps(totals, z, bank, statistics, K - REST, FILTER, INPUT, DTYPE, ROWS, REST)
     outputs = rows_from(columns_at(y, b, c), t)
     for i in tl.static_range(ROWS):
         total = totals[i]

@@ -5,6 +5,8 @@ of its own: tuples hold them. What the channels of a vector have in common is [g
 finds it for itself.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -21,6 +23,20 @@ from .taps import (
     source,
     tap_exists,
 )
+
+
+class Bank(NamedTuple):
+    """The filters of a group of positions. weight: the tensor, or its elements at ``place``; place: of the first
+    position; exists, columns: filters and channels that do."""
+
+    weight: Any
+    place: Any
+    exists: Any
+    columns: Any
+    sequence: Any
+    sizes: Any
+    relation: Any
+    dropout: Any
 
 
 @triton.jit
@@ -46,25 +62,40 @@ def first_positions(block, blocks, relation, BG: tl.constexpr, ROWS: tl.constexp
 
 
 @triton.jit
-def whole_filters(weight, place, exists, sequence, relation, dropout, FILTER: tl.constexpr, DTYPE: tl.constexpr):
-    """w' of every tap, after softmax and dropout: a tuple of tiles of the shape of ``exists``."""
+def filters_of_row(bank, i: tl.constexpr, FILTER: tl.constexpr):
+    """Those of position i of a group; of filters that all positions share the only ones."""
+    exists = bank.exists
+    if FILTER.PER_TIME or FILTER.RENORMALIZE:
+        t = bank.place.t + i * bank.relation.dilation
+        exists = exists & (t < bank.sizes.T)
+    else:
+        t = bank.place.h * 0
+    place = Place(bank.place.b, t, bank.place.h)
+    weight = filters_at(bank.weight, place, FILTER)
+    return Bank(weight, place, exists, bank.columns, bank.sequence, bank.sizes, bank.relation, bank.dropout)
+
+
+@triton.jit
+def whole_filters(bank, FILTER: tl.constexpr, DTYPE: tl.constexpr):
+    """w' of every tap of one position, after softmax and dropout: a tuple of tiles of the shape of ``exists``."""
     K: tl.constexpr = FILTER.K
+    exists, t = bank.exists, bank.place.t
     taps = ()
     for j in tl.static_range(K):
-        taps = taps + (widen(tl.load(weight.data + j * weight.tap, mask=exists, other=0.0), DTYPE),)
+        taps = taps + (widen(tl.load(bank.weight.data + j * bank.weight.tap, mask=exists, other=0.0), DTYPE),)
     if FILTER.SOFTMAX:
         logits, taps = taps, ()
         largest = tl.full(exists.shape, float("-inf"), DTYPE)
         for j in tl.static_range(K):
             real = exists
             if FILTER.RENORMALIZE:
-                real = real & tap_exists(place.t, j, sequence, relation, FILTER.HAS_STATE)
+                real = real & tap_exists(t, j, bank.sequence, bank.relation, FILTER.HAS_STATE)
             largest = tl.maximum(largest, tl.where(real, logits[j], float("-inf")))
         total = tl.zeros(exists.shape, DTYPE)
         for j in tl.static_range(K):
             power = tl.exp(logits[j] - largest)
             if FILTER.RENORMALIZE:
-                real = exists & tap_exists(place.t, j, sequence, relation, FILTER.HAS_STATE)
+                real = exists & tap_exists(t, j, bank.sequence, bank.relation, FILTER.HAS_STATE)
                 power = tl.where(real, power, 0.0)
             taps = taps + (power,)
             total += power
@@ -75,81 +106,60 @@ def whole_filters(weight, place, exists, sequence, relation, dropout, FILTER: tl
     if FILTER.DROPOUT:
         all_taps, taps = taps, ()
         for j in tl.static_range(K):
-            factor = tl.where(kept(dropout, place, j, FILTER), number_from_bits(dropout.scale, DTYPE), 0.0)
-            taps = taps + (all_taps[j] * factor,)
+            keep = kept(bank.dropout, bank.place, j, FILTER)
+            taps = taps + (all_taps[j] * tl.where(keep, number_from_bits(bank.dropout.scale, DTYPE), 0.0),)
     return taps
 
 
 @triton.jit
-def some_taps(
-    weight, place, first, exists, statistics, sequence, relation, dropout,
-    FILTER: tl.constexpr, DTYPE: tl.constexpr, TAPS: tl.constexpr,
-):  # fmt: skip
-    """w' of TAPS taps from ``first`` on. All of a filter at once are read once, and need no statistics."""
+def some_taps(bank, statistics, first, FILTER: tl.constexpr, DTYPE: tl.constexpr, TAPS: tl.constexpr):
+    """w' of TAPS taps from ``first`` on, of one position. All taps at once are read once, and need no statistics."""
     if TAPS == FILTER.K:
-        taps = whole_filters(weight, place, exists, sequence, relation, dropout, FILTER, DTYPE)
+        taps = whole_filters(bank, FILTER, DTYPE)
     else:
         taps = ()
         for n in tl.static_range(TAPS):
             w, p, factor = filter_tap(
-                weight, place, first + n, exists, statistics, sequence, relation, dropout, FILTER, DTYPE
-            )
+                bank.weight, bank.place, first + n, bank.exists, statistics, bank.sequence, bank.relation, bank.dropout,
+                FILTER, DTYPE,
+            )  # fmt: skip
             taps = taps + (w,)
     return taps
 
 
 @triton.jit
-def add_taps(
-    totals, z, weight, place, first, columns, exists, statistics, T, sequence, span, relation, dropout,
-    FILTER: tl.constexpr, INPUT: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, TAPS: tl.constexpr,
-):  # fmt: skip
-    """``totals`` and what TAPS taps from ``first`` on add to them; place, statistics: of the filters of each row, or of
-    all in one place."""
-    filters = ()
-    for i in tl.static_range(ROWS):
-        if i == 0 or FILTER.PER_TIME or FILTER.RENORMALIZE:
-            at, real = filter_place(place, exists, i, T, relation, FILTER)
-            w = some_taps(
-                filters_at(weight, at, FILTER), at, first, real, statistics[i], sequence, relation, dropout,
-                FILTER, DTYPE, TAPS,
-            )  # fmt: skip
-        filters = filters + (w,)
-    # Row by row of the input, so that few of them have to be in registers.
-    s = source(place.t, first, relation)
-    z = inputs_from(z, s)
-    for n in tl.static_range(ROWS + TAPS - 1):
-        here = inputs_from(z, n * relation.dilation)
-        row = load_input_row(here, s + n * relation.dilation, columns, sequence, span, INPUT, DTYPE)
-        for i in tl.static_range(ROWS):
-            if i <= n and n < i + TAPS:
-                totals = replace(totals, i, totals[i] + filters[i][n - i] * row)
-    return totals
-
-
-@triton.jit
-def filter_place(place, exists, i: tl.constexpr, T, relation, FILTER: tl.constexpr):
-    """Where the filters of row i are, and which exist: with one for all positions those of no row."""
-    t = place.t * 0
-    if FILTER.PER_TIME or FILTER.RENORMALIZE:
-        t = place.t + i * relation.dilation
-        exists = exists & (t < T)
-    else:
-        t = place.h * 0
-    return Place(place.b, t, place.h), exists
-
-
-@triton.jit
-def statistics_of_rows(
-    weight, place, exists, T, sequence, relation,
-    FILTER: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, TAPS: tl.constexpr,
-):  # fmt: skip
-    """A tuple, one entry a row, as far as ``some_taps`` needs them."""
+def statistics_of_rows(bank, FILTER: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, TAPS: tl.constexpr):
+    """A tuple, one entry a position, as far as ``some_taps`` needs them."""
     found = ()
     none = tl.zeros([1, 1, 1], DTYPE)
     one = Statistics(none, none)
     for i in tl.static_range(ROWS):
         if TAPS < FILTER.K and (i == 0 or FILTER.PER_TIME or FILTER.RENORMALIZE):
-            at, real = filter_place(place, exists, i, T, relation, FILTER)
-            one = filter_statistics(filters_at(weight, at, FILTER), at.t, real, sequence, relation, FILTER, DTYPE)
+            own = filters_of_row(bank, i, FILTER)
+            one = filter_statistics(own.weight, own.place.t, own.exists, own.sequence, own.relation, FILTER, DTYPE)
         found = found + (one,)
     return found
+
+
+@triton.jit
+def add_taps(
+    totals, z, bank, statistics, first,
+    FILTER: tl.constexpr, INPUT: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, TAPS: tl.constexpr,
+):  # fmt: skip
+    """``totals`` and what TAPS taps from ``first`` on add to them."""
+    filters = ()
+    for i in tl.static_range(ROWS):
+        if i == 0 or FILTER.PER_TIME or FILTER.RENORMALIZE:
+            w = some_taps(filters_of_row(bank, i, FILTER), statistics[i], first, FILTER, DTYPE, TAPS)
+        filters = filters + (w,)
+    # Row by row of the input, so that few of them have to be in registers.
+    dilation = bank.relation.dilation
+    s, span = source(bank.place.t, first, bank.relation), (FILTER.K - 1) * dilation
+    z = inputs_from(z, s)
+    for n in tl.static_range(ROWS + TAPS - 1):
+        here = inputs_from(z, n * dilation)
+        row = load_input_row(here, s + n * dilation, bank.columns, bank.sequence, span, INPUT, DTYPE)
+        for i in tl.static_range(ROWS):
+            if i <= n and n < i + TAPS:
+                totals = replace(totals, i, totals[i] + filters[i][n - i] * row)
+    return totals
