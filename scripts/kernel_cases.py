@@ -31,6 +31,22 @@ def time_layout(direction: str) -> Callable:
     return make
 
 
+def decode(op: str, taps: int, reorder: bool) -> Callable:
+    """A step of as many batch rows as the settings have; with reorder, each continues from another row's state."""
+
+    def make(s: streaming.Settings, device: str) -> Callable[[], object]:
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, device=device).to(s.dtype)
+
+        step = convkernels.dynamic_conv1d_step if op == streaming.DYNAMIC else convkernels.lightweight_conv1d_step
+        weight = normal(*((s.batch,) if op == streaming.DYNAMIC else ()), s.heads, taps)
+        x, state = normal(s.batch, s.channels), normal(s.batch, taps - 1, s.channels)
+        index = torch.arange(s.batch, device=device).flip(0) if reorder else None
+        return lambda: step(x, state, weight, state_index=index, backend=s.backend)
+
+    return make
+
+
 def attend(form: str, direction: str) -> Callable:
     """Attention over the first length in the settings."""
 

@@ -116,6 +116,14 @@ def _cases() -> dict[str, Case]:
             # More keys than are kept in shared memory all at once.
             few = replace(shape, lengths=(384,), batch=1, heads=2)
             cases[f"{name}-{short}"] = Case(kernel_cases.attend(form, direction), few, shape)
+    rows = replace(large, batch=64, length=1)
+    for name, op, taps, reorder in (
+        ("step-k7", streaming.LIGHTWEIGHT, 7, False),
+        ("step-k31-reorder", streaming.LIGHTWEIGHT, 31, True),
+        ("dynamic-step-k7", streaming.DYNAMIC, 7, False),
+        ("dynamic-step-k7-reorder", streaming.DYNAMIC, 7, True),
+    ):
+        cases[name] = Case(kernel_cases.decode(op, taps, reorder), rows, rows)
     return cases
 
 

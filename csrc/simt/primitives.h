@@ -95,6 +95,9 @@ inline unsigned __funnelshift_lc(unsigned low, unsigned high, unsigned by) {
 namespace ck::cuda {
 
 inline char* shared_memory() { return simt::dynamic_shared(); }
+inline uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(static_cast<const char*>(shared) - shared_memory());
+}
 
 // Inline, so that what is counted has the place of its use.
 template <int Bytes>

@@ -108,7 +108,7 @@ struct StepBlock {
   CK_DEVICE const T* old_state(int i) const {
     return static_cast<const T*>(p.state) + state_at(source(first + i), 0) + c;
   }
-  CK_DEVICE const T* held_state(int i) const { return held() + int64_t{i} * p.taps.span() * tiles.width + c; }
+  CK_DEVICE const T* held_state(int i) const { return held() + i * tiles.pitch * tiles.width + c; }
 
   CK_DEVICE void store_newest(int i, C z) const {
     static_cast<T*>(p.next_state)[state_at(first + i, p.taps.span() - 1) + c] = narrow<T>(z);
@@ -131,11 +131,11 @@ struct StepBlock {
   }
 
   // Begins to copy `depth` rows, from row r0 on, of the states that batch rows b0 to b0 + count of the block continue
-  // from.
-  CK_DEVICE void load(int b0, int count, int64_t r0, int depth) const {
+  // from; `pitch` rows are held of each.
+  CK_DEVICE void load(int b0, int count, int64_t r0, int depth, int pitch) const {
     each_vector(count, depth, [&](int i, int r, int e, int pieces) {
       const T* const from = static_cast<const T*>(p.state) + state_at(source(first + b0 + i), r0 + r) + e;
-      T* const to = held() + (int64_t{i} * depth + r) * tiles.width + e;
+      T* const to = held() + (int64_t{i} * pitch + r) * tiles.width + e;
       stage_pieces(reinterpret_cast<Piece*>(to), reinterpret_cast<const Piece*>(from), pieces, p.vector_bytes);
     });
     cp_async_commit();
@@ -161,10 +161,10 @@ void step(const CK_PARAM Step p, const CK_PARAM StepTiles tiles) {
   using C = Compute<T>;
   const StepBlock<T> block(p, tiles);
   const int64_t span = p.taps.span();
-  const int turn = kStepAhead * block.row_step;
+  const int turn = kStepAhead * block.row_step, pitch = static_cast<int>(tiles.pitch);
   const bool whole = tiles.whole(span);
   C z[kStepAhead];
-  if (whole) block.load(0, block.rows, 0, static_cast<int>(span));
+  if (whole) block.load(0, block.rows, 0, static_cast<int>(span), pitch);
   block.inputs(z, block.row);
   if (tiles.heads > 0) block.make_filters();
   cp_async_wait<0>();
@@ -182,7 +182,7 @@ void step(const CK_PARAM Step p, const CK_PARAM StepTiles tiles) {
     }
   }
   if (whole) {
-    block.store(0, block.rows, 0, static_cast<int>(span) - 1, static_cast<int>(span), 1);
+    block.store(0, block.rows, 0, static_cast<int>(span) - 1, pitch, 1);
     return;
   }
   __syncthreads();
@@ -192,7 +192,7 @@ void step(const CK_PARAM Step p, const CK_PARAM StepTiles tiles) {
     // More than one turn only if a row is held at a time, which is not one of those that are written.
     for (int b = 0; b < block.rows; b += held) {
       const int count = min(held, block.rows - b);
-      block.load(b, count, r + 1, depth);
+      block.load(b, count, r + 1, depth, depth);
       cp_async_wait<0>();
       __syncthreads();
       block.store(b, count, r, depth, depth, 0);  // a thread what it has copied itself

@@ -15,9 +15,10 @@ constexpr int64_t kStepLine = 128, kStepSector = 32;
 
 // A block computes `width` channels of `rows` batch rows: of all of them if some continue from others' states, as then
 // no other block reads what it overwrites. Shared memory holds `depth` rows of the states of `held` batch rows at a
-// time, and the filters, if there is room.
+// time, and the filters, if there is room. States that are held whole begin `pitch` rows apart, an odd number if there
+// is room: so threads of different batch rows find different banks.
 struct StepTiles {
-  int64_t width = 0, rows = 0, held = 0, depth = 0;
+  int64_t width = 0, rows = 0, held = 0, depth = 0, pitch = 0;
   int64_t heads = 0;  // that a block's channels belong to at most; 0: without filters in shared memory
   int64_t filter_bytes = 0, shared_bytes = 0;
   int threads = 0;
@@ -51,7 +52,8 @@ inline StepTiles step_tiles(const Step& p, const Device& device, int64_t line) {
   const int64_t lines = (device.block_memory - t.filter_bytes) / line;
   t.held = span == 0 ? t.rows : std::min(t.rows, lines);
   t.depth = t.rows * span <= lines ? span : std::max<int64_t>(1, lines / t.rows);
-  t.shared_bytes = t.filter_bytes + t.held * t.depth * line;
+  t.pitch = span > 0 && t.whole(span) && t.rows * (span | 1) <= lines ? span | 1 : t.depth;
+  t.shared_bytes = t.filter_bytes + t.held * t.pitch * line;
   t.threads = static_cast<int>(std::min<int64_t>(threads, ceil(t.rows * t.width, kStepUnit) * kStepUnit));
   t.blocks = static_cast<unsigned>(columns * ceil(p.batch, t.rows));
   return t;

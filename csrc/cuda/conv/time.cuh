@@ -29,14 +29,13 @@ class TimeGated {
     for (int n = self_.part; n < g_.lanes + g_.chunks; n += g_.lanes) {
       const int s = start + n * kEight;
       const ChunkInputs<T, false> inputs(p_, place_.b, s, at<const T>(p_.x, place_.b, s, from),
-                                         p_.gate.data == nullptr ? nullptr : at<const T>(p_.gate, place_.b, s, from),
-                                         kVector<T>);
+                                         p_.gate.data == nullptr ? nullptr : at<const T>(p_.gate, place_.b, s, from));
 #pragma unroll
       for (int v = 0; v < kEight; v += kVector<float>) {
         Words<float> z;
 #pragma unroll
         for (int k = 0; k < kVector<float>; ++k) z.at[k] = inputs.z(v + k);
-        *vector_at<float>(row, (n * kEight + v) / kVector<float>) = z;
+        *vector_at<float>(row, n, v / kVector<float>) = z;
       }
     }
     place_.advance(g_, static_cast<int>(p_.time));
@@ -63,6 +62,7 @@ void time_forward(const CK_PARAM Forward p, const CK_PARAM TimeTiles g, int64_t 
   const int64_t c = work.c0 + self.row;
   const int time = static_cast<int>(p.time);
   const bool exists = c < p.channels;
+  const int end = exists ? time : 0;  // of what is stored
   self.fill(p, g, false, work);
   const float bias = p.bias != nullptr && exists ? load_as<float>(p.bias, c, p.bias_dtype) : 0.0f;
   TimePlace place = work.start;
@@ -96,7 +96,7 @@ void time_forward(const CK_PARAM Forward p, const CK_PARAM TimeTiles g, int64_t 
 #pragma unroll
       for (int i = 0; i < kEight; ++i) sum[i] += bias;
     }
-    if (exists) store_chunk<T>(p, here, t, sum);
+    store_chunk<T>(p, g, here, t, end, sum);
     return continues;
   });
 }

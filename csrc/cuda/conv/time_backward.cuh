@@ -17,6 +17,7 @@ void time_backward(const CK_PARAM Backward p, const CK_PARAM TimeTiles g, int64_
   const int64_t c = work.c0 + self.row;
   const int time = static_cast<int>(p.time);
   const bool exists = c < p.channels;
+  const int end = exists ? time : 0;  // of what is stored
   const bool need_weight = p.grad_weight != nullptr, need_gate = p.grad_gate.data != nullptr;
   const bool need_input = work.window == 0 && (p.grad_x.data != nullptr || need_gate);
   const bool need_x = need_weight || need_gate, gated = p.gate.data != nullptr;
@@ -48,9 +49,9 @@ void time_backward(const CK_PARAM Backward p, const CK_PARAM TimeTiles g, int64_
       dgate_line += p.grad_gate.batch;
     }
     const auto inputs_of = [&] {
-      const T* const own = self.own<T>(row);
+      char* const own = self.own(row);
       return ChunkInputs<T, true>(p, b, t, need_x ? own : nullptr,
-                                  gated ? own + Copies::kStretch * 32 * kEight : nullptr, 32 * kVector<T>);
+                                  gated ? own + Copies::kStretch * 32 * kChunkBytes<T> : nullptr);
     };
     float dz[kEight] = {};
     if (few) {
@@ -82,19 +83,19 @@ void time_backward(const CK_PARAM Backward p, const CK_PARAM TimeTiles g, int64_
         if (need_input) correlate(dz, dy, g, self.masks, self.filter);
       });
     }
-    if (need_input && exists) {
+    if (need_input) {
       const ChunkInputs<T, true> inputs = inputs_of();
       float out[kEight];
       if (p.grad_x.data != nullptr) {
 #pragma unroll
         for (int i = 0; i < kEight; ++i) out[i] = inputs.is_off(i) ? 0.0f : dz[i] * inputs.open[i];
-        store_chunk<T>(p, to_x, t, out);
+        store_chunk<T>(p, g, to_x, t, end, out);
       }
       if (need_gate) {
 #pragma unroll
         for (int i = 0; i < kEight; ++i)
           out[i] = inputs.is_off(i) ? 0.0f : dz[i] * inputs.x[i] * inputs.open[i] * (1 - inputs.open[i]);
-        store_chunk<T>(p, to_gate, t, out);
+        store_chunk<T>(p, g, to_gate, t, end, out);
       }
     }
     if (need_bias) {

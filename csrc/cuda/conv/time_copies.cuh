@@ -60,7 +60,7 @@ struct TimeLane {
     part = lane % g.lanes;
     row = lane / g.lanes;
     stage_bytes = opaque(g.stage_bytes());  // a division, which is otherwise made for every tile
-    own_offset = opaque(stage_bytes - g.own_bytes - row * g.row_bytes + lane * kVectorBytes);
+    own_offset = opaque(stage_bytes - g.own_bytes - row * g.row_bytes + lane * g.chunk_bytes);
     masks = reinterpret_cast<uint8_t*>(shared);
     filters = reinterpret_cast<float*>(shared + g.mask_bytes() + warp * g.warp_bytes);
     filter = filters + row * g.filter_pitch;
@@ -76,11 +76,8 @@ struct TimeLane {
   // The lane's row of the tile in a slot.
   CK_DEVICE char* tile(const TimeTiles& g, int slot) const { return tiles + slot * stage_bytes + row * g.row_bytes; }
 
-  // Its own positions of other tensors, in vectors that are 32 apart.
-  template <class T>
-  CK_DEVICE T* own(char* tile) const {
-    return reinterpret_cast<T*>(tile + own_offset);
-  }
+  // Its own chunk of another tensor; those of the lanes lie side by side.
+  CK_DEVICE char* own(char* tile) const { return tile + own_offset; }
 
   // The filter of the lane's row where taps are few.
   CK_DEVICE void load_few(float (&values)[kEight], const TimeTiles& g) const {
@@ -117,8 +114,7 @@ CK_DEVICE void stage_row(const Problem& p, const TimeTiles& g, const TimeLane& s
   line += start;
   if (exists && continued && start + elements <= time && p.vector_bytes == 16) {
 #pragma unroll
-    for (int n = 0; n < kEight / kVector<T>; ++n, e += step)
-      cp_async<16>(vector_at<T>(row, e / kVector<T>), line + e, true);
+    for (int n = 0; n < kEight / kVector<T>; ++n, e += step) cp_async<16>(element_at<T>(row, e), line + e, true);
     return;
   }
   const int begin = max(-start, 0);
@@ -126,8 +122,7 @@ CK_DEVICE void stage_row(const Problem& p, const TimeTiles& g, const TimeLane& s
 #pragma unroll 1
   for (e = opaque(e); e < elements; e += step) {
     const bool inside = e >= begin && e < end;
-    stage_pieces(vector_at<T>(row, e / kVector<T>)->at, inside ? line + e : anywhere, inside ? end - e : 0,
-                 p.vector_bytes);
+    stage_pieces(element_at<T>(row, e), inside ? line + e : anywhere, inside ? end - e : 0, p.vector_bytes);
   }
 }
 
@@ -195,30 +190,30 @@ class TimePieces {
     if (tile < count_) {
       stage_row<T>(p_, g_, self_, from_.at[0].line, static_cast<const T*>(from_.at[0].rows.data), place_.t, exists_,
                    continues_, row);
-      copy_own(row, place_.t + kEight * self_.part);
+      copy_own(self_.own(row) - self_.part * kChunkBytes<T>);
       continues_ = place_.advance(g_, static_cast<int>(p_.time));
       if (!continues_) from_.advance();
     }
     cp_async_commit();
   }
 
-  CK_DEVICE void copy_own(char* row, int t) const {
-    const int time = static_cast<int>(p_.time);
-    const bool whole = exists_ && p_.vector_bytes == 16 && t + kEight <= time;
+  // Of the lanes' own positions in a row: a lane copies its share of the row, which are not all its own.
+  CK_DEVICE void copy_own(char* chunks) const {
+    const int rest = exists_ ? static_cast<int>(p_.time) - place_.t : 0;
 #pragma unroll
-    for (int v = 0; v < kEight / kVector<T>; ++v) {
-      const int s = t + v * kVector<T>;
+    for (int v = 0; v < kChunkVectors<T>; ++v) {
+      const int e = (v * g_.lanes + self_.part) * kVector<T>, s = place_.t + e;
 #pragma unroll
       for (int k = 1; k < kTensors; ++k) {
         const TimeSource<T>& from = from_.at[k];
         if (!from.wanted) continue;
-        T* const to = self_.template own<T>(row) + ((k - 1) * kEight + v * kVector<T>)*32;
-        if (whole) {
+        T* const to = element_at<T>(chunks + (k - 1) * 32 * kChunkBytes<T>, e);
+        if (p_.vector_bytes == 16 && e < rest) {
           cp_async<16>(to, from.line + s, true);
           continue;
         }
-        const bool inside = exists_ && s < time;
-        stage_pieces(to, inside ? from.line + s : static_cast<const T*>(from.rows.data), inside ? rest_of<T>(p_, s) : 0,
+        const bool inside = e < rest;
+        stage_pieces(to, inside ? from.line + s : static_cast<const T*>(from.rows.data), inside ? rest - e : 0,
                      p_.vector_bytes);
       }
     }
@@ -226,12 +221,10 @@ class TimePieces {
 
   // The first chunks of a tile are the last ones of the tile before, if both are of one row.
   CK_DEVICE void move_on(char* from, char* to) const {
-    constexpr int kCount = kEight / kVector<T>;
 #pragma unroll 1
     for (int i = self_.part; i < g_.chunks; i += g_.lanes)
 #pragma unroll
-      for (int v = 0; v < kCount; ++v)
-        *vector_at<T>(to, i * kCount + v) = *vector_at<T>(from, (g_.lanes + i) * kCount + v);
+      for (int v = 0; v < kChunkVectors<T>; ++v) *vector_at<T>(to, i, v) = *vector_at<T>(from, g_.lanes + i, v);
   }
 
   const Problem& p_;

@@ -24,7 +24,7 @@ struct TimeTiles {
   int64_t tiles = 0;  // of a row of positions
   int shift, chunks;  // chunks: those of a window that the first output of a lane reads
   int lanes = 0;
-  int row_bytes = 0, own_bytes, filter_pitch, warp_bytes = 0;
+  int chunk_bytes, row_bytes = 0, own_bytes, filter_pitch, warp_bytes = 0;
 
   // `size`: bytes of an element in shared memory; `own`: tensors of which a tile has the lanes' chunks alone; `spare`:
   // bytes that the tiles of a warp must have at least; `limit`: and at most; `stretch`: tiles of a row that come as
@@ -34,12 +34,13 @@ struct TimeTiles {
       : taps(relation),
         shift(static_cast<int>((kEight - relation.left % kEight) % kEight)),
         chunks(static_cast<int>((shift + relation.span()) / kEight + 1)),
-        own_bytes(own * stretch * 32 * kEight * size),
+        chunk_bytes(kEight * size),
+        own_bytes(own * stretch * 32 * chunk_bytes),
         // The odd number of vectors lets lanes read the filters of different rows without conflicts.
         filter_pitch(kEight * chunks + 4) {
     int64_t best = 0;
     for (int n = 32; n > (stretch > 1 ? 16 : 0) && 32 / n < 2 * channels; n /= 2) {
-      const int bytes = bytes_of_row(n, stretch, size), rows = 32 / n;
+      const int bytes = bytes_of_row(n, stretch), rows = 32 / n;
       const int tile = stages * (rows * bytes + own_bytes),
                 all = (tile < spare ? spare : tile) + rows * filter_pitch * 4;
       // Short rows are cut so that the least is copied and computed in vain.
@@ -71,12 +72,11 @@ struct TimeTiles {
   }
 
  private:
-  // 32-bit elements have a vector left free after every 8 (see vector_at); short rows of 16-bit elements take an odd
-  // multiple of the vectors that their lanes read at a time: either way 8 lanes find 8 different banks.
-  int bytes_of_row(int n, int stretch, int size) const {
-    const int vectors = (n * stretch + chunks) * kEight * size / 16;
-    if (size == 4) return (vectors + vectors / 8) * 16;
-    return n < 8 ? ((vectors + n - 1) / n | 1) * n * 16 : vectors * 16;
+  // Short rows take an odd multiple of the chunks that their lanes read at a time, so that 8 lanes find 8 different
+  // banks.
+  int bytes_of_row(int n, int stretch) const {
+    const int all = n * stretch + chunks;
+    return (n < 8 ? ((all + n - 1) / n | 1) * n : all) * chunk_bytes;
   }
 };
 

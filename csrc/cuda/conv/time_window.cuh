@@ -15,17 +15,32 @@ struct alignas(16) Words {
   T at[kVector<T>];
 };
 
-// Vector v of a row in shared memory. Lanes read every second vector of float32, which must not be every second bank.
 template <class E>
-CK_DEVICE Words<E>* vector_at(char* row, int v) {
-  return reinterpret_cast<Words<E>*>(row) + (sizeof(E) == 4 ? v + v / 8 : v);
+constexpr int kChunkVectors = kEight / kVector<E>;
+template <class E>
+constexpr int kChunkBytes = kChunkVectors<E> * kVectorBytes;
+
+// Vector v of chunk n in shared memory. The two of float32 change places from one 128 bytes to the next, so that 8
+// lanes that read the same one of their chunks find 8 different banks.
+template <class E>
+CK_DEVICE Words<E>* vector_at(char* chunks, int n, int v) {
+  char* const chunk = chunks + n * kChunkBytes<E>;
+  const unsigned turn = kChunkVectors<E> == 2 ? shared_address(chunk) / 128 % 2 : 0;
+  return reinterpret_cast<Words<E>*>(chunk) + (static_cast<unsigned>(v) ^ turn);
 }
 
 template <class E>
-CK_DEVICE void read_chunk(char* row, int n, float* to) {
-  constexpr int kCount = kEight / kVector<E>;
+CK_DEVICE void read_chunk(char* chunks, int n, float* to) {
 #pragma unroll
-  for (int v = 0; v < kCount; ++v) unpack_vector(to + v * kVector<E>, vector_at<E>(row, n * kCount + v)->at);
+  for (int v = 0; v < kChunkVectors<E>; ++v) unpack_vector(to + v * kVector<E>, vector_at<E>(chunks, n, v)->at);
+}
+
+// Element e of these chunks, the first of a vector.
+template <class E>
+CK_DEVICE E* element_at(char* chunks, int e) {
+  const unsigned vector = static_cast<unsigned>(e) / kVector<E>;
+  return vector_at<E>(chunks, static_cast<int>(vector / kChunkVectors<E>), static_cast<int>(vector % kChunkVectors<E>))
+      ->at;
 }
 
 // Of a vector of positions from t on, those that exist.
@@ -34,38 +49,57 @@ CK_DEVICE int rest_of(const Problem& p, int t) {
   return min(static_cast<int>(p.time) - t, kVector<T>);
 }
 
-// Stores a lane's positions t .. t + 7 as far as they exist, at `to`.
+// Stores a lane's positions t .. t + 7, as far as they come before `end`, at `to`. By the whole warp: two lanes of a
+// row exchange vectors of float32, so that both write 32 bytes side by side.
 template <class T>
-CK_DEVICE void store_chunk(const Problem& p, T* to, int t, const float (&from)[kEight]) {
-  const int time = static_cast<int>(p.time);
-  const bool whole = p.vector_bytes == 16 && t + kEight <= time;
+CK_DEVICE void store_chunk(const Problem& p, const TimeTiles& g, T* to, int t, int end, const float (&from)[kEight]) {
+  if constexpr (kChunkVectors<T> == 2) {
+    if (p.vector_bytes == 16 && g.lanes > 1) {
+      const bool odd = threadIdx.x % 2 != 0;
+      float first[4], second[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float got = __shfl_xor_sync(kAllLanes, odd ? from[e] : from[4 + e], 1);
+        first[e] = odd ? got : from[e];
+        second[e] = odd ? from[4 + e] : got;
+      }
+      to -= odd ? 4 : 0;
+      t -= odd ? 4 : 0;
+      if (t < end) store_four(to, first[0], first[1], first[2], first[3]);
+      if (t + kEight < end) store_four(to + kEight, second[0], second[1], second[2], second[3]);
+      return;
+    }
+  }
+  const bool whole = p.vector_bytes == 16 && t + kEight <= end;
 #pragma unroll
   for (int v = 0; v < kEight; v += kVector<T>) {
     uint32_t out[4];
     pack<T>(out, from + v);
     if (whole)
       store_vector(to + v, out);
-    else if (t + v < time)
+    else if (t + v < end)
       store_pieces(to + v, out, rest_of<T>(p, t + v), p.vector_bytes);
   }
 }
 
-// z at positions s .. s + 7 of a row: x * open, or 0 by selection where a position is `off`. Vector v of x lies at
-// x[v * step], that of the gate at gate[v * step]; nullptr: not needed, or none. kStaged: in shared memory, with zeros
-// outside of the row, where otherwise nothing is read.
+// z at positions s .. s + 7 of a row: x * open, or 0 by selection where a position is `off`. x and the gate at position
+// s; nullptr: not needed, or none. kStaged: chunks in shared memory, with zeros outside of the row, where otherwise
+// nothing is read.
 template <class T, bool kStaged>
 struct ChunkInputs {
+  using From = std::conditional_t<kStaged, char*, const T*>;
+
   float x[kEight] = {}, open[kEight];
   unsigned off = 0;
 
-  CK_DEVICE ChunkInputs(const Problem& p, int64_t b, int s, const T* x_at, const T* gate, int step) {
-    const auto load = [&](const T* from, int count, float* to) {
+  CK_DEVICE ChunkInputs(const Problem& p, int64_t b, int s, From x_at, From gate) {
+    const auto load = [&](From from, int k, int count, float* to) {
       if constexpr (kStaged) {
-        unpack_vector(to, from);
+        unpack_vector(to + k, element_at<T>(from, k));
       } else {
         uint32_t words[4];
-        load_pieces(words, from, count, p.vector_bytes);
-        unpack<T>(to, words);
+        load_pieces(words, from + k, count, p.vector_bytes);
+        unpack<T>(to + k, words);
       }
     };
 #pragma unroll
@@ -76,11 +110,10 @@ struct ChunkInputs {
         off |= ((1u << kVector<T>)-1u) << k0;
         continue;
       }
-      const int v = k0 / kVector<T> * step;
       const int count = rest_of<T>(p, s + k0);
-      if (x_at != nullptr) load(x_at + v, count, x + k0);
+      if (x_at != nullptr) load(x_at, k0, count, x);
       if (gate != nullptr) {
-        load(gate + v, count, open + k0);
+        load(gate, k0, count, open);
 #pragma unroll
         for (int k = 0; k < kVector<T>; ++k) open[k0 + k] = sigmoid<T>(open[k0 + k]);
       }
