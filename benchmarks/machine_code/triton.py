@@ -152,7 +152,7 @@ VARIANTS = (
     Variant("dynamic per channel K=4", 4, heads=1024, head_channels=1, dynamic=True),
     Variant("dynamic per channel gate mask K=4", 4, heads=1024, head_channels=1, dynamic=True, gate=True, mask=True),
     Variant("dynamic heads of 8 K=7", 7, heads=128, head_channels=8, dynamic=True),
-    Variant("dynamic heads of 8 K=15", 15, heads=128, head_channels=8, dynamic=True),
+    Variant("dynamic heads of 4 K=16", 16, heads=256, head_channels=4, dynamic=True),
     Variant("dynamic dropout K=7", 7, dynamic=True, dropout=0.1),
     Variant("dynamic per channel K=63", 63, heads=1024, head_channels=1, dynamic=True),
 )
