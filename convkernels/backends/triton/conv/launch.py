@@ -273,7 +273,7 @@ def _tile_launches(call: Call, arguments: dict, results: tuple, need: Needs, con
 
 
 def _window_launches(call: Call, arguments: dict, results: tuple, need: Needs, config: Window | Heads):
-    """Short filters of one position, or such filters in narrow heads."""
+    """Short filters of one position, and longer ones in narrow heads."""
     _, grad_weight, grad_bias, _, _ = results
     h_blocks = ceil_div(call.H, config.BH)
     # Outputs from target(0, K - 1) on: before these none reads an input that exists.
