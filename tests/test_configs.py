@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from convkernels.backends.triton.conv import configs
-from convkernels.backends.triton.conv.configs import Band, Shape, Window
+from convkernels.backends.triton.conv.configs import Band, Heads, Shape, Window
 
 SHAPES = [
     Shape(2, time, heads * head_channels, heads, taps, dilation, dtype, per_row, gate, packed, state)
@@ -34,10 +34,19 @@ def test_every_shape_gets_a_fitting_configuration(backward):
     for shape in SHAPES:
         config = configs.choose(shape, backward)
         assert config == configs.choose(shape, backward)
+        if isinstance(config, Heads):
+            # Whole heads, within a warp; a vector of a head for each thread.
+            sides = (config.ROWS, config.BG, config.BH, config.RV, config.V)
+            assert backward and shape.per_row and shape.phased and not shape.state, (shape, config)
+            assert all(is_power_of_2(n) for n in sides) and shape.taps <= configs.FEW_TAPS, (shape, config)
+            assert shape.head_channels % config.V == 0 and config.RV <= 32, (shape, config)
+            assert config.RV * config.V >= shape.head_channels, (shape, config)
+            assert config.BG * config.BH * config.RV == 32 * config.num_warps, (shape, config)
+            continue
         if isinstance(config, Window):
             # Rows of its own; heads and filters that fit; no more than 64 elements of a tile for a thread.
             elements = config.BT * config.BH * config.RP * config.KP
-            assert backward and shape.per_row and not shape.state, (shape, config)
+            assert backward and shape.per_row and not shape.state and shape.taps > configs.FEW_TAPS, (shape, config)
             assert all(is_power_of_2(n) for n in (config.BT, config.BH, config.RP, config.KP)), (shape, config)
             assert config.BT >= shape.taps and config.KP >= shape.taps, (shape, config)
             assert config.RP >= shape.head_channels and elements <= 64 * 32 * config.num_warps, (shape, config)
@@ -64,10 +73,14 @@ def test_the_paths_people_use():
         return type(configs.choose(Shape(**fields), backward)).__name__
 
     assert name(False) == name(True) == name(False, gate=True) == name(False, per_row=True) == "Tile"
-    assert name(False, taps=31) == name(True, taps=31) == name(True, per_row=True) == name(True, packed=True) == "Band"
+    assert name(False, taps=31) == name(True, taps=31) == name(True, packed=True) == "Band"
+    assert name(True, per_row=True, taps=31) == name(True, per_row=True, packed=True) == "Band"
+    assert name(True, per_row=True, heads=1) == name(True, per_row=True, state=True) == "Band"
     assert name(True, state=True) == name(False, gate=True, packed=True) == "Band"
     assert name(False, heads=768) == name(True, heads=768) == name(True, taps=127) == "Tile"
-    assert name(True, heads=768, per_row=True, taps=4) == name(True, heads=96, per_row=True) == "Window"
+    assert name(True, heads=768, per_row=True, taps=4) == name(True, heads=96, per_row=True) == "Heads"
+    assert name(True, per_row=True) == name(True, heads=96, per_row=True, packed=True) == "Heads"
+    assert name(True, heads=768, per_row=True, taps=9) == name(True, heads=96, per_row=True, taps=16) == "Window"
     assert name(True, heads=768, per_row=True, taps=63) == name(False, heads=768, per_row=True) == "Tile"
     assert name(True, heads=768, per_row=True, state=True) == "Tile"
     assert name(True, dtype="float64") == name(True, packed=True, state=True) == "Tile"

@@ -31,7 +31,7 @@ RULES = Rules(
     "triton",
     triton.__version__,
     streaming=("conv_band", "grad_band", "grad_window"),
-    vectors=("conv_tile", "grad_tile"),
+    vectors=("conv_tile", "grad_tile", "grad_heads"),
     # A thread has one channel of filters that differ by position and channel.
     scattered=("dynamic per channel K=4", "dynamic per channel gate mask K=4", "dynamic per channel K=63"),
     banded=("conv_band", "grad_band"),
@@ -152,6 +152,8 @@ VARIANTS = (
     Variant("dynamic per channel K=4", 4, heads=1024, head_channels=1, dynamic=True),
     Variant("dynamic per channel gate mask K=4", 4, heads=1024, head_channels=1, dynamic=True, gate=True, mask=True),
     Variant("dynamic heads of 8 K=7", 7, heads=128, head_channels=8, dynamic=True),
+    Variant("dynamic heads of 4 K=16", 16, heads=256, head_channels=4, dynamic=True),
+    Variant("dynamic dropout K=7", 7, dynamic=True, dropout=0.1),
     Variant("dynamic per channel K=63", 63, heads=1024, head_channels=1, dynamic=True),
 )
 
@@ -307,6 +309,8 @@ def executed(kernel: str, arguments: dict, code: str) -> Counter:
         tiles = arguments["t_blocks"] / arguments["groups"]
 
     def passes(names: Counter) -> float:
+        if kernel == "grad_heads":  # walks neither tiles nor taps, but looks for sequences
+            return arguments["sequences"].steps
         if "TAPS" not in arguments and not kernel.endswith("_band"):
             return taps
         if kernel.endswith("_band"):

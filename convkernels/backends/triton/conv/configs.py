@@ -96,7 +96,26 @@ class Window:
     maxnreg: int = 255
 
 
-Config = Tile | Band | Window
+@dataclass(frozen=True)
+class Heads:
+    """grad_heads: BG groups of ROWS positions by BH heads of RV vectors of V channels, a vector for each thread.
+    maxnreg: as in ``Band``."""
+
+    ROWS: int
+    BG: int
+    BH: int
+    RV: int
+    V: int
+    num_warps: int
+    num_stages: int = 1
+    maxnreg: int = 255
+
+    @property
+    def BT(self) -> int:
+        return self.BG * self.ROWS
+
+
+Config = Tile | Band | Window | Heads
 
 
 @dataclass(frozen=True)
@@ -156,9 +175,9 @@ def backward_uses_band(shape: Shape) -> bool:
 
 def choose(shape: Shape, backward: bool) -> Config:
     """The kernel for a problem, by the type of the result, and its blocks."""
-    narrow = window(shape) if backward else None
-    if narrow:
-        return narrow
+    own = (heads(shape) or window(shape)) if backward else None
+    if own:
+        return own
     uses_band = backward_uses_band if backward else forward_uses_band
     return band(shape, backward) if uses_band(shape) else tile(shape, backward)
 
@@ -218,11 +237,25 @@ def band(shape: Shape, backward: bool = False) -> Band:
     return Band(BT, HALO, BC, KP, TILES, warps)
 
 
+def heads(shape: Shape) -> Heads | None:
+    """For short filters of one position, unless a head takes more than a warp. A thread has up to 16 bytes of a row,
+    128 bytes lie side by side, and it owns as many positions as it has registers for, fewer of short sequences. Where
+    positions look for their sequences, matrix products, whose threads share what they find, are cheaper."""
+    V = math.gcd(16 // itemsize(shape.dtype), shape.head_channels)
+    RV = power_of_2(shape.head_channels // V)
+    served = shape.per_row and shape.phased and not shape.state and shape.taps <= FEW_TAPS
+    if not served or RV > 32 or (shape.packed and band_possible(shape)):
+        return None
+    heavy = shape.gate or shape.dropout or shape.packed or shape.dtype == "float64"
+    ROWS = min(4 if heavy else 8, max(1, power_of_2(ceil_div(shape.time, shape.dilation)) // 16))
+    BH = min(power_of_2(shape.heads), max(1, 8 // RV))
+    return Heads(ROWS, 128 // (BH * RV), BH, RV, V, 4)
+
+
 def window(shape: Shape) -> Window | None:
-    """For filters of one position in narrow heads, unless a program cannot hold them for all outputs that its inputs
-    reach. Most rows of a window are the program's own, K - 1 are its neighbour's. A thread holds 32 elements of each
-    tile, twice that where channels share filters, half of it where registers are short; with short filters these are 8
-    channels, 16 bytes."""
+    """For longer filters of one position in narrow heads, unless a program cannot hold them for all outputs that its
+    inputs reach. Half of the rows of a window or more are the program's own, K - 1 are its neighbour's. A thread holds
+    32 elements of each tile, twice that where channels share filters, half of it where registers are short."""
     KP, RP = power_of_2(shape.taps), power_of_2(shape.head_channels)
     if (
         not (shape.per_row and shape.phased)
@@ -232,10 +265,9 @@ def window(shape: Shape) -> Window | None:
     ):
         return None
     heavy = shape.dropout or shape.packed or shape.dtype == "float64"
-    held = (64 if shape.head_channels % 4 == 0 else 32) // (2 if heavy else 1)
-    warps = 8 if heavy or shape.taps > 8 else 4
+    held, warps = (64 if shape.head_channels % 4 == 0 else 32) // (2 if heavy else 1), 8
     BT = min(max(32, 2 * KP), power_of_2(ceil_div(shape.time, shape.dilation) + shape.taps - 1))
-    heads = 32 * warps * min(8 * KP, held) // (BT * RP * KP)
+    heads = 32 * warps * held // (BT * RP * KP)
     return Window(BT, min(power_of_2(shape.heads), heads), RP, KP, warps) if heads else None
 
 

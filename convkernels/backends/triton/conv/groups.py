@@ -76,21 +76,29 @@ def filters_of_row(bank, i: tl.constexpr, FILTER: tl.constexpr):
 
 
 @triton.jit
-def whole_filters(bank, FILTER: tl.constexpr, DTYPE: tl.constexpr):
-    """w' of every tap of one position, after softmax and dropout: a tuple of tiles of the shape of ``exists``."""
+def load_taps(bank, FILTER: tl.constexpr, DTYPE: tl.constexpr):
+    """The weight of every tap of one position, as it is: a tuple of tiles of the shape of ``exists``."""
+    taps = ()
+    for j in tl.static_range(FILTER.K):
+        at = bank.weight.data + j * bank.weight.tap
+        taps = taps + (widen(tl.load(at, mask=bank.exists, other=0.0), DTYPE),)
+    return taps
+
+
+@triton.jit
+def soft_taps(taps, bank, FILTER: tl.constexpr, DTYPE: tl.constexpr):
+    """``taps``, those of ``load_taps``, after softmax."""
     K: tl.constexpr = FILTER.K
     exists, t = bank.exists, bank.place.t
-    taps = ()
-    for j in tl.static_range(K):
-        taps = taps + (widen(tl.load(bank.weight.data + j * bank.weight.tap, mask=exists, other=0.0), DTYPE),)
     if FILTER.SOFTMAX:
         logits, taps = taps, ()
         largest = tl.full(exists.shape, float("-inf"), DTYPE)
         for j in tl.static_range(K):
-            real = exists
+            logit = logits[j]
             if FILTER.RENORMALIZE:
-                real = real & tap_exists(t, j, bank.sequence, bank.relation, FILTER.HAS_STATE)
-            largest = tl.maximum(largest, tl.where(real, logits[j], float("-inf")))
+                real = exists & tap_exists(t, j, bank.sequence, bank.relation, FILTER.HAS_STATE)
+                logit = tl.where(real, logit, float("-inf"))
+            largest = tl.maximum(largest, logit)
         total = tl.zeros(exists.shape, DTYPE)
         for j in tl.static_range(K):
             power = tl.exp(logits[j] - largest)
@@ -99,15 +107,34 @@ def whole_filters(bank, FILTER: tl.constexpr, DTYPE: tl.constexpr):
                 power = tl.where(real, power, 0.0)
             taps = taps + (power,)
             total += power
-        inverse = 1.0 / tl.where(total == 0.0, 1.0, total)  # no tap exists
+        if FILTER.RENORMALIZE:
+            total = tl.where(total == 0.0, 1.0, total)  # no tap exists
+        inverse = 1.0 / total
         powers, taps = taps, ()
         for j in tl.static_range(K):
             taps = taps + (powers[j] * inverse,)
+    return taps
+
+
+@triton.jit
+def dropout_factors(bank, FILTER: tl.constexpr, DTYPE: tl.constexpr):
+    """By what dropout multiplies each tap of one position, if there is dropout."""
+    factors = ()
     if FILTER.DROPOUT:
-        all_taps, taps = taps, ()
-        for j in tl.static_range(K):
+        for j in tl.static_range(FILTER.K):
             keep = kept(bank.dropout, bank.place, j, FILTER)
-            taps = taps + (all_taps[j] * tl.where(keep, number_from_bits(bank.dropout.scale, DTYPE), 0.0),)
+            factors = factors + (tl.where(keep, number_from_bits(bank.dropout.scale, DTYPE), 0.0),)
+    return factors
+
+
+@triton.jit
+def whole_filters(bank, FILTER: tl.constexpr, DTYPE: tl.constexpr):
+    """w' of every tap of one position, after softmax and dropout."""
+    taps = soft_taps(load_taps(bank, FILTER, DTYPE), bank, FILTER, DTYPE)
+    if FILTER.DROPOUT:
+        factors, all_taps, taps = dropout_factors(bank, FILTER, DTYPE), taps, ()
+        for j in tl.static_range(FILTER.K):
+            taps = taps + (all_taps[j] * factors[j],)
     return taps
 
 

@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..host import ceil_div, dropout_scale, dropout_threshold, dtype_name, power_of_2, run, search_steps
-from . import backward_band, backward_tile, backward_window, configs, forward, sums
-from .configs import Band, Config, Tile, Window
+from . import backward_band, backward_heads, backward_tile, backward_window, configs, forward, sums
+from .configs import Band, Config, Heads, Tile, Window
 from .taps import (
     Dropout,
     FilterFlags,
@@ -171,7 +171,7 @@ def gradient_launches(call: Call, grad: Tensor, results: tuple, config: Config):
     need = Needs(*(results[n].numel() > 0 for n in (0, 3, 1, 2, 4)))
     gradients = Gradients(rows(grad_x if need.X else call.x), rows(grad_gate if need.GATE else call.x))
     arguments = call.arguments | {"grad": rows(grad), "gradients": gradients, **options(config)}
-    if isinstance(config, Window):
+    if isinstance(config, Window | Heads):
         yield from _window_launches(call, arguments, results, need, config)
         return
     aligned = call.left % call.dilation == 0  # some tap reads its own position
@@ -272,23 +272,28 @@ def _tile_launches(call: Call, arguments: dict, results: tuple, need: Needs, con
             yield _reduce_filters(call, filters, grad_weight, call.B if call.per_batch else 1, 1, True)
 
 
-def _window_launches(call: Call, arguments: dict, results: tuple, need: Needs, config: Window):
-    """Filters of one position in narrow heads."""
+def _window_launches(call: Call, arguments: dict, results: tuple, need: Needs, config: Window | Heads):
+    """Short filters of one position, and longer ones in narrow heads."""
     _, grad_weight, grad_bias, _, _ = results
     h_blocks = ceil_div(call.H, config.BH)
     # Outputs from target(0, K - 1) on: before these none reads an input that exists.
-    outputs_of_phase = ceil_div(call.T + call.shape.span - call.left, call.dilation)
-    phase_tiles = ceil_div(outputs_of_phase, config.BT - (call.K - 1))
-    t_blocks = phase_tiles * call.dilation
+    outputs = call.T + call.shape.span - call.left
+    own = {
+        **arguments, "grad_weight": grad_weight, "h_blocks": h_blocks, "NEED": need, "R": call.C // call.H,
+        "DTYPE": call.accumulator, "BH": config.BH,
+    }  # fmt: skip
+    if isinstance(config, Heads):
+        kernel, t_blocks = backward_heads.grad_heads, tile_blocks(call, outputs, config)
+        own |= {"ROWS": config.ROWS, "BG": config.BG, "RV": config.RV, "V": config.V}
+    else:
+        phase_tiles = ceil_div(ceil_div(outputs, call.dilation), config.BT - (call.K - 1))
+        kernel, t_blocks = backward_window.grad_window, phase_tiles * call.dilation
+        dense = call.weight.stride()[-2:] == (call.K, 1)
+        own |= {"phase_tiles": phase_tiles, "DENSE": dense, "BT": config.BT, "RP": config.RP, "KP": config.KP}
     filters = sums_like(call.x, call.B, t_blocks, call.H, call.K) if need.FILTER and not call.per_time else call.x
     biases = sums_like(call.x, call.B * t_blocks, call.C) if need.BIAS else call.x
-    own = {
-        **arguments, "grad_weight": grad_weight, "filters": filters, "biases": biases, "phase_tiles": phase_tiles,
-        "t_blocks": t_blocks, "h_blocks": h_blocks, "NEED": need, "R": call.C // call.H,
-        "DENSE": call.weight.stride()[-2:] == (call.K, 1), "DTYPE": call.accumulator, "BT": config.BT,
-        "BH": config.BH, "RP": config.RP, "KP": config.KP,
-    }  # fmt: skip
-    yield backward_window.grad_window, (call.B * t_blocks * h_blocks,), own
+    own |= {"filters": filters, "biases": biases, "t_blocks": t_blocks}
+    yield kernel, (call.B * t_blocks * h_blocks,), own
     if need.FILTER and not call.per_time:
         yield _reduce_filters(call, filters, grad_weight, call.B if call.per_batch else 1, 1, True)
     if need.BIAS:

@@ -281,9 +281,13 @@ def store_input_gradient(
         dx = dz * opened
         if NEED.GATE:
             dgate = dz * load_row(z.x, wanted, DTYPE) * (opened * (1.0 - opened))
-            store_row(gradients.gate, tl.where(wanted, dgate, 0.0), inside)
+            if INPUT.HAS_MASK:
+                dgate = tl.where(wanted, dgate, 0.0)
+            store_row(gradients.gate, dgate, inside)
     if NEED.X:
-        store_row(gradients.x, tl.where(wanted, dx, 0.0), inside)
+        if INPUT.HAS_MASK:
+            dx = tl.where(wanted, dx, 0.0)
+        store_row(gradients.x, dx, inside)
 
 
 @triton.jit
