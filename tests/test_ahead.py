@@ -377,7 +377,7 @@ def test_what_the_estimate_of_triton_takes_a_launch_to_move():
         variant = estimate.CASES[name]
         for direction, least in (("fwd", forward), ("bwd", backward)):
             assert estimate.least(variant, direction) == least * x
-            launches = variant.passes()[direction]
+            launches = variant.passes(90)[direction]
             moved = sum(estimate.moved(variant, kernel.__name__, arguments) for kernel, _, arguments in launches)
             assert 1 < moved / (least * x) < 1.2
     assert estimate.rows("no such case") == []

@@ -68,9 +68,8 @@ class Variant:
     time_last: bool = False
 
     def launches(self, architecture: int) -> Iterator[tuple]:
-        """(kernel, arguments) of the forward and the backward pass, and of a decoding step; the same for all
-        architectures."""
-        for launches in self.passes().values():
+        """(kernel, arguments) of the forward and the backward pass, and of a decoding step."""
+        for launches in self.passes(architecture).values():
             for kernel, _, arguments in launches:
                 yield kernel, arguments
         if not (self.packed or self.mask or self.dropout):
@@ -79,7 +78,7 @@ class Variant:
     def _empty(self, *shape, dtype=None):
         return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
 
-    def passes(self) -> dict[str, list[tuple]]:
+    def passes(self, architecture: int) -> dict[str, list[tuple]]:
         """(kernel, grid, arguments) of the launches of each direction."""
         batch, time, channels = 1 if self.packed else self.batch, 4096, self.heads * self.head_channels
         empty = self._empty
@@ -103,7 +102,8 @@ class Variant:
                 empty(batch, time, dtype=torch.bool) if self.mask else None,
                 empty(9, dtype=torch.int64) if self.packed else None,
                 state,
-            )  # fmt: skip
+            ),  # fmt: skip
+            architecture,
         )
         none = empty(0)
         results = (

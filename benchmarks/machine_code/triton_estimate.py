@@ -66,7 +66,10 @@ def moved(variant: Variant, kernel: str, arguments: dict) -> float:
     own = arguments["BT"] if "BT" in arguments else arguments["ROWS"] * arguments["BG"]
     if kernel == "grad_window":
         own -= halo
-    window = 1 + halo / (own * arguments.get("TILES", 1))
+    side_by_side = arguments.get("TILES", 1)
+    if kernel == "grad_band":
+        side_by_side = -(-arguments["t_blocks"] // arguments["groups"])
+    window = 1 + halo / (own * side_by_side)
     inputs = 1 + variant.gate
     if kernel in ("conv_tile", "conv_band"):
         width = arguments.get("BC") or arguments["BV"] * arguments["V"]
@@ -96,7 +99,7 @@ def rows(only: str = "") -> list[tuple[str, ...]]:
     """The table's rows: all launches of a direction of a case together, for cases with `only` in their names."""
     found = []
     for name, variant in CASES.items():
-        for direction, launches in variant.passes().items() if only in name else ():
+        for direction, launches in variant.passes(ARCHITECTURE).items() if only in name else ():
             bytes_moved, wavefronts, multiplied, issued, integers = 0.0, 0.0, 0.0, 0.0, 0.0
             for kernel, grid, arguments in launches:
                 _, _, code = compiled(kernel, arguments, ARCHITECTURE)

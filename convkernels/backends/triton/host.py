@@ -3,6 +3,7 @@
 import struct
 import threading
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -44,6 +45,15 @@ def dropout_scale(dropout: float) -> int:
 def search_steps(sequences: int) -> int:
     """Steps in which bisection finds one of so many sequences."""
     return max(sequences - 1, 0).bit_length()
+
+
+@cache
+def architecture_of(device: torch.device) -> int:
+    """What tiles are chosen for. Only sm_90 and sm_100 have matrix units that read shared memory; without a GPU any
+    will do."""
+    if device.type != "cuda":
+        return 90
+    return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(device)[0], 80)
 
 
 def on_device(tensor: Tensor):

@@ -4,7 +4,6 @@ No launch waits for the device: shapes and strides decide everything, ``cu_seqle
 """
 
 from collections.abc import Iterator
-from functools import cache
 from math import e as euler
 from math import log2
 
@@ -13,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import interpreting
-from ..host import bits, ceil_div, dropout_scale, dropout_threshold, dtype_name, run, search_steps
+from ..host import architecture_of, bits, ceil_div, dropout_scale, dropout_threshold, dtype_name, run, search_steps
 from . import backward_keys, backward_queries, backward_rows, configs, depthwise, forward, sums
 from .tiles import Boundaries, Depthwise, Flags, Heads, Inputs, Tables, TileSizes
 
@@ -126,15 +125,6 @@ class Call:
         own = {"key_edges": self.found_edges, "slots": slots, "BN": height, "num_warps": 4}
         if slots:
             yield kernel, (self.B * self.H * slots,), self.arguments(kernel) | own
-
-
-@cache
-def architecture_of(device: torch.device) -> int:
-    """What tiles are chosen for. Only sm_90 and sm_100 have matrix units that read shared memory; without a GPU any
-    will do."""
-    if device.type != "cuda":
-        return 90
-    return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(device)[0], 80)
 
 
 def heads(tensor: Tensor) -> Heads:

@@ -78,7 +78,9 @@ def grad_band(
     pairs_halo = tl.zeros([BT if PER_ROW else HALO, HALO if PER_ROW else BT], tl.float32)
     row_sum = tl.zeros([1, KP], tl.float32)
     bias_sum = tl.zeros([1, BC], tl.float32)
-    for tile in tl.range(group, t_blocks, groups):
+    # Tiles side by side, so that rows which two of them read come from the first cache.
+    share = tl.cdiv(t_blocks, groups)
+    for tile in tl.range(group * share, tl.minimum((group + 1) * share, t_blocks)):
         row_tiles = phase_tiles * dilation
         b = owner + tile // row_tiles
         phase = (tile % row_tiles) // phase_tiles

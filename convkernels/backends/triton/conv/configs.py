@@ -1,4 +1,4 @@
-"""Launch configurations: plain data, chosen by pure functions of the problem, the same on every device."""
+"""Launch configurations: plain data, chosen by pure functions of the problem and the architecture."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ PROGRAMS = 1024  # about as many programs as keep the largest device busy, where
 
 @dataclass(frozen=True)
 class Shape:
-    """What the choice depends on. itemsize: bytes of an element of x. per_row: filters differ between positions."""
+    """What the choice depends on. per_row: filters differ between positions. architecture: 10 times the major compute
+    capability."""
 
     batch: int
     time: int
@@ -29,6 +30,7 @@ class Shape:
     packed: bool = False
     state: bool = False
     dropout: bool = False
+    architecture: int = 90
 
     @property
     def head_channels(self) -> int:
@@ -203,23 +205,27 @@ def tile(shape: Shape, backward: bool = False) -> Tile:
 
 def band(shape: Shape, backward: bool = False) -> Band:
     """The window's halo holds K - 1 rows; a tile as high as its halo, or twice as high, costs little more to read than
-    its rows, and 64 rows by four warps are what the newest matrix units multiply at once; older ones lack the registers
-    for these if several bfloat16 numbers make up an element. The backward pass is bound by
-    registers (`benchmarks/machine_code` counts them), the more so the more bfloat16 numbers make up an element; as many
-    warps share a tile as leave 16 bytes of a row to each thread. Filters of one position are made by two warps, so that
-    a thread has enough of them."""
+    its rows, and 64 rows by four warps are what the matrix units of sm_90 and sm_100 multiply at once, out of shared
+    memory; older ones lack the registers for these if several bfloat16 numbers make up an element. The backward pass is
+    bound by registers (`benchmarks/machine_code` counts them), the more so the more bfloat16 numbers make up an
+    element; as many warps share a tile as leave 16 bytes of a row to each thread. Filters of one position are made by
+    two warps, so that a thread has enough of them."""
     HALO = max(16, power_of_2(shape.taps - 1))
     BT, BC, warps = max(64, HALO), 64, 4
     many = shape.gate or shape.dtype != "bfloat16"
     if shape.per_row and HALO <= 32:
         BT, warps = 32, 4 if backward and shape.dropout else 2
-    elif many:
+    elif many and shape.architecture < 90:
         BT = max(32, HALO)
     if backward:
-        if shape.dtype == "float32":
+        if shape.dtype == "bfloat16":
+            tall = shape.gate and HALO == 32
+        else:
+            tall = shape.architecture >= 90 and HALO <= 32 and not shape.packed
+        if tall and not shape.per_row:
+            BT, BC, warps = 64, 16 if shape.dtype == "float32" and HALO == 32 else 32, 4
+        elif shape.dtype == "float32":
             BT, BC, warps = (16, 32, 2) if shape.per_row else (16 if HALO > 32 else 32, 32, 4)
-        elif shape.dtype == "bfloat16" and many and HALO == 32 and not shape.per_row:
-            BT, BC, warps = 64, 32, 4
         elif many and (HALO > 16 or shape.per_row):
             BT, BC, warps = 16, 32, 2
         elif many:

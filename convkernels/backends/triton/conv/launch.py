@@ -7,7 +7,16 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..host import ceil_div, dropout_scale, dropout_threshold, dtype_name, power_of_2, run, search_steps
+from ..host import (
+    architecture_of,
+    ceil_div,
+    dropout_scale,
+    dropout_threshold,
+    dtype_name,
+    power_of_2,
+    run,
+    search_steps,
+)
 from . import backward_band, backward_heads, backward_tile, backward_window, configs, forward, sums
 from .configs import Band, Config, Heads, Tile, Window
 from .taps import (
@@ -36,9 +45,9 @@ def check_dilation(dilation: int, K: int) -> None:
 
 class Call:
     """What forward and gradient share: the record of an operator's arguments, whose fields are read through this, and
-    what they are to a kernel."""
+    what they are to a kernel. architecture: by default that of x's device."""
 
-    def __init__(self, args):
+    def __init__(self, args, architecture: int | None = None):
         self.args = args
         x, weight = args.x, args.weight
         self.B, self.T, self.C = x.shape
@@ -52,6 +61,7 @@ class Call:
         self.shape = configs.Shape(
             self.B, self.T, self.C, self.H, self.K, self.dilation, dtype_name(x.dtype), self.per_row,
             self.gate is not None, self.packed, self.has_state, self.dropout > 0,
+            architecture or architecture_of(x.device),
         )  # fmt: skip
         self.accumulator = tl.float64 if x.dtype == torch.float64 else tl.float32
         self.sequence_count = self.cu_seqlens.shape[0] - 1 if self.packed else 1
