@@ -191,7 +191,9 @@ def test_what_breaks_a_rule_is_found(tmp_path):
     assert "8 bytes of stack" in found(good, spills=8)
     assert "no 16-byte" in found(good, wide_stores=0)
     assert "no matrix instructions" in found(band, matrix=0)
-    halves = dataclasses.replace(rules, streaming=(), vectors=("stream",), scattered=("per channel",))
+    halves = dataclasses.replace(
+        rules, streaming=(), vectors=("stream",), scattered=frozenset({("stream", "per channel")})
+    )
     budget.write_text(halves.to_budget([good, dataclasses.replace(good, variant="per channel")]))
     assert halves.violations([dataclasses.replace(good, vector_loads=1, vector_stores=1)]) == []
     assert halves.violations([dataclasses.replace(good, variant="per channel")]) == []

@@ -8,8 +8,9 @@ from convkernels.backends.triton.conv import configs
 from convkernels.backends.triton.conv.configs import Band, Heads, Shape, Window
 
 SHAPES = [
-    Shape(2, time, heads * head_channels, heads, taps, dilation, dtype, per_row, gate, packed, state)
-    for time, (heads, head_channels), taps, dilation, dtype, (per_row, gate, packed, state) in itertools.product(
+    Shape(2, time, heads * channels, heads, taps, dilation, dtype, *flags, architecture=architecture)
+    for architecture, time, (heads, channels), taps, dilation, dtype, flags in itertools.product(
+        (80, 90),
         (1, 33, 4096),
         ((1, 1), (768, 1), (12, 64), (100, 8), (2, 24), (3, 333)),
         (1, 2, 3, 17, 18, 65, 66, 255),

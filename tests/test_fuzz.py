@@ -74,6 +74,25 @@ def test_rows_quick(check, ops):
     run(check, partial(random_conv, size="rows"), ops, count, interpreted=INTERPRETED_WIDE)
 
 
+@BOTH
+def test_bands_of_older_gpus(check, ops, monkeypatch):
+    """Long filters of elements that matrix units of sm_80 multiply in lower tiles."""
+    if not ops.interpreted:
+        pytest.skip("on a GPU the tiles are those of its architecture")
+    from convkernels.backends.triton.conv import launch
+
+    def make(number):
+        dtype = (torch.float16, torch.float32)[number % 2]
+        problem = random_conv(number, size="large")
+        changes = {"heads": 2, "head_size": 16, "taps": 18, "left": 9 * problem.dilation, "kind": "light"}
+        return problem.with_(**changes, renormalize=False, dtype=dtype, weight_dtype=dtype, bias_dtype=None)
+
+    asked = []
+    monkeypatch.setattr(launch, "architecture_of", lambda device: asked.append(device) or 80)
+    for_each(partial(check, ops), make, range(INTERPRETED_WIDE))
+    assert asked
+
+
 @pytest.mark.parametrize("architecture", ["80", "90"])
 @BOTH
 def test_time_quick(check, architecture, ops, monkeypatch):

@@ -160,8 +160,9 @@ class Rules:
     streaming: tuple[str, ...] = ()
     """Kernels that move whole tensors, 16 bytes at a time."""
     vectors: tuple[str, ...] = ()
-    """Kernels that move whole tensors, 8 bytes at a time or more, but for these variants:"""
-    scattered: tuple[str, ...] = ()
+    """Kernels that move whole tensors, 8 bytes at a time or more."""
+    scattered: frozenset[tuple[str, str]] = frozenset()
+    """(kernel, variant) of those of either kind that cannot."""
     banded: tuple[str, ...] = ()
     """Kernels that multiply on matrix units."""
     multiplying: tuple[str, ...] = ()
@@ -201,11 +202,11 @@ class Rules:
             budgeted = result.kernel in self.spilling
             if limits and result.spills and not budgeted:
                 found.append(f"{result.key}: {result.spills} bytes of stack, expected none")
-            if result.kernel in self.streaming and not (result.wide_loads and result.wide_stores):
-                found.append(f"{result.key}: no 16-byte loads and stores")
-            moved = result.kernel in self.vectors and result.variant not in self.scattered
-            if moved and not (result.vector_loads and result.vector_stores):
-                found.append(f"{result.key}: no 8-byte loads and stores")
+            if (result.kernel, result.variant) not in self.scattered:
+                if result.kernel in self.streaming and not (result.wide_loads and result.wide_stores):
+                    found.append(f"{result.key}: no 16-byte loads and stores")
+                if result.kernel in self.vectors and not (result.vector_loads and result.vector_stores):
+                    found.append(f"{result.key}: no 8-byte loads and stores")
             if result.kernel in self.banded and not result.matrix:
                 found.append(f"{result.key}: no matrix instructions")
             if result.kernel in self.multiplying and result.unit != self.units[result.architecture]:

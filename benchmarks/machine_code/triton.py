@@ -30,10 +30,17 @@ RULES = Rules(
     Path(__file__).with_name("triton.txt"),
     "triton",
     triton.__version__,
-    streaming=("conv_band", "grad_band", "grad_window"),
-    vectors=("conv_tile", "grad_tile", "grad_heads"),
+    streaming=("conv_tile", "conv_band", "grad_band", "grad_heads", "grad_window"),
+    vectors=("grad_tile",),
     # A thread has one channel of filters that differ by position and channel.
-    scattered=("dynamic per channel K=4", "dynamic per channel gate mask K=4", "dynamic per channel K=63"),
+    scattered=frozenset(
+        {("grad_tile", "dynamic per channel K=63")}
+        | {
+            (kernel, f"dynamic per channel {rest}")
+            for kernel in ("conv_tile", "grad_heads")
+            for rest in ("K=4", "gate mask K=4", "K=63")
+        }
+    ),
     banded=("conv_band", "grad_band"),
     multiplying=("attention_forward", "grad_queries", "grad_keys"),
     units=MATRIX_UNITS,
@@ -152,7 +159,7 @@ VARIANTS = (
     Variant("dynamic per channel K=4", 4, heads=1024, head_channels=1, dynamic=True),
     Variant("dynamic per channel gate mask K=4", 4, heads=1024, head_channels=1, dynamic=True, gate=True, mask=True),
     Variant("dynamic heads of 8 K=7", 7, heads=128, head_channels=8, dynamic=True),
-    Variant("dynamic heads of 4 K=16", 16, heads=256, head_channels=4, dynamic=True),
+    Variant("dynamic heads of 8 K=16", 16, heads=128, head_channels=8, dynamic=True),
     Variant("dynamic dropout K=7", 7, dynamic=True, dropout=0.1),
     Variant("dynamic per channel K=63", 63, heads=1024, head_channels=1, dynamic=True),
 )
