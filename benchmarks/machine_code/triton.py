@@ -34,11 +34,13 @@ RULES = Rules(
     vectors=("grad_tile",),
     # A thread has one channel of filters that differ by position and channel.
     scattered=frozenset(
-        {("grad_tile", "dynamic per channel K=63")}
-        | {
-            (kernel, f"dynamic per channel {rest}")
-            for kernel in ("conv_tile", "grad_heads")
-            for rest in ("K=4", "gate mask K=4", "K=63")
+        {
+            ("conv_tile", "dynamic per channel K=4"),
+            ("grad_heads", "dynamic per channel K=4"),
+            ("conv_tile", "dynamic per channel gate mask K=4"),
+            ("grad_heads", "dynamic per channel gate mask K=4"),
+            ("conv_tile", "dynamic per channel K=63"),
+            ("grad_tile", "dynamic per channel K=63"),
         }
     ),
     banded=("conv_band", "grad_band"),
