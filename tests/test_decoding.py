@@ -110,6 +110,20 @@ def test_beam_reorder(function, mode, backend):
         torch.testing.assert_close(y, expected[:, n], **TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("function", ["lightweight", "dynamic"])
+def test_only_renormalize_needs_a_position(function, softmax, backend):
+    """Rows of a state count as they are, also those that a position says lie before the sequence."""
+    _, step, _ = CALLS[function]
+    t = tensors(function, 4, torch.float64)
+    states = [torch.ones(B, 3, C, dtype=torch.float64) for _ in range(2)]
+    results = [
+        step(t["x"][:, 0], state, at(t["weight"], 0), softmax=softmax, backend=backend, **options)
+        for state, options in zip(states, ({}, {"position": torch.zeros(B, dtype=torch.int64)}), strict=True)
+    ]
+    assert torch.equal(*results) and torch.equal(*states)
+
+
 def check_reordered(function, order, dtype, batch, taps, backend, channels=C, call=None, **options):
     """One step whose rows continue from others: what the reference makes of a state in that order. call: the step
     itself, if it is not that of `function`."""

@@ -190,8 +190,11 @@ void set_step(P& p, const Device& device, const View& x, const Tensor& state, co
     const View at(device, *position, "position");
     require(at.dim == 1 && at.type == ScalarType::Long && (at.size[0] == p.batch || at.size[0] == 1), "position",
             "int64 [batch] or [1]");
-    p.position = static_cast<const int64_t*>(at.data);
-    p.position_stride = at.size[0] == 1 ? 0 : at.stride[0];
+    // Otherwise rows of the state before the start of the sequence count as they are.
+    if (p.renormalize) {
+      p.position = static_cast<const int64_t*>(at.data);
+      p.position_stride = at.size[0] == 1 ? 0 : at.stride[0];
+    }
   }
 }
 
