@@ -250,3 +250,20 @@ def test_denormals_pass_through(dtype, backend):
     state = torch.zeros(1, 1, C, dtype=dtype)
     ck.depthwise_conv1d_step(x[None], state, weight.expand(C, 2), backend=backend)
     assert torch.equal(state.view(-1), x)
+
+
+@pytest.mark.parametrize("length", [4, 8, 12])
+def test_few_positions_side_by_side(length, backend):
+    """Rows of so few positions that neighbouring threads have different ones."""
+    results = []
+    for name in (backend, "reference"):
+        generator = torch.Generator().manual_seed(0)
+        x, weight, cotangent = (
+            torch.randn(shape, generator=generator, device="cpu")
+            for shape in ((2, 40, length), (40, 5), (2, length, 40))
+        )
+        leaves = [x.requires_grad_(), weight.requires_grad_()]
+        y = ck.depthwise_conv1d(x.transpose(1, 2), weight, backend=name)
+        results.append((y, *torch.autograd.grad(y, leaves, cotangent)))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)

@@ -216,10 +216,16 @@ def test_nan_and_inf_spread_as_in_aten(dtype, taps, dilation, poison, backend):
 
 @pytest.mark.parametrize("poisoned", ["x", "cotangent"])
 @pytest.mark.parametrize("padding", ["same", "causal"])
-@pytest.mark.parametrize(("function", "taps"), [("lightweight", 15), ("lightweight", 31), ("dynamic", 7)])
+@pytest.mark.parametrize(
+    ("function", "taps", "softmax"),
+    [("lightweight", 15, True), ("lightweight", 15, False), ("lightweight", 31, True), ("dynamic", 7, True)],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_nan_and_inf_spread_no_further_than_windows(dtype, function, taps, padding, poisoned, backend):
-    """Heads that products of matrices compute: their zeros meet rows that no window has."""
+def test_nan_and_inf_spread_no_further_than_windows(dtype, function, taps, softmax, padding, poisoned, backend):
+    """Heads that products of matrices compute: their zeros meet rows that no window has. Without softmax, which spreads
+    what is not finite over all taps of a head, this shows in d(weight) too."""
+    if backend == "triton" and not softmax:
+        pytest.xfail("grad_band multiplies zeros for rows of d(y) that do not exist by what is not finite")
     length, heads = 40, 2
     call = {"lightweight": ck.lightweight_conv1d, "dynamic": ck.dynamic_conv1d}[function]
     shape = (heads, taps) if function == "lightweight" else (2, length, heads, taps)
@@ -231,7 +237,7 @@ def test_nan_and_inf_spread_no_further_than_windows(dtype, function, taps, paddi
         found = []
         for name in (backend, "reference"):
             leaves = [tensors["x"].clone().requires_grad_(), weight.clone().requires_grad_()]
-            y = call(*leaves, padding=padding, backend=name)
+            y = call(*leaves, softmax=softmax, padding=padding, backend=name)
             found.append((y, *torch.autograd.grad(y, leaves, tensors["cotangent"])))
         for ours, expected in zip(*found, strict=True):
             assert torch.equal(ours.isfinite(), expected.isfinite())
