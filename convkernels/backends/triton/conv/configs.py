@@ -47,22 +47,28 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Tile:
-    """conv_tile, grad_tile: BG groups of ROWS positions by BV vectors of V channels, a vector for each thread; TAPS
-    taps at a time. maxnreg: as in ``Band``."""
+class Groups:
+    """BG groups of ROWS positions, whose rows a thread has."""
 
     ROWS: int
     BG: int
+
+    @property
+    def BT(self) -> int:
+        return self.BG * self.ROWS
+
+
+@dataclass(frozen=True)
+class Tile(Groups):
+    """conv_tile, grad_tile: groups of positions by BV vectors of V channels, a vector for each thread; TAPS taps at a
+    time. maxnreg: as in ``Band``."""
+
     BV: int
     V: int
     TAPS: int
     num_warps: int
     num_stages: int = 1
     maxnreg: int = 255
-
-    @property
-    def BT(self) -> int:
-        return self.BG * self.ROWS
 
     @property
     def BC(self) -> int:
@@ -99,22 +105,16 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Heads:
-    """grad_heads: BG groups of ROWS positions by BH heads of RV vectors of V channels, a vector for each thread.
-    maxnreg: as in ``Band``."""
+class Heads(Groups):
+    """grad_heads: groups of positions by BH heads of RV vectors of V channels, a vector for each thread. maxnreg: as in
+    ``Band``."""
 
-    ROWS: int
-    BG: int
     BH: int
     RV: int
     V: int
     num_warps: int
     num_stages: int = 1
     maxnreg: int = 255
-
-    @property
-    def BT(self) -> int:
-        return self.BG * self.ROWS
 
 
 Config = Tile | Band | Window | Heads

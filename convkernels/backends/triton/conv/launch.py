@@ -18,7 +18,7 @@ from ..host import (
     search_steps,
 )
 from . import backward_band, backward_heads, backward_tile, backward_window, configs, forward, sums
-from .configs import Band, Config, Heads, Tile, Window
+from .configs import Band, Config, Groups, Heads, Tile, Window
 from .taps import (
     Dropout,
     FilterFlags,
@@ -142,7 +142,7 @@ def forward_launch(call: Call, y: Tensor, config: Tile | Band):
     return kernel, (call.B * t_blocks * c_blocks,), arguments
 
 
-def tile_blocks(call: Call, positions: int, config: Tile) -> int:
+def tile_blocks(call: Call, positions: int, config: Groups) -> int:
     """Blocks of positions, those of a group a dilation apart."""
     phases = call.dilation if config.ROWS > 1 else 1
     return phases * ceil_div(ceil_div(positions, phases), config.BT)
