@@ -173,8 +173,10 @@ def _attention(channels: int) -> list[MainLoop]:
     forward = Work({COPY: copies, "HMMA": 2 * product * own // 16, "MUFU.EX2": 18 * own // 16, "FMUL": 0, "LDG": 0})
     queries = Work({COPY: copies, "HMMA": 3 * product, "MUFU.EX2": 16, "LDG": 0})
     keys = Work({COPY: copies, "HMMA": 4 * product, "MUFU.EX2": 16, "LDG": 1})
+    warpgroups = Work({"HGMMA": channels // 16 + 8, "MUFU.EX2": 66, "FMUL": 0, "LDG": 0})
     return [
         MainLoop("attention_forward", variant, f"{own} x 32 pairs", forward, "tile", 1),
+        MainLoop("attention_forward_warpgroups", variant, "16 x 128 pairs", warpgroups, "tile", 1),
         MainLoop("attention_backward_queries", variant, "16 x 32 pairs", queries, "tile", 1),
         MainLoop("attention_backward_keys", variant, "16 x 32 pairs", keys, "tile", 1),
     ]

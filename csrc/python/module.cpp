@@ -87,8 +87,10 @@ void each_field(ck::cuda::AttentionFacts& facts, Field&& field) {
   field("key_rel", facts.key_rel);
   field("low_rank", facts.low_rank);
   field("positive_scale", facts.positive_scale);
+  field("boxes", facts.boxes);
   field("multiprocessors", facts.device.multiprocessors);
   field("block_memory", facts.device.block_memory);
+  field("warpgroups", facts.device.warpgroups);
 }
 
 template <class Field>
@@ -97,6 +99,7 @@ void each_field(ck::cuda::AttentionPlan& plan, Field&& field) {
   field("channels", plan.channels);
   field("kernel_channels", plan.kernel_channels);
   field("resident", plan.resident);
+  field("stages", plan.stages);
   field("shared_bytes", plan.shared_bytes);
   field("key_shared_bytes", plan.key_shared_bytes);
   field("strip_pitch", plan.strip_pitch);

@@ -177,7 +177,8 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
             if (blind == 0 && far.has(i0, all_real)) {
               terms = far_scores(rel, !p.has_columns() ? -1 : pairs.is_left() ? 0 : 1, left, right);
             } else {
-              terms = near_scores(s, rel, pairs, real, left, right, r_rows, rel_pitch, k_rows + own * kPitch, kPitch);
+              terms = near_scores(s, rel, pairs, real, left, right, PitchedRows<T>{k_rows + own * kPitch, kPitch},
+                                  PitchedRows<T>{r_rows, rel_pitch});
               for (int x = 0; x < kQueries / 8; ++x)
                 for (int e = 0; e < 4; ++e) terms.seen &= ~((blind >> (8 * x + pair + e % 2) & 1u) << (4 * x + e));
             }

@@ -98,7 +98,7 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
     }
     const bool all_see = __all_sync(kAllLanes, sees[0] && sees[1]) != 0;
     const FarTiles<Side::kQueries, kKeys, 16> far(p, tile, i0);
-    rel.query_edges(left, right, r_rows + own * rel_pitch, rel_pitch);
+    rel.query_edges(left, right, PitchedRows<T>{r_rows + own * rel_pitch, rel_pitch});
     const auto finish_delta = [&](const float (&sum)[2]) {
       for (int half = 0; half < 2; ++half) {
         const int i = i0 + row + 8 * half;
@@ -160,7 +160,8 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
           if (edges == nullptr && all_see && far.has(j0, real == ~0u)) {
             terms = far_scores(rel, pairs.is_left() ? 0 : 1, left, right);
           } else {
-            terms = near_scores(s, rel, pairs, real, left, right, r_rows + own * rel_pitch, rel_pitch, k_rows, kPitch);
+            terms = near_scores(s, rel, pairs, real, left, right, PitchedRows<T>{r_rows + own * rel_pitch, rel_pitch},
+                                PitchedRows<T>{k_rows, kPitch});
             terms.seen &= (sees[0] ? 0x3333u : 0u) | (sees[1] ? 0xCCCCu : 0u);
           }
           const uint32_t kept = p.seed == nullptr ? ~0u : draw_fragments(p, seed, b, h, pairs, lane);

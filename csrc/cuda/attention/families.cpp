@@ -18,6 +18,15 @@ bool whole_vectors(const HeadRows& rows, int64_t channels, Dtype dtype) {
                                   whole(rows.head) && reinterpret_cast<uintptr_t>(rows.data) % kVectorBytes == 0);
 }
 
+// Whether tensor_load can read boxes of a tensor. Strides of dimensions of size 1 do not count.
+bool whole_boxes(const HeadRows& rows, int64_t positions, int64_t heads, int64_t batch) {
+  const auto whole = [](int64_t size, int64_t stride) {
+    return size == 1 || (size > 1 && stride > 0 && stride * 2 % kVectorBytes == 0 && stride < int64_t{1} << 39);
+  };
+  return rows.channel == 1 && whole(positions, rows.time) && whole(heads, rows.head) && whole(batch, rows.batch) &&
+         reinterpret_cast<uintptr_t>(rows.data) % kVectorBytes == 0;
+}
+
 // Positions are counted in 32 bits.
 const char* check_size(const Attention& p) {
   constexpr int64_t kMost = int64_t{1} << 28;
@@ -28,7 +37,7 @@ const char* check_size(const Attention& p) {
 
 // Enters where the tensor kernels' tables go, and how they are cut. Returns the bytes they take.
 int64_t assign(TensorTables& t, const Attention& p, const AttentionPlan& plan, bool backward, Workspace workspace) {
-  if (plan.family != AttentionFamily::kTensor) return workspace.bytes();
+  if (plan.family == AttentionFamily::kPlain) return workspace.bytes();
   const int64_t W = p.window();
   t.channel_pitch = plan.channels;
   t.rank_pitch = p.rel_query.data != nullptr ? round_to(p.rank, 16) : plan.channels;
@@ -90,6 +99,8 @@ AttentionFacts facts_of(const Attention& p) {
   f.key_rel = p.key_rel.data != nullptr;
   f.low_rank = p.rel_query.data != nullptr;
   f.positive_scale = p.scale > 0;
+  f.boxes = whole_boxes(p.q, p.queries, p.heads, p.batch) && whole_boxes(p.k, p.keys, p.groups, p.batch) &&
+            whole_boxes(p.v, p.keys, p.groups, p.batch);
   f.device = current_device();
   return f;
 }
@@ -107,11 +118,13 @@ const char* attention_forward(const AttentionForward& p, const AttentionLaunch& 
   return with_dtype(p.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     if constexpr (sizeof(T) == 2)
-      if (plan.family == AttentionFamily::kTensor) {
+      if (plan.family != AttentionFamily::kPlain) {
         TensorTables tables;
         assign(tables, p, plan, false, Workspace(workspace, p.dtype));
         tables.vectors = tables.vectors && whole_vectors(p.out, p.channels, p.dtype);
-        return TensorAttention<T>::forward(p, tables, plan, stream);
+        if (const char* status = TensorAttention<T>::prepare(p, tables, stream)) return status;
+        return plan.family == AttentionFamily::kTensor ? TensorAttention<T>::forward(p, tables, plan, stream)
+                                                       : WarpgroupAttention<T>::forward(p, tables, plan, stream);
       }
     return PlainAttention<T>::forward(p, stream);
   });
@@ -138,7 +151,10 @@ const char* attention_backward(AttentionBackward p, const AttentionLaunch& launc
     const char* status = nullptr;
     if (plan.family == AttentionFamily::kTensor) {
       if constexpr (sizeof(T) == 2)
-        if (queries || keys) status = TensorAttention<T>::backward(p, tables, plan, queries, keys, stream);
+        if (queries || keys) {
+          status = TensorAttention<T>::prepare(p, tables, stream);
+          if (status == nullptr) status = TensorAttention<T>::backward(p, tables, plan, queries, keys, stream);
+        }
     } else {
       if (queries) status = PlainAttention<T>::queries(p, stream);
       if (status == nullptr && keys) status = PlainAttention<T>::keys(p, stream);

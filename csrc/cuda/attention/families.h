@@ -18,11 +18,20 @@ struct PlainAttention {
 // bfloat16 and float16.
 template <class T>
 struct TensorAttention {
+  // Makes the tables, before any of the kernels on tensor cores.
+  static const char* prepare(const Attention& p, const TensorTables& t, Stream stream);
   static const char* forward(const AttentionForward& p, const TensorTables& t, const AttentionPlan& plan,
                              Stream stream);
   // The passes over the queries and over the keys, or one of them.
   static const char* backward(const AttentionBackward& p, const TensorTables& t, const AttentionPlan& plan,
                               bool queries, bool keys, Stream stream);
+};
+
+// bfloat16 and float16, on GPUs of compute capability 9.0.
+template <class T>
+struct WarpgroupAttention {
+  static const char* forward(const AttentionForward& p, const TensorTables& t, const AttentionPlan& plan,
+                             Stream stream);
 };
 
 // The sums that end every backward pass; C is the accumulation type.

@@ -14,64 +14,9 @@
 // term is added; out and lse are written.
 #pragma once
 
-#include "csrc/cuda/attention/scores.cuh"
+#include "csrc/cuda/attention/softmax.cuh"
 
 namespace ck::cuda {
-
-// The depthwise term for 8 channels of a row, added to `value`.
-template <class T>
-CK_DEVICE void add_taps(float (&value)[8], const AttentionForward& p, const TensorTables& t, const AttentionTile& tile,
-                        int64_t b, int64_t h, int i, int d) {
-  const int64_t g = h / p.sharing();
-  const float* const taps = t.taps + h * p.window() * t.channel_pitch + d;
-  const Range range = taps_of(p, tile, i);
-  const int start = i + tile.shift - static_cast<int>(p.left), count = min(8, static_cast<int>(p.channels) - d);
-#pragma unroll 1
-  for (int c = range.first; c < range.end; ++c) {
-    if (!real_key(p, b, start + c)) continue;
-    const float* const tap = taps + c * t.channel_pitch;
-    float v[8];
-    load_channels(v, at<T>(p.v, b, start + c, g) + d * p.v.channel, p.v.channel, count, t.vectors);
-#pragma unroll
-    for (int e = 0; e < 8; ++e) value[e] += tap[e] * v[e];
-  }
-  if (p.value_conv_bias.data == nullptr) return;
-  const float scale = tap_scale<float>(p, h);
-#pragma unroll
-  for (int e = 0; e < 8; ++e)
-    if (e < count) value[e] += table_at<float>(p.value_conv_bias, h, d + e, 0) * scale;
-}
-
-// One step of the online softmax, for 16 queries and a tile of keys: from products s to exp2(score - maximum), which
-// are added to total after that has been scaled by `shrink`, like everything that was summed before. Returns whether
-// some maximum grows.
-template <int kX>
-CK_DEVICE bool update_softmax(float (&s)[kX][4], const ScoreTerms& terms, float (&top)[2], float (&total)[2],
-                              float (&shrink)[2]) {
-  bool grows = false;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float highest = -infinity<float>();
-#pragma unroll
-    for (int x = 0; x < kX; ++x) highest = fmaxf(highest, fmaxf(s[x][2 * half], s[x][2 * half + 1]));
-    highest = row_max(highest);
-    const float now = fmaxf(top[half], highest * terms.factor + terms.added[half]);
-    const float shift = now == -infinity<float>() ? 0.0f : now;
-    const float constant = terms.added[half] - shift;
-    shrink[half] = fast_exp2(top[half] - shift);
-    grows = grows || now > top[half];
-    top[half] = now;
-    float sum = 0;
-#pragma unroll
-    for (int x = 0; x < kX; ++x)
-      for (int e = 2 * half; e < 2 * half + 2; ++e) {
-        s[x][e] = fast_exp2(s[x][e] * terms.factor + constant);
-        sum += s[x][e];
-      }
-    total[half] = total[half] * shrink[half] + sum;
-  }
-  return grows;
-}
 
 // Writes lse, and the results of a warp's 16 kM rows: out over total, plus the depthwise term. Rows go through shared
 // memory, where the queries lay, to be written whole. own: the first row of the tile that is the warp's.
@@ -193,7 +138,7 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
           top[m][half] = -infinity<float>();
           total[m][half] = 0;
         }
-        rel.query_edges(left[m], right[m], r_rows + (own + 16 * m) * rel_pitch, rel_pitch);
+        rel.query_edges(left[m], right[m], PitchedRows<T>{r_rows + (own + 16 * m) * rel_pitch, rel_pitch});
       }
       const FarTiles<Side::kQueries, kKeys, 16 * kM> far(p, tile, tile.first + own);
       // Up to 64 channels of the warp's queries fit into registers.
@@ -245,8 +190,9 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
             if (all_far || (kM > 1 && edges == nullptr && pairs.far(real)))
               terms = far_scores(rel, pairs.is_left() ? 0 : 1, left[m], right[m]);
             else
-              terms = near_scores(s[m], rel, pairs, real, left[m], right[m], r_rows + (own + 16 * m) * rel_pitch,
-                                  rel_pitch, k_rows, kPitch);
+              terms = near_scores(s[m], rel, pairs, real, left[m], right[m],
+                                  PitchedRows<T>{r_rows + (own + 16 * m) * rel_pitch, rel_pitch},
+                                  PitchedRows<T>{k_rows, kPitch});
             float shrink[2];
             const bool grows = update_softmax(s[m], terms, top[m], total[m], shrink);
             // After the first tiles it is rare that one of 16 rows finds a larger score.

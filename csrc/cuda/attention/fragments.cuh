@@ -27,16 +27,16 @@ CK_DEVICE unsigned those_in(const Range& range, int first) {
 
 static_assert(kForwardKeys == 32 && kGradOthers == 32);  // bits of a word
 
-// Copies the 32 rows of head h from position `first` on to shared memory, `padded` channels each, by all threads. Zeros
+// Copies the 32 rows of head h from position `first` on to shared memory, `padded` channels each, by 128 threads. Zeros
 // stand where `there` has no bit for a row, and where there is no channel. The pitch is 8 channels more than the
 // kernel's template argument.
 template <class T>
 CK_DEVICE void copy_rows(T* to, int pitch, const HeadRows& t, int64_t b, int64_t h, int first, unsigned there,
-                         int channels, int padded, bool vectors) {
+                         int channels, int padded, bool vectors, int thread = threadIdx.x) {
   // A thread has the same 8 channels of all its rows. As many threads as a power of two share a row, some of which may
   // have nothing to do: a division would take longer.
-  const int log = pitch > 72 ? 4 : pitch > 40 ? 3 : 2, step = kTensorThreads >> log, row = threadIdx.x >> log;
-  const int c = (threadIdx.x & ((1 << log) - 1)) * 8;
+  const int log = pitch > 72 ? 4 : pitch > 40 ? 3 : 2, step = kTensorThreads >> log, row = thread >> log;
+  const int c = (thread & ((1 << log) - 1)) * 8;
   if (c >= padded) return;
   const unsigned valid = c < channels ? there >> row : 0;
   const T* from = at<T>(t, b, 0, h) + int64_t{first + row} * t.time;
@@ -58,10 +58,11 @@ CK_DEVICE void copy_rows(T* to, int pitch, const HeadRows& t, int64_t b, int64_t
 // The same for kRows rows, of which those in `range` are there.
 template <int kRows, class T>
 CK_DEVICE void copy_tile(T* to, int pitch, const HeadRows& t, int64_t b, int64_t h, int first, const Range& range,
-                         int channels, int padded, bool vectors) {
+                         int channels, int padded, bool vectors, int thread = threadIdx.x) {
 #pragma unroll 1
   for (int r = 0; r < kRows; r += 32)
-    copy_rows(to + r * pitch, pitch, t, b, h, first + r, those_in(range, first + r), channels, padded, vectors);
+    copy_rows(to + r * pitch, pitch, t, b, h, first + r, those_in(range, first + r), channels, padded, vectors,
+              thread);
 }
 
 // step(0) to step(kSteps - 1) for D channels in equal pieces; the last 32 channels may be padding, and take part only
@@ -106,6 +107,17 @@ template <class T>
 CK_DEVICE void load_left(uint32_t (&a)[4], const T* tile, int pitch, int lane) {
   ldmatrix_x4(a, tile + lane % 16 * pitch + lane / 16 * 8);
 }
+// Rows of shared memory, `pitch` numbers apart.
+template <class T>
+struct PitchedRows {
+  const T* rows;
+  int pitch;
+
+  // Those from row n and channel k on.
+  CK_DEVICE void load_left(uint32_t (&a)[4], int n, int k, int lane) const {
+    ck::cuda::load_left(a, rows + n * pitch + k, pitch, lane);
+  }
+};
 // 16 rows of 16 numbers at `tile` as two right factors whose columns are these rows.
 template <class T>
 CK_DEVICE void load_right_rows(uint32_t (&b)[2][2], const T* tile, int pitch, int lane) {

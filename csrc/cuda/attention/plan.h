@@ -11,9 +11,12 @@ namespace ck::cuda {
 enum class AttentionFamily : int8_t {
   kPlain,   // any problem
   kTensor,  // 16-bit types on tensor cores
+  kWarpgroup,  // the same for compute capability 9.0
 };
 
-inline const char* name_of(AttentionFamily family) { return family == AttentionFamily::kPlain ? "plain" : "tensor"; }
+inline const char* name_of(AttentionFamily family) {
+  return family == AttentionFamily::kPlain ? "plain" : family == AttentionFamily::kTensor ? "tensor" : "warpgroup";
+}
 
 // What the choice depends on.
 struct AttentionFacts {
@@ -22,6 +25,7 @@ struct AttentionFacts {
   // relative: some relative term, low_rank: rel_query
   bool packed = false, relative = false, query_rel = false, key_rel = false, low_rank = false;
   bool positive_scale = true;
+  bool boxes = true;  // tensor_load can read q, k and v
   Device device;
 };
 
@@ -30,10 +34,12 @@ struct AttentionPlan {
   int64_t channels = 0;         // of the tensor kernels, padded
   int64_t kernel_channels = 0;  // their template argument: 64 or 128
   bool resident = false;        // the forward pass keeps all keys and values in shared memory
+  int64_t stages = 0;           // of keys and values in shared memory, of the kernel for warpgroups
   int64_t shared_bytes = 0;     // of a block of the tensor kernels
   int64_t strip_pitch = 0, grad_pitch = 0;
   int64_t key_shared_bytes = 0;            // of the pass over the keys; shared_bytes is that of the queries
-  int64_t query_parts = 1, key_parts = 1;  // partial sums for tables, which are added at the end
+  // Partial sums for tables, which are added at the end; query_parts of a forward pass of warpgroups: its blocks.
+  int64_t query_parts = 1, key_parts = 1;
   int64_t tap_parts = 1;
 };
 
@@ -102,6 +108,24 @@ inline int64_t forward_bytes(const AttentionFacts& f, const AttentionPlan& plan,
          4 * kTensorWarps * 16 * plan.strip_pitch;
 }
 
+// warpgroup: tiles of 128 queries and 128 keys, 64 queries for each warpgroup that makes products; another one copies
+
+constexpr int kWarpgroupRows = 128, kWarpgroupKeys = 128;
+constexpr int kWarpgroupWarps = 8, kWarpgroupThreads = 128 + 32 * kWarpgroupWarps;
+constexpr int kTurnThreads = 32 * kWarpgroupWarps;
+// Registers of a thread: of 65536, 384 threads have 168 each when they start.
+constexpr int kCopyRegisters = 24, kProductRegisters = 240;
+constexpr int kMostStages = 4;
+constexpr int kStageFloats = 512;      // of a warp's results on their way out
+constexpr int kSignalBytes = 1024;  // of a block, in front of the tiles, which begin at multiples of it
+
+inline int64_t warpgroup_bytes(const AttentionFacts& f, const AttentionPlan& plan, int64_t stages) {
+  const int64_t row = 2 * plan.kernel_channels, strip = 4 * 16 * plan.strip_pitch;
+  return kWarpgroupRows * (row + (f.low_rank ? 2 * (padded_rank(f, plan.channels) + 8) : 0)) +
+         stages * 2 * kWarpgroupKeys * row +
+         kWarpgroupWarps * (strip < 4 * kStageFloats ? 4 * kStageFloats : strip) + kSignalBytes;
+}
+
 inline int64_t backward_bytes(const AttentionFacts& f, const AttentionPlan& plan, bool keys) {
   const int64_t pitch = plan.kernel_channels + 8, rank = padded_rank(f, plan.channels), rel = f.low_rank ? rank + 8 : 0;
   const int64_t own = kGradRows * (2 * pitch + (keys ? 0 : rel));
@@ -109,6 +133,19 @@ inline int64_t backward_bytes(const AttentionFacts& f, const AttentionPlan& plan
   const int64_t sums = (keys || rank < plan.channels ? plan.channels : rank) + 4;
   return 2 * (own + others) + (keys ? 4 * 2 * 4 * kGradOthers : 0) +
          4 * kTensorWarps * 16 * (plan.strip_pitch + plan.grad_pitch + sums);
+}
+
+// A plan for the forward pass of warpgroups, or, where it cannot run, the given one.
+inline AttentionPlan warpgroup_plan(const AttentionFacts& f, AttentionPlan plan) {
+  if (!f.device.warpgroups || !f.boxes) return plan;
+  const AttentionPlan otherwise = plan;
+  plan.family = AttentionFamily::kWarpgroup;
+  plan.resident = false;
+  for (plan.stages = kMostStages; plan.stages > 1; --plan.stages) {
+    plan.shared_bytes = warpgroup_bytes(f, plan, plan.stages);
+    if (plan.shared_bytes <= f.device.block_memory) return plan;
+  }
+  return otherwise;
 }
 
 // A plan for the tensor kernels, without the numbers of parts; for the plain kernels where those cannot run.
@@ -154,6 +191,7 @@ inline int64_t parts_of(int64_t units, int64_t tiles, int64_t numbers, int64_t m
 
 inline AttentionPlan plan_attention(const AttentionFacts& f, bool backward) {
   AttentionPlan plan = tensor_plan(f, backward);
+  if (!backward && plan.family == AttentionFamily::kTensor) plan = warpgroup_plan(f, plan);
   const bool plain = plan.family == AttentionFamily::kPlain;
   const int64_t units = f.batch * f.heads;
   const auto tiles = [&](int64_t positions, int64_t size) {
@@ -163,6 +201,10 @@ inline AttentionPlan plan_attention(const AttentionFacts& f, bool backward) {
     if (plain) return plan;
     // A block that holds all keys serves several tiles of queries.
     plan.query_parts = tiles(f.queries, forward_rows(plan.channels));
+    if (plan.family == AttentionFamily::kWarpgroup) {
+      const int64_t all = tiles(f.queries, kWarpgroupRows) * units;
+      plan.query_parts = all < f.device.multiprocessors ? all : f.device.multiprocessors;
+    }
     if (plan.resident) plan.query_parts = parts_of(units, plan.query_parts, 0, f.device.multiprocessors);
     return plan;
   }

@@ -89,16 +89,16 @@ struct FarTiles {
   }
 };
 
-// out += the 16 rows at `rows` (shared memory) times columns of a table [terms][window][pitch] (global memory), which
-// lane / 4 says: `column`.
-template <class T>
-CK_DEVICE void multiply_table(float (&out)[4], const T* rows, int row_pitch, const void* table, int64_t terms,
-                              int64_t W, int64_t pitch, int column, int lane) {
-  const T* const first = static_cast<const T*>(table) + column * pitch + lane % 4 * 2;
+// out += 16 rows, from row n of `rows` on, times columns of a table [terms][window][pitch] (global memory), which
+// lane / 4 says: `column`. rows: PitchedRows, or something else with such a function.
+template <class T, class Rows>
+CK_DEVICE void multiply_table(float (&out)[4], const Rows& rows, int n, const T* table, int64_t terms, int64_t W,
+                              int64_t pitch, int column, int lane) {
+  const T* const first = table + column * pitch + lane % 4 * 2;
 #pragma unroll 1
   for (int k = 0; k < pitch; k += 16) {
     uint32_t a[4];
-    load_left(a, rows + k, row_pitch, lane);
+    rows.load_left(a, n, k, lane);
 #pragma unroll 1
     for (int64_t term = 0; term < terms; ++term) {
       const T* const from = first + term * W * pitch + k;
@@ -141,13 +141,13 @@ struct Relative {
 
   // What the query's terms add left and right of the window: to rows lane / 4 and lane / 4 + 8 of 16. rows: of
   // relative_rows(), in shared memory.
-  CK_DEVICE void query_edges(float (&left)[2], float (&right)[2], const T* rows, int row_pitch) const {
+  template <class Rows>
+  CK_DEVICE void query_edges(float (&left)[2], float (&right)[2], const Rows& rows) const {
     left[0] = left[1] = right[0] = right[1] = 0;
     if (!p.clips() || !p.has_query_columns()) return;
     float out[4] = {};
     if (p.query_rel.data != nullptr)
-      multiply_table(out, rows, row_pitch, query_rel(), t.query_terms, W, t.rank_pitch, lane / 4 == 0 ? 0 : W - 1,
-                     lane);
+      multiply_table(out, rows, 0, query_rel(), t.query_terms, W, t.rank_pitch, lane / 4 == 0 ? 0 : W - 1, lane);
     for (int e = 0; e < 4; ++e) out[e] = __shfl_sync(kAllLanes, out[e], lane & ~3) * t.rel_factor;
     const float* const bias = this->bias();
     for (int half = 0; half < 2; ++half) {
@@ -156,38 +156,32 @@ struct Relative {
     }
   }
 
-  // Fills the strip from column columns.first on. The rows are those of the tile of pairs, in shared memory.
-  template <Side kOwn, int kOther>
-  CK_DEVICE void fill_strip(const PairTile<kOwn, kOther>& pairs, Range columns, const T* query_rows, int query_pitch,
-                            const T* key_rows, int key_pitch) const {
-    constexpr bool kQueries = kOwn == Side::kQueries;
+  // Fills the strip, from column columns.first on, with what the terms of the 16 own positions add: rows.
+  template <Side kOwn, class Rows>
+  CK_DEVICE void fill_strip(Range columns, const Rows& rows) const {
     const int lane = opaque(this->lane), row = lane / 4, pair = lane % 4 * 2;
     const float* const bias = this->bias();
-    // out += 16 rows, n from the first on, times the columns from c on.
-    const auto multiply = [&](float (&out)[4], bool queries, int n, int c) {
-      const int column = min(c + row, W - 1);
-      if (queries && p.query_rel.data != nullptr)
-        multiply_table(out, query_rows + n * query_pitch, query_pitch, query_rel(), t.query_terms, W, t.rank_pitch,
-                       column, lane);
-      if (!queries && p.key_rel.data != nullptr)
-        multiply_table(out, key_rows + n * key_pitch, key_pitch, key_rel(), t.key_terms, W, t.channel_pitch, column,
-                       lane);
-    };
     __syncwarp();
 #pragma unroll 1
     for (int c = columns.first; c < columns.end; c += 8) {
       float out[4] = {};
-      multiply(out, kQueries, 0, c);
+      multiply_column<kOwn>(out, rows, 0, min(c + row, W - 1), lane);
       for (int e = 0; e < 4; ++e) {
         const int column = c + pair + e % 2;
         const float added = bias == nullptr || column >= W ? 0.0f : bias[column];
-        strip[(row + e / 2 * 8) * pitch + column - columns.first] =
-            out[e] * (kQueries ? t.rel_factor : t.score_factor) + added;
+        strip[(row + e / 2 * 8) * pitch + column - columns.first] = out[e] * factor<kOwn>() + added;
       }
     }
     __syncwarp();
+  }
+
+  // Adds what the terms of the others of the tile add, to a strip that begins at column `first`: their rows.
+  template <Side kOwn, int kOther, class Rows>
+  CK_DEVICE void add_others(const PairTile<kOwn, kOther>& pairs, Range columns, int first, const Rows& rows) const {
+    constexpr bool kQueries = kOwn == Side::kQueries;
+    constexpr Side kOthers = kQueries ? Side::kKeys : Side::kQueries;
     if ((kQueries ? p.key_rel : p.query_rel).data == nullptr) return;
-    const int base = pairs.base();
+    const int lane = opaque(this->lane), row = lane / 4, pair = lane % 4 * 2, base = pairs.base();
 #pragma unroll 1
     for (int n = 0; n < kOther; n += 16) {
 #pragma unroll 1
@@ -195,15 +189,32 @@ struct Relative {
         const int nearest = kQueries ? base + n - c : c - base + n;  // own position of the first of both
         if (kQueries ? nearest + 15 < 0 || nearest - 7 > 15 : nearest + 22 < 0 || nearest > 15) continue;
         float out[4] = {};
-        multiply(out, !kQueries, n, c);
+        multiply_column<kOthers>(out, rows, n, min(c + row, W - 1), lane);
         for (int e = 0; e < 4; ++e) {
           const int by = pair + e % 2, m = row + e / 2 * 8, own = kQueries ? nearest + m - by : nearest + m + by;
           if (own >= 0 && own < 16 && c + by < columns.end)
-            strip[own * pitch + c + by - columns.first] += out[e] * (kQueries ? t.score_factor : t.rel_factor);
+            strip[own * pitch + c + by - first] += out[e] * factor<kOthers>();
         }
       }
     }
     __syncwarp();
+  }
+
+ private:
+  // out += 16 rows of queries, or keys, from row n on, times a column of their table.
+  template <Side kSide, class Rows>
+  CK_DEVICE void multiply_column(float (&out)[4], const Rows& rows, int n, int column, int lane) const {
+    if constexpr (kSide == Side::kQueries) {
+      if (p.query_rel.data != nullptr)
+        multiply_table(out, rows, n, query_rel(), t.query_terms, W, t.rank_pitch, column, lane);
+    } else {
+      if (p.key_rel.data != nullptr)
+        multiply_table(out, rows, n, key_rel(), t.key_terms, W, t.channel_pitch, column, lane);
+    }
+  }
+  template <Side kSide>
+  CK_DEVICE float factor() const {
+    return kSide == Side::kQueries ? t.rel_factor : t.score_factor;
   }
 };
 

@@ -71,16 +71,17 @@ CK_DEVICE ScoreTerms far_scores(const Relative<T>& rel, int side, const float (&
   return terms;
 }
 
-// Everywhere else s becomes scores. real: the keys that the mask leaves; the rows, in shared memory, are those that
-// tables are multiplied with.
-template <class T, Side kOwn, int kOther>
+// Everywhere else s becomes scores. real: the keys that the mask leaves; the rows of both sides, in shared memory, are
+// those that tables are multiplied with.
+template <class T, Side kOwn, int kOther, class OwnRows, class OtherRows>
 CK_DEVICE ScoreTerms near_scores(float (&s)[kOther / 8][4], const Relative<T>& rel, const PairTile<kOwn, kOther>& pairs,
-                                 unsigned real, const float (&left)[2], const float (&right)[2], const T* query_rows,
-                                 int query_pitch, const T* key_rows, int key_pitch) {
+                                 unsigned real, const float (&left)[2], const float (&right)[2],
+                                 const OwnRows& own_rows, const OtherRows& other_rows) {
   Range columns{0, 0};
   if (rel.p.has_columns()) {
     columns = pairs.columns();
-    rel.fill_strip(pairs, columns, query_rows, query_pitch, key_rows, key_pitch);
+    rel.template fill_strip<kOwn>(columns, own_rows);
+    rel.add_others(pairs, columns, columns.first, other_rows);
   }
   return {1, {}, -1, score_pairs(s, rel, pairs, real, left, right, columns.first)};
 }

@@ -1,8 +1,18 @@
 #include "csrc/cuda/conv/families.h"
 #include "csrc/cuda/device/device.h"
-#include "csrc/cuda/device/primitives.cuh"
+#include "csrc/cuda/device/warpgroup.cuh"
 
 namespace ck::cuda {
+
+#if !defined(CK_SIMT)
+// Has static shared memory where kernels for warpgroups have been compiled.
+CK_GLOBAL(32, 1) void warpgroup_sample() {
+  if constexpr (kWarpgroups) {
+    CK_SHARED(volatile int, sample, 1);
+    sample[0] = 0;
+  }
+}
+#endif
 
 Device current_device() {
 #if defined(CK_SIMT)
@@ -11,6 +21,7 @@ Device current_device() {
   device.block_memory = static_cast<int64_t>(simt::shared_memory_limit());
   device.memory = device.block_memory + 1024;
   device.bulk_copies = simt::architecture() >= 90;
+  device.warpgroups = simt::architecture() == 90;
 #else
   // Every call asks, and mostly for the same one.
   thread_local Device device;
@@ -32,6 +43,8 @@ Device current_device() {
   const bool known_code = cudaFuncGetAttributes(&attributes, Reduce<float>::sample()) == cudaSuccess;
   if (!known_code) cudaGetLastError();  // the first launch says what is wrong
   device.bulk_copies = known_code && attributes.ptxVersion >= 90;
+  device.warpgroups = known_code && cudaFuncGetAttributes(&attributes, warpgroup_sample) == cudaSuccess &&
+                      attributes.sharedSizeBytes > 0;
 #endif
   return device;
 }

@@ -18,9 +18,10 @@ constexpr int64_t kBlockMemory = 160 << 10;
 // By default, one on which everything fits.
 struct Device {
   int64_t multiprocessors = 132;
-  int64_t block_memory = kBlockMemory;  // bytes of shared memory that a block may ask for
-  int64_t memory = 164 << 10;           // and of all blocks on a multiprocessor
-  bool bulk_copies = true;              // compute capability 9.0 and up, and kernels compiled for it
+  int64_t block_memory = 227 << 10;  // bytes of shared memory that a block may ask for
+  int64_t memory = 228 << 10;        // and of all blocks on a multiprocessor
+  bool bulk_copies = true;           // compute capability 9.0 and up, and kernels compiled for it
+  bool warpgroups = true;            // compute capability 9.0, and kernels compiled for sm_90a
 };
 
 Device current_device();

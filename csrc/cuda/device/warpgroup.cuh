@@ -15,13 +15,20 @@
 #include <cuda.h>
 
 // Machine code for 9.0 exists if the file is compiled for sm_90a; elsewhere a kernel that uses these stops.
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define CK_PTX_90A(...) asm volatile(__VA_ARGS__)
 #else
 #define CK_PTX_90A(...) __trap()
 #endif
 
 namespace ck::cuda {
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kWarpgroups = true;
+#else
+constexpr bool kWarpgroups = false;
+#endif
+CK_DEVICE void stop_kernel() { __trap(); }
 
 // A tensor [size3, size2, size1, size0] of 16-bit numbers, of which tensor_load reads boxes of 64 x box1 numbers of the
 // dimensions 0 and 1, with zeros outside of the tensor. A kernel parameter.
@@ -100,7 +107,13 @@ template <int kX>
 CK_DEVICE void keep_registers(float (&values)[kX][4]) {
 #pragma unroll
   for (int x = 0; x < kX; ++x)
-    for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(values[x][e])::"memory");
+    for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(values[x][e]));
+}
+template <int kX>
+CK_DEVICE void keep_registers(uint32_t (&values)[kX][4]) {
+#pragma unroll
+  for (int x = 0; x < kX; ++x)
+    for (int e = 0; e < 4; ++e) asm volatile("" : "+r"(values[x][e]));
 }
 
 // Which dimension of an operand lies along rows of 128 bytes: the one that is summed over, or the other one.
@@ -109,9 +122,14 @@ enum class Major { kSummed, kOther };
 // An operand in shared memory. kSummed: 8 rows from one group of 8 rows to the next are 1024 bytes apart, `panel` is
 // not used, and 16 numbers of the summed dimension later is 32 bytes further. kOther: 64 numbers of the other dimension
 // lie in a row, 64 more `panel` bytes later, and 16 numbers of the summed dimension are 16 rows, 2048 bytes.
-CK_DEVICE uint64_t operand(const void* shared, unsigned panel = 16) {
-  const uint64_t address = (shared_address(shared) & 0x3FFFF) >> 4;
-  return address | uint64_t{(panel & 0x3FFFF) >> 4} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+struct Operand {
+  uint32_t low;  // the address and `panel`, in units of 16 bytes
+
+  CK_DEVICE Operand further(int bytes) const { return {low + static_cast<uint32_t>(bytes >> 4)}; }
+  CK_DEVICE uint64_t descriptor() const { return low | uint64_t{1024 >> 4 | 1 << 30} << 32; }
+};
+CK_DEVICE Operand operand(const void* shared, unsigned panel = 16) {
+  return {shared_address(shared) >> 4 | panel >> 4 << 16};
 }
 
 #define CK_SUM(x) "+f"(d[x][0]), "+f"(d[x][1]), "+f"(d[x][2]), "+f"(d[x][3])
@@ -129,19 +147,19 @@ CK_DEVICE uint64_t operand(const void* shared, unsigned panel = 16) {
 #define CK_WGMMA_SHARED(n, type, a_, b_, add_, a_major_, b_major_)                                                     \
   CK_PTX_90A("{\n .reg .pred p;\n setp.ne.b32 p, %" add_ ", 0;\n wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type \
              "." type " " CK_NAMES_##n ", %" a_ ", %" b_ ", p, 1, 1, %" a_major_ ", %" b_major_                        \
-                                       ";\n}" : CK_SUMS_##n : "l"(a),                                                  \
-             "l"(b), "r"(static_cast<int>(add)), "n"(kA == Major::kOther), "n"(kB == Major::kOther) : "memory")
+                                       ";\n}" : CK_SUMS_##n : "l"(a.descriptor()),                                                  \
+             "l"(b.descriptor()), "r"(static_cast<int>(add)), "n"(kA == Major::kOther), "n"(kB == Major::kOther) : "memory")
 #define CK_WGMMA_REGISTERS(n, type, a0_, a1_, a2_, a3_, b_, add_, b_major_)                                            \
   CK_PTX_90A("{\n .reg .pred p;\n setp.ne.b32 p, %" add_ ", 0;\n wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type \
              "." type " " CK_NAMES_##n ", {%" a0_ ", %" a1_ ", %" a2_ ", %" a3_ "}, %" b_ ", p, 1, 1, %" b_major_      \
                                        ";\n}" : CK_SUMS_##n : "r"(a[0]),                                               \
-             "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)), "n"(kB == Major::kOther) : "memory")
+             "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()), "r"(static_cast<int>(add)), "n"(kB == Major::kOther) : "memory")
 
 // d = a b, or d += a b if `add`, in the background: a of 64 x 16 and b of 16 x kN numbers of type T, 64 or 128. Of the
 // sums, warp w of the warpgroup has the rows 16 w to 16 w + 15, in fragments of 8 columns each like those of
 // mma_m16n8k16. a, b: operand().
 template <class T, int kN, Major kA = Major::kSummed, Major kB = Major::kSummed>
-CK_DEVICE void wgmma(float (&d)[kN / 8][4], uint64_t a, uint64_t b, bool add) {
+CK_DEVICE void wgmma(float (&d)[kN / 8][4], const Operand& a, const Operand& b, bool add) {
   static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, f16>);
   static_assert(kN == 64 || kN == 128);
   if constexpr (kN == 64 && std::is_same_v<T, bf16>)
@@ -156,7 +174,7 @@ CK_DEVICE void wgmma(float (&d)[kN / 8][4], uint64_t a, uint64_t b, bool add) {
 
 // The same with a in registers: each warp's 16 x 16 numbers as for mma_m16n8k16.
 template <class T, int kN, Major kB = Major::kSummed>
-CK_DEVICE void wgmma(float (&d)[kN / 8][4], const uint32_t (&a)[4], uint64_t b, bool add) {
+CK_DEVICE void wgmma(float (&d)[kN / 8][4], const uint32_t (&a)[4], const Operand& b, bool add) {
   static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, f16>);
   static_assert(kN == 64 || kN == 128);
   if constexpr (kN == 64 && std::is_same_v<T, bf16>)

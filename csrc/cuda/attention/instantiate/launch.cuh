@@ -1,6 +1,8 @@
 // Launches of attention's kernels.
 #pragma once
 
+#include <type_traits>
+
 #include "csrc/cuda/device/primitives.cuh"
 
 namespace ck::cuda {
@@ -13,6 +15,12 @@ const char* launch_blocks(Kernel kernel, int64_t blocks, int threads, int64_t sh
   if (blocks > INT32_MAX) return "attention: too many blocks";
   return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
                 static_cast<size_t>(shared_bytes), stream, arguments...);
+}
+
+// Calls body with the template argument of a kernel for so many channels.
+template <class Body>
+const char* with_channels(int64_t channels, const Body& body) {
+  return channels <= 64 ? body(std::integral_constant<int, 64>{}) : body(std::integral_constant<int, 128>{});
 }
 
 }  // namespace ck::cuda

@@ -8,15 +8,8 @@
 
 namespace ck::cuda {
 
-// Calls body with the template argument of a kernel for so many channels.
-template <class Body>
-const char* with_channels(int64_t channels, const Body& body) {
-  return channels <= 64 ? body(std::integral_constant<int, 64>{}) : body(std::integral_constant<int, 128>{});
-}
-
-// The tables, where there are any.
 template <class T>
-const char* prepare(const Attention& p, const TensorTables& t, Stream stream) {
+const char* TensorAttention<T>::prepare(const Attention& p, const TensorTables& t, Stream stream) {
   const char* status = nullptr;
   if (t.query_rel != nullptr || t.key_rel != nullptr || t.bias != nullptr || t.taps != nullptr) {
     const int64_t elements = p.heads * p.window() * max(t.rank_pitch, t.channel_pitch);
@@ -36,7 +29,6 @@ const char* prepare(const Attention& p, const TensorTables& t, Stream stream) {
 template <class T>
 const char* TensorAttention<T>::forward(const AttentionForward& p, const TensorTables& t, const AttentionPlan& plan,
                                         Stream stream) {
-  if (const char* status = prepare<T>(p, t, stream)) return status;
   return with_channels(plan.channels, [&](auto d) {
     constexpr int kChannels = decltype(d)::value;
     const int64_t tiles = attention_tiles(p.queries, p.sequences, p.query_offsets != nullptr, kForwardRows<kChannels>);
@@ -48,7 +40,6 @@ const char* TensorAttention<T>::forward(const AttentionForward& p, const TensorT
 template <class T>
 const char* TensorAttention<T>::backward(const AttentionBackward& p, const TensorTables& t, const AttentionPlan& plan,
                                          bool queries, bool keys, Stream stream) {
-  if (const char* status = prepare<T>(p, t, stream)) return status;
   return with_channels(plan.channels, [&](auto d) {
     constexpr int kChannels = decltype(d)::value;
     const auto tiles = [&](int64_t positions) {

@@ -1,0 +1,2 @@
+#define CK_TYPE ck::f16
+#include "csrc/cuda/attention/instantiate/warpgroup.inc.cuh"
