@@ -11,12 +11,8 @@
 
 namespace ck::cuda {
 
+using simt::make_tensor_map;
 using simt::TensorMap;
-
-inline const char* make_tensor_map(TensorMap& map, const void* data, const int64_t (&size)[4],
-                                   const int64_t (&stride)[3], int box1) {
-  return simt::make_tensor_map(map, data, size, stride, box1);
-}
 inline void prefetch_tensor_map(const TensorMap&) {}
 [[gnu::always_inline]] inline void tensor_load(void* shared, const TensorMap& map, int at0, int at1, int at2, int at3,
                                                uint64_t* mbarrier) {

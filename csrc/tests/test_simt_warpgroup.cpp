@@ -27,7 +27,8 @@ uint16_t bits_of(int x) {
   const int sign = x < 0 ? 0x8000 : 0, size = std::abs(x);
   const int exponent = size < 2 ? 0 : size < 4 ? 1 : size < 8 ? 2 : 3;
   constexpr int kFraction = std::is_same_v<T, bf16> ? 7 : 10, kBias = std::is_same_v<T, bf16> ? 127 : 15;
-  return static_cast<uint16_t>(sign | (exponent + kBias) << kFraction | (size << kFraction >> exponent) % (1 << kFraction));
+  return static_cast<uint16_t>(sign | (exponent + kBias) << kFraction |
+                               (size << kFraction >> exponent) % (1 << kFraction));
 }
 
 // Number `at` of row `row` of a panel.
