@@ -56,7 +56,7 @@ const char* run(const Launch& launch) {
     engine->failure.clear();
     engine->shared.begin_launch(launch.shared_bytes, shared_memory_limit());
     engine->prepare(launch.block.x * launch.block.y * launch.block.z);
-    engine->async.exists = architecture() >= 90;
+    engine->architecture = architecture();
     blockDim = launch.block;
     gridDim = launch.grid;
     engine->tally = counting ? std::make_unique<Tally>() : nullptr;
@@ -100,7 +100,7 @@ void warp_wait(const Collective& what, unsigned mask, void* operand) {
     }
     if (what.finish != nullptr) what.finish(operands, mask);
     if (e.tally) {
-      e.tally->count(what.kind);
+      e.tally->count(what.kind, what.units);
       if (mask == warp.lanes) e.tally->meet(self.id / kWarp);
     }
     warp.ready |= mask;

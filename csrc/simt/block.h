@@ -46,6 +46,7 @@ struct Collective {
   const char* name;
   void (*finish)(void* const* operands, unsigned lanes);
   Meeting kind;
+  unsigned units = 1;  // as which it counts
 };
 
 // Waits for the lanes of this warp in `mask` to arrive at the same collective with the same mask.

@@ -29,15 +29,6 @@ void check_copy(const char* what, const void* shared, const char* shared_end, co
   if (engine->shared.holds(global, 1)) fail(name + ", " + global_end + ": an address is in shared memory");
 }
 
-// Fails if threads have written the bytes at `shared` since the last fence.
-void check_fenced(const char* what, const char* shared, size_t bytes) {
-  const char* const seen = engine->shared.seen(shared);
-  const char* const found = std::mismatch(shared, shared + bytes, seen).first;
-  if (found != shared + bytes)
-    fail(std::string(what) + ": " + engine->shared.place(found) +
-         " was written by a thread and no fence.proxy.async followed");
-}
-
 Mbarrier& find(const char* what, void* at) {
   check_aligned(what, at, sizeof kOpaque);
   check_shared(what, at, sizeof kOpaque);
@@ -77,6 +68,14 @@ void complete(Mbarrier& one) {
 
 }  // namespace
 
+void check_fenced(const char* what, const char* shared, size_t bytes) {
+  const char* const seen = engine->shared.seen(shared);
+  if (std::memcmp(shared, seen, bytes) == 0) return;
+  const char* const found = std::mismatch(shared, shared + bytes, seen).first;
+  fail(std::string(what) + ": " + engine->shared.place(found) +
+       " was written by a thread and no fence.proxy.async followed");
+}
+
 void AsyncProxy::begin_block() {
   mbarriers.clear();
   loads.clear();
@@ -115,8 +114,9 @@ std::string AsyncProxy::describe() const {
 }
 
 void mbarrier_init(void* mbarrier, unsigned count) {
-  if (!engine->async.exists)
-    fail("mbarrier.init: the simulated GPU, sm_" + std::to_string(architecture()) + ", is older than bulk copies");
+  if (engine->architecture < 90)
+    fail("mbarrier.init: the simulated GPU, sm_" + std::to_string(engine->architecture) +
+         ", is older than bulk copies");
   check_aligned("mbarrier.init", mbarrier, sizeof kOpaque);
   check_shared("mbarrier.init", mbarrier, sizeof kOpaque);
   if (count < 1 || count > kMost)
@@ -181,23 +181,28 @@ void fence_proxy_async() {
   engine->shared.publish();
 }
 
-void bulk_load(void* to, const void* from, size_t bytes, void* mbarrier) {
-  check_copy("cp.async.bulk", to, "destination", from, "source", bytes);
-  const Mbarrier& one = find("cp.async.bulk", mbarrier);
+void start_load(const char* what, void* to, std::vector<char> data, void* mbarrier) {
+  const Mbarrier& one = find(what, mbarrier);
   if (!one.fenced)
-    fail(
-        "cp.async.bulk: neither fence.mbarrier_init nor fence.proxy.async followed the initialisation of the mbarrier "
-        "at " +
-        engine->shared.place(mbarrier));
+    fail(std::string(what) +
+         ": neither fence.mbarrier_init nor fence.proxy.async followed the initialisation of the mbarrier at " +
+         engine->shared.place(mbarrier));
   char* const begin = static_cast<char*>(to);
+  const size_t bytes = data.size();
+  const std::string destination = std::string(what) + ", destination";
   for (const BulkLoad& load : engine->async.loads)
     if (overlap(load.to, load.data.size(), begin, bytes))
-      fail("cp.async.bulk, destination: another copy to " + engine->shared.place(begin) + " is on its way");
-  check_fenced("cp.async.bulk, destination", begin, bytes);
-  const char* const source = static_cast<const char*>(from);
-  engine->async.loads.push_back({begin, one.at, {source, source + bytes}});
+      fail(destination + ": another copy to " + engine->shared.place(begin) + " is on its way");
+  check_fenced(destination.c_str(), begin, bytes);
+  engine->async.loads.push_back({begin, one.at, std::move(data)});
   std::memset(begin, 0xFF, bytes);
   std::memset(engine->shared.seen(begin), 0xFF, bytes);
+}
+
+void bulk_load(void* to, const void* from, size_t bytes, void* mbarrier) {
+  check_copy("cp.async.bulk", to, "destination", from, "source", bytes);
+  const char* const source = static_cast<const char*>(from);
+  start_load("cp.async.bulk", to, {source, source + bytes}, mbarrier);
   const void* const instruction = __builtin_return_address(0);
   count_bulk(Access::kCopyRead, from, bytes, instruction);
   count_bulk(Access::kCopyWrite, to, bytes, instruction);

@@ -39,7 +39,6 @@ struct BulkStore {
 struct AsyncProxy {
   std::vector<Mbarrier> mbarriers;
   std::vector<BulkLoad> loads;
-  bool exists = true;  // in the GPU that is simulated
 
   void begin_block();
   // Lets a copy come in. Returns false if none is on its way.
@@ -49,6 +48,12 @@ struct AsyncProxy {
   // The phases that threads wait for.
   std::string describe() const;
 };
+
+// Fails if threads have written the bytes at `shared` since the last fence.
+void check_fenced(const char* what, const char* shared, size_t bytes);
+
+// Lets the copy of `data` begin. what: its name in the PTX ISA.
+void start_load(const char* what, void* to, std::vector<char> data, void* mbarrier);
 
 // What follows is called by kernels. All have the names and the rules of the PTX ISA.
 

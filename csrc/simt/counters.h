@@ -17,14 +17,33 @@
 namespace ck::simt {
 
 // Loads and stores, copies by cp.async from global to shared memory, and ldmatrix. A bulk copy is such a copy, or a
-// load of shared memory and a store.
-enum class Access : uint8_t { kLoad, kStore, kCopyRead, kSharedLoad, kSharedStore, kCopyWrite, kMatrixLoad };
-inline constexpr unsigned kAccesses = 7;
+// load of shared memory and a store. Operands of the products of a warpgroup are read from shared memory: by each warp
+// its own rows of the first, and by the first warp the second one for all four.
+enum class Access : uint8_t {
+  kLoad,
+  kStore,
+  kCopyRead,
+  kSharedLoad,
+  kSharedStore,
+  kCopyWrite,
+  kMatrixLoad,
+  kOperandRead
+};
+inline constexpr unsigned kAccesses = 8;
 inline constexpr bool is_global(Access access) { return access <= Access::kCopyRead; }
 
-// What all threads of a block, or those of a warp, do together.
-enum class Meeting : uint8_t { kBarrier, kWarpBarrier, kShuffle, kVote, kMatrixLoad, kMatrixProduct };
-inline constexpr unsigned kMeetings = 6;
+// What all threads of a block, or those of a warp, do together. A warpgroup's products count in each warp, as so many
+// of the 16 x 8 x 16 that a kMatrixProduct is.
+enum class Meeting : uint8_t {
+  kBarrier,
+  kWarpBarrier,
+  kShuffle,
+  kVote,
+  kMatrixLoad,
+  kMatrixProduct,
+  kWarpgroupProduct
+};
+inline constexpr unsigned kMeetings = 7;
 
 struct Requests {
   uint64_t requests, bytes;
@@ -59,7 +78,7 @@ class Tally {
   Instructions instructions;  // what each of them asks for
 
   void begin_block(unsigned warps);
-  void count(Meeting meeting) { ++counts.meetings[static_cast<unsigned>(meeting)]; }
+  void count(Meeting meeting, unsigned units = 1) { counts.meetings[static_cast<unsigned>(meeting)] += units; }
   // At most 16 bytes.
   void add(unsigned warp, unsigned lane, Access access, const void* instruction, uint64_t place, const void* pointer,
            unsigned bytes);

@@ -50,6 +50,7 @@ void Engine::body() {
     try {
       self.launch->call(self.launch->arguments);
       end_bulk_stores();
+      end_products();
     } catch (const Stop&) {
     } catch (const std::exception& error) {
       self.report(error.what());
@@ -79,17 +80,19 @@ bool Engine::go_on() {
   for (unsigned i = 0; i < count; ++i) {
     const Thread& t = *threads[i];
     exited += t.state == Thread::kExited;
-    if (t.waits == nullptr || t.waits != some.waits || t.mask != 0 || t.mbarrier != nullptr) continue;
+    if (t.waits == nullptr || t.waits != some.waits || t.mask != 0 || t.mbarrier != nullptr || t.barrier != 0) continue;
     ++same;
     predicates += *static_cast<const bool*>(t.operand);
   }
   try {
-    if (exited == count)
+    if (exited == count) {
       async.end_block();
-    else if (same == count)
+      groups.end_block();
+    } else if (same == count) {
       open_barrier(predicates);
-    else if (!async.advance())
+    } else if (!async.advance()) {
       fail(describe(exited));
+    }
   } catch (const std::exception& error) {
     report(error.what());
   }
@@ -124,7 +127,8 @@ std::string Engine::describe(unsigned exited) const {
   for (const auto& [where, n] : waiting)
     text +=
         (text.empty() ? "" : ", ") + std::to_string(n) + (n == 1 ? " thread waits at " : " threads wait at ") + where;
-  return text + ", " + std::to_string(exited) + (exited == 1 ? " has exited" : " have exited") + async.describe();
+  return text + ", " + std::to_string(exited) + (exited == 1 ? " has exited" : " have exited") + async.describe() +
+         groups.describe();
 }
 
 void Engine::prepare(unsigned threads_in_block) {
@@ -143,11 +147,14 @@ void Engine::prepare(unsigned threads_in_block) {
 void Engine::run_block() {
   shared.begin_block();
   async.begin_block();
+  groups.begin_block(warps.size());
+  products.assign(warps.size(), {});
   for (unsigned i = 0; i < count; ++i) {
     Thread& t = *threads[i];
     t.state = Thread::kFresh;
     t.waits = nullptr;
     t.mbarrier = nullptr;
+    t.barrier = 0;
     t.copies.clear();
     t.group = 0;
     t.stores.clear();
@@ -177,7 +184,8 @@ void Engine::run_block() {
         order.push_back(w);
       }
     }
-  } while (go_on());
+    // A warp may have let one go on that had its turn before.
+  } while (std::any_of(warps.begin(), warps.end(), [](const Warp& w) { return w.ready != 0; }) || go_on());
   if (!failure.empty()) return unwind();
   if (tally) meet_all();
 }

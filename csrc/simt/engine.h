@@ -10,6 +10,8 @@
 #include "csrc/simt/block.h"
 #include "csrc/simt/bulk.h"
 #include "csrc/simt/fiber.h"
+#include "csrc/simt/groups.h"
+#include "csrc/simt/products.h"
 #include "csrc/simt/shared.h"
 
 namespace ck::simt {
@@ -56,6 +58,7 @@ struct Thread {
   unsigned mask = 0;
   void* operand = nullptr;
   const char* mbarrier = nullptr;  // whose current phase it waits for
+  unsigned barrier = 0;            // the named one that it waits at
   std::vector<Copy> copies;
   unsigned group = 0;
   std::vector<BulkStore> stores;
@@ -83,10 +86,13 @@ struct Engine {
   std::vector<unsigned> order;
   SharedMemory shared;
   AsyncProxy async;
-  std::unique_ptr<Tally> tally;  // of a launch that is counted
+  Groups groups;
+  std::vector<WarpProducts> products;  // of each warp
+  std::unique_ptr<Tally> tally;        // of a launch that is counted
   Fiber scheduler;
   Random random{0};
   const Launch* launch = nullptr;
+  uint64_t architecture = 0;
   unsigned count = 0;
   Thread* queue[kWarp];
   unsigned next = 0, end = 0;

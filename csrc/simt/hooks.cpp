@@ -63,10 +63,10 @@ CK_EXPORT void ck_start_counting() { start_counting(); }
 
 // The launches since, as JSON. A kernel is given by its distance from the beginning of this library.
 CK_EXPORT const char* ck_stop_counting() {
-  static constexpr const char* kAccessNames[kAccesses] = {"load",         "store",      "copy_read",  "shared_load",
-                                                          "shared_store", "copy_write", "matrix_load"};
-  static constexpr const char* kMeetingNames[kMeetings] = {"barriers", "warp_barriers", "shuffles",
-                                                           "votes",    "matrix_loads",  "matrix_products"};
+  static constexpr const char* kAccessNames[kAccesses] = {"load",         "store",      "copy_read",   "shared_load",
+                                                          "shared_store", "copy_write", "matrix_load", "operand_read"};
+  static constexpr const char* kMeetingNames[kMeetings] = {
+      "barriers", "warp_barriers", "shuffles", "votes", "matrix_loads", "matrix_products", "warpgroup_products"};
   thread_local std::string text;
   text.clear();
   const auto add = [](const std::string& name, uint64_t value) {

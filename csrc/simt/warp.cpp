@@ -5,19 +5,12 @@
 #include <string>
 
 #include "csrc/simt/block.h"
+#include "csrc/simt/lanes.h"
 
 namespace ck::simt {
 namespace {
 
 constexpr unsigned kAll = ~0u;
-
-template <class Operand, class Body>
-void for_each_lane(void* const* operands, unsigned lanes, Body body) {
-  for (unsigned left = lanes; left != 0; left &= left - 1) {
-    const int lane = std::countr_zero(left);
-    body(lane, *static_cast<Operand*>(operands[lane]));
-  }
-}
 
 struct Shuffled {
   uint64_t bits;
@@ -84,16 +77,6 @@ struct Multiplied {
   const uint32_t* a;
   const uint32_t* b;
 };
-
-float from_bf16(uint32_t bits) { return std::bit_cast<float>(bits << 16); }
-
-float from_f16(uint32_t bits) {
-  const uint32_t sign = (bits & 0x8000) << 16, size = (bits & 0x7fff) << 13;
-  // Shifting the exponent by a product handles subnormal numbers too; infinities and NaN keep the largest exponent.
-  const float value =
-      (bits & 0x7c00) == 0x7c00 ? std::bit_cast<float>(size | 0x7f800000u) : std::bit_cast<float>(size) * 0x1p112f;
-  return std::bit_cast<float>(std::bit_cast<uint32_t>(value) | sign);
-}
 
 template <float (*value)(uint32_t)>
 void finish_multiply(void* const* operands, unsigned) {
