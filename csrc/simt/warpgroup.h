@@ -11,6 +11,9 @@
 
 namespace ck::cuda {
 
+inline constexpr bool kWarpgroups = true;
+inline void stop_kernel() {}
+
 using simt::make_tensor_map;
 using simt::TensorMap;
 inline void prefetch_tensor_map(const TensorMap&) {}
@@ -40,29 +43,23 @@ template <int Newest>
 void wgmma_wait() {
   simt::products_wait(Newest);
 }
-template <int kX>
-void keep_registers(float (&)[kX][4]) {}
-
-enum class Major { kSummed, kOther };
-
-inline uint64_t operand(const void* shared, unsigned panel = 16) {
-  const uint64_t address = (shared_address(shared) & 0x3FFFF) >> 4;
-  return address | uint64_t{(panel & 0x3FFFF) >> 4} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
-}
+template <class N, int kX>
+void keep_registers(N (&)[kX][4]) {}
 
 template <class T, int kN, Major kA = Major::kSummed, Major kB = Major::kSummed>
-[[gnu::always_inline]] inline void wgmma(float (&d)[kN / 8][4], uint64_t a, uint64_t b, bool add) {
+[[gnu::always_inline]] inline void wgmma(float (&d)[kN / 8][4], const Operand& a, const Operand& b, bool add) {
   static_assert(std::same_as<T, bf16> || std::same_as<T, f16>);
   static_assert(kN == 64 || kN == 128);
   simt::multiply_warpgroup(kN, std::same_as<T, bf16>, d[0], nullptr,
-                           {a, b, false, kA == Major::kOther, kB == Major::kOther, add});
+                           {a.descriptor(), b.descriptor(), false, kA == Major::kOther, kB == Major::kOther, add});
 }
 
 template <class T, int kN, Major kB = Major::kSummed>
-[[gnu::always_inline]] inline void wgmma(float (&d)[kN / 8][4], const uint32_t (&a)[4], uint64_t b, bool add) {
+[[gnu::always_inline]] inline void wgmma(float (&d)[kN / 8][4], const uint32_t (&a)[4], const Operand& b, bool add) {
   static_assert(std::same_as<T, bf16> || std::same_as<T, f16>);
   static_assert(kN == 64 || kN == 128);
-  simt::multiply_warpgroup(kN, std::same_as<T, bf16>, d[0], a, {0, b, true, false, kB == Major::kOther, add});
+  simt::multiply_warpgroup(kN, std::same_as<T, bf16>, d[0], a,
+                           {0, b.descriptor(), true, false, kB == Major::kOther, add});
 }
 
 }  // namespace ck::cuda

@@ -8,8 +8,8 @@
 //   lets the other warpgroup start its own, which then run while this one
 //   waits for q k^T and makes scores (tile_scores) and weights of it (update_softmax), as forward.cuh does,
 //   waits for the results, and scales them if a maximum has grown.
-// What relative terms add is found once for a tile of queries where the window is short. Tiles of keys on one side of it,
-// which all queries see, take the path of attention without relative terms.
+// What relative terms add is found once for a tile of queries where the window is short. Tiles of keys on one side of
+// it, which all queries see, take the path of attention without relative terms.
 #pragma once
 
 #include "csrc/cuda/attention/softmax.cuh"
@@ -63,7 +63,7 @@ CK_DEVICE ScoreTerms tile_scores(float (&s)[kWarpgroupKeys / 8][4], const Relati
   }
 #pragma unroll
   for (int sub = 0; sub < kWarpgroupKeys / 32; ++sub) {
-    float(&part)[4][4] = reinterpret_cast<float(&)[4][4]>(s[4 * sub]);
+    float (&part)[4][4] = reinterpret_cast<float (&)[4][4]>(s[4 * sub]);
     const PairTile<Side::kQueries, 32> pairs(p, tile, i0, j0 + 32 * sub);
     if (rel.edges == nullptr && pairs.far(real[sub])) {
       const bool is_left = pairs.is_left();
@@ -111,7 +111,7 @@ CK_DEVICE void store_warp_results(const AttentionForward& p, const TensorTables&
 #pragma unroll
     for (int c = 0; c < 4; ++c)
       for (int half = 0; half < 2; ++half) {
-        const float(&value)[4] = out[c0 / 8 + c];
+        const float (&value)[4] = out[c0 / 8 + c];
         const float f = factor[half];
         *reinterpret_cast<float2*>(place(lane / 4 + 8 * half, 2 * c + lane % 4 / 2) + lane % 2 * 2) =
             make_float2(f == 0.0f ? 0.0f : value[2 * half] * f, f == 0.0f ? 0.0f : value[2 * half + 1] * f);
@@ -242,8 +242,8 @@ void attention_forward_warpgroups(const CK_PARAM AttentionForward p, const CK_PA
         const Relative<T> rel(p, t, h, lane, edges, strip);
         if (low_rank) {
           barrier_sync(in_group, 128);  // the rows of the last tile have been read
-          copy_tile<64>(reinterpret_cast<T*>(r_rows) + group * 64 * rel_pitch, rel_pitch, p.rel_query, b, h, tile.first + group * 64,
-                        Range{tile.first, tile.first + tile.count}, static_cast<int>(p.rank),
+          copy_tile<64>(reinterpret_cast<T*>(r_rows) + group * 64 * rel_pitch, rel_pitch, p.rel_query, b, h,
+                        tile.first + group * 64, Range{tile.first, tile.first + tile.count}, static_cast<int>(p.rank),
                         static_cast<int>(t.rank_pitch), t.rank_vectors, threadIdx.x % 128);
           cp_async_commit();
         }

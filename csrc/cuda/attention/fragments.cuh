@@ -61,8 +61,7 @@ CK_DEVICE void copy_tile(T* to, int pitch, const HeadRows& t, int64_t b, int64_t
                          int channels, int padded, bool vectors, int thread = threadIdx.x) {
 #pragma unroll 1
   for (int r = 0; r < kRows; r += 32)
-    copy_rows(to + r * pitch, pitch, t, b, h, first + r, those_in(range, first + r), channels, padded, vectors,
-              thread);
+    copy_rows(to + r * pitch, pitch, t, b, h, first + r, those_in(range, first + r), channels, padded, vectors, thread);
 }
 
 // step(0) to step(kSteps - 1) for D channels in equal pieces; the last 32 channels may be padding, and take part only

@@ -9,8 +9,8 @@
 namespace ck::cuda {
 
 enum class AttentionFamily : int8_t {
-  kPlain,   // any problem
-  kTensor,  // 16-bit types on tensor cores
+  kPlain,      // any problem
+  kTensor,     // 16-bit types on tensor cores
   kWarpgroup,  // the same for compute capability 9.0
 };
 
@@ -37,7 +37,7 @@ struct AttentionPlan {
   int64_t stages = 0;           // of keys and values in shared memory, of the kernel for warpgroups
   int64_t shared_bytes = 0;     // of a block of the tensor kernels
   int64_t strip_pitch = 0, grad_pitch = 0;
-  int64_t key_shared_bytes = 0;            // of the pass over the keys; shared_bytes is that of the queries
+  int64_t key_shared_bytes = 0;  // of the pass over the keys; shared_bytes is that of the queries
   // Partial sums for tables, which are added at the end; query_parts of a forward pass of warpgroups: its blocks.
   int64_t query_parts = 1, key_parts = 1;
   int64_t tap_parts = 1;
@@ -116,14 +116,14 @@ constexpr int kTurnThreads = 32 * kWarpgroupWarps;
 // Registers of a thread: of 65536, 384 threads have 168 each when they start.
 constexpr int kCopyRegisters = 24, kProductRegisters = 240;
 constexpr int kMostStages = 4;
-constexpr int kStageFloats = 512;      // of a warp's results on their way out
+constexpr int kStageFloats = 512;   // of a warp's results on their way out
 constexpr int kSignalBytes = 1024;  // of a block, in front of the tiles, which begin at multiples of it
 
 inline int64_t warpgroup_bytes(const AttentionFacts& f, const AttentionPlan& plan, int64_t stages) {
   const int64_t row = 2 * plan.kernel_channels, strip = 4 * 16 * plan.strip_pitch;
   return kWarpgroupRows * (row + (f.low_rank ? 2 * (padded_rank(f, plan.channels) + 8) : 0)) +
-         stages * 2 * kWarpgroupKeys * row +
-         kWarpgroupWarps * (strip < 4 * kStageFloats ? 4 * kStageFloats : strip) + kSignalBytes;
+         stages * 2 * kWarpgroupKeys * row + kWarpgroupWarps * (strip < 4 * kStageFloats ? 4 * kStageFloats : strip) +
+         kSignalBytes;
 }
 
 inline int64_t backward_bytes(const AttentionFacts& f, const AttentionPlan& plan, bool keys) {

@@ -1,5 +1,5 @@
-// Tiles of the kernels for warpgroups in shared memory, as tensor_load lays them: panels of 64 channels, whose rows have
-// 128 bytes.
+// Tiles of the kernels for warpgroups in shared memory, as tensor_load lays them: panels of 64 channels, whose rows
+// have 128 bytes.
 #pragma once
 
 #include "csrc/cuda/attention/fragments.cuh"

@@ -8,6 +8,26 @@
 
 #include "csrc/cuda/device/primitives.cuh"
 
+namespace ck::cuda {
+
+// Which dimension of an operand lies along rows of 128 bytes: the one that is summed over, or the other one.
+enum class Major { kSummed, kOther };
+
+// An operand in shared memory. kSummed: 8 rows from one group of 8 rows to the next are 1024 bytes apart, `panel` is
+// not used, and 16 numbers of the summed dimension later is 32 bytes further. kOther: 64 numbers of the other dimension
+// lie in a row, 64 more `panel` bytes later, and 16 numbers of the summed dimension are 16 rows, 2048 bytes.
+struct Operand {
+  uint32_t low;  // the address and `panel`, in units of 16 bytes
+
+  CK_DEVICE Operand further(int bytes) const { return {low + static_cast<uint32_t>(bytes >> 4)}; }
+  CK_DEVICE uint64_t descriptor() const { return low | uint64_t{1024 >> 4 | 1 << 30} << 32; }
+};
+CK_DEVICE Operand operand(const void* shared, unsigned panel = 16) {
+  return {shared_address(shared) >> 4 | panel >> 4 << 16};
+}
+
+}  // namespace ck::cuda
+
 #if defined(CK_SIMT)
 #include "csrc/simt/warpgroup.h"
 #else
@@ -116,22 +136,6 @@ CK_DEVICE void keep_registers(uint32_t (&values)[kX][4]) {
     for (int e = 0; e < 4; ++e) asm volatile("" : "+r"(values[x][e]));
 }
 
-// Which dimension of an operand lies along rows of 128 bytes: the one that is summed over, or the other one.
-enum class Major { kSummed, kOther };
-
-// An operand in shared memory. kSummed: 8 rows from one group of 8 rows to the next are 1024 bytes apart, `panel` is
-// not used, and 16 numbers of the summed dimension later is 32 bytes further. kOther: 64 numbers of the other dimension
-// lie in a row, 64 more `panel` bytes later, and 16 numbers of the summed dimension are 16 rows, 2048 bytes.
-struct Operand {
-  uint32_t low;  // the address and `panel`, in units of 16 bytes
-
-  CK_DEVICE Operand further(int bytes) const { return {low + static_cast<uint32_t>(bytes >> 4)}; }
-  CK_DEVICE uint64_t descriptor() const { return low | uint64_t{1024 >> 4 | 1 << 30} << 32; }
-};
-CK_DEVICE Operand operand(const void* shared, unsigned panel = 16) {
-  return {shared_address(shared) >> 4 | panel >> 4 << 16};
-}
-
 #define CK_SUM(x) "+f"(d[x][0]), "+f"(d[x][1]), "+f"(d[x][2]), "+f"(d[x][3])
 #define CK_SUMS_64 CK_SUM(0), CK_SUM(1), CK_SUM(2), CK_SUM(3), CK_SUM(4), CK_SUM(5), CK_SUM(6), CK_SUM(7)
 #define CK_SUMS_128 \
@@ -147,13 +151,15 @@ CK_DEVICE Operand operand(const void* shared, unsigned panel = 16) {
 #define CK_WGMMA_SHARED(n, type, a_, b_, add_, a_major_, b_major_)                                                     \
   CK_PTX_90A("{\n .reg .pred p;\n setp.ne.b32 p, %" add_ ", 0;\n wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type \
              "." type " " CK_NAMES_##n ", %" a_ ", %" b_ ", p, 1, 1, %" a_major_ ", %" b_major_                        \
-                                       ";\n}" : CK_SUMS_##n : "l"(a.descriptor()),                                                  \
-             "l"(b.descriptor()), "r"(static_cast<int>(add)), "n"(kA == Major::kOther), "n"(kB == Major::kOther) : "memory")
+                                       ";\n}" : CK_SUMS_##n : "l"(a.descriptor()),                                     \
+             "l"(b.descriptor()), "r"(static_cast<int>(add)), "n"(kA == Major::kOther),                                \
+             "n"(kB == Major::kOther) : "memory")
 #define CK_WGMMA_REGISTERS(n, type, a0_, a1_, a2_, a3_, b_, add_, b_major_)                                            \
   CK_PTX_90A("{\n .reg .pred p;\n setp.ne.b32 p, %" add_ ", 0;\n wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type \
              "." type " " CK_NAMES_##n ", {%" a0_ ", %" a1_ ", %" a2_ ", %" a3_ "}, %" b_ ", p, 1, 1, %" b_major_      \
                                        ";\n}" : CK_SUMS_##n : "r"(a[0]),                                               \
-             "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()), "r"(static_cast<int>(add)), "n"(kB == Major::kOther) : "memory")
+             "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()), "r"(static_cast<int>(add)),                         \
+             "n"(kB == Major::kOther) : "memory")
 
 // d = a b, or d += a b if `add`, in the background: a of 64 x 16 and b of 16 x kN numbers of type T, 64 or 128. Of the
 // sums, warp w of the warpgroup has the rows 16 w to 16 w + 15, in fragments of 8 columns each like those of

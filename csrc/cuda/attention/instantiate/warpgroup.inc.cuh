@@ -32,8 +32,8 @@ const char* WarpgroupAttention<T>::forward(const AttentionForward& p, const Tens
   if (tiles * p.batch * p.heads > INT32_MAX / 2) return "attention: too many tiles";
   return with_channels(plan.channels, [&](auto d) {
     return launch_blocks(attention_forward_warpgroups<T, decltype(d)::value>, plan.query_parts, kWarpgroupThreads,
-                         plan.shared_bytes, stream, p, t, q, k, v,
-                         static_cast<int>(tiles), static_cast<int>(plan.stages));
+                         plan.shared_bytes, stream, p, t, q, k, v, static_cast<int>(tiles),
+                         static_cast<int>(plan.stages));
   });
 }
 
