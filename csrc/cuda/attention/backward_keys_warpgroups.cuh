@@ -1,0 +1,378 @@
+// The backward pass of attention on GPUs of compute capability 9.0, second part: what backward_keys.cuh makes, by
+// warpgroups as in backward_queries_warpgroups.cuh, with the roles of rows and columns exchanged. A block has 128 keys
+// with their values, and meets 64 queries at a time, or 32 of more than 64 channels, whose sums d(k) and d(v) take most
+// of the registers. A warp of its own brings what comes with the queries: lse, delta and what their terms add left and
+// right of the window, and their rows of rel_query. Needs delta.
+#pragma once
+
+#include "csrc/cuda/attention/gradient_strip.cuh"
+#include "csrc/cuda/attention/taps.cuh"
+#include "csrc/cuda/attention/warpgroup_ring.cuh"
+#include "csrc/cuda/attention/warpgroup_tiles.cuh"
+
+namespace ck::cuda {
+
+// What stands beside a tile of kQueries queries in shared memory.
+template <int kQueries>
+struct QueryScalars {
+  float lse[kQueries], delta[kQueries], edges[2][kQueries];  // times log2(e), but for delta
+};
+
+// Products of a warp's 16 keys that are added to d(k).
+template <int D>
+struct KeySums {
+  float (&registers)[D / 8][4];
+
+  CK_DEVICE float factor() const { return 1; }
+  template <class Product>
+  CK_DEVICE void add(int64_t size, int, const Product& product) const {
+#pragma unroll
+    for (int n = 0; n < D; n += 8)
+      if (n < size) product(registers[n / 8], n);
+  }
+};
+
+// By a warp: scalars of the queries from i0 on, and their rows of rel_query, `pitch` bytes apart.
+template <class T, int kQueries>
+CK_DEVICE void load_scalars(QueryScalars<kQueries>& to, char* rows, int pitch, const AttentionBackward& p,
+                            const TensorTables& t, int b, int h, int i0, const Range& queries, int lane) {
+  const int64_t unit = int64_t{b} * p.heads + h;
+#pragma unroll 1
+  for (int x = lane; x < kQueries; x += 32) {
+    const int i = i0 + x;
+    const bool there = i < queries.end;
+    const float lse = there ? at<float>(p.lse, b, h, i) : -infinity<float>();
+    // A query that sees nothing has no probabilities.
+    to.lse[x] = lse == -infinity<float>() ? infinity<float>() : lse * kLog2e;
+    to.delta[x] = there && p.needs_keys() ? static_cast<const float*>(p.delta)[unit * p.queries + i] : 0.0f;
+    for (int side = 0; side < 2; ++side)
+      to.edges[side][x] = there && t.query_edges != nullptr ? t.query_edges[(unit * 2 + side) * p.queries + i] : 0.0f;
+  }
+  if (pitch == 0) return;
+  const int rank = static_cast<int>(p.rank), pieces = static_cast<int>(t.rank_pitch) / 8;
+#pragma unroll 1
+  for (int n = lane; n < kQueries * pieces; n += 32) {
+    const int x = n / pieces, d = n % pieces * 8, i = i0 + x;
+    float value[8] = {};
+    if (i < queries.end && d < rank)
+      load_channels(value, at<T>(p.rel_query, b, i, h) + d * p.rel_query.channel, p.rel_query.channel, rank - d,
+                    t.rank_vectors);
+    store_channels(reinterpret_cast<T*>(rows + x * pitch) + d, 1, 8, true, value);
+  }
+}
+
+// Blocks: parts, groups, batch rows; a block takes every parts-th tile of 128 keys. p.key_parts counts warps.
+template <class T, int D>
+CK_GLOBAL(kWarpgroupThreads, 1)
+void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, const CK_PARAM TensorTables t,
+                                        const CK_PARAM TensorMap q_map, const CK_PARAM TensorMap k_map,
+                                        const CK_PARAM TensorMap v_map, const CK_PARAM TensorMap grad_map, int tiles,
+                                        int stages) {
+  if constexpr (!kWarpgroups) {
+    stop_kernel();
+  } else {
+    constexpr int kRows = kWarpgroupRows, kQueries = kWarpgroupQueries<D>, kPanels = D / 64;
+    constexpr int kOwnBytes = 2 * kRows * D, kOwnPanel = 128 * kRows;
+    constexpr int kQueryBytes = 2 * kQueries * D, kPanel = 128 * kQueries;
+    const int lane = threadIdx.x % 32, warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0);
+    const int parts = static_cast<int>(p.key_parts) / kWarpgroupWarps, sharing = static_cast<int>(p.sharing());
+    const int part = blockIdx.x % parts, unit = blockIdx.x / parts;
+    const int b = unit / static_cast<int>(p.groups), g = unit % static_cast<int>(p.groups);
+    const int W = static_cast<int>(p.window()), channels = static_cast<int>(p.channels);
+    const int rel_pitch = p.rel_query.data != nullptr ? 2 * (static_cast<int>(t.rank_pitch) + 8) : 0;  // in bytes
+
+    auto* const signals = reinterpret_cast<RingSignals*>(shared_memory_1024());
+    char* const k_rows = shared_memory_1024() + kSignalBytes;
+    char* const v_rows = k_rows + kOwnBytes;
+    char* const ring = v_rows + kOwnBytes;
+    auto* const scalars = reinterpret_cast<QueryScalars<kQueries>*>(ring + stages * 2 * kQueryBytes);
+    float* const scratch = reinterpret_cast<float*>(scalars + stages);
+    const int strip_pitch = static_cast<int>(t.strip_pitch), grad_pitch = static_cast<int>(t.grad_pitch);
+    const int warp_floats = max(kStageFloats, 16 * (strip_pitch + grad_pitch));
+    char* const r_rows = reinterpret_cast<char*>(scratch + kWarpgroupWarps * warp_floats);
+    const auto queries_at = [&](int stage) { return ring + stage * 2 * kQueryBytes; };
+    const auto grads_at = [&](int stage) { return queries_at(stage) + kQueryBytes; };
+
+    begin_signals(*signals, stages, 2);
+
+    if (warp < 4) {
+      give_registers<kKeyCopyRegisters>();
+      if (warp > 1 || (warp == 0 && lane != 0)) return;
+      RingPlace place{stages};
+      unsigned own_loads = 0;
+#pragma unroll 1
+      for (int n = part; n < tiles; n += parts) {
+        const AttentionTile tile(p, n, kRows, true, true);
+        Range queries;
+        const int count = tiles_of_queries<kQueries>(p, tile, queries);
+        if (count == 0) continue;
+        const auto load = [&](char* to, int panel, const TensorMap& map, int row, int head, uint64_t* full) {
+          for (int c = 0; c < kPanels; ++c) tensor_load(to + c * panel, map, 64 * c, row, head, b, full);
+        };
+        if (warp == 0) {
+          mbarrier_wait(&signals->own_free, (own_loads++ & 1) ^ 1);
+          mbarrier_arrive_expect(&signals->own_full, 2 * kOwnBytes);
+          for (int r = 0; r < kRows; r += kQueries) {
+            load(k_rows + r * 128, kOwnPanel, k_map, tile.first + r, g, &signals->own_full);
+            load(v_rows + r * 128, kOwnPanel, v_map, tile.first + r, g, &signals->own_full);
+          }
+        }
+#pragma unroll 1
+        for (int m = 0; m < sharing * count; ++m) {
+          const int h = g * sharing + m / count, i0 = queries.first + m % count * kQueries;
+          uint64_t* const full = &signals->full[place.stage];
+          mbarrier_wait(&signals->free[place.stage], place.parity() ^ 1);
+          if (warp == 0) {
+            mbarrier_arrive_expect(full, 2 * kQueryBytes);
+            load(queries_at(place.stage), kPanel, q_map, i0, h, full);
+            load(grads_at(place.stage), kPanel, grad_map, i0, h, full);
+          } else {
+            load_scalars<T, kQueries>(scalars[place.stage], r_rows + place.stage * kQueries * rel_pitch, rel_pitch, p,
+                                      t, b, h, i0, queries, lane);
+            __syncwarp();
+            if (lane == 0) mbarrier_arrive(full);
+          }
+          place.advance();
+        }
+      }
+      return;
+    }
+
+    take_registers<kKeyProductRegisters>();
+    const int group = warp / 4 - 1, own = group * 64 + warp % 4 * 16, worker = group * 4 + warp % 4;
+    const int row = lane / 4, pair = lane % 4 * 2;
+    const WarpgroupTurn turn(group);
+    float* const strip = scratch + worker * warp_floats;
+    const bool scores = p.needs_keys(), has_strip = p.key_rel.data != nullptr && scores;
+    const auto partial_of = [&](int h) {
+      return static_cast<float*>(p.partial_key_rel) +
+             ((int64_t{b} * p.heads + h) * p.key_parts + part * kWarpgroupWarps + worker) * W * channels;
+    };
+    if (p.grad_key_rel != nullptr)
+      for (int n = 0; n < sharing; ++n)
+        for (int64_t e = lane; e < int64_t{W} * channels; e += 32) partial_of(g * sharing + n)[e] = 0;
+    const float keep_scale = static_cast<float>(p.keep_scale);
+    const auto release = [&](uint64_t* signal) {
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(signal);
+    };
+
+    RingPlace place{stages};
+    unsigned own_loads = 0;
+    int round = 0;
+#pragma unroll 1
+    for (int n = part; n < tiles; n += parts, ++round) {
+      const AttentionTile tile(p, n, kRows, true, true);
+      if (tile.count <= 0) continue;
+      const int j0 = tile.first + own, key_end = tile.first + tile.count;
+      Range queries;
+      const int count = tiles_of_queries<kQueries>(p, tile, queries), all = sharing * count;
+      float grad_k[D / 8][4], grad_v[D / 8][4];
+      set_zero(grad_k);
+      set_zero(grad_v);
+      bool spoiled = false;
+      if (count > 0) {
+        const unsigned real = real_keys(p, ask_mask(p, b, j0, lane));
+        const bool all_real = (real & 0xFFFFu) == 0xFFFFu;
+        const FarTiles<Side::kKeys, kQueries, 16> far(p, tile, j0);
+        const TileRows k_own{k_rows + own * 128, kOwnPanel, 0};
+        // Queries that see all keys of the block.
+        const Range first =
+            seeing_queries(p, tile, max(tile.first, tile.key_begin), max(tile.first, tile.key_begin) + 1);
+        const Range last = seeing_queries(p, tile, key_end - 1, key_end);
+        const Range see_all{max(first.first, last.first), min(first.end, last.end)};
+        float left[2], right[2], outer[2][2];
+        int h = g * sharing - 1;
+        const auto relative = [&] {
+          const float* const edges =
+              t.query_edges == nullptr ? nullptr : t.query_edges + (int64_t{b} * p.heads + h) * 2 * p.queries;
+          return Relative<T>(p, t, h, lane, edges, strip);
+        };
+        const auto gradient_strip = [&](const Relative<T>& rel) {
+          return GradientStrip<T, TypedRows<T>, KeySums<D>>{
+              .strip = strip + 16 * strip_pitch,
+              .pitch = grad_pitch,
+              .whole = t.whole_strips,
+              .rows = {k_own},
+              .table = rel.key_rel(),
+              .terms = t.key_terms,
+              .W = W,
+              .table_pitch = t.channel_pitch,
+              .wants_sums = true,
+              .sums = {grad_k},
+              .partial = p.grad_key_rel == nullptr ? nullptr : partial_of(h),
+              .size = channels,
+              .bias = nullptr,
+              .lane = lane};
+        };
+        const auto begin_head = [&] {
+          ++h;
+          // What key_rel adds outside the window, of this lane's keys.
+          for (int half = 0; half < 2; ++half) {
+            left[half] = right[half] = outer[0][half] = outer[1][half] = 0;
+            if (t.key_edges == nullptr) continue;
+            const int64_t j = min(int64_t{j0} + row + 8 * half, p.keys - 1), of = (int64_t{b} * p.heads + h) * 2;
+            left[half] = t.key_edges[of * p.keys + j];
+            right[half] = t.key_edges[(of + 1) * p.keys + j];
+          }
+          if (has_strip && t.whole_strips) gradient_strip(relative()).clear();
+        };
+
+        float s[kQueries / 8][4], ds[kQueries / 8][4];
+        uint32_t weights[kQueries / 16][4], rounded[kQueries / 16][4];
+        const auto multiply_queries = [&] {
+          mbarrier_wait(&signals->full[place.stage], place.parity());
+          const Operand k = operand(k_rows + group * 64 * 128), v = operand(v_rows + group * 64 * 128);
+          const Operand q = operand(queries_at(place.stage)), grad = operand(grads_at(place.stage));
+          wgmma_fence();
+#pragma unroll
+          for (int d = 0; d < D / 16; ++d) {
+            const int of_own = d / 4 * kOwnPanel + d % 4 * 32, of_other = d / 4 * kPanel + d % 4 * 32;
+            wgmma<T, kQueries>(s, k.further(of_own), q.further(of_other), d > 0);
+          }
+#pragma unroll
+          for (int d = 0; d < D / 16; ++d) {
+            const int of_own = d / 4 * kOwnPanel + d % 4 * 32, of_other = d / 4 * kPanel + d % 4 * 32;
+            wgmma<T, kQueries>(ds, v.further(of_own), grad.further(of_other), d > 0);
+          }
+          wgmma_commit();
+        };
+        const auto multiply_gradients = [&] {
+          const Operand q = operand(queries_at(place.stage), kPanel), grad = operand(grads_at(place.stage), kPanel);
+          keep_registers(weights);
+          keep_registers(rounded);
+          wgmma_fence();
+#pragma unroll
+          for (int k = 0; k < kQueries / 16; ++k)
+            wgmma<T, D, Major::kOther>(grad_v, weights[k], grad.further(k * 2048), true);
+#pragma unroll
+          for (int k = 0; k < kQueries / 16; ++k)
+            wgmma<T, D, Major::kOther>(grad_k, rounded[k], q.further(k * 2048), true);
+          wgmma_commit();
+        };
+
+        mbarrier_wait(&signals->own_full, own_loads++ & 1);
+        turn.begin();
+        keep_registers(grad_k);
+        keep_registers(grad_v);
+        multiply_queries();
+        turn.end();
+#pragma unroll 1
+        for (int m = 0;;) {
+          const int i0 = queries.first + m % count * kQueries;
+          wgmma_wait<0>();
+          keep_registers(s);
+          keep_registers(ds);
+          keep_registers(grad_k);
+          keep_registers(grad_v);
+          if (m > 0) release(&signals->free[place.before()]);
+          if (m % count == 0) {
+            if (m > 0 && has_strip) gradient_strip(relative()).finish(outer, p.clips());
+            begin_head();
+          }
+          const Relative<T> rel = relative();
+          if (!p.qk) set_zero(s);
+          const QueryScalars<kQueries>& of_queries = scalars[place.stage];
+          unsigned blind[kQueries / 32], any_blind = 0;  // queries that see nothing
+#pragma unroll
+          for (int sub = 0; sub < kQueries / 32; ++sub) {
+            blind[sub] = __ballot_sync(kAllLanes, of_queries.lse[32 * sub + lane] == infinity<float>());
+            any_blind |= blind[sub];
+          }
+          const bool is_far = any_blind == 0 && far.has(i0, all_real);
+          const int far_side = PairTile<Side::kKeys, kQueries>(p, tile, j0, i0).is_left() ? 0 : 1;
+#pragma unroll
+          for (int sub = 0; sub < kQueries / 32; ++sub) {
+            float (&part_s)[4][4] = reinterpret_cast<float (&)[4][4]>(s[4 * sub]);
+            float (&part_ds)[4][4] = reinterpret_cast<float (&)[4][4]>(ds[4 * sub]);
+            const PairTile<Side::kKeys, 32> pairs(p, tile, j0, i0 + 32 * sub);
+            ScoreTerms terms;
+            if (is_far) {
+              terms = far_scores(rel, p.has_columns() ? far_side : -1, left, right);
+            } else {
+              terms = near_scores(part_s, rel, pairs, real, left, right, k_own,
+                                  TileRows{rel_pitch != 0 ? r_rows + (place.stage * kQueries + 32 * sub) * rel_pitch
+                                                          : queries_at(place.stage) + 32 * sub * 128,
+                                           kPanel, rel_pitch});
+              for (int x = 0; x < 4; ++x)
+                for (int e = 0; e < 4; ++e) terms.seen &= ~((blind[sub] >> (8 * x + pair + e % 2) & 1u) << (4 * x + e));
+            }
+            const uint32_t kept =
+                p.seed == nullptr ? ~0u : draw_fragments(p, static_cast<uint64_t>(*p.seed), b, h, pairs, lane);
+            const float* const edge = of_queries.edges[terms.side < 0 ? 0 : terms.side];
+#pragma unroll
+            for (int x = 0; x < 4; ++x)
+              for (int e = 0; e < 4; ++e) {
+                const int query = 32 * sub + 8 * x + pair + e % 2;
+                const float constant =
+                    (terms.side < 0 ? 0.0f : edge[query]) + terms.added[e / 2] - of_queries.lse[query];
+                const float probable = fast_exp2(part_s[x][e] * terms.factor + constant);
+                const float keep = (kept >> (4 * x + e) & 1u) != 0 ? keep_scale : 0.0f;
+                part_ds[x][e] = probable * (part_ds[x][e] * keep - of_queries.delta[query]);
+                part_s[x][e] = probable * keep;
+              }
+            select_seen(part_s, terms.seen);
+            select_seen(part_ds, terms.seen);
+            if (has_strip) scatter_gradients(part_ds, gradient_strip(rel), pairs, outer);
+          }
+          // Rows of queries that do not see some key must be finite, since their weights and gradients are 0: all warps
+          // clear the others, which are added at the end, once they have been multiplied with.
+          if (any_blind != 0 || !p.qk || i0 < see_all.first || i0 + kQueries > see_all.end) {
+            turn.meet();
+            const bool in_q = clear_rows<T, D, kQueries / 2>(queries_at(place.stage), kPanel, group * kQueries / 2);
+            const bool in_grad = clear_rows<T, D, kQueries / 2>(grads_at(place.stage), kPanel, group * kQueries / 2);
+            if (in_q || in_grad) signals->spoiled[round % 2] = round + 1;
+            fence_async_proxy();
+            turn.meet();
+            spoiled = spoiled || signals->spoiled[round % 2] == round + 1;
+          }
+#pragma unroll
+          for (int k = 0; k < kQueries / 16; ++k)
+            for (int e = 0; e < 4; ++e) {
+              const int x = 2 * k + e / 2, y = e % 2 * 2;
+              weights[k][e] = narrow_pair<T>(s[x][y], s[x][y + 1]);
+              rounded[k][e] = p.qk ? narrow_pair<T>(ds[x][y], ds[x][y + 1]) : 0u;
+            }
+          turn.begin();
+          multiply_gradients();
+          place.advance();
+          if (++m == all) break;
+          multiply_queries();
+          turn.end();
+        }
+        turn.end();
+        wgmma_wait<0>();
+        keep_registers(grad_k);
+        keep_registers(grad_v);
+        release(&signals->free[place.before()]);
+        if (has_strip) gradient_strip(relative()).finish(outer, p.clips());
+        release(&signals->own_free);
+      }
+      // `from`: rows of the queries.
+      const auto write = [&](const float (&sums)[D / 8][4], float factor, const HeadRows& to, const HeadRows& from,
+                             bool taps) {
+        each_row<D>(sums, {factor, factor}, strip, lane, [&](int r, int d, float (&value)[8]) {
+          const int j = j0 + r;
+          if (j < tile.key_begin || j >= key_end || d >= channels) return;
+          const bool there = real_key(p, b, j);
+          if (!there)
+            for (int e = 0; e < 8; ++e) value[e] = 0;
+          if (there && (taps || (spoiled && from.data != nullptr)))
+            for (int h = g * sharing; h < (g + 1) * sharing; ++h) {
+              if (taps) add_tap_grads<T>(value, p, t, tile, b, h, j, d);
+              if (spoiled && from.data != nullptr)
+                add_spoiled<T>(value, from, b, h, seeing_queries(p, tile, j, j + 1), d, channels - d, t.vectors,
+                               [&](int i) { return at<float>(p.lse, b, h, i) != -infinity<float>(); });
+            }
+          store_channels(at<T>(to, b, j, g) + d * to.channel, to.channel, channels - d, t.vectors, value);
+        });
+      };
+      if (p.grad_k.data != nullptr)
+        write(grad_k, static_cast<float>(p.scale), p.grad_k, p.qk ? p.q : HeadRows{}, false);
+      if (p.grad_v.data != nullptr) write(grad_v, 1, p.grad_v, p.grad, p.value_conv.data != nullptr);
+    }
+    turn.finish();
+  }
+}
+
+}  // namespace ck::cuda
