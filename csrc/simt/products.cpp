@@ -14,6 +14,7 @@ namespace ck::simt {
 namespace {
 
 constexpr const char* kName = "wgmma.mma_async";
+constexpr unsigned kAll = ~0u;
 constexpr unsigned kRows = 16;      // of a warp
 constexpr unsigned kSummed = 16;    // numbers that a sum is of
 constexpr unsigned kPiece = 8;      // numbers of 16 bytes
@@ -148,7 +149,7 @@ Sums& take_sums(WarpProducts& own, void* const* operands, unsigned columns, bool
   sums.columns = columns;
   sums.products = 0;
   sums.values.resize(size_t{kRows} * columns);
-  for_each_lane<const Lane>(operands, ~0u, [&](int lane, const Lane& one) { sums.lanes[lane] = one.d; });
+  for_each_lane<const Lane>(operands, kAll, [&](int lane, const Lane& one) { sums.lanes[lane] = one.d; });
   for_each_sum(sums, [&](float& lanes, float& value) {
     if (add) value = lanes;
     std::memset(&lanes, 0xFF, sizeof lanes);
@@ -158,7 +159,7 @@ Sums& take_sums(WarpProducts& own, void* const* operands, unsigned columns, bool
 
 std::vector<uint16_t> from_registers(void* const* operands) {
   std::vector<uint16_t> a(size_t{kRows} * kSummed);
-  for_each_lane<const Lane>(operands, ~0u, [&](int lane, const Lane& one) {
+  for_each_lane<const Lane>(operands, kAll, [&](int lane, const Lane& one) {
     for (int r = 0; r < 4; ++r)
       for (int half = 0; half < 2; ++half)
         a[static_cast<size_t>((lane / 4 + r % 2 * 8) * 16 + lane % 4 * 2 + half + r / 2 * 8)] =
@@ -212,15 +213,21 @@ void end(const Product& product, WarpProducts& own) {
   own.sums.erase(sums);
 }
 
+void end_groups(WarpProducts& own) {
+  auto done = own.products.begin();
+  for (; done != own.products.end() && done->group + own.newest < own.group; ++done) end(*done, own);
+  own.products.erase(own.products.begin(), done);
+}
+
 void finish_wait(void* const* operands, unsigned lanes) {
   const unsigned newest = agreed<unsigned>("wgmma.wait_group", operands, lanes);
   WarpProducts& own = own_products();
   own.fenced = false;
   if (newest == 0 && !own.products.empty() && own.products.back().group == own.group)
     fail("wgmma.wait_group: no wgmma.commit_group followed a product");
-  auto done = own.products.begin();
-  for (; done != own.products.end() && done->group + newest < own.group; ++done) end(*done, own);
-  own.products.erase(own.products.begin(), done);
+  own.newest = newest;
+  own.late = !own.products.empty() && engine->random.below(2) == 0;
+  if (!own.late) end_groups(own);
 }
 
 constexpr Collective kProducts[2][2] = {
@@ -231,9 +238,22 @@ constexpr Collective kProducts[2][2] = {
 constexpr Collective kFence{"wgmma.fence", finish_fence, Meeting::kWarpBarrier, 0};
 constexpr Collective kCommit{"wgmma.commit_group", finish_commit, Meeting::kWarpBarrier, 0};
 constexpr Collective kWait{"wgmma.wait_group", finish_wait, Meeting::kWarpBarrier, 0};
-constexpr unsigned kAll = ~0u;
 
 }  // namespace
+
+bool advance_products() {
+  Engine& e = *engine;
+  std::vector<unsigned> late;
+  for (unsigned w = 0; w < e.products.size(); ++w)
+    if (e.products[w].late) late.push_back(w);
+  if (late.empty()) return false;
+  const unsigned w = late[e.random.below(static_cast<unsigned>(late.size()))];
+  e.products[w].late = false;
+  end_groups(e.products[w]);
+  for (unsigned lane = 0; lane < kWarp; ++lane) e.threads[w * kWarp + lane]->waits = nullptr;
+  e.warps[w].ready = kAll;
+  return true;
+}
 
 void multiply_warpgroup(unsigned columns, bool bf16, float* d, const uint32_t* registers, const Factors& factors) {
   require_warpgroups(kName);
@@ -246,7 +266,15 @@ void multiply_warpgroup(unsigned columns, bool bf16, float* d, const uint32_t* r
 
 void products_fence() { warp_wait(kFence, kAll, nullptr); }
 void products_commit() { warp_wait(kCommit, kAll, nullptr); }
-void products_wait(unsigned newest) { warp_wait(kWait, kAll, &newest); }
+
+void products_wait(unsigned newest) {
+  warp_wait(kWait, kAll, &newest);
+  if (!own_products().late) return;
+  current->waits = &kWait;
+  current->mask = 0;
+  current->operand = nullptr;
+  engine->suspend();
+}
 
 void end_products() {
   if (!own_products().products.empty()) fail("wgmma: a thread ended before wgmma.wait_group for its products");
