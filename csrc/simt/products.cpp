@@ -1,7 +1,9 @@
 #include "csrc/simt/products.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
+#include <functional>
 #include <string>
 #include <utility>
 
@@ -62,6 +64,8 @@ std::vector<uint16_t> read(const char* which, const Operand& operand, unsigned f
   std::vector<uint16_t> numbers(size_t{count} * kSummed);
   uint16_t* to = numbers.data();
   const std::string name = std::string(kName) + ", " + which;
+  if (operand.other && first + count > 64 && operand.leading % 1024 != 0)
+    fail(name + ": expected panels that are a multiple of 1024 bytes apart, got " + std::to_string(operand.leading));
   operand.for_each_piece(first, count, [&](unsigned, unsigned, const char* piece) {
     check_shared(name.c_str(), piece, 16);
     check_fenced(name.c_str(), piece, 16);
@@ -150,9 +154,9 @@ Sums& take_sums(WarpProducts& own, void* const* operands, unsigned columns, bool
   sums.products = 0;
   sums.values.resize(size_t{kRows} * columns);
   for_each_lane<const Lane>(operands, kAll, [&](int lane, const Lane& one) { sums.lanes[lane] = one.d; });
-  for_each_sum(sums, [&](float& lanes, float& value) {
-    if (add) value = lanes;
-    std::memset(&lanes, 0xFF, sizeof lanes);
+  for_each_sum(sums, [&](float& of_lane, float& value) {
+    if (add) value = of_lane;
+    std::memset(&of_lane, 0xFF, sizeof of_lane);
   });
   return sums;
 }
@@ -206,9 +210,9 @@ void end(const Product& product, WarpProducts& own) {
       std::find_if(own.sums.begin(), own.sums.end(), [&](const Sums& s) { return s.lanes[0] == product.sums; });
   product.finish(product, *sums);
   if (--sums->products != 0) return;
-  for_each_sum(*sums, [](float& lanes, float value) {
-    if (std::bit_cast<uint32_t>(lanes) != ~0u) fail("wgmma: a sum was written before wgmma.wait_group");
-    lanes = value;
+  for_each_sum(*sums, [](float& of_lane, float value) {
+    if (std::bit_cast<uint32_t>(of_lane) != ~0u) fail("wgmma: a sum was written before wgmma.wait_group");
+    of_lane = value;
   });
   own.sums.erase(sums);
 }

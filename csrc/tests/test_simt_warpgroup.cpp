@@ -240,6 +240,18 @@ CK_TEST(sums_of_two_shapes_are_reported) {
                  "wgmma.mma_async: some of the sums belong to a product of another shape that is not done");
 }
 
+CK_GLOBAL(128, 1) void has_no_panel() {
+  float sums[16][4];
+  const uint64_t nan = operand(shared_memory_1024());
+  wgmma_fence();
+  wgmma<f16, 128, Major::kOther, Major::kOther>(sums, nan, nan, false);
+}
+
+CK_TEST(panels_lie_at_multiples_of_1024_bytes) {
+  expect_failure(launch(has_no_panel, 1, 128, 128 * 128, nullptr),
+                 "wgmma.mma_async, b: expected panels that are a multiple of 1024 bytes apart, got 16");
+}
+
 CK_TEST(only_9_0_has_products_of_warpgroups) {
   for (const char* architecture : {"89", "100"}) {
     setenv("CONVKERNELS_SIMT_ARCH", architecture, 1);
