@@ -251,75 +251,74 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
           multiply_keys();
           turn.end();
           ask(first);
-        }
 #pragma unroll 1
-        for (int m = 0; all > 0;) {
-          const bool for_delta = first_walk == 0 && m < count;
-          const int j0 = first + (m < count ? m : m - count) * kKeys;
-          wgmma_wait<0>();
-          keep_registers(s);
-          keep_registers(ds);
-          keep_registers(grad_q);
-          if (m > 0) release(&signals->free[place.before()]);
-          if (!p.qk) set_zero(s);
-          if (first_walk == 0 && m == count) {
-            set_zero(grad_q);
-            fill_whole();
-          }
-#pragma unroll
-          for (int x = 0; x < kKeys / 32; ++x) real[x] = real_keys(p, asked[x]);
-          const bool all_real = all_of(real);
-          uint32_t pairs_seen[kKeys / 32];
-          const ScoreTerms terms =
-              tile_scores<T, kKeys>(s, pairs_seen, rel, tile, all_see && far.has(j0, all_real), i0, j0, real, left,
-                                    right, rel_rows, TileRows{keys_at(place.stage), kPanel, 0}, whole);
-#pragma unroll
-          for (int sub = 0; sub < kKeys / 32; ++sub) {
-            float (&part_ds)[4][4] = reinterpret_cast<float (&)[4][4]>(ds[4 * sub]);
-            const PairTile<Side::kQueries, 32> pairs(p, tile, i0, j0 + 32 * sub);
-            const uint32_t kept =
-                p.seed == nullptr ? ~0u : draw_fragments(p, static_cast<uint64_t>(*p.seed), b, h, pairs, lane);
-#pragma unroll
-            for (int x = 0; x < 4; ++x)
-              for (int e = 0; e < 4; ++e) {
-                const float probable = fast_exp2(s[4 * sub + x][e] * terms.factor + (terms.added[e / 2] - lse[e / 2]));
-                const float keep = (kept >> (4 * x + e) & 1u) != 0 ? keep_scale : 0.0f;
-                part_ds[x][e] = probable * (part_ds[x][e] * keep - delta[e / 2]);  // delta is 0 on the first walk
-              }
-            select_seen(part_ds, pairs_seen[sub] & ((sees[0] ? 0x3333u : 0u) | (sees[1] ? 0xCCCCu : 0u)));
-            if (for_delta) {
-              for (int x = 0; x < 4; ++x)
-                for (int e = 0; e < 4; ++e) total[e / 2] += part_ds[x][e];
-            } else if (has_strip) {
-              scatter_gradients(part_ds, grad_strip, pairs, outer);
+          for (int m = 0;;) {
+            const bool for_delta = first_walk == 0 && m < count;
+            const int j0 = first + (m < count ? m : m - count) * kKeys;
+            wgmma_wait<0>();
+            keep_registers(s);
+            keep_registers(ds);
+            keep_registers(grad_q);
+            if (m > 0) release(&signals->free[place.before()]);
+            if (!p.qk) set_zero(s);
+            if (first_walk == 0 && m == count) {
+              set_zero(grad_q);
+              fill_whole();
             }
-          }
-          if (for_delta && m == count - 1) finish_delta(row_sum(total[0]), row_sum(total[1]));
-          // Keys that some query does not see must be finite, since their gradients are 0: all warps clear the others,
-          // which are added at the end, once they have been multiplied with.
-          if (!for_delta && (!p.qk || !seen.has(j0, all_real))) {
-            turn.meet();
-            if (clear_rows<T, D, kKeys / 2>(keys_at(place.stage), kPanel, group * kKeys / 2))
-              signals->spoiled[round % 2] = round + 1;
-            fence_async_proxy();
-            turn.meet();
-            spoiled = spoiled || signals->spoiled[round % 2] == round + 1;
-          }
 #pragma unroll
-          for (int k = 0; k < kKeys / 16; ++k)
-            for (int e = 0; e < 4; ++e)
-              rounded[k][e] = for_delta || !p.qk
-                                  ? 0u
-                                  : narrow_pair<T>(ds[2 * k + e / 2][e % 2 * 2], ds[2 * k + e / 2][e % 2 * 2 + 1]);
-          turn.begin();
-          multiply_gradients();
-          place.advance();
-          if (++m == all) break;
-          multiply_keys();
-          turn.end();
-          ask(first + (m < count ? m : m - count) * kKeys);
-        }
-        if (all > 0) {
+            for (int x = 0; x < kKeys / 32; ++x) real[x] = real_keys(p, asked[x]);
+            const bool all_real = all_of(real);
+            uint32_t pairs_seen[kKeys / 32];
+            const ScoreTerms terms =
+                tile_scores<T, kKeys>(s, pairs_seen, rel, tile, all_see && far.has(j0, all_real), i0, j0, real, left,
+                                      right, rel_rows, TileRows{keys_at(place.stage), kPanel, 0}, whole);
+#pragma unroll
+            for (int sub = 0; sub < kKeys / 32; ++sub) {
+              float (&part_ds)[4][4] = reinterpret_cast<float (&)[4][4]>(ds[4 * sub]);
+              const PairTile<Side::kQueries, 32> pairs(p, tile, i0, j0 + 32 * sub);
+              const uint32_t kept =
+                  p.seed == nullptr ? ~0u : draw_fragments(p, static_cast<uint64_t>(*p.seed), b, h, pairs, lane);
+#pragma unroll
+              for (int x = 0; x < 4; ++x)
+                for (int e = 0; e < 4; ++e) {
+                  const float probable =
+                      fast_exp2(s[4 * sub + x][e] * terms.factor + (terms.added[e / 2] - lse[e / 2]));
+                  const float keep = (kept >> (4 * x + e) & 1u) != 0 ? keep_scale : 0.0f;
+                  part_ds[x][e] = probable * (part_ds[x][e] * keep - delta[e / 2]);  // delta is 0 on the first walk
+                }
+              select_seen(part_ds, pairs_seen[sub] & ((sees[0] ? 0x3333u : 0u) | (sees[1] ? 0xCCCCu : 0u)));
+              if (for_delta) {
+                for (int x = 0; x < 4; ++x)
+                  for (int e = 0; e < 4; ++e) total[e / 2] += part_ds[x][e];
+              } else if (has_strip) {
+                scatter_gradients(part_ds, grad_strip, pairs, outer);
+              }
+            }
+            if (for_delta && m == count - 1) finish_delta(row_sum(total[0]), row_sum(total[1]));
+            // Keys that some query does not see must be finite, since their gradients are 0: all warps clear the
+            // others, which are added at the end, once they have been multiplied with.
+            if (!for_delta && (!p.qk || !seen.has(j0, all_real))) {
+              turn.meet();
+              if (clear_rows<T, D, kKeys / 2>(keys_at(place.stage), kPanel, group * kKeys / 2))
+                signals->spoiled[round % 2] = round + 1;
+              fence_async_proxy();
+              turn.meet();
+              spoiled = spoiled || signals->spoiled[round % 2] == round + 1;
+            }
+#pragma unroll
+            for (int k = 0; k < kKeys / 16; ++k)
+              for (int e = 0; e < 4; ++e)
+                rounded[k][e] = for_delta || !p.qk
+                                    ? 0u
+                                    : narrow_pair<T>(ds[2 * k + e / 2][e % 2 * 2], ds[2 * k + e / 2][e % 2 * 2 + 1]);
+            turn.begin();
+            multiply_gradients();
+            place.advance();
+            if (++m == all) break;
+            multiply_keys();
+            turn.end();
+            ask(first + (m < count ? m : m - count) * kKeys);
+          }
           turn.end();
           wgmma_wait<0>();
           keep_registers(grad_q);

@@ -7,11 +7,9 @@
 
 namespace ck::cuda {
 
-namespace {
-
 // The map of a tensor of 16-bit numbers, of which `box` positions are read at a time.
-const char* map_of(TensorMap& map, const HeadRows& rows, int64_t channels, int64_t positions, int64_t heads,
-                   int64_t batch, int box) {
+inline const char* map_of(TensorMap& map, const HeadRows& rows, int64_t channels, int64_t positions, int64_t heads,
+                          int64_t batch, int box) {
   // The stride of a dimension of size 1 can be anything, but not for a map.
   const auto bytes = [](int64_t size, int64_t stride) { return size == 1 ? int64_t{kVectorBytes} : 2 * stride; };
   return make_tensor_map(map, rows.data, {channels, positions, heads, batch},
@@ -33,8 +31,6 @@ struct Maps {
     return status != nullptr ? status : map_of(grad, gradient, p.channels, p.queries, p.heads, p.batch, box);
   }
 };
-
-}  // namespace
 
 template <class T>
 const char* WarpgroupAttention<T>::forward(const AttentionForward& p, const TensorTables& t, const AttentionPlan& plan,
