@@ -18,6 +18,21 @@ struct QueryScalars {
   float lse[kQueries], delta[kQueries], edges[2][kQueries];  // times log2(e), but for delta
 };
 
+// A tile of keys and the queries that see some of them, in shared memory, where they take no registers.
+struct KeyTile {
+  AttentionTile tile;
+  int b, g, part;  // where it belongs to
+  Range queries;
+
+  CK_DEVICE KeyTile(const Attention& p, int n, int b, int g, int part)
+      : tile(p, n, kWarpgroupRows, true, true),
+        b(b),
+        g(g),
+        part(part),
+        queries(tile.count <= 0 ? Range{0, 0}
+                                : seeing_queries(p, tile, max(tile.first, tile.key_begin), tile.first + tile.count)) {}
+};
+
 // Products of a warp's 16 keys that are added to d(k).
 template <int D>
 struct KeySums {
@@ -31,6 +46,12 @@ struct KeySums {
       if (n < size) product(registers[n / 8], n);
   }
 };
+
+// From one tile of queries to the next one, which may be of the next head.
+template <int kQueries>
+CK_DEVICE void next_queries(const Range& queries, int& h, int& i0) {
+  if ((i0 += kQueries) >= queries.end) i0 = queries.first, ++h;
+}
 
 // By a warp: scalars of the queries from i0 on, and their rows of rel_query, `pitch` bytes apart.
 template <class T, int kQueries>
@@ -77,7 +98,6 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
     const int lane = threadIdx.x % 32, warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0);
     const int parts = static_cast<int>(p.key_parts) / kWarpgroupWarps, sharing = static_cast<int>(p.sharing());
     const int part = blockIdx.x % parts, unit = blockIdx.x / parts;
-    const int b = unit / static_cast<int>(p.groups), g = unit % static_cast<int>(p.groups);
     const int W = static_cast<int>(p.window()), channels = static_cast<int>(p.channels);
     const int rel_pitch = p.rel_query.data != nullptr ? 2 * (static_cast<int>(t.rank_pitch) + 8) : 0;  // in bytes
 
@@ -87,25 +107,29 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
     char* const ring = v_rows + kOwnBytes;
     auto* const scalars = reinterpret_cast<QueryScalars<kQueries>*>(ring + stages * 2 * kQueryBytes);
     float* const scratch = reinterpret_cast<float*>(scalars + stages);
-    const int strip_pitch = static_cast<int>(t.strip_pitch), grad_pitch = static_cast<int>(t.grad_pitch);
+    const int strip_pitch = static_cast<int>(t.strip_pitch);
+    const int grad_pitch = p.has_columns() ? static_cast<int>(grad_pitch_of(W, kQueries)) : 0;
     const int warp_floats = max(kStageFloats, 16 * (strip_pitch + grad_pitch));
     char* const r_rows = reinterpret_cast<char*>(scratch + kWarpgroupWarps * warp_floats);
     const auto queries_at = [&](int stage) { return ring + stage * 2 * kQueryBytes; };
     const auto grads_at = [&](int stage) { return queries_at(stage) + kQueryBytes; };
 
+    auto* const kept_tiles = reinterpret_cast<KeyTile*>(signals + 1);  // of each warp
     begin_signals(*signals, stages, 2);
 
     if (warp < 4) {
       give_registers<kKeyCopyRegisters>();
       if (warp > 1 || (warp == 0 && lane != 0)) return;
+      KeyTile& kept = kept_tiles[kWarpgroupWarps + warp];
       RingPlace place{stages};
       unsigned own_loads = 0;
 #pragma unroll 1
       for (int n = part; n < tiles; n += parts) {
-        const AttentionTile tile(p, n, kRows, true, true);
-        Range queries;
-        const int count = tiles_of_queries<kQueries>(p, tile, queries);
-        if (count == 0) continue;
+        if (warp == 1) __syncwarp();
+        if (lane == 0) kept = KeyTile(p, n, unit / static_cast<int>(p.groups), unit % static_cast<int>(p.groups), part);
+        if (warp == 1) __syncwarp();
+        if (kept.queries.first >= kept.queries.end) continue;
+        const int &b = kept.b, &g = kept.g;
         const auto load = [&](char* to, int panel, const TensorMap& map, int row, int head, uint64_t* full) {
           for (int c = 0; c < kPanels; ++c) tensor_load(to + c * panel, map, 64 * c, row, head, b, full);
         };
@@ -113,13 +137,13 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
           mbarrier_wait(&signals->own_free, (own_loads++ & 1) ^ 1);
           mbarrier_arrive_expect(&signals->own_full, 2 * kOwnBytes);
           for (int r = 0; r < kRows; r += kQueries) {
-            load(k_rows + r * 128, kOwnPanel, k_map, tile.first + r, g, &signals->own_full);
-            load(v_rows + r * 128, kOwnPanel, v_map, tile.first + r, g, &signals->own_full);
+            load(k_rows + r * 128, kOwnPanel, k_map, kept.tile.first + r, g, &signals->own_full);
+            load(v_rows + r * 128, kOwnPanel, v_map, kept.tile.first + r, g, &signals->own_full);
           }
         }
+        int i0 = kept.queries.first;
 #pragma unroll 1
-        for (int m = 0; m < sharing * count; ++m) {
-          const int h = g * sharing + m / count, i0 = queries.first + m % count * kQueries;
+        for (int h = g * sharing; h < (g + 1) * sharing; next_queries<kQueries>(kept.queries, h, i0)) {
           uint64_t* const full = &signals->full[place.stage];
           mbarrier_wait(&signals->free[place.stage], place.parity() ^ 1);
           if (warp == 0) {
@@ -128,7 +152,7 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
             load(grads_at(place.stage), kPanel, grad_map, i0, h, full);
           } else {
             load_scalars<T, kQueries>(scalars[place.stage], r_rows + place.stage * kQueries * rel_pitch, rel_pitch, p,
-                                      t, b, h, i0, queries, lane);
+                                      t, b, h, i0, kept.queries, lane);
             __syncwarp();
             if (lane == 0) mbarrier_arrive(full);
           }
@@ -144,13 +168,16 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
     const WarpgroupTurn turn(group);
     float* const strip = scratch + worker * warp_floats;
     const bool scores = p.needs_keys(), has_strip = p.key_rel.data != nullptr && scores;
-    const auto partial_of = [&](int h) {
+    const auto partial_of = [&](int b, int h, int part) {
       return static_cast<float*>(p.partial_key_rel) +
              ((int64_t{b} * p.heads + h) * p.key_parts + part * kWarpgroupWarps + worker) * W * channels;
     };
     if (p.grad_key_rel != nullptr)
-      for (int n = 0; n < sharing; ++n)
-        for (int64_t e = lane; e < int64_t{W} * channels; e += 32) partial_of(g * sharing + n)[e] = 0;
+      for (int n = 0; n < sharing; ++n) {
+        float* const to =
+            partial_of(unit / static_cast<int>(p.groups), unit % static_cast<int>(p.groups) * sharing + n, part);
+        for (int64_t e = lane; e < int64_t{W} * channels; e += 32) to[e] = 0;
+      }
     const float keep_scale = static_cast<float>(p.keep_scale);
     const auto release = [&](uint64_t* signal) {
       __syncwarp();
@@ -159,30 +186,34 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
 
     RingPlace place{stages};
     unsigned own_loads = 0;
-    int round = 0;
 #pragma unroll 1
-    for (int n = part; n < tiles; n += parts, ++round) {
-      const AttentionTile tile(p, n, kRows, true, true);
+    for (int n = part; n < tiles; n += parts) {
+      KeyTile& kept = kept_tiles[worker];
+      __syncwarp();
+      if (lane == 0) kept = KeyTile(p, n, unit / static_cast<int>(p.groups), unit % static_cast<int>(p.groups), part);
+      __syncwarp();
+      const AttentionTile& tile = kept.tile;
+      const int &b = kept.b, &g = kept.g;
+      const Range& queries = kept.queries;
       if (tile.count <= 0) continue;
-      const int j0 = tile.first + own, key_end = tile.first + tile.count;
-      Range queries;
-      const int count = tiles_of_queries<kQueries>(p, tile, queries), all = sharing * count;
+      const int j0 = tile.first + own;
+      const bool seen = queries.first < queries.end;  // by some query
       float grad_k[D / 8][4], grad_v[D / 8][4];
       set_zero(grad_k);
       set_zero(grad_v);
-      bool spoiled = false;
-      if (count > 0) {
+      if (seen) {
         const unsigned real = real_keys(p, ask_mask(p, b, j0, lane));
         const bool all_real = (real & 0xFFFFu) == 0xFFFFu;
-        const FarTiles<Side::kKeys, kQueries, 16> far(p, tile, j0);
         const TileRows k_own{k_rows + own * 128, kOwnPanel, 0};
-        // Queries that see all keys of the block.
-        const Range first =
-            seeing_queries(p, tile, max(tile.first, tile.key_begin), max(tile.first, tile.key_begin) + 1);
-        const Range last = seeing_queries(p, tile, key_end - 1, key_end);
-        const Range see_all{max(first.first, last.first), min(first.end, last.end)};
-        float left[2], right[2], outer[2][2];
-        int h = g * sharing - 1;
+        // Whether all queries of a tile see all keys of the block.
+        const auto all_see = [&](int i0) {
+          const int begin = max(opaque(tile.first), tile.key_begin);
+          const Range first = seeing_queries(p, tile, begin, begin + 1),
+                      last = seeing_queries(p, tile, tile.end() - 1, tile.end());
+          return i0 >= max(first.first, last.first) && i0 + kQueries <= min(first.end, last.end);
+        };
+        float outer[2][2];
+        int h = g * sharing, i0 = queries.first;
         const auto relative = [&] {
           const float* const edges =
               t.query_edges == nullptr ? nullptr : t.query_edges + (int64_t{b} * p.heads + h) * 2 * p.queries;
@@ -200,21 +231,13 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
               .table_pitch = t.channel_pitch,
               .wants_sums = true,
               .sums = {grad_k},
-              .partial = p.grad_key_rel == nullptr ? nullptr : partial_of(h),
+              .partial = p.grad_key_rel == nullptr ? nullptr : partial_of(b, h, kept.part),
               .size = channels,
               .bias = nullptr,
               .lane = lane};
         };
         const auto begin_head = [&] {
-          ++h;
-          // What key_rel adds outside the window, of this lane's keys.
-          for (int half = 0; half < 2; ++half) {
-            left[half] = right[half] = outer[0][half] = outer[1][half] = 0;
-            if (t.key_edges == nullptr) continue;
-            const int64_t j = min(int64_t{j0} + row + 8 * half, p.keys - 1), of = (int64_t{b} * p.heads + h) * 2;
-            left[half] = t.key_edges[of * p.keys + j];
-            right[half] = t.key_edges[(of + 1) * p.keys + j];
-          }
+          for (int half = 0; half < 2; ++half) outer[0][half] = outer[1][half] = 0;
           if (has_strip && t.whole_strips) gradient_strip(relative()).clear();
         };
 
@@ -252,26 +275,34 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
         };
 
         mbarrier_wait(&signals->own_full, own_loads++ & 1);
+        clear_absent<D>(turn, k_rows + group * 64 * 128, kOwnPanel, [&](int x) {
+          const int first = tile.first + group * 64 + x;
+          return real_keys(p, ask_mask(p, b, first, lane)) & those_in(Range{tile.key_begin, tile.end()}, first);
+        });
         turn.begin();
         keep_registers(grad_k);
         keep_registers(grad_v);
         multiply_queries();
         turn.end();
 #pragma unroll 1
-        for (int m = 0;;) {
-          const int i0 = queries.first + m % count * kQueries;
+        for (bool begun = false;; begun = true) {
           wgmma_wait<0>();
           keep_registers(s);
           keep_registers(ds);
           keep_registers(grad_k);
           keep_registers(grad_v);
-          if (m > 0) release(&signals->free[place.before()]);
-          if (m % count == 0) {
-            if (m > 0 && has_strip) gradient_strip(relative()).finish(outer, p.clips());
-            begin_head();
-          }
+          if (begun) release(&signals->free[place.before()]);
+          if (i0 == queries.first) begin_head();
           const Relative<T> rel = relative();
           if (!p.qk) set_zero(s);
+          // What key_rel adds outside the window, of this lane's keys.
+          float left[2] = {}, right[2] = {};
+          if (t.key_edges != nullptr)
+            for (int half = 0; half < 2; ++half) {
+              const int64_t j = min(int64_t{j0} + row + 8 * half, p.keys - 1), of = (int64_t{b} * p.heads + h) * 2;
+              left[half] = t.key_edges[of * p.keys + j];
+              right[half] = t.key_edges[(of + 1) * p.keys + j];
+            }
           const QueryScalars<kQueries>& of_queries = scalars[place.stage];
           unsigned blind[kQueries / 32], any_blind = 0;  // queries that see nothing
 #pragma unroll
@@ -279,7 +310,8 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
             blind[sub] = __ballot_sync(kAllLanes, of_queries.lse[32 * sub + lane] == infinity<float>());
             any_blind |= blind[sub];
           }
-          const bool is_far = any_blind == 0 && far.has(i0, all_real);
+          const bool is_far =
+              any_blind == 0 && FarTiles<Side::kKeys, kQueries, 16>(p, tile, opaque(j0)).has(i0, all_real);
           const int far_side = PairTile<Side::kKeys, kQueries>(p, tile, j0, i0).is_left() ? 0 : 1;
 #pragma unroll
           for (int sub = 0; sub < kQueries / 32; ++sub) {
@@ -313,18 +345,21 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
               }
             select_seen(part_s, terms.seen);
             select_seen(part_ds, terms.seen);
-            if (has_strip) scatter_gradients(part_ds, gradient_strip(rel), pairs, outer);
+          }
+          const bool last = i0 + kQueries >= queries.end;  // of this head
+          if (has_strip) {
+            scatter_gradients(ds, gradient_strip(rel), PairTile<Side::kKeys, kQueries>(p, tile, j0, i0), outer);
+            if (last) gradient_strip(rel).finish(outer, p.clips());
           }
           // Rows of queries that do not see some key must be finite, since their weights and gradients are 0: all warps
           // clear the others, which are added at the end, once they have been multiplied with.
-          if (any_blind != 0 || !p.qk || i0 < see_all.first || i0 + kQueries > see_all.end) {
+          if (any_blind != 0 || !p.qk || !all_see(i0)) {
             turn.meet();
             const bool in_q = clear_rows<T, D, kQueries / 2>(queries_at(place.stage), kPanel, group * kQueries / 2);
             const bool in_grad = clear_rows<T, D, kQueries / 2>(grads_at(place.stage), kPanel, group * kQueries / 2);
-            if (in_q || in_grad) signals->spoiled[round % 2] = round + 1;
+            if (in_q || in_grad) signals->spoil(own_loads);
             fence_async_proxy();
             turn.meet();
-            spoiled = spoiled || signals->spoiled[round % 2] == round + 1;
           }
 #pragma unroll
           for (int k = 0; k < kQueries / 16; ++k)
@@ -336,24 +371,25 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
           turn.begin();
           multiply_gradients();
           place.advance();
-          if (++m == all) break;
+          if (last && h + 1 == (g + 1) * sharing) break;
           multiply_queries();
           turn.end();
+          next_queries<kQueries>(queries, h, i0);
         }
         turn.end();
         wgmma_wait<0>();
         keep_registers(grad_k);
         keep_registers(grad_v);
         release(&signals->free[place.before()]);
-        if (has_strip) gradient_strip(relative()).finish(outer, p.clips());
         release(&signals->own_free);
       }
+      const bool spoiled = seen && signals->is_spoiled(own_loads);
       // `from`: rows of the queries.
       const auto write = [&](const float (&sums)[D / 8][4], float factor, const HeadRows& to, const HeadRows& from,
                              bool taps) {
         each_row<D>(sums, {factor, factor}, strip, lane, [&](int r, int d, float (&value)[8]) {
           const int j = j0 + r;
-          if (j < tile.key_begin || j >= key_end || d >= channels) return;
+          if (j < tile.key_begin || j >= tile.end() || d >= channels) return;
           const bool there = real_key(p, b, j);
           if (!there)
             for (int e = 0; e < 8; ++e) value[e] = 0;

@@ -52,7 +52,8 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
     char* const g_rows = q_rows + kOwnBytes;
     char* const ring = g_rows + kOwnBytes;
     float* const scratch = reinterpret_cast<float*>(ring + stages * 2 * kKeyBytes);
-    const int strip_pitch = static_cast<int>(t.strip_pitch), grad_pitch = static_cast<int>(t.grad_pitch);
+    const int strip_pitch = static_cast<int>(t.strip_pitch);
+    const int grad_pitch = p.has_columns() ? static_cast<int>(grad_pitch_of(W, kKeys)) : 0;
     const int sum_pitch = low_rank ? static_cast<int>(t.rank_pitch) + 4 : 0;
     const int strip_floats = max(kStageFloats, 16 * (strip_pitch + grad_pitch)),
               warp_floats = strip_floats + 16 * sum_pitch;
@@ -111,14 +112,19 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
     const bool has_strip = p.has_query_columns() && p.needs_queries();
     const bool whole = p.has_columns() && strip_pitch > W;
     float* const sums = low_rank ? strip + strip_floats : nullptr;
-    const int64_t piece = int64_t{unit} * p.query_parts + part * kWarpgroupWarps + worker;
-    float* const partial =
-        p.grad_query_rel == nullptr ? nullptr : static_cast<float*>(p.partial_query_rel) + piece * W * p.rank;
-    float* const partial_bias = p.grad_bias == nullptr ? nullptr : static_cast<float*>(p.partial_bias) + piece * W;
-    if (partial != nullptr)
-      for (int64_t e = lane; e < W * p.rank; e += 32) partial[e] = 0;
-    if (partial_bias != nullptr)
-      for (int e = lane; e < W; e += 32) partial_bias[e] = 0;
+    // This warp's partial sums, found anew where they are needed.
+    const auto partial = [&] {
+      const int64_t piece = int64_t{opaque(unit)} * p.query_parts + part * kWarpgroupWarps + worker;
+      return p.grad_query_rel == nullptr ? nullptr : static_cast<float*>(p.partial_query_rel) + piece * W * p.rank;
+    };
+    const auto partial_bias = [&] {
+      const int64_t piece = int64_t{opaque(unit)} * p.query_parts + part * kWarpgroupWarps + worker;
+      return p.grad_bias == nullptr ? nullptr : static_cast<float*>(p.partial_bias) + piece * W;
+    };
+    if (float* const to = partial())
+      for (int64_t e = lane; e < W * p.rank; e += 32) to[e] = 0;
+    if (float* const to = partial_bias())
+      for (int e = lane; e < W; e += 32) to[e] = 0;
     const float scale = static_cast<float>(p.scale), rel_scale = static_cast<float>(p.rel_scale);
     const float keep_scale = static_cast<float>(p.keep_scale);
     const auto release = [&](uint64_t* signal) {
@@ -128,9 +134,8 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
 
     RingPlace place{stages};
     unsigned own_loads = 0;
-    int round = 0;
 #pragma unroll 1
-    for (int n = part; n < tiles; n += parts, ++round) {
+    for (int n = part; n < tiles; n += parts) {
       const AttentionTile tile(p, tiles - 1 - n, kRows, false);
       if (tile.count <= 0) continue;
       const int i0 = tile.first + own, end = tile.first + tile.count, row = lane / 4;
@@ -138,7 +143,7 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
       const int count = tiles_of_keys<kKeys>(p, tile, first);
       float lse[2], delta[2] = {}, grad_q[D / 8][4];
       set_zero(grad_q);
-      bool sees[2], spoiled = false;
+      bool sees[2];
       for (int half = 0; half < 2; ++half) {
         const int i = i0 + row + 8 * half;
         const float found = i < end ? at<float>(p.lse, b, h, i) : -infinity<float>();
@@ -160,37 +165,41 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
         finish_delta(0, 0);
       } else {
         if (low_rank) {
-          barrier_sync(turn.in_group, 128);  // the rows of the last tile have been read
+          turn.meet_own();  // the rows of the last tile have been read
           copy_tile<64>(reinterpret_cast<T*>(r_rows) + group * 64 * rel_pitch, rel_pitch, p.rel_query, b, h,
                         tile.first + group * 64, Range{tile.first, end}, static_cast<int>(p.rank),
                         static_cast<int>(t.rank_pitch), t.rank_vectors, threadIdx.x % 128);
           cp_async_commit();
           cp_async_wait<0>();
-          barrier_sync(turn.in_group, 128);
+          turn.meet_own();
         }
         mbarrier_wait(&signals->own_full, own_loads++ & 1);
-        const GradientStrip<T, TypedRows<T>, QuerySums<D>> grad_strip{
-            .strip = strip + 16 * strip_pitch,
-            .pitch = grad_pitch,
-            .whole = t.whole_strips,
-            .rows = {rel_rows},
-            .table = rel.query_rel(),
-            .terms = t.query_terms,
-            .W = W,
-            .table_pitch = p.query_rel.data != nullptr ? t.rank_pitch : 0,
-            .wants_sums = p.query_rel.data != nullptr,
-            .sums = {grad_q, rel_scale / scale, {sums, sum_pitch}},
-            .partial = partial,
-            .size = static_cast<int>(p.rank),
-            .bias = partial_bias,
-            .lane = lane};
-        float left[2], right[2], outer[2][2] = {};
+        clear_absent<D>(turn, q_rows + group * 64 * 128, kOwnPanel,
+                        [&](int x) { return those_in(Range{tile.first, end}, tile.first + group * 64 + x); });
+        const auto gradient_strip = [&] {
+          return GradientStrip<T, TypedRows<T>, QuerySums<D>>{
+              .strip = strip + 16 * strip_pitch,
+              .pitch = grad_pitch,
+              .whole = t.whole_strips,
+              .rows = {rel_rows},
+              .table = rel.query_rel(),
+              .terms = t.query_terms,
+              .W = W,
+              .table_pitch = p.query_rel.data != nullptr ? t.rank_pitch : 0,
+              .wants_sums = p.query_rel.data != nullptr,
+              .sums = {grad_q, rel_scale / scale, {sums, sum_pitch}},
+              .partial = partial(),
+              .size = static_cast<int>(p.rank),
+              .bias = partial_bias(),
+              .lane = lane};
+        };
+        float left[2], right[2], outer[2][2] = {};  // outer: first the sums for delta
         rel.query_edges(left, right, rel_rows);
         const auto fill_whole = [&] {
           if (whole) rel.template fill_strip<Side::kQueries>(Range{0, W}, rel_rows);
         };
         fill_whole();
-        if (has_strip && t.whole_strips) grad_strip.clear();
+        if (has_strip && t.whole_strips) gradient_strip().clear();
         if (first_walk == 1) {
           float sum = 0;
           const int i = i0 + lane / 2, channels = static_cast<int>(p.channels);
@@ -207,7 +216,7 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
           finish_delta(__shfl_sync(kAllLanes, sum, 2 * row), __shfl_sync(kAllLanes, sum, 2 * (row + 8)));
         }
 
-        float s[kKeys / 8][4], ds[kKeys / 8][4], total[2] = {};
+        float s[kKeys / 8][4], ds[kKeys / 8][4];
         uint32_t rounded[kKeys / 16][4];
         const auto multiply_keys = [&] {
           mbarrier_wait(&signals->full[place.stage], place.parity());
@@ -287,23 +296,26 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
                   part_ds[x][e] = probable * (part_ds[x][e] * keep - delta[e / 2]);  // delta is 0 on the first walk
                 }
               select_seen(part_ds, pairs_seen[sub] & ((sees[0] ? 0x3333u : 0u) | (sees[1] ? 0xCCCCu : 0u)));
-              if (for_delta) {
-                for (int x = 0; x < 4; ++x)
-                  for (int e = 0; e < 4; ++e) total[e / 2] += part_ds[x][e];
-              } else if (has_strip) {
-                scatter_gradients(part_ds, grad_strip, pairs, outer);
-              }
             }
-            if (for_delta && m == count - 1) finish_delta(row_sum(total[0]), row_sum(total[1]));
+            if (for_delta) {
+#pragma unroll
+              for (int x = 0; x < kKeys / 8; ++x)
+                for (int e = 0; e < 4; ++e) outer[0][e / 2] += ds[x][e];
+            } else if (has_strip) {
+              scatter_gradients(ds, gradient_strip(), PairTile<Side::kQueries, kKeys>(p, tile, i0, j0), outer);
+            }
+            if (for_delta && m == count - 1) {
+              finish_delta(row_sum(outer[0][0]), row_sum(outer[0][1]));
+              outer[0][0] = outer[0][1] = 0;
+            }
             // Keys that some query does not see must be finite, since their gradients are 0: all warps clear the
             // others, which are added at the end, once they have been multiplied with.
             if (!for_delta && (!p.qk || !seen.has(j0, all_real))) {
               turn.meet();
               if (clear_rows<T, D, kKeys / 2>(keys_at(place.stage), kPanel, group * kKeys / 2))
-                signals->spoiled[round % 2] = round + 1;
+                signals->spoil(own_loads);
               fence_async_proxy();
               turn.meet();
-              spoiled = spoiled || signals->spoiled[round % 2] == round + 1;
             }
 #pragma unroll
             for (int k = 0; k < kKeys / 16; ++k)
@@ -324,7 +336,7 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
           keep_registers(grad_q);
           release(&signals->free[place.before()]);
         }
-        if (has_strip) grad_strip.finish(outer, p.clips());
+        if (has_strip) gradient_strip().finish(outer, p.clips());
         release(&signals->own_free);
       }
       if (!p.needs_queries()) continue;
@@ -343,6 +355,7 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
         __syncwarp();
       }
       if (p.grad_q.data == nullptr) continue;
+      const bool spoiled = count > 0 && signals->is_spoiled(own_loads);
       const float factor[2] = {sees[0] ? scale : 0.0f, sees[1] ? scale : 0.0f};
       each_row<D>(grad_q, factor, strip, lane, [&](int r, int d, float (&value)[8]) {
         const int i = i0 + r, channels = static_cast<int>(p.channels);

@@ -95,7 +95,8 @@ void attention_forward_warpgroups(const CK_PARAM AttentionForward p, const CK_PA
     const auto value_free = [&](int stage) { return &signals->free[2 * stage + 1]; };
 
     const WarpgroupSchedule schedule{tiles, static_cast<int>(p.batch * p.heads), p.causal};
-    int number = 0, unit = 0, loads = 0;  // loads: of tiles of queries, so far
+    int number = 0, unit = 0;
+    unsigned loads = 0;  // loads: of tiles of queries, so far
 
     if (warp < 4) {
       give_registers<kCopyRegisters>();
@@ -146,12 +147,11 @@ void attention_forward_warpgroups(const CK_PARAM AttentionForward p, const CK_PA
       const int count = tiles_of_keys<kKeys>(p, tile, first);
       float out[D / 8][4], top[2] = {-infinity<float>(), -infinity<float>()}, total[2] = {};
       set_zero(out);
-      bool spoiled = false;
       if (count > 0) {
         const float* const edges = t.key_edges == nullptr ? nullptr : t.key_edges + int64_t{unit} * 2 * p.keys;
         const Relative<T> rel(p, t, h, lane, edges, strip);
         if (low_rank) {
-          barrier_sync(turn.in_group, 128);  // the rows of the last tile have been read
+          turn.meet_own();  // the rows of the last tile have been read
           copy_tile<64>(reinterpret_cast<T*>(r_rows) + group * 64 * rel_pitch, rel_pitch, p.rel_query, b, h,
                         tile.first + group * 64, Range{tile.first, tile.first + tile.count}, static_cast<int>(p.rank),
                         static_cast<int>(t.rank_pitch), t.rank_vectors, threadIdx.x % 128);
@@ -215,11 +215,9 @@ void attention_forward_warpgroups(const CK_PARAM AttentionForward p, const CK_PA
         // Values that some query does not see must be finite, since its weights of them are 0. All warps clear the
         // others, which are added at the end.
         const auto clear_hidden = [&] {
-          if (clear_rows<T, D, kKeys / 2>(values_at(place.stage), kPanel, group * kKeys / 2))
-            signals->spoiled[round % 2] = round + 1;
+          if (clear_rows<T, D, kKeys / 2>(values_at(place.stage), kPanel, group * kKeys / 2)) signals->spoil(loads);
           fence_async_proxy();
           turn.meet();
-          spoiled = spoiled || signals->spoiled[round % 2] == round + 1;
         };
 
         turn.begin();
@@ -229,7 +227,7 @@ void attention_forward_warpgroups(const CK_PARAM AttentionForward p, const CK_PA
         ask(first);
         if (low_rank) {
           cp_async_wait<0>();
-          barrier_sync(turn.in_group, 128);
+          turn.meet_own();
         }
         rel.query_edges(left, right, rel_rows);
         if (whole) rel.template fill_strip<Side::kQueries>(Range{0, rel.W}, rel_rows);
@@ -275,6 +273,7 @@ void attention_forward_warpgroups(const CK_PARAM AttentionForward p, const CK_PA
         keep_registers(out);
         release(value_free(place.before()));
       }
+      const bool spoiled = count > 0 && signals->is_spoiled(loads);
       store_warp_results<T, D>(p, t, tile, b, h, own, out, top, total, strip, spoiled, lane);
     }
     turn.finish();

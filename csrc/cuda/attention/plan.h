@@ -82,7 +82,7 @@ constexpr int kForwardRows = 16 * kForwardFragments<D> * kTensorWarps;
 
 inline int64_t forward_rows(int64_t channels) { return channels <= 64 ? kForwardRows<64> : kForwardRows<128>; }
 
-constexpr int64_t round_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+CK_HD constexpr int64_t round_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // Columns that the pairs of 16 queries and a tile of keys have, in whole fragments; odd, against bank conflicts.
 inline int64_t strip_pitch_of(int64_t window, int64_t keys) {
@@ -94,8 +94,9 @@ constexpr int kGradRows = 16 * kTensorWarps, kGradOthers = 32;
 // Gradients of windows up to this size stay in shared memory until the walk over all keys, or queries, is done.
 constexpr int64_t kWholeStrip = 64;
 
-inline int64_t grad_pitch_of(int64_t window) {
-  const int64_t met = kGradOthers + 15;
+// others: those that a block meets at a time.
+CK_HD constexpr int64_t grad_pitch_of(int64_t window, int64_t others) {
+  const int64_t met = others + 15;
   return round_to(window <= kWholeStrip || window < met ? window : met, 16) + 1;
 }
 
@@ -134,12 +135,12 @@ inline int64_t warpgroup_bytes(const AttentionFacts& f, const AttentionPlan& pla
 }
 
 inline int64_t warpgroup_backward_bytes(const AttentionFacts& f, const AttentionPlan& plan, bool keys, int64_t stages) {
-  const int64_t row = 2 * plan.kernel_channels, strips = 16 * (plan.strip_pitch + plan.grad_pitch);
-  const int64_t rank = f.low_rank ? padded_rank(f, plan.channels) : 0;
-  const int64_t rel_row = f.low_rank ? 2 * (rank + 8) : 0, sums = f.low_rank && !keys ? 16 * (rank + 4) : 0;
   const int64_t others = !keys                        ? kWarpgroupGradKeys
                          : plan.kernel_channels == 64 ? kWarpgroupQueries<64>
                                                       : kWarpgroupQueries<128>;
+  const int64_t row = 2 * plan.kernel_channels, grads = f.relative ? grad_pitch_of(f.window, others) : 0;
+  const int64_t strips = 16 * (plan.strip_pitch + grads), rank = f.low_rank ? padded_rank(f, plan.channels) : 0;
+  const int64_t rel_row = f.low_rank ? 2 * (rank + 8) : 0, sums = f.low_rank && !keys ? 16 * (rank + 4) : 0;
   return kSignalBytes + kWarpgroupRows * 2 * row + stages * others * (2 * row + (keys ? 16 + rel_row : 0)) +
          4 * kWarpgroupWarps * ((strips < kStageFloats ? kStageFloats : strips) + sums) +
          (keys ? 0 : kWarpgroupRows * rel_row);
@@ -190,7 +191,7 @@ inline AttentionPlan tensor_plan(const AttentionFacts& f, bool backward) {
   const int64_t limit = f.device.block_memory < kBlockMemory ? f.device.block_memory : kBlockMemory;
   if (backward) {
     plan.strip_pitch = f.relative ? strip_pitch_of(f.window, kGradOthers) : 0;
-    plan.grad_pitch = f.relative ? grad_pitch_of(f.window) : 0;
+    plan.grad_pitch = f.relative ? grad_pitch_of(f.window, kGradOthers) : 0;
     plan.shared_bytes = backward_bytes(f, plan, false);
     plan.key_shared_bytes = backward_bytes(f, plan, true);
   } else {

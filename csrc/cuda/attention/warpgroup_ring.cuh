@@ -11,7 +11,11 @@ namespace ck::cuda {
 // A block's own tile, and the stages of its ring: full once all bytes have come, free once all 8 warps have read them.
 struct RingSignals {
   uint64_t own_full, own_free, full[2 * kMostStages], free[2 * kMostStages];
-  int spoiled[2];  // the last even, or odd, round in which hidden rows were not all finite, plus 1
+  unsigned spoiled[2];  // the last even, or odd, number of an own tile with hidden rows that were not all finite
+
+  // In the own tile of this number, from 1 on. A warpgroup is never more than one tile behind the other one.
+  CK_DEVICE void spoil(unsigned number) { spoiled[number % 2] = number; }
+  CK_DEVICE bool is_spoiled(unsigned number) const { return spoiled[number % 2] == number; }
 };
 
 // By all threads of a block. arrivals: of those that fill a stage.
@@ -44,20 +48,20 @@ struct RingPlace {
 // The turns of two warpgroups, as seen by one of them: what one starts between begin() and end() does not mix with what
 // the other one starts.
 struct WarpgroupTurn {
-  int own, other, in_group;  // named barriers
-  bool second;
+  int group;  // 0 or 1
 
-  CK_DEVICE explicit WarpgroupTurn(int group)
-      : own(1 + group), other(2 - group), in_group(4 + group), second(group == 1) {
-    if (second) end();  // the first one begins
+  CK_DEVICE explicit WarpgroupTurn(int group) : group(group) {
+    if (group == 1) end();  // the first one begins
   }
-  CK_DEVICE void begin() const { barrier_sync(own, kTurnThreads); }
-  CK_DEVICE void end() const { barrier_arrive(other, kTurnThreads); }
+  CK_DEVICE void begin() const { barrier_sync(1 + group, kTurnThreads); }
+  CK_DEVICE void end() const { barrier_arrive(2 - group, kTurnThreads); }
   // Both wait for each other, outside of a turn.
   CK_DEVICE void meet() const { barrier_sync(3, kTurnThreads); }
+  // The warps of this one wait for each other.
+  CK_DEVICE void meet_own() const { barrier_sync(4 + group, 128); }
   // The second one has ended a turn more than the first one has begun.
   CK_DEVICE void finish() const {
-    if (!second) begin();
+    if (group == 0) begin();
   }
 };
 
@@ -68,14 +72,6 @@ CK_DEVICE int tiles_of_keys(const Attention& p, const AttentionTile& tile, int& 
   const Range keys = visible_keys(p, tile, tile.first, tile.first + tile.count);
   first = keys.first / 8 * 8;
   return keys.first < keys.end ? static_cast<int>(ceil_div(keys.end - first, kKeys)) : 0;
-}
-
-// How many tiles of kQueries queries see some key of a tile of keys, and all queries that do.
-template <int kQueries>
-CK_DEVICE int tiles_of_queries(const Attention& p, const AttentionTile& tile, Range& queries) {
-  if (tile.count <= 0) return 0;
-  queries = seeing_queries(p, tile, max(tile.first, tile.key_begin), tile.first + tile.count);
-  return queries.first < queries.end ? static_cast<int>(ceil_div(queries.end - queries.first, kQueries)) : 0;
 }
 
 }  // namespace ck::cuda

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "csrc/cuda/attention/scores.cuh"
-#include "csrc/cuda/device/warpgroup.cuh"
+#include "csrc/cuda/attention/warpgroup_ring.cuh"
 
 namespace ck::cuda {
 
@@ -61,6 +61,23 @@ CK_DEVICE bool all_of(const unsigned (&words)[kWords]) {
 #pragma unroll
   for (int n = 1; n < kWords; ++n) all &= words[n];
   return all == ~0u;
+}
+
+// Puts zeros in those of a warpgroup's 64 rows that are not there, so that they add nothing to sums over rows. Bit n of
+// there(x): whether row x + n is; x: 0 or 32.
+template <int D, class There>
+CK_DEVICE void clear_absent(const WarpgroupTurn& turn, char* rows, int panel, const There& there) {
+  const unsigned which[2] = {there(0), there(32)};
+  if ((which[0] & which[1]) == ~0u) return;
+  constexpr int kPieces = D / 8;
+#pragma unroll 1
+  for (int n = threadIdx.x % 128; n < 64 * kPieces; n += 128) {
+    const int r = n / kPieces;
+    if (((r < 32 ? which[0] : which[1]) >> r % 32 & 1u) == 0)
+      *reinterpret_cast<uint4*>(piece_of_row(rows, panel, r, n % kPieces)) = make_uint4(0, 0, 0, 0);
+  }
+  fence_async_proxy();
+  turn.meet_own();
 }
 
 // Puts zeros in place of what is not finite in kRows rows of a tile, from row `first` on, by a warpgroup. Returns

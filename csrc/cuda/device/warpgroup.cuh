@@ -23,7 +23,8 @@ struct Operand {
   CK_DEVICE uint64_t descriptor() const { return low | uint64_t{1024 >> 4 | 1 << 30} << 32; }
 };
 CK_DEVICE Operand operand(const void* shared, unsigned panel = 16) {
-  return {shared_address(shared) >> 4 | panel >> 4 << 16};
+  // Found anew for every product, it takes no register in between.
+  return {static_cast<uint32_t>(opaque(static_cast<int>(shared_address(shared) >> 4 | panel >> 4 << 16)))};
 }
 
 }  // namespace ck::cuda
