@@ -96,8 +96,8 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
     constexpr int kOwnBytes = 2 * kRows * D, kOwnPanel = 128 * kRows;
     constexpr int kQueryBytes = 2 * kQueries * D, kPanel = 128 * kQueries;
     const int lane = threadIdx.x % 32, warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0);
-    const int parts = static_cast<int>(p.key_parts) / kWarpgroupWarps, sharing = static_cast<int>(p.sharing());
-    const int part = blockIdx.x % parts, unit = blockIdx.x / parts;
+    const auto parts_of = [&] { return opaque(static_cast<int>(p.key_parts)) / kWarpgroupWarps; };
+    const int sharing = static_cast<int>(p.sharing());
     const int W = static_cast<int>(p.window()), channels = static_cast<int>(p.channels);
     const int rel_pitch = p.rel_query.data != nullptr ? 2 * (static_cast<int>(t.rank_pitch) + 8) : 0;  // in bytes
 
@@ -114,6 +114,11 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
     const auto queries_at = [&](int stage) { return ring + stage * 2 * kQueryBytes; };
     const auto grads_at = [&](int stage) { return queries_at(stage) + kQueryBytes; };
 
+    // Found anew for every tile.
+    const auto tile_of = [&](int n) {
+      const int parts = parts_of(), unit = blockIdx.x / parts, groups = static_cast<int>(p.groups);
+      return KeyTile(p, n, unit / groups, unit % groups, blockIdx.x % parts);
+    };
     auto* const kept_tiles = reinterpret_cast<KeyTile*>(signals + 1);  // of each warp
     begin_signals(*signals, stages, 2);
 
@@ -124,9 +129,9 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
       RingPlace place{stages};
       unsigned own_loads = 0;
 #pragma unroll 1
-      for (int n = part; n < tiles; n += parts) {
+      for (int n = blockIdx.x % parts_of(); n < tiles; n += parts_of()) {
         if (warp == 1) __syncwarp();
-        if (lane == 0) kept = KeyTile(p, n, unit / static_cast<int>(p.groups), unit % static_cast<int>(p.groups), part);
+        if (lane == 0) kept = tile_of(n);
         if (warp == 1) __syncwarp();
         if (kept.queries.first >= kept.queries.end) continue;
         const int &b = kept.b, &g = kept.g;
@@ -172,12 +177,13 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
       return static_cast<float*>(p.partial_key_rel) +
              ((int64_t{b} * p.heads + h) * p.key_parts + part * kWarpgroupWarps + worker) * W * channels;
     };
-    if (p.grad_key_rel != nullptr)
-      for (int n = 0; n < sharing; ++n) {
-        float* const to =
-            partial_of(unit / static_cast<int>(p.groups), unit % static_cast<int>(p.groups) * sharing + n, part);
+    if (p.grad_key_rel != nullptr) {
+      const KeyTile any = tile_of(0);
+      for (int h = any.g * sharing; h < (any.g + 1) * sharing; ++h) {
+        float* const to = partial_of(any.b, h, any.part);
         for (int64_t e = lane; e < int64_t{W} * channels; e += 32) to[e] = 0;
       }
+    }
     const float keep_scale = static_cast<float>(p.keep_scale);
     const auto release = [&](uint64_t* signal) {
       __syncwarp();
@@ -187,10 +193,10 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
     RingPlace place{stages};
     unsigned own_loads = 0;
 #pragma unroll 1
-    for (int n = part; n < tiles; n += parts) {
+    for (int n = blockIdx.x % parts_of(); n < tiles; n += parts_of()) {
       KeyTile& kept = kept_tiles[worker];
       __syncwarp();
-      if (lane == 0) kept = KeyTile(p, n, unit / static_cast<int>(p.groups), unit % static_cast<int>(p.groups), part);
+      if (lane == 0) kept = tile_of(n);
       __syncwarp();
       const AttentionTile& tile = kept.tile;
       const int &b = kept.b, &g = kept.g;
@@ -294,7 +300,7 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
           if (begun) release(&signals->free[place.before()]);
           if (i0 == queries.first) begin_head();
           const Relative<T> rel = relative();
-          if (!p.qk) set_zero(s);
+          if (!p.qk) leave_out(s);
           // What key_rel adds outside the window, of this lane's keys.
           float left[2] = {}, right[2] = {};
           if (t.key_edges != nullptr)
@@ -329,8 +335,6 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
               for (int x = 0; x < 4; ++x)
                 for (int e = 0; e < 4; ++e) terms.seen &= ~((blind[sub] >> (8 * x + pair + e % 2) & 1u) << (4 * x + e));
             }
-            const uint32_t kept =
-                p.seed == nullptr ? ~0u : draw_fragments(p, static_cast<uint64_t>(*p.seed), b, h, pairs, lane);
             const float* const edge = of_queries.edges[terms.side < 0 ? 0 : terms.side];
 #pragma unroll
             for (int x = 0; x < 4; ++x)
@@ -338,11 +342,25 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
                 const int query = 32 * sub + 8 * x + pair + e % 2;
                 const float constant =
                     (terms.side < 0 ? 0.0f : edge[query]) + terms.added[e / 2] - of_queries.lse[query];
-                const float probable = fast_exp2(part_s[x][e] * terms.factor + constant);
-                const float keep = (kept >> (4 * x + e) & 1u) != 0 ? keep_scale : 0.0f;
-                part_ds[x][e] = probable * (part_ds[x][e] * keep - of_queries.delta[query]);
-                part_s[x][e] = probable * keep;
+                part_s[x][e] = fast_exp2(part_s[x][e] * terms.factor + constant);
               }
+            if (p.seed != nullptr) {
+              const uint32_t kept = draw_fragments(p, static_cast<uint64_t>(*p.seed), b, h, pairs, lane);
+#pragma unroll
+              for (int x = 0; x < 4; ++x)
+                for (int e = 0; e < 4; ++e) {
+                  const float keep = (kept >> (4 * x + e) & 1u) != 0 ? keep_scale : 0.0f;
+                  const float delta = of_queries.delta[32 * sub + 8 * x + pair + e % 2];
+                  part_ds[x][e] = part_s[x][e] * (part_ds[x][e] * keep - delta);
+                  part_s[x][e] *= keep;
+                }
+              keep_registers(part_s);
+            } else {
+#pragma unroll
+              for (int x = 0; x < 4; ++x)
+                for (int e = 0; e < 4; ++e)
+                  part_ds[x][e] = part_s[x][e] * (part_ds[x][e] - of_queries.delta[32 * sub + 8 * x + pair + e % 2]);
+            }
             select_seen(part_s, terms.seen);
             select_seen(part_ds, terms.seen);
           }

@@ -269,13 +269,12 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
             keep_registers(ds);
             keep_registers(grad_q);
             if (m > 0) release(&signals->free[place.before()]);
-            if (!p.qk) set_zero(s);
+            if (!p.qk) leave_out(s);
             if (first_walk == 0 && m == count) {
               set_zero(grad_q);
               fill_whole();
             }
-#pragma unroll
-            for (int x = 0; x < kKeys / 32; ++x) real[x] = real_keys(p, asked[x]);
+            real_keys(real, p, asked);
             const bool all_real = all_of(real);
             uint32_t pairs_seen[kKeys / 32];
             const ScoreTerms terms =
@@ -285,15 +284,19 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
             for (int sub = 0; sub < kKeys / 32; ++sub) {
               float (&part_ds)[4][4] = reinterpret_cast<float (&)[4][4]>(ds[4 * sub]);
               const PairTile<Side::kQueries, 32> pairs(p, tile, i0, j0 + 32 * sub);
-              const uint32_t kept =
-                  p.seed == nullptr ? ~0u : draw_fragments(p, static_cast<uint64_t>(*p.seed), b, h, pairs, lane);
+              if (p.seed != nullptr) {
+                const uint32_t kept = draw_fragments(p, static_cast<uint64_t>(*p.seed), b, h, pairs, lane);
+#pragma unroll
+                for (int x = 0; x < 4; ++x)
+                  for (int e = 0; e < 4; ++e) part_ds[x][e] *= (kept >> (4 * x + e) & 1u) != 0 ? keep_scale : 0.0f;
+                keep_registers(part_ds);
+              }
 #pragma unroll
               for (int x = 0; x < 4; ++x)
                 for (int e = 0; e < 4; ++e) {
                   const float probable =
                       fast_exp2(s[4 * sub + x][e] * terms.factor + (terms.added[e / 2] - lse[e / 2]));
-                  const float keep = (kept >> (4 * x + e) & 1u) != 0 ? keep_scale : 0.0f;
-                  part_ds[x][e] = probable * (part_ds[x][e] * keep - delta[e / 2]);  // delta is 0 on the first walk
+                  part_ds[x][e] = probable * (part_ds[x][e] - delta[e / 2]);  // delta is 0 on the first walk
                 }
               select_seen(part_ds, pairs_seen[sub] & ((sees[0] ? 0x3333u : 0u) | (sees[1] ? 0xCCCCu : 0u)));
             }

@@ -239,9 +239,8 @@ void attention_forward_warpgroups(const CK_PARAM AttentionForward p, const CK_PA
           keep_registers(out);
           if (n > 0) release(value_free(place.before()));
           if (p.key_rel.data == nullptr) release(key_free(place.stage));
-          if (!p.qk) set_zero(s);
-#pragma unroll
-          for (int x = 0; x < kKeys / 32; ++x) real[x] = real_keys(p, asked[x]);
+          if (!p.qk) leave_out(s);
+          real_keys(real, p, asked);
           uint32_t seen_pairs[kKeys / 32];
           const bool all_real = all_of(real);
           const ScoreTerms terms =

@@ -54,6 +54,24 @@ struct SeenTiles {
   CK_DEVICE bool has(int j0, bool real) const { return real && j0 >= firsts.first && j0 < firsts.end; }
 };
 
+// The keys that the mask leaves, from what ask_mask said of 32 each.
+template <int kWords>
+CK_DEVICE void real_keys(unsigned (&real)[kWords], const Attention& p, const unsigned (&asked)[kWords]) {
+#pragma unroll
+  for (int n = 0; n < kWords; ++n) real[n] = ~0u;
+  if (p.key_mask == nullptr) return;
+#pragma unroll
+  for (int n = 0; n < kWords; ++n) real[n] = __ballot_sync(kAllLanes, asked[n] != 0);
+}
+
+// Products of q and k that are not part of the scores become 0. As a branch: selected, all of them would take an
+// instruction.
+template <int kX>
+CK_DEVICE void leave_out(float (&s)[kX][4]) {
+  set_zero(s);
+  keep_registers(s);
+}
+
 // Whether all bits are there.
 template <int kWords>
 CK_DEVICE bool all_of(const unsigned (&words)[kWords]) {
