@@ -73,6 +73,8 @@ def grad_queries(
     query_rel, query_sums[h, b, group, R, W], and bias, bias_sums[h, b, group, W]."""
     D: tl.constexpr = FLAGS.D
     R: tl.constexpr = FLAGS.R
+    DP: tl.constexpr = FLAGS.DP
+    RP: tl.constexpr = FLAGS.RP
     HAS_MASK: tl.constexpr = FLAGS.HAS_MASK
     HAS_REL_QUERY: tl.constexpr = FLAGS.HAS_REL_QUERY
     CAUSAL: tl.constexpr = FLAGS.CAUSAL
@@ -93,7 +95,7 @@ def grad_queries(
     pid = tl.program_id(0)
     group, h, b = pid % groups, pid // groups % H, pid // groups // H
     W = left + right + 1
-    d, x = tl.arange(0, FLAGS.DP), tl.arange(0, FLAGS.RP)
+    d, x = tl.arange(0, DP), tl.arange(0, RP)
     key_scale, by_table = number_from_bits(score_scale, DTYPE), number_from_bits(table_scale, DTYPE)
     keep_factor = number_from_bits(keep_scale, DTYPE)
     terms = Terms(tables.bias, tables.query_rel, tables.key_rel, left, right, W, by_table)
@@ -120,7 +122,7 @@ def grad_queries(
         live = tl.abs(start) < float("inf")
         queries = load_tile(q_at, first, d, live, D, False)  # [BM, DP]
         dy = load_tile(g_at, first, d, live, D, False)  # [BM, DP]
-        total = tl.zeros([BM, FLAGS.DP], DTYPE)
+        total = tl.zeros([BM, DP], DTYPE)
         sum_before, sum_after = tl.zeros([BM], DTYPE), tl.zeros([BM], DTYPE)
         ranges = tile_ranges(owner, shift, left, right, 1 if CAUSAL else 0, FLAGS.OUTSIDE, RELATIVE, BM, BN, NEAR)
 
@@ -165,7 +167,7 @@ def grad_queries(
         r = queries
         if FLAGS.HAS_QUERY_REL:
             r = load_tile(r_at, first, x, live, R, False)  # [BM, RP]
-        r_total = tl.zeros([BM, FLAGS.RP], DTYPE)
+        r_total = tl.zeros([BM, RP], DTYPE)
         whole = table_columns(-left, terms, WIDTH, False, FLAGS.OUTSIDE)
         column_sums = tl.zeros([BM, WIDTH], DTYPE)
         by_query = start
