@@ -49,7 +49,7 @@ HELD: dict[str, Callable[[Launch], int]] = {
     name.replace("_", " "): itemgetter(name)
     for name in (
         *(f"{access}_requests" for access in GLOBAL), *(f"{access}_wavefronts" for access in SHARED),
-        "barriers", "warp_barriers", "shuffles", "votes", "matrix_products",
+        "barriers", "warp_barriers", "shuffles", "votes", "matrix_products", "warpgroup_products",
     )
 }  # fmt: skip
 # Margins: another compiler may keep a number in a register that this one loads twice.
@@ -170,7 +170,8 @@ COLUMNS = ("case", "kernel", "bytes over least", "sectors per load", "per copy",
 def row(name: str, key: str, launch: Launch) -> tuple[str, ...]:
     outputs = CASES[name].outputs(CASES[name].small)
     sectors = [ratio(launch[f"{access}_sectors"], launch[f"{access}_requests"]) for access in GLOBAL]
-    shared = (launch.wavefronts, launch.conflicts, launch["shuffles"], launch["matrix_products"])
+    products = launch["matrix_products"] + launch["warpgroup_products"]
+    shared = (launch.wavefronts, launch.conflicts, launch["shuffles"], products)
     return (name, key, ratio(launch.moved, launch.least), *sectors, *(f"{1000 * n / outputs:.1f}" for n in shared),
             ratio(launch["barriers"], launch["blocks"]))  # fmt: skip
 

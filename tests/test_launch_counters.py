@@ -18,6 +18,7 @@ launch_counters = pytest.importorskip("launch_counters", reason="a copy of the t
 
 needs_library = pytest.mark.skipif(library.missing("counted") is not None, reason="needs make counted-build")
 NAMES = ("blocks", "bytes_read", "bytes_written", "barriers", "warp_barriers", "shuffles", "votes", "matrix_products",
+         "warpgroup_products",
          *(f"{access}_{what}" for access in counters.GLOBAL for what in ("requests", "sectors")),
          *(f"{access}_{what}" for access in counters.SHARED for what in ("wavefronts", "conflicts")))  # fmt: skip
 
@@ -28,7 +29,8 @@ def launch(kernel="stream_forward", instructions=(), **figures):
 
 def test_totals_of_a_launch():
     one = launch(load_sectors=1, copy_read_sectors=2, store_sectors=3, bytes_read=60, bytes_written=4,
-                 shared_load_wavefronts=5, matrix_load_wavefronts=7, copy_write_conflicts=2)  # fmt: skip
+                 shared_load_wavefronts=5, matrix_load_wavefronts=4, operand_read_wavefronts=3,
+                 copy_write_conflicts=2)  # fmt: skip
     assert (one.moved, one.least, one.wavefronts, one.conflicts) == (192, 64, 12, 2)
 
 

@@ -6,10 +6,11 @@
     print(launches[0].kernel, launches[0]["load_sectors"])
 
 Keys: blocks, threads; bytes_read and bytes_written, every byte of global memory once; barriers of blocks;
-warp_barriers, shuffles, votes, matrix_loads and matrix_products of warps. load, store and copy_read (cp.async) reach
-global memory: _requests of warps, _bytes that threads ask for, _sectors of 32 bytes that requests touch. shared_load,
-shared_store, copy_write (cp.async) and matrix_load (ldmatrix) reach shared memory: _requests, _bytes, _wavefronts, and
-_conflicts, the wavefronts beyond one per phase. csrc/simt/counters.h says what a request and a phase are.
+warp_barriers, shuffles, votes, matrix_loads, matrix_products and warpgroup_products (wgmma, in matrix_products of the
+same size) of warps. load, store and copy_read (cp.async) reach global memory: _requests of warps, _bytes that threads
+ask for, _sectors of 32 bytes that requests touch. shared_load, shared_store, copy_write (cp.async), matrix_load
+(ldmatrix) and operand_read (wgmma) reach shared memory: _requests, _bytes, _wavefronts, and _conflicts, the wavefronts
+beyond one per phase. csrc/simt/counters.h says what a request and a phase are.
 """
 
 import ctypes
@@ -64,7 +65,7 @@ class Launch:
 
 
 GLOBAL = ("load", "copy_read", "store")
-SHARED = ("shared_load", "shared_store", "copy_write", "matrix_load")
+SHARED = ("shared_load", "shared_store", "copy_write", "matrix_load", "operand_read")
 
 
 @cache

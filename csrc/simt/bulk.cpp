@@ -165,6 +165,7 @@ bool mbarrier_try_wait(void* mbarrier, unsigned parity) {
   } else {
     self.waits = &kTryWait;
     self.mask = 0;
+    self.operand = nullptr;
     self.mbarrier = static_cast<char*>(mbarrier);
   }
   e.suspend();

@@ -80,7 +80,7 @@ bool Engine::go_on() {
   for (unsigned i = 0; i < count; ++i) {
     const Thread& t = *threads[i];
     exited += t.state == Thread::kExited;
-    if (t.waits == nullptr || t.waits != some.waits || t.mask != 0 || t.mbarrier != nullptr || t.barrier != 0) continue;
+    if (t.waits == nullptr || t.waits != some.waits || t.mask != 0 || t.operand == nullptr) continue;
     ++same;
     predicates += *static_cast<const bool*>(t.operand);
   }
@@ -90,13 +90,19 @@ bool Engine::go_on() {
       groups.end_block();
     } else if (same == count) {
       open_barrier(predicates);
-    } else if (!async.advance()) {
+    } else if (!advance()) {
       fail(describe(exited));
     }
   } catch (const std::exception& error) {
     report(error.what());
   }
   return exited != count && failure.empty();
+}
+
+bool Engine::advance() {
+  const bool late = std::any_of(products.begin(), products.end(), [](const WarpProducts& w) { return w.late; });
+  if (late && random.below(2) == 0) return advance_products();
+  return async.advance() || advance_products();
 }
 
 void Engine::open_barrier(int predicates) {

@@ -53,7 +53,8 @@ struct Thread {
   uint3 index{};
   unsigned id = 0;
   State state = kFresh;
-  // What it waits at. The mask is 0 where the whole block takes part.
+  // What it waits at. The mask is 0 where that is not for lanes of its warp, and the operand then nullptr where it is
+  // not for the whole block.
   const Collective* waits = nullptr;
   unsigned mask = 0;
   void* operand = nullptr;
@@ -108,8 +109,9 @@ struct Engine {
   static void body();
   void step(Warp& warp, unsigned first_thread);
   // Called when no thread can run. True if all wait at the same barrier, which is then opened, or if a bulk copy was on
-  // its way, which has now come.
+  // its way, or a product, which has now come.
   bool go_on();
+  bool advance();
   void open_barrier(int predicates);
   void meet_all();
   std::string describe(unsigned exited) const;

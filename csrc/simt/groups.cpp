@@ -118,6 +118,7 @@ void barrier_sync(int barrier, int threads) {
   if (engine->groups.barriers[barrier].phase != phase) return;
   current->waits = &kSync;
   current->mask = 0;
+  current->operand = nullptr;
   current->barrier = static_cast<unsigned>(barrier);
   engine->suspend();
 }

@@ -1,7 +1,9 @@
 #include "csrc/simt/products.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
+#include <functional>
 #include <string>
 #include <utility>
 
@@ -14,6 +16,7 @@ namespace ck::simt {
 namespace {
 
 constexpr const char* kName = "wgmma.mma_async";
+constexpr unsigned kAll = ~0u;
 constexpr unsigned kRows = 16;      // of a warp
 constexpr unsigned kSummed = 16;    // numbers that a sum is of
 constexpr unsigned kPiece = 8;      // numbers of 16 bytes
@@ -61,6 +64,8 @@ std::vector<uint16_t> read(const char* which, const Operand& operand, unsigned f
   std::vector<uint16_t> numbers(size_t{count} * kSummed);
   uint16_t* to = numbers.data();
   const std::string name = std::string(kName) + ", " + which;
+  if (operand.other && first + count > 64 && operand.leading % 1024 != 0)
+    fail(name + ": expected panels that are a multiple of 1024 bytes apart, got " + std::to_string(operand.leading));
   operand.for_each_piece(first, count, [&](unsigned, unsigned, const char* piece) {
     check_shared(name.c_str(), piece, 16);
     check_fenced(name.c_str(), piece, 16);
@@ -148,17 +153,17 @@ Sums& take_sums(WarpProducts& own, void* const* operands, unsigned columns, bool
   sums.columns = columns;
   sums.products = 0;
   sums.values.resize(size_t{kRows} * columns);
-  for_each_lane<const Lane>(operands, ~0u, [&](int lane, const Lane& one) { sums.lanes[lane] = one.d; });
-  for_each_sum(sums, [&](float& lanes, float& value) {
-    if (add) value = lanes;
-    std::memset(&lanes, 0xFF, sizeof lanes);
+  for_each_lane<const Lane>(operands, kAll, [&](int lane, const Lane& one) { sums.lanes[lane] = one.d; });
+  for_each_sum(sums, [&](float& of_lane, float& value) {
+    if (add) value = of_lane;
+    std::memset(&of_lane, 0xFF, sizeof of_lane);
   });
   return sums;
 }
 
 std::vector<uint16_t> from_registers(void* const* operands) {
   std::vector<uint16_t> a(size_t{kRows} * kSummed);
-  for_each_lane<const Lane>(operands, ~0u, [&](int lane, const Lane& one) {
+  for_each_lane<const Lane>(operands, kAll, [&](int lane, const Lane& one) {
     for (int r = 0; r < 4; ++r)
       for (int half = 0; half < 2; ++half)
         a[static_cast<size_t>((lane / 4 + r % 2 * 8) * 16 + lane % 4 * 2 + half + r / 2 * 8)] =
@@ -205,11 +210,17 @@ void end(const Product& product, WarpProducts& own) {
       std::find_if(own.sums.begin(), own.sums.end(), [&](const Sums& s) { return s.lanes[0] == product.sums; });
   product.finish(product, *sums);
   if (--sums->products != 0) return;
-  for_each_sum(*sums, [](float& lanes, float value) {
-    if (std::bit_cast<uint32_t>(lanes) != ~0u) fail("wgmma: a sum was written before wgmma.wait_group");
-    lanes = value;
+  for_each_sum(*sums, [](float& of_lane, float value) {
+    if (std::bit_cast<uint32_t>(of_lane) != ~0u) fail("wgmma: a sum was written before wgmma.wait_group");
+    of_lane = value;
   });
   own.sums.erase(sums);
+}
+
+void end_groups(WarpProducts& own) {
+  auto done = own.products.begin();
+  for (; done != own.products.end() && done->group + own.newest < own.group; ++done) end(*done, own);
+  own.products.erase(own.products.begin(), done);
 }
 
 void finish_wait(void* const* operands, unsigned lanes) {
@@ -218,9 +229,9 @@ void finish_wait(void* const* operands, unsigned lanes) {
   own.fenced = false;
   if (newest == 0 && !own.products.empty() && own.products.back().group == own.group)
     fail("wgmma.wait_group: no wgmma.commit_group followed a product");
-  auto done = own.products.begin();
-  for (; done != own.products.end() && done->group + newest < own.group; ++done) end(*done, own);
-  own.products.erase(own.products.begin(), done);
+  own.newest = newest;
+  own.late = !own.products.empty() && engine->random.below(2) == 0;
+  if (!own.late) end_groups(own);
 }
 
 constexpr Collective kProducts[2][2] = {
@@ -231,9 +242,22 @@ constexpr Collective kProducts[2][2] = {
 constexpr Collective kFence{"wgmma.fence", finish_fence, Meeting::kWarpBarrier, 0};
 constexpr Collective kCommit{"wgmma.commit_group", finish_commit, Meeting::kWarpBarrier, 0};
 constexpr Collective kWait{"wgmma.wait_group", finish_wait, Meeting::kWarpBarrier, 0};
-constexpr unsigned kAll = ~0u;
 
 }  // namespace
+
+bool advance_products() {
+  Engine& e = *engine;
+  std::vector<unsigned> late;
+  for (unsigned w = 0; w < e.products.size(); ++w)
+    if (e.products[w].late) late.push_back(w);
+  if (late.empty()) return false;
+  const unsigned w = late[e.random.below(static_cast<unsigned>(late.size()))];
+  e.products[w].late = false;
+  end_groups(e.products[w]);
+  for (unsigned lane = 0; lane < kWarp; ++lane) e.threads[w * kWarp + lane]->waits = nullptr;
+  e.warps[w].ready = kAll;
+  return true;
+}
 
 void multiply_warpgroup(unsigned columns, bool bf16, float* d, const uint32_t* registers, const Factors& factors) {
   require_warpgroups(kName);
@@ -246,7 +270,15 @@ void multiply_warpgroup(unsigned columns, bool bf16, float* d, const uint32_t* r
 
 void products_fence() { warp_wait(kFence, kAll, nullptr); }
 void products_commit() { warp_wait(kCommit, kAll, nullptr); }
-void products_wait(unsigned newest) { warp_wait(kWait, kAll, &newest); }
+
+void products_wait(unsigned newest) {
+  warp_wait(kWait, kAll, &newest);
+  if (!own_products().late) return;
+  current->waits = &kWait;
+  current->mask = 0;
+  current->operand = nullptr;
+  engine->suspend();
+}
 
 void end_products() {
   if (!own_products().products.empty()) fail("wgmma: a thread ended before wgmma.wait_group for its products");

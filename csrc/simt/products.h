@@ -1,7 +1,8 @@
 // Matrix products of a warpgroup, wgmma.mma_async with sums in float32.
 //
-// They are done as late as they can be, by the wait for their group, each warp's part by itself. Until then the sums
-// are NaN, and the operands must stay as they were. Operands in shared memory are what the async proxy sees.
+// They are done by the wait for their group, each warp's part by itself, and half of the waits end only where no thread
+// can go on. Until then the sums are NaN, and the operands must stay as they were. Operands in shared memory are what
+// the async proxy sees.
 #pragma once
 
 #include <cstddef>
@@ -38,9 +39,14 @@ struct Product {
 struct WarpProducts {
   bool fenced = false;  // since the last commit or wait
   unsigned group = 0;
+  bool late = false;  // the warp waits until no thread can go on, for all groups but the `newest`
+  unsigned newest = 0;
   std::vector<Product> products;
   std::vector<Sums> sums;
 };
+
+// Ends the wait of a warp that is late. Returns false if none is.
+bool advance_products();
 
 // What follows is called by kernels, by whole warps.
 

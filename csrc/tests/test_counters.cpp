@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "csrc/cuda/device/primitives.cuh"
+#include "csrc/cuda/device/warpgroup.cuh"
 #include "csrc/tests/check.h"
 
 namespace {
@@ -258,6 +258,57 @@ CK_TEST(a_bulk_copy_is_a_request) {
   check_shared(c.of(Access::kSharedLoad), 1, 2, 0);
   CK_EQUAL(c.bytes_read, 192u);
   CK_EQUAL(c.bytes_written, 192u);
+}
+
+CK_GLOBAL(32, 1) void copies_a_box(const CK_PARAM TensorMap map, int at1) {
+  CK_SHARED(uint64_t, full, 1);
+  if (threadIdx.x != 0) return;
+  mbarrier_init(full, 1);
+  fence_mbarrier_init();
+  mbarrier_arrive_expect(full, 8 * 128);
+  tensor_load(shared_memory_1024(), map, 16, at1, 0, 0, full);
+  mbarrier_wait(full, 0);
+}
+
+CK_TEST(a_box_has_a_request_for_each_row_of_the_tensor) {
+  TensorMap map;
+  // 40 of its 64 columns, from 16 on, lie in the tensor, and 5 of its 8 rows.
+  CK_TRUE(make_tensor_map(map, memory(), {56, 6, 1, 1}, {128, 16, 16}, 8) == nullptr);
+  const Counts c = counts_of(copies_a_box, 1, 32, map, 1);
+  check_global(c.of(Access::kCopyRead), 5, 5 * 80, 5 * 3);
+  check_shared(c.of(Access::kCopyWrite), 1, 8, 0);
+  CK_EQUAL(c.bytes_read, 400u);
+}
+
+template <bool in_registers>
+CK_GLOBAL(256, 1)
+void multiplies_groups(int times) {
+  float sums[16][4];
+  const uint32_t registers[4] = {};
+  const uint64_t all = operand(shared_memory_1024());
+  wgmma_fence();
+  for (int i = 0; i < times; ++i) {
+    if constexpr (in_registers)
+      wgmma<ck::bf16, 128>(sums, registers, all, false);
+    else
+      wgmma<ck::bf16, 128>(sums, all, all, false);
+  }
+  wgmma_commit();
+  wgmma_wait<0>();
+  barrier_sync(1, 256);
+}
+
+CK_TEST(products_of_a_warpgroup_count_in_each_warp) {
+  const Counts c = counts_of(multiplies_groups<false>, 1, 256, 3), r = counts_of(multiplies_groups<true>, 1, 256, 3);
+  CK_EQUAL(c.of(Meeting::kWarpgroupProduct), 8u * 16 * 3);
+  CK_EQUAL(r.of(Meeting::kWarpgroupProduct), 8u * 16 * 3);
+  CK_EQUAL(c.of(Meeting::kMatrixProduct), 0u);
+  CK_EQUAL(c.of(Meeting::kWarpBarrier), 8u);
+  CK_EQUAL(c.of(Meeting::kBarrier), 0u);
+  // 16 x 16 numbers of a for each warp, and 16 x 128 of b for the first of four.
+  check_shared(c.of(Access::kOperandRead), 10 * 3, (8 * 4 + 2 * 32) * 3, 0);
+  check_shared(r.of(Access::kOperandRead), 2 * 3, 2 * 32 * 3, 0);
+  CK_EQUAL(r.of(Access::kOperandRead).bytes, 2u * 4096 * 3);
 }
 
 }  // namespace

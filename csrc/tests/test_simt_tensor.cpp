@@ -1,5 +1,5 @@
-// Copies of boxes of a tensor, and the mistakes that the simulation reports.
-#include <cstring>
+// Copies of boxes of a tensor, products of what they bring, and the mistakes that the simulation reports.
+#include <bit>
 #include <vector>
 
 #include "csrc/cuda/device/warpgroup.cuh"
@@ -150,6 +150,103 @@ CK_TEST(maps_of_other_tensors_are_refused) {
   CK_TRUE(has(refused(tensor.data, {8, 1, 1, 2}, {16, 16, int64_t{1} << 40}, 1), "strides"));
   CK_TRUE(has(refused(tensor.data, {8, 1, 1, 1}, {16, 16, 16}, 0), "box"));
   CK_TRUE(has(refused(tensor.data, {8, 1, 1, 1}, {16, 16, 16}, 257), "box"));
+}
+
+constexpr int kRows = 100, kColumns = 128, kLength = 616;  // of which a product sums up to 64 at a time
+
+enum class Flow { kRight, kNoFullWait, kReleasesEarly, kNeverReleases };
+
+// out [kRows, kColumns] = a [kRows, kLength] b [kLength, kColumns]. The first warpgroup fetches what two others
+// multiply, 64 rows each.
+template <Flow flow>
+CK_GLOBAL(384, 1)
+void flows(const CK_PARAM TensorMap a, const CK_PARAM TensorMap b, float* out) {
+  constexpr int kSlots = 2, kSteps = (kLength + 63) / 64, kBytesA = 128 * 128, kBytes = kBytesA + 128 * 128;
+  auto* const full = reinterpret_cast<uint64_t*>(shared_memory_1024());
+  uint64_t* const empty = full + kSlots;
+  char* const slots = shared_memory_1024() + 1024;
+  const int t = static_cast<int>(threadIdx.x), group = t / 128, warp = t / 32 % 4, lane = t % 32;
+  if (t == 0) {
+    for (int i = 0; i < kSlots; ++i) {
+      mbarrier_init(full + i, 1);
+      mbarrier_init(empty + i, 8);
+    }
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+  if (group == 0) {
+    give_registers<24>();
+    for (int step = 0; step < kSteps && t == 0; ++step) {
+      char* const slot = slots + step % kSlots * kBytes;
+      if (step >= kSlots) mbarrier_wait(empty + step % kSlots, (step / kSlots - 1) % 2u);
+      mbarrier_arrive_expect(full + step % kSlots, kBytes);
+      tensor_load(slot, a, step * 64, 0, 0, 0, full + step % kSlots);
+      for (int half = 0; half < 2; ++half)
+        tensor_load(slot + kBytesA + half * 64 * 128, b, half * 64, step * 64, 0, 0, full + step % kSlots);
+    }
+    return;
+  }
+  take_registers<240>();
+  float sums[16][4];
+  const auto release = [&](int step) {
+    if (lane == 0 && flow != Flow::kNeverReleases) mbarrier_arrive(empty + step % kSlots);
+  };
+  for (int step = 0; step < kSteps; ++step) {
+    char* const slot = slots + step % kSlots * kBytes;
+    if (flow != Flow::kNoFullWait) mbarrier_wait(full + step % kSlots, step / kSlots % 2u);
+    wgmma_fence();
+    for (int i = 0; i < 4; ++i)
+      wgmma<ck::bf16, 128, Major::kSummed, Major::kOther>(sums, operand(slot + (group - 1) * 64 * 128 + i * 32),
+                                                          operand(slot + kBytesA + i * 2048, 64 * 128),
+                                                          step > 0 || i > 0);
+    wgmma_commit();
+    if (flow == Flow::kReleasesEarly) release(step);
+    wgmma_wait<1>();
+    if (flow != Flow::kReleasesEarly && step > 0) release(step - 1);
+  }
+  wgmma_wait<0>();
+  for (int x = 0; x < 16; ++x)
+    for (int e = 0; e < 4; ++e) {
+      const int row = (group - 1) * 64 + warp * 16 + lane / 4 + e / 2 * 8;
+      if (row < kRows) out[row * kColumns + x * 8 + lane % 4 * 2 + e % 2] = sums[x][e];
+    }
+}
+
+template <Flow flow>
+std::string flow_status() {
+  constexpr int kPadded = kLength + 8;
+  alignas(16) static uint16_t a[kRows * kPadded], b[kLength * kColumns];
+  const auto number_a = [](int m, int k) { return (m * 5 + k * 3) % 9 - 4; };
+  const auto number_b = [](int k, int n) { return (k * 7 + n * 2) % 11 - 5; };
+  // Whole numbers as small as these have no more than the first 16 bits.
+  const auto bits = [](int x) { return static_cast<uint16_t>(std::bit_cast<uint32_t>(static_cast<float>(x)) >> 16); };
+  for (int m = 0; m < kRows; ++m)
+    for (int k = 0; k < kPadded; ++k) a[m * kPadded + k] = k < kLength ? bits(number_a(m, k)) : uint16_t{0xFFFF};
+  for (int i = 0; i < kLength * kColumns; ++i) b[i] = bits(number_b(i / kColumns, i % kColumns));
+  TensorMap map_a, map_b;
+  make_tensor_map(map_a, a, {kLength, kRows, 1, 1}, {kPadded * 2, 16, 16}, 128);
+  make_tensor_map(map_b, b, {kColumns, kLength, 1, 1}, {kColumns * 2, 16, 16}, 64);
+  std::vector<float> out(kRows * kColumns);
+  if (const char* status = launch(flows<flow>, 1, 384, 1024 + 2 * 256 * 128, nullptr, map_a, map_b, out.data()))
+    return status;
+  for (int i = 0; i < kRows * kColumns; ++i) {
+    float expected = 0;
+    for (int k = 0; k < kLength; ++k)
+      expected += static_cast<float>(number_a(i / kColumns, k) * number_b(k, i % kColumns));
+    if (!(out[static_cast<size_t>(i)] == expected)) return "wrong";
+  }
+  return "right";
+}
+
+CK_TEST(boxes_flow_into_products) {
+  int early = 0;
+  for_seeds([&] {
+    CK_EQUAL(flow_status<Flow::kRight>(), "right");
+    CK_TRUE(flow_status<Flow::kNoFullWait>() != "right");
+    early += flow_status<Flow::kReleasesEarly>() != "right";
+    expect_failure(flow_status<Flow::kNeverReleases>().c_str(), "; phase 0 of the mbarrier at byte ");
+  });
+  CK_EQUAL(early, 5);
 }
 
 }  // namespace

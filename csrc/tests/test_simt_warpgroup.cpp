@@ -121,6 +121,182 @@ CK_TEST(products_of_128_columns) {
   check_layouts<f16, 128>();
 }
 
+enum class Slip {
+  kNone,
+  kReads,
+  kWaitsForTooFew,
+  kOverwritesA,
+  kOverwritesB,
+  kWritesSum,
+  kNoFence,
+  kOneFence,
+  kNoProxyFence,
+  kProxyFenceFirst,
+  kNoCommit,
+  kNoWait,
+  kOtherLane,
+  kMissingLane,
+  kWithinRow,
+  kWithinPanel,
+  kOutside,
+  kNoDescriptor
+};
+
+// Two groups of two products with the same sums.
+template <Slip slip>
+CK_GLOBAL(128, 1)
+void slips(float* d) {
+  const int t = static_cast<int>(threadIdx.x), warp = t / 32, lane = t % 32;
+  char* const a = shared_memory_1024();
+  char* const b = a + 64 * 128;
+  if (slip == Slip::kProxyFenceFirst) fence_async_proxy();
+  for (int i = t; i < 64 * kSummed; i += 128) {
+    in_panel(a, i / kSummed, i % kSummed) = bits_of<bf16>(number_a(i / kSummed, i % kSummed));
+    in_panel(b, i / kSummed, i % kSummed) = bits_of<bf16>(number_b(i % kSummed, i / kSummed));
+  }
+  if (slip != Slip::kNoProxyFence && slip != Slip::kProxyFenceFirst) fence_async_proxy();
+  __syncthreads();
+  float sums[8][4];
+  for (int group = 0; group < 2; ++group) {
+    if (slip == Slip::kMissingLane && t == 40) return;
+    if (slip != Slip::kNoFence && (slip != Slip::kOneFence || group == 0)) wgmma_fence();
+    for (int step = 2 * group; step < 2 * group + 2; ++step) {
+      uint64_t from = operand(a + step * 32);
+      if (slip == Slip::kOtherLane && t == 40) from = operand(a);
+      if (slip == Slip::kWithinRow) from = operand(a + 16);
+      if (slip == Slip::kWithinPanel) from = operand(a + 256);
+      if (slip == Slip::kOutside) from = operand(b + 1024);
+      if (slip == Slip::kNoDescriptor) from = 64;
+      wgmma<bf16, 64>(sums, from, operand(b + step * 32), step > 0);
+    }
+    if (slip != Slip::kNoCommit) wgmma_commit();
+  }
+  // A number of a product of the first group, and one of the second.
+  if (slip == Slip::kOverwritesA && t == 7) in_panel(a, 10, 3) = 0;
+  if (slip == Slip::kOverwritesB && t == 127) in_panel(b, 63, 63) = 0;
+  if (slip == Slip::kWritesSum && t == 127) sums[7][3] = 0;
+  if (slip == Slip::kWaitsForTooFew) wgmma_wait<1>();
+  if (slip != Slip::kReads && slip != Slip::kWaitsForTooFew && slip != Slip::kNoWait) wgmma_wait<0>();
+  for (int x = 0; x < 8; ++x)
+    for (int e = 0; e < 4; ++e) d[(warp * 16 + lane / 4 + e / 2 * 8) * 64 + x * 8 + lane % 4 * 2 + e % 2] = sums[x][e];
+  if (slip == Slip::kReads || slip == Slip::kWaitsForTooFew) wgmma_wait<0>();
+}
+
+// The status, or whether all sums are right, or NaN.
+template <Slip slip>
+std::string slip_status(unsigned threads = 128) {
+  std::vector<float> d(64 * 64);
+  if (const char* status = launch(slips<slip>, 1, threads, 2 * 64 * 128, nullptr, d.data())) return status;
+  if (std::all_of(d.begin(), d.end(), [](float x) { return std::isnan(x); })) return "nan";
+  for (int i = 0; i < 64 * 64; ++i) {
+    float expected = 0;
+    for (int k = 0; k < kSummed; ++k) expected += static_cast<float>(number_a(i / 64, k) * number_b(k, i % 64));
+    if (d[static_cast<size_t>(i)] != expected) return "wrong";
+  }
+  return "right";
+}
+
+CK_TEST(mistakes_with_products_are_reported) {
+  for_seeds([] {
+    const auto expect = [](const std::string& status, const char* part) { expect_failure(status.c_str(), part); };
+    CK_EQUAL(slip_status<Slip::kNone>(), "right");
+    CK_EQUAL(slip_status<Slip::kReads>(), "nan");
+    CK_EQUAL(slip_status<Slip::kWaitsForTooFew>(), "nan");
+    // Where piece p of row r stands: 128 r + 16 (p ^ r % 8). Row 10 of a is read by warp 0 alone, which writes it, and
+    // b by all, some of which may only begin.
+    expect(slip_status<Slip::kOverwritesA>(),
+           "wgmma: byte 1318 of dynamic shared memory was written before wgmma.wait_group");
+    expect(slip_status<Slip::kOverwritesB>(), "byte 16270 of dynamic shared memory was written ");
+    expect(slip_status<Slip::kWritesSum>(), "wgmma: a sum was written before wgmma.wait_group");
+    expect(slip_status<Slip::kNoFence>(),
+           "wgmma.mma_async without wgmma.fence since the last wgmma.commit_group or wgmma.wait_group");
+    expect(slip_status<Slip::kOneFence>(), "wgmma.mma_async without wgmma.fence");
+    expect(slip_status<Slip::kNoProxyFence>(),
+           " of dynamic shared memory was written by a thread and no fence.proxy.async followed");
+    expect(slip_status<Slip::kProxyFenceFirst>(), "wgmma.mma_async, a: byte ");
+    expect(slip_status<Slip::kNoCommit>(), "wgmma.wait_group: no wgmma.commit_group followed a product");
+    expect(slip_status<Slip::kNoWait>(), "wgmma: a thread ended before wgmma.wait_group for its products");
+    expect(slip_status<Slip::kOtherLane>(), "wgmma.mma_async: lane 8 has other operands than the first of its warp");
+    expect(slip_status<Slip::kMissingLane>(), "31 threads wait at wgmma.fence (mask 0xffffffff)");
+    expect(slip_status<Slip::kWithinRow>(),
+           "wgmma.mma_async, a: an operand cannot begin at byte 16 of dynamic shared memory");
+    expect(slip_status<Slip::kWithinPanel>(), "a: an operand cannot begin at byte 256");
+    expect(slip_status<Slip::kOutside>(), "wgmma.mma_async, a: an address is not in shared memory");
+    expect(slip_status<Slip::kNoDescriptor>(), "wgmma.mma_async, a: a descriptor is not one of operand()");
+    expect(slip_status<Slip::kNone>(96), "expected a block of whole warpgroups of 128 threads, got 96");
+  });
+}
+
+CK_GLOBAL(128, 1) void overlaps() {
+  float sums[20][4];
+  const uint64_t nan = operand(shared_memory_1024());
+  wgmma_fence();
+  wgmma<bf16, 64>(reinterpret_cast<float (&)[8][4]>(sums), nan, nan, false);
+  wgmma<bf16, 128>(reinterpret_cast<float (&)[16][4]>(sums[4]), nan, nan, false);
+}
+
+CK_TEST(sums_of_two_shapes_are_reported) {
+  expect_failure(launch(overlaps, 1, 128, 128 * 128, nullptr),
+                 "wgmma.mma_async: some of the sums belong to a product of another shape that is not done");
+}
+
+CK_GLOBAL(128, 1) void has_no_panel() {
+  float sums[16][4];
+  const uint64_t nan = operand(shared_memory_1024());
+  wgmma_fence();
+  wgmma<f16, 128, Major::kOther, Major::kOther>(sums, nan, nan, false);
+}
+
+CK_TEST(panels_lie_at_multiples_of_1024_bytes) {
+  expect_failure(launch(has_no_panel, 1, 128, 128 * 128, nullptr),
+                 "wgmma.mma_async, b: expected panels that are a multiple of 1024 bytes apart, got 16");
+}
+
+CK_TEST(only_9_0_has_products_of_warpgroups) {
+  for (const char* architecture : {"89", "100"}) {
+    setenv("CONVKERNELS_SIMT_ARCH", architecture, 1);
+    expect_failure(slip_status<Slip::kNone>().c_str(), std::string("wgmma.mma_async exists only on compute capability "
+                                                                   "9.0, and the simulated GPU is sm_") +
+                                                           architecture);
+    unsetenv("CONVKERNELS_SIMT_ARCH");
+  }
+}
+
+// The number of sums that are there after the wait for the first of two groups, and after the other one.
+CK_GLOBAL(128, 1) void waits_twice(int* there) {
+  const int t = static_cast<int>(threadIdx.x);
+  char* const zeros = shared_memory_1024();
+  for (int i = t; i < 64 * 128 / 4; i += 128) reinterpret_cast<int*>(zeros)[i] = 0;
+  fence_async_proxy();
+  __syncthreads();
+  float sums[2][8][4];
+  for (auto& group : sums) {
+    wgmma_fence();
+    wgmma<bf16, 64>(group, operand(zeros), operand(zeros), false);
+    wgmma_commit();
+  }
+  const auto count = [&](float (&group)[8][4]) {
+    int n = 0;
+    for (const auto& fragment : group) n += static_cast<int>(std::count(fragment, fragment + 4, 0.0f));
+    return n;
+  };
+  wgmma_wait<1>();
+  there[t] = 100 * count(sums[0]) + count(sums[1]);
+  wgmma_wait<0>();
+  there[128 + t] = 100 * count(sums[0]) + count(sums[1]);
+}
+
+CK_TEST(groups_are_waited_for_one_by_one) {
+  for_seeds([] {
+    int there[256];
+    expect_good(launch(waits_twice, 1, 128, 64 * 128, nullptr, static_cast<int*>(there)));
+    for (int t = 0; t < 128; ++t) {
+      CK_EQUAL(there[t], 3200);
+      CK_EQUAL(there[128 + t], 3232);
+    }
+  });
+}
+
 }  // namespace
 
 CK_TEST_MAIN()
