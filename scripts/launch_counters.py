@@ -170,8 +170,8 @@ def _estimated() -> dict[str, Case]:
         make = kernel_cases.attend(form, "forward")
         cases[f"attention-d{size}-t{length}{name}-fwd"] = Case(make, few, shape, window=window)
     shape = attention.Settings((8192,), batch=1, heads=64, head_size=128, backend="cuda")
-    # Lengths that the window is short in.
-    few = replace(shape, lengths=(2048,), heads=1)
+    # What pairs within the window cost does not grow with the square of the length: twice this one is the large one.
+    few = replace(shape, lengths=(4096,), heads=1)
     cases["banded-fwd"] = Case(kernel_cases.banded, few, shape, window=(1023, 0), causal=True)
     return cases
 
@@ -195,13 +195,13 @@ def measure(case: Case, settings: object | None = None) -> dict[str, Launch]:
 def extrapolate(case: Case) -> dict[str, Launch]:
     """What the kernels would count in the large problem, from the small one and one of twice the length. Convolutions
     do something once per block, of which a GPU has as many more as it has processors, the rest per position; attention
-    per position and per pair of them, but for the different bytes it meets."""
+    per position and per pair of them. Of the different bytes that attention meets, tables are there once."""
     once, twice = measure(case), measure(case, case.twice())
     rows = case.outputs(case.large) / case.outputs(case.small)
 
     def grown(name: str, a: int, b: int) -> int:
         if not case.is_attention or name in ("bytes_read", "bytes_written"):
-            return round((2 * a - b) * PROCESSORS + (b - a) * rows)
+            return round((2 * a - b) * (1 if case.is_attention else PROCESSORS) + (b - a) * rows)
         pairs = (b - 2 * a) / 2
         return round((a - pairs) * rows + pairs * rows * case.large.lengths[0] / case.small.lengths[0])
 

@@ -277,7 +277,7 @@ CUDA_MUTATIONS = [
     ),
     Mutation(
         "attention: sums of a row not shrunk",
-        "csrc/cuda/attention/forward.cuh",
+        "csrc/cuda/attention/softmax.cuh",
         "total[half] = total[half] * shrink[half] + sum;",
         "total[half] = total[half] + sum;",
     ),
