@@ -47,6 +47,17 @@ def decode(op: str, taps: int, reorder: bool) -> Callable:
     return make
 
 
+def banded(settings: attention.Settings, device: str) -> Callable:
+    """The forward pass of the banded workload over the first length in the settings."""
+    form, leaves, _ = attention.banded(settings.backend, torch.device(device), settings.lengths[0], settings.heads)
+
+    def call() -> torch.Tensor:
+        with torch.no_grad():
+            return form(*leaves)
+
+    return call
+
+
 def attend(form: str, direction: str) -> Callable:
     """Attention over the first length in the settings."""
 

@@ -12,6 +12,7 @@ Exit status 1 if a count is above its budget, a kernel has none, or one of the b
 """
 
 import argparse
+import itertools
 import os
 import re
 import sys
@@ -35,7 +36,9 @@ from benchmarks.machine_code.counters import GLOBAL, SECTOR, SHARED, Launch, cou
 from benchmarks.machine_code.estimate import COLUMNS as ESTIMATE_COLUMNS
 from benchmarks.machine_code.estimate import PROCESSORS, PRODUCT, Estimate, of_a_copy, of_counts, ratio
 from benchmarks.machine_code.estimate import row as estimate_row
+from benchmarks.machine_code.loops import BEGINNING, NEAR
 from benchmarks.machine_code.rules import LoopCost, raised
+from benchmarks.machine_code.tiles import near_parts
 from benchmarks.suites import attention, streaming
 from convkernels.cli.console import markdown_table
 
@@ -54,16 +57,21 @@ HELD: dict[str, Callable[[Launch], int]] = {
 }  # fmt: skip
 # Margins: another compiler may keep a number in a register that this one loads twice.
 SLACK = 1.01
+# Of a window for which the forward pass of warpgroups makes one strip per tile of queries.
+MOST_COLUMNS = 48
 
 
 @dataclass(frozen=True)
 class Case:
-    """make(settings, device) gives the call. loop: of a convolution, the case of its main loops in loops.py."""
+    """make(settings, device) gives the call. loop: of a convolution, the case of its main loops in loops.py. window,
+    causal: of attention, the columns to the left and right, if it has relative terms."""
 
     make: Callable
     small: object
     large: object
     loop: str = ""
+    window: tuple[int, int] | None = None
+    causal: bool = False
 
     @property
     def is_attention(self) -> bool:
@@ -79,6 +87,28 @@ class Case:
         if self.is_attention:
             return replace(self.small, lengths=(2 * self.small.lengths[0],))
         return replace(self.small, length=2 * self.small.length)
+
+    def passes(self, loop: LoopCost) -> float:
+        """How often the warps of the large problem go through a main loop."""
+        if loop.per != "tile":
+            return self.outputs(self.large) / 32 if loop.case == self.loop else 0.0
+        heads, length = self.large.batch * self.large.heads, self.large.lengths[0]
+        if loop.kernel.endswith("_warpgroups"):
+            return heads * self._passes_of_warpgroups(length).get(loop.case, 0.0)
+        rows, columns = map(int, re.findall(r"\d+", loop.case))
+        return heads * length**2 / (rows * columns)
+
+    def _passes_of_warpgroups(self, length: int) -> dict[str, float]:
+        tiles = near_parts(length, 16, 128, 128, self.window, self.causal)
+        near = {parts: count for parts, count in tiles.items() if parts > 0}
+        strips = self.window is not None and sum(self.window) + 1 > MOST_COLUMNS
+        # What a tile of 2 or 3 near parts takes lies between those of 1 and 4.
+        return {
+            "16 x 128 pairs": tiles[0],
+            NEAR[strips].format(1): sum(count * (4 - parts) / 3 for parts, count in near.items()),
+            NEAR[strips].format(4): sum(count * (parts - 1) / 3 for parts, count in near.items()),
+            BEGINNING[self.window is not None and not strips]: length / 16,
+        }
 
 
 def _cases() -> dict[str, Case]:
@@ -115,7 +145,8 @@ def _cases() -> dict[str, Case]:
             shape = attention.Settings(lengths=(2048,), batch=8, heads=12, head_size=size, backend="cuda")
             # More keys than are kept in shared memory all at once.
             few = replace(shape, lengths=(384,), batch=1, heads=2)
-            cases[f"{name}-{short}"] = Case(kernel_cases.attend(form, direction), few, shape)
+            window = None if form == attention.PLAIN else (shape.window, shape.window)
+            cases[f"{name}-{short}"] = Case(kernel_cases.attend(form, direction), few, shape, window=window)
     rows = replace(large, batch=64, length=1)
     for name, op, taps, reorder in (
         ("step-k7", streaming.LIGHTWEIGHT, 7, False),
@@ -127,7 +158,26 @@ def _cases() -> dict[str, Case]:
     return cases
 
 
+def _estimated() -> dict[str, Case]:
+    """Forward passes over 16384 positions of 2048 channels, and of the banded workload: not in the budget."""
+    cases = {}
+    for length, (name, form), size in itertools.product(
+        (512, 4096), (("-plain", attention.PLAIN), ("", attention.COMPOSITE)), (64, 128)
+    ):
+        shape = attention.Settings((length,), batch=16384 // length, heads=2048 // size, head_size=size, backend="cuda")
+        few = replace(shape, lengths=(384,), batch=1, heads=2)
+        window = None if form == attention.PLAIN else (shape.window, shape.window)
+        make = kernel_cases.attend(form, "forward")
+        cases[f"attention-d{size}-t{length}{name}-fwd"] = Case(make, few, shape, window=window)
+    shape = attention.Settings((8192,), batch=1, heads=64, head_size=128, backend="cuda")
+    # What pairs within the window cost does not grow with the square of the length: twice this one is the large one.
+    few = replace(shape, lengths=(4096,), heads=1)
+    cases["banded-fwd"] = Case(kernel_cases.banded, few, shape, window=(1023, 0), causal=True)
+    return cases
+
+
 CASES = _cases()
+ESTIMATED = CASES | _estimated()
 
 
 def measure(case: Case, settings: object | None = None) -> dict[str, Launch]:
@@ -145,13 +195,13 @@ def measure(case: Case, settings: object | None = None) -> dict[str, Launch]:
 def extrapolate(case: Case) -> dict[str, Launch]:
     """What the kernels would count in the large problem, from the small one and one of twice the length. Convolutions
     do something once per block, of which a GPU has as many more as it has processors, the rest per position; attention
-    per position and per pair of them, but for the different bytes it meets."""
+    per position and per pair of them. Of the different bytes that attention meets, tables are there once."""
     once, twice = measure(case), measure(case, case.twice())
     rows = case.outputs(case.large) / case.outputs(case.small)
 
     def grown(name: str, a: int, b: int) -> int:
         if not case.is_attention or name in ("bytes_read", "bytes_written"):
-            return round((2 * a - b) * PROCESSORS + (b - a) * rows)
+            return round((2 * a - b) * (1 if case.is_attention else PROCESSORS) + (b - a) * rows)
         pairs = (b - 2 * a) / 2
         return round((a - pairs) * rows + pairs * rows * case.large.lengths[0] / case.small.lengths[0])
 
@@ -197,41 +247,39 @@ def lines(name: str, key: str, launch: Launch) -> list[tuple[str, ...]]:
     return sorted(found, key=lambda cells: -int(cells[-1]))
 
 
-def instructions(case: Case, launch: Launch, loops: list[LoopCost]) -> tuple[float, float] | None:
-    """What warps execute at least, and how much of that is for the integer units, if there is a main loop like this."""
-    for loop in loops:
-        if (loop.kernel, loop.variant) != (launch.kernel, launch.variant):
-            continue
-        times = case.outputs(case.large) / 32
-        if loop.per == "tile":
-            rows, columns = map(int, re.findall(r"\d+", loop.case))
-            times = case.large.batch * case.large.heads * case.large.lengths[0] ** 2 / (rows * columns)
-        elif loop.case != case.loop:
-            continue
-        return loop.instructions * times, loop.classes["alu"] * times
-    return None
+def instructions(case: Case, launch: Launch, loops: list[LoopCost]) -> tuple[float, float, float] | None:
+    """What warps execute at least, and how much of that is for the units of integers and of special functions, if
+    there are main loops like this."""
+    passes = [(case.passes(one), one) for one in loops if (one.kernel, one.variant) == (launch.kernel, launch.variant)]
+    passes = [(times, loop) for times, loop in passes if times > 0]
+    if not passes:
+        return None
+    alu, special = (sum(n * one.classes[kind] for n, one in passes) for kind in ("alu", "special"))
+    return sum(times * loop.instructions for times, loop in passes), alu, special
 
 
-def estimate(launch: Launch, executed: tuple[float, float] | None = None) -> Estimate:
-    """executed: instructions of warps, all and those of the integer units."""
+def estimate(launch: Launch, executed: tuple[float, float, float] | None = None) -> Estimate:
+    """executed: instructions of warps, all and those of the units of integers and of special functions."""
     # Loads are left out of what reaches the second cache: the first one may have them.
     cached = launch["copy_read_sectors"] + launch["store_sectors"]
     wavefronts = launch.wavefronts + launch["shuffles"]
-    return of_counts(launch.least, cached, wavefronts, launch["matrix_products"], executed)
+    products = launch["matrix_products"], launch["warpgroup_products"]
+    return of_counts(launch.least, cached, wavefronts, products, executed)
 
 
 def reached(case: Case, launch: Launch, seconds: float) -> str:
     """The fraction of a copy; of attention, what its products of matrices make per second."""
     if not case.is_attention:
         return of_a_copy(launch.least, seconds)
-    return f"{2 * PRODUCT * launch['matrix_products'] / seconds / 1e12:.0f} TFLOP/s"
+    products = launch["matrix_products"] + launch["warpgroup_products"]
+    return f"{2 * PRODUCT * products / seconds / 1e12:.0f} TFLOP/s"
 
 
 def estimates(names: list[str]) -> str:
     rows = []
     loops = [] if nvcc.missing() else nvcc.main_loops()
     for name in names:
-        case = CASES[name]
+        case = ESTIMATED[name]
         for key, launch in extrapolate(case).items():
             e = estimate(launch, instructions(case, launch, loops))
             rows.append(estimate_row(name, key, e, launch.moved, launch.least, reached(case, launch, e.bound()[1])))
@@ -296,9 +344,10 @@ def main() -> int:
         if not arguments.estimate:
             parser.error("--backend triton: expected with --estimate, its kernels are not simulated")
         return estimate_triton(arguments.only)
-    names = [name for name in CASES if arguments.only in name]
+    cases = ESTIMATED if arguments.estimate else CASES
+    names = [name for name in cases if arguments.only in name]
     if not names:
-        parser.error(f"--only {arguments.only}: expected part of one of {', '.join(CASES)}")
+        parser.error(f"--only {arguments.only}: expected part of one of {', '.join(cases)}")
     if arguments.update and arguments.only:
         parser.error("--update: expected without --only, the budget is of all cases")
     if arguments.estimate:

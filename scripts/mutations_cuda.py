@@ -1,6 +1,7 @@
 """The faults that mutations.py seeds in the CUDA kernels."""
 
 from mutations_table import Mutation
+from mutations_warpgroups import WARPGROUP_MUTATIONS
 
 TIME_COPIES = "csrc/cuda/conv/time_copies.cuh"
 
@@ -276,7 +277,7 @@ CUDA_MUTATIONS = [
     ),
     Mutation(
         "attention: sums of a row not shrunk",
-        "csrc/cuda/attention/forward.cuh",
+        "csrc/cuda/attention/softmax.cuh",
         "total[half] = total[half] * shrink[half] + sum;",
         "total[half] = total[half] + sum;",
     ),
@@ -304,4 +305,5 @@ CUDA_MUTATIONS = [
         "      stage_keys(keys, d0);\n      __syncthreads();",
         "      stage_keys(keys, d0);",
     ),
+    *WARPGROUP_MUTATIONS,
 ]

@@ -14,6 +14,7 @@ TESTS = [
     "tests/test_attention_fuzz.py",
     "tests/test_attention_blocks.py",
     "tests/test_attention_fragments.py",
+    "tests/test_attention_warpgroups.py",
 ]
 
 
@@ -27,6 +28,8 @@ class Mutation:
     @property
     def tests(self):
         """The test files that can fail because of it."""
+        if self.name.startswith("attention: warpgroups, "):
+            return ["tests/test_attention_warpgroups.py"]
         attention = [test for test in TESTS if "attention" in test]
         return attention if self.name.startswith("attention: ") else TESTS
 

@@ -187,29 +187,59 @@ def test_unknown_facts_are_refused():
         plan(False, dtype="int8")
 
 
-@pytest.mark.parametrize("memory", [LARGE, SMALL])
+def warpgroup_bytes(stages, channels, rank, window):
+    """Shared memory of the forward pass of warpgroups: tiles of 128 rows, of q and of k and v in each stage, a strip of
+    16 queries for each of 8 warps, rows of rel_query, and what warps tell each other."""
+    columns = -(-min(window, 32 + 15) // 8) * 8 + 1 if window > 1 else 0
+    row = 2 * (64 if channels <= 64 else 128)
+    rank_row = 2 * (-(-rank // 16) * 16 + 8) if rank else 0
+    return 128 * (row + rank_row + 2 * stages * row) + 8 * max(2048, 64 * columns) + 1024
+
+
+# As much as compute capability 9.0 has.
+LARGEST = 227 << 10
+
+
+@pytest.mark.parametrize("memory", [LARGEST, LARGE, SMALL])
 @pytest.mark.parametrize("backward", [False, True])
 def test_attention_of_every_shape_gets_a_plan(backward, memory):
-    for dtype, channels, keys, window, low_rank, positive, packed in itertools.product(
+    families = collections.Counter()
+    for dtype, channels, keys, window, low_rank, positive, packed, (warpgroups, boxes) in itertools.product(
         ("bfloat16", "float16", "float32", "float64"), (1, 20, 64, 96, 128, 129), (0, 1, 128, 256, 257, 8192),
-        (1, 17, 1025), (False, True), (False, True), (False, True),
+        (1, 17, 1025), (0, 16, 128), (False, True), (False, True), ((True, True), (True, False), (False, True)),
     ):  # fmt: skip
         facts = {
             "batch": 2, "queries": 500, "keys": keys, "heads": 4, "groups": 2, "channels": channels, "dtype": dtype,
-            "rank": 16 if low_rank else channels, "low_rank": low_rank, "window": window, "relative": window > 1,
+            "rank": low_rank or channels, "low_rank": low_rank > 0, "window": window, "relative": window > 1,
             "positive_scale": positive, "packed": packed, "sequences": 3 if packed else 1, "block_memory": memory,
+            "warpgroups": warpgroups, "boxes": boxes,
         }  # fmt: skip
         chosen = attention_plan(backward, **facts)
         tensor = dtype.endswith("16") and channels <= 128 and positive
-        if memory == SMALL and backward and channels > 64:
+        if memory == SMALL and backward and max(channels, low_rank) > 64:
             tensor = tensor and chosen["family"] == "tensor"  # only with few columns
-        assert chosen["family"] == ("tensor" if tensor else "plain"), facts
+        fitting = [n for n in (4, 3, 2) if warpgroup_bytes(n, channels, low_rank, window) <= memory]
+        of_warpgroups = tensor and warpgroups and boxes and not backward and len(fitting) > 0
+        family = "warpgroup" if of_warpgroups else "tensor" if tensor else "plain"
+        families[family] += 1
+        assert chosen["family"] == family, facts
         assert max(chosen["shared_bytes"], chosen["key_shared_bytes"]) <= memory, (facts, chosen)
         assert chosen["query_parts"] >= 1 and chosen["key_parts"] >= 1
         assert not chosen["resident"] or (keys <= 256 and not packed and not backward)
         if tensor:
             assert channels <= chosen["channels"] < channels + 32 and chosen["channels"] <= chosen["kernel_channels"]
-    assert attention_plan(False, keys=128, queries=128)["resident"]
+        if of_warpgroups:
+            # As many stages as fit; every block of the device has a tile of queries.
+            assert chosen["stages"] == fitting[0] and not chosen["resident"], (facts, chosen)
+            assert chosen["shared_bytes"] == warpgroup_bytes(fitting[0], channels, low_rank, window), (facts, chosen)
+            assert chosen["query_parts"] <= 8 * (500 // 128 + (3 if packed else 1)), (facts, chosen)
+        else:
+            assert chosen["stages"] == 0, (facts, chosen)
+            # The same as on a device without warpgroups.
+            assert chosen == attention_plan(backward, **facts | {"warpgroups": False}), facts
+    assert set(families) == {"plain", "tensor"} | (set() if backward else {"warpgroup"})
+    for without in ({"warpgroups": False}, {"boxes": False}):
+        assert attention_plan(False, keys=128, queries=128, **without)["resident"]
 
 
 def test_sums_of_attention_stay_small():

@@ -9,7 +9,9 @@ import pytest
 
 from benchmarks.machine_code import counters
 from benchmarks.machine_code.budgets import format_counts, parse_counts
+from benchmarks.machine_code.loops import BEGINNING, NEAR
 from benchmarks.machine_code.rules import LoopCost
+from benchmarks.machine_code.tiles import near_parts
 from convkernels.backends import library
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,25 +141,64 @@ def test_the_slowest_unit_is_the_bound():
     one = launch(bytes_read=3 * 10**9, shared_load_wavefronts=10**6, matrix_products=10**3)
     assert launch_counters.estimate(one).bound() == ("memory", 1e-3)
     a_millisecond = 4 * 132 * 1.755e6
-    unit, seconds = launch_counters.estimate(one, (2 * a_millisecond, 0.9 * a_millisecond)).bound()
+    unit, seconds = launch_counters.estimate(one, (2 * a_millisecond, 0.9 * a_millisecond, 0)).bound()
     assert (unit, seconds) == ("issue", pytest.approx(2e-3))
-    unit, seconds = launch_counters.estimate(one, (2 * a_millisecond, 1.5 * a_millisecond)).bound()
+    unit, seconds = launch_counters.estimate(one, (2 * a_millisecond, 1.5 * a_millisecond, 0)).bound()
     assert (unit, seconds) == ("integers", pytest.approx(3e-3))
+    unit, seconds = launch_counters.estimate(one, (2 * a_millisecond, 0, 0.5 * a_millisecond)).bound()
+    assert (unit, seconds) == ("special", pytest.approx(4e-3))
+    for name, rate in (("matrix_products", 0.62), ("warpgroup_products", 0.83)):
+        unit, seconds = launch_counters.estimate(launch(**{name: 10**9})).bound()
+        assert (unit, seconds) == ("matrix", pytest.approx(10**9 / (132 * 1.755e9 * rate)))
     case = launch_counters.CASES["stream-k7-fwd"]
     assert launch_counters.reached(case, one, 2e-3) == "0.50 of a copy"
 
 
 def test_instructions_are_those_of_the_main_loop_of_the_problem():
     loops = [
-        LoopCost("stream_forward", "bf16", "3 taps", "output", 20.0, {"alu": 5.0}),
-        LoopCost("stream_forward", "bf16", "7 taps", "output", 30.0, {"alu": 6.0}),
-        LoopCost("attention_forward", "bf16", "32 x 16 pairs", "tile", 500.0, {"alu": 100.0}),
+        LoopCost("stream_forward", "bf16", "3 taps", "output", 20.0, {"alu": 5.0, "special": 1.0}),
+        LoopCost("stream_forward", "bf16", "7 taps", "output", 30.0, {"alu": 6.0, "special": 2.0}),
+        LoopCost("attention_forward", "bf16", "32 x 16 pairs", "tile", 500.0, {"alu": 100.0, "special": 18.0}),
     ]
     rows, pairs = launch_counters.CASES["stream-k7-fwd"], launch_counters.CASES["attention-d64-fwd"]
     outputs, tiles = 16 * 4096 * 1024, 8 * 12 * 2048**2 / 512
-    assert launch_counters.instructions(rows, launch(), loops) == (30.0 * outputs / 32, 6.0 * outputs / 32)
-    assert launch_counters.instructions(pairs, launch("attention_forward"), loops) == (500.0 * tiles, 100.0 * tiles)
+    assert launch_counters.instructions(rows, launch(), loops) == tuple(n * outputs / 32 for n in (30.0, 6.0, 2.0))
+    found = launch_counters.instructions(pairs, launch("attention_forward"), loops)
+    assert found == (500.0 * tiles, 100.0 * tiles, 18.0 * tiles)
     assert launch_counters.instructions(rows, launch("band_forward"), loops) is None
+
+
+def test_tiles_that_the_window_crosses():
+    """Every pair is counted once; the window and the diagonal are in near parts, of one to four."""
+    for length, window, causal in ((512, None, False), (512, (8, 8), False), (640, (300, 0), True)):
+        found = near_parts(length, 16, 128, 128, window, causal)
+        blocks = length // 128
+        met = blocks * (blocks + 1) / 2 if causal else blocks**2
+        assert sum(found.values()) == 8 * met
+        parts = 0
+        for i in range(0, length, 16):
+            columns = [j - (i + r) for j in range(length) for r in range(16)]
+            for k in range(0, i // 128 * 128 + 128 if causal else length, 32):
+                here = columns[k * 16 : (k + 32) * 16]
+                crossed = window is not None and min(here) <= window[1] and max(here) >= -window[0]
+                parts += crossed or (causal and max(here) > 0)
+        assert sum(near * count for near, count in found.items()) == parts
+
+
+def test_near_tiles_of_warpgroups_take_more():
+    """Of 16 queries, 512 keys and a window of 17: tiles of one to three near parts, and the strip of their columns."""
+    costs = {"16 x 128 pairs": 100.0, NEAR[0].format(1): 200.0, NEAR[0].format(4): 500.0, NEAR[1].format(4): 1e9,
+             BEGINNING[0]: 1.0, BEGINNING[1]: 3.0}  # fmt: skip
+    loops = [
+        LoopCost("attention_forward_warpgroups", "bf16", case, "tile", cost, {"alu": cost / 2, "special": cost / 4})
+        for case, cost in costs.items()
+    ]
+    for name, beginning in (("attention-d64-t512-plain-fwd", 1.0), ("attention-d64-t512-fwd", 3.0)):
+        case = launch_counters.ESTIMATED[name]
+        tiles = near_parts(512, 16, 128, 128, case.window, False)
+        expected = sum(count * 100 * (near + 1) for near, count in tiles.items()) + 32 * beginning
+        all_of_them = tuple(pytest.approx(32 * 32 * expected * share) for share in (1, 1 / 2, 1 / 4))
+        assert launch_counters.instructions(case, launch("attention_forward_warpgroups"), loops) == all_of_them
 
 
 @needs_library

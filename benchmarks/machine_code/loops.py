@@ -26,9 +26,13 @@ class MainLoop:
     makes: int = 32
 
 
-def copies_in_bulk(kernel: str, variant: str) -> bool:
-    """Whether a kernel needs compute capability 9.0; what older architectures have of it only stops the launch."""
-    return kernel.startswith("time_") and variant.endswith(", true")
+def exists(kernel: str, variant: str, architecture: str) -> bool:
+    """Whether an architecture has more of a kernel than what stops the launch: 9.0 alone of those of warpgroups, 9.0
+    and up of those that copy in bulk."""
+    if kernel.endswith("_warpgroups"):
+        return architecture == "90a"
+    in_bulk = kernel.startswith("time_") and variant.endswith(", true")
+    return not in_bulk or int(architecture.rstrip("af")) >= 90
 
 
 def _stream(t: str, taps: int) -> list[MainLoop]:
@@ -173,13 +177,11 @@ def _attention(channels: int) -> list[MainLoop]:
     forward = Work({COPY: copies, "HMMA": 2 * product * own // 16, "MUFU.EX2": 18 * own // 16, "FMUL": 0, "LDG": 0})
     queries = Work({COPY: copies, "HMMA": 3 * product, "MUFU.EX2": 16, "LDG": 0})
     keys = Work({COPY: copies, "HMMA": 4 * product, "MUFU.EX2": 16, "LDG": 1})
-    warpgroups = Work({"HGMMA": channels // 16 + 8, "MUFU.EX2": 66, "FMUL": 0, "LDG": 0})
     queries_by_warpgroups = Work({"HGMMA": channels // 8 + 4, "MUFU.EX2": 32, "LDG": 0})
     met = 64 if channels <= 64 else 32
     keys_by_warpgroups = Work({"HGMMA": channels // 8 + met // 8, "MUFU.EX2": met // 2, "LDG": 0})
     return [
         MainLoop("attention_forward", variant, f"{own} x 32 pairs", forward, "tile", 1),
-        MainLoop("attention_forward_warpgroups", variant, "16 x 128 pairs", warpgroups, "tile", 1),
         MainLoop("attention_backward_queries", variant, "16 x 32 pairs", queries, "tile", 1),
         MainLoop("attention_backward_keys", variant, "16 x 32 pairs", keys, "tile", 1),
         MainLoop("attention_backward_queries_warpgroups", variant, "16 x 64 pairs", queries_by_warpgroups, "tile", 1),
@@ -187,8 +189,36 @@ def _attention(channels: int) -> list[MainLoop]:
     ]
 
 
+# Of the loops below, those over tiles that the window crosses, and what else a tile of queries takes.
+NEAR, BEGINNING = ("{} of 4 near", "{} of 4 near, rank 16"), ("16 queries", "16 queries, 17 columns")
+
+
+def _warpgroups(channels: int) -> list[MainLoop]:
+    """128 keys and 16 queries of a warp. Tiles that the window crosses have parts of 32 keys of which each pair reads
+    its column, 16 of them by a lane, others on one side of it. Where the window is longer than the pairs of a part have
+    columns, 47, a strip is made of those for each near part, here with a term of rank 16. All that is not done for each
+    tile of keys: queries that have nothing but products, or also the strip of 17 columns, 8 at a time."""
+    variant, matrices, exponentials = f"bf16, {channels}", {"HGMMA": channels // 16 + 8}, {"MUFU.EX2": 66}
+    far = Work({**matrices, **exponentials, "FMUL": 0, "LDG": 0})
+    store = (channels // 16, Work({STORE: 1, "LDS.128": 2, "LDG": 0, "F2FP": 4}))
+
+    def strip(rank: int) -> Work:
+        return Work({"STS": 4}, ((rank // 16, Work({"LDSM": 1}, ((1, Work({"HMMA": 1, "LDG": 2})),))),))
+
+    cases = {"16 x 128 pairs": far}
+    for near in (1, 4):
+        counts = {"LDS": 16 * near, "LDG": 16 * near, "FMUL": 16 * near, "LDS.128": 0, "STS": 0}
+        work = {**matrices, **exponentials, **counts}
+        cases[NEAR[0].format(near)] = Work(work)
+        if channels == 128:
+            cases[NEAR[1].format(near)] = Work(work, ((6 * near, strip(16)),))
+    cases[BEGINNING[0]] = Work({"HGMMA": channels // 16}, ((0, far), store))
+    cases[BEGINNING[1]] = Work({"HGMMA": channels // 16}, ((0, far), store, (3, strip(channels))))
+    return [MainLoop("attention_forward_warpgroups", variant, case, work, "tile", 1) for case, work in cases.items()]
+
+
 MAIN_LOOPS = (
     *_stream("bf16", 3), *_stream("bf16", 7), *_stream("float", 7), *_band(15), *_band(31),
     *_own_filters(7), *_own_filters(31), *_gated(7), *_gated(31), *_rows("float"), *_plain("bf16"), *_plain("float"),
-    *_time("bf16"), *_time("float"), *_attention(64), *_attention(128),
+    *_time("bf16"), *_time("float"), *_attention(64), *_attention(128), *_warpgroups(64), *_warpgroups(128),
 )  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.machine_code.control_flow import ControlFlow
 from benchmarks.machine_code.instructions import COUNTED, Unreadable
-from benchmarks.machine_code.loops import MAIN_LOOPS, copies_in_bulk
+from benchmarks.machine_code.loops import MAIN_LOOPS, exists
 from benchmarks.machine_code.rules import (
     LoopCost,
     Resources,
@@ -23,7 +23,8 @@ from convkernels.backends import library
 
 LIBRARY = library.path_of("cuda")
 # By kernel, without its template arguments: the families that were written to move memory, and to use matrix units.
-ATTENTION = ("attention_forward", "attention_backward_queries", "attention_backward_keys")
+ATTENTION = ("attention_forward", "attention_forward_warpgroups", "attention_backward_queries",
+             "attention_backward_keys")  # fmt: skip
 BANDED = ("band_forward", "band_backward", *ATTENTION)
 STREAMING = (*(f"{f}_{d}" for f in ("stream", "time", "rows") for d in ("forward", "backward")), *BANDED)
 # The sums for two gradients of 128 channels do not all fit into registers; the forward pass, which may walk over the
@@ -115,8 +116,7 @@ def _parts(wanted: Callable[[str, str, str], bool], all_kernels: bool) -> dict[s
     names = _short_names({mangled for mangled, _ in usage})
     found: dict[str, dict[str, tuple]] = {}
     for (mangled, architecture), said in usage.items():
-        exists = int(architecture.rstrip("af")) >= 90 or not copies_in_bulk(*names[mangled])
-        if exists and wanted(*names[mangled], architecture):
+        if exists(*names[mangled], architecture) and wanted(*names[mangled], architecture):
             found.setdefault(architecture, {})[mangled] = names[mangled], said
     return {
         f"sm_{name}": partial(_read, name, found[name], [] if all_kernels else ["-fun", ",".join(found[name])])

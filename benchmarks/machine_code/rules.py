@@ -96,14 +96,14 @@ def read_usage(usage: str) -> dict[str, int]:
 def read_code(code: str) -> dict[str, int]:
     """The instructions of one kernel that matter here, counted."""
     # Asynchronous copies to shared memory (LDGSTS) are loads as well; they name their width in the same way. Bulk
-    # copies are of 16 bytes and more.
+    # copies, those of boxes too, are of 16 bytes and more.
     loads, stores = (re.findall(rf"{name}\b((?:\.\w+)*)", code) for name in ("LDG(?:STS)?", "STG"))
     wide_loads, wide_stores = (sum(".128" in a or ".256" in a for a in accesses) for accesses in (loads, stores))
     pairs = [sum(".64" in a for a in accesses) for accesses in (loads, stores)]
     return {
         "vector_loads": wide_loads + pairs[0],
         "vector_stores": wide_stores + pairs[1],
-        "wide_loads": wide_loads + code.count("UBLKCP.S.G"),
+        "wide_loads": wide_loads + code.count("UBLKCP.S.G") + code.count("UTMALDG"),
         "narrow_loads": len(loads) - wide_loads,
         "wide_stores": wide_stores,
         "narrow_stores": len(stores) - wide_stores,

@@ -84,15 +84,15 @@ def moved(variant: Variant, kernel: str, arguments: dict) -> float:
     return x * (window + inputs + outputs)
 
 
-def products(names: Counter) -> float:
-    """Of 16 x 8 by 16 numbers, per warp."""
-    found = 0.0
+def products(names: Counter) -> tuple[float, float]:
+    """Of 16 x 8 by 16 numbers, per warp: by mma.sync, and of warpgroups."""
+    found = [0.0, 0.0]
     for name, count in names.items():
         if shape := re.match(r"HMMA\.(\d)(\d+)(\d\d)\b", name):
-            found += count * prod(map(int, (16, 8, shape[3]))) / PRODUCT
+            found[0] += count * prod(map(int, (16, 8, shape[3]))) / PRODUCT
         elif shape := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", name):  # of four warps
-            found += count * prod(map(int, shape.groups())) / PRODUCT / 4
-    return found
+            found[1] += count * prod(map(int, shape.groups())) / PRODUCT / 4
+    return found[0], found[1]
 
 
 def rows(only: str = "") -> list[tuple[str, ...]]:
@@ -100,17 +100,17 @@ def rows(only: str = "") -> list[tuple[str, ...]]:
     found = []
     for name, variant in CASES.items():
         for direction, launches in variant.passes(ARCHITECTURE).items() if only in name else ():
-            bytes_moved, wavefronts, multiplied, issued, integers = 0.0, 0.0, 0.0, 0.0, 0.0
+            bytes_moved, wavefronts, multiplied, issued = 0.0, 0.0, [0.0, 0.0], [0.0, 0.0, 0.0]
             for kernel, grid, arguments in launches:
                 _, _, code = compiled(kernel, arguments, ARCHITECTURE)
                 names, warps = executed(kernel.__name__, arguments, code), prod(grid) * arguments["num_warps"]
                 classes = classes_of(names)
                 bytes_moved += moved(variant, kernel.__name__, arguments)
                 wavefronts += classes["shared"] * warps
-                multiplied += products(names) * warps
-                issued += classes.total() * warps
-                integers += classes["alu"] * warps
-            e = of_counts(least(variant, direction), bytes_moved / SECTOR, wavefronts, multiplied, (issued, integers))
+                multiplied = [n + more * warps for n, more in zip(multiplied, products(names), strict=True)]
+                more = classes.total(), classes["alu"], classes["special"]
+                issued = [n + of * warps for n, of in zip(issued, more, strict=True)]
+            e = of_counts(least(variant, direction), bytes_moved / SECTOR, wavefronts, tuple(multiplied), tuple(issued))
             kernels = ", ".join(dict.fromkeys(kernel.__name__ for kernel, *_ in launches))
             bytes_met = least(variant, direction)
             reached = of_a_copy(bytes_met, e.bound()[1])

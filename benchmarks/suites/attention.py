@@ -141,7 +141,9 @@ OWN_LINES = (COMPOSITE, PLAIN, FORWARD, BACKWARD)  # the last two: the lines of 
 EQUALS = {EAGER: COMPOSITE, FLEX: COMPOSITE, SDPA: PLAIN, FLASH: PLAIN}
 
 
-def banded(backend: str, device: torch.device) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], Tensor]:
+def banded(
+    backend: str, device: torch.device, length: int = 8192, heads: int = 64
+) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], Tensor]:
     """Causal attention of 64 query and 8 key heads of 128 over 8192 positions, with a term of rank 16 within the last
     1024: the form, its leaves, a cotangent."""
     generator = torch.Generator(device).manual_seed(0)
@@ -149,8 +151,9 @@ def banded(backend: str, device: torch.device) -> tuple[Callable[..., Tensor], t
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
 
-    leaves = (normal(1, 8192, 64, 128), *(normal(1, 8192, 8, 128) for _ in range(2)), normal(1, 8192, 64, 16),
-              normal(16, 1024) * 0.1)  # fmt: skip
+    groups = max(1, heads // 8)
+    leaves = (normal(1, length, heads, 128), *(normal(1, length, groups, 128) for _ in range(2)),
+              normal(1, length, heads, 16), normal(16, 1024) * 0.1)  # fmt: skip
 
     def form(q, k, v, rel_query, query_rel):
         return convkernels.composite_attention(
@@ -158,7 +161,7 @@ def banded(backend: str, device: torch.device) -> tuple[Callable[..., Tensor], t
             backend=backend,
         )  # fmt: skip
 
-    return form, leaves, normal(1, 8192, 64, 128)
+    return form, leaves, normal(1, length, heads, 128)
 
 
 def papers(heads: int, settings: Settings, device: torch.device) -> tuple[dict[str, Callable], Inputs]:

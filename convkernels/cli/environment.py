@@ -29,6 +29,7 @@ VARIABLES = {
     "CONVKERNELS_SIMT_SEED": "order in which it runs the threads of a block",
     "CONVKERNELS_SIMT_SHARED": "bytes of shared memory of a block there",
     "CONVKERNELS_SIMT_ARCH": "which GPU it simulates: 80, or 90 and more, where some kernels copy in another way",
+    "CONVKERNELS_SIMT_PROCESSORS": "how many multiprocessors that GPU has",
     "CONVKERNELS_SIMT_COUNTED": "1: it can count what launches move, slowly",
     "CONVKERNELS_GOLDEN": "folder with the recorded results that the tests compare with",
 }

@@ -42,6 +42,8 @@ uint64_t from_environment(const char* name, uint64_t otherwise) {
 // By default what sm_90 has.
 uint64_t architecture() { return from_environment("CONVKERNELS_SIMT_ARCH", 90); }
 size_t shared_memory_limit() { return from_environment("CONVKERNELS_SIMT_SHARED", 227 * 1024); }
+// One, so that blocks walk far, as they do in problems of real size.
+uint64_t multiprocessors() { return from_environment("CONVKERNELS_SIMT_PROCESSORS", 1); }
 
 const char* run(const Launch& launch) {
   thread_local std::unique_ptr<Engine> mine;

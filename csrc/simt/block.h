@@ -35,6 +35,9 @@ size_t shared_memory_limit();
 // Of the GPU that is simulated, 10 times its compute capability: CONVKERNELS_SIMT_ARCH.
 uint64_t architecture();
 
+// What it has of them: CONVKERNELS_SIMT_PROCESSORS.
+uint64_t multiprocessors();
+
 // Everything below is called by kernels.
 
 // Ends the launch with a status that names the launch, the block and the thread.

@@ -17,7 +17,7 @@ CK_GLOBAL(32, 1) void warpgroup_sample() {
 Device current_device() {
 #if defined(CK_SIMT)
   Device device;
-  device.multiprocessors = 1;  // so that blocks walk far, as they do in problems of real size
+  device.multiprocessors = static_cast<int64_t>(simt::multiprocessors());
   device.block_memory = static_cast<int64_t>(simt::shared_memory_limit());
   device.memory = device.block_memory + 1024;
   device.bulk_copies = simt::architecture() >= 90;
