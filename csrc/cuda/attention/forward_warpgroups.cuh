@@ -184,7 +184,7 @@ void attention_forward_warpgroups(const CK_PARAM AttentionForward p, const CK_PA
             wgmma<T, D, Major::kOther>(out, weights[k], values.further(k * 2048), true);
           wgmma_commit();
         };
-        // By the last lane to do so.
+        // When all lanes are done with it.
         const auto release = [&](uint64_t* signal) {
           __syncwarp();
           if (lane == 0) mbarrier_arrive(signal);
