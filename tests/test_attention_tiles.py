@@ -4,12 +4,14 @@ The small random problems of tests/test_attention_fuzz.py fit into one tile of m
 compared with the reference in float64.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
 import convkernels as ck
+from convkernels.backends.triton.attention import configs
 from convkernels.testing import compare
 from convkernels.testing.attention import INPUTS, AttentionProblem
 from convkernels.testing.philox import keep_mask
@@ -35,6 +37,34 @@ def test_tiles_of_older_gpus(ops, monkeypatch):
     for number in range(2):
         compare.attention_large(ops, random_attention(number, "tiles"), depthwise=3)
     assert asked
+
+
+def test_addresses_of_an_older_triton(ops, monkeypatch):
+    """With registers that are short, addresses are found in another way."""
+    if not ops.interpreted:
+        pytest.skip("on a GPU they are those of its Triton")
+    from convkernels.backends.triton.attention import launch as attention_launch
+
+    asked = []
+    monkeypatch.setattr(attention_launch, "version", lambda: asked.append(True) or (3, 6))
+    for number in range(2):
+        compare.attention_large(ops, random_attention(number, "tiles"), depthwise=3)
+    assert asked
+
+
+@pytest.mark.parametrize("channels", [64, 128])
+def test_tiles_of_an_older_triton(channels):
+    """It needs smaller ones on compute capability 9.0, and only there."""
+    for products in (False, True):
+        shape = configs.Shape(channels, channels, 17, "bfloat16", products)
+        older = replace(shape, triton=(3, 6))
+        assert older.crowded and not shape.crowded
+        for keys in (False, True):
+            few, many = configs.backward(older, keys), configs.backward(shape, keys)
+            assert few.BM * few.BN <= many.BM * many.BN and few.NEAR <= many.NEAR
+            assert (few.BN if keys else few.BM) == (many.BN if keys else many.BM) == 64
+        for architecture in (80, 100):
+            assert not replace(older, architecture=architecture).crowded
 
 
 EDGES = {

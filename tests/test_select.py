@@ -193,23 +193,32 @@ def test_auto_is_the_first_usable_fast_backend(backend):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A machine with an "X100" and two backends for it, both usable; returns those to break and to measure."""
-    broken, table = set(), {}
+    """A machine with an "X100" and two backends for it, both usable; returns those to break, to measure and to
+    estimate."""
+    broken, table, estimates = set(), {}, {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "X100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(_select, "_load", lambda name: "it is broken" if name in broken else None)
     monkeypatch.setattr(_select, "_implements", lambda name, op: True)
     monkeypatch.setattr(_select, "importlib", SimpleNamespace(import_module=lambda name: None))
     monkeypatch.setattr(_select, "FASTEST", table)
+    monkeypatch.setattr(_select, "ESTIMATED", estimates)
     for name in ("triton", "cuda"):
         usual = ck.backends.BACKENDS[name]._replace(devices=("cuda",), fast=True)
         monkeypatch.setitem(ck.backends.BACKENDS, name, usual)
     _select.reset()
-    return broken, table
+    return broken, table, estimates
+
+
+def shown(op="lightweight_conv1d"):
+    """Backend and reason in the table of `convkernels info`."""
+    rows = environment.automatic(torch.device("cuda"))
+    return next(row[3:] for row in rows if row[:3] == ("cuda", "bfloat16", op))
 
 
 def test_auto_on_a_gpu_follows_measurements(gpu):
-    broken, table = gpu
+    broken, table, _ = gpu
 
     def chosen(op="lightweight_conv1d", dtype=torch.bfloat16, backend="auto", operator=None):
         _select.reset()
@@ -224,22 +233,75 @@ def test_auto_on_a_gpu_follows_measurements(gpu):
     assert chosen(op="composite_attention", operator="attention_grad") == "triton"
     assert chosen(dtype=torch.float32) == chosen(op="dynamic_conv1d") == chosen(backend="triton") == "triton"
 
-    def shown():
-        rows = environment.automatic(torch.device("cuda"))
-        return next(row[3:] for row in rows if row[:3] == ("cuda", "bfloat16", "lightweight_conv1d"))
-
-    assert shown() == ("cuda", "measured to be the fastest on this device")
+    assert shown() == ("cuda", "the fastest, measured on X100")
     broken.add("cuda")
     assert chosen() == "triton"
-    assert "cuda, measured to be faster, is not" in shown()[-1]
+    assert shown() == ("triton", "the first usable one (cuda, the fastest, measured on X100, is not)")
     broken.symmetric_difference_update({"cuda", "triton"})
     assert chosen(op="dynamic_conv1d") == "cuda"
     with pytest.raises(RuntimeError, match="backend 'triton': it is broken"):
         chosen(backend="triton")
 
 
+def test_auto_on_a_gpu_without_measurements_follows_the_estimate(gpu, monkeypatch):
+    broken, table, estimates = gpu
+    unknown = ("triton", "the first usable one (which is the fastest is not known)")
+    assert shown() == unknown
+    estimates["lightweight_conv1d", torch.bfloat16] = "cuda"
+    assert shown() == ("cuda", "the fastest, estimated for an H100")
+    assert _select.choose("auto", "lightweight_conv1d", "cuda", torch.bfloat16) == "cuda"
+    assert shown("dynamic_conv1d") == unknown
+    broken.add("cuda")
+    assert shown() == ("triton", "the first usable one (cuda, the fastest, estimated for an H100, is not)")
+    broken.clear()
+    table["Y100", "lightweight_conv1d", torch.bfloat16] = "triton"
+    assert shown()[0] == "cuda"
+    table["X100", "lightweight_conv1d", torch.bfloat16] = "triton"
+    assert shown() == ("triton", "the fastest, measured on X100")
+    table.clear()
+    for other in ((8, 0), (8, 9), (10, 0), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda other=other: other)
+        _select.reset()
+        assert shown() == unknown
+        assert _select.choose("auto", "lightweight_conv1d", "cuda", torch.bfloat16) == "triton"
+
+
+def test_nothing_is_estimated_for_a_cpu():
+    assert _select.fastest("lightweight_conv1d", "cpu", torch.bfloat16) == (None, "")
+    reasons = {row[-1] for row in environment.automatic(torch.device("cpu"))}
+    assert reasons <= {"the first usable one", "no fast backend is usable"}
+
+
+def test_what_is_estimated_is_what_the_tables_say():
+    """By a geometric mean over the problems that both tables have, both directions together. Memory and instructions
+    take their time side by side; of equal estimates the first backend of the order wins."""
+    text = (ROOT / "docs" / "cuda-without-a-gpu.md").read_text()
+    head = "| problem | kernel | memory, us | instructions, us |"
+    cuda, triton = (estimates_of(part.split("\n\n")[0]) for part in text.split(head)[1:])
+    balance = {}
+    for problem in cuda.keys() & triton.keys():
+        op = "dynamic_conv1d" if problem.startswith("dynamic") else "lightweight_conv1d"
+        dtype = torch.float32 if "float32" in problem else torch.bfloat16
+        ratios = [math.log(a / b) for a, b in zip(cuda[problem], triton[problem], strict=True)]
+        balance[op, dtype] = balance.get((op, dtype), 0) + sum(ratios)
+    assert len(cuda.keys() & triton.keys()) >= 10 and ("dynamic_conv1d", torch.float32) in balance
+    assert ck.backends.names().index("triton") < ck.backends.names().index("cuda")
+    convolutions = {key: name for key, name in _select.ESTIMATED.items() if key[0] != "composite_attention"}
+    assert convolutions == {key: "cuda" for key, total in balance.items() if total < 0}
+
+
+def estimates_of(table):
+    """Forward and backward by problem."""
+    found = {}
+    for line in table.splitlines()[2:]:
+        problem, _, memory, instructions = line.strip("| ").split(" | ")[:4]
+        pairs = zip(memory.split(", "), instructions.split(", "), strict=True)
+        found[problem] = [max(map(int, pair)) for pair in pairs]
+    return found
+
+
 def test_what_is_preferred_exists_and_was_measured():
-    """By a geometric mean over the cases of the committed results, and by less than the first of the table."""
+    """By a geometric mean over the cases of the committed results, and by less than the other."""
     for (device, op, dtype), name in _select.FASTEST.items():
         assert name in ck.backends.BACKENDS and (op in _spec.OPERATORS or callable(getattr(ck, op)))
         files = [json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "results").glob("*.json")]

@@ -177,10 +177,15 @@ def _attention(channels: int) -> list[MainLoop]:
     forward = Work({COPY: copies, "HMMA": 2 * product * own // 16, "MUFU.EX2": 18 * own // 16, "FMUL": 0, "LDG": 0})
     queries = Work({COPY: copies, "HMMA": 3 * product, "MUFU.EX2": 16, "LDG": 0})
     keys = Work({COPY: copies, "HMMA": 4 * product, "MUFU.EX2": 16, "LDG": 1})
+    queries_by_warpgroups = Work({"HGMMA": channels // 8 + 4, "MUFU.EX2": 32, "LDG": 0})
+    met = 64 if channels <= 64 else 32
+    keys_by_warpgroups = Work({"HGMMA": channels // 8 + met // 8, "MUFU.EX2": met // 2, "LDG": 0})
     return [
         MainLoop("attention_forward", variant, f"{own} x 32 pairs", forward, "tile", 1),
         MainLoop("attention_backward_queries", variant, "16 x 32 pairs", queries, "tile", 1),
         MainLoop("attention_backward_keys", variant, "16 x 32 pairs", keys, "tile", 1),
+        MainLoop("attention_backward_queries_warpgroups", variant, "16 x 64 pairs", queries_by_warpgroups, "tile", 1),
+        MainLoop("attention_backward_keys_warpgroups", variant, f"16 x {met} pairs", keys_by_warpgroups, "tile", 1),
     ]
 
 

@@ -107,13 +107,14 @@ def automatic(device: torch.device) -> list[tuple[str, str, str, str, str]]:
     for dtype in (torch.float32, torch.bfloat16):
         for op in ("depthwise_conv1d", "lightweight_conv1d", "dynamic_conv1d", "attention", "attention_grad"):
             name, _ = _select.first_fast(op, device.type, dtype)
-            fastest = _select.fastest(op, device.type, dtype)
+            fastest, source = _select.fastest(op, device.type, dtype)
             if name is None:
                 reason = "no fast backend is usable"
             elif name == fastest:
-                reason = "measured to be the fastest on this device"
+                reason = f"the fastest, {source}"
             else:
-                reason = f"the first usable one{f' ({fastest}, measured to be faster, is not)' if fastest else ''}"
+                note = f"{fastest}, the fastest, {source}, is not" if fastest else source
+                reason = f"the first usable one{f' ({note})' if note else ''}"
             rows.append((device.type, dtype_name(dtype), op, name or "reference", reason))
     return rows
 

@@ -1,9 +1,10 @@
 """Which backend runs a call, and why another one does not.
 
-``auto`` is the first usable backend: that which was measured to be the fastest on this device (``FASTEST``), then those
-of ``backends.BACKENDS`` in their order. ``CONVKERNELS_BACKEND=<name>`` changes what ``auto`` means, and a backend named
-there or in the call never falls back. Stepping down to the reference is announced once for a reason, not per function;
-``CONVKERNELS_STRICT=1`` makes it an error. Decisions are cached: after a change of the environment call ``reset()``.
+``auto`` is the first usable backend: that which was measured to be the fastest on this device (``FASTEST``), or else
+that which is estimated to be (``ESTIMATED``), then those of ``backends.BACKENDS`` in their order.
+``CONVKERNELS_BACKEND=<name>`` changes what ``auto`` means, and a backend named there or in the call never falls back.
+Stepping down to the reference is announced once for a reason, not per function; ``CONVKERNELS_STRICT=1`` makes it an
+error. Decisions are cached: after a change of the environment call ``reset()``.
 """
 
 import importlib
@@ -19,11 +20,22 @@ from ..backends.switches import switch
 from . import _spec
 
 AUTO = "auto"
-# (device, function or operator, dtype): the backend that measurements of docs/results.md prefer to the order of
-# ``backends.BACKENDS``. Only what differs from that order is entered.
+# (device, function or operator, dtype): the backend that measurements of docs/results.md prefer. Only what differs from
+# the order of ``backends.BACKENDS``, or from ``ESTIMATED``, is entered.
 FASTEST = {
     ("NVIDIA H100 80GB HBM3", "lightweight_conv1d", torch.bfloat16): "cuda",
+    ("NVIDIA H100 80GB HBM3", "dynamic_conv1d", torch.bfloat16): "triton",
 }
+# (function, dtype): the backend that takes less time by the estimates of docs/cuda-without-a-gpu.md, which are of an
+# H100, for GPUs of its compute capability without measurements. Only what differs from the order is entered. The kernels
+# of attention that were measured are not those that run there now.
+ESTIMATED = {
+    ("composite_attention", torch.bfloat16): "cuda",
+    ("composite_attention", torch.float16): "cuda",
+    ("lightweight_conv1d", torch.bfloat16): "cuda",
+    ("dynamic_conv1d", torch.bfloat16): "cuda",
+}
+ESTIMATED_FOR = (9, 0)
 _CALLERS = ("convkernels", "torch", "transformers", "accelerate")
 # The public functions, whose names `why_not` takes like those of operators.
 _FUNCTIONS = ("composite_attention",) + tuple(
@@ -113,16 +125,21 @@ def why_not(
     return reasons
 
 
-def fastest(op: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """The backend that measurements of the current device prefer, None where there are none."""
+def fastest(op: str, device_type: str, dtype: torch.dtype) -> tuple[str | None, str]:
+    """The backend that ``auto`` tries first on the current device, None where nothing prefers one, and what does."""
     if device_type != "cuda" or not torch.cuda.is_available():
-        return None
-    return FASTEST.get((torch.cuda.get_device_name(), op, dtype))
+        return None, ""
+    device = torch.cuda.get_device_name()
+    if (device, op, dtype) in FASTEST:
+        return FASTEST[device, op, dtype], f"measured on {device}"
+    if (op, dtype) in ESTIMATED and torch.cuda.get_device_capability() == ESTIMATED_FOR:
+        return ESTIMATED[op, dtype], "estimated for an H100"
+    return None, "which is the fastest is not known"
 
 
 def first_fast(op: str, device_type: str, dtype: torch.dtype) -> tuple[str | None, list[str]]:
     """The fast backend that ``auto`` takes, None without one, and why not those before it that are for such tensors."""
-    passed_over, first = [], fastest(op, device_type, dtype)
+    passed_over, (first, _) = [], fastest(op, device_type, dtype)
     for name in sorted(backends.BACKENDS, key=lambda name: name != first):
         entry = backends.BACKENDS[name]
         if entry.fast and (entry.devices is None or device_type in entry.devices):

@@ -100,6 +100,8 @@ void each_field(ck::cuda::AttentionPlan& plan, Field&& field) {
   field("kernel_channels", plan.kernel_channels);
   field("resident", plan.resident);
   field("stages", plan.stages);
+  field("key_family", plan.key_family);
+  field("key_stages", plan.key_stages);
   field("shared_bytes", plan.shared_bytes);
   field("key_shared_bytes", plan.key_shared_bytes);
   field("strip_pitch", plan.strip_pitch);

@@ -234,7 +234,9 @@ void finish_wait(void* const* operands, unsigned lanes) {
   if (!own.late) end_groups(own);
 }
 
-constexpr Collective kProducts[2][2] = {
+constexpr Collective kProducts[3][2] = {
+    {{"wgmma.m64n32k16.f16", begin<32, from_f16>, Meeting::kWarpgroupProduct, 4},
+     {"wgmma.m64n32k16.bf16", begin<32, from_bf16>, Meeting::kWarpgroupProduct, 4}},
     {{"wgmma.m64n64k16.f16", begin<64, from_f16>, Meeting::kWarpgroupProduct, 8},
      {"wgmma.m64n64k16.bf16", begin<64, from_bf16>, Meeting::kWarpgroupProduct, 8}},
     {{"wgmma.m64n128k16.f16", begin<128, from_f16>, Meeting::kWarpgroupProduct, 16},
@@ -265,7 +267,7 @@ void multiply_warpgroup(unsigned columns, bool bf16, float* d, const uint32_t* r
     fail(std::string(kName) + ": expected a block of whole warpgroups of 128 threads, got " +
          std::to_string(engine->count));
   Lane operand{d, registers, factors, __builtin_return_address(0)};
-  warp_wait(kProducts[columns == 128][bf16], kAll, &operand);
+  warp_wait(kProducts[columns / 64][bf16], kAll, &operand);
 }
 
 void products_fence() { warp_wait(kFence, kAll, nullptr); }

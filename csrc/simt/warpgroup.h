@@ -49,7 +49,7 @@ void keep_registers(N (&)[kX][4]) {}
 template <class T, int kN, Major kA = Major::kSummed, Major kB = Major::kSummed>
 [[gnu::always_inline]] inline void wgmma(float (&d)[kN / 8][4], const Operand& a, const Operand& b, bool add) {
   static_assert(std::same_as<T, bf16> || std::same_as<T, f16>);
-  static_assert(kN == 64 || kN == 128);
+  static_assert(kN == 32 || kN == 64 || kN == 128);
   simt::multiply_warpgroup(kN, std::same_as<T, bf16>, d[0], nullptr,
                            {a.descriptor(), b.descriptor(), false, kA == Major::kOther, kB == Major::kOther, add});
 }
@@ -57,7 +57,7 @@ template <class T, int kN, Major kA = Major::kSummed, Major kB = Major::kSummed>
 template <class T, int kN, Major kB = Major::kSummed>
 [[gnu::always_inline]] inline void wgmma(float (&d)[kN / 8][4], const uint32_t (&a)[4], const Operand& b, bool add) {
   static_assert(std::same_as<T, bf16> || std::same_as<T, f16>);
-  static_assert(kN == 64 || kN == 128);
+  static_assert(kN == 32 || kN == 64 || kN == 128);
   simt::multiply_warpgroup(kN, std::same_as<T, bf16>, d[0], a,
                            {0, b.descriptor(), true, false, kB == Major::kOther, add});
 }

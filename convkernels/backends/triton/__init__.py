@@ -55,6 +55,13 @@ def choose_assembler(folder: Path) -> str | None:
     )
 
 
+def version() -> tuple[int, ...]:
+    """Major and minor version of Triton."""
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
 @cache
 def load() -> str | None:
     """Import Triton and the kernels; None, or the reason why they cannot run."""
@@ -66,7 +73,7 @@ def load() -> str | None:
         import triton
     except ImportError as error:
         return f"Triton does not import: {error}"
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
+    if version() < OLDEST:
         return f"Triton {triton.__version__} is older than {'.'.join(map(str, OLDEST))}"
     if not interpreting() and any(
         torch.cuda.get_device_capability(n)[0] == 9 for n in range(torch.cuda.device_count())

@@ -35,6 +35,15 @@ def narrow(value, dtype: tl.constexpr):
 
 
 @triton.jit
+def anew(value):
+    """The same 32-bit integer, of which the compiler knows nothing: what depends on it is not computed before a loop
+    that precedes it, and takes no registers there."""
+    if INTERPRETED:
+        return value
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [value], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def number_from_bits(bits, dtype: tl.constexpr):
     """The float64 whose bits an integer argument holds (an argument of type float would be rounded to float32)."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True).to(dtype)

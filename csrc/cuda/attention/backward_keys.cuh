@@ -4,27 +4,9 @@
 
 #include "csrc/cuda/attention/gradient_strip.cuh"
 #include "csrc/cuda/attention/scores.cuh"
+#include "csrc/cuda/attention/taps.cuh"
 
 namespace ck::cuda {
-
-// Adds to 8 channels of the gradient of value j those that come through the depthwise terms of the queries of head h.
-template <class T>
-CK_DEVICE void add_tap_grads(float (&value)[8], const AttentionBackward& p, const TensorTables& t,
-                             const AttentionTile& tile, int64_t b, int64_t h, int j, int d) {
-  const float* const taps = t.taps + h * p.window() * t.channel_pitch + d;
-  // Query i reads j by tap last - i.
-  const int last = j - tile.shift + static_cast<int>(p.left);
-  const int count = static_cast<int>(p.causal ? p.left + 1 : p.window()), channels = static_cast<int>(p.channels) - d;
-  const int from = max(0, last - (tile.query_end - 1)), to = min(count, last - tile.query_begin + 1);
-#pragma unroll 1
-  for (int c = from; c < to; ++c) {
-    const float* const tap = taps + c * t.channel_pitch;
-    float grad[8];
-    load_channels(grad, at<T>(p.grad, b, last - c, h) + d * p.grad.channel, p.grad.channel, channels, t.vectors);
-#pragma unroll
-    for (int e = 0; e < 8; ++e) value[e] += tap[e] * grad[e];
-  }
-}
 
 // Blocks: parts, groups, batch rows; a block takes every blocks-th tile of 64 keys. p.key_parts counts warps.
 template <class T, int D>
@@ -96,21 +78,21 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
         const float* const edges =
             t.query_edges == nullptr ? nullptr : t.query_edges + (b * p.heads + h) * 2 * p.queries;
         const Relative<T> rel(p, t, h, lane, edges, strip);
-        const GradientStrip<T> grad_strip{.strip = score_grads,
-                                          .pitch = grad_pitch,
-                                          .whole = t.whole_strips,
-                                          .rows = k_rows + own * kPitch,
-                                          .row_pitch = kPitch,
-                                          .table = rel.key_rel(),
-                                          .terms = t.key_terms,
-                                          .W = rel.W,
-                                          .table_pitch = t.channel_pitch,
-                                          .sums = sums,
-                                          .sum_pitch = sum_pitch,
-                                          .partial = p.grad_key_rel == nullptr ? nullptr : partial_of(h),
-                                          .size = channels,
-                                          .bias = nullptr,
-                                          .lane = lane};
+        const GradientStrip<T, PitchedRows<T>, SharedSums> grad_strip{
+            .strip = score_grads,
+            .pitch = grad_pitch,
+            .whole = t.whole_strips,
+            .rows = {k_rows + own * kPitch, kPitch},
+            .table = rel.key_rel(),
+            .terms = t.key_terms,
+            .W = rel.W,
+            .table_pitch = t.channel_pitch,
+            .wants_sums = true,
+            .sums = {sums, sum_pitch},
+            .partial = p.grad_key_rel == nullptr ? nullptr : partial_of(h),
+            .size = channels,
+            .bias = nullptr,
+            .lane = lane};
         // What key_rel adds outside the window, of this lane's keys.
         float left[2] = {}, right[2] = {}, outer[2][2] = {};
         if (t.key_edges != nullptr)

@@ -13,6 +13,8 @@ struct AttentionTile {
   int query_begin, query_end, key_begin, key_end;  // the sequence
   int shift;                                       // query i stands at i + shift among the keys
 
+  CK_DEVICE int end() const { return first + count; }
+
   // Number `tile` of those that attention_tiles() counts; `keys`: of keys, not of queries. `aligned`: it begins at a
   // multiple of its size, which may lie before its sequence.
   CK_DEVICE AttentionTile(const Attention& p, int64_t tile, int size, bool keys, bool aligned = false) {

@@ -131,7 +131,9 @@ const char* attention_forward(const AttentionForward& p, const AttentionLaunch& 
 }
 
 AttentionLaunch prepare(const AttentionBackward& p) {
-  const AttentionPlan plan = plan_attention(facts_of(p), true);
+  AttentionFacts facts = facts_of(p);
+  facts.boxes = facts.boxes && whole_boxes(p.grad, p.queries, p.heads, p.batch);
+  const AttentionPlan plan = plan_attention(facts, true);
   AttentionBackward copy = p;
   TensorTables tables;
   return {plan, assign(tables, p, plan, true, assign(copy, plan, Workspace(nullptr, p.dtype)))};
@@ -149,12 +151,18 @@ const char* attention_backward(AttentionBackward p, const AttentionLaunch& launc
     using T = std::remove_pointer_t<decltype(tag)>;
     const bool queries = p.needs_queries() || p.needs_keys(), keys = p.needs_keys() || p.grad_v.data != nullptr;
     const char* status = nullptr;
-    if (plan.family == AttentionFamily::kTensor) {
-      if constexpr (sizeof(T) == 2)
-        if (queries || keys) {
-          status = TensorAttention<T>::prepare(p, tables, stream);
-          if (status == nullptr) status = TensorAttention<T>::backward(p, tables, plan, queries, keys, stream);
-        }
+    if (plan.family != AttentionFamily::kPlain) {
+      if constexpr (sizeof(T) == 2) {
+        const auto of = [](AttentionFamily family, auto* warpgroups, auto* tensor) {
+          return family == AttentionFamily::kWarpgroup ? warpgroups : tensor;
+        };
+        if (queries || keys) status = TensorAttention<T>::prepare(p, tables, stream);
+        if (status == nullptr && queries)
+          status =
+              of(plan.family, WarpgroupAttention<T>::queries, TensorAttention<T>::queries)(p, tables, plan, stream);
+        if (status == nullptr && keys)
+          status = of(plan.key_family, WarpgroupAttention<T>::keys, TensorAttention<T>::keys)(p, tables, plan, stream);
+      }
     } else {
       if (queries) status = PlainAttention<T>::queries(p, stream);
       if (status == nullptr && keys) status = PlainAttention<T>::keys(p, stream);

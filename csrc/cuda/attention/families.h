@@ -22,9 +22,10 @@ struct TensorAttention {
   static const char* prepare(const Attention& p, const TensorTables& t, Stream stream);
   static const char* forward(const AttentionForward& p, const TensorTables& t, const AttentionPlan& plan,
                              Stream stream);
-  // The passes over the queries and over the keys, or one of them.
-  static const char* backward(const AttentionBackward& p, const TensorTables& t, const AttentionPlan& plan,
-                              bool queries, bool keys, Stream stream);
+  // The passes over the queries and over the keys.
+  static const char* queries(const AttentionBackward& p, const TensorTables& t, const AttentionPlan& plan,
+                             Stream stream);
+  static const char* keys(const AttentionBackward& p, const TensorTables& t, const AttentionPlan& plan, Stream stream);
 };
 
 // bfloat16 and float16, on GPUs of compute capability 9.0.
@@ -32,6 +33,9 @@ template <class T>
 struct WarpgroupAttention {
   static const char* forward(const AttentionForward& p, const TensorTables& t, const AttentionPlan& plan,
                              Stream stream);
+  static const char* queries(const AttentionBackward& p, const TensorTables& t, const AttentionPlan& plan,
+                             Stream stream);
+  static const char* keys(const AttentionBackward& p, const TensorTables& t, const AttentionPlan& plan, Stream stream);
 };
 
 // The sums that end every backward pass; C is the accumulation type.

@@ -15,6 +15,7 @@
 #pragma once
 
 #include "csrc/cuda/attention/softmax.cuh"
+#include "csrc/cuda/attention/taps.cuh"
 
 namespace ck::cuda {
 

@@ -106,17 +106,6 @@ template <class T>
 CK_DEVICE void load_left(uint32_t (&a)[4], const T* tile, int pitch, int lane) {
   ldmatrix_x4(a, tile + lane % 16 * pitch + lane / 16 * 8);
 }
-// Rows of shared memory, `pitch` numbers apart.
-template <class T>
-struct PitchedRows {
-  const T* rows;
-  int pitch;
-
-  // Those from row n and channel k on.
-  CK_DEVICE void load_left(uint32_t (&a)[4], int n, int k, int lane) const {
-    ck::cuda::load_left(a, rows + n * pitch + k, pitch, lane);
-  }
-};
 // 16 rows of 16 numbers at `tile` as two right factors whose columns are these rows.
 template <class T>
 CK_DEVICE void load_right_rows(uint32_t (&b)[2][2], const T* tile, int pitch, int lane) {
@@ -131,6 +120,23 @@ CK_DEVICE void load_right(uint32_t (&b)[2][2], const T* tile, int pitch, int lan
   ldmatrix_x4_trans(words, tile + lane % 16 * pitch + lane / 16 * 8);
   b[0][0] = words[0], b[0][1] = words[1], b[1][0] = words[2], b[1][1] = words[3];
 }
+
+// Rows of shared memory, `pitch` numbers apart.
+template <class T>
+struct PitchedRows {
+  const T* rows;
+  int pitch;
+
+  // Those from row n and channel k on.
+  CK_DEVICE void load_left(uint32_t (&a)[4], int n, int k, int lane) const {
+    ck::cuda::load_left(a, rows + n * pitch + k, pitch, lane);
+  }
+  // The first 16 rows and the channels from k on.
+  CK_DEVICE void load_right(uint32_t (&b)[2][2], int k, int lane) const {
+    ck::cuda::load_right(b, rows + k, pitch, lane);
+  }
+  CK_DEVICE T number(int row, int channel) const { return rows[row * pitch + channel]; }
+};
 
 // Over the 4 lanes that share a row of a fragment.
 CK_DEVICE float row_sum(float value) {

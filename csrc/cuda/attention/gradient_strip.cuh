@@ -9,20 +9,37 @@
 
 namespace ck::cuda {
 
+// Sums of 16 positions in shared memory, [16][pitch], to which products are added.
+struct SharedSums {
+  float* sums;
+  int pitch;
+
+  CK_DEVICE float factor() const { return 1; }
+  // product(out, n) adds to the 8 numbers from n on of each position.
+  template <class Product>
+  CK_DEVICE void add(int64_t size, int lane, const Product& product) const {
+#pragma unroll 1
+    for (int n = 0; n < size; n += 8) {
+      float out[4] = {};
+      product(out, n);
+      for (int e = 0; e < 4; ++e) sums[(lane / 4 + e / 2 * 8) * pitch + n + lane % 4 * 2 + e % 2] += out[e];
+    }
+  }
+};
+
 // The strip of one warp, [16 own positions][columns], and the sums that it is added to.
-template <class T>
+template <class T, class Rows, class Sums>
 struct GradientStrip {
   float* strip;  // in shared memory
   int pitch;
-  bool whole;     // it holds all columns and is added up once, at the end; otherwise those of one tile at a time
-  const T* rows;  // the own positions' vectors, in shared memory
-  int row_pitch;
+  bool whole;      // it holds all columns and is added up once, at the end; otherwise those of one tile at a time
+  Rows rows;       // the own positions' vectors, in shared memory
   const T* table;  // [terms][W][table_pitch]
   int64_t terms;
   int W;
   int64_t table_pitch;
-  float* sums;  // [16][sum_pitch] += strip times table^T; nullptr: not wanted
-  int sum_pitch;
+  bool wants_sums;
+  Sums sums;       // [16][table_pitch] += strip times table^T, times its factor
   float* partial;  // [W][size] += strip^T times rows; nullptr: not wanted
   int size;
   float* bias;  // [W] += the strip's columns; nullptr: not wanted
@@ -43,16 +60,14 @@ struct GradientStrip {
       const auto ds = [&](int row, int c) {
         return c0 + c < columns.end ? strip[row * pitch + c0 + c - columns.first] : 0.0f;
       };
-      uint32_t by_row[4], by_column[4];  // [16 rows, 16 columns], [16 columns, 16 rows]
-      for (int e = 0; e < 4; ++e) {
-        const int m = g + e % 2 * 8, k = pair + e / 2 * 8;
-        by_row[e] = narrow_pair<T>(ds(m, k), ds(m, k + 1));
-        by_column[e] = narrow_pair<T>(ds(k, m), ds(k + 1, m));
-      }
-      if (sums != nullptr) {
-#pragma unroll 1
-        for (int n = 0; n < table_pitch; n += 8) {
-          float out[4] = {};
+      if (wants_sums) {
+        uint32_t by_row[4];  // [16 rows, 16 columns]
+        const float factor = sums.factor();
+        for (int e = 0; e < 4; ++e) {
+          const int m = g + e % 2 * 8, k = pair + e / 2 * 8;
+          by_row[e] = narrow_pair<T>(ds(m, k) * factor, ds(m, k + 1) * factor);
+        }
+        sums.add(table_pitch, lane, [&](float (&out)[4], int n) {
 #pragma unroll 1
           for (int64_t term = 0; term < terms; ++term) {
             const T* const from = table + term * W * table_pitch + n + g;
@@ -60,14 +75,18 @@ struct GradientStrip {
             const uint32_t b[2] = {bits(pair) | bits(pair + 1) << 16, bits(pair + 8) | bits(pair + 9) << 16};
             mma_m16n8k16<T>(out, by_row, b);
           }
-          for (int e = 0; e < 4; ++e) sums[(g + e / 2 * 8) * sum_pitch + n + pair + e % 2] += out[e];
-        }
+        });
       }
       if (partial != nullptr) {
+        uint32_t by_column[4];  // [16 columns, 16 rows]
+        for (int e = 0; e < 4; ++e) {
+          const int m = g + e % 2 * 8, k = pair + e / 2 * 8;
+          by_column[e] = narrow_pair<T>(ds(k, m), ds(k + 1, m));
+        }
 #pragma unroll 1
         for (int n = 0; n < table_pitch; n += 16) {
           uint32_t b[2][2];
-          load_right(b, rows + n, row_pitch, lane);
+          rows.load_right(b, n, lane);
           for (int y = 0; y < 2; ++y) {
             float out[4] = {};
             mma_m16n8k16<T>(out, by_column, b[y]);
@@ -80,7 +99,7 @@ struct GradientStrip {
 #pragma unroll 1
                 for (int row = 0; row < 16; ++row) {
                   const float value = ds(row, c - c0);
-                  if (value != 0.0f) out[e] += value * widen(rows[row * row_pitch + d]);
+                  if (value != 0.0f) out[e] += value * widen(rows.number(row, d));
                 }
               }
               partial[int64_t{c} * size + d] += out[e];
@@ -120,8 +139,8 @@ struct GradientStrip {
 };
 
 // Puts the score gradients of a tile of pairs into the strip, and those beyond the window into outer[side][half].
-template <class T, Side kOwn, int kOther>
-CK_DEVICE void scatter_gradients(const float (&ds)[kOther / 8][4], const GradientStrip<T>& to,
+template <class T, Side kOwn, int kOther, class Rows, class Sums>
+CK_DEVICE void scatter_gradients(const float (&ds)[kOther / 8][4], const GradientStrip<T, Rows, Sums>& to,
                                  const PairTile<kOwn, kOther>& pairs, float (&outer)[2][2]) {
   const int lane = opaque(to.lane), row = lane / 4, pair = lane % 4 * 2;
   const Range columns = pairs.columns();

@@ -31,11 +31,12 @@ struct AttentionFacts {
 
 struct AttentionPlan {
   AttentionFamily family = AttentionFamily::kPlain;
-  int64_t channels = 0;         // of the tensor kernels, padded
-  int64_t kernel_channels = 0;  // their template argument: 64 or 128
-  bool resident = false;        // the forward pass keeps all keys and values in shared memory
-  int64_t stages = 0;           // of keys and values in shared memory, of the kernel for warpgroups
-  int64_t shared_bytes = 0;     // of a block of the tensor kernels
+  AttentionFamily key_family = AttentionFamily::kPlain;  // of the pass over the keys; family is that of the queries
+  int64_t channels = 0;                                  // of the tensor kernels, padded
+  int64_t kernel_channels = 0;                           // their template argument: 64 or 128
+  bool resident = false;                                 // the forward pass keeps all keys and values in shared memory
+  int64_t stages = 0, key_stages = 0;                    // of others in shared memory, of the kernels for warpgroups
+  int64_t shared_bytes = 0;                              // of a block of the tensor kernels
   int64_t strip_pitch = 0, grad_pitch = 0;
   int64_t key_shared_bytes = 0;  // of the pass over the keys; shared_bytes is that of the queries
   // Partial sums for tables, which are added at the end; query_parts of a forward pass of warpgroups: its blocks.
@@ -81,7 +82,7 @@ constexpr int kForwardRows = 16 * kForwardFragments<D> * kTensorWarps;
 
 inline int64_t forward_rows(int64_t channels) { return channels <= 64 ? kForwardRows<64> : kForwardRows<128>; }
 
-constexpr int64_t round_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+CK_HD constexpr int64_t round_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // Columns that the pairs of 16 queries and a tile of keys have, in whole fragments; odd, against bank conflicts.
 inline int64_t strip_pitch_of(int64_t window, int64_t keys) {
@@ -93,8 +94,9 @@ constexpr int kGradRows = 16 * kTensorWarps, kGradOthers = 32;
 // Gradients of windows up to this size stay in shared memory until the walk over all keys, or queries, is done.
 constexpr int64_t kWholeStrip = 64;
 
-inline int64_t grad_pitch_of(int64_t window) {
-  const int64_t met = kGradOthers + 15;
+// others: those that a block meets at a time.
+CK_HD constexpr int64_t grad_pitch_of(int64_t window, int64_t others) {
+  const int64_t met = others + 15;
   return round_to(window <= kWholeStrip || window < met ? window : met, 16) + 1;
 }
 
@@ -116,6 +118,12 @@ constexpr int kTurnThreads = 32 * kWarpgroupWarps;
 // Registers of a thread: of 65536, 384 threads have 168 each when they start.
 constexpr int kCopyRegisters = 24, kProductRegisters = 240;
 constexpr int kMostStages = 4;
+// Keys that a block of queries meets at a time in the backward pass, and queries that a block of keys meets.
+constexpr int kWarpgroupGradKeys = 64;
+template <int D>
+constexpr int kWarpgroupQueries = D <= 64 ? 64 : 32;
+// In the pass over the keys a second warp copies.
+constexpr int kKeyCopyRegisters = 40, kKeyProductRegisters = 232;
 constexpr int kStageFloats = 512;   // of a warp's results on their way out
 constexpr int kSignalBytes = 1024;  // of a block, in front of the tiles, which begin at multiples of it
 
@@ -124,6 +132,18 @@ inline int64_t warpgroup_bytes(const AttentionFacts& f, const AttentionPlan& pla
   return kWarpgroupRows * (row + (f.low_rank ? 2 * (padded_rank(f, plan.channels) + 8) : 0)) +
          stages * 2 * kWarpgroupKeys * row + kWarpgroupWarps * (strip < 4 * kStageFloats ? 4 * kStageFloats : strip) +
          kSignalBytes;
+}
+
+inline int64_t warpgroup_backward_bytes(const AttentionFacts& f, const AttentionPlan& plan, bool keys, int64_t stages) {
+  const int64_t others = !keys                        ? kWarpgroupGradKeys
+                         : plan.kernel_channels == 64 ? kWarpgroupQueries<64>
+                                                      : kWarpgroupQueries<128>;
+  const int64_t row = 2 * plan.kernel_channels, grads = f.relative ? grad_pitch_of(f.window, others) : 0;
+  const int64_t strips = 16 * (plan.strip_pitch + grads), rank = f.low_rank ? padded_rank(f, plan.channels) : 0;
+  const int64_t rel_row = f.low_rank ? 2 * (rank + 8) : 0, sums = f.low_rank && !keys ? 16 * (rank + 4) : 0;
+  return kSignalBytes + kWarpgroupRows * 2 * row + stages * others * (2 * row + (keys ? 16 + rel_row : 0)) +
+         4 * kWarpgroupWarps * ((strips < kStageFloats ? kStageFloats : strips) + sums) +
+         (keys ? 0 : kWarpgroupRows * rel_row);
 }
 
 inline int64_t backward_bytes(const AttentionFacts& f, const AttentionPlan& plan, bool keys) {
@@ -135,17 +155,28 @@ inline int64_t backward_bytes(const AttentionFacts& f, const AttentionPlan& plan
          4 * kTensorWarps * 16 * (plan.strip_pitch + plan.grad_pitch + sums);
 }
 
-// A plan for the forward pass of warpgroups, or, where it cannot run, the given one.
-inline AttentionPlan warpgroup_plan(const AttentionFacts& f, AttentionPlan plan) {
-  if (!f.device.warpgroups || !f.boxes) return plan;
-  const AttentionPlan otherwise = plan;
-  plan.family = AttentionFamily::kWarpgroup;
-  plan.resident = false;
-  for (plan.stages = kMostStages; plan.stages > 1; --plan.stages) {
-    plan.shared_bytes = warpgroup_bytes(f, plan, plan.stages);
-    if (plan.shared_bytes <= f.device.block_memory) return plan;
+// Replaces the kernels of a plan by those for warpgroups, where these can run.
+inline void use_warpgroups(AttentionPlan& plan, const AttentionFacts& f, bool backward) {
+  if (!f.device.warpgroups || !f.boxes) return;
+  // As many stages as there is room for.
+  const auto replace = [&](AttentionFamily& family, int64_t& stages, int64_t& shared_bytes, const auto& bytes) {
+    for (int64_t n = kMostStages; n > 1; --n)
+      if (bytes(n) <= f.device.block_memory) {
+        family = AttentionFamily::kWarpgroup;
+        stages = n;
+        shared_bytes = bytes(n);
+        return;
+      }
+  };
+  if (!backward) {
+    replace(plan.family, plan.stages, plan.shared_bytes, [&](int64_t n) { return warpgroup_bytes(f, plan, n); });
+    plan.resident = plan.resident && plan.family == AttentionFamily::kTensor;
+    return;
   }
-  return otherwise;
+  replace(plan.family, plan.stages, plan.shared_bytes,
+          [&](int64_t n) { return warpgroup_backward_bytes(f, plan, false, n); });
+  replace(plan.key_family, plan.key_stages, plan.key_shared_bytes,
+          [&](int64_t n) { return warpgroup_backward_bytes(f, plan, true, n); });
 }
 
 // A plan for the tensor kernels, without the numbers of parts; for the plain kernels where those cannot run.
@@ -154,13 +185,13 @@ inline AttentionPlan tensor_plan(const AttentionFacts& f, bool backward) {
   // The maximum of a row is found before the scale is applied: it must not be negative.
   if (!narrow || f.channels > kTensorChannels || f.rank > kTensorChannels || !f.positive_scale) return {};
   AttentionPlan plan;
-  plan.family = AttentionFamily::kTensor;
+  plan.family = plan.key_family = AttentionFamily::kTensor;
   plan.channels = round_to(f.channels, 32);
   plan.kernel_channels = plan.channels <= 64 ? 64 : 128;
   const int64_t limit = f.device.block_memory < kBlockMemory ? f.device.block_memory : kBlockMemory;
   if (backward) {
     plan.strip_pitch = f.relative ? strip_pitch_of(f.window, kGradOthers) : 0;
-    plan.grad_pitch = f.relative ? grad_pitch_of(f.window) : 0;
+    plan.grad_pitch = f.relative ? grad_pitch_of(f.window, kGradOthers) : 0;
     plan.shared_bytes = backward_bytes(f, plan, false);
     plan.key_shared_bytes = backward_bytes(f, plan, true);
   } else {
@@ -191,7 +222,7 @@ inline int64_t parts_of(int64_t units, int64_t tiles, int64_t numbers, int64_t m
 
 inline AttentionPlan plan_attention(const AttentionFacts& f, bool backward) {
   AttentionPlan plan = tensor_plan(f, backward);
-  if (!backward && plan.family == AttentionFamily::kTensor) plan = warpgroup_plan(f, plan);
+  if (plan.family == AttentionFamily::kTensor) use_warpgroups(plan, f, backward);
   const bool plain = plan.family == AttentionFamily::kPlain;
   const int64_t units = f.batch * f.heads;
   const auto tiles = [&](int64_t positions, int64_t size) {
@@ -208,17 +239,23 @@ inline AttentionPlan plan_attention(const AttentionFacts& f, bool backward) {
     if (plan.resident) plan.query_parts = parts_of(units, plan.query_parts, 0, f.device.multiprocessors);
     return plan;
   }
-  const int64_t columns = f.relative ? f.window * (plain ? 1 : kTensorWarps) : 0;
-  plan.query_parts = parts_of(units, tiles(f.queries, plain ? kPlainTileRows : kGradRows),
-                              columns * (f.query_rel ? f.rank : 1), f.device.multiprocessors);
-  plan.key_parts = parts_of(f.batch * f.groups, tiles(f.keys, plain ? kPlainTileKeys : kGradRows),
-                            f.key_rel ? columns * f.channels * (f.heads / f.groups) : 0, f.device.multiprocessors);
+  // Each warp of the kernels on tensor cores makes partial sums of its own.
+  const auto warps_of = [](AttentionFamily family) {
+    return family == AttentionFamily::kPlain ? 1 : family == AttentionFamily::kTensor ? kTensorWarps : kWarpgroupWarps;
+  };
+  const auto rows_of = [](AttentionFamily family, int plain_rows) {
+    return family == AttentionFamily::kPlain    ? plain_rows
+           : family == AttentionFamily::kTensor ? kGradRows
+                                                : kWarpgroupRows;
+  };
+  const int64_t columns = f.relative ? f.window : 0;
+  const int warps = warps_of(plan.family), key_warps = warps_of(plan.key_family);
+  plan.query_parts = warps * parts_of(units, tiles(f.queries, rows_of(plan.family, kPlainTileRows)),
+                                      warps * columns * (f.query_rel ? f.rank : 1), f.device.multiprocessors);
+  plan.key_parts = key_warps * parts_of(f.batch * f.groups, tiles(f.keys, rows_of(plan.key_family, kPlainTileKeys)),
+                                        f.key_rel ? key_warps * columns * f.channels * (f.heads / f.groups) : 0,
+                                        f.device.multiprocessors);
   plan.tap_parts = parts_of(units, tiles(f.queries, kTapRows), (f.window + 1) * f.channels, f.device.multiprocessors);
-  if (!plain) {
-    // Each warp makes partial sums of its own.
-    plan.query_parts *= kTensorWarps;
-    plan.key_parts *= kTensorWarps;
-  }
   return plan;
 }
 

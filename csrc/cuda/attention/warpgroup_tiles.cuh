@@ -2,8 +2,8 @@
 // have 128 bytes.
 #pragma once
 
-#include "csrc/cuda/attention/fragments.cuh"
-#include "csrc/cuda/device/warpgroup.cuh"
+#include "csrc/cuda/attention/scores.cuh"
+#include "csrc/cuda/attention/warpgroup_ring.cuh"
 
 namespace ck::cuda {
 
@@ -19,32 +19,94 @@ struct TileRows {
   int panel, pitch;
 
   CK_DEVICE void load_left(uint32_t (&a)[4], int n, int k, int lane) const {
-    const int row = n + lane % 16, piece = k / 8 + lane / 16;
-    ldmatrix_x4(a, pitch == 0 ? piece_of_row(rows, panel, row, piece) : rows + row * pitch + piece * 16);
+    ldmatrix_x4(a, at(n + lane % 16, k / 8 + lane / 16));
+  }
+  // The first 16 rows and the channels from k on, as two right factors of 8 columns each.
+  CK_DEVICE void load_right(uint32_t (&b)[2][2], int k, int lane) const {
+    uint32_t words[4];
+    ldmatrix_x4_trans(words, at(lane % 16, k / 8 + lane / 16));
+    b[0][0] = words[0], b[0][1] = words[1], b[1][0] = words[2], b[1][1] = words[3];
+  }
+
+  CK_DEVICE char* at(int row, int piece) const {
+    return pitch == 0 ? piece_of_row(rows, panel, row, piece) : rows + row * pitch + piece * 16;
   }
 };
 
-// The tiles of keys whose keys all queries of a tile see.
+// The same of type T.
+template <class T>
+struct TypedRows : TileRows {
+  CK_DEVICE T number(int row, int channel) const {
+    return reinterpret_cast<const T*>(at(row, channel / 8))[channel % 8];
+  }
+};
+
+// The tiles of kKeys keys whose keys all queries of a tile see.
+template <int kKeys>
 struct SeenTiles {
-  Range first_keys;
+  Range firsts;
 
   CK_DEVICE SeenTiles(const Attention& p, const AttentionTile& tile) {
     const Range first = visible_keys(p, tile, tile.first);
     const Range last = visible_keys(p, tile, tile.first + tile.count - 1);
-    first_keys = {max(first.first, last.first), min(first.end, last.end) - kWarpgroupKeys + 1};
+    firsts = {max(first.first, last.first), min(first.end, last.end) - kKeys + 1};
   }
-  CK_DEVICE bool has(int j0, bool real) const { return real && j0 >= first_keys.first && j0 < first_keys.end; }
+  CK_DEVICE bool has(int j0, bool real) const { return real && j0 >= firsts.first && j0 < firsts.end; }
 };
 
-// Puts zeros in place of what is not finite in half of the rows of a tile of values, by a warpgroup. Returns whether
-// this thread has found any.
-template <class T, int D>
-CK_DEVICE bool clear_values(char* values, int panel, int half) {
-  constexpr int kPieces = D / 8, kRows = kWarpgroupKeys / 2;
+// The keys that the mask leaves, from what ask_mask said of 32 each.
+template <int kWords>
+CK_DEVICE void real_keys(unsigned (&real)[kWords], const Attention& p, const unsigned (&asked)[kWords]) {
+#pragma unroll
+  for (int n = 0; n < kWords; ++n) real[n] = ~0u;
+  if (p.key_mask == nullptr) return;
+#pragma unroll
+  for (int n = 0; n < kWords; ++n) real[n] = __ballot_sync(kAllLanes, asked[n] != 0);
+}
+
+// Products of q and k that are not part of the scores become 0. As a branch: selected, all of them would take an
+// instruction.
+template <int kX>
+CK_DEVICE void leave_out(float (&s)[kX][4]) {
+  set_zero(s);
+  keep_registers(s);
+}
+
+// Whether all bits are there.
+template <int kWords>
+CK_DEVICE bool all_of(const unsigned (&words)[kWords]) {
+  unsigned all = words[0];
+#pragma unroll
+  for (int n = 1; n < kWords; ++n) all &= words[n];
+  return all == ~0u;
+}
+
+// Puts zeros in those of a warpgroup's 64 rows that are not there, so that they add nothing to sums over rows. Bit n of
+// there(x): whether row x + n is; x: 0 or 32.
+template <int D, class There>
+CK_DEVICE void clear_absent(const WarpgroupTurn& turn, char* rows, int panel, const There& there) {
+  const unsigned which[2] = {there(0), there(32)};
+  if ((which[0] & which[1]) == ~0u) return;
+  constexpr int kPieces = D / 8;
+#pragma unroll 1
+  for (int n = threadIdx.x % 128; n < 64 * kPieces; n += 128) {
+    const int r = n / kPieces;
+    if (((r < 32 ? which[0] : which[1]) >> r % 32 & 1u) == 0)
+      *reinterpret_cast<uint4*>(piece_of_row(rows, panel, r, n % kPieces)) = make_uint4(0, 0, 0, 0);
+  }
+  fence_async_proxy();
+  turn.meet_own();
+}
+
+// Puts zeros in place of what is not finite in kRows rows of a tile, from row `first` on, by a warpgroup. Returns
+// whether this thread has found any.
+template <class T, int D, int kRows>
+CK_DEVICE bool clear_rows(char* rows, int panel, int first) {
+  constexpr int kPieces = D / 8;
   bool found = false;
 #pragma unroll 1
   for (int n = threadIdx.x % 128; n < kRows * kPieces; n += 128) {
-    auto* const at = reinterpret_cast<uint4*>(piece_of_row(values, panel, half * kRows + n / kPieces, n % kPieces));
+    auto* const at = reinterpret_cast<uint4*>(piece_of_row(rows, panel, first + n / kPieces, n % kPieces));
     const uint4 x = *at;
     const uint4 y = make_uint4(finite_pair<T>(x.x), finite_pair<T>(x.y), finite_pair<T>(x.z), finite_pair<T>(x.w));
     if (x.x == y.x && x.y == y.y && x.z == y.z && x.w == y.w) continue;
@@ -52,6 +114,87 @@ CK_DEVICE bool clear_values(char* values, int panel, int half) {
     found = true;
   }
   return found;
+}
+
+// Scores of 16 queries, from i0 on, and the kKeys keys from j0 on: products s become scores, unless all pairs are seen
+// and on one side (`far`). real: the keys that the mask leaves. `whole`: the strip has all columns and what the queries
+// add there. seen: the pairs that attend, of 32 keys each.
+template <class T, int kKeys>
+CK_DEVICE ScoreTerms tile_scores(float (&s)[kKeys / 8][4], uint32_t (&seen)[kKeys / 32], const Relative<T>& rel,
+                                 const AttentionTile& tile, bool far, int i0, int j0,
+                                 const unsigned (&real)[kKeys / 32], const float (&left)[2], const float (&right)[2],
+                                 const TileRows& query_rows, const TileRows& key_rows, bool whole) {
+  const Attention& p = rel.p;
+  const float factor = rel.t.score_factor;
+#pragma unroll
+  for (int sub = 0; sub < kKeys / 32; ++sub) seen[sub] = kEveryPair;
+  if (far) {
+    const int side = PairTile<Side::kQueries, kKeys>(p, tile, i0, j0).is_left() ? 0 : 1;
+    ScoreTerms terms = far_scores(rel, side, left, right);
+    if (rel.edges != nullptr) {
+      const float* const added = rel.edges + (side == 0 ? 0 : p.keys) + j0 + rel.lane % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n)
+        for (int e = 0; e < 4; ++e) s[n][e] = s[n][e] * factor + added[8 * n + e % 2];
+      terms.factor = 1;
+    }
+    return terms;
+  }
+#pragma unroll
+  for (int sub = 0; sub < kKeys / 32; ++sub) {
+    float (&part)[4][4] = reinterpret_cast<float (&)[4][4]>(s[4 * sub]);
+    const PairTile<Side::kQueries, 32> pairs(p, tile, i0, j0 + 32 * sub);
+    if (rel.edges == nullptr && pairs.far(real[sub])) {
+      const bool is_left = pairs.is_left();
+#pragma unroll
+      for (int n = 0; n < 4; ++n)
+        for (int e = 0; e < 4; ++e) part[n][e] = part[n][e] * factor + (is_left ? left[e / 2] : right[e / 2]);
+      continue;
+    }
+    int first = 0;
+    if (p.has_columns()) {
+      const Range columns = pairs.columns();
+      if (!whole) {
+        first = columns.first;
+        rel.template fill_strip<Side::kQueries>(columns, query_rows);
+      }
+      rel.add_others(pairs, columns, first, TileRows{key_rows.rows + 32 * sub * 128, key_rows.panel, 0});
+    }
+    seen[sub] = score_pairs(part, rel, pairs, real[sub], left, right, first);
+  }
+  return {1, {}, -1, 0};
+}
+
+// store(row, channel, value) for each 8 channels of a warp's 16 rows of sums, times their factors; where a factor is 0,
+// the values are. They go through `stage`, [16][32] floats, 32 channels at a time.
+template <int D, class Store>
+CK_DEVICE void each_row(const float (&sums)[D / 8][4], const float (&factor)[2], float* stage, int lane,
+                        const Store& store) {
+  // Where 4 channels of a row stand: in other banks than those of the rows that are written, or read, at once.
+  const auto place = [&](int row, int four) { return stage + row * 32 + (four ^ (row % 4 * 2) ^ (row & 1)) * 4; };
+#pragma unroll
+  for (int c0 = 0; c0 < D; c0 += 32) {
+    __syncwarp();
+#pragma unroll
+    for (int c = 0; c < 4; ++c)
+      for (int half = 0; half < 2; ++half) {
+        const float (&value)[4] = sums[c0 / 8 + c];
+        const float f = factor[half];
+        *reinterpret_cast<float2*>(place(lane / 4 + 8 * half, 2 * c + lane % 4 / 2) + lane % 2 * 2) =
+            make_float2(f == 0.0f ? 0.0f : value[2 * half] * f, f == 0.0f ? 0.0f : value[2 * half + 1] * f);
+      }
+    __syncwarp();
+#pragma unroll 1
+    for (int v = lane; v < 16 * 4; v += 32) {
+      float value[8];
+      for (int n = 0; n < 2; ++n) {
+        const float4 four = *reinterpret_cast<const float4*>(place(v / 4, v % 4 * 2 + n));
+        value[4 * n] = four.x, value[4 * n + 1] = four.y, value[4 * n + 2] = four.z, value[4 * n + 3] = four.w;
+      }
+      store(v / 4, c0 + v % 4 * 8, value);
+    }
+  }
+  __syncwarp();
 }
 
 }  // namespace ck::cuda

@@ -23,7 +23,8 @@ struct Operand {
   CK_DEVICE uint64_t descriptor() const { return low | uint64_t{1024 >> 4 | 1 << 30} << 32; }
 };
 CK_DEVICE Operand operand(const void* shared, unsigned panel = 16) {
-  return {shared_address(shared) >> 4 | panel >> 4 << 16};
+  // Found anew for every product, it takes no register in between.
+  return {static_cast<uint32_t>(opaque(static_cast<int>(shared_address(shared) >> 4 | panel >> 4 << 16)))};
 }
 
 }  // namespace ck::cuda
@@ -137,9 +138,11 @@ CK_DEVICE void keep_registers(uint32_t (&values)[kX][4]) {
 }
 
 #define CK_SUM(x) "+f"(d[x][0]), "+f"(d[x][1]), "+f"(d[x][2]), "+f"(d[x][3])
-#define CK_SUMS_64 CK_SUM(0), CK_SUM(1), CK_SUM(2), CK_SUM(3), CK_SUM(4), CK_SUM(5), CK_SUM(6), CK_SUM(7)
+#define CK_SUMS_32 CK_SUM(0), CK_SUM(1), CK_SUM(2), CK_SUM(3)
+#define CK_SUMS_64 CK_SUMS_32, CK_SUM(4), CK_SUM(5), CK_SUM(6), CK_SUM(7)
 #define CK_SUMS_128 \
   CK_SUMS_64, CK_SUM(8), CK_SUM(9), CK_SUM(10), CK_SUM(11), CK_SUM(12), CK_SUM(13), CK_SUM(14), CK_SUM(15)
+#define CK_NAMES_32 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
 #define CK_NAMES_64                                                                                                 \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31}"
@@ -161,14 +164,18 @@ CK_DEVICE void keep_registers(uint32_t (&values)[kX][4]) {
              "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()), "r"(static_cast<int>(add)),                         \
              "n"(kB == Major::kOther) : "memory")
 
-// d = a b, or d += a b if `add`, in the background: a of 64 x 16 and b of 16 x kN numbers of type T, 64 or 128. Of the
-// sums, warp w of the warpgroup has the rows 16 w to 16 w + 15, in fragments of 8 columns each like those of
+// d = a b, or d += a b if `add`, in the background: a of 64 x 16 and b of 16 x kN numbers of type T, 32, 64 or 128. Of
+// the sums, warp w of the warpgroup has the rows 16 w to 16 w + 15, in fragments of 8 columns each like those of
 // mma_m16n8k16. a, b: operand().
 template <class T, int kN, Major kA = Major::kSummed, Major kB = Major::kSummed>
 CK_DEVICE void wgmma(float (&d)[kN / 8][4], const Operand& a, const Operand& b, bool add) {
   static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, f16>);
-  static_assert(kN == 64 || kN == 128);
-  if constexpr (kN == 64 && std::is_same_v<T, bf16>)
+  static_assert(kN == 32 || kN == 64 || kN == 128);
+  if constexpr (kN == 32 && std::is_same_v<T, bf16>)
+    CK_WGMMA_SHARED(32, "bf16", "16", "17", "18", "19", "20");
+  else if constexpr (kN == 32)
+    CK_WGMMA_SHARED(32, "f16", "16", "17", "18", "19", "20");
+  else if constexpr (kN == 64 && std::is_same_v<T, bf16>)
     CK_WGMMA_SHARED(64, "bf16", "32", "33", "34", "35", "36");
   else if constexpr (kN == 64)
     CK_WGMMA_SHARED(64, "f16", "32", "33", "34", "35", "36");
@@ -182,8 +189,12 @@ CK_DEVICE void wgmma(float (&d)[kN / 8][4], const Operand& a, const Operand& b, 
 template <class T, int kN, Major kB = Major::kSummed>
 CK_DEVICE void wgmma(float (&d)[kN / 8][4], const uint32_t (&a)[4], const Operand& b, bool add) {
   static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, f16>);
-  static_assert(kN == 64 || kN == 128);
-  if constexpr (kN == 64 && std::is_same_v<T, bf16>)
+  static_assert(kN == 32 || kN == 64 || kN == 128);
+  if constexpr (kN == 32 && std::is_same_v<T, bf16>)
+    CK_WGMMA_REGISTERS(32, "bf16", "16", "17", "18", "19", "20", "21", "22");
+  else if constexpr (kN == 32)
+    CK_WGMMA_REGISTERS(32, "f16", "16", "17", "18", "19", "20", "21", "22");
+  else if constexpr (kN == 64 && std::is_same_v<T, bf16>)
     CK_WGMMA_REGISTERS(64, "bf16", "32", "33", "34", "35", "36", "37", "38");
   else if constexpr (kN == 64)
     CK_WGMMA_REGISTERS(64, "f16", "32", "33", "34", "35", "36", "37", "38");
@@ -194,8 +205,10 @@ CK_DEVICE void wgmma(float (&d)[kN / 8][4], const uint32_t (&a)[4], const Operan
 }
 
 #undef CK_SUM
+#undef CK_SUMS_32
 #undef CK_SUMS_64
 #undef CK_SUMS_128
+#undef CK_NAMES_32
 #undef CK_NAMES_64
 #undef CK_NAMES_128
 #undef CK_WGMMA_SHARED

@@ -90,6 +90,7 @@ def grad_keys(
     """grad_k and grad_v for every ``groups``-th tile of BN keys, over all query heads that share them, and the sums
     over these for key_rel, key_sums[h, b, group, D, W]."""
     D: tl.constexpr = FLAGS.D
+    DP: tl.constexpr = FLAGS.DP
     CAUSAL: tl.constexpr = FLAGS.CAUSAL
     SLIDING: tl.constexpr = FLAGS.SLIDING
     BM: tl.constexpr = TILE.BM
@@ -109,7 +110,7 @@ def grad_keys(
     shared = H // sharing
     group, g, b = pid % groups, pid // groups % shared, pid // groups // shared
     W = left + right + 1
-    d, x = tl.arange(0, FLAGS.DP), tl.arange(0, FLAGS.RP)
+    d, x = tl.arange(0, DP), tl.arange(0, FLAGS.RP)
     key_scale, by_table = number_from_bits(score_scale, DTYPE), number_from_bits(table_scale, DTYPE)
     keep_factor = number_from_bits(keep_scale, DTYPE)
     mask = Mask(key_mask + b.to(tl.int64) * mask_batch, mask_time)
@@ -124,7 +125,7 @@ def grad_keys(
         keys = load_tile(k_at, first, d, keep, D, False)  # [BN, DP]
         values = load_tile(head_at(inputs.v, b, g), first, d, keep, D, False)  # [BN, DP]
         block = Block(keys, k_at, first, keep)
-        key_total, value_total = tl.zeros([BN, FLAGS.DP], DTYPE), tl.zeros([BN, FLAGS.DP], DTYPE)
+        key_total, value_total = tl.zeros([BN, DP], DTYPE), tl.zeros([BN, DP], DTYPE)
         # Seen from the keys the window is mirrored, and what is causal is what comes after.
         ranges = tile_ranges(owner, -shift, right, left, -1 if CAUSAL else 0, FLAGS.OUTSIDE, RELATIVE, BN, BM, NEAR)
         for head in tl.range(0, sharing, disable_licm=True):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..device import narrow, number_from_bits, take, widen
+from ..device import anew, narrow, number_from_bits, take, widen
 from .scores import (
     columns_of_tile,
     far_scores,
@@ -36,6 +36,7 @@ from .tiles import (
     finite_rows,
     head_at,
     kept_pairs,
+    load_own,
     load_tile,
     matrix,
     near_tile,
@@ -73,6 +74,8 @@ def grad_queries(
     query_rel, query_sums[h, b, group, R, W], and bias, bias_sums[h, b, group, W]."""
     D: tl.constexpr = FLAGS.D
     R: tl.constexpr = FLAGS.R
+    DP: tl.constexpr = FLAGS.DP
+    RP: tl.constexpr = FLAGS.RP
     HAS_MASK: tl.constexpr = FLAGS.HAS_MASK
     HAS_REL_QUERY: tl.constexpr = FLAGS.HAS_REL_QUERY
     CAUSAL: tl.constexpr = FLAGS.CAUSAL
@@ -83,6 +86,7 @@ def grad_queries(
     NEAR_STAGES: tl.constexpr = TILE.NEAR_STAGES
     WIDTH: tl.constexpr = TILE.WIDTH
     IN_REGISTERS: tl.constexpr = TILE.IN_REGISTERS
+    CROWDED: tl.constexpr = TILE.CROWDED
     QUERY_TERMS: tl.constexpr = FLAGS.HAS_BIAS or FLAGS.HAS_QUERY_REL
     RELATIVE: tl.constexpr = QUERY_TERMS or FLAGS.HAS_KEY_REL
     # Whether what meets the table, q itself or rel_query, gets a gradient through it.
@@ -93,7 +97,7 @@ def grad_queries(
     pid = tl.program_id(0)
     group, h, b = pid % groups, pid // groups % H, pid // groups // H
     W = left + right + 1
-    d, x = tl.arange(0, FLAGS.DP), tl.arange(0, FLAGS.RP)
+    d, x = tl.arange(0, DP), tl.arange(0, RP)
     key_scale, by_table = number_from_bits(score_scale, DTYPE), number_from_bits(table_scale, DTYPE)
     keep_factor = number_from_bits(keep_scale, DTYPE)
     terms = Terms(tables.bias, tables.query_rel, tables.key_rel, left, right, W, by_table)
@@ -118,9 +122,9 @@ def grad_queries(
         delta = tl.load(row_at + i, mask=rows, other=0.0)
         start = tl.load(row_at + plane + i, mask=rows, other=float("inf"))
         live = tl.abs(start) < float("inf")
-        queries = load_tile(q_at, first, d, live, D, False)  # [BM, DP]
-        dy = load_tile(g_at, first, d, live, D, False)  # [BM, DP]
-        total = tl.zeros([BM, FLAGS.DP], DTYPE)
+        queries = load_own(q_at, first, d, live, D, CROWDED)  # [BM, DP]
+        dy = load_own(g_at, first, d, live, D, CROWDED)  # [BM, DP]
+        total = tl.zeros([BM, DP], DTYPE)
         sum_before, sum_after = tl.zeros([BM], DTYPE), tl.zeros([BM], DTYPE)
         ranges = tile_ranges(owner, shift, left, right, 1 if CAUSAL else 0, FLAGS.OUTSIDE, RELATIVE, BM, BN, NEAR)
 
@@ -164,9 +168,9 @@ def grad_queries(
             dy = load_tile(g_at, first, d, live, D, False)
         r = queries
         if FLAGS.HAS_QUERY_REL:
-            r = load_tile(r_at, first, x, live, R, False)  # [BM, RP]
-        r_total = tl.zeros([BM, FLAGS.RP], DTYPE)
-        whole = table_columns(-left, terms, WIDTH, False, FLAGS.OUTSIDE)
+            r = load_own(r_at, first, x, live, R, CROWDED)  # [BM, RP]
+        r_total = tl.zeros([BM, RP], DTYPE)
+        whole = table_columns(anew(-left) if CROWDED else -left, terms, WIDTH, False, FLAGS.OUTSIDE)
         column_sums = tl.zeros([BM, WIDTH], DTYPE)
         by_query = start
         if FLAGS.HAS_QUERY_REL and not SLIDING:
@@ -217,7 +221,7 @@ def grad_queries(
             tl.debug_barrier()
             live = tl.abs(tl.load(row_at + plane + i, mask=rows, other=float("inf"))) < float("inf")  # not held
             if FLAGS.HAS_QUERY_REL:
-                r = load_tile(r_at, first, x, live, R, False)
+                r = load_own(r_at, first, x, live, R, CROWDED)
             if EDGES:
                 column_sums = with_edges(column_sums, sum_before, sum_after, W)
             if NEED.BIAS:

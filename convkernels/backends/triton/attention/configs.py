@@ -14,7 +14,7 @@ SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 class Shape:
     """What the choice depends on. rank: channels of what meets query_rel. window: columns of the tables. products:
     whether queries or keys are multiplied by tables. architecture: 10 times the major compute capability. small: the
-    least tiles, for tests of many of them."""
+    least tiles, for tests of many of them. triton: its version."""
 
     channels: int
     rank: int
@@ -23,6 +23,7 @@ class Shape:
     products: bool = False
     architecture: int = 90
     small: bool = False
+    triton: tuple[int, ...] = (3, 9)
 
     @property
     def padded(self) -> int:
@@ -36,6 +37,11 @@ class Shape:
     def in_registers(self) -> bool:
         """Whether matrix units read operands from registers, not from shared memory."""
         return self.architecture < 90
+
+    @property
+    def crowded(self) -> bool:
+        """Whether registers are short: an older Triton keeps there what a later loop needs."""
+        return self.architecture == 90 and self.triton < (3, 9)
 
     @property
     def row(self) -> int:
@@ -115,9 +121,9 @@ def backward(shape: Shape, keys: bool) -> Pairs:
     if old:
         return Pairs(32 if shape.products else 64, 64, 16, 8)
     if keys:
-        return Pairs(64 if wide else 32, 64, 16, 8)
+        return Pairs(32, 64, 16, 8, 3) if shape.crowded else Pairs(64 if wide else 32, 64, 16, 8)
     if wide and shape.products:
-        return Pairs(64, 64, 32, 8, 1 if shape.sliding else 2)
+        return Pairs(64, 64, 32, 8, 1) if shape.sliding else Pairs(64, 64, 16 if shape.crowded else 32, 8)
     return Pairs(64, 64, 16, 8)
 
 

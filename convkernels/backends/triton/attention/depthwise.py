@@ -17,9 +17,10 @@ def head_depthwise(depthwise, h, W, D: tl.constexpr):
 def convolved(v, mask, depthwise, owner, rows, left, W, FLAGS: tl.constexpr, DTYPE: tl.constexpr):
     """scale * (bias + the taps of one head on the values around the ``rows`` of a tile of queries), [queries, DP]."""
     D: tl.constexpr = FLAGS.D
-    d = tl.arange(0, FLAGS.DP)
+    DP: tl.constexpr = FLAGS.DP
+    d = tl.arange(0, DP)
     first = owner.first + owner.other_end - owner.end
-    total = tl.zeros([rows.shape[0], FLAGS.DP], DTYPE)
+    total = tl.zeros([rows.shape[0], DP], DTYPE)
     for c in tl.range(0, left + 1 if FLAGS.CAUSAL else W):
         j_first = first + c - left
         j = j_first + tl.arange(0, rows.shape[0])

@@ -66,6 +66,7 @@ def attention_forward(
 ):  # fmt: skip
     """out[b, i, h] and lse[b, h, i] for BM queries of one head."""
     D: tl.constexpr = FLAGS.D
+    DP: tl.constexpr = FLAGS.DP
     HAS_MASK: tl.constexpr = FLAGS.HAS_MASK
     CAUSAL: tl.constexpr = FLAGS.CAUSAL
     SLIDING: tl.constexpr = FLAGS.SLIDING
@@ -87,7 +88,7 @@ def attention_forward(
     W = left + right + 1
     i = first + tl.arange(0, BM)
     rows, place = (i >= owner.begin) & (i < owner.end), i + shift
-    d, x = tl.arange(0, FLAGS.DP), tl.arange(0, FLAGS.RP)
+    d, x = tl.arange(0, DP), tl.arange(0, FLAGS.RP)
     key_scale, rel_scale = number_from_bits(score_scale, DTYPE), number_from_bits(table_scale, DTYPE)
     positive = -key_scale if FLAGS.NEGATIVE else key_scale
     terms = Terms(tables.bias, tables.query_rel, tables.key_rel, left, right, W, rel_scale)
@@ -101,7 +102,7 @@ def attention_forward(
         r = load_tile(r_at, first, x, rows, FLAGS.R, False)  # [BM, RP]
     top = tl.full([BM], float("-inf"), DTYPE)
     total = tl.zeros([BM], DTYPE)
-    result = tl.zeros([BM, FLAGS.DP], DTYPE)
+    result = tl.zeros([BM, DP], DTYPE)
     none = tl.zeros([BM], DTYPE)
     ranges = tile_ranges(owner, shift, left, right, 1 if CAUSAL else 0, FLAGS.OUTSIDE, RELATIVE, BM, BN, NEAR)
 

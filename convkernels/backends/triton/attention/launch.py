@@ -11,7 +11,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .. import interpreting
+from .. import interpreting, version
 from ..host import architecture_of, bits, ceil_div, dropout_scale, dropout_threshold, dtype_name, run, search_steps
 from . import backward_keys, backward_queries, backward_rows, configs, depthwise, forward, sums
 from .tiles import Boundaries, Depthwise, Flags, Heads, Inputs, Tables, TileSizes
@@ -39,7 +39,7 @@ class Call:
         products = self.query_rel is not None or self.key_rel is not None
         self.shape = configs.Shape(
             self.D, self.R, self.W, dtype_name(q.dtype), products, architecture or architecture_of(q.device),
-            interpreting() and not q.is_meta,
+            interpreting() and not q.is_meta, version(),
         )  # fmt: skip
         # Triton up to 3.6 compiles no product of float64 matrices that depend on loads of fewer bits, masks included.
         self.wide = q.dtype == torch.float64
@@ -107,7 +107,8 @@ class Call:
         """Tile sizes and the compiler's options, for programs that keep so many rows."""
         width = configs.width(self.shape, pairs, kept)
         piece = configs.piece(self.shape, width, kept)
-        sizes = pairs.BM, pairs.BN, pairs.NEAR, pairs.NEAR_STAGES, width, piece, self.shape.in_registers
+        sizes = pairs.BM, pairs.BN, pairs.NEAR, pairs.NEAR_STAGES, width, piece
+        sizes += self.shape.in_registers, self.shape.crowded
         options = {"num_warps": pairs.num_warps, "num_stages": pairs.num_stages, "maxnreg": pairs.maxnreg}
         return {"TILE": TileSizes(*sizes), **options}
 

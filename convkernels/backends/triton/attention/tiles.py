@@ -148,7 +148,8 @@ class Flags(NamedTuple):
 
 
 class TileSizes(NamedTuple):
-    """Those of ``configs.Pairs``, and WIDTH columns in a tile of relative terms, PIECE rows of a table at a time."""
+    """Those of ``configs.Pairs``, and WIDTH columns in a tile of relative terms, PIECE rows of a table at a time;
+    IN_REGISTERS and CROWDED as ``configs.Shape`` has them."""
 
     BM: int
     BN: int
@@ -157,6 +158,7 @@ class TileSizes(NamedTuple):
     WIDTH: int
     PIECE: int
     IN_REGISTERS: bool
+    CROWDED: bool
 
 
 @triton.jit
@@ -198,6 +200,16 @@ def load_tile(x, first, column, keep, D: tl.constexpr, ALL: tl.constexpr):
     if ALL:
         return tl.load(at, mask=(column < D)[None, :], other=0.0)
     return tl.load(at, mask=keep[:, None] & (column < D)[None, :], other=0.0)
+
+
+@triton.jit
+def load_own(x, first, column, keep, D: tl.constexpr, CROWDED: tl.constexpr):
+    """The same for rows that a program keeps. CROWDED: places within the tile are not kept from tile to tile."""
+    if CROWDED:
+        row = first + tl.arange(0, keep.shape[0])
+        at = x.data + row.to(tl.int64)[:, None] * x.time + column[None, :] * x.channel
+        return tl.load(at, mask=keep[:, None] & (column < D)[None, :], other=0.0)
+    return load_tile(x, first, column, keep, D, False)
 
 
 @triton.jit

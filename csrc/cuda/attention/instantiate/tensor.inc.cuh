@@ -38,21 +38,22 @@ const char* TensorAttention<T>::forward(const AttentionForward& p, const TensorT
 }
 
 template <class T>
-const char* TensorAttention<T>::backward(const AttentionBackward& p, const TensorTables& t, const AttentionPlan& plan,
-                                         bool queries, bool keys, Stream stream) {
+const char* TensorAttention<T>::queries(const AttentionBackward& p, const TensorTables& t, const AttentionPlan& plan,
+                                        Stream stream) {
   return with_channels(plan.channels, [&](auto d) {
-    constexpr int kChannels = decltype(d)::value;
-    const auto tiles = [&](int64_t positions) {
-      return attention_tiles(positions, p.sequences, p.query_offsets != nullptr, kGradRows);
-    };
-    const char* status = nullptr;
-    if (queries)
-      status = launch_blocks(attention_backward_queries<T, kChannels>, p.query_parts / kTensorWarps * p.batch * p.heads,
-                             kTensorThreads, plan.shared_bytes, stream, p, t, tiles(p.queries));
-    if (status == nullptr && keys)
-      status = launch_blocks(attention_backward_keys<T, kChannels>, p.key_parts / kTensorWarps * p.batch * p.groups,
-                             kTensorThreads, plan.key_shared_bytes, stream, p, t, tiles(p.keys));
-    return status;
+    return launch_blocks(attention_backward_queries<T, decltype(d)::value>,
+                         p.query_parts / kTensorWarps * p.batch * p.heads, kTensorThreads, plan.shared_bytes, stream, p,
+                         t, attention_tiles(p.queries, p.sequences, p.query_offsets != nullptr, kGradRows));
+  });
+}
+
+template <class T>
+const char* TensorAttention<T>::keys(const AttentionBackward& p, const TensorTables& t, const AttentionPlan& plan,
+                                     Stream stream) {
+  return with_channels(plan.channels, [&](auto d) {
+    return launch_blocks(attention_backward_keys<T, decltype(d)::value>,
+                         p.key_parts / kTensorWarps * p.batch * p.groups, kTensorThreads, plan.key_shared_bytes, stream,
+                         p, t, attention_tiles(p.keys, p.sequences, p.query_offsets != nullptr, kGradRows));
   });
 }
 

@@ -1,0 +1,360 @@
+// The backward pass of attention on GPUs of compute capability 9.0, second part: what backward_keys.cuh makes, by
+// warpgroups as in backward_queries_warpgroups.cuh, with the roles of rows and columns exchanged. A block has 128 keys
+// with their values, and meets 64 queries at a time, or 32 of more than 64 channels, whose sums d(k) and d(v) take most
+// of the registers. A warp of its own brings what comes with the queries: lse, delta and what their terms add left and
+// right of the window, and their rows of rel_query. Needs delta.
+#pragma once
+
+#include "csrc/cuda/attention/taps.cuh"
+#include "csrc/cuda/attention/warpgroup_keys.cuh"
+
+namespace ck::cuda {
+
+// Blocks: parts, groups, batch rows; a block takes every parts-th tile of 128 keys. p.key_parts counts warps.
+template <class T, int D>
+CK_GLOBAL(kWarpgroupThreads, 1)
+void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, const CK_PARAM TensorTables t,
+                                        const CK_PARAM TensorMap q_map, const CK_PARAM TensorMap k_map,
+                                        const CK_PARAM TensorMap v_map, const CK_PARAM TensorMap grad_map, int tiles,
+                                        int stages) {
+  if constexpr (!kWarpgroups) {
+    stop_kernel();
+  } else {
+    constexpr int kRows = kWarpgroupRows, kQueries = kWarpgroupQueries<D>, kPanels = D / 64;
+    constexpr int kOwnBytes = 2 * kRows * D, kOwnPanel = 128 * kRows;
+    constexpr int kQueryBytes = 2 * kQueries * D, kPanel = 128 * kQueries;
+    const int lane = threadIdx.x % 32, warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0);
+    const auto parts_of = [&] { return opaque(static_cast<int>(p.key_parts)) / kWarpgroupWarps; };
+    const int sharing = static_cast<int>(p.sharing());
+    const int W = static_cast<int>(p.window()), channels = static_cast<int>(p.channels);
+    const int rel_pitch = p.rel_query.data != nullptr ? 2 * (static_cast<int>(t.rank_pitch) + 8) : 0;  // in bytes
+
+    auto* const signals = reinterpret_cast<RingSignals*>(shared_memory_1024());
+    char* const k_rows = shared_memory_1024() + kSignalBytes;
+    char* const v_rows = k_rows + kOwnBytes;
+    char* const ring = v_rows + kOwnBytes;
+    auto* const scalars = reinterpret_cast<QueryScalars<kQueries>*>(ring + stages * 2 * kQueryBytes);
+    float* const scratch = reinterpret_cast<float*>(scalars + stages);
+    const int strip_pitch = static_cast<int>(t.strip_pitch);
+    const int grad_pitch = p.has_columns() ? static_cast<int>(grad_pitch_of(W, kQueries)) : 0;
+    const int warp_floats = max(kStageFloats, 16 * (strip_pitch + grad_pitch));
+    char* const r_rows = reinterpret_cast<char*>(scratch + kWarpgroupWarps * warp_floats);
+    const auto queries_at = [&](int stage) { return ring + stage * 2 * kQueryBytes; };
+    const auto grads_at = [&](int stage) { return queries_at(stage) + kQueryBytes; };
+
+    // Found anew for every tile.
+    const auto tile_of = [&](int n) {
+      const int parts = parts_of(), unit = blockIdx.x / parts, groups = static_cast<int>(p.groups);
+      return KeyTile(p, n, unit / groups, unit % groups, blockIdx.x % parts);
+    };
+    auto* const kept_tiles = reinterpret_cast<KeyTile*>(signals + 1);  // of each warp
+    begin_signals(*signals, stages, 2);
+
+    if (warp < 4) {
+      give_registers<kKeyCopyRegisters>();
+      if (warp > 1 || (warp == 0 && lane != 0)) return;
+      KeyTile& kept = kept_tiles[kWarpgroupWarps + warp];
+      RingPlace place{stages};
+      unsigned own_loads = 0;
+#pragma unroll 1
+      for (int n = blockIdx.x % parts_of(); n < tiles; n += parts_of()) {
+        if (warp == 1) __syncwarp();
+        if (lane == 0) kept = tile_of(n);
+        if (warp == 1) __syncwarp();
+        if (kept.queries.first >= kept.queries.end) continue;
+        const int &b = kept.b, &g = kept.g;
+        const auto load = [&](char* to, int panel, const TensorMap& map, int row, int head, uint64_t* full) {
+          for (int c = 0; c < kPanels; ++c) tensor_load(to + c * panel, map, 64 * c, row, head, b, full);
+        };
+        if (warp == 0) {
+          mbarrier_wait(&signals->own_free, (own_loads++ & 1) ^ 1);
+          mbarrier_arrive_expect(&signals->own_full, 2 * kOwnBytes);
+          for (int r = 0; r < kRows; r += kQueries) {
+            load(k_rows + r * 128, kOwnPanel, k_map, kept.tile.first + r, g, &signals->own_full);
+            load(v_rows + r * 128, kOwnPanel, v_map, kept.tile.first + r, g, &signals->own_full);
+          }
+        }
+        int i0 = kept.queries.first;
+#pragma unroll 1
+        for (int h = g * sharing; h < (g + 1) * sharing; next_queries<kQueries>(kept.queries, h, i0)) {
+          uint64_t* const full = &signals->full[place.stage];
+          mbarrier_wait(&signals->free[place.stage], place.parity() ^ 1);
+          if (warp == 0) {
+            mbarrier_arrive_expect(full, 2 * kQueryBytes);
+            load(queries_at(place.stage), kPanel, q_map, i0, h, full);
+            load(grads_at(place.stage), kPanel, grad_map, i0, h, full);
+          } else {
+            load_scalars<T, kQueries>(scalars[place.stage], r_rows + place.stage * kQueries * rel_pitch, rel_pitch, p,
+                                      t, b, h, i0, kept.queries, lane);
+            __syncwarp();
+            if (lane == 0) mbarrier_arrive(full);
+          }
+          place.advance();
+        }
+      }
+      return;
+    }
+
+    take_registers<kKeyProductRegisters>();
+    const int group = warp / 4 - 1, own = group * 64 + warp % 4 * 16, worker = group * 4 + warp % 4;
+    const int row = lane / 4, pair = lane % 4 * 2;
+    const WarpgroupTurn turn(group);
+    float* const strip = scratch + worker * warp_floats;
+    const bool scores = p.needs_keys(), has_strip = p.key_rel.data != nullptr && scores;
+    const auto partial_of = [&](int b, int h, int part) {
+      return static_cast<float*>(p.partial_key_rel) +
+             ((int64_t{b} * p.heads + h) * p.key_parts + part * kWarpgroupWarps + worker) * W * channels;
+    };
+    if (p.grad_key_rel != nullptr) {
+      const KeyTile any = tile_of(0);
+      for (int h = any.g * sharing; h < (any.g + 1) * sharing; ++h) {
+        float* const to = partial_of(any.b, h, any.part);
+        for (int64_t e = lane; e < int64_t{W} * channels; e += 32) to[e] = 0;
+      }
+    }
+    const float keep_scale = static_cast<float>(p.keep_scale);
+    const auto release = [&](uint64_t* signal) {
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(signal);
+    };
+
+    RingPlace place{stages};
+    unsigned own_loads = 0;
+#pragma unroll 1
+    for (int n = blockIdx.x % parts_of(); n < tiles; n += parts_of()) {
+      KeyTile& kept = kept_tiles[worker];
+      __syncwarp();
+      if (lane == 0) kept = tile_of(n);
+      __syncwarp();
+      const AttentionTile& tile = kept.tile;
+      const int &b = kept.b, &g = kept.g;
+      const Range& queries = kept.queries;
+      if (tile.count <= 0) continue;
+      const int j0 = tile.first + own;
+      const bool seen = queries.first < queries.end;  // by some query
+      float grad_k[D / 8][4], grad_v[D / 8][4];
+      set_zero(grad_k);
+      set_zero(grad_v);
+      if (seen) {
+        const unsigned real = real_keys(p, ask_mask(p, b, j0, lane));
+        const bool all_real = (real & 0xFFFFu) == 0xFFFFu;
+        const TileRows k_own{k_rows + own * 128, kOwnPanel, 0};
+        // Whether all queries of a tile see all keys of the block.
+        const auto all_see = [&](int i0) {
+          const int begin = max(opaque(tile.first), tile.key_begin);
+          const Range first = seeing_queries(p, tile, begin, begin + 1),
+                      last = seeing_queries(p, tile, tile.end() - 1, tile.end());
+          return i0 >= max(first.first, last.first) && i0 + kQueries <= min(first.end, last.end);
+        };
+        float outer[2][2];
+        int h = g * sharing, i0 = queries.first;
+        const auto relative = [&] {
+          const float* const edges =
+              t.query_edges == nullptr ? nullptr : t.query_edges + (int64_t{b} * p.heads + h) * 2 * p.queries;
+          return Relative<T>(p, t, h, lane, edges, strip);
+        };
+        const auto gradient_strip = [&](const Relative<T>& rel) {
+          return GradientStrip<T, TypedRows<T>, KeySums<D>>{
+              .strip = strip + 16 * strip_pitch,
+              .pitch = grad_pitch,
+              .whole = t.whole_strips,
+              .rows = {k_own},
+              .table = rel.key_rel(),
+              .terms = t.key_terms,
+              .W = W,
+              .table_pitch = t.channel_pitch,
+              .wants_sums = true,
+              .sums = {grad_k},
+              .partial = p.grad_key_rel == nullptr ? nullptr : partial_of(b, h, kept.part),
+              .size = channels,
+              .bias = nullptr,
+              .lane = lane};
+        };
+        const auto begin_head = [&] {
+          for (int half = 0; half < 2; ++half) outer[0][half] = outer[1][half] = 0;
+          if (has_strip && t.whole_strips) gradient_strip(relative()).clear();
+        };
+
+        float s[kQueries / 8][4], ds[kQueries / 8][4];
+        uint32_t weights[kQueries / 16][4], rounded[kQueries / 16][4];
+        const auto multiply_queries = [&] {
+          mbarrier_wait(&signals->full[place.stage], place.parity());
+          const Operand k = operand(k_rows + group * 64 * 128), v = operand(v_rows + group * 64 * 128);
+          const Operand q = operand(queries_at(place.stage)), grad = operand(grads_at(place.stage));
+          wgmma_fence();
+#pragma unroll
+          for (int d = 0; d < D / 16; ++d) {
+            const int of_own = d / 4 * kOwnPanel + d % 4 * 32, of_other = d / 4 * kPanel + d % 4 * 32;
+            wgmma<T, kQueries>(s, k.further(of_own), q.further(of_other), d > 0);
+          }
+#pragma unroll
+          for (int d = 0; d < D / 16; ++d) {
+            const int of_own = d / 4 * kOwnPanel + d % 4 * 32, of_other = d / 4 * kPanel + d % 4 * 32;
+            wgmma<T, kQueries>(ds, v.further(of_own), grad.further(of_other), d > 0);
+          }
+          wgmma_commit();
+        };
+        const auto multiply_gradients = [&] {
+          const Operand q = operand(queries_at(place.stage), kPanel), grad = operand(grads_at(place.stage), kPanel);
+          keep_registers(weights);
+          keep_registers(rounded);
+          wgmma_fence();
+#pragma unroll
+          for (int k = 0; k < kQueries / 16; ++k)
+            wgmma<T, D, Major::kOther>(grad_v, weights[k], grad.further(k * 2048), true);
+#pragma unroll
+          for (int k = 0; k < kQueries / 16; ++k)
+            wgmma<T, D, Major::kOther>(grad_k, rounded[k], q.further(k * 2048), true);
+          wgmma_commit();
+        };
+
+        mbarrier_wait(&signals->own_full, own_loads++ & 1);
+        clear_absent<D>(turn, k_rows + group * 64 * 128, kOwnPanel, [&](int x) {
+          const int first = tile.first + group * 64 + x;
+          return real_keys(p, ask_mask(p, b, first, lane)) & those_in(Range{tile.key_begin, tile.end()}, first);
+        });
+        turn.begin();
+        keep_registers(grad_k);
+        keep_registers(grad_v);
+        multiply_queries();
+        turn.end();
+#pragma unroll 1
+        for (bool begun = false;; begun = true) {
+          wgmma_wait<0>();
+          keep_registers(s);
+          keep_registers(ds);
+          keep_registers(grad_k);
+          keep_registers(grad_v);
+          if (begun) release(&signals->free[place.before()]);
+          if (i0 == queries.first) begin_head();
+          const Relative<T> rel = relative();
+          if (!p.qk) leave_out(s);
+          // What key_rel adds outside the window, of this lane's keys.
+          float left[2] = {}, right[2] = {};
+          if (t.key_edges != nullptr)
+            for (int half = 0; half < 2; ++half) {
+              const int64_t j = min(int64_t{j0} + row + 8 * half, p.keys - 1), of = (int64_t{b} * p.heads + h) * 2;
+              left[half] = t.key_edges[of * p.keys + j];
+              right[half] = t.key_edges[(of + 1) * p.keys + j];
+            }
+          const QueryScalars<kQueries>& of_queries = scalars[place.stage];
+          unsigned blind[kQueries / 32], any_blind = 0;  // queries that see nothing
+#pragma unroll
+          for (int sub = 0; sub < kQueries / 32; ++sub) {
+            blind[sub] = __ballot_sync(kAllLanes, of_queries.lse[32 * sub + lane] == infinity<float>());
+            any_blind |= blind[sub];
+          }
+          const bool is_far =
+              any_blind == 0 && FarTiles<Side::kKeys, kQueries, 16>(p, tile, opaque(j0)).has(i0, all_real);
+          const int far_side = PairTile<Side::kKeys, kQueries>(p, tile, j0, i0).is_left() ? 0 : 1;
+#pragma unroll
+          for (int sub = 0; sub < kQueries / 32; ++sub) {
+            float (&part_s)[4][4] = reinterpret_cast<float (&)[4][4]>(s[4 * sub]);
+            float (&part_ds)[4][4] = reinterpret_cast<float (&)[4][4]>(ds[4 * sub]);
+            const PairTile<Side::kKeys, 32> pairs(p, tile, j0, i0 + 32 * sub);
+            ScoreTerms terms;
+            if (is_far) {
+              terms = far_scores(rel, p.has_columns() ? far_side : -1, left, right);
+            } else {
+              terms = near_scores(part_s, rel, pairs, real, left, right, k_own,
+                                  TileRows{rel_pitch != 0 ? r_rows + (place.stage * kQueries + 32 * sub) * rel_pitch
+                                                          : queries_at(place.stage) + 32 * sub * 128,
+                                           kPanel, rel_pitch});
+              for (int x = 0; x < 4; ++x)
+                for (int e = 0; e < 4; ++e) terms.seen &= ~((blind[sub] >> (8 * x + pair + e % 2) & 1u) << (4 * x + e));
+            }
+            const float* const edge = of_queries.edges[terms.side < 0 ? 0 : terms.side];
+#pragma unroll
+            for (int x = 0; x < 4; ++x)
+              for (int e = 0; e < 4; ++e) {
+                const int query = 32 * sub + 8 * x + pair + e % 2;
+                const float constant =
+                    (terms.side < 0 ? 0.0f : edge[query]) + terms.added[e / 2] - of_queries.lse[query];
+                part_s[x][e] = fast_exp2(part_s[x][e] * terms.factor + constant);
+              }
+            if (p.seed != nullptr) {
+              const uint32_t kept = draw_fragments(p, static_cast<uint64_t>(*p.seed), b, h, pairs, lane);
+#pragma unroll
+              for (int x = 0; x < 4; ++x)
+                for (int e = 0; e < 4; ++e) {
+                  const float keep = (kept >> (4 * x + e) & 1u) != 0 ? keep_scale : 0.0f;
+                  const float delta = of_queries.delta[32 * sub + 8 * x + pair + e % 2];
+                  part_ds[x][e] = part_s[x][e] * (part_ds[x][e] * keep - delta);
+                  part_s[x][e] *= keep;
+                }
+              keep_registers(part_s);
+            } else {
+#pragma unroll
+              for (int x = 0; x < 4; ++x)
+                for (int e = 0; e < 4; ++e)
+                  part_ds[x][e] = part_s[x][e] * (part_ds[x][e] - of_queries.delta[32 * sub + 8 * x + pair + e % 2]);
+            }
+            select_seen(part_s, terms.seen);
+            select_seen(part_ds, terms.seen);
+          }
+          const bool last = i0 + kQueries >= queries.end;  // of this head
+          if (has_strip) {
+            scatter_gradients(ds, gradient_strip(rel), PairTile<Side::kKeys, kQueries>(p, tile, j0, i0), outer);
+            if (last) gradient_strip(rel).finish(outer, p.clips());
+          }
+          // Rows of queries that do not see some key must be finite, since their weights and gradients are 0: all warps
+          // clear the others, which are added at the end, once they have been multiplied with.
+          if (any_blind != 0 || !p.qk || !all_see(i0)) {
+            turn.meet();
+            const bool in_q = clear_rows<T, D, kQueries / 2>(queries_at(place.stage), kPanel, group * kQueries / 2);
+            const bool in_grad = clear_rows<T, D, kQueries / 2>(grads_at(place.stage), kPanel, group * kQueries / 2);
+            if (in_q || in_grad) signals->spoil(own_loads);
+            fence_async_proxy();
+            turn.meet();
+          }
+#pragma unroll
+          for (int k = 0; k < kQueries / 16; ++k)
+            for (int e = 0; e < 4; ++e) {
+              const int x = 2 * k + e / 2, y = e % 2 * 2;
+              weights[k][e] = narrow_pair<T>(s[x][y], s[x][y + 1]);
+              rounded[k][e] = p.qk ? narrow_pair<T>(ds[x][y], ds[x][y + 1]) : 0u;
+            }
+          turn.begin();
+          multiply_gradients();
+          place.advance();
+          if (last && h + 1 == (g + 1) * sharing) break;
+          multiply_queries();
+          turn.end();
+          next_queries<kQueries>(queries, h, i0);
+        }
+        turn.end();
+        wgmma_wait<0>();
+        keep_registers(grad_k);
+        keep_registers(grad_v);
+        release(&signals->free[place.before()]);
+        release(&signals->own_free);
+      }
+      const bool spoiled = seen && signals->is_spoiled(own_loads);
+      // `from`: rows of the queries.
+      const auto write = [&](const float (&sums)[D / 8][4], float factor, const HeadRows& to, const HeadRows& from,
+                             bool taps) {
+        each_row<D>(sums, {factor, factor}, strip, lane, [&](int r, int d, float (&value)[8]) {
+          const int j = j0 + r;
+          if (j < tile.key_begin || j >= tile.end() || d >= channels) return;
+          const bool there = real_key(p, b, j);
+          if (!there)
+            for (int e = 0; e < 8; ++e) value[e] = 0;
+          if (there && (taps || (spoiled && from.data != nullptr)))
+            for (int h = g * sharing; h < (g + 1) * sharing; ++h) {
+              if (taps) add_tap_grads<T>(value, p, t, tile, b, h, j, d);
+              if (spoiled && from.data != nullptr)
+                add_spoiled<T>(value, from, b, h, seeing_queries(p, tile, j, j + 1), d, channels - d, t.vectors,
+                               [&](int i) { return at<float>(p.lse, b, h, i) != -infinity<float>(); });
+            }
+          store_channels(at<T>(to, b, j, g) + d * to.channel, to.channel, channels - d, t.vectors, value);
+        });
+      };
+      if (p.grad_k.data != nullptr)
+        write(grad_k, static_cast<float>(p.scale), p.grad_k, p.qk ? p.q : HeadRows{}, false);
+      if (p.grad_v.data != nullptr) write(grad_v, 1, p.grad_v, p.grad, p.value_conv.data != nullptr);
+    }
+    turn.finish();
+  }
+}
+
+}  // namespace ck::cuda
