@@ -108,12 +108,6 @@ WARPGROUP_MUTATIONS = [
         "mbarrier_arrive_expect(full, bytes + 128);",
     ),
     Mutation(
-        "attention: warpgroups, rows of rel_query overwritten while others read them",
-        WARPGROUPS,
-        "          turn.meet_own();  // the rows of the last tile",
-        "          // the rows of the last tile",
-    ),
-    Mutation(
         "attention: warpgroups, rows of rel_query read before all are there",
         WARPGROUPS,
         "          cp_async_wait<0>();\n          turn.meet_own();\n",
