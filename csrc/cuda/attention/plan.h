@@ -189,13 +189,15 @@ inline AttentionPlan tensor_plan(const AttentionFacts& f, bool backward) {
   plan.channels = round_to(f.channels, 32);
   plan.kernel_channels = plan.channels <= 64 ? 64 : 128;
   const int64_t limit = f.device.block_memory < kBlockMemory ? f.device.block_memory : kBlockMemory;
+  // Strips of warpgroups also have what is left and right of the window.
+  const int64_t edges = f.device.warpgroups && f.boxes ? 2 : 0;
   if (backward) {
-    plan.strip_pitch = f.relative ? strip_pitch_of(f.window, kGradOthers) : 0;
+    plan.strip_pitch = f.relative ? strip_pitch_of(f.window + edges, kGradOthers) : 0;
     plan.grad_pitch = f.relative ? grad_pitch_of(f.window, kGradOthers) : 0;
     plan.shared_bytes = backward_bytes(f, plan, false);
     plan.key_shared_bytes = backward_bytes(f, plan, true);
   } else {
-    plan.strip_pitch = f.relative ? strip_pitch_of(f.window, kForwardKeys) : 0;
+    plan.strip_pitch = f.relative ? strip_pitch_of(f.window + edges, kForwardKeys) : 0;
     const int64_t all = (f.keys + kForwardKeys - 1) / kForwardKeys;
     plan.resident = !f.packed && f.keys <= kResidentKeys && f.keys > 0 && forward_bytes(f, plan, all) <= limit;
     plan.shared_bytes = forward_bytes(f, plan, plan.resident ? all : 2);
