@@ -32,7 +32,10 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
   const Relative<T> rel(p, t, h, lane, edges, strips + warp * 16 * strip_pitch);
   float* const grad_strips = strips + kTensorWarps * 16 * strip_pitch;
   const int sum_pitch = static_cast<int>(max(t.rank_pitch, t.channel_pitch)) + 4;
-  float* const sums = grad_strips + kTensorWarps * 16 * grad_pitch + warp * 16 * sum_pitch;  // [16][sum_pitch]
+  // As sums_in_ring() says.
+  const bool in_ring = D > kNarrowChannels && (!p.has_columns() || t.whole_strips);
+  float* const sums = (in_ring ? reinterpret_cast<float*>(ring) : grad_strips + kTensorWarps * 16 * grad_pitch) +
+                      warp * 16 * sum_pitch;  // [16][sum_pitch]
 
   const int64_t piece = unit * p.query_parts + part * kTensorWarps + warp;
   float* const partial =
@@ -62,8 +65,11 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
   const auto copy_keys = [&](int stage, int j0, Range keys, unsigned real) {
     T* const to = ring + stage * 2 * kKeys * kPitch;
     const unsigned there = real & those_in(keys, j0);
-    copy_rows(to, kPitch, p.k, b, g, j0, there, channels, padded, t.vectors);
-    copy_rows(to + kKeys * kPitch, kPitch, p.v, b, g, j0, there, channels, padded, t.vectors);
+    copy_rows<D>(to, kPitch, p.k, b, g, j0, there, channels, padded, t.vectors);
+    copy_rows<D>(to + kKeys * kPitch, kPitch, p.v, b, g, j0, there, channels, padded, t.vectors);
+  };
+  const auto clear_sums = [&] {
+    for (int e = lane; e < 16 * sum_pitch; e += 32) sums[e] = 0;
   };
 
 #pragma unroll 1
@@ -74,8 +80,8 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
     const int begin = keys.first >= keys.end ? keys.end : keys.first / 8 * 8, end = tile.first + tile.count;
     __syncthreads();
     const Range queries{tile.first, end};
-    copy_tile<kGradRows>(q_rows, kPitch, p.q, b, h, tile.first, queries, channels, padded, t.vectors);
-    copy_tile<kGradRows>(g_rows, kPitch, p.grad, b, h, tile.first, queries, channels, padded, t.vectors);
+    copy_tile<kGradRows, D>(q_rows, kPitch, p.q, b, h, tile.first, queries, channels, padded, t.vectors);
+    copy_tile<kGradRows, D>(g_rows, kPitch, p.grad, b, h, tile.first, queries, channels, padded, t.vectors);
     if (low_rank)
       copy_tile<kGradRows>(r_rows, rel_pitch, p.rel_query, b, h, tile.first, queries, rank,
                            static_cast<int>(t.rank_pitch), t.rank_vectors);
@@ -126,7 +132,7 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
       finish_delta(sums_of_rows);
     }
     if (p.needs_queries()) {
-      for (int e = lane; e < 16 * sum_pitch; e += 32) sums[e] = 0;
+      if (!in_ring) clear_sums();
       if (has_strip && t.whole_strips) grad_strip.clear();
     }
 
@@ -193,6 +199,7 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
       }
     }
     if (!works || !p.needs_queries()) continue;
+    if (in_ring) clear_sums();
     if (has_strip) grad_strip.finish(outer, p.clips());
     const auto write = [&](const HeadRows& to, int count, bool vectors, float factor, bool finite) {
       __syncwarp();
