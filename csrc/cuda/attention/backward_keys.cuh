@@ -156,7 +156,10 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
           if (works) {
             float s[kQueries / 8][4] = {}, ds[kQueries / 8][4] = {};
             if (p.qk) multiply_pairs<T, D, kQueries>(s, k_rows + own * kPitch, q_rows, kPitch, all, lane);
-            if (scores) multiply_pairs<T, D, kQueries>(ds, v_rows + own * kPitch, g_rows, kPitch, all, lane);
+            const auto multiply_values = [&] {
+              if (scores) multiply_pairs<T, D, kQueries>(ds, v_rows + own * kPitch, g_rows, kPitch, all, lane);
+            };
+            if (D <= kNarrowChannels) multiply_values();
             const PairTile<Side::kKeys, kQueries> pairs(p, tile, j0, i0);
             const unsigned blind = __ballot_sync(kAllLanes, of_queries[lane] == infinity<float>());  // see nothing
             ScoreTerms terms;
@@ -169,6 +172,8 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
                 for (int e = 0; e < 4; ++e) terms.seen &= ~((blind >> (8 * x + pair + e % 2) & 1u) << (4 * x + e));
             }
             const uint32_t kept = p.seed == nullptr ? ~0u : draw_fragments(p, seed, b, h, pairs, lane);
+            // So late in wide heads, where registers are few.
+            if (D > kNarrowChannels) multiply_values();
 #pragma unroll
             for (int x = 0; x < kQueries / 8; ++x) {
 #pragma unroll

@@ -159,7 +159,10 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
         if (works) {
           float s[kKeys / 8][4] = {}, ds[kKeys / 8][4];
           if (p.qk) multiply_pairs<T, D, kKeys>(s, q_rows + own * kPitch, k_rows, kPitch, all, lane);
-          multiply_pairs<T, D, kKeys>(ds, g_rows + own * kPitch, v_rows, kPitch, all, lane);
+          const auto multiply_values = [&] {
+            multiply_pairs<T, D, kKeys>(ds, g_rows + own * kPitch, v_rows, kPitch, all, lane);
+          };
+          if (D <= kNarrowChannels) multiply_values();
           const PairTile<Side::kQueries, kKeys> pairs(p, tile, i0, j0);
           ScoreTerms terms;
           if (edges == nullptr && all_see && far.has(j0, real == ~0u)) {
@@ -170,6 +173,8 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
             terms.seen &= (sees[0] ? 0x3333u : 0u) | (sees[1] ? 0xCCCCu : 0u);
           }
           const uint32_t kept = p.seed == nullptr ? ~0u : draw_fragments(p, seed, b, h, pairs, lane);
+          // So late in wide heads, where registers are few.
+          if (D > kNarrowChannels) multiply_values();
 #pragma unroll
           for (int x = 0; x < kKeys / 8; ++x) {
 #pragma unroll

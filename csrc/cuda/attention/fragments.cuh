@@ -35,6 +35,7 @@ CK_DEVICE void copy_rows(T* to, int pitch, const HeadRows& t, int64_t b, int64_t
                          int channels, int padded, bool vectors, int thread = threadIdx.x) {
   // A thread has the same 8 channels of all its rows. As many threads as a power of two share a row, some of which may
   // have nothing to do: a division would take longer.
+  if (kMost > kNarrowChannels) thread = opaque(thread);
   const int log = kMost > 128  ? 5
                   : pitch > 72 ? 4
                   : pitch > 40 ? 3
@@ -164,6 +165,7 @@ CK_DEVICE void set_zero(float (&values)[kX][4]) {
 template <class T, int D, int kOther>
 CK_DEVICE void multiply_pairs(float (&acc)[kOther / 8][4], const T* own, const T* others, int pitch, bool all,
                               int lane) {
+  if (D > kNarrowChannels) lane = opaque(lane);
   set_zero(acc);
   each_piece<D, D / 16>(all, [&](int k) {
     uint32_t a[4];
@@ -198,6 +200,7 @@ CK_DEVICE uint32_t finite_pair(uint32_t pair) {
 template <class T, bool kFinite, int kM, int kC, int kX>
 CK_DEVICE void multiply_rows(float (&acc)[kM][kC][4], const float (&values)[kM][kX][4], const T* rows, int pitch,
                              bool all, int lane) {
+  if (8 * kC > kNarrowChannels) lane = opaque(lane);
 #pragma unroll
   for (int k = 0; k < kX / 2; ++k) {
     uint32_t a[kM][4];
