@@ -205,7 +205,7 @@ LARGEST = 227 << 10
 def test_attention_of_every_shape_gets_a_plan(backward, memory):
     families = collections.Counter()
     for dtype, channels, keys, window, low_rank, positive, packed, (warpgroups, boxes) in itertools.product(
-        ("bfloat16", "float16", "float32", "float64"), (1, 20, 64, 96, 128, 129), (0, 1, 128, 256, 257, 8192),
+        ("bfloat16", "float16", "float32", "float64"), (1, 20, 64, 96, 128, 257), (0, 1, 128, 256, 257, 8192),
         (1, 17, 1025), (0, 16, 128), (False, True), (False, True), ((True, True), (True, False), (False, True)),
     ):  # fmt: skip
         facts = {
@@ -267,6 +267,46 @@ def test_sums_of_attention_stay_small():
 def test_unknown_facts_of_attention_are_refused():
     with pytest.raises(TypeError, match="cuda_attention_plan: a fact"):
         attention_plan(False, taps=3)
+
+
+def wide_bytes(backward, channels, rank, window, stages):
+    """Shared memory of the tensor kernels with more than 128 channels and no key_rel: 64 rows of a block (and of their
+    gradients), stages of 32 rows of two others, strips, and sums of 16 rows where they do not lie in the stages."""
+    pitch, rank_pitch = -(-channels // 64) * 64 + 8, -(-rank // 16) * 16 + 8 if rank else 0
+    columns = -(-min(window, 32 + 15) // 8) * 8 + 1 if window > 1 else 0
+    if not backward:
+        return 2 * (64 * (pitch + rank_pitch) + 64 * stages * pitch) + 256 * columns
+    grads = -(-(window if window <= 64 else 32 + 15) // 16) * 16 + 1 if window > 1 else 0
+    sums = -(-channels // 32) * 32 + 4 if window > 64 else 0
+    return 2 * (64 * rank_pitch + 256 * pitch) + 256 * (columns + grads) + max(256 * sums, 1024)
+
+
+@pytest.mark.parametrize("memory", [LARGEST, LARGE, SMALL])
+@pytest.mark.parametrize("backward", [False, True])
+def test_wide_heads_of_attention_take_tensor_cores_where_they_fit(backward, memory):
+    families = collections.Counter()
+    for channels, keys, window, rank, warpgroups in itertools.product(
+        (129, 160, 192, 200, 256), (1, 257), (1, 17, 64, 1025), (0, 16, 128, 129), (False, True)
+    ):
+        facts = {
+            "queries": 500, "keys": keys, "channels": channels, "rank": rank or channels, "low_rank": rank > 0,
+            "window": window, "relative": window > 1, "block_memory": memory, "warpgroups": warpgroups,
+        }  # fmt: skip
+        chosen = attention_plan(backward, **facts)
+        needed = wide_bytes(backward, channels, rank, window, 1 if keys == 1 else 2)
+        family = "tensor" if rank <= 128 and needed <= memory else "plain"
+        families[family] += 1
+        assert chosen["family"] == chosen["key_family"] == family, (facts, chosen)
+        assert max(chosen["shared_bytes"], chosen["key_shared_bytes"]) <= memory, (facts, chosen)
+        if family == "tensor":
+            assert channels <= chosen["channels"] < channels + 32, (facts, chosen)
+            assert chosen["kernel_channels"] == (192 if channels <= 192 else 256), (facts, chosen)
+            assert max(chosen["shared_bytes"], chosen["key_shared_bytes"]) == needed or chosen["resident"], facts
+    assert set(families) == ({"plain"} if backward and memory == SMALL else {"plain", "tensor"})
+    # The tables of keys are added to while the walk goes on: sums of their own.
+    facts = {"channels": 256, "relative": True, "window": 17, "block_memory": LARGE}
+    assert attention_plan(True, **facts)["family"] == "tensor"
+    assert attention_plan(True, **facts, key_rel=True)["family"] == "plain"
 
 
 @pytest.mark.parametrize("backward", [False, True])

@@ -183,7 +183,7 @@ def _attention(channels: int) -> list[MainLoop]:
     return [
         MainLoop("attention_forward", variant, f"{own} x 32 pairs", forward, "tile", 1),
         MainLoop("attention_backward_queries", variant, "16 x 32 pairs", queries, "tile", 1),
-        MainLoop("attention_backward_keys", variant, "16 x 32 pairs", keys, "tile", 1),
+        MainLoop("attention_backward_keys", f"{variant}, true, true", "16 x 32 pairs", keys, "tile", 1),
         MainLoop("attention_backward_queries_warpgroups", variant, "16 x 64 pairs", queries_by_warpgroups, "tile", 1),
         MainLoop("attention_backward_keys_warpgroups", variant, f"16 x {met} pairs", keys_by_warpgroups, "tile", 1),
     ]

@@ -8,15 +8,16 @@
 
 namespace ck::cuda {
 
-// Blocks: parts, groups, batch rows; a block takes every blocks-th tile of 64 keys. p.key_parts counts warps.
-template <class T, int D>
+// Blocks: parts, groups, batch rows; a block takes every blocks-th tile of 64 keys. p.key_parts counts warps. kKeys: it
+// makes d(k) and the sums for key_rel, kValues: d(v); in wide heads there is a launch for each.
+template <class T, int D, bool kKeys, bool kValues>
 CK_GLOBAL(kTensorThreads, 2)
 void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM TensorTables t, int64_t tiles) {
   constexpr int kPitch = D + 8, kQueries = kGradOthers;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, channels = static_cast<int>(p.channels);
   const int64_t parts = p.key_parts / kTensorWarps, part = blockIdx.x % parts, unit = blockIdx.x / parts;
   const int64_t b = unit / p.groups, g = unit % p.groups, W = p.window();
-  const bool low_rank = p.rel_query.data != nullptr, scores = p.needs_keys();
+  const bool low_rank = p.rel_query.data != nullptr, scores = kKeys && p.needs_keys();
   const bool has_strip = p.key_rel.data != nullptr && scores, all = t.channel_pitch == D;
   const int padded = static_cast<int>(t.channel_pitch);
   const int rel_pitch = low_rank ? static_cast<int>(t.rank_pitch) + 8 : kPitch;
@@ -31,13 +32,15 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
   float* const strip = strips + warp * 16 * strip_pitch;
   float* const score_grads = strips + kTensorWarps * 16 * strip_pitch + warp * 16 * grad_pitch;
   const int sum_pitch = static_cast<int>(t.channel_pitch) + 4;
+  const bool in_ring = D > kNarrowChannels && p.key_rel.data == nullptr;  // as sums_in_ring() says
   float* const sums =
-      strips + kTensorWarps * 16 * (strip_pitch + grad_pitch) + warp * 16 * sum_pitch;  // [16][sum_pitch]
+      (in_ring ? reinterpret_cast<float*>(ring) : strips + kTensorWarps * 16 * (strip_pitch + grad_pitch)) +
+      warp * 16 * sum_pitch;  // [16][sum_pitch]
   const auto partial_of = [&](int64_t h) {
     return static_cast<float*>(p.partial_key_rel) +
            ((b * p.heads + h) * p.key_parts + part * kTensorWarps + warp) * W * channels;
   };
-  if (p.grad_key_rel != nullptr)
+  if (kKeys && p.grad_key_rel != nullptr)
     for (int64_t n = 0; n < p.sharing(); ++n)
       for (int64_t e = lane; e < W * channels; e += 32) partial_of(g * p.sharing() + n)[e] = 0;
   const uint64_t seed = p.seed == nullptr ? 0 : static_cast<uint64_t>(*p.seed);
@@ -55,8 +58,8 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
     for (int r = 0; r < kGradRows; r += 32) {
       const int first = tile.first + r;
       const unsigned there = real_keys(p, ask_mask(p, b, first, lane)) & those_in({tile.key_begin, key_end}, first);
-      copy_rows(k_rows + r * kPitch, kPitch, p.k, b, g, first, there, channels, D, t.vectors);
-      copy_rows(v_rows + r * kPitch, kPitch, p.v, b, g, first, there, channels, D, t.vectors);
+      copy_rows<D>(k_rows + r * kPitch, kPitch, p.k, b, g, first, there, channels, D, t.vectors);
+      if (kKeys) copy_rows<D>(v_rows + r * kPitch, kPitch, p.v, b, g, first, there, channels, D, t.vectors);
     }
     cp_async_commit();
     const int j0 = tile.first + own;
@@ -64,7 +67,8 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
     float grad_k[D / 8][4], grad_v[D / 8][4];
     set_zero(grad_k);
     set_zero(grad_v);
-    for (int e = lane; e < 16 * sum_pitch; e += 32) sums[e] = 0;
+    if (!in_ring)
+      for (int e = lane; e < 16 * sum_pitch; e += 32) sums[e] = 0;
     __syncwarp();
     const unsigned real = real_keys(p, ask_mask(p, b, j0, lane));
     const bool all_real = (real & 0xFFFFu) == 0xFFFFu;
@@ -105,8 +109,8 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
         const auto copy_queries = [&](int stage, int i0) {
           T* const to = ring + stage * stage_size;
           const unsigned there = those_in(queries, i0);
-          copy_rows(to, kPitch, p.q, b, h, i0, there, channels, padded, t.vectors);
-          copy_rows(to + kQueries * kPitch, kPitch, p.grad, b, h, i0, there, channels, padded, t.vectors);
+          copy_rows<D>(to, kPitch, p.q, b, h, i0, there, channels, padded, t.vectors);
+          copy_rows<D>(to + kQueries * kPitch, kPitch, p.grad, b, h, i0, there, channels, padded, t.vectors);
           if (low_rank)
             copy_rows(to + 2 * kQueries * kPitch, rel_pitch, p.rel_query, b, h, i0, there, static_cast<int>(p.rank),
                       static_cast<int>(t.rank_pitch), t.rank_vectors);
@@ -152,7 +156,10 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
           if (works) {
             float s[kQueries / 8][4] = {}, ds[kQueries / 8][4] = {};
             if (p.qk) multiply_pairs<T, D, kQueries>(s, k_rows + own * kPitch, q_rows, kPitch, all, lane);
-            if (scores) multiply_pairs<T, D, kQueries>(ds, v_rows + own * kPitch, g_rows, kPitch, all, lane);
+            const auto multiply_values = [&] {
+              if (scores) multiply_pairs<T, D, kQueries>(ds, v_rows + own * kPitch, g_rows, kPitch, all, lane);
+            };
+            if (D <= kNarrowChannels) multiply_values();
             const PairTile<Side::kKeys, kQueries> pairs(p, tile, j0, i0);
             const unsigned blind = __ballot_sync(kAllLanes, of_queries[lane] == infinity<float>());  // see nothing
             ScoreTerms terms;
@@ -165,6 +172,8 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
                 for (int e = 0; e < 4; ++e) terms.seen &= ~((blind >> (8 * x + pair + e % 2) & 1u) << (4 * x + e));
             }
             const uint32_t kept = p.seed == nullptr ? ~0u : draw_fragments(p, seed, b, h, pairs, lane);
+            // So late in wide heads, where registers are few.
+            if (D > kNarrowChannels) multiply_values();
 #pragma unroll
             for (int x = 0; x < kQueries / 8; ++x) {
 #pragma unroll
@@ -180,7 +189,7 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
             }
             select_seen(s, terms.seen);
             select_seen(ds, terms.seen);
-            multiply_rows<T>(grad_v, s, g_rows, kPitch, all, lane, finite);
+            if (kValues) multiply_rows<T>(grad_v, s, g_rows, kPitch, all, lane, finite);
             if (scores && p.qk) multiply_rows<T>(grad_k, ds, q_rows, kPitch, all, lane, finite);
             if (has_strip && !finite) scatter_gradients(ds, grad_strip, pairs, outer);
           }
@@ -222,17 +231,19 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
     };
     const float scale = static_cast<float>(p.scale);
     __syncwarp();
-    if (p.grad_k.data != nullptr) {
-      for (int e = lane; e < 16 * sum_pitch; e += 32) sums[e] *= scale;
+    if (kKeys && p.grad_k.data != nullptr) {
+      for (int e = lane; e < 16 * sum_pitch; e += 32) sums[e] = in_ring ? 0.0f : sums[e] * scale;
       __syncwarp();
       add_rows<D>(sums, sum_pitch, grad_k, scale, all, lane);
       write(p.grad_k, p.qk ? p.q : HeadRows{}, false);
     }
-    if (p.grad_v.data == nullptr) continue;
-    for (int e = lane; e < 16 * sum_pitch; e += 32) sums[e] = 0;
-    __syncwarp();
-    add_rows<D>(sums, sum_pitch, grad_v, 1, all, lane);
-    write(p.grad_v, p.grad, p.value_conv.data != nullptr);
+    if constexpr (kValues) {
+      if (p.grad_v.data == nullptr) continue;
+      for (int e = lane; e < 16 * sum_pitch; e += 32) sums[e] = 0;
+      __syncwarp();
+      add_rows<D>(sums, sum_pitch, grad_v, 1, all, lane);
+      write(p.grad_v, p.grad, p.value_conv.data != nullptr);
+    }
   }
 }
 

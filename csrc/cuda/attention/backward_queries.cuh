@@ -32,7 +32,10 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
   const Relative<T> rel(p, t, h, lane, edges, strips + warp * 16 * strip_pitch);
   float* const grad_strips = strips + kTensorWarps * 16 * strip_pitch;
   const int sum_pitch = static_cast<int>(max(t.rank_pitch, t.channel_pitch)) + 4;
-  float* const sums = grad_strips + kTensorWarps * 16 * grad_pitch + warp * 16 * sum_pitch;  // [16][sum_pitch]
+  // As sums_in_ring() says.
+  const bool in_ring = D > kNarrowChannels && (!p.has_columns() || t.whole_strips);
+  float* const sums = (in_ring ? reinterpret_cast<float*>(ring) : grad_strips + kTensorWarps * 16 * grad_pitch) +
+                      warp * 16 * sum_pitch;  // [16][sum_pitch]
 
   const int64_t piece = unit * p.query_parts + part * kTensorWarps + warp;
   float* const partial =
@@ -62,8 +65,11 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
   const auto copy_keys = [&](int stage, int j0, Range keys, unsigned real) {
     T* const to = ring + stage * 2 * kKeys * kPitch;
     const unsigned there = real & those_in(keys, j0);
-    copy_rows(to, kPitch, p.k, b, g, j0, there, channels, padded, t.vectors);
-    copy_rows(to + kKeys * kPitch, kPitch, p.v, b, g, j0, there, channels, padded, t.vectors);
+    copy_rows<D>(to, kPitch, p.k, b, g, j0, there, channels, padded, t.vectors);
+    copy_rows<D>(to + kKeys * kPitch, kPitch, p.v, b, g, j0, there, channels, padded, t.vectors);
+  };
+  const auto clear_sums = [&] {
+    for (int e = lane; e < 16 * sum_pitch; e += 32) sums[e] = 0;
   };
 
 #pragma unroll 1
@@ -74,8 +80,8 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
     const int begin = keys.first >= keys.end ? keys.end : keys.first / 8 * 8, end = tile.first + tile.count;
     __syncthreads();
     const Range queries{tile.first, end};
-    copy_tile<kGradRows>(q_rows, kPitch, p.q, b, h, tile.first, queries, channels, padded, t.vectors);
-    copy_tile<kGradRows>(g_rows, kPitch, p.grad, b, h, tile.first, queries, channels, padded, t.vectors);
+    copy_tile<kGradRows, D>(q_rows, kPitch, p.q, b, h, tile.first, queries, channels, padded, t.vectors);
+    copy_tile<kGradRows, D>(g_rows, kPitch, p.grad, b, h, tile.first, queries, channels, padded, t.vectors);
     if (low_rank)
       copy_tile<kGradRows>(r_rows, rel_pitch, p.rel_query, b, h, tile.first, queries, rank,
                            static_cast<int>(t.rank_pitch), t.rank_vectors);
@@ -126,7 +132,7 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
       finish_delta(sums_of_rows);
     }
     if (p.needs_queries()) {
-      for (int e = lane; e < 16 * sum_pitch; e += 32) sums[e] = 0;
+      if (!in_ring) clear_sums();
       if (has_strip && t.whole_strips) grad_strip.clear();
     }
 
@@ -153,7 +159,10 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
         if (works) {
           float s[kKeys / 8][4] = {}, ds[kKeys / 8][4];
           if (p.qk) multiply_pairs<T, D, kKeys>(s, q_rows + own * kPitch, k_rows, kPitch, all, lane);
-          multiply_pairs<T, D, kKeys>(ds, g_rows + own * kPitch, v_rows, kPitch, all, lane);
+          const auto multiply_values = [&] {
+            multiply_pairs<T, D, kKeys>(ds, g_rows + own * kPitch, v_rows, kPitch, all, lane);
+          };
+          if (D <= kNarrowChannels) multiply_values();
           const PairTile<Side::kQueries, kKeys> pairs(p, tile, i0, j0);
           ScoreTerms terms;
           if (edges == nullptr && all_see && far.has(j0, real == ~0u)) {
@@ -164,6 +173,8 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
             terms.seen &= (sees[0] ? 0x3333u : 0u) | (sees[1] ? 0xCCCCu : 0u);
           }
           const uint32_t kept = p.seed == nullptr ? ~0u : draw_fragments(p, seed, b, h, pairs, lane);
+          // So late in wide heads, where registers are few.
+          if (D > kNarrowChannels) multiply_values();
 #pragma unroll
           for (int x = 0; x < kKeys / 8; ++x) {
 #pragma unroll
@@ -193,6 +204,7 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
       }
     }
     if (!works || !p.needs_queries()) continue;
+    if (in_ring) clear_sums();
     if (has_strip) grad_strip.finish(outer, p.clips());
     const auto write = [&](const HeadRows& to, int count, bool vectors, float factor, bool finite) {
       __syncwarp();

@@ -1,4 +1,4 @@
-// The forward pass of attention on tensor cores: 16-bit types, up to 128 channels.
+// The forward pass of attention on tensor cores: 16-bit types, up to 256 channels.
 //
 // A block owns a head of a batch row and takes every parts-th tile of its 64 or 128 queries; each of its 4 warps has 16
 // or 32 of them. Shared memory holds the tile's rows of q (and of rel_query), two tiles of 32 keys with their values,
@@ -96,8 +96,8 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
   const auto key_rows = [&](int stage) { return ring + stage * 2 * kKeys * kPitch; };
   const auto copy_keys = [&](int stage, int j0, Range keys, unsigned real) {
     const unsigned there = real & those_in(keys, j0);
-    copy_rows(key_rows(stage), kPitch, p.k, b, g, j0, there, channels, padded, t.vectors);
-    copy_rows(key_rows(stage) + kKeys * kPitch, kPitch, p.v, b, g, j0, there, channels, padded, t.vectors);
+    copy_rows<D>(key_rows(stage), kPitch, p.k, b, g, j0, there, channels, padded, t.vectors);
+    copy_rows<D>(key_rows(stage) + kKeys * kPitch, kPitch, p.v, b, g, j0, there, channels, padded, t.vectors);
   };
   if (resident) {
     for (int n = 0; n < stages; ++n)
@@ -114,7 +114,7 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
     const int begin = keys.first >= keys.end ? keys.end : keys.first / (resident ? kKeys : 8) * (resident ? kKeys : 8);
     __syncthreads();
     const Range queries{tile.first, tile.first + tile.count};
-    copy_tile<kRows>(q_rows, kPitch, p.q, b, h, tile.first, queries, channels, padded, t.vectors);
+    copy_tile<kRows, D>(q_rows, kPitch, p.q, b, h, tile.first, queries, channels, padded, t.vectors);
     if (low_rank)
       copy_tile<kRows>(r_rows, rel_pitch, p.rel_query, b, h, tile.first, queries, static_cast<int>(p.rank),
                        static_cast<int>(t.rank_pitch), t.rank_vectors);

@@ -29,13 +29,18 @@ static_assert(kForwardKeys == 32 && kGradOthers == 32);  // bits of a word
 
 // Copies the 32 rows of head h from position `first` on to shared memory, `padded` channels each, by 128 threads. Zeros
 // stand where `there` has no bit for a row, and where there is no channel. The pitch is 8 channels more than the
-// kernel's template argument.
-template <class T>
+// kernel's template argument. kMost: channels, at most.
+template <int kMost = kNarrowChannels, class T>
 CK_DEVICE void copy_rows(T* to, int pitch, const HeadRows& t, int64_t b, int64_t h, int first, unsigned there,
                          int channels, int padded, bool vectors, int thread = threadIdx.x) {
   // A thread has the same 8 channels of all its rows. As many threads as a power of two share a row, some of which may
   // have nothing to do: a division would take longer.
-  const int log = pitch > 72 ? 4 : pitch > 40 ? 3 : 2, step = kTensorThreads >> log, row = thread >> log;
+  if (kMost > kNarrowChannels) thread = opaque(thread);
+  const int log = kMost > 128  ? 5
+                  : pitch > 72 ? 4
+                  : pitch > 40 ? 3
+                               : 2,
+            step = kTensorThreads >> log, row = thread >> log;
   const int c = (thread & ((1 << log) - 1)) * 8;
   if (c >= padded) return;
   const unsigned valid = c < channels ? there >> row : 0;
@@ -56,12 +61,13 @@ CK_DEVICE void copy_rows(T* to, int pitch, const HeadRows& t, int64_t b, int64_t
 }
 
 // The same for kRows rows, of which those in `range` are there.
-template <int kRows, class T>
+template <int kRows, int kMost = kNarrowChannels, class T>
 CK_DEVICE void copy_tile(T* to, int pitch, const HeadRows& t, int64_t b, int64_t h, int first, const Range& range,
                          int channels, int padded, bool vectors, int thread = threadIdx.x) {
 #pragma unroll 1
   for (int r = 0; r < kRows; r += 32)
-    copy_rows(to + r * pitch, pitch, t, b, h, first + r, those_in(range, first + r), channels, padded, vectors, thread);
+    copy_rows<kMost>(to + r * pitch, pitch, t, b, h, first + r, those_in(range, first + r), channels, padded, vectors,
+                     thread);
 }
 
 // step(0) to step(kSteps - 1) for D channels in equal pieces; the last 32 channels may be padding, and take part only
@@ -159,6 +165,7 @@ CK_DEVICE void set_zero(float (&values)[kX][4]) {
 template <class T, int D, int kOther>
 CK_DEVICE void multiply_pairs(float (&acc)[kOther / 8][4], const T* own, const T* others, int pitch, bool all,
                               int lane) {
+  if (D > kNarrowChannels) lane = opaque(lane);
   set_zero(acc);
   each_piece<D, D / 16>(all, [&](int k) {
     uint32_t a[4];
@@ -193,6 +200,7 @@ CK_DEVICE uint32_t finite_pair(uint32_t pair) {
 template <class T, bool kFinite, int kM, int kC, int kX>
 CK_DEVICE void multiply_rows(float (&acc)[kM][kC][4], const float (&values)[kM][kX][4], const T* rows, int pitch,
                              bool all, int lane) {
+  if (8 * kC > kNarrowChannels) lane = opaque(lane);
 #pragma unroll
   for (int k = 0; k < kX / 2; ++k) {
     uint32_t a[kM][4];

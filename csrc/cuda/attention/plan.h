@@ -33,7 +33,7 @@ struct AttentionPlan {
   AttentionFamily family = AttentionFamily::kPlain;
   AttentionFamily key_family = AttentionFamily::kPlain;  // of the pass over the keys; family is that of the queries
   int64_t channels = 0;                                  // of the tensor kernels, padded
-  int64_t kernel_channels = 0;                           // their template argument: 64 or 128
+  int64_t kernel_channels = 0;                           // their template argument: 64, 128, 192 or 256
   bool resident = false;                                 // the forward pass keeps all keys and values in shared memory
   int64_t stages = 0, key_stages = 0;                    // of others in shared memory, of the kernels for warpgroups
   int64_t shared_bytes = 0;                              // of a block of the tensor kernels
@@ -70,8 +70,9 @@ constexpr int64_t kPlainKeyNumbers =
 // tensor: tiles of 64 or 128 queries
 
 constexpr int kTensorWarps = 4, kTensorThreads = 32 * kTensorWarps;
-constexpr int64_t kTensorChannels = 128;  // at most
-constexpr int64_t kResidentKeys = 256;    // at most
+constexpr int64_t kTensorChannels = 256, kTensorRank = 128;  // at most
+constexpr int64_t kNarrowChannels = 128;                     // above, sums of two gradients do not fit into registers
+constexpr int64_t kResidentKeys = 256;                       // at most
 
 constexpr int kForwardKeys = 32;  // of a tile
 // Fragments of 16 queries of a warp: more share what is read of the keys, and take registers.
@@ -146,18 +147,23 @@ inline int64_t warpgroup_backward_bytes(const AttentionFacts& f, const Attention
          (keys ? 0 : kWarpgroupRows * rel_row);
 }
 
+// Whether the sums of warps lie where the others' rows lay: in wide heads, if nothing is added before the walk is done.
+inline bool sums_in_ring(const AttentionFacts& f, const AttentionPlan& plan, bool keys) {
+  return plan.kernel_channels > kNarrowChannels && (keys ? !f.key_rel : !f.relative || f.window <= kWholeStrip);
+}
+
 inline int64_t backward_bytes(const AttentionFacts& f, const AttentionPlan& plan, bool keys) {
   const int64_t pitch = plan.kernel_channels + 8, rank = padded_rank(f, plan.channels), rel = f.low_rank ? rank + 8 : 0;
   const int64_t own = kGradRows * (2 * pitch + (keys ? 0 : rel));
   const int64_t others = 2 * kGradOthers * (2 * pitch + (keys ? rel : 0));
-  const int64_t sums = (keys || rank < plan.channels ? plan.channels : rank) + 4;
+  const int64_t sums = sums_in_ring(f, plan, keys) ? 0 : (keys || rank < plan.channels ? plan.channels : rank) + 4;
   return 2 * (own + others) + (keys ? 4 * 2 * 4 * kGradOthers : 0) +
          4 * kTensorWarps * 16 * (plan.strip_pitch + plan.grad_pitch + sums);
 }
 
 // Replaces the kernels of a plan by those for warpgroups, where these can run.
 inline void use_warpgroups(AttentionPlan& plan, const AttentionFacts& f, bool backward) {
-  if (!f.device.warpgroups || !f.boxes) return;
+  if (!f.device.warpgroups || !f.boxes || plan.kernel_channels > kNarrowChannels) return;
   // As many stages as there is room for.
   const auto replace = [&](AttentionFamily& family, int64_t& stages, int64_t& shared_bytes, const auto& bytes) {
     for (int64_t n = kMostStages; n > 1; --n)
@@ -183,14 +189,15 @@ inline void use_warpgroups(AttentionPlan& plan, const AttentionFacts& f, bool ba
 inline AttentionPlan tensor_plan(const AttentionFacts& f, bool backward) {
   const bool narrow = f.dtype == Dtype::kBFloat16 || f.dtype == Dtype::kFloat16;
   // The maximum of a row is found before the scale is applied: it must not be negative.
-  if (!narrow || f.channels > kTensorChannels || f.rank > kTensorChannels || !f.positive_scale) return {};
+  if (!narrow || f.channels > kTensorChannels || (f.low_rank && f.rank > kTensorRank) || !f.positive_scale) return {};
   AttentionPlan plan;
   plan.family = plan.key_family = AttentionFamily::kTensor;
   plan.channels = round_to(f.channels, 32);
-  plan.kernel_channels = plan.channels <= 64 ? 64 : 128;
-  const int64_t limit = f.device.block_memory < kBlockMemory ? f.device.block_memory : kBlockMemory;
+  plan.kernel_channels = round_to(plan.channels, 64);
+  const bool wide = plan.kernel_channels > kNarrowChannels;
+  const int64_t limit = wide || f.device.block_memory < kBlockMemory ? f.device.block_memory : kBlockMemory;
   // Strips of warpgroups also have what is left and right of the window.
-  const int64_t edges = f.device.warpgroups && f.boxes ? 2 : 0;
+  const int64_t edges = f.device.warpgroups && f.boxes && !wide ? 2 : 0;
   if (backward) {
     plan.strip_pitch = f.relative ? strip_pitch_of(f.window + edges, kGradOthers) : 0;
     plan.grad_pitch = f.relative ? grad_pitch_of(f.window, kGradOthers) : 0;

@@ -23,4 +23,12 @@ const char* with_channels(int64_t channels, const Body& body) {
   return channels <= 64 ? body(std::integral_constant<int, 64>{}) : body(std::integral_constant<int, 128>{});
 }
 
+// The same for kernels that take wide heads.
+template <class Body>
+const char* with_all_channels(int64_t channels, const Body& body) {
+  return channels <= 128   ? with_channels(channels, body)
+         : channels <= 192 ? body(std::integral_constant<int, 192>{})
+                           : body(std::integral_constant<int, 256>{});
+}
+
 }  // namespace ck::cuda

@@ -29,7 +29,7 @@ const char* TensorAttention<T>::prepare(const Attention& p, const TensorTables& 
 template <class T>
 const char* TensorAttention<T>::forward(const AttentionForward& p, const TensorTables& t, const AttentionPlan& plan,
                                         Stream stream) {
-  return with_channels(plan.channels, [&](auto d) {
+  return with_all_channels(plan.channels, [&](auto d) {
     constexpr int kChannels = decltype(d)::value;
     const int64_t tiles = attention_tiles(p.queries, p.sequences, p.query_offsets != nullptr, kForwardRows<kChannels>);
     return launch_blocks(attention_forward<T, kChannels>, plan.query_parts * p.batch * p.heads, kTensorThreads,
@@ -40,7 +40,7 @@ const char* TensorAttention<T>::forward(const AttentionForward& p, const TensorT
 template <class T>
 const char* TensorAttention<T>::queries(const AttentionBackward& p, const TensorTables& t, const AttentionPlan& plan,
                                         Stream stream) {
-  return with_channels(plan.channels, [&](auto d) {
+  return with_all_channels(plan.channels, [&](auto d) {
     return launch_blocks(attention_backward_queries<T, decltype(d)::value>,
                          p.query_parts / kTensorWarps * p.batch * p.heads, kTensorThreads, plan.shared_bytes, stream, p,
                          t, attention_tiles(p.queries, p.sequences, p.query_offsets != nullptr, kGradRows));
@@ -50,10 +50,22 @@ const char* TensorAttention<T>::queries(const AttentionBackward& p, const Tensor
 template <class T>
 const char* TensorAttention<T>::keys(const AttentionBackward& p, const TensorTables& t, const AttentionPlan& plan,
                                      Stream stream) {
-  return with_channels(plan.channels, [&](auto d) {
-    return launch_blocks(attention_backward_keys<T, decltype(d)::value>,
-                         p.key_parts / kTensorWarps * p.batch * p.groups, kTensorThreads, plan.key_shared_bytes, stream,
-                         p, t, attention_tiles(p.keys, p.sequences, p.query_offsets != nullptr, kGradRows));
+  return with_all_channels(plan.channels, [&](auto d) {
+    constexpr int kChannels = decltype(d)::value;
+    const auto launch_pass = [&](auto kernel) {
+      return launch_blocks(kernel, p.key_parts / kTensorWarps * p.batch * p.groups, kTensorThreads,
+                           plan.key_shared_bytes, stream, p, t,
+                           attention_tiles(p.keys, p.sequences, p.query_offsets != nullptr, kGradRows));
+    };
+    if constexpr (kChannels <= kNarrowChannels) {
+      return launch_pass(attention_backward_keys<T, kChannels, true, true>);
+    } else {
+      const char* status = nullptr;
+      if (p.needs_keys()) status = launch_pass(attention_backward_keys<T, kChannels, true, false>);
+      if (status == nullptr && p.grad_v.data != nullptr)
+        status = launch_pass(attention_backward_keys<T, kChannels, false, true>);
+      return status;
+    }
   });
 }
 
