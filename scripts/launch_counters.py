@@ -93,7 +93,7 @@ class Case:
         if loop.per != "tile":
             return self.outputs(self.large) / 32 if loop.case == self.loop else 0.0
         heads, length = self.large.batch * self.large.heads, self.large.lengths[0]
-        if loop.kernel.endswith("_warpgroups"):
+        if loop.kernel == "attention_forward_warpgroups":
             return heads * self._passes_of_warpgroups(length).get(loop.case, 0.0)
         rows, columns = map(int, re.findall(r"\d+", loop.case))
         return heads * length**2 / (rows * columns)

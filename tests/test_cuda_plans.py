@@ -217,27 +217,35 @@ def test_attention_of_every_shape_gets_a_plan(backward, memory):
         chosen = attention_plan(backward, **facts)
         tensor = dtype.endswith("16") and channels <= 128 and positive
         if memory == SMALL and backward and max(channels, low_rank) > 64:
-            tensor = tensor and chosen["family"] == "tensor"  # only with few columns
+            tensor = tensor and chosen["family"] != "plain"  # only with few columns
+        of_matrices = "tensor" if tensor else "plain"
+        without = attention_plan(backward, **facts | {"warpgroups": False})
+        assert without["family"] == of_matrices and without["stages"] == without["key_stages"] == 0, facts
         fitting = [n for n in (4, 3, 2) if warpgroup_bytes(n, channels, low_rank, window) <= memory]
         of_warpgroups = tensor and warpgroups and boxes and not backward and len(fitting) > 0
-        family = "warpgroup" if of_warpgroups else "tensor" if tensor else "plain"
-        families[family] += 1
-        assert chosen["family"] == family, facts
+        if backward and tensor and warpgroups and boxes:
+            # Each pass by itself: as the memory allows.
+            for pass_ in ("", "key_"):
+                of_warpgroups = chosen[f"{pass_}family"] == "warpgroup"
+                assert chosen[f"{pass_}stages"] in ((2, 3, 4) if of_warpgroups else (0,)), (facts, chosen)
+                assert of_warpgroups or chosen[f"{pass_}family"] == "tensor", (facts, chosen)
+                assert of_warpgroups or memory < LARGEST or window > 17 or max(channels, low_rank) > 64, (facts, chosen)
+        else:
+            assert chosen["family"] == ("warpgroup" if of_warpgroups else of_matrices), facts
+        families[chosen["family"]] += 1
         assert max(chosen["shared_bytes"], chosen["key_shared_bytes"]) <= memory, (facts, chosen)
         assert chosen["query_parts"] >= 1 and chosen["key_parts"] >= 1
         assert not chosen["resident"] or (keys <= 256 and not packed and not backward)
         if tensor:
             assert channels <= chosen["channels"] < channels + 32 and chosen["channels"] <= chosen["kernel_channels"]
-        if of_warpgroups:
+        if of_warpgroups and not backward:
             # As many stages as fit; every block of the device has a tile of queries.
             assert chosen["stages"] == fitting[0] and not chosen["resident"], (facts, chosen)
             assert chosen["shared_bytes"] == warpgroup_bytes(fitting[0], channels, low_rank, window), (facts, chosen)
             assert chosen["query_parts"] <= 8 * (500 // 128 + (3 if packed else 1)), (facts, chosen)
-        else:
-            assert chosen["stages"] == 0, (facts, chosen)
-            # The same as on a device without warpgroups.
-            assert chosen == attention_plan(backward, **facts | {"warpgroups": False}), facts
-    assert set(families) == {"plain", "tensor"} | (set() if backward else {"warpgroup"})
+        elif not (backward and tensor and warpgroups and boxes):
+            assert chosen == without, facts
+    assert set(families) == {"plain", "tensor", "warpgroup"} or (backward and memory == SMALL)
     for without in ({"warpgroups": False}, {"boxes": False}):
         assert attention_plan(False, keys=128, queries=128, **without)["resident"]
 
@@ -246,12 +254,14 @@ def test_sums_of_attention_stay_small():
     """However long the sequences are and however wide the window is."""
     for heads, window, rank in ((4, 17, 64), (64, 1024, 16), (64, 4097, 128)):
         facts = {"heads": heads, "groups": heads, "window": window, "rank": rank, "relative": True, "query_rel": True}
-        parts = {
-            length: attention_plan(True, queries=length, keys=length, **facts)["query_parts"]
-            for length in (1 << 17, 1 << 20)
-        }
-        assert parts[1 << 17] == parts[1 << 20]
-        assert parts[1 << 20] == 4 or heads * parts[1 << 20] * window * rank * 4 <= 64 << 20
+        for warpgroups in (False, True):
+            long, longer = (
+                attention_plan(True, queries=length, keys=length, warpgroups=warpgroups, **facts)
+                for length in (1 << 17, 1 << 20)
+            )
+            parts, warps = longer["query_parts"], 8 if longer["family"] == "warpgroup" else 4
+            assert long["query_parts"] == parts
+            assert parts == warps or heads * parts * window * rank * 4 <= 64 << 20
 
 
 def test_unknown_facts_of_attention_are_refused():

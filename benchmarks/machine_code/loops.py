@@ -207,11 +207,11 @@ def _warpgroups(channels: int) -> list[MainLoop]:
 
     cases = {"16 x 128 pairs": far}
     for near in (1, 4):
-        counts = {"LDS": 16 * near, "LDG": 16 * near, "FMUL": 16 * near, "LDS.128": 0, "STS": 0}
-        work = {**matrices, **exponentials, **counts}
-        cases[NEAR[0].format(near)] = Work(work)
+        work = {**matrices, **exponentials, "LDS": 16 * near, "LDS.128": 0, "STS": 0}
+        cases[NEAR[0].format(near)] = Work({**work, "LDG": 0, "FMUL": 0})
         if channels == 128:
-            cases[NEAR[1].format(near)] = Work(work, ((6 * near, strip(16)),))
+            counts = {"LDG": 16 * near, "FMUL": 16 * near}
+            cases[NEAR[1].format(near)] = Work({**work, **counts}, ((6 * near, strip(16)),))
     cases[BEGINNING[0]] = Work({"HGMMA": channels // 16}, ((0, far), store))
     cases[BEGINNING[1]] = Work({"HGMMA": channels // 16}, ((0, far), store, (3, strip(channels))))
     return [MainLoop("attention_forward_warpgroups", variant, case, work, "tile", 1) for case, work in cases.items()]

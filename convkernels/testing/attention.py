@@ -135,6 +135,7 @@ class AttentionProblem:
             "dtype": str(self.dtype).removeprefix("torch."), "packed": bool(self.lengths),
             "relative": self.bias or bool(self.query_rel) or bool(self.key_rel), "query_rel": bool(self.query_rel),
             "key_rel": bool(self.key_rel), "low_rank": low_rank,
+            "boxes": self.head_size * self.dtype.itemsize % 16 == 0,
         }  # fmt: skip
 
     def grad_arguments(self, t, out, lse, needs=1023):

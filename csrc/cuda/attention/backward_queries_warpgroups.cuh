@@ -106,11 +106,11 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
     const WarpgroupTurn turn(group);
     float* const strip = scratch + worker * warp_floats;
     const float* const edges = t.key_edges == nullptr ? nullptr : t.key_edges + int64_t{unit} * 2 * p.keys;
-    const Relative<T> rel(p, t, h, lane, edges, strip);
+    const Relative<T> rel(p, t, h, lane, edges, strip + 1);
     const TileRows rel_rows = low_rank ? TileRows{r_rows + own * 2 * rel_pitch, 0, 2 * rel_pitch}
                                        : TileRows{q_rows + own * 128, kOwnPanel, 0};
     const bool has_strip = p.has_query_columns() && p.needs_queries();
-    const bool whole = p.has_columns() && strip_pitch > W;
+    const bool whole = p.has_columns() && strip_pitch >= W + 2;
     float* const sums = low_rank ? strip + strip_floats : nullptr;
     // This warp's partial sums, found anew where they are needed.
     const auto partial = [&] {
@@ -194,11 +194,13 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
               .lane = lane};
         };
         float left[2], right[2], outer[2][2] = {};  // outer: first the sums for delta
-        rel.query_edges(left, right, rel_rows);
-        const auto fill_whole = [&] {
-          if (whole) rel.template fill_strip<Side::kQueries>(Range{0, W}, rel_rows);
+        const auto begin_scores = [&] {
+          if (whole)
+            fill_whole_strip(left, right, rel, rel_rows);
+          else
+            rel.query_edges(left, right, rel_rows);
         };
-        fill_whole();
+        begin_scores();
         if (has_strip && t.whole_strips) gradient_strip().clear();
         if (first_walk == 1) {
           float sum = 0;
@@ -272,7 +274,7 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
             if (!p.qk) leave_out(s);
             if (first_walk == 0 && m == count) {
               set_zero(grad_q);
-              fill_whole();
+              begin_scores();
             }
             real_keys(real, p, asked);
             const bool all_real = all_of(real);

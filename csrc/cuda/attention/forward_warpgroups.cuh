@@ -133,8 +133,8 @@ void attention_forward_warpgroups(const CK_PARAM AttentionForward p, const CK_PA
     take_registers<kProductRegisters>();
     const int group = warp / 4 - 1, own = group * 64 + warp % 4 * 16;  // own: the first row of the warp
     const WarpgroupTurn turn(group);
-    float* const strip = strips + (group * 4 + warp % 4) * strip_floats;
-    const bool whole = p.has_columns() && t.strip_pitch > p.window();
+    float* const scratch = strips + (group * 4 + warp % 4) * strip_floats;
+    const bool whole = p.has_columns() && t.strip_pitch >= p.window() + 2;
 
     RingPlace place{stages};
     for (int round = 0; round < schedule.rounds(); ++round) {
@@ -149,9 +149,8 @@ void attention_forward_warpgroups(const CK_PARAM AttentionForward p, const CK_PA
       set_zero(out);
       if (count > 0) {
         const float* const edges = t.key_edges == nullptr ? nullptr : t.key_edges + int64_t{unit} * 2 * p.keys;
-        const Relative<T> rel(p, t, h, lane, edges, strip);
+        const Relative<T> rel(p, t, h, lane, edges, scratch + 1);
         if (low_rank) {
-          turn.meet_own();  // the rows of the last tile have been read
           copy_tile<64>(reinterpret_cast<T*>(r_rows) + group * 64 * rel_pitch, rel_pitch, p.rel_query, b, h,
                         tile.first + group * 64, Range{tile.first, tile.first + tile.count}, static_cast<int>(p.rank),
                         static_cast<int>(t.rank_pitch), t.rank_vectors, threadIdx.x % 128);
@@ -184,7 +183,7 @@ void attention_forward_warpgroups(const CK_PARAM AttentionForward p, const CK_PA
             wgmma<T, D, Major::kOther>(out, weights[k], values.further(k * 2048), true);
           wgmma_commit();
         };
-        // By the last lane to do so.
+        // When all lanes are done with it.
         const auto release = [&](uint64_t* signal) {
           __syncwarp();
           if (lane == 0) mbarrier_arrive(signal);
@@ -229,8 +228,10 @@ void attention_forward_warpgroups(const CK_PARAM AttentionForward p, const CK_PA
           cp_async_wait<0>();
           turn.meet_own();
         }
-        rel.query_edges(left, right, rel_rows);
-        if (whole) rel.template fill_strip<Side::kQueries>(Range{0, rel.W}, rel_rows);
+        if (whole)
+          fill_whole_strip(left, right, rel, rel_rows);
+        else
+          rel.query_edges(left, right, rel_rows);
 #pragma unroll 1
         for (int n = 0;;) {
           const int j0 = first + n * kKeys;
@@ -273,7 +274,7 @@ void attention_forward_warpgroups(const CK_PARAM AttentionForward p, const CK_PA
         release(value_free(place.before()));
       }
       const bool spoiled = count > 0 && signals->is_spoiled(loads);
-      store_warp_results<T, D>(p, t, tile, b, h, own, out, top, total, strip, spoiled, lane);
+      store_warp_results<T, D>(p, t, tile, b, h, own, out, top, total, scratch, spoiled, lane);
     }
     turn.finish();
   }

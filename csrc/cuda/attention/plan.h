@@ -196,13 +196,15 @@ inline AttentionPlan tensor_plan(const AttentionFacts& f, bool backward) {
   plan.kernel_channels = round_to(plan.channels, 64);
   const bool wide = plan.kernel_channels > kNarrowChannels;
   const int64_t limit = wide || f.device.block_memory < kBlockMemory ? f.device.block_memory : kBlockMemory;
+  // Strips of warpgroups also have what is left and right of the window.
+  const int64_t edges = f.device.warpgroups && f.boxes && !wide ? 2 : 0;
   if (backward) {
-    plan.strip_pitch = f.relative ? strip_pitch_of(f.window, kGradOthers) : 0;
+    plan.strip_pitch = f.relative ? strip_pitch_of(f.window + edges, kGradOthers) : 0;
     plan.grad_pitch = f.relative ? grad_pitch_of(f.window, kGradOthers) : 0;
     plan.shared_bytes = backward_bytes(f, plan, false);
     plan.key_shared_bytes = backward_bytes(f, plan, true);
   } else {
-    plan.strip_pitch = f.relative ? strip_pitch_of(f.window, kForwardKeys) : 0;
+    plan.strip_pitch = f.relative ? strip_pitch_of(f.window + edges, kForwardKeys) : 0;
     const int64_t all = (f.keys + kForwardKeys - 1) / kForwardKeys;
     plan.resident = !f.packed && f.keys <= kResidentKeys && f.keys > 0 && forward_bytes(f, plan, all) <= limit;
     plan.shared_bytes = forward_bytes(f, plan, plan.resident ? all : 2);

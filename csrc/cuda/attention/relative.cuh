@@ -42,14 +42,17 @@ struct PairTile {
     return position >= tile.key_begin && position < tile.key_end ? seeing_queries(p, tile, position, position + 1)
                                                                  : none;
   }
-  // Whether all pairs attend and lie on one side of the window, if there is one. `real`: of the keys.
-  CK_DEVICE bool far(unsigned real) const {
+  // Whether all pairs attend. `real`: of the keys.
+  CK_DEVICE bool seen(unsigned real) const {
     const Range first = partners(p, tile, own);
     const Range last = partners(p, tile, kOwn == Side::kQueries ? min(own + 15, tile.query_end - 1) : own + 15);
     constexpr unsigned kAll = kKeys == 32 ? ~0u : (1u << kKeys % 32) - 1;
     const bool seen = other >= max(first.first, last.first) && other + kOther <= min(first.end, last.end);
-    return seen && (real & kAll) == kAll && (!p.has_columns() || is_left() || lowest() >= p.window());
+    return seen && (real & kAll) == kAll;
   }
+  // Whether they lie on one side of the window, if there is one.
+  CK_DEVICE bool one_sided() const { return !p.has_columns() || is_left() || lowest() >= p.window(); }
+  CK_DEVICE bool far(unsigned real) const { return seen(real) && one_sided(); }
   CK_DEVICE bool is_left() const { return highest() < 0; }
   // The column of the first own position and the first other one. Own row r and other m have column base() + m - r, or,
   // on the side of the keys, base() + r - m.

@@ -116,9 +116,29 @@ CK_DEVICE bool clear_rows(char* rows, int panel, int first) {
   return found;
 }
 
+// Fills a whole strip: with what the queries add at each column, and in front and behind at what they add left and
+// right of the window. Then a pair's place in it follows from its column alone.
+template <class T>
+CK_DEVICE void fill_whole_strip(float (&left)[2], float (&right)[2], const Relative<T>& rel, const TileRows& rows) {
+  rel.template fill_strip<Side::kQueries>(Range{0, rel.W}, rows);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float* const row = rel.strip + (rel.lane / 4 + 8 * half) * rel.pitch;
+    left[half] = rel.p.clips() ? row[0] : 0.0f;
+    right[half] = rel.p.clips() ? row[rel.W - 1] : 0.0f;
+  }
+  __syncwarp();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float* const row = rel.strip + (rel.lane / 4 + 8 * half) * rel.pitch;
+    if (rel.lane % 4 == 0) row[-1] = left[half], row[rel.W] = right[half];
+  }
+  __syncwarp();
+}
+
 // Scores of 16 queries, from i0 on, and the kKeys keys from j0 on: products s become scores, unless all pairs are seen
-// and on one side (`far`). real: the keys that the mask leaves. `whole`: the strip has all columns and what the queries
-// add there. seen: the pairs that attend, of 32 keys each.
+// and on one side (`far`). real: the keys that the mask leaves. `whole`: fill_whole_strip has been called. seen: the
+// pairs that attend, of 32 keys each.
 template <class T, int kKeys>
 CK_DEVICE ScoreTerms tile_scores(float (&s)[kKeys / 8][4], uint32_t (&seen)[kKeys / 32], const Relative<T>& rel,
                                  const AttentionTile& tile, bool far, int i0, int j0,
@@ -144,7 +164,8 @@ CK_DEVICE ScoreTerms tile_scores(float (&s)[kKeys / 8][4], uint32_t (&seen)[kKey
   for (int sub = 0; sub < kKeys / 32; ++sub) {
     float (&part)[4][4] = reinterpret_cast<float (&)[4][4]>(s[4 * sub]);
     const PairTile<Side::kQueries, 32> pairs(p, tile, i0, j0 + 32 * sub);
-    if (rel.edges == nullptr && pairs.far(real[sub])) {
+    const bool all_seen = rel.edges == nullptr && pairs.seen(real[sub]);
+    if (all_seen && pairs.one_sided()) {
       const bool is_left = pairs.is_left();
 #pragma unroll
       for (int n = 0; n < 4; ++n)
@@ -159,6 +180,17 @@ CK_DEVICE ScoreTerms tile_scores(float (&s)[kKeys / 8][4], uint32_t (&seen)[kKey
         rel.template fill_strip<Side::kQueries>(columns, query_rows);
       }
       rel.add_others(pairs, columns, first, TileRows{key_rows.rows + 32 * sub * 128, key_rows.panel, 0});
+    }
+    if (all_seen && whole) {
+      const int row = rel.lane / 4, column = pairs.base() + rel.lane % 4 * 2 - row;
+      const float* const strip = rel.strip + row * rel.pitch;
+#pragma unroll
+      for (int n = 0; n < 4; ++n)
+        for (int e = 0; e < 4; ++e) {
+          const int c = min(max(column + 8 * n + e % 2 - e / 2 * 8, -1), rel.W);
+          part[n][e] = part[n][e] * factor + strip[e / 2 * 8 * rel.pitch + c];
+        }
+      continue;
     }
     seen[sub] = score_pairs(part, rel, pairs, real[sub], left, right, first);
   }
