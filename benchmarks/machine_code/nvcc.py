@@ -23,8 +23,9 @@ from convkernels.backends import library
 
 LIBRARY = library.path_of("cuda")
 # By kernel, without its template arguments: the families that were written to move memory, and to use matrix units.
-ATTENTION = ("attention_forward", "attention_forward_warpgroups", "attention_backward_queries",
-             "attention_backward_keys")  # fmt: skip
+ATTENTION = tuple(
+    f"attention_{of}{by}" for of in ("forward", "backward_queries", "backward_keys") for by in ("", "_warpgroups")
+)
 BANDED = ("band_forward", "band_backward", *ATTENTION)
 STREAMING = (*(f"{f}_{d}" for f in ("stream", "time", "rows") for d in ("forward", "backward")), *BANDED)
 # Sums of 128 channels for two gradients, or of 192 and 256 for one, do not all fit into registers; the forward pass, which
