@@ -137,13 +137,15 @@ class Mutants:
         return work
 
 
-def first_failure(work, backend, tests):
-    """Name of the first test that fails, 'crash' for a process that died, None if all pass."""
+def first_failure(work, backend, tests, more):
+    """Name of the first test that fails, 'crash' for a process that died, None if all pass. more: variables of the
+    environment."""
     environment = {
         **os.environ,
         **LIBRARIES[backend].environment,
         "CONVKERNELS_GOLDEN": str(work / "tests" / "golden"),
         "OMP_NUM_THREADS": "1",
+        **more,
     }
     command = [
         sys.executable,
@@ -194,7 +196,8 @@ def main():
         start = time.perf_counter()
         work = mutants.build(mutation)
         seeing = {test for m in chosen for test in m.tests} if mutation is None else mutation.tests
-        caught = first_failure(work, arguments.backend, [test for test in TESTS if test in seeing])
+        more = {} if mutation is None else mutation.environment
+        caught = first_failure(work, arguments.backend, [test for test in TESTS if test in seeing], more)
         shutil.rmtree(work)
         return mutation, caught, time.perf_counter() - start
 

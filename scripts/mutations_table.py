@@ -33,6 +33,12 @@ class Mutation:
         attention = [test for test in TESTS if "attention" in test]
         return attention if self.name.startswith("attention: ") else TESTS
 
+    @property
+    def environment(self):
+        """A simulated GPU that runs the kernel: one of compute capability 9.0 has others for most of attention."""
+        tensor = [f"csrc/cuda/attention/{name}.cuh" for name in ("forward", "backward_queries", "backward_keys")]
+        return {"CONVKERNELS_SIMT_ARCH": "80"} if self.file in tensor else {}
+
 
 CPU_MUTATIONS = [
     Mutation(

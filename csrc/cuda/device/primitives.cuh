@@ -1,6 +1,6 @@
-// What kernels are written with: the one place of inline PTX, besides warpgroup.cuh for compute capability 9.0. Compiled
-// by a host compiler with CK_SIMT, the same names stand for the versions of csrc/simt, which run on the CPU with one
-// fiber per thread.
+// What kernels are written with: the one place of inline PTX, besides warpgroup.cuh for compute capability 9.0.
+// Compiled by a host compiler with CK_SIMT, the same names stand for the versions of csrc/simt, which run on the CPU
+// with one fiber per thread.
 //
 //   template <class T>
 //   CK_GLOBAL(256, 2) void kernel(const CK_PARAM Problem p) {    at most 256 threads, at least 2 blocks per processor
