@@ -30,8 +30,6 @@ struct Operand {
   Operand(const char* which, uint64_t descriptor, bool other)
       : start(field(descriptor, 0)), leading(field(descriptor, 16)), stride(field(descriptor, 32)), other(other) {
     // Rows of 128 bytes in groups of 8 that are swizzled, which begin at multiples of 1024 bytes.
-    if (descriptor >> 46 != uint64_t{1} << 16)
-      fail(std::string(kName) + ", " + which + ": a descriptor is not one of operand()");
     const unsigned within = start % 1024;
     if (other ? within != 0 : within >= 128 || within % 32 != 0)
       fail(std::string(kName) + ", " + which + ": an operand cannot begin at byte " + std::to_string(start) +

@@ -285,7 +285,7 @@ CK_GLOBAL(256, 1)
 void multiplies_groups(int times) {
   float sums[16][4];
   const uint32_t registers[4] = {};
-  const uint64_t all = operand(shared_memory_1024());
+  const Operand all = operand(shared_memory_1024());
   wgmma_fence();
   for (int i = 0; i < times; ++i) {
     if constexpr (in_registers)
