@@ -162,7 +162,7 @@ interpreted: install
 	    $(PYTEST_FLAGS)
 
 # The tests of the cuda backend, its kernels on this CPU: all recorded results, one in SIMULATED_EVERY of each other
-# test's cases, those of attention once more on a GPU of compute capability 8.0, since 9.0 has a forward pass of its own,
+# test's cases, those of attention once more on a GPU of compute capability 8.0, since 9.0 has kernels of its own,
 # and random problems with the threads of a block in four other orders, on GPUs of 9.0 and 8.0, and with as little shared
 # memory as 8.6 and 12.0 have.
 SIMULATED_EVERY ?= 6

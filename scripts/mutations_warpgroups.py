@@ -80,8 +80,8 @@ WARPGROUP_MUTATIONS = [
     Mutation(
         "attention: warpgroups, no fence before products of keys",
         WARPGROUPS,
-        "          wgmma_fence();\n#pragma unroll\n          for (int k = 0; k < D / 16; ++k) {",
-        "#pragma unroll\n          for (int k = 0; k < D / 16; ++k) {",
+        "          wgmma_fence();\n          start_pairs",
+        "          start_pairs",
     ),
     Mutation(
         "attention: warpgroups, no fence before products of values",

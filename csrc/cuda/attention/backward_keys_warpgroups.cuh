@@ -20,7 +20,7 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
   if constexpr (!kWarpgroups) {
     stop_kernel();
   } else {
-    constexpr int kRows = kWarpgroupRows, kQueries = kWarpgroupQueries<D>, kPanels = D / 64;
+    constexpr int kRows = kWarpgroupRows, kQueries = kWarpgroupQueries<D>;
     constexpr int kOwnBytes = 2 * kRows * D, kOwnPanel = 128 * kRows;
     constexpr int kQueryBytes = 2 * kQueries * D, kPanel = 128 * kQueries;
     const int lane = threadIdx.x % 32, warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0);
@@ -63,15 +63,12 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
         if (warp == 1) __syncwarp();
         if (kept.queries.first >= kept.queries.end) continue;
         const int &b = kept.b, &g = kept.g;
-        const auto load = [&](char* to, int panel, const TensorMap& map, int row, int head, uint64_t* full) {
-          for (int c = 0; c < kPanels; ++c) tensor_load(to + c * panel, map, 64 * c, row, head, b, full);
-        };
         if (warp == 0) {
           mbarrier_wait(&signals->own_free, (own_loads++ & 1) ^ 1);
           mbarrier_arrive_expect(&signals->own_full, 2 * kOwnBytes);
           for (int r = 0; r < kRows; r += kQueries) {
-            load(k_rows + r * 128, kOwnPanel, k_map, kept.tile.first + r, g, &signals->own_full);
-            load(v_rows + r * 128, kOwnPanel, v_map, kept.tile.first + r, g, &signals->own_full);
+            load_panels<D>(k_rows + r * 128, kOwnPanel, k_map, kept.tile.first + r, g, b, &signals->own_full);
+            load_panels<D>(v_rows + r * 128, kOwnPanel, v_map, kept.tile.first + r, g, b, &signals->own_full);
           }
         }
         int i0 = kept.queries.first;
@@ -81,8 +78,8 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
           mbarrier_wait(&signals->free[place.stage], place.parity() ^ 1);
           if (warp == 0) {
             mbarrier_arrive_expect(full, 2 * kQueryBytes);
-            load(queries_at(place.stage), kPanel, q_map, i0, h, full);
-            load(grads_at(place.stage), kPanel, grad_map, i0, h, full);
+            load_panels<D>(queries_at(place.stage), kPanel, q_map, i0, h, b, full);
+            load_panels<D>(grads_at(place.stage), kPanel, grad_map, i0, h, b, full);
           } else {
             load_scalars<T, kQueries>(scalars[place.stage], r_rows + place.stage * kQueries * rel_pitch, rel_pitch, p,
                                       t, b, h, i0, kept.queries, lane);
@@ -113,10 +110,6 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
       }
     }
     const float keep_scale = static_cast<float>(p.keep_scale);
-    const auto release = [&](uint64_t* signal) {
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(signal);
-    };
 
     RingPlace place{stages};
     unsigned own_loads = 0;
@@ -182,16 +175,8 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
           const Operand k = operand(k_rows + group * 64 * 128), v = operand(v_rows + group * 64 * 128);
           const Operand q = operand(queries_at(place.stage)), grad = operand(grads_at(place.stage));
           wgmma_fence();
-#pragma unroll
-          for (int d = 0; d < D / 16; ++d) {
-            const int of_own = d / 4 * kOwnPanel + d % 4 * 32, of_other = d / 4 * kPanel + d % 4 * 32;
-            wgmma<T, kQueries>(s, k.further(of_own), q.further(of_other), d > 0);
-          }
-#pragma unroll
-          for (int d = 0; d < D / 16; ++d) {
-            const int of_own = d / 4 * kOwnPanel + d % 4 * 32, of_other = d / 4 * kPanel + d % 4 * 32;
-            wgmma<T, kQueries>(ds, v.further(of_own), grad.further(of_other), d > 0);
-          }
+          start_pairs<T, D, kQueries>(s, k, kOwnPanel, q, kPanel);
+          start_pairs<T, D, kQueries>(ds, v, kOwnPanel, grad, kPanel);
           wgmma_commit();
         };
         const auto multiply_gradients = [&] {
@@ -199,12 +184,8 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
           keep_registers(weights);
           keep_registers(rounded);
           wgmma_fence();
-#pragma unroll
-          for (int k = 0; k < kQueries / 16; ++k)
-            wgmma<T, D, Major::kOther>(grad_v, weights[k], grad.further(k * 2048), true);
-#pragma unroll
-          for (int k = 0; k < kQueries / 16; ++k)
-            wgmma<T, D, Major::kOther>(grad_k, rounded[k], q.further(k * 2048), true);
+          start_rows<T, D>(grad_v, weights, grad);
+          start_rows<T, D>(grad_k, rounded, q);
           wgmma_commit();
         };
 
@@ -307,13 +288,9 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
             fence_async_proxy();
             turn.meet();
           }
-#pragma unroll
-          for (int k = 0; k < kQueries / 16; ++k)
-            for (int e = 0; e < 4; ++e) {
-              const int x = 2 * k + e / 2, y = e % 2 * 2;
-              weights[k][e] = narrow_pair<T>(s[x][y], s[x][y + 1]);
-              rounded[k][e] = p.qk ? narrow_pair<T>(ds[x][y], ds[x][y + 1]) : 0u;
-            }
+          round_sums<T>(weights, s);
+          round_sums<T>(rounded, ds);
+          if (!p.qk) leave_out(rounded);
           turn.begin();
           multiply_gradients();
           place.advance();

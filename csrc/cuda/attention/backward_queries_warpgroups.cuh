@@ -21,9 +21,7 @@ struct QuerySums {
   template <class Product>
   CK_DEVICE void add(int64_t size, int lane, const Product& product) const {
     if (rel_query.sums != nullptr) return rel_query.add(size, lane, product);
-#pragma unroll
-    for (int n = 0; n < D; n += 8)
-      if (n < size) product(registers[n / 8], n);
+    add_to_registers<D>(registers, size, product);
   }
 };
 
@@ -37,7 +35,7 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
   if constexpr (!kWarpgroups) {
     stop_kernel();
   } else {
-    constexpr int kRows = kWarpgroupRows, kKeys = kWarpgroupGradKeys, kPanels = D / 64;
+    constexpr int kRows = kWarpgroupRows, kKeys = kWarpgroupGradKeys;
     constexpr int kOwnBytes = 2 * kRows * D, kOwnPanel = 128 * kRows, kKeyBytes = 2 * kKeys * D, kPanel = 128 * kKeys;
     const int lane = threadIdx.x % 32, warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0);
     const int parts = static_cast<int>(p.query_parts) / kWarpgroupWarps;
@@ -79,22 +77,19 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
         int first = 0;
         const int count = tiles_of_keys<kKeys>(p, tile, first);
         if (count == 0) continue;
-        const auto load = [&](char* to, int panel, const TensorMap& map, int row, int head, uint64_t* full) {
-          for (int c = 0; c < kPanels; ++c) tensor_load(to + c * panel, map, 64 * c, row, head, b, full);
-        };
         mbarrier_wait(&signals->own_free, (own_loads++ & 1) ^ 1);
         mbarrier_arrive_expect(&signals->own_full, 2 * kOwnBytes);
         for (int r = 0; r < kRows; r += kKeys) {
-          load(q_rows + r * 128, kOwnPanel, q_map, tile.first + r, h, &signals->own_full);
-          load(g_rows + r * 128, kOwnPanel, grad_map, tile.first + r, h, &signals->own_full);
+          load_panels<D>(q_rows + r * 128, kOwnPanel, q_map, tile.first + r, h, b, &signals->own_full);
+          load_panels<D>(g_rows + r * 128, kOwnPanel, grad_map, tile.first + r, h, b, &signals->own_full);
         }
         for (int m = 0; m < (walks - first_walk) * count; ++m) {
           const int row = first + m % count * kKeys;
           uint64_t* const full = &signals->full[place.stage];
           mbarrier_wait(&signals->free[place.stage], place.parity() ^ 1);
           mbarrier_arrive_expect(full, 2 * kKeyBytes);
-          load(keys_at(place.stage), kPanel, k_map, row, g, full);
-          load(values_at(place.stage), kPanel, v_map, row, g, full);
+          load_panels<D>(keys_at(place.stage), kPanel, k_map, row, g, b, full);
+          load_panels<D>(values_at(place.stage), kPanel, v_map, row, g, b, full);
           place.advance();
         }
       }
@@ -127,10 +122,6 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
       for (int e = lane; e < W; e += 32) to[e] = 0;
     const float scale = static_cast<float>(p.scale), rel_scale = static_cast<float>(p.rel_scale);
     const float keep_scale = static_cast<float>(p.keep_scale);
-    const auto release = [&](uint64_t* signal) {
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(signal);
-    };
 
     RingPlace place{stages};
     unsigned own_loads = 0;
@@ -225,32 +216,18 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
           const Operand q = operand(q_rows + group * 64 * 128), grad = operand(g_rows + group * 64 * 128);
           const Operand keys = operand(keys_at(place.stage)), values = operand(values_at(place.stage));
           wgmma_fence();
-#pragma unroll
-          for (int k = 0; k < D / 16; ++k) {
-            const int of_own = k / 4 * kOwnPanel + k % 4 * 32, of_other = k / 4 * kPanel + k % 4 * 32;
-            wgmma<T, kKeys>(s, q.further(of_own), keys.further(of_other), k > 0);
-          }
-#pragma unroll
-          for (int k = 0; k < D / 16; ++k) {
-            const int of_own = k / 4 * kOwnPanel + k % 4 * 32, of_other = k / 4 * kPanel + k % 4 * 32;
-            wgmma<T, kKeys>(ds, grad.further(of_own), values.further(of_other), k > 0);
-          }
+          start_pairs<T, D, kKeys>(s, q, kOwnPanel, keys, kPanel);
+          start_pairs<T, D, kKeys>(ds, grad, kOwnPanel, values, kPanel);
           wgmma_commit();
         };
         const auto multiply_gradients = [&] {
           const Operand keys = operand(keys_at(place.stage), kPanel);
           keep_registers(rounded);
           wgmma_fence();
-#pragma unroll
-          for (int k = 0; k < kKeys / 16; ++k)
-            wgmma<T, D, Major::kOther>(grad_q, rounded[k], keys.further(k * 2048), true);
+          start_rows<T, D>(grad_q, rounded, keys);
           wgmma_commit();
         };
-        unsigned asked[kKeys / 32], real[kKeys / 32];
-        const auto ask = [&](int j0) {
-#pragma unroll
-          for (int x = 0; x < kKeys / 32; ++x) asked[x] = ask_mask(p, b, j0 + 32 * x, lane);
-        };
+        unsigned asked[kKeys / 32], real[kKeys / 32];  // of the mask, asked before a wait
         const FarTiles<Side::kQueries, kKeys, 16> far(p, tile, i0);
         const SeenTiles<kKeys> seen(p, tile);
         const bool all_see = __all_sync(kAllLanes, sees[0] && sees[1]) != 0;
@@ -261,7 +238,7 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
           keep_registers(grad_q);
           multiply_keys();
           turn.end();
-          ask(first);
+          ask_masks(asked, p, b, first, lane);
 #pragma unroll 1
           for (int m = 0;;) {
             const bool for_delta = first_walk == 0 && m < count;
@@ -322,19 +299,15 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
               fence_async_proxy();
               turn.meet();
             }
-#pragma unroll
-            for (int k = 0; k < kKeys / 16; ++k)
-              for (int e = 0; e < 4; ++e)
-                rounded[k][e] = for_delta || !p.qk
-                                    ? 0u
-                                    : narrow_pair<T>(ds[2 * k + e / 2][e % 2 * 2], ds[2 * k + e / 2][e % 2 * 2 + 1]);
+            round_sums<T>(rounded, ds);
+            if (for_delta || !p.qk) leave_out(rounded);
             turn.begin();
             multiply_gradients();
             place.advance();
             if (++m == all) break;
             multiply_keys();
             turn.end();
-            ask(first + (m < count ? m : m - count) * kKeys);
+            ask_masks(asked, p, b, first + (m < count ? m : m - count) * kKeys, lane);
           }
           turn.end();
           wgmma_wait<0>();

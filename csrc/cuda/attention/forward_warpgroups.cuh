@@ -4,10 +4,10 @@
 // As many blocks as the GPU has processors share the tiles of 128 queries of all heads. One warp of a block has rows of
 // q, and of 128 keys and their values at a time, copied to shared memory, as far ahead as there is room. Two
 // warpgroups have 64 of the queries each. For each tile of keys, a warpgroup
-//   starts the products q k^T of this tile, and of the weights of the last tile with its values,
-//   lets the other warpgroup start its own, which then run while this one
-//   waits for q k^T and makes scores (tile_scores) and weights of it (update_softmax), as forward.cuh does,
-//   waits for the results, and scales them if a maximum has grown.
+//   waits for the products q k^T of this tile, and of the weights of the last tile with its values,
+//   makes scores (tile_scores) and weights (update_softmax) of the former, as forward.cuh does, while the products of
+//   the other warpgroup run, and scales the results if a maximum has grown,
+//   starts the products of these weights with their values and q k^T of the next tile, when it is its turn.
 // What relative terms add is found once for a tile of queries where the window is short. Tiles of keys on one side of
 // it, which all queries see, take the path of attention without relative terms.
 #pragma once
@@ -71,7 +71,7 @@ void attention_forward_warpgroups(const CK_PARAM AttentionForward p, const CK_PA
   if constexpr (!kWarpgroups) {
     stop_kernel();
   } else {
-    constexpr int kRows = kWarpgroupRows, kKeys = kWarpgroupKeys, kPanels = D / 64;
+    constexpr int kRows = kWarpgroupRows, kKeys = kWarpgroupKeys;
     constexpr int kQueryBytes = 2 * kRows * D, kKeyBytes = 2 * kKeys * D, kPanel = 128 * kKeys;
     // The same for all lanes, which the compiler should know.
     const int lane = threadIdx.x % 32, warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0);
@@ -115,7 +115,7 @@ void attention_forward_warpgroups(const CK_PARAM AttentionForward p, const CK_PA
         const int g = h / static_cast<int>(p.sharing());
         const auto load = [&](char* to, const TensorMap& map, int row, int head, uint64_t* full, int bytes) {
           mbarrier_arrive_expect(full, bytes);
-          for (int c = 0; c < kPanels; ++c) tensor_load(to + c * kPanel, map, 64 * c, row, head, b, full);
+          load_panels<D>(to, kPanel, map, row, head, b, full);
         };
         mbarrier_wait(&signals->own_free, (loads++ & 1) ^ 1);
         load(q_rows, q_map, tile.first, h, &signals->own_full, kQueryBytes);
@@ -167,33 +167,17 @@ void attention_forward_warpgroups(const CK_PARAM AttentionForward p, const CK_PA
           mbarrier_wait(key_full(place.stage), place.parity());
           const Operand q = operand(q_rows + group * 64 * 128), keys = operand(keys_at(place.stage));
           wgmma_fence();
-#pragma unroll
-          for (int k = 0; k < D / 16; ++k) {
-            const int at = k / 4 * kPanel + k % 4 * 32;
-            wgmma<T, kKeys>(s, q.further(at), keys.further(at), k > 0);
-          }
+          start_pairs<T, D, kKeys>(s, q, kPanel, keys, kPanel);
           wgmma_commit();
         };
         const auto multiply_values = [&] {
           const Operand values = operand(values_at(place.stage), kPanel);
           keep_registers(weights);
           wgmma_fence();
-#pragma unroll
-          for (int k = 0; k < kKeys / 16; ++k)
-            wgmma<T, D, Major::kOther>(out, weights[k], values.further(k * 2048), true);
+          start_rows<T, D>(out, weights, values);
           wgmma_commit();
         };
-        // When all lanes are done with it.
-        const auto release = [&](uint64_t* signal) {
-          __syncwarp();
-          if (lane == 0) mbarrier_arrive(signal);
-        };
-        // The keys of the tile that the mask leaves, asked for before a wait.
-        unsigned asked[kKeys / 32], real[kKeys / 32];
-        const auto ask = [&](int j0) {
-#pragma unroll
-          for (int n = 0; n < kKeys / 32; ++n) asked[n] = ask_mask(p, b, j0 + 32 * n, lane);
-        };
+        unsigned asked[kKeys / 32], real[kKeys / 32];  // of the mask, asked before a wait
         const FarTiles<Side::kQueries, kKeys, 16> far(p, tile, i0);
         const SeenTiles<kKeys> seen(p, tile);
         const auto narrow_weights = [&](int j0) {
@@ -206,10 +190,7 @@ void attention_forward_warpgroups(const CK_PARAM AttentionForward p, const CK_PA
                 if ((kept >> e & 1u) == 0) s[4 * sub + e / 4][e % 4] = 0.0f;
             }
           }
-#pragma unroll
-          for (int k = 0; k < kKeys / 16; ++k)
-            for (int e = 0; e < 4; ++e)
-              weights[k][e] = narrow_pair<T>(s[2 * k + e / 2][e % 2 * 2], s[2 * k + e / 2][e % 2 * 2 + 1]);
+          round_sums<T>(weights, s);
         };
         // Values that some query does not see must be finite, since its weights of them are 0. All warps clear the
         // others, which are added at the end.
@@ -223,7 +204,7 @@ void attention_forward_warpgroups(const CK_PARAM AttentionForward p, const CK_PA
         keep_registers(out);
         multiply_keys();
         turn.end();
-        ask(first);
+        ask_masks(asked, p, b, first, lane);
         if (low_rank) {
           cp_async_wait<0>();
           turn.meet_own();
@@ -266,7 +247,7 @@ void attention_forward_warpgroups(const CK_PARAM AttentionForward p, const CK_PA
           if (++n == count) break;
           multiply_keys();
           turn.end();
-          ask(first + n * kKeys);
+          ask_masks(asked, p, b, first + n * kKeys, lane);
         }
         turn.end();
         wgmma_wait<0>();

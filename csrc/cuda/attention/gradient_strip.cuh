@@ -27,6 +27,14 @@ struct SharedSums {
   }
 };
 
+// The same for sums of `size` of D numbers in registers.
+template <int D, class Product>
+CK_DEVICE void add_to_registers(float (&sums)[D / 8][4], int64_t size, const Product& product) {
+#pragma unroll
+  for (int n = 0; n < D; n += 8)
+    if (n < size) product(sums[n / 8], n);
+}
+
 // The strip of one warp, [16 own positions][columns], and the sums that it is added to.
 template <class T, class Rows, class Sums>
 struct GradientStrip {

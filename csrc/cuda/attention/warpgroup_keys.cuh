@@ -35,9 +35,7 @@ struct KeySums {
   CK_DEVICE float factor() const { return 1; }
   template <class Product>
   CK_DEVICE void add(int64_t size, int, const Product& product) const {
-#pragma unroll
-    for (int n = 0; n < D; n += 8)
-      if (n < size) product(registers[n / 8], n);
+    add_to_registers<D>(registers, size, product);
   }
 };
 

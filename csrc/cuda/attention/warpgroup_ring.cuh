@@ -45,6 +45,12 @@ struct RingPlace {
   }
 };
 
+// By a warp, when all lanes are done with it.
+CK_DEVICE void release(uint64_t* signal) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) mbarrier_arrive(signal);
+}
+
 // The turns of two warpgroups, as seen by one of them: what one starts between begin() and end() does not mix with what
 // the other one starts.
 struct WarpgroupTurn {

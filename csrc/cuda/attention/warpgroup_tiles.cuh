@@ -12,6 +12,38 @@ CK_DEVICE char* piece_of_row(char* rows, int panel, int r, int piece) {
   return rows + piece / 8 * panel + r * 128 + ((piece ^ r) % 8) * 16;
 }
 
+// Copies rows of head `head` of batch row b, from `row` on, to panels that are `panel` bytes apart.
+template <int D>
+CK_DEVICE void load_panels(char* to, int panel, const TensorMap& map, int row, int head, int b, uint64_t* full) {
+  for (int c = 0; c < D / 64; ++c) tensor_load(to + c * panel, map, 64 * c, row, head, b, full);
+}
+
+// Starts acc = 64 rows times kOther others, over D channels. The panels of each are so many bytes apart.
+template <class T, int D, int kOther>
+CK_DEVICE void start_pairs(float (&acc)[kOther / 8][4], const Operand& own, int own_panel, const Operand& others,
+                           int panel) {
+#pragma unroll
+  for (int k = 0; k < D / 16; ++k)
+    wgmma<T, kOther>(acc, own.further(k / 4 * own_panel + k % 4 * 32), others.further(k / 4 * panel + k % 4 * 32),
+                     k > 0);
+}
+
+// Starts acc += values, of 64 rows and 16 numbers each, times rows of D channels.
+template <class T, int D, int kX>
+CK_DEVICE void start_rows(float (&acc)[D / 8][4], const uint32_t (&values)[kX][4], const Operand& rows) {
+#pragma unroll
+  for (int k = 0; k < kX; ++k) wgmma<T, D, Major::kOther>(acc, values[k], rows.further(k * 2048), true);
+}
+
+// Rounds the sums of a product to the left factor of another one.
+template <class T, int kX>
+CK_DEVICE void round_sums(uint32_t (&to)[kX / 2][4], const float (&sums)[kX][4]) {
+#pragma unroll
+  for (int k = 0; k < kX / 2; ++k)
+    for (int e = 0; e < 4; ++e)
+      to[k][e] = narrow_pair<T>(sums[2 * k + e / 2][e % 2 * 2], sums[2 * k + e / 2][e % 2 * 2 + 1]);
+}
+
 // Rows for multiply_table, from a multiple of 8 rows on: in panels, `panel` bytes apart, or, where `pitch` is not 0, so
 // many bytes apart.
 struct TileRows {
@@ -54,7 +86,14 @@ struct SeenTiles {
   CK_DEVICE bool has(int j0, bool real) const { return real && j0 >= firsts.first && j0 < firsts.end; }
 };
 
-// The keys that the mask leaves, from what ask_mask said of 32 each.
+// What ask_mask says of the keys from j0 on, 32 at a time.
+template <int kWords>
+CK_DEVICE void ask_masks(unsigned (&asked)[kWords], const Attention& p, int64_t b, int j0, int lane) {
+#pragma unroll
+  for (int n = 0; n < kWords; ++n) asked[n] = ask_mask(p, b, j0 + 32 * n, lane);
+}
+
+// The keys that the mask leaves, from what ask_masks has found.
 template <int kWords>
 CK_DEVICE void real_keys(unsigned (&real)[kWords], const Attention& p, const unsigned (&asked)[kWords]) {
 #pragma unroll
@@ -64,12 +103,14 @@ CK_DEVICE void real_keys(unsigned (&real)[kWords], const Attention& p, const uns
   for (int n = 0; n < kWords; ++n) real[n] = __ballot_sync(kAllLanes, asked[n] != 0);
 }
 
-// Products of q and k that are not part of the scores become 0. As a branch: selected, all of them would take an
+// Sums that do not count become 0. Where a condition says so, it remains a branch: to select each of them would take an
 // instruction.
-template <int kX>
-CK_DEVICE void leave_out(float (&s)[kX][4]) {
-  set_zero(s);
-  keep_registers(s);
+template <class N, int kX>
+CK_DEVICE void leave_out(N (&sums)[kX][4]) {
+#pragma unroll
+  for (int x = 0; x < kX; ++x)
+    for (int e = 0; e < 4; ++e) sums[x][e] = 0;
+  keep_registers(sums);
 }
 
 // Whether all bits are there.

@@ -36,18 +36,14 @@ CK_DEVICE Operand operand(const void* shared, unsigned panel = 16) {
 #include <cuda.h>
 
 // Machine code for 9.0 exists if the file is compiled for sm_90a; elsewhere a kernel that uses these stops.
-#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define CK_PTX_90A(...) asm volatile(__VA_ARGS__)
-#else
-#define CK_PTX_90A(...) __trap()
-#endif
-
 namespace ck::cuda {
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 constexpr bool kWarpgroups = true;
+#define CK_PTX_90A(...) asm volatile(__VA_ARGS__)
 #else
 constexpr bool kWarpgroups = false;
+#define CK_PTX_90A(...) __trap()
 #endif
 CK_DEVICE void stop_kernel() { __trap(); }
 
