@@ -266,8 +266,8 @@ CUDA_MUTATIONS = [
     Mutation(
         "attention: no barrier before queries are overwritten, backward",
         "csrc/cuda/attention/backward_keys.cuh",
-        "        cp_async_wait<0>();\n        __syncthreads();\n        if (has_strip && works",
-        "        cp_async_wait<0>();\n        if (has_strip && works",
+        "          store_scalars(1 - stage, coming);\n          __syncthreads();\n",
+        "          store_scalars(1 - stage, coming);\n",
     ),
     Mutation(
         "attention: the last column taken for the edge",
