@@ -115,7 +115,6 @@ void cp_async_wait() {
   simt::copy_wait(Newest);
 }
 
-inline constexpr bool kBulkCopies = true;
 inline void mbarrier_init(uint64_t* mbarrier, unsigned arrivals) { simt::mbarrier_init(mbarrier, arrivals); }
 inline void mbarrier_invalidate(uint64_t* mbarrier) { simt::mbarrier_invalidate(mbarrier); }
 inline void mbarrier_arrive(uint64_t* mbarrier) { simt::mbarrier_arrive(mbarrier); }

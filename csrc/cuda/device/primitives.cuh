@@ -81,12 +81,12 @@ CK_DEVICE void cp_async_wait() {
 }
 
 // mbarriers in shared memory, and bulk copies, of compute capability 9.0 and up. Where there are none, code that would
-// use them stops the launch.
+// use them stops the launch; ptxas refuses it in a file whose PTX for an older GPU serves all of them.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-constexpr bool kBulkCopies = true;
 #define CK_PTX_90(...) asm volatile(__VA_ARGS__)
+#elif defined(CK_OLDEST_PTX)
+#define CK_PTX_90(...) asm volatile("CMakeLists.txt names files that need PTX of their own;")
 #else
-constexpr bool kBulkCopies = false;
 #define CK_PTX_90(...) __trap()
 #endif
 
