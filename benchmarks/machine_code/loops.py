@@ -200,10 +200,9 @@ def _warpgroups(channels: int) -> list[MainLoop]:
     tile of keys: queries that have nothing but products, or also the strip of 17 columns, 8 at a time."""
     variant, matrices, exponentials = f"bf16, {channels}", {"HGMMA": channels // 16 + 8}, {"MUFU.EX2": 66}
     far = Work({**matrices, **exponentials, "FMUL": 0, "LDG": 0})
-    store = (channels // 16, Work({STORE: 1, "LDS.128": 2, "LDG": 0, "F2FP": 4}))
 
     def strip(rank: int) -> Work:
-        return Work({"STS": 4}, ((rank // 16, Work({"LDSM": 1}, ((1, Work({"HMMA": 1, "LDG": 2})),))),))
+        return Work({"STS": 12}, ((rank // 16, Work({"LDSM": 1}, ((1, Work({"HMMA": 3, "LDG": 6})),))),))
 
     cases = {"16 x 128 pairs": far}
     for near in (1, 4):
@@ -211,9 +210,10 @@ def _warpgroups(channels: int) -> list[MainLoop]:
         cases[NEAR[0].format(near)] = Work({**work, "LDG": 0, "FMUL": 0})
         if channels == 128:
             counts = {"LDG": 16 * near, "FMUL": 16 * near}
-            cases[NEAR[1].format(near)] = Work({**work, **counts}, ((6 * near, strip(16)),))
-    cases[BEGINNING[0]] = Work({"HGMMA": channels // 16}, ((0, far), store))
-    cases[BEGINNING[1]] = Work({"HGMMA": channels // 16}, ((0, far), store, (3, strip(channels))))
+            cases[NEAR[1].format(near)] = Work({**work, **counts}, ((2 * near, strip(16)),))
+    once = {"HGMMA": channels // 16, STORE: channels // 16, "LDS.128": channels // 16, "LDG": 0}
+    cases[BEGINNING[0]] = Work(once, ((0, far),))
+    cases[BEGINNING[1]] = Work(once, ((0, far), (1, strip(channels))))
     return [MainLoop("attention_forward_warpgroups", variant, case, work, "tile", 1) for case, work in cases.items()]
 
 

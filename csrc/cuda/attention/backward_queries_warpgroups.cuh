@@ -230,7 +230,6 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
         unsigned asked[kKeys / 32], real[kKeys / 32];  // of the mask, asked before a wait
         const FarTiles<Side::kQueries, kKeys, 16> far(p, tile, i0);
         const SeenTiles<kKeys> seen(p, tile);
-        const bool all_see = __all_sync(kAllLanes, sees[0] && sees[1]) != 0;
 
         const int all = (walks - first_walk) * count;
         if (all > 0) {
@@ -250,15 +249,15 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
             if (m > 0) release(&signals->free[place.before()]);
             if (!p.qk) leave_out(s);
             if (first_walk == 0 && m == count) {
-              set_zero(grad_q);
+              leave_out(grad_q);
               begin_scores();
             }
             real_keys(real, p, asked);
             const bool all_real = all_of(real);
             uint32_t pairs_seen[kKeys / 32];
             const ScoreTerms terms =
-                tile_scores<T, kKeys>(s, pairs_seen, rel, tile, all_see && far.has(j0, all_real), i0, j0, real, left,
-                                      right, rel_rows, TileRows{keys_at(place.stage), kPanel, 0}, whole);
+                tile_scores<T, kKeys, D <= 64 ? 3 : 1>(s, pairs_seen, rel, tile, far, i0, j0, real, left, right,
+                                                       rel_rows, TileRows{keys_at(place.stage), kPanel, 0}, whole);
 #pragma unroll
             for (int sub = 0; sub < kKeys / 32; ++sub) {
               float (&part_ds)[4][4] = reinterpret_cast<float (&)[4][4]>(ds[4 * sub]);

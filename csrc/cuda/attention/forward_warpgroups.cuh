@@ -41,23 +41,29 @@ template <class T, int D>
 CK_DEVICE void store_warp_results(const AttentionForward& p, const TensorTables& t, const AttentionTile& tile, int b,
                                   int h, int own, const float (&out)[D / 8][4], const float (&top)[2],
                                   const float (&total)[2], float* stage, bool spoiled, int lane) {
-  const int channels = static_cast<int>(p.channels), g = h / static_cast<int>(p.sharing());
-  float factor[2];
+  const int channels = static_cast<int>(p.channels), count = min(tile.count - own, 16), i0 = tile.first + own;
+  float sum[2], factor[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float sum = row_sum(total[half]);
-    const bool sees = sum != 0.0f;
-    factor[half] = sees ? static_cast<float>(p.keep_scale) / sum : 0.0f;
-    const int r = own + lane / 4 + 8 * half;
-    if (lane % 4 == 0 && r < tile.count)
-      at<float>(p.lse, b, h, tile.first + r) = sees ? top[half] * kLn2 + logf(sum) : -infinity<float>();
+    sum[half] = row_sum(total[half]);
+    factor[half] = sum[half] != 0.0f ? static_cast<float>(p.keep_scale) * fast_reciprocal(sum[half]) : 0.0f;
+  }
+  // Four lanes have the same two rows.
+  if (const int half = lane % 4, r = lane / 4 + 8 * half; half < 2 && r < count) {
+    const float s = half == 0 ? sum[0] : sum[1], highest = half == 0 ? top[0] : top[1];
+    at<float>(p.lse, b, h, i0 + r) = s != 0.0f ? highest * kLn2 + logf(s) : -infinity<float>();
+  }
+  if (t.vectors && t.taps == nullptr && !spoiled) {
+    store_rows<T, D>(at<T>(p.out, b, i0, h), p.out.time, count, channels, out, factor, reinterpret_cast<char*>(stage),
+                     lane);
+    return;
   }
   each_row<D>(out, factor, stage, lane, [&](int r, int d, float (&value)[8]) {
-    const int i = tile.first + own + r;
-    if (own + r >= tile.count || d >= channels) return;
+    const int i = i0 + r;
+    if (r >= count || d >= channels) return;
     if (spoiled && at<float>(p.lse, b, h, i) != -infinity<float>())
-      add_spoiled<T>(value, p.v, b, g, visible_keys(p, tile, i), d, channels - d, t.vectors,
-                     [&](int j) { return real_key(p, b, j); });
+      add_spoiled<T>(value, p.v, b, h / static_cast<int>(p.sharing()), visible_keys(p, tile, i), d, channels - d,
+                     t.vectors, [&](int j) { return real_key(p, b, j); });
     if (t.taps != nullptr) add_taps<T>(value, p, t, tile, b, h, i, d);
     store_channels(at<T>(p.out, b, i, h) + d * p.out.channel, p.out.channel, channels - d, t.vectors, value);
   });
@@ -225,9 +231,8 @@ void attention_forward_warpgroups(const CK_PARAM AttentionForward p, const CK_PA
           real_keys(real, p, asked);
           uint32_t seen_pairs[kKeys / 32];
           const bool all_real = all_of(real);
-          const ScoreTerms terms =
-              tile_scores<T, kKeys>(s, seen_pairs, rel, tile, far.has(j0, all_real), i0, j0, real, left, right,
-                                    rel_rows, TileRows{keys_at(place.stage), kPanel, 0}, whole);
+          const ScoreTerms terms = tile_scores<T, kKeys, 3>(s, seen_pairs, rel, tile, far, i0, j0, real, left, right,
+                                                            rel_rows, TileRows{keys_at(place.stage), kPanel, 0}, whole);
           if (p.key_rel.data != nullptr) release(key_free(place.stage));
           if (n == count - 1) release(&signals->own_free);
           float shrink[2];

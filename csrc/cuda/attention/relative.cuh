@@ -86,27 +86,55 @@ struct FarTiles {
     }
   }
 
-  // `real`: of the keys, all of which have to be.
+  // The same of kPart others from `other` on, a part of a tile. `real`: of the keys, all of which have to be.
+  template <int kPart = kOther>
   CK_DEVICE bool has(int other, bool real) const {
-    return real && ((other >= left.first && other < left.end) || (other >= right.first && other < right.end));
+    return real && ((other >= left.first && other < left.end + kOther - kPart) ||
+                    (other >= right.first && other < right.end + kOther - kPart));
+  }
+  // Which side those are on.
+  template <int kPart = kOther>
+  CK_DEVICE bool is_left(int other) const {
+    return other < left.end + kOther - kPart;
+  }
+  // Whether all pairs of 16 queries and a part of a tile of keys attend, if the keys are real.
+  template <int kPart>
+  CK_DEVICE bool sees(int other) const {
+    static_assert(kOwn == Side::kQueries);
+    return other >= left.first && other < right.end + kOther - kPart;
   }
 };
 
-// out += 16 rows, from row n of `rows` on, times columns of a table [terms][window][pitch] (global memory), which
-// lane / 4 says: `column`. rows: PitchedRows, or something else with such a function.
-template <class T, class Rows>
-CK_DEVICE void multiply_table(float (&out)[4], const Rows& rows, int n, const T* table, int64_t terms, int64_t W,
-                              int64_t pitch, int column, int lane) {
-  const T* const first = table + column * pitch + lane % 4 * 2;
+// out[x] += 16 rows, from row n of `rows` on, times a column of a table [terms][window][pitch] (global memory) that
+// lane / 4 says: `column`, or for x > 0 the one 8 x after it, the last one at most. rows: PitchedRows, or something
+// else with such a function.
+template <int kColumns, class T, class Rows>
+CK_DEVICE void multiply_table(float (&out)[kColumns][4], const Rows& rows, int n, const T* table, int64_t terms,
+                              int64_t W, int64_t pitch, int column, int lane) {
+  constexpr int kSteps = kColumns > 1 ? 1 : 1;
+  const T* first[kColumns];
+#pragma unroll
+  for (int x = 0; x < kColumns; ++x)
+    first[x] = table + (x == 0 ? column : min(column + 8 * x, static_cast<int>(W) - 1)) * pitch + lane % 4 * 2;
 #pragma unroll 1
-  for (int k = 0; k < pitch; k += 16) {
-    uint32_t a[4];
-    rows.load_left(a, n, k, lane);
+  for (int k = 0; k < pitch; k += 16 * kSteps) {
+    uint32_t a[kSteps][4];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step)
+      if (step == 0 || k + 16 * step < pitch) rows.load_left(a[step], n, k + 16 * step, lane);
 #pragma unroll 1
     for (int64_t term = 0; term < terms; ++term) {
-      const T* const from = first + term * W * pitch + k;
-      const uint32_t b[2] = {*reinterpret_cast<const uint32_t*>(from), *reinterpret_cast<const uint32_t*>(from + 8)};
-      mma_m16n8k16<T>(out, a, b);
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        if (step > 0 && k + 16 * step >= pitch) break;
+#pragma unroll
+        for (int x = 0; x < kColumns; ++x) {
+          const T* const from = first[x] + term * W * pitch + k + 16 * step;
+          const uint32_t b[2] = {*reinterpret_cast<const uint32_t*>(from),
+                                 *reinterpret_cast<const uint32_t*>(from + 8)};
+          mma_m16n8k16<T>(out[x], a[step], b);
+        }
+      }
     }
   }
 }
@@ -148,10 +176,10 @@ struct Relative {
   CK_DEVICE void query_edges(float (&left)[2], float (&right)[2], const Rows& rows) const {
     left[0] = left[1] = right[0] = right[1] = 0;
     if (!p.clips() || !p.has_query_columns()) return;
-    float out[4] = {};
+    float sums[1][4] = {}, out[4];
     if (p.query_rel.data != nullptr)
-      multiply_table(out, rows, 0, query_rel(), t.query_terms, W, t.rank_pitch, lane / 4 == 0 ? 0 : W - 1, lane);
-    for (int e = 0; e < 4; ++e) out[e] = __shfl_sync(kAllLanes, out[e], lane & ~3) * t.rel_factor;
+      multiply_table(sums, rows, 0, query_rel(), t.query_terms, W, t.rank_pitch, lane / 4 == 0 ? 0 : W - 1, lane);
+    for (int e = 0; e < 4; ++e) out[e] = __shfl_sync(kAllLanes, sums[0][e], lane & ~3) * t.rel_factor;
     const float* const bias = this->bias();
     for (int half = 0; half < 2; ++half) {
       left[half] = out[2 * half] + (bias == nullptr ? 0.0f : bias[0]);
@@ -159,20 +187,26 @@ struct Relative {
     }
   }
 
-  // Fills the strip, from column columns.first on, with what the terms of the 16 own positions add: rows.
-  template <Side kOwn, class Rows>
+  // Fills the strip, from column columns.first on, with what the terms of the 16 own positions add: rows. kColumns: how
+  // many times 8 columns are found at once.
+  template <Side kOwn, int kColumns = 1, class Rows>
   CK_DEVICE void fill_strip(Range columns, const Rows& rows) const {
     const int lane = opaque(this->lane), row = lane / 4, pair = lane % 4 * 2;
     const float* const bias = this->bias();
     __syncwarp();
 #pragma unroll 1
-    for (int c = columns.first; c < columns.end; c += 8) {
-      float out[4] = {};
-      multiply_column<kOwn>(out, rows, 0, min(c + row, W - 1), lane);
-      for (int e = 0; e < 4; ++e) {
-        const int column = c + pair + e % 2;
-        const float added = bias == nullptr || column >= W ? 0.0f : bias[column];
-        strip[(row + e / 2 * 8) * pitch + column - columns.first] = out[e] * factor<kOwn>() + added;
+    for (int first = columns.first; first < columns.end; first += 8 * kColumns) {
+      float out[kColumns][4] = {};
+      multiply_columns<kOwn>(out, rows, 0, min(first + row, W - 1), lane);
+#pragma unroll
+      for (int x = 0; x < kColumns; ++x) {
+        if (x > 0 && first + 8 * x >= columns.end) break;
+        const int c = first + 8 * x + pair;
+        float added[2] = {};
+        if (bias != nullptr)
+          for (int e = 0; e < 2; ++e) added[e] = bias[min(c + e, W - 1)];
+        float* const to = strip + row * pitch + c - columns.first;
+        for (int e = 0; e < 4; ++e) to[e / 2 * 8 * pitch + e % 2] = out[x][e] * factor<kOwn>() + added[e % 2];
       }
     }
     __syncwarp();
@@ -191,12 +225,12 @@ struct Relative {
       for (int c = columns.first; c < columns.end; c += 8) {
         const int nearest = kQueries ? base + n - c : c - base + n;  // own position of the first of both
         if (kQueries ? nearest + 15 < 0 || nearest - 7 > 15 : nearest + 22 < 0 || nearest > 15) continue;
-        float out[4] = {};
-        multiply_column<kOthers>(out, rows, n, min(c + row, W - 1), lane);
+        float out[1][4] = {};
+        multiply_columns<kOthers>(out, rows, n, min(c + row, W - 1), lane);
         for (int e = 0; e < 4; ++e) {
           const int by = pair + e % 2, m = row + e / 2 * 8, own = kQueries ? nearest + m - by : nearest + m + by;
           if (own >= 0 && own < 16 && c + by < columns.end)
-            strip[own * pitch + c + by - first] += out[e] * factor<kOthers>();
+            strip[own * pitch + c + by - first] += out[0][e] * factor<kOthers>();
         }
       }
     }
@@ -204,9 +238,9 @@ struct Relative {
   }
 
  private:
-  // out += 16 rows of queries, or keys, from row n on, times a column of their table.
-  template <Side kSide, class Rows>
-  CK_DEVICE void multiply_column(float (&out)[4], const Rows& rows, int n, int column, int lane) const {
+  // out += 16 rows of queries, or keys, from row n on, times columns of their table.
+  template <Side kSide, int kColumns, class Rows>
+  CK_DEVICE void multiply_columns(float (&out)[kColumns][4], const Rows& rows, int n, int column, int lane) const {
     if constexpr (kSide == Side::kQueries) {
       if (p.query_rel.data != nullptr)
         multiply_table(out, rows, n, query_rel(), t.query_terms, W, t.rank_pitch, column, lane);

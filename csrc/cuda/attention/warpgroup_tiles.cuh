@@ -89,6 +89,7 @@ struct SeenTiles {
 // What ask_mask says of the keys from j0 on, 32 at a time.
 template <int kWords>
 CK_DEVICE void ask_masks(unsigned (&asked)[kWords], const Attention& p, int64_t b, int j0, int lane) {
+  if (p.key_mask == nullptr) return;
 #pragma unroll
   for (int n = 0; n < kWords; ++n) asked[n] = ask_mask(p, b, j0 + 32 * n, lane);
 }
@@ -161,7 +162,7 @@ CK_DEVICE bool clear_rows(char* rows, int panel, int first) {
 // right of the window. Then a pair's place in it follows from its column alone.
 template <class T>
 CK_DEVICE void fill_whole_strip(float (&left)[2], float (&right)[2], const Relative<T>& rel, const TileRows& rows) {
-  rel.template fill_strip<Side::kQueries>(Range{0, rel.W}, rows);
+  rel.template fill_strip<Side::kQueries, 3>(Range{0, rel.W}, rows);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float* const row = rel.strip + (rel.lane / 4 + 8 * half) * rel.pitch;
@@ -179,18 +180,19 @@ CK_DEVICE void fill_whole_strip(float (&left)[2], float (&right)[2], const Relat
 
 // Scores of 16 queries, from i0 on, and the kKeys keys from j0 on: products s become scores, unless all pairs are seen
 // and on one side (`far`). real: the keys that the mask leaves. `whole`: fill_whole_strip has been called. seen: the
-// pairs that attend, of 32 keys each.
-template <class T, int kKeys>
+// pairs that attend, of 32 keys each. kColumns: see fill_strip.
+template <class T, int kKeys, int kColumns>
 CK_DEVICE ScoreTerms tile_scores(float (&s)[kKeys / 8][4], uint32_t (&seen)[kKeys / 32], const Relative<T>& rel,
-                                 const AttentionTile& tile, bool far, int i0, int j0,
-                                 const unsigned (&real)[kKeys / 32], const float (&left)[2], const float (&right)[2],
-                                 const TileRows& query_rows, const TileRows& key_rows, bool whole) {
+                                 const AttentionTile& tile, const FarTiles<Side::kQueries, kKeys, 16>& far, int i0,
+                                 int j0, const unsigned (&real)[kKeys / 32], const float (&left)[2],
+                                 const float (&right)[2], const TileRows& query_rows, const TileRows& key_rows,
+                                 bool whole) {
   const Attention& p = rel.p;
   const float factor = rel.t.score_factor;
 #pragma unroll
   for (int sub = 0; sub < kKeys / 32; ++sub) seen[sub] = kEveryPair;
-  if (far) {
-    const int side = PairTile<Side::kQueries, kKeys>(p, tile, i0, j0).is_left() ? 0 : 1;
+  if (far.has(j0, all_of(real))) {
+    const int side = far.is_left(j0) ? 0 : 1;
     ScoreTerms terms = far_scores(rel, side, left, right);
     if (rel.edges != nullptr) {
       const float* const added = rel.edges + (side == 0 ? 0 : p.keys) + j0 + rel.lane % 4 * 2;
@@ -204,25 +206,27 @@ CK_DEVICE ScoreTerms tile_scores(float (&s)[kKeys / 8][4], uint32_t (&seen)[kKey
 #pragma unroll
   for (int sub = 0; sub < kKeys / 32; ++sub) {
     float (&part)[4][4] = reinterpret_cast<float (&)[4][4]>(s[4 * sub]);
-    const PairTile<Side::kQueries, 32> pairs(p, tile, i0, j0 + 32 * sub);
-    const bool all_seen = rel.edges == nullptr && pairs.seen(real[sub]);
-    if (all_seen && pairs.one_sided()) {
-      const bool is_left = pairs.is_left();
+    const int first_key = j0 + 32 * sub;
+    const bool here = rel.edges == nullptr && real[sub] == ~0u;  // the keys, without terms of their own
+    if (far.template has<32>(first_key, here)) {
+      const bool is_left = far.template is_left<32>(first_key);
+      const float added[2] = {is_left ? left[0] : right[0], is_left ? left[1] : right[1]};
 #pragma unroll
       for (int n = 0; n < 4; ++n)
-        for (int e = 0; e < 4; ++e) part[n][e] = part[n][e] * factor + (is_left ? left[e / 2] : right[e / 2]);
+        for (int e = 0; e < 4; ++e) part[n][e] = part[n][e] * factor + added[e / 2];
       continue;
     }
+    const PairTile<Side::kQueries, 32> pairs(p, tile, i0, first_key);
     int first = 0;
     if (p.has_columns()) {
       const Range columns = pairs.columns();
       if (!whole) {
         first = columns.first;
-        rel.template fill_strip<Side::kQueries>(columns, query_rows);
+        rel.template fill_strip<Side::kQueries, kColumns>(columns, query_rows);
       }
       rel.add_others(pairs, columns, first, TileRows{key_rows.rows + 32 * sub * 128, key_rows.panel, 0});
     }
-    if (all_seen && whole) {
+    if (whole && here && far.template sees<32>(first_key)) {
       const int row = rel.lane / 4, column = pairs.base() + rel.lane % 4 * 2 - row;
       const float* const strip = rel.strip + row * rel.pitch;
 #pragma unroll
@@ -236,6 +240,36 @@ CK_DEVICE ScoreTerms tile_scores(float (&s)[kKeys / 8][4], uint32_t (&seen)[kKey
     seen[sub] = score_pairs(part, rel, pairs, real[sub], left, right, first);
   }
   return {1, {}, -1, 0};
+}
+
+// Stores a warp's 16 rows of sums, times their factors: the first `count` of them, and `channels` channels, where 16
+// bytes can be stored at once. They go through `stage`, [16] rows of 64 channels, laid like a tile.
+template <class T, int D>
+CK_DEVICE void store_rows(T* to, int64_t stride, int count, int channels, const float (&sums)[D / 8][4],
+                          const float (&factor)[2], char* stage, int lane) {
+  const int row = lane / 8, piece = lane % 8;  // that this lane stores
+  T* const first = to + row * stride + piece * 8;
+#pragma unroll
+  for (int c0 = 0; c0 < D; c0 += 64) {
+    __syncwarp();
+#pragma unroll
+    for (int c = 0; c < 8; ++c) {
+      const float (&value)[4] = sums[c0 / 8 + c];
+      char* const at = piece_of_row(stage, 0, lane / 4, c) + lane % 4 * 4;
+      for (int half = 0; half < 2; ++half)
+        *reinterpret_cast<uint32_t*>(at + half * 8 * 128) =
+            narrow_pair<T>(value[2 * half] * factor[half], value[2 * half + 1] * factor[half]);
+    }
+    __syncwarp();
+    if (c0 + piece * 8 < channels) {
+#pragma unroll
+      for (int r = 0; r < 16; r += 4)
+        if (row + r < count)
+          *reinterpret_cast<uint4*>(first + r * stride + c0) =
+              *reinterpret_cast<const uint4*>(piece_of_row(stage, 0, row + r, piece));
+    }
+  }
+  __syncwarp();
 }
 
 // store(row, channel, value) for each 8 channels of a warp's 16 rows of sums, times their factors; where a factor is 0,
