@@ -3,6 +3,7 @@
 from mutations_table import Mutation
 
 WARPGROUPS = "csrc/cuda/attention/forward_warpgroups.cuh"
+TILES, RELATIVE = "csrc/cuda/attention/warpgroup_tiles.cuh", "csrc/cuda/attention/relative.cuh"
 
 WARPGROUP_MUTATIONS = [
     Mutation(
@@ -118,5 +119,35 @@ WARPGROUP_MUTATIONS = [
         WARPGROUPS,
         "if (n >= tiles * units) return false;",
         "if (n >= tiles * units - 1) return false;",
+    ),
+    Mutation(
+        "attention: warpgroups, a part of a tile taken to be on one side, one key early",
+        RELATIVE,
+        "(other >= right.first && other",
+        "(other >= right.first - 1 && other",
+    ),
+    Mutation(
+        "attention: warpgroups, a part of a tile taken to be left, one key late",
+        RELATIVE,
+        "((other >= left.first && other < left.end + kOther - kPart) ||",
+        "((other >= left.first && other < left.end + kOther - kPart + 1) ||",
+    ),
+    Mutation(
+        "attention: warpgroups, a hidden key taken to be seen in a part of a tile",
+        RELATIVE,
+        "return other >= left.first && other < right.end + kOther - kPart;",
+        "return other >= left.first && other < right.end + kOther - kPart + 1;",
+    ),
+    Mutation(
+        "attention: warpgroups, rows stored past the last one",
+        TILES,
+        "        if (row + r < count)\n",
+        "",
+    ),
+    Mutation(
+        "attention: warpgroups, a strip's later columns begin where the first ones do",
+        RELATIVE,
+        "min(column + 8 * x, static_cast<int>(W) - 1)",
+        "min(column, static_cast<int>(W) - 1)",
     ),
 ]

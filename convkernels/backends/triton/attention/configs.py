@@ -121,9 +121,11 @@ def backward(shape: Shape, keys: bool) -> Pairs:
     if old:
         return Pairs(32 if shape.products else 64, 64, 16, 8)
     if keys:
-        return Pairs(32, 64, 16, 8, 3) if shape.crowded else Pairs(64 if wide else 32, 64, 16, 8)
+        return Pairs(32, 64, 16, 8) if shape.crowded else Pairs(64 if wide else 32, 64, 16, 8)
     if wide and shape.products:
-        return Pairs(64, 64, 32, 8, 1) if shape.sliding else Pairs(64, 64, 16 if shape.crowded else 32, 8)
+        if shape.sliding:
+            return Pairs(32 if shape.crowded else 64, 64, 32, 8, 1)
+        return Pairs(64, 32, 16, 8) if shape.crowded else Pairs(64, 64, 32, 8)
     return Pairs(64, 64, 16, 8)
 
 
