@@ -59,6 +59,18 @@ def test_tiles(name, ops):
     check(ops, problem, problem.tensors(), twice=True)
 
 
+@pytest.mark.parametrize("outside", [0, 1, 2])
+@pytest.mark.parametrize("left, right", [(1, 1), (17, 0), (0, 17)])
+def test_edges_of_parts(left, right, outside, ops):
+    """Parts of 32 keys that begin or end with the first or the last column of the window, or have a key too few."""
+    problem = BASE.with_(length=96, keys=95, left=left, right=right, outside=outside, query_rel=0)
+    tensors = problem.tensors()
+    tensors["bias"][:, 0], tensors["bias"][:, -1] = 6.0, 4.0
+    for length, keys in ((96, 95), (31, 31)):
+        cut = {name: tensors[name][:, : length if name == "q" else keys] for name in ("q", "k", "v")}
+        check(ops, problem, dict(tensors, **cut))
+
+
 @pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize("hidden", [(0, 128), (128, 256), (0, 300), (1, 300), (127, 129)], ids=str)
 def test_masked_tiles(hidden, terms, ops):
