@@ -300,6 +300,30 @@ CUDA_MUTATIONS = [
         "const bool sees = other",
     ),
     Mutation(
+        "attention: a product of float32 without the small part of its right factor",
+        "csrc/cuda/attention/fragments.cuh",
+        "    mma_m16n8k8(rest, big_a[k], small_b[k]);\n",
+        "",
+    ),
+    Mutation(
+        "attention: a product of float32 without the small part of its left factor",
+        "csrc/cuda/attention/fragments.cuh",
+        "    mma_m16n8k8(rest, small_a[k], big_b[k]);\n",
+        "",
+    ),
+    Mutation(
+        "attention: products of infinite float32 are NaN",
+        "csrc/cuda/attention/fragments.cuh",
+        "fmaxf(rest[e], -kLargest)",
+        "rest[e]",
+    ),
+    Mutation(
+        "attention: columns of a table in float32 taken for those of 16 bits",
+        "csrc/cuda/attention/relative.cuh",
+        "lane % 4 * kPerWord<T>;",
+        "lane % 4 * 2;",
+    ),
+    Mutation(
         "attention: no barrier in the plain products",
         "csrc/cuda/attention/plain.cuh",
         "      stage_keys(keys, d0);\n      __syncthreads();",

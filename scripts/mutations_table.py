@@ -14,6 +14,7 @@ TESTS = [
     "tests/test_attention_fuzz.py",
     "tests/test_attention_blocks.py",
     "tests/test_attention_fragments.py",
+    "tests/test_attention_hidden.py",
     "tests/test_attention_warpgroups.py",
 ]
 

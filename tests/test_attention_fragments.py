@@ -1,5 +1,5 @@
-"""Random problems of attention in 16-bit types that span several tiles of the kernels for matrix units, against the
-reference in float64; and the same bits every time.
+"""Random problems of attention that span several tiles of the kernels for matrix units, in 16-bit types and in float32,
+against the reference in float64; and the same bits every time.
 """
 
 from functools import partial
@@ -11,7 +11,8 @@ from convkernels.testing import compare
 from convkernels.testing.random_problems import for_each, random_attention
 
 OP = "attention_grad"
-CASES, WIDE = 48, 12
+CASES, WIDE, SINGLE = 48, 12, 12
+large = partial(random_attention, size="large")
 
 
 def check(ops, problem):
@@ -20,10 +21,10 @@ def check(ops, problem):
     assert all(torch.equal(again[name], value) for name, value in found.items()), "not the same bits"
 
 
-def run(ops, numbers):
+def run(ops, numbers, make=large):
     if ops.backend == "reference" or ops.interpreted:
         pytest.skip("for kernels that compute in tiles, at some speed")
-    for_each(partial(check, ops), partial(random_attention, size="large"), numbers)
+    for_each(partial(check, ops), make, numbers)
 
 
 @pytest.mark.parametrize("number", range(CASES))
@@ -34,3 +35,13 @@ def test_random_problems(number, ops):
 def test_wide_problems(ops):
     """In one test, so that it can be repeated for other orders of the simulated threads."""
     run(ops, range(CASES, CASES + WIDE))
+
+
+def in_float32(number):
+    return large(number).with_(dtype=torch.float32)
+
+
+@pytest.mark.parametrize("number", range(SINGLE))
+def test_random_problems_in_float32(number, ops):
+    """On tensor cores, each product of numbers that are split in two; tables of any type."""
+    run(ops, [number], in_float32)

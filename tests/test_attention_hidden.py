@@ -168,6 +168,30 @@ def test_scores_of_minus_infinity(outside, dtype, backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("outside", ["clip", "mask"])
+def test_infinite_keys(outside, dtype, backend):
+    """A key whose score is -inf is like padding, also for queries whose numbers have few bits; one of inf, NaN."""
+    T, D = (40, 16) if backend == "triton" else (150, 64)
+    q, k, v = (torch.randn(1, T, 2, D) for _ in range(3))
+    row, above = T // 3, torch.arange(T) < T - 4
+    q[..., 1] = torch.where(above, 1.0, -1.0)[None, :, None]
+    q[0, ::2, :, 1] *= torch.rand(T // 2, 2) + 0.5
+    k[0, row, :, 1] = -torch.inf
+    q, k, v = (x.to(DTYPES[dtype]) for x in (q, k, v))
+    terms = {
+        "bias": torch.randn(2, 2 * T - 1),
+        "outside": outside,
+        "return_lse": True,
+        "backend": backend,
+    }
+    found = ck.composite_attention(q, k, v, **terms)
+    expected = ck.composite_attention(q, k, v, key_mask=(torch.arange(T) != row)[None], **terms)
+    torch.testing.assert_close(found[0][:, above], expected[0][:, above])
+    torch.testing.assert_close(found[1][..., above], expected[1][..., above])
+    assert not found[0][:, ~above].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_all_scores_of_minus_infinity(dtype, backend):
     """Nothing is seen by anyone, and nothing depends on what the keys hold."""
     q, k, v = (torch.randn(1, 9, 2, 16).to(DTYPES[dtype]).requires_grad_() for _ in range(3))

@@ -1,5 +1,5 @@
-"""Attention with heads of more than 128 channels, which the kernels for matrix units pad to 192 and 256, and whose
-gradients of keys and values take a launch each, against the reference in float64.
+"""Attention with heads of more than 128 channels, or 64 in float32, whose gradients of keys and values take a launch
+each of the kernels for matrix units, against the reference in float64.
 """
 
 import itertools
@@ -13,7 +13,8 @@ from convkernels.testing.random_problems import random_attention
 
 OP = "attention_grad"
 SIZES, CASES = (136, 160, 192, 200, 224, 256), 18
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+SINGLE_SIZES, SINGLE_CASES = (72, 100, 127, 128), 8
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 BASE = AttentionProblem(batch=1, length=70, keys=100, groups=1, sharing=2, left=4, right=3, seed=3)
 PROBLEMS = {
     "no terms": {},
@@ -43,6 +44,8 @@ def check(ops, problem):
 @pytest.mark.parametrize("head_size", [160, 256])
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_terms(name, head_size, dtype, ops):
+    if dtype == "float32":
+        head_size //= 2
     check(ops, BASE.with_(head_size=head_size, dtype=DTYPES[dtype], table_dtype=DTYPES[dtype], **PROBLEMS[name]))
 
 
@@ -50,6 +53,12 @@ def test_terms(name, head_size, dtype, ops):
 def test_random_problems(number, ops):
     problem = random_attention(1000 + number, size="large")
     check(ops, problem.with_(head_size=SIZES[number % len(SIZES)]))
+
+
+@pytest.mark.parametrize("number", range(SINGLE_CASES))
+def test_random_problems_in_float32(number, ops):
+    problem = random_attention(2000 + number, size="large")
+    check(ops, problem.with_(head_size=SINGLE_SIZES[number % len(SINGLE_SIZES)], dtype=torch.float32))
 
 
 @pytest.mark.parametrize("needs", ["k", "v", "key_rel"])
@@ -65,10 +74,12 @@ def test_single_gradients(needs, ops):
             assert torch.equal(value, every[name])
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(("name", "value"), list(itertools.product("qkv", (float("nan"), float("inf")))), ids=str)
-def test_hidden_rows(name, value, ops):
+def test_hidden_rows(name, value, dtype, ops):
     """What a later tile of keys holds does not reach the queries before."""
-    problem = BASE.with_(head_size=200, length=100, causal=True, query_rel=1, dtype=torch.bfloat16)
+    size = 200 if dtype == "bfloat16" else 100
+    problem = BASE.with_(head_size=size, length=100, causal=True, query_rel=1, dtype=DTYPES[dtype])
     tensors = problem.tensors()
     expected = compare.attention_results(ops, problem, tensors)
     tensors[name] = tensors[name].clone()

@@ -215,13 +215,15 @@ def test_attention_of_every_shape_gets_a_plan(backward, memory):
             "warpgroups": warpgroups, "boxes": boxes,
         }  # fmt: skip
         chosen = attention_plan(backward, **facts)
-        tensor = dtype.endswith("16") and channels <= 128 and positive
-        if memory == SMALL and backward and max(channels, low_rank) > 64:
+        single = dtype == "float32"
+        tensor = dtype != "float64" and channels <= 128 and positive
+        if (single and channels > 64) or (memory == SMALL and backward and (single or max(channels, low_rank) > 64)):
             tensor = tensor and chosen["family"] != "plain"  # only with few columns
         of_matrices = "tensor" if tensor else "plain"
         without = attention_plan(backward, **facts | {"warpgroups": False})
         assert without["family"] == of_matrices and without["stages"] == without["key_stages"] == 0, facts
         fitting = [n for n in (4, 3, 2) if warpgroup_bytes(n, channels, low_rank, window) <= memory]
+        warpgroups = warpgroups and not single
         of_warpgroups = tensor and warpgroups and boxes and not backward and len(fitting) > 0
         if backward and tensor and warpgroups and boxes:
             # Each pass by itself: as the memory allows.
@@ -269,38 +271,41 @@ def test_unknown_facts_of_attention_are_refused():
         attention_plan(False, taps=3)
 
 
-def wide_bytes(backward, channels, rank, window, stages):
-    """Shared memory of the tensor kernels with more than 128 channels and no key_rel: 64 rows of a block (and of their
-    gradients), stages of 32 rows of two others, strips, and sums of 16 rows where they do not lie in the stages."""
-    pitch, rank_pitch = -(-channels // 64) * 64 + 8, -(-rank // 16) * 16 + 8 if rank else 0
+def wide_bytes(backward, size, channels, rank, window, stages):
+    """Shared memory of the tensor kernels with more than 256 bytes of channels and no key_rel: 64 rows of a block (and
+    of their gradients), stages of 32 rows of two others, strips, and sums of 16 rows where they do not lie in the
+    stages. size: of a number."""
+    row, rank_row = size * (-(-channels // 64) * 64) + 16, size * (-(-rank // 16) * 16) + 16 if rank else 0
     columns = -(-min(window, 32 + 15) // 8) * 8 + 1 if window > 1 else 0
     if not backward:
-        return 2 * (64 * (pitch + rank_pitch) + 64 * stages * pitch) + 256 * columns
+        return 64 * (row + rank_row) + 64 * stages * row + 256 * columns
     grads = -(-(window if window <= 64 else 32 + 15) // 16) * 16 + 1 if window > 1 else 0
-    sums = -(-channels // 32) * 32 + 4 if window > 64 else 0
-    return 2 * (64 * rank_pitch + 256 * pitch) + 256 * (columns + grads) + max(256 * sums, 1024)
+    sums = max(-(-channels // 32) * 32, -(-rank // 16) * 16) + 4 if window > 64 else 0
+    return 64 * rank_row + 256 * row + 256 * (columns + grads) + max(256 * sums, 1024)
 
 
 @pytest.mark.parametrize("memory", [LARGEST, LARGE, SMALL])
 @pytest.mark.parametrize("backward", [False, True])
 def test_wide_heads_of_attention_take_tensor_cores_where_they_fit(backward, memory):
     families = collections.Counter()
-    for channels, keys, window, rank, warpgroups in itertools.product(
-        (129, 160, 192, 200, 256), (1, 257), (1, 17, 64, 1025), (0, 16, 128, 129), (False, True)
-    ):
+    for (size, channels), keys, window, rank, warpgroups in itertools.product(
+        ((2, 129), (2, 160), (2, 192), (2, 200), (2, 256), (4, 65), (4, 96), (4, 128), (4, 129)), (1, 257),
+        (1, 17, 64, 1025), (0, 16, 128, 129), (False, True),
+    ):  # fmt: skip
         facts = {
             "queries": 500, "keys": keys, "channels": channels, "rank": rank or channels, "low_rank": rank > 0,
             "window": window, "relative": window > 1, "block_memory": memory, "warpgroups": warpgroups,
+            "dtype": "bfloat16" if size == 2 else "float32",
         }  # fmt: skip
         chosen = attention_plan(backward, **facts)
-        needed = wide_bytes(backward, channels, rank, window, 1 if keys == 1 else 2)
-        family = "tensor" if rank <= 128 and needed <= memory else "plain"
+        needed = wide_bytes(backward, size, channels, rank, window, 1 if keys == 1 else 2)
+        family = "tensor" if size * channels <= 512 and rank <= 128 and needed <= memory else "plain"
         families[family] += 1
         assert chosen["family"] == chosen["key_family"] == family, (facts, chosen)
         assert max(chosen["shared_bytes"], chosen["key_shared_bytes"]) <= memory, (facts, chosen)
         if family == "tensor":
             assert channels <= chosen["channels"] < channels + 32, (facts, chosen)
-            assert chosen["kernel_channels"] == (192 if channels <= 192 else 256), (facts, chosen)
+            assert chosen["kernel_channels"] == -(-channels // 64) * 64, (facts, chosen)
             assert max(chosen["shared_bytes"], chosen["key_shared_bytes"]) == needed or chosen["resident"], facts
     assert set(families) == ({"plain"} if backward and memory == SMALL else {"plain", "tensor"})
     # The tables of keys are added to while the walk goes on: sums of their own.

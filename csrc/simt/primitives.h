@@ -165,6 +165,8 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
     simt::multiply_f16(d, a, b);
 }
 
+inline void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { simt::multiply_tf32(d, a, b); }
+
 // A grid and the place that launches it, for the status.
 struct Grid : dim3 {
   std::source_location where;

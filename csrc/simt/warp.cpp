@@ -101,6 +101,24 @@ void finish_multiply(void* const* operands, unsigned) {
   }
 }
 
+void finish_multiply_tf32(void* const* operands, unsigned) {
+  float a[16][8], b[8][8], d[16][8];
+  const auto value = [](uint32_t bits) { return std::bit_cast<float>(bits & ~0x1FFFu); };
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto& own = *static_cast<const Multiplied*>(operands[lane]);
+    const int group = lane / 4, place = lane % 4;
+    for (int r = 0; r < 4; ++r) a[group + r % 2 * 8][place + r / 2 * 4] = value(own.a[r]);
+    for (int r = 0; r < 2; ++r) b[place + r * 4][group] = value(own.b[r]);
+    for (int r = 0; r < 4; ++r) d[group + r / 2 * 8][place * 2 + r % 2] = own.d[r];
+  }
+  for (int m = 0; m < 16; ++m)
+    for (int k = 0; k < 8; ++k)
+      for (int n = 0; n < 8; ++n) d[m][n] += a[m][k] * b[k][n];
+  for (int lane = 0; lane < 32; ++lane)
+    for (int r = 0; r < 4; ++r)
+      static_cast<const Multiplied*>(operands[lane])->d[r] = d[lane / 4 + r / 2 * 8][lane % 4 * 2 + r % 2];
+}
+
 constexpr Collective kBarrier{"__syncwarp", nullptr, Meeting::kWarpBarrier};
 constexpr Collective kShuffles[] = {{"__shfl_sync", finish_shuffle, Meeting::kShuffle},
                                     {"__shfl_up_sync", finish_shuffle, Meeting::kShuffle},
@@ -113,6 +131,7 @@ constexpr Collective kLoad{"ldmatrix.x4", finish_load<false>, Meeting::kMatrixLo
 constexpr Collective kTransposedLoad{"ldmatrix.x4.trans", finish_load<true>, Meeting::kMatrixLoad};
 constexpr Collective kMultiplyF16{"mma.m16n8k16.f16", finish_multiply<from_f16>, Meeting::kMatrixProduct};
 constexpr Collective kMultiplyBf16{"mma.m16n8k16.bf16", finish_multiply<from_bf16>, Meeting::kMatrixProduct};
+constexpr Collective kMultiplyTf32{"mma.m16n8k8.tf32", finish_multiply_tf32, Meeting::kMatrixProduct};
 
 }  // namespace
 
@@ -150,6 +169,11 @@ void multiply_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
 void multiply_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   Multiplied operand{d, a, b};
   warp_wait(kMultiplyBf16, kAll, &operand);
+}
+
+void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  Multiplied operand{d, a, b};
+  warp_wait(kMultiplyTf32, kAll, &operand);
 }
 
 }  // namespace ck::simt

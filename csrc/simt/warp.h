@@ -24,5 +24,7 @@ void load_matrices(uint32_t (&registers)[4], bool transposed, const void* row);
 // mma.m16n8k16 with float32 sums in the order of k.
 void multiply_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 void multiply_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+// mma.m16n8k8 of TF32, in the same way.
+void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
 }  // namespace ck::simt

@@ -214,6 +214,33 @@ CK_TEST(matrices_are_multiplied_in_fragments) {
   check_multiplies<f16>();
 }
 
+CK_GLOBAL(32, 1) void multiplies_tf32(const float* a, const float* b, float* d) {
+  const unsigned group = threadIdx.x / 4, place = threadIdx.x % 4;
+  uint32_t own_a[4], own_b[2];
+  float own_d[4] = {};
+  for (unsigned i = 0; i < 4; ++i) own_a[i] = __float_as_uint(a[(group + i % 2 * 8) * 8 + place + i / 2 * 4]);
+  for (unsigned i = 0; i < 2; ++i) own_b[i] = __float_as_uint(b[(place + i * 4) * 8 + group]);
+  for (int times = 0; times < 2; ++times) mma_m16n8k8(own_d, own_a, own_b);
+  for (unsigned i = 0; i < 4; ++i) d[(group + i / 2 * 8) * 8 + place * 2 + i % 2] = own_d[i];
+}
+
+CK_TEST(matrices_of_tf32_are_multiplied_in_fragments) {
+  float a[16][8], b[8][8], d[16][8];
+  // Whole numbers of 11 bits, and bits that do not count.
+  const auto number = [](int n) { return static_cast<float>(1024 + n * 7 % 1024); };
+  for (int m = 0; m < 16; ++m)
+    for (int k = 0; k < 8; ++k) a[m][k] = number(m * 8 + k) + 0.5f + 0.25f * static_cast<float>(k % 2);
+  for (int k = 0; k < 8; ++k)
+    for (int n = 0; n < 8; ++n) b[k][n] = -number(k * 31 + n * 5) - 0.875f;
+  expect_good(launch(multiplies_tf32, 1, 32, 0, nullptr, &a[0][0], &b[0][0], &d[0][0]));
+  for (int m = 0; m < 16; ++m)
+    for (int n = 0; n < 8; ++n) {
+      double expected = 0;
+      for (int k = 0; k < 8; ++k) expected -= double{number(m * 8 + k)} * number(k * 31 + n * 5);
+      CK_CLOSE(d[m][n], 2 * expected, 1e-6 * std::abs(expected));
+    }
+}
+
 }  // namespace
 
 CK_TEST_MAIN()

@@ -13,14 +13,14 @@ namespace ck::cuda {
 template <class T, int D, bool kKeys, bool kValues>
 CK_GLOBAL(kTensorThreads, 2)
 void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM TensorTables t, int64_t tiles) {
-  constexpr int kPitch = D + 8, kQueries = kGradOthers;
+  constexpr int kPitch = D + kVector<T>, kQueries = kGradOthers;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, channels = static_cast<int>(p.channels);
   const int64_t parts = p.key_parts / kTensorWarps, part = blockIdx.x % parts, unit = blockIdx.x / parts;
   const int64_t b = unit / p.groups, g = unit % p.groups, W = p.window();
   const bool low_rank = p.rel_query.data != nullptr, scores = kKeys && p.needs_keys();
   const bool has_strip = p.key_rel.data != nullptr && scores, all = t.channel_pitch == D;
   const int padded = static_cast<int>(t.channel_pitch);
-  const int rel_pitch = low_rank ? static_cast<int>(t.rank_pitch) + 8 : kPitch;
+  const int rel_pitch = low_rank ? static_cast<int>(t.rank_pitch) + kVector<T> : kPitch;
 
   T* const k_rows = reinterpret_cast<T*>(shared_memory());
   T* const v_rows = k_rows + kGradRows * kPitch;
@@ -32,7 +32,7 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
   float* const strip = strips + warp * 16 * strip_pitch;
   float* const score_grads = strips + kTensorWarps * 16 * strip_pitch + warp * 16 * grad_pitch;
   const int sum_pitch = static_cast<int>(t.channel_pitch) + 4;
-  const bool in_ring = D > kNarrowChannels && p.key_rel.data == nullptr;  // as sums_in_ring() says
+  const bool in_ring = kWide<T, D> && p.key_rel.data == nullptr;  // as sums_in_ring() says
   float* const sums =
       (in_ring ? reinterpret_cast<float*>(ring) : strips + kTensorWarps * 16 * (strip_pitch + grad_pitch)) +
       warp * 16 * sum_pitch;  // [16][sum_pitch]
@@ -159,7 +159,7 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
             const auto multiply_values = [&] {
               if (scores) multiply_pairs<T, D, kQueries>(ds, v_rows + own * kPitch, g_rows, kPitch, all, lane);
             };
-            if (D <= kNarrowChannels) multiply_values();
+            if (!kWide<T, D>) multiply_values();
             const PairTile<Side::kKeys, kQueries> pairs(p, tile, j0, i0);
             const unsigned blind = __ballot_sync(kAllLanes, of_queries[lane] == infinity<float>());  // see nothing
             ScoreTerms terms;
@@ -173,7 +173,7 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
             }
             const uint32_t kept = p.seed == nullptr ? ~0u : draw_fragments(p, seed, b, h, pairs, lane);
             // So late in wide heads, where registers are few.
-            if (D > kNarrowChannels) multiply_values();
+            if (kWide<T, D>) multiply_values();
 #pragma unroll
             for (int x = 0; x < kQueries / 8; ++x) {
 #pragma unroll

@@ -11,14 +11,14 @@ namespace ck::cuda {
 template <class T, int D>
 CK_GLOBAL(kTensorThreads, 2)
 void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PARAM TensorTables t, int64_t tiles) {
-  constexpr int kPitch = D + 8, kKeys = kGradOthers;
+  constexpr int kPitch = D + kVector<T>, kKeys = kGradOthers;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, channels = static_cast<int>(p.channels);
   const int64_t parts = p.query_parts / kTensorWarps, part = blockIdx.x % parts, unit = blockIdx.x / parts;
   const int64_t b = unit / p.heads, h = unit % p.heads, g = h / p.sharing(), W = p.window();
   const bool low_rank = p.rel_query.data != nullptr, relative = p.query_rel.data != nullptr;
   const bool has_strip = p.has_query_columns() && p.needs_queries();
   const int rank = static_cast<int>(p.rank);
-  const int rel_pitch = low_rank ? static_cast<int>(t.rank_pitch) + 8 : kPitch;
+  const int rel_pitch = low_rank ? static_cast<int>(t.rank_pitch) + kVector<T> : kPitch;
   const bool all = t.channel_pitch == D;
   const int padded = static_cast<int>(t.channel_pitch);
 
@@ -33,7 +33,7 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
   float* const grad_strips = strips + kTensorWarps * 16 * strip_pitch;
   const int sum_pitch = static_cast<int>(max(t.rank_pitch, t.channel_pitch)) + 4;
   // As sums_in_ring() says.
-  const bool in_ring = D > kNarrowChannels && (!p.has_columns() || t.whole_strips);
+  const bool in_ring = kWide<T, D> && (!p.has_columns() || t.whole_strips);
   float* const sums = (in_ring ? reinterpret_cast<float*>(ring) : grad_strips + kTensorWarps * 16 * grad_pitch) +
                       warp * 16 * sum_pitch;  // [16][sum_pitch]
 
@@ -162,7 +162,7 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
           const auto multiply_values = [&] {
             multiply_pairs<T, D, kKeys>(ds, g_rows + own * kPitch, v_rows, kPitch, all, lane);
           };
-          if (D <= kNarrowChannels) multiply_values();
+          if (!kWide<T, D>) multiply_values();
           const PairTile<Side::kQueries, kKeys> pairs(p, tile, i0, j0);
           ScoreTerms terms;
           if (edges == nullptr && all_see && far.has(j0, real == ~0u)) {
@@ -174,7 +174,7 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
           }
           const uint32_t kept = p.seed == nullptr ? ~0u : draw_fragments(p, seed, b, h, pairs, lane);
           // So late in wide heads, where registers are few.
-          if (D > kNarrowChannels) multiply_values();
+          if (kWide<T, D>) multiply_values();
 #pragma unroll
           for (int x = 0; x < kKeys / 8; ++x) {
 #pragma unroll

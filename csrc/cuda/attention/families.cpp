@@ -11,6 +11,10 @@ namespace ck::cuda {
 
 namespace {
 
+// Kernels for warpgroups are for 16-bit types alone: no plan asks for others.
+template <class T>
+using WarpgroupsOf = std::conditional_t<sizeof(T) == 2, WarpgroupAttention<T>, TensorAttention<T>>;
+
 // Whether a tensor can be read 16 bytes at a time along its channels.
 bool whole_vectors(const HeadRows& rows, int64_t channels, Dtype dtype) {
   const auto whole = [&](int64_t elements) { return elements * size_of(dtype) % kVectorBytes == 0; };
@@ -46,13 +50,18 @@ int64_t assign(TensorTables& t, const Attention& p, const AttentionPlan& plan, b
   t.score_factor = static_cast<float>(p.scale) * kLog2e;
   t.rel_factor = static_cast<float>(p.rel_scale) * kLog2e;
   t.whole_strips = W <= kWholeStrip;
-  t.query_terms = p.query_rel.dtype == p.dtype ? 1 : 2;
-  t.key_terms = p.key_rel.dtype == p.dtype ? 1 : 2;
+  const auto terms = [&](const HeadTable& table) {
+    return table.dtype == p.dtype || p.dtype == Dtype::kFloat32 ? 1 : 2;
+  };
+  t.query_terms = terms(p.query_rel);
+  t.key_terms = terms(p.key_rel);
   const auto heads = [&](const HeadTable& table) { return table.per_head ? p.heads : 1; };
-  // The workspace is counted in float32, which these are half of.
+  // The workspace is counted in float32.
+  const auto floats = [&](int64_t numbers) { return numbers * size_of(p.dtype) / 4; };
   if (p.query_rel.data != nullptr)
-    t.query_rel = workspace.take(heads(p.query_rel) * t.query_terms * W * t.rank_pitch / 2);
-  if (p.key_rel.data != nullptr) t.key_rel = workspace.take(heads(p.key_rel) * t.key_terms * W * t.channel_pitch / 2);
+    t.query_rel = workspace.take(floats(heads(p.query_rel) * t.query_terms * W * t.rank_pitch));
+  if (p.key_rel.data != nullptr)
+    t.key_rel = workspace.take(floats(heads(p.key_rel) * t.key_terms * W * t.channel_pitch));
   if (p.bias.data != nullptr) t.bias = static_cast<float*>(workspace.take(p.heads * W));
   if (p.value_conv.data != nullptr) t.taps = static_cast<float*>(workspace.take(p.heads * W * t.channel_pitch));
   if (p.key_rel.data != nullptr && p.clips())
@@ -117,14 +126,14 @@ const char* attention_forward(const AttentionForward& p, const AttentionLaunch& 
   const AttentionPlan& plan = launch.plan;
   return with_dtype(p.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    if constexpr (sizeof(T) == 2)
+    if constexpr (sizeof(T) <= 4)
       if (plan.family != AttentionFamily::kPlain) {
         TensorTables tables;
         assign(tables, p, plan, false, Workspace(workspace, p.dtype));
         tables.vectors = tables.vectors && whole_vectors(p.out, p.channels, p.dtype);
         if (const char* status = TensorAttention<T>::prepare(p, tables, stream)) return status;
         return plan.family == AttentionFamily::kTensor ? TensorAttention<T>::forward(p, tables, plan, stream)
-                                                       : WarpgroupAttention<T>::forward(p, tables, plan, stream);
+                                                       : WarpgroupsOf<T>::forward(p, tables, plan, stream);
       }
     return PlainAttention<T>::forward(p, stream);
   });
@@ -152,16 +161,15 @@ const char* attention_backward(AttentionBackward p, const AttentionLaunch& launc
     const bool queries = p.needs_queries() || p.needs_keys(), keys = p.needs_keys() || p.grad_v.data != nullptr;
     const char* status = nullptr;
     if (plan.family != AttentionFamily::kPlain) {
-      if constexpr (sizeof(T) == 2) {
+      if constexpr (sizeof(T) <= 4) {
         const auto of = [](AttentionFamily family, auto* warpgroups, auto* tensor) {
           return family == AttentionFamily::kWarpgroup ? warpgroups : tensor;
         };
         if (queries || keys) status = TensorAttention<T>::prepare(p, tables, stream);
         if (status == nullptr && queries)
-          status =
-              of(plan.family, WarpgroupAttention<T>::queries, TensorAttention<T>::queries)(p, tables, plan, stream);
+          status = of(plan.family, WarpgroupsOf<T>::queries, TensorAttention<T>::queries)(p, tables, plan, stream);
         if (status == nullptr && keys)
-          status = of(plan.key_family, WarpgroupAttention<T>::keys, TensorAttention<T>::keys)(p, tables, plan, stream);
+          status = of(plan.key_family, WarpgroupsOf<T>::keys, TensorAttention<T>::keys)(p, tables, plan, stream);
       }
     } else {
       if (queries) status = PlainAttention<T>::queries(p, stream);

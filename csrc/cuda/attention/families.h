@@ -15,7 +15,7 @@ struct PlainAttention {
   static const char* taps(const AttentionBackward& p, Stream stream);
 };
 
-// bfloat16 and float16.
+// bfloat16, float16 and float32.
 template <class T>
 struct TensorAttention {
   // Makes the tables, before any of the kernels on tensor cores.

@@ -1,4 +1,4 @@
-// The forward pass of attention on tensor cores: 16-bit types, up to 256 channels.
+// The forward pass of attention on tensor cores: 16-bit types with up to 256 channels, float32 with up to 128.
 //
 // A block owns a head of a batch row and takes every parts-th tile of its 64 or 128 queries; each of its 4 warps has 16
 // or 32 of them. Shared memory holds the tile's rows of q (and of rel_query), two tiles of 32 keys with their values,
@@ -25,7 +25,7 @@ template <class T, int kM, int kC>
 CK_DEVICE void store_results(const AttentionForward& p, const TensorTables& t, const AttentionTile& tile, int b, int h,
                              int own, const float (&out)[kM][kC][4], const float (&top)[kM][2],
                              const float (&total)[kM][2], T* q_rows, bool finite, int lane) {
-  constexpr int kPitch = 8 * kC + 8;
+  constexpr int kPitch = 8 * kC + kVector<T>;
   const int channels = static_cast<int>(p.channels), g = h / static_cast<int>(p.sharing());
   float factor[kM][2];
 #pragma unroll
@@ -74,7 +74,7 @@ template <class T, int D>
 CK_GLOBAL(kTensorThreads, 2)
 void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorTables t, int64_t tiles, int64_t parts,
                        bool resident) {
-  constexpr int kM = kForwardFragments<D>, kKeys = kForwardKeys, kPitch = D + 8, kRows = kForwardRows<D>;
+  constexpr int kM = kForwardFragments<T, D>, kKeys = kForwardKeys, kPitch = D + kVector<T>, kRows = kForwardRows<T, D>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   // 32 bits are enough for numbers of blocks, and leave registers to other things.
   const int part = static_cast<int>(blockIdx.x % parts), unit = static_cast<int>(blockIdx.x / parts);
@@ -82,7 +82,7 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
   const int g = h / static_cast<int>(p.sharing());
   const int channels = static_cast<int>(p.channels);
   const bool low_rank = p.rel_query.data != nullptr;
-  const int rel_pitch = low_rank ? static_cast<int>(t.rank_pitch) + 8 : kPitch;
+  const int rel_pitch = low_rank ? static_cast<int>(t.rank_pitch) + kVector<T> : kPitch;
   const bool all = t.channel_pitch == D;
   const int padded = static_cast<int>(t.channel_pitch);
 
@@ -144,7 +144,7 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
       const FarTiles<Side::kQueries, kKeys, 16 * kM> far(p, tile, tile.first + own);
       // Up to 64 channels of the warp's queries fit into registers.
       constexpr bool kKept = D <= 64;
-      uint32_t kept_q[kKept ? D / 16 : 1][kM][4];
+      Two<T> kept_q[kKept ? D / 16 : 1][kM][4];
       if constexpr (kKept)
 #pragma unroll
         for (int k = 0; k < D / 16; ++k)
@@ -166,7 +166,7 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
           float s[kM][kKeys / 8][4] = {};
           if (p.qk) {
             each_piece<D, D / 16>(all, [&](int k) {
-              uint32_t loaded[kM][4];
+              Two<T> loaded[kM][4];
               if constexpr (!kKept)
 #pragma unroll
                 for (int m = 0; m < kM; ++m)
@@ -174,7 +174,7 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
               const auto& a = kKept ? kept_q[k] : loaded;
 #pragma unroll
               for (int x = 0; x < kKeys / 16; ++x) {
-                uint32_t right_rows[2][2];
+                Two<T> right_rows[2][2];
                 load_right_rows(right_rows, k_rows + 16 * x * kPitch + 16 * k, kPitch, lane);
 #pragma unroll
                 for (int m = 0; m < kM; ++m)

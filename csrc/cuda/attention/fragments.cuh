@@ -28,20 +28,20 @@ CK_DEVICE unsigned those_in(const Range& range, int first) {
 static_assert(kForwardKeys == 32 && kGradOthers == 32);  // bits of a word
 
 // Copies the 32 rows of head h from position `first` on to shared memory, `padded` channels each, by 128 threads. Zeros
-// stand where `there` has no bit for a row, and where there is no channel. The pitch is 8 channels more than the
-// kernel's template argument. kMost: channels, at most.
-template <int kMost = kNarrowChannels, class T>
+// stand where `there` has no bit for a row, and where there is no channel. The pitch is 16 bytes more than the kernel's
+// template argument, in channels. kMost: channels, at most.
+template <int kMost = kTensorRank, class T>
 CK_DEVICE void copy_rows(T* to, int pitch, const HeadRows& t, int64_t b, int64_t h, int first, unsigned there,
                          int channels, int padded, bool vectors, int thread = threadIdx.x) {
-  // A thread has the same 8 channels of all its rows. As many threads as a power of two share a row, some of which may
+  // A thread has the same 16 bytes of all its rows. As many threads as a power of two share a row, some of which may
   // have nothing to do: a division would take longer.
-  if (kMost > kNarrowChannels) thread = opaque(thread);
-  const int log = kMost > 128  ? 5
-                  : pitch > 72 ? 4
-                  : pitch > 40 ? 3
-                               : 2,
+  if (kWide<T, kMost>) thread = opaque(thread);
+  const int log = kWide<T, kMost>          ? 5
+                  : pitch > 9 * kVector<T> ? 4
+                  : pitch > 5 * kVector<T> ? 3
+                                           : 2,
             step = kTensorThreads >> log, row = thread >> log;
-  const int c = (thread & ((1 << log) - 1)) * 8;
+  const int c = (thread & ((1 << log) - 1)) * kVector<T>;
   if (c >= padded) return;
   const unsigned valid = c < channels ? there >> row : 0;
   const T* from = at<T>(t, b, 0, h) + int64_t{first + row} * t.time;
@@ -55,13 +55,13 @@ CK_DEVICE void copy_rows(T* to, int pitch, const HeadRows& t, int64_t b, int64_t
   } else {
 #pragma unroll 1
     for (int r = 0; r < 32; r += step, from += stride, out += step * pitch)
-      for (int e = 0; e < 8; ++e)
+      for (int e = 0; e < kVector<T>; ++e)
         out[e] = (valid >> r & 1u) != 0 && c + e < channels ? from[(c + e) * t.channel] : T{0};
   }
 }
 
 // The same for kRows rows, of which those in `range` are there.
-template <int kRows, int kMost = kNarrowChannels, class T>
+template <int kRows, int kMost = kTensorRank, class T>
 CK_DEVICE void copy_tile(T* to, int pitch, const HeadRows& t, int64_t b, int64_t h, int first, const Range& range,
                          int channels, int padded, bool vectors, int thread = threadIdx.x) {
 #pragma unroll 1
@@ -87,6 +87,12 @@ template <class T>
 CK_DEVICE void load_channels(float (&value)[8], const T* from, int64_t stride, int count, bool vectors) {
   if (vectors) {
     unpack_vector(value, from);
+    if constexpr (kVector<T> < 8) {
+      if (count > kVector<T>)
+        unpack_vector(value + kVector<T>, from + kVector<T>);
+      else
+        for (int e = kVector<T>; e < 8; ++e) value[e] = 0;
+    }
   } else {
 #pragma unroll
     for (int e = 0; e < 8; ++e) value[e] = e < count ? widen(from[e * stride]) : 0.0f;
@@ -100,6 +106,10 @@ CK_DEVICE void store_channels(T* to, int64_t stride, int count, bool vectors, co
     uint32_t words[4];
     pack<T>(words, value);
     store_vector(to, words);
+    if constexpr (kVector<T> < 8) {
+      pack<T>(words, value + kVector<T>);
+      if (count > kVector<T>) store_vector(to + kVector<T>, words);
+    }
   } else {
 #pragma unroll
     for (int e = 0; e < 8; ++e)
@@ -107,24 +117,116 @@ CK_DEVICE void store_channels(T* to, int64_t stride, int count, bool vectors, co
   }
 }
 
+// Two of the numbers of a fragment, neighbours in the direction of the sum. Those of float32 are split when they are
+// multiplied.
+template <class T>
+using Two = std::conditional_t<sizeof(T) == 2, uint32_t, float2>;
+
+template <class T>
+CK_DEVICE Two<T> round_two(float first, float second) {
+  if constexpr (sizeof(T) == 2)
+    return narrow_pair<T>(first, second);
+  else
+    return make_float2(first, second);
+}
+template <class T>
+CK_DEVICE Two<T> join_two(T first, T second) {
+  if constexpr (sizeof(T) == 2)
+    return uint32_t{first.bits} | uint32_t{second.bits} << 16;
+  else
+    return make_float2(first, second);
+}
+// The lane's two of 8 numbers that lie side by side, from its first one on, kPerWord<T> * (lane % 4). In float32 these
+// are 4 apart, so that lanes meet different banks.
+template <class T>
+CK_DEVICE Two<T> load_two(const T* from) {
+  if constexpr (sizeof(T) == 2)
+    return *reinterpret_cast<const uint32_t*>(from);
+  else
+    return make_float2(from[0], from[4]);
+}
+
 // The 16 x 16 matrix at `tile`, as the left factor of a product.
 template <class T>
-CK_DEVICE void load_left(uint32_t (&a)[4], const T* tile, int pitch, int lane) {
-  ldmatrix_x4(a, tile + lane % 16 * pitch + lane / 16 * 8);
+CK_DEVICE void load_left(Two<T> (&a)[4], const T* tile, int pitch, int lane) {
+  if constexpr (sizeof(T) == 2) {
+    ldmatrix_x4(a, tile + lane % 16 * pitch + lane / 16 * 8);
+  } else {
+    for (int half = 0; half < 2; ++half) {
+      uint32_t words[4];
+      ldmatrix_x4(words, tile + lane % 16 * pitch + half * 8 + lane / 16 * 4);
+      for (int e = 0; e < 2; ++e)
+        a[2 * half + e] = make_float2(__uint_as_float(words[e]), __uint_as_float(words[e + 2]));
+    }
+  }
 }
 // 16 rows of 16 numbers at `tile` as two right factors whose columns are these rows.
 template <class T>
-CK_DEVICE void load_right_rows(uint32_t (&b)[2][2], const T* tile, int pitch, int lane) {
-  uint32_t words[4];
-  ldmatrix_x4(words, tile + (lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 8);
-  b[0][0] = words[0], b[0][1] = words[1], b[1][0] = words[2], b[1][1] = words[3];
+CK_DEVICE void load_right_rows(Two<T> (&b)[2][2], const T* tile, int pitch, int lane) {
+  if constexpr (sizeof(T) == 2) {
+    uint32_t words[4];
+    ldmatrix_x4(words, tile + (lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 8);
+    b[0][0] = words[0], b[0][1] = words[1], b[1][0] = words[2], b[1][1] = words[3];
+  } else {
+    for (int n = 0; n < 2; ++n) {
+      uint32_t words[4];
+      ldmatrix_x4(words, tile + (n * 8 + lane % 8) * pitch + lane / 8 * 4);
+      for (int k = 0; k < 2; ++k)
+        b[n][k] = make_float2(__uint_as_float(words[2 * k]), __uint_as_float(words[2 * k + 1]));
+    }
+  }
 }
 // The 16 x 16 matrix at `tile` as two right factors of 8 columns each.
 template <class T>
-CK_DEVICE void load_right(uint32_t (&b)[2][2], const T* tile, int pitch, int lane) {
-  uint32_t words[4];
-  ldmatrix_x4_trans(words, tile + lane % 16 * pitch + lane / 16 * 8);
-  b[0][0] = words[0], b[0][1] = words[1], b[1][0] = words[2], b[1][1] = words[3];
+CK_DEVICE void load_right(Two<T> (&b)[2][2], const T* tile, int pitch, int lane) {
+  if constexpr (sizeof(T) == 2) {
+    uint32_t words[4];
+    ldmatrix_x4_trans(words, tile + lane % 16 * pitch + lane / 16 * 8);
+    b[0][0] = words[0], b[0][1] = words[1], b[1][0] = words[2], b[1][1] = words[3];
+  } else {
+    const T* const from = tile + lane % 4 * 2 * pitch + lane / 4;
+    for (int n = 0; n < 4; ++n) {
+      const T* const first = from + n % 2 * 8 * pitch + n / 2 * 8;
+      b[n / 2][n % 2] = make_float2(first[0], first[pitch]);
+    }
+  }
+}
+
+// x = big + small as numbers of type TF32, of which products take the upper 19 bits: what is lost is at most 2^-23 of
+// x.
+CK_DEVICE void split(uint32_t& big, uint32_t& small, float x) {
+  big = (__float_as_uint(x) + 0x1000u) & ~0x1FFFu;
+  small = __float_as_uint(x - __uint_as_float(big));
+}
+
+// d += a b in float32, by products of TF32; those of two small parts do not count. Tensor cores cut sums off, while d,
+// which may be a long one, is rounded.
+template <class T>
+CK_DEVICE void mma_m16n8k16(float (&d)[4], const float2 (&a)[4], const float2 (&b)[2]) {
+  static_assert(std::is_same_v<T, float>);
+  uint32_t big_a[2][4], small_a[2][4], big_b[2][2], small_b[2][2];
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    // Rows e % 2; the two numbers are 4 apart in the sum.
+    split(big_a[e / 2][e % 2], small_a[e / 2][e % 2], a[e].x);
+    split(big_a[e / 2][e % 2 + 2], small_a[e / 2][e % 2 + 2], a[e].y);
+  }
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    split(big_b[k][0], small_b[k][0], b[k].x);
+    split(big_b[k][1], small_b[k][1], b[k].y);
+  }
+  float sum[4] = {}, rest[4] = {};
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    mma_m16n8k8(rest, small_a[k], big_b[k]);
+    mma_m16n8k8(rest, big_a[k], small_b[k]);
+    mma_m16n8k8(sum, big_a[k], big_b[k]);
+  }
+  // The rest of what is infinite is NaN: some number takes its place, so that the sum remains what it is.
+  constexpr float kLargest = 0x1.FFFFFEp127f;
+#pragma unroll
+  for (int e = 0; e < 4; ++e) d[e] += sum[e] + fmaxf(rest[e], -kLargest);
 }
 
 // Rows of shared memory, `pitch` numbers apart.
@@ -134,11 +236,11 @@ struct PitchedRows {
   int pitch;
 
   // Those from row n and channel k on.
-  CK_DEVICE void load_left(uint32_t (&a)[4], int n, int k, int lane) const {
+  CK_DEVICE void load_left(Two<T> (&a)[4], int n, int k, int lane) const {
     ck::cuda::load_left(a, rows + n * pitch + k, pitch, lane);
   }
   // The first 16 rows and the channels from k on.
-  CK_DEVICE void load_right(uint32_t (&b)[2][2], int k, int lane) const {
+  CK_DEVICE void load_right(Two<T> (&b)[2][2], int k, int lane) const {
     ck::cuda::load_right(b, rows + k, pitch, lane);
   }
   CK_DEVICE T number(int row, int channel) const { return rows[row * pitch + channel]; }
@@ -165,14 +267,14 @@ CK_DEVICE void set_zero(float (&values)[kX][4]) {
 template <class T, int D, int kOther>
 CK_DEVICE void multiply_pairs(float (&acc)[kOther / 8][4], const T* own, const T* others, int pitch, bool all,
                               int lane) {
-  if (D > kNarrowChannels) lane = opaque(lane);
+  if (kWide<T, D>) lane = opaque(lane);
   set_zero(acc);
   each_piece<D, D / 16>(all, [&](int k) {
-    uint32_t a[4];
+    Two<T> a[4];
     load_left(a, own + 16 * k, pitch, lane);
 #pragma unroll
     for (int x = 0; x < kOther / 16; ++x) {
-      uint32_t b[2][2];
+      Two<T> b[2][2];
       load_right_rows(b, others + 16 * x * pitch + 16 * k, pitch, lane);
       for (int y = 0; y < 2; ++y) mma_m16n8k16<T>(acc[2 * x + y], a, b[y]);
     }
@@ -188,11 +290,15 @@ CK_DEVICE void add_rows(float* sums, int pitch, const float (&acc)[D / 8][4], fl
   });
 }
 
-// Two numbers in one word, zeros in place of those that are not finite.
+// Two numbers, zeros in place of those that are not finite.
 template <class T>
 CK_DEVICE uint32_t finite_pair(uint32_t pair) {
   constexpr uint32_t kLow = std::is_same_v<T, bf16> ? 0x7F80u : 0x7C00u, kHigh = kLow << 16;
   return ((pair & kLow) == kLow ? 0u : pair & 0xFFFFu) | ((pair & kHigh) == kHigh ? 0u : pair & 0xFFFF0000u);
+}
+template <class T>
+CK_DEVICE float2 finite_pair(float2 pair) {
+  return make_float2(is_finite(pair.x) ? pair.x : 0.0f, is_finite(pair.y) ? pair.y : 0.0f);
 }
 
 // acc[m] += the matrix values[m] of 16 rows, rounded to T, times the rows at `rows`, [8 kX][channels]. kFinite: with
@@ -200,16 +306,16 @@ CK_DEVICE uint32_t finite_pair(uint32_t pair) {
 template <class T, bool kFinite, int kM, int kC, int kX>
 CK_DEVICE void multiply_rows(float (&acc)[kM][kC][4], const float (&values)[kM][kX][4], const T* rows, int pitch,
                              bool all, int lane) {
-  if (8 * kC > kNarrowChannels) lane = opaque(lane);
+  if (kWide<T, 8 * kC>) lane = opaque(lane);
 #pragma unroll
   for (int k = 0; k < kX / 2; ++k) {
-    uint32_t a[kM][4];
+    Two<T> a[kM][4];
 #pragma unroll
     for (int m = 0; m < kM; ++m)
       for (int e = 0; e < 4; ++e)
-        a[m][e] = narrow_pair<T>(values[m][2 * k + e / 2][e % 2 * 2], values[m][2 * k + e / 2][e % 2 * 2 + 1]);
+        a[m][e] = round_two<T>(values[m][2 * k + e / 2][e % 2 * 2], values[m][2 * k + e / 2][e % 2 * 2 + 1]);
     each_piece<8 * kC, kC / 2>(all, [&](int c) {
-      uint32_t b[2][2];
+      Two<T> b[2][2];
       load_right(b, rows + 16 * k * pitch + 16 * c, pitch, lane);
       if constexpr (kFinite)
         for (int n = 0; n < 4; ++n) b[n / 2][n % 2] = finite_pair<T>(b[n / 2][n % 2]);

@@ -69,31 +69,32 @@ struct GradientStrip {
         return c0 + c < columns.end ? strip[row * pitch + c0 + c - columns.first] : 0.0f;
       };
       if (wants_sums) {
-        uint32_t by_row[4];  // [16 rows, 16 columns]
+        Two<T> by_row[4];  // [16 rows, 16 columns]
         const float factor = sums.factor();
         for (int e = 0; e < 4; ++e) {
           const int m = g + e % 2 * 8, k = pair + e / 2 * 8;
-          by_row[e] = narrow_pair<T>(ds(m, k) * factor, ds(m, k + 1) * factor);
+          by_row[e] = round_two<T>(ds(m, k) * factor, ds(m, k + 1) * factor);
         }
         sums.add(table_pitch, lane, [&](float (&out)[4], int n) {
 #pragma unroll 1
           for (int64_t term = 0; term < terms; ++term) {
             const T* const from = table + term * W * table_pitch + n + g;
-            const auto bits = [&](int c) { return uint32_t{from[min(c0 + c, W - 1) * table_pitch].bits}; };
-            const uint32_t b[2] = {bits(pair) | bits(pair + 1) << 16, bits(pair + 8) | bits(pair + 9) << 16};
+            const auto number = [&](int c) { return from[min(c0 + c, W - 1) * table_pitch]; };
+            const Two<T> b[2] = {join_two<T>(number(pair), number(pair + 1)),
+                                 join_two<T>(number(pair + 8), number(pair + 9))};
             mma_m16n8k16<T>(out, by_row, b);
           }
         });
       }
       if (partial != nullptr) {
-        uint32_t by_column[4];  // [16 columns, 16 rows]
+        Two<T> by_column[4];  // [16 columns, 16 rows]
         for (int e = 0; e < 4; ++e) {
           const int m = g + e % 2 * 8, k = pair + e / 2 * 8;
-          by_column[e] = narrow_pair<T>(ds(k, m), ds(k + 1, m));
+          by_column[e] = round_two<T>(ds(k, m), ds(k + 1, m));
         }
 #pragma unroll 1
         for (int n = 0; n < table_pitch; n += 16) {
-          uint32_t b[2][2];
+          Two<T> b[2][2];
           rows.load_right(b, n, lane);
           for (int y = 0; y < 2; ++y) {
             float out[4] = {};

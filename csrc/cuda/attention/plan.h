@@ -10,8 +10,8 @@ namespace ck::cuda {
 
 enum class AttentionFamily : int8_t {
   kPlain,      // any problem
-  kTensor,     // 16-bit types on tensor cores
-  kWarpgroup,  // the same for compute capability 9.0
+  kTensor,     // types of up to 32 bits on tensor cores
+  kWarpgroup,  // 16-bit types, for compute capability 9.0
 };
 
 inline const char* name_of(AttentionFamily family) {
@@ -70,18 +70,25 @@ constexpr int64_t kPlainKeyNumbers =
 // tensor: tiles of 64 or 128 queries
 
 constexpr int kTensorWarps = 4, kTensorThreads = 32 * kTensorWarps;
-constexpr int64_t kTensorChannels = 256, kTensorRank = 128;  // at most
-constexpr int64_t kNarrowChannels = 128;                     // above, sums of two gradients do not fit into registers
-constexpr int64_t kResidentKeys = 256;                       // at most
+constexpr int64_t kTensorRank = 128, kResidentKeys = 256;  // at most
+// Bytes of a head's channels, at most. With more than kNarrowHead it is wide: sums of two gradients do not fit into
+// registers, nor those of all warps into shared memory besides its rows.
+constexpr int64_t kTensorHead = 512, kNarrowHead = 256;
+template <class T>
+constexpr int kTensorChannels = static_cast<int>(kTensorHead / sizeof(T));
+template <class T, int D>
+constexpr bool kWide = D * static_cast<int>(sizeof(T)) > kNarrowHead;
 
 constexpr int kForwardKeys = 32;  // of a tile
 // Fragments of 16 queries of a warp: more share what is read of the keys, and take registers.
-template <int D>
-constexpr int kForwardFragments = D <= 64 ? 2 : 1;
-template <int D>
-constexpr int kForwardRows = 16 * kForwardFragments<D> * kTensorWarps;
+template <class T, int D>
+constexpr int kForwardFragments = D <= 64 && sizeof(T) == 2 ? 2 : 1;
+template <class T, int D>
+constexpr int kForwardRows = 16 * kForwardFragments<T, D> * kTensorWarps;
 
-inline int64_t forward_rows(int64_t channels) { return channels <= 64 ? kForwardRows<64> : kForwardRows<128>; }
+inline int64_t forward_rows(int64_t channels, Dtype dtype) {
+  return channels > 64 || size_of(dtype) > 2 ? kForwardRows<float, 64> : kForwardRows<bf16, 64>;
+}
 
 CK_HD constexpr int64_t round_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -106,8 +113,9 @@ inline int64_t padded_rank(const AttentionFacts& f, int64_t channels) {
 }
 
 inline int64_t forward_bytes(const AttentionFacts& f, const AttentionPlan& plan, int64_t stages) {
-  const int64_t pitch = plan.kernel_channels + 8, rows = forward_rows(plan.channels), keys = kForwardKeys;
-  return 2 * (rows * (pitch + (f.low_rank ? padded_rank(f, plan.channels) + 8 : 0)) + stages * 2 * keys * pitch) +
+  const int64_t size = size_of(f.dtype), row = size * plan.kernel_channels + 16;
+  const int64_t rel_row = f.low_rank ? size * padded_rank(f, plan.channels) + 16 : 0;
+  return forward_rows(plan.channels, f.dtype) * (row + rel_row) + stages * 2 * kForwardKeys * row +
          4 * kTensorWarps * 16 * plan.strip_pitch;
 }
 
@@ -147,23 +155,33 @@ inline int64_t warpgroup_backward_bytes(const AttentionFacts& f, const Attention
          (keys ? 0 : kWarpgroupRows * rel_row);
 }
 
+inline bool is_wide(const AttentionFacts& f, const AttentionPlan& plan) {
+  return plan.kernel_channels * size_of(f.dtype) > kNarrowHead;
+}
+
 // Whether the sums of warps lie where the others' rows lay: in wide heads, if nothing is added before the walk is done.
 inline bool sums_in_ring(const AttentionFacts& f, const AttentionPlan& plan, bool keys) {
-  return plan.kernel_channels > kNarrowChannels && (keys ? !f.key_rel : !f.relative || f.window <= kWholeStrip);
+  return is_wide(f, plan) && (keys ? !f.key_rel : !f.relative || f.window <= kWholeStrip);
 }
 
 inline int64_t backward_bytes(const AttentionFacts& f, const AttentionPlan& plan, bool keys) {
-  const int64_t pitch = plan.kernel_channels + 8, rank = padded_rank(f, plan.channels), rel = f.low_rank ? rank + 8 : 0;
-  const int64_t own = kGradRows * (2 * pitch + (keys ? 0 : rel));
-  const int64_t others = 2 * kGradOthers * (2 * pitch + (keys ? rel : 0));
+  const int64_t size = size_of(f.dtype), row = size * plan.kernel_channels + 16, rank = padded_rank(f, plan.channels);
+  const int64_t rel_row = f.low_rank ? size * rank + 16 : 0;
+  const int64_t own = kGradRows * (2 * row + (keys ? 0 : rel_row));
+  const int64_t others = 2 * kGradOthers * (2 * row + (keys ? rel_row : 0));
   const int64_t sums = sums_in_ring(f, plan, keys) ? 0 : (keys || rank < plan.channels ? plan.channels : rank) + 4;
-  return 2 * (own + others) + (keys ? 4 * 2 * 4 * kGradOthers : 0) +
+  return own + others + (keys ? 4 * 2 * 4 * kGradOthers : 0) +
          4 * kTensorWarps * 16 * (plan.strip_pitch + plan.grad_pitch + sums);
+}
+
+// Whether there are kernels for warpgroups, if shared memory suffices.
+inline bool has_warpgroups(const AttentionFacts& f, const AttentionPlan& plan) {
+  return f.device.warpgroups && f.boxes && size_of(f.dtype) == 2 && !is_wide(f, plan);
 }
 
 // Replaces the kernels of a plan by those for warpgroups, where these can run.
 inline void use_warpgroups(AttentionPlan& plan, const AttentionFacts& f, bool backward) {
-  if (!f.device.warpgroups || !f.boxes || plan.kernel_channels > kNarrowChannels) return;
+  if (!has_warpgroups(f, plan)) return;
   // As many stages as there is room for.
   const auto replace = [&](AttentionFamily& family, int64_t& stages, int64_t& shared_bytes, const auto& bytes) {
     for (int64_t n = kMostStages; n > 1; --n)
@@ -187,17 +205,17 @@ inline void use_warpgroups(AttentionPlan& plan, const AttentionFacts& f, bool ba
 
 // A plan for the tensor kernels, without the numbers of parts; for the plain kernels where those cannot run.
 inline AttentionPlan tensor_plan(const AttentionFacts& f, bool backward) {
-  const bool narrow = f.dtype == Dtype::kBFloat16 || f.dtype == Dtype::kFloat16;
+  if (f.dtype == Dtype::kFloat64 || f.channels * size_of(f.dtype) > kTensorHead) return {};
   // The maximum of a row is found before the scale is applied: it must not be negative.
-  if (!narrow || f.channels > kTensorChannels || (f.low_rank && f.rank > kTensorRank) || !f.positive_scale) return {};
+  if ((f.low_rank && f.rank > kTensorRank) || !f.positive_scale) return {};
   AttentionPlan plan;
   plan.family = plan.key_family = AttentionFamily::kTensor;
   plan.channels = round_to(f.channels, 32);
   plan.kernel_channels = round_to(plan.channels, 64);
-  const bool wide = plan.kernel_channels > kNarrowChannels;
-  const int64_t limit = wide || f.device.block_memory < kBlockMemory ? f.device.block_memory : kBlockMemory;
+  const int64_t memory = f.device.block_memory,
+                limit = is_wide(f, plan) || memory < kBlockMemory ? memory : kBlockMemory;
   // Strips of warpgroups also have what is left and right of the window.
-  const int64_t edges = f.device.warpgroups && f.boxes && !wide ? 2 : 0;
+  const int64_t edges = has_warpgroups(f, plan) ? 2 : 0;
   if (backward) {
     plan.strip_pitch = f.relative ? strip_pitch_of(f.window + edges, kGradOthers) : 0;
     plan.grad_pitch = f.relative ? grad_pitch_of(f.window, kGradOthers) : 0;
@@ -240,7 +258,7 @@ inline AttentionPlan plan_attention(const AttentionFacts& f, bool backward) {
   if (!backward) {
     if (plain) return plan;
     // A block that holds all keys serves several tiles of queries.
-    plan.query_parts = tiles(f.queries, forward_rows(plan.channels));
+    plan.query_parts = tiles(f.queries, forward_rows(plan.channels, f.dtype));
     if (plan.family == AttentionFamily::kWarpgroup) {
       const int64_t all = tiles(f.queries, kWarpgroupRows) * units;
       plan.query_parts = all < f.device.multiprocessors ? all : f.device.multiprocessors;

@@ -111,29 +111,22 @@ struct FarTiles {
 template <int kColumns, class T, class Rows>
 CK_DEVICE void multiply_table(float (&out)[kColumns][4], const Rows& rows, int n, const T* table, int64_t terms,
                               int64_t W, int64_t pitch, int column, int lane) {
-  constexpr int kSteps = kColumns > 1 ? 1 : 1;
   const T* first[kColumns];
 #pragma unroll
   for (int x = 0; x < kColumns; ++x)
-    first[x] = table + (x == 0 ? column : min(column + 8 * x, static_cast<int>(W) - 1)) * pitch + lane % 4 * 2;
+    first[x] =
+        table + (x == 0 ? column : min(column + 8 * x, static_cast<int>(W) - 1)) * pitch + lane % 4 * kPerWord<T>;
 #pragma unroll 1
-  for (int k = 0; k < pitch; k += 16 * kSteps) {
-    uint32_t a[kSteps][4];
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step)
-      if (step == 0 || k + 16 * step < pitch) rows.load_left(a[step], n, k + 16 * step, lane);
+  for (int k = 0; k < pitch; k += 16) {
+    Two<T> a[4];
+    rows.load_left(a, n, k, lane);
 #pragma unroll 1
     for (int64_t term = 0; term < terms; ++term) {
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        if (step > 0 && k + 16 * step >= pitch) break;
-#pragma unroll
-        for (int x = 0; x < kColumns; ++x) {
-          const T* const from = first[x] + term * W * pitch + k + 16 * step;
-          const uint32_t b[2] = {*reinterpret_cast<const uint32_t*>(from),
-                                 *reinterpret_cast<const uint32_t*>(from + 8)};
-          mma_m16n8k16<T>(out[x], a[step], b);
-        }
+      for (int x = 0; x < kColumns; ++x) {
+        const T* const from = first[x] + term * W * pitch + k;
+        const Two<T> b[2] = {load_two(from), load_two(from + 8)};
+        mma_m16n8k16<T>(out[x], a, b);
       }
     }
   }

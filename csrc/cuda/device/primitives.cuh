@@ -198,6 +198,15 @@ CK_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// d += a b, with a of 16 x 8 and b of 8 x 8 numbers of type TF32: float32, of whose bits the lowest 13 do not count.
+CK_DEVICE void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 // Lets a kernel have so much dynamic shared memory: beyond 48 KB, of which static memory takes its part, it must be
 // asked for. The limit is one for all threads of the host and only ever raised: lowered to what a launch needs, it
 // could fall between another thread's setting and launch.

@@ -17,18 +17,14 @@ const char* launch_blocks(Kernel kernel, int64_t blocks, int threads, int64_t sh
                 static_cast<size_t>(shared_bytes), stream, arguments...);
 }
 
-// Calls body with the template argument of a kernel for so many channels.
-template <class Body>
+// Calls body with the template argument of a kernel for so many channels: kSize, kSize + 64, ... kMost.
+template <int kMost = 128, int kSize = 64, class Body>
 const char* with_channels(int64_t channels, const Body& body) {
-  return channels <= 64 ? body(std::integral_constant<int, 64>{}) : body(std::integral_constant<int, 128>{});
-}
-
-// The same for kernels that take wide heads.
-template <class Body>
-const char* with_all_channels(int64_t channels, const Body& body) {
-  return channels <= 128   ? with_channels(channels, body)
-         : channels <= 192 ? body(std::integral_constant<int, 192>{})
-                           : body(std::integral_constant<int, 256>{});
+  if constexpr (kSize == kMost)
+    return body(std::integral_constant<int, kSize>{});
+  else
+    return channels <= kSize ? body(std::integral_constant<int, kSize>{})
+                             : with_channels<kMost, kSize + 64>(channels, body);
 }
 
 }  // namespace ck::cuda

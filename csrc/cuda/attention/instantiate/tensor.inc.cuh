@@ -29,9 +29,10 @@ const char* TensorAttention<T>::prepare(const Attention& p, const TensorTables& 
 template <class T>
 const char* TensorAttention<T>::forward(const AttentionForward& p, const TensorTables& t, const AttentionPlan& plan,
                                         Stream stream) {
-  return with_all_channels(plan.channels, [&](auto d) {
+  return with_channels<kTensorChannels<T>>(plan.channels, [&](auto d) {
     constexpr int kChannels = decltype(d)::value;
-    const int64_t tiles = attention_tiles(p.queries, p.sequences, p.query_offsets != nullptr, kForwardRows<kChannels>);
+    const int64_t tiles =
+        attention_tiles(p.queries, p.sequences, p.query_offsets != nullptr, kForwardRows<T, kChannels>);
     return launch_blocks(attention_forward<T, kChannels>, plan.query_parts * p.batch * p.heads, kTensorThreads,
                          plan.shared_bytes, stream, p, t, tiles, plan.query_parts, plan.resident);
   });
@@ -40,7 +41,7 @@ const char* TensorAttention<T>::forward(const AttentionForward& p, const TensorT
 template <class T>
 const char* TensorAttention<T>::queries(const AttentionBackward& p, const TensorTables& t, const AttentionPlan& plan,
                                         Stream stream) {
-  return with_all_channels(plan.channels, [&](auto d) {
+  return with_channels<kTensorChannels<T>>(plan.channels, [&](auto d) {
     return launch_blocks(attention_backward_queries<T, decltype(d)::value>,
                          p.query_parts / kTensorWarps * p.batch * p.heads, kTensorThreads, plan.shared_bytes, stream, p,
                          t, attention_tiles(p.queries, p.sequences, p.query_offsets != nullptr, kGradRows));
@@ -50,14 +51,14 @@ const char* TensorAttention<T>::queries(const AttentionBackward& p, const Tensor
 template <class T>
 const char* TensorAttention<T>::keys(const AttentionBackward& p, const TensorTables& t, const AttentionPlan& plan,
                                      Stream stream) {
-  return with_all_channels(plan.channels, [&](auto d) {
+  return with_channels<kTensorChannels<T>>(plan.channels, [&](auto d) {
     constexpr int kChannels = decltype(d)::value;
     const auto launch_pass = [&](auto kernel) {
       return launch_blocks(kernel, p.key_parts / kTensorWarps * p.batch * p.groups, kTensorThreads,
                            plan.key_shared_bytes, stream, p, t,
                            attention_tiles(p.keys, p.sequences, p.query_offsets != nullptr, kGradRows));
     };
-    if constexpr (kChannels <= kNarrowChannels) {
+    if constexpr (!kWide<T, kChannels>) {
       return launch_pass(attention_backward_keys<T, kChannels, true, true>);
     } else {
       const char* status = nullptr;
