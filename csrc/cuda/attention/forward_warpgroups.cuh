@@ -179,6 +179,7 @@ void attention_forward_warpgroups(const CK_PARAM AttentionForward p, const CK_PA
         const auto multiply_values = [&] {
           const Operand values = operand(values_at(place.stage), kPanel);
           keep_registers(weights);
+          keep_registers(out);
           wgmma_fence();
           start_rows<T, D>(out, weights, values);
           wgmma_commit();

@@ -46,8 +46,6 @@ template <class C>
 struct Reduce {
   static const char* weight(const Backward& p, int64_t pieces, bool finished, Stream stream);
   static const char* bias(const Backward& p, int64_t rows, Stream stream);
-  // A kernel that stands for all when a device is asked whether it has code for them.
-  static const void* sample();
 };
 
 // grad_weight of filters per position, from sums over pieces of their heads.

@@ -1,15 +1,18 @@
-#include "csrc/cuda/conv/families.h"
 #include "csrc/cuda/device/device.h"
 #include "csrc/cuda/device/warpgroup.cuh"
 
 namespace ck::cuda {
 
 #if !defined(CK_SIMT)
-// Has static shared memory where kernels for warpgroups have been compiled.
-CK_GLOBAL(32, 1) void warpgroup_sample() {
+#if defined(CK_OLDEST_PTX)
+#error "device.cu: expected PTX of its own, from which it tells what has been compiled"
+#endif
+// A kernel like those of files that have PTX of their own, which fewer GPUs can load than the others: with static
+// shared memory where kernels for warpgroups have been compiled.
+CK_GLOBAL(32, 1) void sample() {
   if constexpr (kWarpgroups) {
-    CK_SHARED(volatile int, sample, 1);
-    sample[0] = 0;
+    CK_SHARED(volatile int, memory, 1);
+    memory[0] = 0;
   }
 }
 #endif
@@ -40,11 +43,10 @@ Device current_device() {
   look(device.memory, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   // A driver may have compiled PTX of an older architecture for the device.
   cudaFuncAttributes attributes;
-  const bool known_code = cudaFuncGetAttributes(&attributes, Reduce<float>::sample()) == cudaSuccess;
+  const bool known_code = cudaFuncGetAttributes(&attributes, sample) == cudaSuccess;
   if (!known_code) cudaGetLastError();  // the first launch says what is wrong
   device.bulk_copies = known_code && attributes.ptxVersion >= 90;
-  device.warpgroups = known_code && cudaFuncGetAttributes(&attributes, warpgroup_sample) == cudaSuccess &&
-                      attributes.sharedSizeBytes > 0;
+  device.warpgroups = known_code && attributes.binaryVersion == 90 && attributes.sharedSizeBytes > 0;
 #endif
   return device;
 }
@@ -62,7 +64,7 @@ extern "C" __attribute__((visibility("default"))) const char* convkernels_cuda_s
   cudaDriverGetVersion(driver);
   cudaRuntimeGetVersion(runtime);
   cudaError_t error = cudaGetDeviceCount(&devices);  // makes no context, unlike what follows
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, ck::cuda::Reduce<float>::sample());
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, ck::cuda::sample);
   if (error != cudaSuccess) {
     cudaGetLastError();
     return cudaGetErrorString(error);

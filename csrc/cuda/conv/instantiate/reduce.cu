@@ -27,11 +27,6 @@ const char* Reduce<C>::bias(const Backward& p, int64_t rows, Stream stream) {
                 p, rows);
 }
 
-template <class C>
-const void* Reduce<C>::sample() {
-  return reinterpret_cast<const void*>(reduce_bias<C>);
-}
-
 const char* add_pieces(const Backward& p, int64_t pieces, Stream stream) {
   return launch(reduce_pieces, dim3(static_cast<unsigned>(ceil_div(p.filters() * p.taps.taps, kReduceThreads))),
                 dim3(kReduceThreads), 0, stream, p, pieces);
