@@ -1,5 +1,5 @@
-"""Attention around the tiles of the forward pass of warpgroups, 128 queries and 128 keys, and around what it asks of a
-problem, against the reference in float64, not finite where that is not, and nowhere else.
+"""Attention around the tiles of warpgroups, 128 queries and 128 keys forward, and around what they ask of a problem,
+against the reference in float64; forward not finite where that is not, and nowhere else.
 """
 
 import pytest
@@ -8,7 +8,7 @@ import torch
 import convkernels as ck
 from convkernels.testing.accuracy import NORM_LIMIT
 from convkernels.testing.attention import AttentionProblem
-from convkernels.testing.compare import REFERENCE, in_float64
+from convkernels.testing.compare import REFERENCE, attention_large, attention_results, in_float64
 from convkernels.testing.inputs import values
 
 OP = "attention_grad"
@@ -28,6 +28,10 @@ PROBLEMS = {
        for left, right in ((0, 0), (23, 23), (30, 17), (17, 31), (63, 0), (1000, 24))},
     **{f"D={D}": {"head_size": D, "groups": 2, "length": 140} for D in (8, 24, 72, 128)},
     **{f"rank {R}": {"rank": R, "head_size": D, "length": 257} for R, D in ((4, 128), (64, 16), (128, 64), (128, 128))},
+    "band": {"left": 100, "right": 0, "bias": False, "query_rel": 1, "rank": 16, "outside": 1, "causal": True},
+    "band, clipped": {"left": 70, "right": 20, "bias": False, "rank": 6, "head_size": 128, "dtype": torch.float16},
+    "band, masked": {"left": 70, "right": 30, "bias": False, "rank": 40, "outside": 2, "lengths": (0, 1, 128, 300)},
+    "band, float32 table": {"left": 50, "right": 50, "bias": False, "rank": 24, "table_dtype": torch.float32},
     "no product": {"qk": False, "dtype": torch.float16},
     "several rows": {"batch": 3, "groups": 2, "causal": True, "length": 257, "dtype": torch.float16},
 }  # fmt: skip
@@ -69,6 +73,26 @@ def test_edges_of_parts(left, right, outside, ops):
     for length, keys in ((96, 95), (31, 31)):
         cut = {name: tensors[name][:, : length if name == "q" else keys] for name in ("q", "k", "v")}
         check(ops, problem, dict(tensors, **cut))
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_gradients_of_tiles(name, ops):
+    problem = BASE.with_(**PROBLEMS[name])
+    found, again = attention_large(ops, problem), attention_results(ops, problem, problem.tensors())
+    assert all(torch.equal(again[name], value) for name, value in found.items()), "not the same bits"
+
+
+def test_queries_of_a_band_that_see_nothing(ops):
+    """What they hold reaches no gradient."""
+    problem = BASE.with_(**PROBLEMS["band"] | {"length": 300, "keys": 123})
+    tensors = problem.tensors()
+    results = []
+    for value in (0.0, NAN):
+        for name in ("q", "rel_query"):
+            tensors[name][0, :177] = value
+        results.append(attention_results(ops, problem, tensors))
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
 
 
 @pytest.mark.parametrize("terms", TERMS)

@@ -35,9 +35,12 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
     char* const ring = v_rows + kOwnBytes;
     auto* const scalars = reinterpret_cast<QueryScalars<kQueries>*>(ring + stages * 2 * kQueryBytes);
     float* const scratch = reinterpret_cast<float*>(scalars + stages);
-    const int strip_pitch = static_cast<int>(t.strip_pitch);
-    const int grad_pitch = p.has_columns() ? static_cast<int>(grad_pitch_of(W, kQueries)) : 0;
-    const int warp_floats = max(kStageFloats, 16 * (strip_pitch + grad_pitch));
+    using Strip = PairStrip<16>;
+    const int grad_pitch = static_cast<int>(grad_pitch_of(W, kQueries));
+    const int warp_floats =
+        p.has_columns()
+            ? max(kStageFloats, 16 * static_cast<int>(key_strips_pitch(W, kQueries, p.key_rel.data != nullptr)))
+            : kStageFloats;
     char* const r_rows = reinterpret_cast<char*>(scratch + kWarpgroupWarps * warp_floats);
     const auto queries_at = [&](int stage) { return ring + stage * 2 * kQueryBytes; };
     const auto grads_at = [&](int stage) { return queries_at(stage) + kQueryBytes; };
@@ -130,25 +133,25 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
       set_zero(grad_v);
       if (seen) {
         const unsigned real = real_keys(p, ask_mask(p, b, j0, lane));
-        const bool all_real = (real & 0xFFFFu) == 0xFFFFu;
         const TileRows k_own{k_rows + own * 128, kOwnPanel, 0};
+        __syncwarp();
+        if (lane == 0) kept.find_far(p, j0, real);
+        __syncwarp();
         // Whether all queries of a tile see all keys of the block.
-        const auto all_see = [&](int i0) {
-          const int begin = max(opaque(tile.first), tile.key_begin);
-          const Range first = seeing_queries(p, tile, begin, begin + 1),
-                      last = seeing_queries(p, tile, tile.end() - 1, tile.end());
-          return i0 >= max(first.first, last.first) && i0 + kQueries <= min(first.end, last.end);
-        };
-        float outer[2][2];
+        const auto all_see = [&](int i0) { return i0 >= kept.all_see.first && i0 + kQueries <= kept.all_see.end; };
+        // What this lane has summed left and right of the window, where it takes no registers.
+        float (&outer)[2][2] = *(reinterpret_cast<float (*)[2][2]>(strip + warp_floats - 16 * kOuterPitch) + lane);
         int h = g * sharing, i0 = queries.first;
         const auto relative = [&] {
           const float* const edges =
               t.query_edges == nullptr ? nullptr : t.query_edges + (int64_t{b} * p.heads + h) * 2 * p.queries;
-          return Relative<T>(p, t, h, lane, edges, strip);
+          Relative<T> rel(p, t, h, lane, edges, strip);
+          rel.pitch = Strip::kPitch;
+          return rel;
         };
         const auto gradient_strip = [&](const Relative<T>& rel) {
           return GradientStrip<T, TypedRows<T>, KeySums<D>>{
-              .strip = strip + 16 * strip_pitch,
+              .strip = t.whole_strips ? strip + 16 * Strip::kPitch : strip,
               .pitch = grad_pitch,
               .whole = t.whole_strips,
               .rows = {k_own},
@@ -164,8 +167,9 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
               .lane = lane};
         };
         const auto begin_head = [&] {
+          if (!has_strip) return;
           for (int half = 0; half < 2; ++half) outer[0][half] = outer[1][half] = 0;
-          if (has_strip && t.whole_strips) gradient_strip(relative()).clear();
+          if (t.whole_strips) gradient_strip(relative()).clear();
         };
 
         float s[kQueries / 8][4], ds[kQueries / 8][4];
@@ -210,57 +214,66 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
           if (i0 == queries.first) begin_head();
           const Relative<T> rel = relative();
           if (!p.qk) leave_out(s);
-          // What key_rel adds outside the window, of this lane's keys.
-          float left[2] = {}, right[2] = {};
-          if (t.key_edges != nullptr)
-            for (int half = 0; half < 2; ++half) {
-              const int64_t j = min(int64_t{j0} + row + 8 * half, p.keys - 1), of = (int64_t{b} * p.heads + h) * 2;
-              left[half] = t.key_edges[of * p.keys + j];
-              right[half] = t.key_edges[(of + 1) * p.keys + j];
-            }
+          // What key_rel adds left (0) or right (1) of the window, of a lane's keys. Read where it is needed.
+          const auto key_edge = [&](int side, int half) {
+            const int64_t j = min(int64_t{opaque(j0)} + row + 8 * half, p.keys - 1);
+            return t.key_edges[((int64_t{b} * p.heads + h) * 2 + side) * p.keys + j];
+          };
           const QueryScalars<kQueries>& of_queries = scalars[place.stage];
           unsigned blind[kQueries / 32], any_blind = 0;  // queries that see nothing
 #pragma unroll
           for (int sub = 0; sub < kQueries / 32; ++sub) {
-            blind[sub] = __ballot_sync(kAllLanes, of_queries.lse[32 * sub + lane] == infinity<float>());
+            blind[sub] = __ballot_sync(kAllLanes, of_queries.is_blind(32 * sub + lane));
             any_blind |= blind[sub];
           }
-          const bool is_far =
-              any_blind == 0 && FarTiles<Side::kKeys, kQueries, 16>(p, tile, opaque(j0)).has(i0, all_real);
-          const int far_side = PairTile<Side::kKeys, kQueries>(p, tile, j0, i0).is_left() ? 0 : 1;
 #pragma unroll
           for (int sub = 0; sub < kQueries / 32; ++sub) {
             float (&part_s)[4][4] = reinterpret_cast<float (&)[4][4]>(s[4 * sub]);
             float (&part_ds)[4][4] = reinterpret_cast<float (&)[4][4]>(ds[4 * sub]);
-            const PairTile<Side::kKeys, 32> pairs(p, tile, j0, i0 + 32 * sub);
-            ScoreTerms terms;
-            if (is_far) {
-              terms = far_scores(rel, p.has_columns() ? far_side : -1, left, right);
+            const PairTile<Side::kKeys, 32> pairs(p, tile, opaque(j0), i0 + 32 * sub);
+            const int begin = pairs.other;
+            const bool far_left = begin >= kept.left.first && begin < kept.left.end,
+                       far_right = begin >= kept.right.first && begin < kept.right.end;
+            uint32_t seen_of = kEveryPair;
+            int side = p.has_columns() ? far_left ? 0 : 2 : 1;  // of `added`; -1: the window crosses the tile
+            if (any_blind != 0 || !(far_left || far_right)) {
+              if (p.has_columns()) side = !pairs.one_sided() ? -1 : pairs.is_left() ? 0 : 2;
+              if (any_blind != 0 || !pairs.seen(real)) {
+                seen_of = seen_pairs(pairs, real, lane);
+                for (int x = 0; x < 4; ++x)
+                  for (int e = 0; e < 4; ++e) seen_of &= ~((blind[sub] >> (8 * x + pair + e % 2) & 1u) << (4 * x + e));
+              }
+            }
+            if (side >= 0) {
+              float of_keys[2] = {};
+              if (t.key_edges != nullptr)
+                for (int half = 0; half < 2; ++half) of_keys[half] = key_edge(side / 2, half);
+#pragma unroll
+              for (int x = 0; x < 4; ++x) {
+                const float2 added = of_queries.added_at(side, 32 * sub + 8 * x, lane);
+                for (int e = 0; e < 4; ++e)
+                  part_s[x][e] = part_s[x][e] * t.score_factor + ((e % 2 == 0 ? added.x : added.y) + of_keys[e / 2]);
+              }
             } else {
-              terms = near_scores(part_s, rel, pairs, real, left, right, k_own,
+              near_scores_of_keys(part_s, rel, PairTile<Side::kQueries, 16>(p, tile, i0 + 32 * sub, j0), of_queries,
+                                  32 * sub, key_edge, k_own,
                                   TileRows{rel_pitch != 0 ? r_rows + (place.stage * kQueries + 32 * sub) * rel_pitch
                                                           : queries_at(place.stage) + 32 * sub * 128,
                                            kPanel, rel_pitch});
-              for (int x = 0; x < 4; ++x)
-                for (int e = 0; e < 4; ++e) terms.seen &= ~((blind[sub] >> (8 * x + pair + e % 2) & 1u) << (4 * x + e));
             }
-            const float* const edge = of_queries.edges[terms.side < 0 ? 0 : terms.side];
 #pragma unroll
             for (int x = 0; x < 4; ++x)
-              for (int e = 0; e < 4; ++e) {
-                const int query = 32 * sub + 8 * x + pair + e % 2;
-                const float constant =
-                    (terms.side < 0 ? 0.0f : edge[query]) + terms.added[e / 2] - of_queries.lse[query];
-                part_s[x][e] = fast_exp2(part_s[x][e] * terms.factor + constant);
-              }
+              for (int e = 0; e < 4; ++e) part_s[x][e] = fast_exp2(part_s[x][e]);
+            float2 delta[4];
+#pragma unroll
+            for (int x = 0; x < 4; ++x) delta[x] = of_queries.delta_at(32 * sub + 8 * x, lane);
             if (p.seed != nullptr) {
               const uint32_t kept = draw_fragments(p, static_cast<uint64_t>(*p.seed), b, h, pairs, lane);
 #pragma unroll
               for (int x = 0; x < 4; ++x)
                 for (int e = 0; e < 4; ++e) {
                   const float keep = (kept >> (4 * x + e) & 1u) != 0 ? keep_scale : 0.0f;
-                  const float delta = of_queries.delta[32 * sub + 8 * x + pair + e % 2];
-                  part_ds[x][e] = part_s[x][e] * (part_ds[x][e] * keep - delta);
+                  part_ds[x][e] = part_s[x][e] * (part_ds[x][e] * keep - (e % 2 == 0 ? delta[x].x : delta[x].y));
                   part_s[x][e] *= keep;
                 }
               keep_registers(part_s);
@@ -268,10 +281,10 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
 #pragma unroll
               for (int x = 0; x < 4; ++x)
                 for (int e = 0; e < 4; ++e)
-                  part_ds[x][e] = part_s[x][e] * (part_ds[x][e] - of_queries.delta[32 * sub + 8 * x + pair + e % 2]);
+                  part_ds[x][e] = part_s[x][e] * (part_ds[x][e] - (e % 2 == 0 ? delta[x].x : delta[x].y));
             }
-            select_seen(part_s, terms.seen);
-            select_seen(part_ds, terms.seen);
+            select_seen(part_s, seen_of);
+            select_seen(part_ds, seen_of);
           }
           const bool last = i0 + kQueries >= queries.end;  // of this head
           if (has_strip) {

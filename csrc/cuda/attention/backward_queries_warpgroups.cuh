@@ -4,9 +4,8 @@
 // queries with these keys, and d(q).
 #pragma once
 
-#include "csrc/cuda/attention/gradient_strip.cuh"
 #include "csrc/cuda/attention/warpgroup_ring.cuh"
-#include "csrc/cuda/attention/warpgroup_tiles.cuh"
+#include "csrc/cuda/attention/warpgroup_strips.cuh"
 
 namespace ck::cuda {
 
@@ -50,11 +49,11 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
     char* const g_rows = q_rows + kOwnBytes;
     char* const ring = g_rows + kOwnBytes;
     float* const scratch = reinterpret_cast<float*>(ring + stages * 2 * kKeyBytes);
-    const int strip_pitch = static_cast<int>(t.strip_pitch);
-    const int grad_pitch = p.has_columns() ? static_cast<int>(grad_pitch_of(W, kKeys)) : 0;
+    const int score_pitch = static_cast<int>(query_score_pitch(W, t.strip_pitch));
+    const int grad_pitch = static_cast<int>(grad_pitch_of(W, kKeys));
     const int sum_pitch = low_rank ? static_cast<int>(t.rank_pitch) + 4 : 0;
-    const int strip_floats = max(kStageFloats, 16 * (strip_pitch + grad_pitch)),
-              warp_floats = strip_floats + 16 * sum_pitch;
+    const int strips_pitch = p.has_columns() ? static_cast<int>(query_strips_pitch(W, t.strip_pitch)) : 0;
+    const int strip_floats = max(kStageFloats, 16 * strips_pitch), warp_floats = strip_floats + 16 * sum_pitch;
     char* const r_rows = reinterpret_cast<char*>(scratch + kWarpgroupWarps * warp_floats);
     const auto keys_at = [&](int stage) { return ring + stage * 2 * kKeyBytes; };
     const auto values_at = [&](int stage) { return keys_at(stage) + kKeyBytes; };
@@ -101,11 +100,14 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
     const WarpgroupTurn turn(group);
     float* const strip = scratch + worker * warp_floats;
     const float* const edges = t.key_edges == nullptr ? nullptr : t.key_edges + int64_t{unit} * 2 * p.keys;
-    const Relative<T> rel(p, t, h, lane, edges, strip + 1);
+    // Whether a strip has all columns, with what lies beside the window in front and behind.
+    const bool whole = p.has_columns() && t.strip_pitch >= W + 2;
+    Relative<T> rel(p, t, h, lane, edges, whole ? strip + 1 : strip);
+    rel.pitch = score_pitch;
     const TileRows rel_rows = low_rank ? TileRows{r_rows + own * 2 * rel_pitch, 0, 2 * rel_pitch}
                                        : TileRows{q_rows + own * 128, kOwnPanel, 0};
     const bool has_strip = p.has_query_columns() && p.needs_queries();
-    const bool whole = p.has_columns() && strip_pitch >= W + 2;
+    const bool is_band = low_rank && !t.whole_strips && p.grad_bias == nullptr;
     float* const sums = low_rank ? strip + strip_floats : nullptr;
     // This warp's partial sums, found anew where they are needed.
     const auto partial = [&] {
@@ -169,7 +171,7 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
                         [&](int x) { return those_in(Range{tile.first, end}, tile.first + group * 64 + x); });
         const auto gradient_strip = [&] {
           return GradientStrip<T, TypedRows<T>, QuerySums<D>>{
-              .strip = strip + 16 * strip_pitch,
+              .strip = t.whole_strips ? strip + 16 * score_pitch : strip,
               .pitch = grad_pitch,
               .whole = t.whole_strips,
               .rows = {rel_rows},
@@ -182,7 +184,7 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
               .partial = partial(),
               .size = static_cast<int>(p.rank),
               .bias = partial_bias(),
-              .lane = lane};
+              .lane = opaque(lane)};
         };
         float left[2], right[2], outer[2][2] = {};  // outer: first the sums for delta
         const auto begin_scores = [&] {
@@ -255,9 +257,14 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
             real_keys(real, p, asked);
             const bool all_real = all_of(real);
             uint32_t pairs_seen[kKeys / 32];
-            const ScoreTerms terms =
-                tile_scores<T, kKeys, D <= 64 ? 3 : 1>(s, pairs_seen, rel, tile, far, i0, j0, real, left, right,
-                                                       rel_rows, TileRows{keys_at(place.stage), kPanel, 0}, whole);
+            const TileRows key_rows{keys_at(place.stage), kPanel, 0};
+            const PairTile<Side::kQueries, kKeys> all_pairs(p, tile, i0, j0);
+            ScoreTerms terms{1, {}, -1, 0};
+            if (far.has(j0, all_real) || whole || !p.has_columns())
+              terms = tile_scores<T, kKeys, 1>(s, pairs_seen, rel, tile, far, i0, j0, real, left, right, rel_rows,
+                                               key_rows, true);
+            else
+              near_scores_of_queries<T, kKeys>(s, pairs_seen, rel, all_pairs, real, left, right, rel_rows, key_rows);
 #pragma unroll
             for (int sub = 0; sub < kKeys / 32; ++sub) {
               float (&part_ds)[4][4] = reinterpret_cast<float (&)[4][4]>(ds[4 * sub]);
@@ -282,8 +289,12 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
 #pragma unroll
               for (int x = 0; x < kKeys / 8; ++x)
                 for (int e = 0; e < 4; ++e) outer[0][e / 2] += ds[x][e];
-            } else if (has_strip) {
-              scatter_gradients(ds, gradient_strip(), PairTile<Side::kQueries, kKeys>(p, tile, i0, j0), outer);
+            } else if (has_strip && (p.clips() || !all_pairs.one_sided())) {
+              if (is_band && !all_pairs.one_sided())
+                BandGradients<T, kKeys>{reinterpret_cast<T*>(strip), rel, rel_rows, {sums, sum_pitch}, partial()}.add(
+                    ds, all_pairs, outer);
+              else
+                scatter_gradients(ds, gradient_strip(), all_pairs, outer);
             }
             if (for_delta && m == count - 1) {
               finish_delta(row_sum(outer[0][0]), row_sum(outer[0][1]));

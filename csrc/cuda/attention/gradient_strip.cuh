@@ -55,7 +55,7 @@ struct GradientStrip {
 
   CK_DEVICE void clear() const {
     __syncwarp();
-    for (int e = lane; e < 16 * pitch; e += 32) strip[e] = 0;
+    for (int e = opaque(lane); e < 16 * pitch; e += 32) strip[e] = 0;
     __syncwarp();
   }
 

@@ -133,6 +133,8 @@ template <int D>
 constexpr int kWarpgroupQueries = D <= 64 ? 64 : 32;
 // In the pass over the keys a second warp copies.
 constexpr int kKeyCopyRegisters = 40, kKeyProductRegisters = 232;
+// Of a strip of 16 queries by the columns that they have with so many keys, in whole fragments: see PairStrip.
+CK_HD constexpr int pair_strip_pitch(int keys) { return keys + 24; }
 constexpr int kStageFloats = 512;   // of a warp's results on their way out
 constexpr int kSignalBytes = 1024;  // of a block, in front of the tiles, which begin at multiples of it
 
@@ -143,12 +145,32 @@ inline int64_t warpgroup_bytes(const AttentionFacts& f, const AttentionPlan& pla
          kSignalBytes;
 }
 
+// Floats per row of a warp's strips in the backward passes: of the scores, and behind them of their gradients. Where
+// the latter are added up after each tile they take the place of the former.
+CK_HD constexpr int64_t query_score_pitch(int64_t window, int64_t strip_pitch) {
+  return strip_pitch >= window + 2 ? strip_pitch : pair_strip_pitch(kWarpgroupGradKeys);
+}
+CK_HD constexpr int64_t strips_pitch(int64_t window, int64_t scores, int64_t grads) {
+  return window <= kWholeStrip ? scores + grads : scores < grads ? grads : scores;
+}
+CK_HD constexpr int64_t query_strips_pitch(int64_t window, int64_t strip_pitch) {
+  return strips_pitch(window, query_score_pitch(window, strip_pitch), grad_pitch_of(window, kWarpgroupGradKeys));
+}
+// In the pass over the keys with a key_rel, also what lanes have summed beside the window.
+constexpr int kOuterPitch = 8;
+CK_HD constexpr int64_t key_strips_pitch(int64_t window, int64_t queries, bool key_rel) {
+  return strips_pitch(window, pair_strip_pitch(16), key_rel ? grad_pitch_of(window, queries) : 0) +
+         (key_rel ? kOuterPitch : 0);
+}
+
 inline int64_t warpgroup_backward_bytes(const AttentionFacts& f, const AttentionPlan& plan, bool keys, int64_t stages) {
   const int64_t others = !keys                        ? kWarpgroupGradKeys
                          : plan.kernel_channels == 64 ? kWarpgroupQueries<64>
                                                       : kWarpgroupQueries<128>;
-  const int64_t row = 2 * plan.kernel_channels, grads = f.relative ? grad_pitch_of(f.window, others) : 0;
-  const int64_t strips = 16 * (plan.strip_pitch + grads), rank = f.low_rank ? padded_rank(f, plan.channels) : 0;
+  const int64_t row = 2 * plan.kernel_channels, rank = f.low_rank ? padded_rank(f, plan.channels) : 0;
+  const int64_t strips = f.relative ? 16 * (keys ? key_strips_pitch(f.window, others, f.key_rel)
+                                                 : query_strips_pitch(f.window, plan.strip_pitch))
+                                    : 0;
   const int64_t rel_row = f.low_rank ? 2 * (rank + 8) : 0, sums = f.low_rank && !keys ? 16 * (rank + 4) : 0;
   return kSignalBytes + kWarpgroupRows * 2 * row + stages * others * (2 * row + (keys ? 16 + rel_row : 0)) +
          4 * kWarpgroupWarps * ((strips < kStageFloats ? kStageFloats : strips) + sums) +
