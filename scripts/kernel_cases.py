@@ -47,15 +47,20 @@ def decode(op: str, taps: int, reorder: bool) -> Callable:
     return make
 
 
-def banded(settings: attention.Settings, device: str) -> Callable:
-    """The forward pass of the banded workload over the first length in the settings."""
-    form, leaves, _ = attention.banded(settings.backend, torch.device(device), settings.lengths[0], settings.heads)
+def banded(direction: str) -> Callable:
+    """The banded workload over the first length in the settings."""
 
-    def call() -> torch.Tensor:
-        with torch.no_grad():
-            return form(*leaves)
+    def make(settings: attention.Settings, device: str) -> Callable[[], object]:
+        form, leaves, grad = attention.banded(
+            settings.backend, torch.device(device), settings.lengths[0], settings.heads
+        )
+        if direction == "forward":
+            return lambda: form(*leaves)
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        out = form(*leaves)
+        return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
-    return call
+    return make
 
 
 def attend(form: str, direction: str) -> Callable:

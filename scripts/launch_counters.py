@@ -57,6 +57,7 @@ HELD: dict[str, Callable[[Launch], int]] = {
 }  # fmt: skip
 # Margins: another compiler may keep a number in a register that this one loads twice.
 SLACK = 1.01
+DIRECTIONS = {"fwd": "forward", "bwd": "backward"}
 # Of a window for which the forward pass of warpgroups makes one strip per tile of queries.
 MOST_COLUMNS = 48
 
@@ -117,8 +118,7 @@ def _cases() -> dict[str, Case]:
     # Several blocks of channels and of rows; of the latter few enough that each walks far, as in large problems.
     small = replace(large, batch=2, length=512, channels=256, heads=4)
     float32 = {"dtype": torch.float32}
-    pairs = {"fwd": "forward", "bwd": "backward"}
-    for short, direction in pairs.items():
+    for short, direction in DIRECTIONS.items():
         for name, op, taps, options, changes in (
             ("stream-k3", streaming.LIGHTWEIGHT, 3, {}, {}),
             ("stream-k7", streaming.LIGHTWEIGHT, 7, {}, {}),
@@ -159,20 +159,21 @@ def _cases() -> dict[str, Case]:
 
 
 def _estimated() -> dict[str, Case]:
-    """Forward passes over 16384 positions of 2048 channels, and of the banded workload: not in the budget."""
+    """Attention over 16384 positions of 2048 channels, and the banded workload: not in the budget."""
     cases = {}
-    for length, (name, form), size in itertools.product(
-        (512, 4096), (("-plain", attention.PLAIN), ("", attention.COMPOSITE)), (64, 128)
+    for (short, direction), length, (name, form), size in itertools.product(
+        DIRECTIONS.items(), (512, 4096), (("-plain", attention.PLAIN), ("", attention.COMPOSITE)), (64, 128)
     ):
         shape = attention.Settings((length,), batch=16384 // length, heads=2048 // size, head_size=size, backend="cuda")
         few = replace(shape, lengths=(384,), batch=1, heads=2)
         window = None if form == attention.PLAIN else (shape.window, shape.window)
-        make = kernel_cases.attend(form, "forward")
-        cases[f"attention-d{size}-t{length}{name}-fwd"] = Case(make, few, shape, window=window)
+        make = kernel_cases.attend(form, direction)
+        cases[f"attention-d{size}-t{length}{name}-{short}"] = Case(make, few, shape, window=window)
     shape = attention.Settings((8192,), batch=1, heads=64, head_size=128, backend="cuda")
     # What pairs within the window cost does not grow with the square of the length: twice this one is the large one.
     few = replace(shape, lengths=(4096,), heads=1)
-    cases["banded-fwd"] = Case(kernel_cases.banded, few, shape, window=(1023, 0), causal=True)
+    for short, direction in DIRECTIONS.items():
+        cases[f"banded-{short}"] = Case(kernel_cases.banded(direction), few, shape, window=(1023, 0), causal=True)
     return cases
 
 
