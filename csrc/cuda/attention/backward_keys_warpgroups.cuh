@@ -51,6 +51,8 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
       return KeyTile(p, n, unit / groups, unit % groups, blockIdx.x % parts);
     };
     auto* const kept_tiles = reinterpret_cast<KeyTile*>(signals + 1);  // of each warp
+    static_assert(sizeof(RingSignals) % alignof(KeyTile) == 0 &&
+                  sizeof(RingSignals) + (kWarpgroupWarps + 2) * sizeof(KeyTile) <= kSignalBytes);
     begin_signals(*signals, stages, 2);
 
     if (warp < 4) {
@@ -220,6 +222,7 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
             return t.key_edges[((int64_t{b} * p.heads + h) * 2 + side) * p.keys + j];
           };
           const QueryScalars<kQueries>& of_queries = scalars[place.stage];
+          const FarRanges far = kept.far;
           unsigned blind[kQueries / 32], any_blind = 0;  // queries that see nothing
 #pragma unroll
           for (int sub = 0; sub < kQueries / 32; ++sub) {
@@ -232,8 +235,8 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
             float (&part_ds)[4][4] = reinterpret_cast<float (&)[4][4]>(ds[4 * sub]);
             const PairTile<Side::kKeys, 32> pairs(p, tile, opaque(j0), i0 + 32 * sub);
             const int begin = pairs.other;
-            const bool far_left = begin >= kept.left.first && begin < kept.left.end,
-                       far_right = begin >= kept.right.first && begin < kept.right.end;
+            const bool far_left = begin >= far.left.first && begin < far.left.end,
+                       far_right = begin >= far.right.first && begin < far.right.end;
             uint32_t seen_of = kEveryPair;
             int side = p.has_columns() ? far_left ? 0 : 2 : 1;  // of `added`; -1: the window crosses the tile
             if (any_blind != 0 || !(far_left || far_right)) {

@@ -24,13 +24,18 @@ struct QueryScalars {
   }
 };
 
+// The first queries of the tiles of 32 that are far (FarTiles) from a warp's 16 keys.
+struct alignas(16) FarRanges {
+  Range left, right;
+};
+
 // A tile of keys and the queries that see some of them, in shared memory, where they take no registers.
 struct KeyTile {
   AttentionTile tile;
   int b, g, part;  // where it belongs to
   Range queries;
-  Range all_see;      // of them, those that see all keys
-  Range left, right;  // first queries of the tiles of 32 that are far (FarTiles) from a warp's 16 keys
+  Range all_see;  // of them, those that see all keys
+  FarRanges far;
 
   CK_DEVICE KeyTile(const Attention& p, int n, int b, int g, int part)
       : tile(p, n, kWarpgroupRows, true, true),
@@ -40,8 +45,7 @@ struct KeyTile {
         queries(tile.count <= 0 ? Range{0, 0}
                                 : seeing_queries(p, tile, max(tile.first, tile.key_begin), tile.first + tile.count)),
         all_see{0, 0},
-        left{0, 0},
-        right{0, 0} {}
+        far{{0, 0}, {0, 0}} {}
 
   // For a warp with the keys from j0 on, of which the mask leaves `real`.
   CK_DEVICE void find_far(const Attention& p, int j0, unsigned real) {
@@ -50,8 +54,8 @@ struct KeyTile {
                 last = seeing_queries(p, tile, tile.end() - 1, tile.end());
     all_see = {max(first.first, last.first), min(first.end, last.end)};
     if ((real & 0xFFFFu) != 0xFFFFu) return;
-    const FarTiles<Side::kKeys, 32, 16> far(p, tile, j0);
-    left = far.left, right = far.right;
+    const FarTiles<Side::kKeys, 32, 16> found(p, tile, j0);
+    far = {found.left, found.right};
   }
 };
 
@@ -79,12 +83,9 @@ CK_DEVICE void near_scores_of_keys(float (&s)[4][4], const Relative<T>& rel, con
   for (int y = 0; y < 2; ++y) {
     const PairTile<Side::kQueries, 16> pairs(first.p, first.tile, first.own + 16 * y, first.other);
     const Strip strip{rel.strip, pairs.lowest()};
-    StripSides sides;
-    for (int side = 0; side < 3; ++side)
-      for (int half = 0; half < 2; ++half)
-        sides[side][half] = scalars.added[side][at + 16 * y + 8 * half + rel.lane / 4];
     const TileRows rows{query_rows.at(16 * y, 0), query_rows.panel, query_rows.pitch};
-    strip.fill(rel, rows, sides);
+    strip.fill(rel, rows,
+               [&](int side, int half) { return scalars.added[side][at + 16 * y + 8 * half + rel.lane / 4]; });
     rel.add_others(pairs, pairs.columns(), strip.lowest, key_rows);
     const int lane = opaque(rel.lane);  // so that the place takes no register before
     const float* const mine = rel.strip + Strip::place(lane % 4 * 2, lane / 4);

@@ -9,7 +9,7 @@
 namespace ck::cuda {
 
 // A block's own tile, and the stages of its ring: full once all bytes have come, free once all 8 warps have read them.
-struct RingSignals {
+struct alignas(16) RingSignals {
   uint64_t own_full, own_free, full[2 * kMostStages], free[2 * kMostStages];
   unsigned spoiled[2];  // the last even, or odd, number of an own tile with hidden rows that were not all finite
 

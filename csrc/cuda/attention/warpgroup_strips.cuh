@@ -8,10 +8,6 @@
 
 namespace ck::cuda {
 
-// What stands in all columns of a side: left of the window, within it (besides what the columns add), and right of it,
-// for rows lane / 4 and lane / 4 + 8.
-using StripSides = float[3][2];
-
 // The strip of 16 queries and the kKeys keys of a tile: a pair has column lowest + 15 + key - query. 8 floats beyond a
 // multiple of 32, or as many short of it, so that pairs of columns are stored without bank conflicts.
 template <int kKeys>
@@ -23,13 +19,15 @@ struct PairStrip {
 
   CK_DEVICE static constexpr int place(int query, int key) { return query * (kPitch - 1) + 15 + key; }
 
-  // By a warp. rows: those of the queries that query_rel is multiplied with.
-  template <class T>
-  CK_DEVICE void fill(const Relative<T>& rel, const TileRows& rows, const StripSides& sides) const {
+  // By a warp. rows: those of the queries that query_rel is multiplied with. added(side, half): what stands in all
+  // columns left of the window (0), within it (1, besides what the columns add) and right of it (2), for rows lane / 4
+  // and lane / 4 + 8.
+  template <class T, class Added>
+  CK_DEVICE void fill(const Relative<T>& rel, const TileRows& rows, const Added& added) const {
     const int lane = opaque(rel.lane), row = lane / 4, pair = lane % 4 * 2, W = rel.W;
     const float* const bias = rel.bias();
     const T* const table = rel.p.query_rel.data == nullptr ? nullptr : rel.query_rel();
-    const float factor = rel.t.rel_factor;
+    const float factor = rel.t.rel_factor, within[2] = {added(1, 0), added(1, 1)};
     __syncwarp();
 #pragma unroll 1
     for (int n = 0; n < kColumns; n += 16) {
@@ -39,18 +37,20 @@ struct PairStrip {
       const bool crosses = c < 0 || c + 16 > W;
 #pragma unroll
       for (int y = 0; y < 2; ++y) {
-        float added[2] = {};
+        float of_bias[2] = {};
         if (bias != nullptr)
-          for (int e = 0; e < 2; ++e) added[e] = bias[min(max(c + 8 * y + pair + e, 0), W - 1)];
+          for (int e = 0; e < 2; ++e) of_bias[e] = bias[min(max(c + 8 * y + pair + e, 0), W - 1)];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float value[2];
-          for (int e = 0; e < 2; ++e) value[e] = out[y][2 * half + e] * factor + (added[e] + sides[1][half]);
-          if (crosses)
+          for (int e = 0; e < 2; ++e) value[e] = out[y][2 * half + e] * factor + (of_bias[e] + within[half]);
+          if (crosses) {
+            const float left = added(0, half), right = added(2, half);
             for (int e = 0; e < 2; ++e) {
               const int column = c + 8 * y + pair + e;
-              value[e] = column < 0 ? sides[0][half] : column >= W ? sides[2][half] : value[e];
+              value[e] = column < 0 ? left : column >= W ? right : value[e];
             }
+          }
           *reinterpret_cast<float2*>(strip + (row + 8 * half) * kPitch + n + 8 * y + pair) =
               make_float2(value[0], value[1]);
         }
@@ -115,7 +115,9 @@ CK_DEVICE void near_scores_of_queries(float (&s)[kKeys / 8][4], uint32_t (&seen)
                                       const TileRows& key_rows) {
   using Strip = PairStrip<kKeys>;
   const Strip strip{rel.strip, pairs.lowest()};
-  strip.fill(rel, query_rows, {{left[0], left[1]}, {0, 0}, {right[0], right[1]}});
+  strip.fill(rel, query_rows, [&](int side, int half) {
+    return side == 0 ? left[half] : side == 1 ? 0.0f : right[half];
+  });
   rel.add_others(pairs, pairs.columns(), strip.lowest, key_rows);
   const int lane = opaque(rel.lane), row = lane / 4, pair = lane % 4 * 2;
   const float* const mine = rel.strip + Strip::place(row, pair);
@@ -172,9 +174,10 @@ struct BandGradients {
     const int lane = opaque(rel.lane), row = lane / 4, pair = lane % 4 * 2;
     __syncwarp();
     // 16 numbers of each row belong to no pair.
-    const int of = lane / 2;
-    for (int e = 0; e < 8; ++e) {
-      const int x = lane % 2 * 8 + e;
+    const int x = lane % 16;
+#pragma unroll
+    for (int r = 0; r < 16; r += 2) {
+      const int of = r + lane / 16;
       strip[of * kPitch + (x < 15 - of ? x : kKeys + x)] = T{};
     }
     T* const mine = strip + Strip::place(row, pair);
