@@ -40,7 +40,7 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
     const int parts = static_cast<int>(p.query_parts) / kWarpgroupWarps;
     const int part = blockIdx.x % parts, unit = blockIdx.x / parts;
     const int b = unit / static_cast<int>(p.heads), h = unit % static_cast<int>(p.heads);
-    const int g = h / static_cast<int>(p.sharing()), W = static_cast<int>(p.window());
+    const int W = static_cast<int>(p.window());
     const bool low_rank = p.rel_query.data != nullptr;
     const int rel_pitch = low_rank ? static_cast<int>(t.rank_pitch) + 8 : 0;
 
@@ -69,6 +69,7 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
       prefetch_tensor_map(k_map);
       prefetch_tensor_map(v_map);
       prefetch_tensor_map(grad_map);
+      const int g = h / static_cast<int>(p.sharing());
       RingPlace place{stages};
       unsigned own_loads = 0;
       for (int n = part; n < tiles; n += parts) {
@@ -96,7 +97,7 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
     }
 
     take_registers<kProductRegisters>();
-    const int group = warp / 4 - 1, own = group * 64 + warp % 4 * 16, worker = group * 4 + warp % 4;
+    const int worker = warp - 4, group = worker / 4, own = worker * 16;
     const WarpgroupTurn turn(group);
     float* const strip = scratch + worker * warp_floats;
     const float* const edges = t.key_edges == nullptr ? nullptr : t.key_edges + int64_t{unit} * 2 * p.keys;
@@ -111,11 +112,11 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
     float* const sums = low_rank ? strip + strip_floats : nullptr;
     // This warp's partial sums, found anew where they are needed.
     const auto partial = [&] {
-      const int64_t piece = int64_t{opaque(unit)} * p.query_parts + part * kWarpgroupWarps + worker;
+      const int64_t piece = int64_t{blockIdx.x} * kWarpgroupWarps + opaque(worker);
       return p.grad_query_rel == nullptr ? nullptr : static_cast<float*>(p.partial_query_rel) + piece * W * p.rank;
     };
     const auto partial_bias = [&] {
-      const int64_t piece = int64_t{opaque(unit)} * p.query_parts + part * kWarpgroupWarps + worker;
+      const int64_t piece = int64_t{blockIdx.x} * kWarpgroupWarps + opaque(worker);
       return p.grad_bias == nullptr ? nullptr : static_cast<float*>(p.partial_bias) + piece * W;
     };
     if (float* const to = partial())
@@ -128,8 +129,8 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
     RingPlace place{stages};
     unsigned own_loads = 0;
 #pragma unroll 1
-    for (int n = part; n < tiles; n += parts) {
-      const AttentionTile tile(p, tiles - 1 - n, kRows, false);
+    for (int n = tiles - 1 - part; n >= 0; n -= parts) {
+      const AttentionTile tile(p, n, kRows, false);
       if (tile.count <= 0) continue;
       const int i0 = tile.first + own, end = tile.first + tile.count, row = lane / 4;
       int first = 0;
@@ -189,7 +190,7 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
         float left[2], right[2], outer[2][2] = {};  // outer: first the sums for delta
         const auto begin_scores = [&] {
           if (whole)
-            fill_whole_strip(left, right, rel, rel_rows);
+            fill_whole_strip<D <= 64 ? 3 : 1>(left, right, rel, rel_rows);
           else
             rel.query_edges(left, right, rel_rows);
         };
@@ -260,11 +261,16 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
             const TileRows key_rows{keys_at(place.stage), kPanel, 0};
             const PairTile<Side::kQueries, kKeys> all_pairs(p, tile, i0, j0);
             ScoreTerms terms{1, {}, -1, 0};
-            if (far.has(j0, all_real) || whole || !p.has_columns())
-              terms = tile_scores<T, kKeys, 1>(s, pairs_seen, rel, tile, far, i0, j0, real, left, right, rel_rows,
-                                               key_rows, true);
-            else
+            if (far.has(j0, all_real)) {
+              terms = far_tile_scores<T, kKeys>(s, rel, far.is_left(j0), j0, left, right);
+              for (uint32_t& seen_pairs : pairs_seen) seen_pairs = kEveryPair;
+            } else if (whole || !p.has_columns()) {
+              const FarTiles<Side::kQueries, kKeys, 16> parts(p, tile, opaque(i0));  // in no registers before
+              terms = near_tile_scores<T, kKeys, 1>(s, pairs_seen, rel, tile, parts, i0, j0, real, left, right,
+                                                    rel_rows, key_rows, true);
+            } else {
               near_scores_of_queries<T, kKeys>(s, pairs_seen, rel, all_pairs, real, left, right, rel_rows, key_rows);
+            }
 #pragma unroll
             for (int sub = 0; sub < kKeys / 32; ++sub) {
               float (&part_ds)[4][4] = reinterpret_cast<float (&)[4][4]>(ds[4 * sub]);
@@ -349,8 +355,8 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
         const int i = i0 + r, channels = static_cast<int>(p.channels);
         if (i >= end || d >= channels) return;
         if (spoiled && p.qk && at<float>(p.lse, b, h, i) != -infinity<float>())
-          add_spoiled<T>(value, p.k, b, g, visible_keys(p, tile, i), d, channels - d, t.vectors,
-                         [&](int j) { return real_key(p, b, j); });
+          add_spoiled<T>(value, p.k, b, opaque(h) / static_cast<int>(p.sharing()), visible_keys(p, tile, i), d,
+                         channels - d, t.vectors, [&](int j) { return real_key(p, b, j); });
         store_channels(at<T>(p.grad_q, b, i, h) + d * p.grad_q.channel, p.grad_q.channel, channels - d, t.vectors,
                        value);
       });

@@ -217,7 +217,7 @@ void attention_forward_warpgroups(const CK_PARAM AttentionForward p, const CK_PA
           turn.meet_own();
         }
         if (whole)
-          fill_whole_strip(left, right, rel, rel_rows);
+          fill_whole_strip<3>(left, right, rel, rel_rows);
         else
           rel.query_edges(left, right, rel_rows);
 #pragma unroll 1
@@ -232,8 +232,11 @@ void attention_forward_warpgroups(const CK_PARAM AttentionForward p, const CK_PA
           real_keys(real, p, asked);
           uint32_t seen_pairs[kKeys / 32];
           const bool all_real = all_of(real);
-          const ScoreTerms terms = tile_scores<T, kKeys, 3>(s, seen_pairs, rel, tile, far, i0, j0, real, left, right,
-                                                            rel_rows, TileRows{keys_at(place.stage), kPanel, 0}, whole);
+          const ScoreTerms terms =
+              far.has(j0, all_real)
+                  ? far_tile_scores<T, kKeys>(s, rel, far.is_left(j0), j0, left, right)
+                  : near_tile_scores<T, kKeys, 3>(s, seen_pairs, rel, tile, far, i0, j0, real, left, right, rel_rows,
+                                                  TileRows{keys_at(place.stage), kPanel, 0}, whole);
           if (p.key_rel.data != nullptr) release(key_free(place.stage));
           if (n == count - 1) release(&signals->own_free);
           float shrink[2];

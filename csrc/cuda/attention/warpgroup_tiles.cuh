@@ -159,10 +159,10 @@ CK_DEVICE bool clear_rows(char* rows, int panel, int first) {
 }
 
 // Fills a whole strip: with what the queries add at each column, and in front and behind at what they add left and
-// right of the window. Then a pair's place in it follows from its column alone.
-template <class T>
+// right of the window. Then a pair's place in it follows from its column alone. kColumns: see fill_strip.
+template <int kColumns, class T>
 CK_DEVICE void fill_whole_strip(float (&left)[2], float (&right)[2], const Relative<T>& rel, const TileRows& rows) {
-  rel.template fill_strip<Side::kQueries, 3>(Range{0, rel.W}, rows);
+  rel.template fill_strip<Side::kQueries, kColumns>(Range{0, rel.W}, rows);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float* const row = rel.strip + (rel.lane / 4 + 8 * half) * rel.pitch;
@@ -178,35 +178,36 @@ CK_DEVICE void fill_whole_strip(float (&left)[2], float (&right)[2], const Relat
   __syncwarp();
 }
 
-// Scores of 16 queries, from i0 on, and the kKeys keys from j0 on: products s become scores, unless all pairs are seen
-// and on one side (`far`). real: the keys that the mask leaves. `whole`: fill_whole_strip has been called. seen: the
-// pairs that attend, of 32 keys each. kColumns: see fill_strip.
+// Products s of 16 queries and the kKeys keys from j0 on, where all pairs are seen and on one side: see far_scores.
+template <class T, int kKeys>
+CK_DEVICE ScoreTerms far_tile_scores(float (&s)[kKeys / 8][4], const Relative<T>& rel, bool is_left, int j0,
+                                     const float (&left)[2], const float (&right)[2]) {
+  ScoreTerms terms = far_scores(rel, is_left ? 0 : 1, left, right);
+  if (rel.edges != nullptr) {
+    const float* const added = rel.edges + (is_left ? 0 : rel.p.keys) + j0 + rel.lane % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n)
+      for (int e = 0; e < 4; ++e) s[n][e] = s[n][e] * terms.factor + added[8 * n + e % 2];
+    terms.factor = 1;
+  }
+  return terms;
+}
+
+// Everywhere else s becomes scores, of 16 queries from i0 on. real: the keys that the mask leaves. `whole`:
+// fill_whole_strip has been called. seen: the pairs that attend, of 32 keys each. kColumns: see fill_strip.
 template <class T, int kKeys, int kColumns>
-CK_DEVICE ScoreTerms tile_scores(float (&s)[kKeys / 8][4], uint32_t (&seen)[kKeys / 32], const Relative<T>& rel,
-                                 const AttentionTile& tile, const FarTiles<Side::kQueries, kKeys, 16>& far, int i0,
-                                 int j0, const unsigned (&real)[kKeys / 32], const float (&left)[2],
-                                 const float (&right)[2], const TileRows& query_rows, const TileRows& key_rows,
-                                 bool whole) {
+CK_DEVICE ScoreTerms near_tile_scores(float (&s)[kKeys / 8][4], uint32_t (&seen)[kKeys / 32], const Relative<T>& rel,
+                                      const AttentionTile& tile, const FarTiles<Side::kQueries, kKeys, 16>& far, int i0,
+                                      int j0, const unsigned (&real)[kKeys / 32], const float (&left)[2],
+                                      const float (&right)[2], const TileRows& query_rows, const TileRows& key_rows,
+                                      bool whole) {
   const Attention& p = rel.p;
   const float factor = rel.t.score_factor;
-#pragma unroll
-  for (int sub = 0; sub < kKeys / 32; ++sub) seen[sub] = kEveryPair;
-  if (far.has(j0, all_of(real))) {
-    const int side = far.is_left(j0) ? 0 : 1;
-    ScoreTerms terms = far_scores(rel, side, left, right);
-    if (rel.edges != nullptr) {
-      const float* const added = rel.edges + (side == 0 ? 0 : p.keys) + j0 + rel.lane % 4 * 2;
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n)
-        for (int e = 0; e < 4; ++e) s[n][e] = s[n][e] * factor + added[8 * n + e % 2];
-      terms.factor = 1;
-    }
-    return terms;
-  }
 #pragma unroll
   for (int sub = 0; sub < kKeys / 32; ++sub) {
     float (&part)[4][4] = reinterpret_cast<float (&)[4][4]>(s[4 * sub]);
     const int first_key = j0 + 32 * sub;
+    seen[sub] = kEveryPair;
     const bool here = rel.edges == nullptr && real[sub] == ~0u;  // the keys, without terms of their own
     if (far.template has<32>(first_key, here)) {
       const bool is_left = far.template is_left<32>(first_key);
