@@ -38,7 +38,7 @@ from benchmarks.machine_code.estimate import PROCESSORS, PRODUCT, Estimate, of_a
 from benchmarks.machine_code.estimate import row as estimate_row
 from benchmarks.machine_code.loops import BEGINNING, NEAR
 from benchmarks.machine_code.rules import LoopCost, raised
-from benchmarks.machine_code.tiles import near_parts
+from benchmarks.machine_code.tiles import backward_passes, near_parts
 from benchmarks.suites import attention, streaming
 from convkernels.cli.console import markdown_table
 
@@ -96,6 +96,10 @@ class Case:
         heads, length = self.large.batch * self.large.heads, self.large.lengths[0]
         if loop.kernel == "attention_forward_warpgroups":
             return heads * self._passes_of_warpgroups(length).get(loop.case, 0.0)
+        if loop.kernel.endswith("_warpgroups"):
+            others = int(re.findall(r"\d+", loop.case)[1])
+            by_keys = "keys" in loop.kernel
+            return heads * backward_passes(by_keys, others, length, self.window, self.causal).get(loop.case, 0.0)
         rows, columns = map(int, re.findall(r"\d+", loop.case))
         return heads * length**2 / (rows * columns)
 

@@ -6,6 +6,7 @@ multiplied or stored is a change here."""
 from dataclasses import dataclass
 
 from benchmarks.machine_code.control_flow import Work
+from benchmarks.machine_code.tiles import KEYS_NEAR, QUERIES_NEAR
 
 COPY, STORE = "LDGSTS.E.BYPASS.128", "STG.E.128"  # 16 bytes
 BULK_COPY = "UBLKCP.S.G"  # of as many as an instruction says, by one thread
@@ -177,15 +178,46 @@ def _attention(channels: int) -> list[MainLoop]:
     forward = Work({COPY: copies, "HMMA": 2 * product * own // 16, "MUFU.EX2": 18 * own // 16, "FMUL": 0, "LDG": 0})
     queries = Work({COPY: copies, "HMMA": 3 * product, "MUFU.EX2": 16, "LDG": 0})
     keys = Work({COPY: copies, "HMMA": 4 * product, "MUFU.EX2": 16, "LDG": 1})
-    queries_by_warpgroups = Work({"HGMMA": channels // 8 + 4, "MUFU.EX2": 32, "LDG": 0})
-    met = 64 if channels <= 64 else 32
-    keys_by_warpgroups = Work({"HGMMA": channels // 8 + met // 8, "MUFU.EX2": met // 2, "LDG": 0})
     return [
         MainLoop("attention_forward", variant, f"{own} x 32 pairs", forward, "tile", 1),
         MainLoop("attention_backward_queries", variant, "16 x 32 pairs", queries, "tile", 1),
         MainLoop("attention_backward_keys", f"{variant}, true, true", "16 x 32 pairs", keys, "tile", 1),
-        MainLoop("attention_backward_queries_warpgroups", variant, "16 x 64 pairs", queries_by_warpgroups, "tile", 1),
-        MainLoop("attention_backward_keys_warpgroups", variant, f"16 x {met} pairs", keys_by_warpgroups, "tile", 1),
+    ]
+
+
+def _backward_warpgroups(channels: int) -> list[MainLoop]:
+    """64 keys and 16 queries of a warp; 16 keys and 64 queries, or 32 of more than 64 channels. Where the window
+    crosses a tile each pair of queries reads its column of a strip and stores the gradient of its score. Keys make two
+    strips, of 16 queries and 32 columns, for each part of 32 queries. Of a long window, with a term of rank 16, queries
+    make a strip of 80 columns for each tile, and add up one of gradients."""
+    variant, steps, met = f"bf16, {channels}", channels // 16, 64 if channels <= 64 else 32
+    matrices = {"HGMMA": channels // 8 + 4, "MUFU.EX2": 32}
+    queries = {**matrices, "R2P": 0, "LDG": 0}
+    keys = {"HGMMA": channels // 8 + met // 8, "MUFU.EX2": met // 2}
+    rounded = {"F2FP": met // 2}
+
+    def strip(steps: int, stores: int) -> Work:
+        products = Work({"LDSM": 1, "HMMA": 2})
+        return Work({"STS": stores}, ((1, Work({}, ((steps, products),))),))
+
+    of_queries = {
+        "": Work({**queries, "CS2R": 0}),
+        QUERIES_NEAR[0]: Work({**queries, "FADD": 66}),
+        QUERIES_NEAR[1]: Work({**queries, "LDS": 16, "STS": 32, "HMMA": 0, "F2FP": 16}),
+    }
+    of_keys = {"": Work({**keys, "LDG": 0}), KEYS_NEAR[0]: Work({**keys, **rounded}, ((4, strip(steps, 5)),))}
+    if channels == 128:
+        of_rows, of_columns = Work({"LDSM": 1}, ((1, Work({"HMMA": 2})),)), Work({"LDSM": 1, "HMMA": 2})
+        gradients = Work({}, ((5, of_rows), (5, of_columns)))
+        of_queries[QUERIES_NEAR[2]] = Work({**matrices, "F2FP": 32, "STS.U16": 40}, ((5, strip(1, 4)), (1, gradients)))
+        of_keys[KEYS_NEAR[1]] = Work({**keys, **rounded}, ((4, strip(1, 5)),))
+    return [
+        MainLoop(kernel, variant, f"16 x {others} pairs{', ' if case else ''}{case}", work, "tile", 1)
+        for kernel, others, cases in (
+            ("attention_backward_queries_warpgroups", 64, of_queries),
+            ("attention_backward_keys_warpgroups", met, of_keys),
+        )
+        for case, work in cases.items()
     ]
 
 
@@ -221,4 +253,5 @@ MAIN_LOOPS = (
     *_stream("bf16", 3), *_stream("bf16", 7), *_stream("float", 7), *_band(15), *_band(31),
     *_own_filters(7), *_own_filters(31), *_gated(7), *_gated(31), *_rows("float"), *_plain("bf16"), *_plain("float"),
     *_time("bf16"), *_time("float"), *_attention(64), *_attention(128), *_warpgroups(64), *_warpgroups(128),
+    *_backward_warpgroups(64), *_backward_warpgroups(128),
 )  # fmt: skip

@@ -20,7 +20,9 @@ struct QueryScalars {
 
  private:
   CK_DEVICE static float2 pair_of(const float* numbers, int lane) {
-    return *reinterpret_cast<const float2*>(numbers + lane % 4 * 2);
+    float2 both;
+    both = *reinterpret_cast<const float2*>(numbers + lane % 4 * 2);
+    return both;
   }
 };
 

@@ -279,7 +279,8 @@ struct BandGradients {
   }
 
   CK_DEVICE static void add_four(float* to, const float (&out)[2][4], int half) {
-    float4 value = *reinterpret_cast<const float4*>(to);
+    float4 value;
+    value = *reinterpret_cast<const float4*>(to);
     value.x += out[0][2 * half], value.y += out[1][2 * half];
     value.z += out[0][2 * half + 1], value.w += out[1][2 * half + 1];
     *reinterpret_cast<float4*>(to) = value;
