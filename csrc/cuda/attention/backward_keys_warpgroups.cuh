@@ -174,14 +174,23 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
           if (t.whole_strips) gradient_strip(relative()).clear();
         };
 
+        // The first channels of the keys: products need not read them again.
+        constexpr int kHeld = D <= 64 ? 4 : 1;
+        uint32_t held[kHeld][4];
         float s[kQueries / 8][4], ds[kQueries / 8][4];
         uint32_t weights[kQueries / 16][4], rounded[kQueries / 16][4];
         const auto multiply_queries = [&] {
           mbarrier_wait(&signals->full[place.stage], place.parity());
           const Operand k = operand(k_rows + group * 64 * 128), v = operand(v_rows + group * 64 * 128);
           const Operand q = operand(queries_at(place.stage)), grad = operand(grads_at(place.stage));
+          keep_registers(held);
           wgmma_fence();
-          start_pairs<T, D, kQueries>(s, k, kOwnPanel, q, kPanel);
+#pragma unroll
+          for (int n = 0; n < kHeld; ++n) wgmma<T, kQueries>(s, held[n], q.further(n * 32), n > 0);
+#pragma unroll
+          for (int n = kHeld; n < D / 16; ++n)
+            wgmma<T, kQueries>(s, k.further(n / 4 * kOwnPanel + n % 4 * 32), q.further(n / 4 * kPanel + n % 4 * 32),
+                               true);
           start_pairs<T, D, kQueries>(ds, v, kOwnPanel, grad, kPanel);
           wgmma_commit();
         };
@@ -200,6 +209,7 @@ void attention_backward_keys_warpgroups(const CK_PARAM AttentionBackward p, cons
           const int first = tile.first + group * 64 + x;
           return real_keys(p, ask_mask(p, b, first, lane)) & those_in(Range{tile.key_begin, tile.end()}, first);
         });
+        for (int n = 0; n < kHeld; ++n) k_own.load_left(held[n], 0, 16 * n, lane);
         turn.begin();
         keep_registers(grad_k);
         keep_registers(grad_v);
