@@ -11,7 +11,7 @@ from benchmarks.machine_code import counters
 from benchmarks.machine_code.budgets import format_counts, parse_counts
 from benchmarks.machine_code.loops import BEGINNING, NEAR
 from benchmarks.machine_code.rules import LoopCost
-from benchmarks.machine_code.tiles import near_parts
+from benchmarks.machine_code.tiles import backward_passes, near_parts
 from convkernels.backends import library
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -183,6 +183,31 @@ def test_tiles_that_the_window_crosses():
                 crossed = window is not None and min(here) <= window[1] and max(here) >= -window[0]
                 parts += crossed or (causal and max(here) > 0)
         assert sum(near * count for near, count in found.items()) == parts
+
+
+def test_keys_meet_the_tiles_that_queries_meet():
+    for length, window, causal in ((512, None, False), (512, (8, 3), False), (640, (300, 0), True)):
+        found = near_parts(length, 16, 32, 128, window, causal, by_keys=True)
+        parts = 0
+        for j in range(0, length, 16):
+            for i in range(j // 128 * 128 if causal else 0, length, 32):
+                columns = [j + r - (i + m) for r in range(16) for m in range(32)]
+                crossed = window is not None and min(columns) <= window[1] and max(columns) >= -window[0]
+                parts += crossed or (causal and max(columns) > 0)
+        blocks = length // 128
+        assert found.total() == 8 * 4 * (blocks * (blocks + 1) / 2 if causal else blocks**2)
+        assert found[1] == parts
+
+
+def test_passes_of_the_backward_loops():
+    """Each tile of pairs is passed once; near parts of keys are counted besides."""
+    for window, causal in ((None, False), ((8, 8), False), ((300, 0), True)):
+        tiles = near_parts(512, 16, 64, 128, window, causal)
+        queries = backward_passes(False, 64, 512, window, causal)
+        assert sum(queries.values()) == tiles.total()
+        keys = backward_passes(True, 64, 512, window, causal)
+        near = near_parts(512, 16, 64, 128, window, causal, by_keys=True)
+        assert list(keys.values()) == [near.total() - near[1] - 2 * near[2], near[1] + 2 * near[2]]
 
 
 def test_near_tiles_of_warpgroups_take_more():
