@@ -48,13 +48,13 @@ void attention_backward_queries_warpgroups(const CK_PARAM AttentionBackward p, c
     char* const q_rows = shared_memory_1024() + kSignalBytes;
     char* const g_rows = q_rows + kOwnBytes;
     char* const ring = g_rows + kOwnBytes;
-    float* const scratch = reinterpret_cast<float*>(ring + stages * 2 * kKeyBytes);
+    char* const r_rows = ring + stages * 2 * kKeyBytes;
+    float* const scratch = reinterpret_cast<float*>(r_rows + kRows * 2 * rel_pitch);
     const int score_pitch = static_cast<int>(query_score_pitch(W, t.strip_pitch));
     const int grad_pitch = static_cast<int>(grad_pitch_of(W, kKeys));
     const int sum_pitch = low_rank ? static_cast<int>(t.rank_pitch) + 4 : 0;
     const int strips_pitch = p.has_columns() ? static_cast<int>(query_strips_pitch(W, t.strip_pitch)) : 0;
     const int strip_floats = max(kStageFloats, 16 * strips_pitch), warp_floats = strip_floats + 16 * sum_pitch;
-    char* const r_rows = reinterpret_cast<char*>(scratch + kWarpgroupWarps * warp_floats);
     const auto keys_at = [&](int stage) { return ring + stage * 2 * kKeyBytes; };
     const auto values_at = [&](int stage) { return keys_at(stage) + kKeyBytes; };
 
