@@ -15,8 +15,12 @@ CK_GLOBAL(kTensorThreads, 2)
 void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM TensorTables t, int64_t tiles) {
   constexpr int kPitch = D + kVector<T>, kQueries = kGradOthers;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, channels = static_cast<int>(p.channels);
-  const int64_t parts = p.key_parts / kTensorWarps, part = blockIdx.x % parts, unit = blockIdx.x / parts;
-  const int64_t b = unit / p.groups, g = unit % p.groups, W = p.window();
+  // Numbers of blocks, heads and batch rows have 32 bits and no sign, so that they take no second register as offsets.
+  const unsigned blocks = static_cast<unsigned>(p.key_parts) / kTensorWarps, groups = static_cast<unsigned>(p.groups);
+  const int parts = static_cast<int>(blocks), part = static_cast<int>(blockIdx.x % blocks);
+  const unsigned unit = blockIdx.x / blocks, b = unit / groups, g = unit % groups;
+  const unsigned sharing = static_cast<unsigned>(p.sharing());
+  const int64_t W = p.window();
   const bool low_rank = p.rel_query.data != nullptr, scores = kKeys && p.needs_keys();
   const bool has_strip = p.key_rel.data != nullptr && scores, all = t.channel_pitch == D;
   const int padded = static_cast<int>(t.channel_pitch);
@@ -30,25 +34,24 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
   float* const strips = scalars + 2 * 4 * kQueries;
   const int strip_pitch = static_cast<int>(t.strip_pitch), grad_pitch = static_cast<int>(t.grad_pitch);
   float* const strip = strips + warp * 16 * strip_pitch;
-  float* const score_grads = strips + kTensorWarps * 16 * strip_pitch + warp * 16 * grad_pitch;
   const int sum_pitch = static_cast<int>(t.channel_pitch) + 4;
   const bool in_ring = kWide<T, D> && p.key_rel.data == nullptr;  // as sums_in_ring() says
-  float* const sums =
-      (in_ring ? reinterpret_cast<float*>(ring) : strips + kTensorWarps * 16 * (strip_pitch + grad_pitch)) +
-      warp * 16 * sum_pitch;  // [16][sum_pitch]
-  const auto partial_of = [&](int64_t h) {
+  const auto sums_of = [&](int warp) {                            // [16][sum_pitch]
+    return (in_ring ? reinterpret_cast<float*>(ring) : strips + kTensorWarps * 16 * (strip_pitch + grad_pitch)) +
+           warp * 16 * sum_pitch;
+  };
+  const auto partial_of = [&](int h) {
     return static_cast<float*>(p.partial_key_rel) +
            ((b * p.heads + h) * p.key_parts + part * kTensorWarps + warp) * W * channels;
   };
   if (kKeys && p.grad_key_rel != nullptr)
-    for (int64_t n = 0; n < p.sharing(); ++n)
-      for (int64_t e = lane; e < W * channels; e += 32) partial_of(g * p.sharing() + n)[e] = 0;
-  const uint64_t seed = p.seed == nullptr ? 0 : static_cast<uint64_t>(*p.seed);
+    for (unsigned n = 0; n < sharing; ++n)
+      for (int64_t e = lane; e < W * channels; e += 32) partial_of(g * sharing + n)[e] = 0;
   const float keep_scale = static_cast<float>(p.keep_scale);
   const int own = warp * 16, row = lane / 4, pair = lane % 4 * 2;
 
 #pragma unroll 1
-  for (int64_t n = part; n < tiles; n += parts) {
+  for (int n = part; n < tiles; n += parts) {
     const AttentionTile tile(p, n, kGradRows, true, true);
     if (tile.count <= 0) continue;
     const int key_end = tile.first + tile.count;
@@ -68,7 +71,7 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
     set_zero(grad_k);
     set_zero(grad_v);
     if (!in_ring)
-      for (int e = lane; e < 16 * sum_pitch; e += 32) sums[e] = 0;
+      for (int e = lane; e < 16 * sum_pitch; e += 32) sums_of(warp)[e] = 0;
     __syncwarp();
     const unsigned real = real_keys(p, ask_mask(p, b, j0, lane));
     const bool all_real = (real & 0xFFFFu) == 0xFFFFu;
@@ -76,27 +79,31 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
 
     bool finite = false;  // what is not finite in the queries' rows is left out
 #pragma unroll 1
-    for (int walk = 0; walk < (finite ? 2 : 1); ++walk) {
+    while (true) {
 #pragma unroll 1
-      for (int64_t h = g * p.sharing(); h < (g + 1) * p.sharing(); ++h) {
+      for (unsigned h = g * sharing; h < (g + 1) * sharing; ++h) {
         const float* const edges =
             t.query_edges == nullptr ? nullptr : t.query_edges + (b * p.heads + h) * 2 * p.queries;
         const Relative<T> rel(p, t, h, lane, edges, strip);
-        const GradientStrip<T, PitchedRows<T>, SharedSums> grad_strip{
-            .strip = score_grads,
-            .pitch = grad_pitch,
-            .whole = t.whole_strips,
-            .rows = {k_rows + own * kPitch, kPitch},
-            .table = rel.key_rel(),
-            .terms = t.key_terms,
-            .W = rel.W,
-            .table_pitch = t.channel_pitch,
-            .wants_sums = true,
-            .sums = {sums, sum_pitch},
-            .partial = p.grad_key_rel == nullptr ? nullptr : partial_of(h),
-            .size = channels,
-            .bias = nullptr,
-            .lane = lane};
+        // Found anew where it is needed, so that no pointers are kept.
+        const auto grad_strip = [&] {
+          const int warp = opaque(threadIdx.x / 32);
+          return GradientStrip<T, PitchedRows<T>, SharedSums>{
+              .strip = strips + 16 * (kTensorWarps * strip_pitch + warp * grad_pitch),
+              .pitch = grad_pitch,
+              .whole = t.whole_strips,
+              .rows = {k_rows + own * kPitch, kPitch},
+              .table = rel.key_rel(),
+              .terms = t.key_terms,
+              .W = rel.W,
+              .table_pitch = t.channel_pitch,
+              .wants_sums = true,
+              .sums = {sums_of(warp), sum_pitch},
+              .partial = p.grad_key_rel == nullptr ? nullptr : partial_of(opaque(h)),
+              .size = channels,
+              .bias = nullptr,
+              .lane = lane};
+        };
         // What key_rel adds outside the window, of this lane's keys.
         float left[2] = {}, right[2] = {}, outer[2][2] = {};
         if (t.key_edges != nullptr)
@@ -105,7 +112,7 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
             left[half] = t.key_edges[(b * p.heads + h) * 2 * p.keys + j];
             right[half] = t.key_edges[((b * p.heads + h) * 2 + 1) * p.keys + j];
           }
-        if (has_strip && !finite && t.whole_strips) grad_strip.clear();
+        if (has_strip && !finite && t.whole_strips) grad_strip().clear();
         const auto copy_queries = [&](int stage, int i0) {
           T* const to = ring + stage * stage_size;
           const unsigned there = those_in(queries, i0);
@@ -171,7 +178,8 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
               for (int x = 0; x < kQueries / 8; ++x)
                 for (int e = 0; e < 4; ++e) terms.seen &= ~((blind >> (8 * x + pair + e % 2) & 1u) << (4 * x + e));
             }
-            const uint32_t kept = p.seed == nullptr ? ~0u : draw_fragments(p, seed, b, h, pairs, lane);
+            const uint32_t kept =
+                p.seed == nullptr ? ~0u : draw_fragments(p, static_cast<uint64_t>(*p.seed), b, h, pairs, lane);
             // So late in wide heads, where registers are few.
             if (kWide<T, D>) multiply_values();
 #pragma unroll
@@ -191,7 +199,7 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
             select_seen(ds, terms.seen);
             if (kValues) multiply_rows<T>(grad_v, s, g_rows, kPitch, all, lane, finite);
             if (scores && p.qk) multiply_rows<T>(grad_k, ds, q_rows, kPitch, all, lane, finite);
-            if (has_strip && !finite) scatter_gradients(ds, grad_strip, pairs, outer);
+            if (has_strip && !finite) scatter_gradients(ds, grad_strip(), pairs, outer);
           }
           store_scalars(1 - stage, coming);
           __syncthreads();
@@ -200,14 +208,15 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
         // overwrite what others still read.
         cp_async_wait<0>();
         __syncthreads();
-        if (has_strip && works && !finite) grad_strip.finish(outer, p.clips());
+        if (has_strip && works && !finite) grad_strip().finish(outer, p.clips());
       }
-      if (finite || !__syncthreads_or(spoiled(grad_k) || spoiled(grad_v))) continue;
+      if (finite || !__syncthreads_or(spoiled(grad_k) || spoiled(grad_v))) break;
       finite = true;
       set_zero(grad_k);
       set_zero(grad_v);
     }
     if (!works) continue;
+    float* const sums = sums_of(opaque(warp));
     // Of rows `from` of the queries.
     const auto write = [&](const HeadRows& to, const HeadRows& from, bool taps) {
       __syncwarp();
@@ -219,10 +228,9 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
         const bool there = real_key(p, b, j);
         for (int e = 0; e < 8; ++e) value[e] = there ? sums[r * sum_pitch + d + e] : 0.0f;
         if (taps && there)
-          for (int64_t h = g * p.sharing(); h < (g + 1) * p.sharing(); ++h)
-            add_tap_grads<T>(value, p, t, tile, b, h, j, d);
+          for (unsigned h = g * sharing; h < (g + 1) * sharing; ++h) add_tap_grads<T>(value, p, t, tile, b, h, j, d);
         if (finite && there && from.data != nullptr)
-          for (int64_t h = g * p.sharing(); h < (g + 1) * p.sharing(); ++h)
+          for (unsigned h = g * sharing; h < (g + 1) * sharing; ++h)
             add_spoiled<T>(value, from, b, h, seeing_queries(p, tile, j, j + 1), d, channels - d, t.vectors,
                            [&](int i) { return at<float>(p.lse, b, h, i) != -infinity<float>(); });
         store_channels(at<T>(to, b, j, g) + d * to.channel, to.channel, channels - d, t.vectors, value);

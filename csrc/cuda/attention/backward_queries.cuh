@@ -13,8 +13,12 @@ CK_GLOBAL(kTensorThreads, 2)
 void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PARAM TensorTables t, int64_t tiles) {
   constexpr int kPitch = D + kVector<T>, kKeys = kGradOthers;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, channels = static_cast<int>(p.channels);
-  const int64_t parts = p.query_parts / kTensorWarps, part = blockIdx.x % parts, unit = blockIdx.x / parts;
-  const int64_t b = unit / p.heads, h = unit % p.heads, g = h / p.sharing(), W = p.window();
+  // Numbers of blocks, heads and batch rows have 32 bits and no sign, so that they take no second register as offsets.
+  const unsigned blocks = static_cast<unsigned>(p.query_parts) / kTensorWarps, heads = static_cast<unsigned>(p.heads);
+  const int parts = static_cast<int>(blocks), part = static_cast<int>(blockIdx.x % blocks);
+  const unsigned unit = blockIdx.x / blocks, b = unit / heads, h = unit % heads;
+  const unsigned g = h / static_cast<unsigned>(p.sharing());
+  const int64_t W = p.window();
   const bool low_rank = p.rel_query.data != nullptr, relative = p.query_rel.data != nullptr;
   const bool has_strip = p.has_query_columns() && p.needs_queries();
   const int rank = static_cast<int>(p.rank);
@@ -28,40 +32,45 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
   T* const ring = g_rows + kGradRows * (kPitch + (low_rank ? rel_pitch : 0));
   float* const strips = reinterpret_cast<float*>(ring + 4 * kKeys * kPitch);
   const int strip_pitch = static_cast<int>(t.strip_pitch), grad_pitch = static_cast<int>(t.grad_pitch);
-  const float* const edges = t.key_edges == nullptr ? nullptr : t.key_edges + unit * 2 * p.keys;
+  const float* const edges = t.key_edges == nullptr ? nullptr : t.key_edges + int64_t{unit} * 2 * p.keys;
   const Relative<T> rel(p, t, h, lane, edges, strips + warp * 16 * strip_pitch);
   float* const grad_strips = strips + kTensorWarps * 16 * strip_pitch;
   const int sum_pitch = static_cast<int>(max(t.rank_pitch, t.channel_pitch)) + 4;
   // As sums_in_ring() says.
   const bool in_ring = kWide<T, D> && (!p.has_columns() || t.whole_strips);
-  float* const sums = (in_ring ? reinterpret_cast<float*>(ring) : grad_strips + kTensorWarps * 16 * grad_pitch) +
-                      warp * 16 * sum_pitch;  // [16][sum_pitch]
+  const auto sums_of = [&](int warp) {  // [16][sum_pitch]
+    return (in_ring ? reinterpret_cast<float*>(ring) : grad_strips + kTensorWarps * 16 * grad_pitch) +
+           warp * 16 * sum_pitch;
+  };
 
-  const int64_t piece = unit * p.query_parts + part * kTensorWarps + warp;
-  float* const partial =
-      p.grad_query_rel == nullptr ? nullptr : static_cast<float*>(p.partial_query_rel) + piece * W * rank;
-  float* const partial_bias = p.grad_bias == nullptr ? nullptr : static_cast<float*>(p.partial_bias) + piece * W;
-  if (partial != nullptr)
-    for (int64_t e = lane; e < W * rank; e += 32) partial[e] = 0;
-  if (partial_bias != nullptr)
-    for (int64_t e = lane; e < W; e += 32) partial_bias[e] = 0;
-  const uint64_t seed = p.seed == nullptr ? 0 : static_cast<uint64_t>(*p.seed);
+  const auto partial_of = [&](void* sums, int warp, int64_t size) {  // nullptr: not wanted
+    const int64_t piece = unit * p.query_parts + part * kTensorWarps + warp;
+    return sums == nullptr ? nullptr : static_cast<float*>(sums) + piece * size;
+  };
+  if (p.grad_query_rel != nullptr)
+    for (int64_t e = lane; e < W * rank; e += 32) partial_of(p.partial_query_rel, warp, W * rank)[e] = 0;
+  if (p.grad_bias != nullptr)
+    for (int64_t e = lane; e < W; e += 32) partial_of(p.partial_bias, warp, W)[e] = 0;
   const float keep_scale = static_cast<float>(p.keep_scale);
   const int own = warp * 16;
-  const GradientStrip<T, PitchedRows<T>, SharedSums> grad_strip{.strip = grad_strips + warp * 16 * grad_pitch,
-                                                                .pitch = grad_pitch,
-                                                                .whole = t.whole_strips,
-                                                                .rows = {r_rows + own * rel_pitch, rel_pitch},
-                                                                .table = rel.query_rel(),
-                                                                .terms = t.query_terms,
-                                                                .W = rel.W,
-                                                                .table_pitch = relative ? t.rank_pitch : 0,
-                                                                .wants_sums = relative,
-                                                                .sums = {sums, sum_pitch},
-                                                                .partial = partial,
-                                                                .size = rank,
-                                                                .bias = partial_bias,
-                                                                .lane = lane};
+  // Found anew where it is needed, so that no pointers are kept.
+  const auto grad_strip = [&] {
+    const int warp = opaque(threadIdx.x / 32);
+    return GradientStrip<T, PitchedRows<T>, SharedSums>{.strip = grad_strips + warp * 16 * grad_pitch,
+                                                        .pitch = grad_pitch,
+                                                        .whole = t.whole_strips,
+                                                        .rows = {r_rows + own * rel_pitch, rel_pitch},
+                                                        .table = rel.query_rel(),
+                                                        .terms = t.query_terms,
+                                                        .W = rel.W,
+                                                        .table_pitch = relative ? t.rank_pitch : 0,
+                                                        .wants_sums = relative,
+                                                        .sums = {sums_of(warp), sum_pitch},
+                                                        .partial = partial_of(p.partial_query_rel, warp, W * rank),
+                                                        .size = rank,
+                                                        .bias = partial_of(p.partial_bias, warp, W),
+                                                        .lane = lane};
+  };
   const auto copy_keys = [&](int stage, int j0, Range keys, unsigned real) {
     T* const to = ring + stage * 2 * kKeys * kPitch;
     const unsigned there = real & those_in(keys, j0);
@@ -69,11 +78,12 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
     copy_rows<D>(to + kKeys * kPitch, kPitch, p.v, b, g, j0, there, channels, padded, t.vectors);
   };
   const auto clear_sums = [&] {
+    float* const sums = sums_of(opaque(warp));
     for (int e = lane; e < 16 * sum_pitch; e += 32) sums[e] = 0;
   };
 
 #pragma unroll 1
-  for (int64_t n = part; n < tiles; n += parts) {
+  for (int n = part; n < tiles; n += parts) {
     const AttentionTile tile(p, tiles - 1 - n, kGradRows, false);
     if (tile.count <= 0) continue;
     const Range keys = visible_keys(p, tile, tile.first, tile.first + tile.count);
@@ -133,7 +143,7 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
     }
     if (p.needs_queries()) {
       if (!in_ring) clear_sums();
-      if (has_strip && t.whole_strips) grad_strip.clear();
+      if (has_strip && t.whole_strips) grad_strip().clear();
     }
 
     float total[2] = {};  // delta, of the first walk
@@ -172,7 +182,8 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
                                 PitchedRows<T>{k_rows, kPitch});
             terms.seen &= (sees[0] ? 0x3333u : 0u) | (sees[1] ? 0xCCCCu : 0u);
           }
-          const uint32_t kept = p.seed == nullptr ? ~0u : draw_fragments(p, seed, b, h, pairs, lane);
+          const uint32_t kept =
+              p.seed == nullptr ? ~0u : draw_fragments(p, static_cast<uint64_t>(*p.seed), b, h, pairs, lane);
           // So late in wide heads, where registers are few.
           if (kWide<T, D>) multiply_values();
 #pragma unroll
@@ -190,7 +201,7 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
               for (int e = 0; e < 4; ++e) total[e / 2] += ds[x][e];
           } else {
             if (p.qk) multiply_rows<T>(grad_q, ds, k_rows, kPitch, all, lane, walk == 2);
-            if (has_strip && walk == 1) scatter_gradients(ds, grad_strip, pairs, outer);
+            if (has_strip && walk == 1) scatter_gradients(ds, grad_strip(), pairs, outer);
           }
         }
         __syncthreads();
@@ -205,7 +216,8 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
     }
     if (!works || !p.needs_queries()) continue;
     if (in_ring) clear_sums();
-    if (has_strip) grad_strip.finish(outer, p.clips());
+    if (has_strip) grad_strip().finish(outer, p.clips());
+    float* const sums = sums_of(opaque(warp));
     const auto write = [&](const HeadRows& to, int count, bool vectors, float factor, bool finite) {
       __syncwarp();
 #pragma unroll 1

@@ -22,11 +22,12 @@ namespace ck::cuda {
 // Writes lse, and the results of a warp's 16 kM rows: out over total, plus the depthwise term. Rows go through shared
 // memory, where the queries lay, to be written whole. own: the first row of the tile that is the warp's.
 template <class T, int kM, int kC>
-CK_DEVICE void store_results(const AttentionForward& p, const TensorTables& t, const AttentionTile& tile, int b, int h,
-                             int own, const float (&out)[kM][kC][4], const float (&top)[kM][2],
+CK_DEVICE void store_results(const AttentionForward& p, const TensorTables& t, const AttentionTile& tile, unsigned b,
+                             unsigned h, int own, const float (&out)[kM][kC][4], const float (&top)[kM][2],
                              const float (&total)[kM][2], T* q_rows, bool finite, int lane) {
   constexpr int kPitch = 8 * kC + kVector<T>;
-  const int channels = static_cast<int>(p.channels), g = h / static_cast<int>(p.sharing());
+  const int channels = static_cast<int>(p.channels);
+  const unsigned g = h / static_cast<unsigned>(p.sharing());
   float factor[kM][2];
 #pragma unroll
   for (int m = 0; m < kM; ++m)
@@ -76,10 +77,11 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
                        bool resident) {
   constexpr int kM = kForwardFragments<T, D>, kKeys = kForwardKeys, kPitch = D + kVector<T>, kRows = kForwardRows<T, D>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  // 32 bits are enough for numbers of blocks, and leave registers to other things.
-  const int part = static_cast<int>(blockIdx.x % parts), unit = static_cast<int>(blockIdx.x / parts);
-  const int b = unit / static_cast<int>(p.heads), h = unit % static_cast<int>(p.heads);
-  const int g = h / static_cast<int>(p.sharing());
+  // Numbers of blocks, heads and batch rows have 32 bits and no sign, so that they take no second register as offsets.
+  const unsigned blocks = static_cast<unsigned>(parts), heads = static_cast<unsigned>(p.heads);
+  const int part = static_cast<int>(blockIdx.x % blocks);
+  const unsigned unit = blockIdx.x / blocks, b = unit / heads, h = unit % heads;
+  const unsigned g = h / static_cast<unsigned>(p.sharing());
   const int channels = static_cast<int>(p.channels);
   const bool low_rank = p.rel_query.data != nullptr;
   const int rel_pitch = low_rank ? static_cast<int>(t.rank_pitch) + kVector<T> : kPitch;
@@ -125,7 +127,7 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
     float left[kM][2], right[kM][2], top[kM][2], total[kM][2], out[kM][D / 8][4];
     bool finite = false;  // what is not finite in the values is left out
 #pragma unroll 1
-    for (int walk = 0; walk < (finite ? 2 : 1); ++walk) {
+    while (true) {
       unsigned coming = real_keys(p, ask_mask(p, b, begin, lane));  // of the next tile
       if (!resident && begin < keys.end) copy_keys(0, begin, keys, coming);
       unsigned asked = ask_mask(p, b, begin + kKeys, lane);
@@ -214,8 +216,9 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
         __syncthreads();
       }
       // Values of other sequences and behind the mask have not been read.
-      if (!finite && (p.causal || p.outside == Outside::kMask))
-        finite = __syncthreads_or(spoiled(out[0]) || spoiled(out[kM - 1])) != 0;
+      if (finite || !(p.causal || p.outside == Outside::kMask)) break;
+      if (!__syncthreads_or(spoiled(out[0]) || spoiled(out[kM - 1]))) break;
+      finite = true;
     }
 
     store_results(p, t, tile, b, h, own, out, top, total, q_rows, finite, lane);
