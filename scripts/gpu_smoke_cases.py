@@ -217,8 +217,10 @@ def attention_cases():
         yield from attentions("attention-wide", "tensor", dtype, 160, (*few, "rel_query"))
         yield from attentions("attention-wide", "tensor", dtype, 256, (*few, "key_rel per head, wide", "value_conv"))
         yield from attentions("attention-others", "plain", dtype, 264, few)
-    yield from attentions("attention-plain", "plain", F32, 64)
-    yield from attentions("attention-plain", "plain", F32, 40, ("packed", "packed causal, value_conv"))
+    yield from attentions("attention-float32", "tensor", F32, 64)
+    yield from attentions("attention-float32", "tensor", F32, 40, ("packed", "packed causal, value_conv"))
+    yield from attentions("attention-float32", "tensor", F32, 128, ("bias+query_rel", "dropout", "packed"))
+    yield from attentions("attention-plain", "plain", F32, 136)
     yield from attentions("attention-plain", "plain", F64, 64, ("dropout, terms", "packed", "value_conv"))
 
 

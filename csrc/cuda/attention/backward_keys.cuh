@@ -36,7 +36,8 @@ void attention_backward_keys(const CK_PARAM AttentionBackward p, const CK_PARAM 
   float* const strip = strips + warp * 16 * strip_pitch;
   const int sum_pitch = static_cast<int>(t.channel_pitch) + 4;
   const bool in_ring = kWide<T, D> && p.key_rel.data == nullptr;  // as sums_in_ring() says
-  const auto sums_of = [&](int warp) {                            // [16][sum_pitch]
+  // [16][sum_pitch]
+  const auto sums_of = [&](int warp) {
     return (in_ring ? reinterpret_cast<float*>(ring) : strips + kTensorWarps * 16 * (strip_pitch + grad_pitch)) +
            warp * 16 * sum_pitch;
   };

@@ -38,7 +38,8 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
   const int sum_pitch = static_cast<int>(max(t.rank_pitch, t.channel_pitch)) + 4;
   // As sums_in_ring() says.
   const bool in_ring = kWide<T, D> && (!p.has_columns() || t.whole_strips);
-  const auto sums_of = [&](int warp) {  // [16][sum_pitch]
+  // [16][sum_pitch]
+  const auto sums_of = [&](int warp) {
     return (in_ring ? reinterpret_cast<float*>(ring) : grad_strips + kTensorWarps * 16 * grad_pitch) +
            warp * 16 * sum_pitch;
   };

@@ -192,8 +192,7 @@ CK_DEVICE void load_right(Two<T> (&b)[2][2], const T* tile, int pitch, int lane)
   }
 }
 
-// x = big + small as numbers of type TF32, of which products take the upper 19 bits: what is lost is at most 2^-23 of
-// x.
+// x = big + small as numbers of type TF32: of these 32 bits products take the upper 19, and lose at most 2^-23 of x.
 CK_DEVICE void split(uint32_t& big, uint32_t& small, float x) {
   big = (__float_as_uint(x) + 0x1000u) & ~0x1FFFu;
   small = __float_as_uint(x - __uint_as_float(big));
