@@ -5,7 +5,7 @@
 // q, and of 128 keys and their values at a time, copied to shared memory, as far ahead as there is room. Two
 // warpgroups have 64 of the queries each. For each tile of keys, a warpgroup
 //   waits for the products q k^T of this tile, and of the weights of the last tile with its values,
-//   makes scores (tile_scores) and weights (update_softmax) of the former, as forward.cuh does, while the products of
+//   makes scores (far_tile_scores, near_tile_scores) and weights (update_softmax) of the former, while the products of
 //   the other warpgroup run, and scales the results if a maximum has grown,
 //   starts the products of these weights with their values and q k^T of the next tile, when it is its turn.
 // What relative terms add is found once for a tile of queries where the window is short. Tiles of keys on one side of

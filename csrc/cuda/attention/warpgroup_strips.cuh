@@ -107,7 +107,7 @@ CK_DEVICE uint32_t seen_pairs(const PairTile<kOwn, 32>& pairs, unsigned real, in
 }
 
 // Scores of 16 queries and the kKeys keys from pairs.other on, where the window crosses them or not all pairs are seen:
-// products s become scores. left, right: what the queries add beside the window; the rest as of tile_scores.
+// products s become scores. left, right: what the queries add beside the window; the rest as of near_tile_scores.
 template <class T, int kKeys>
 CK_DEVICE void near_scores_of_queries(float (&s)[kKeys / 8][4], uint32_t (&seen)[kKeys / 32], const Relative<T>& rel,
                                       const PairTile<Side::kQueries, kKeys>& pairs, const unsigned (&real)[kKeys / 32],
