@@ -87,8 +87,8 @@ WARPGROUP_MUTATIONS = [
     Mutation(
         "attention: warpgroups, no fence before products of values",
         WARPGROUPS,
-        "          keep_registers(weights);\n          wgmma_fence();\n",
-        "          keep_registers(weights);\n",
+        "          keep_registers(out);\n          wgmma_fence();\n",
+        "          keep_registers(out);\n",
     ),
     Mutation(
         "attention: warpgroups, values cleared without a fence",
