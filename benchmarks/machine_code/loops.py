@@ -229,7 +229,7 @@ def _warpgroups(channels: int) -> list[MainLoop]:
     """128 keys and 16 queries of a warp. Tiles that the window crosses have parts of 32 keys of which each pair reads
     its column, 16 of them by a lane, others on one side of it. Where the window is longer than the pairs of a part have
     columns, 47, a strip is made of those for each near part, here with a term of rank 16. All that is not done for each
-    tile of keys: queries that have nothing but products, or also the strip of 17 columns, 8 at a time."""
+    tile of keys: queries that have nothing but products, or also the strip of 17 columns, 24 at once."""
     variant, matrices, exponentials = f"bf16, {channels}", {"HGMMA": channels // 16 + 8}, {"MUFU.EX2": 66}
     far = Work({**matrices, **exponentials, "FMUL": 0, "LDG": 0})
 

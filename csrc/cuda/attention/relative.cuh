@@ -95,6 +95,7 @@ struct FarTiles {
   // Which side those are on.
   template <int kPart = kOther>
   CK_DEVICE bool is_left(int other) const {
+    static_assert(kOwn == Side::kQueries);  // what is left of keys comes after them
     return other < left.end + kOther - kPart;
   }
   // Whether all pairs of 16 queries and a part of a tile of keys attend, if the keys are real.
