@@ -116,18 +116,20 @@ void band_backward(const CK_PARAM Backward p) {
     };
     if (p.mask != nullptr) look_at_mask(0);
     sync_copies<kOwn>();  // the run before this one has been read
-    for (int n = 0; n < kBandGradAhead; ++n) issue(n);
     // Slots: what has arrived, and where it lies as it came, logits like the inputs; the first tile of the windows; of
     // matrices.
     static_assert(Ring::kTurns == 1 + kBandGradAhead);
     int grad_arrived = 0, grad_raw = 0, arrived = 0, raw = 0, grad_window = 0, window = 0, matrix = 0;
-    for (int i = 1 - steps; i < count; ++i) {
-      cp_async_wait<kBandGradAhead - 1>();
-      if constexpr (!GradRing::kDirect) grad_ring.split(grad_arrived, grad_raw, unit);
-      if constexpr (!Ring::kDirect)
-        if (need_weight || kGate) ring.split(arrived, raw, unit);
-      sync_copies<kOwn>();
+    for (int i = 1 - steps - kBandGradAhead; i < count; ++i) {
+      if (i > -steps) {  // before, there is nothing to wait for
+        cp_async_wait<kBandGradAhead - 1>();
+        if constexpr (!GradRing::kDirect) grad_ring.split(grad_arrived, grad_raw, unit);
+        if constexpr (!Ring::kDirect)
+          if (need_weight || kGate) ring.split(arrived, raw, unit);
+        sync_copies<kOwn>();
+      }
       issue(i + steps - 1 + kBandGradAhead);
+      if (i <= -steps) continue;
       if constexpr (kOwn) {
         if (i > 0 && need_weight && !cut) logit_grads.store(p, (i - 1) % 2);
         if (unit.channels != 0)

@@ -49,15 +49,15 @@ struct BandMatrix {
   }
 };
 
-// The taps of a row that a lane of two has, every second one, at most: of filters per position, and of shared ones.
-constexpr int kOwnLaneTaps = (kBandShort + 1) / 2, kLaneTaps = (kBandMaxTaps + 1) / 2;
+// The taps of a row that a lane of two has, every second one, at most.
+constexpr int kLaneTaps = (kBandShort + 1) / 2;
 
-// Calls use(i, j) for the taps j of a lane, numbered by i < kMost.
-template <int kMost, class Use>
+// Calls use(i, j) for the taps j of a lane, numbered by i < kLaneTaps.
+template <class Use>
 CK_DEVICE void for_lane_taps(int taps, int lane, const Use& use) {
   const int count = (taps + 1) / 2;
 #pragma unroll
-  for (int i = 0; i < kMost; ++i) {
+  for (int i = 0; i < kLaneTaps; ++i) {
     if (i >= count) break;
     use(i, 2 * i + lane % 2);
   }
@@ -65,17 +65,17 @@ CK_DEVICE void for_lane_taps(int taps, int lane, const Use& use) {
 
 // Makes the filters of 16 rows, row lane / 2 by two lanes, which have its logits in `values`. Taps before `first` and
 // from `last` on read other sequences. keep(j, p): after softmax, before dropout. By the warp.
-template <int kMost, class Keep>
+template <class Keep>
 CK_DEVICE void make_filters(const Problem& p, const BandMatrix& matrix, const FilterAt& at, int first, int last,
-                            int lane, float (&values)[kMost], const Keep& keep) {
+                            int lane, float (&values)[kLaneTaps], const Keep& keep) {
   const int K = static_cast<int>(p.taps.taps), row = lane / 2;
   float inverse = 1;
   if (p.softmax) {
     float highest = -infinity<float>(), total = 0;
     // What is not a number is left out here, and makes the sum one.
-    for_lane_taps<kMost>(K, lane, [&](int i, int) { highest = fmaxf(highest, values[i]); });
+    for_lane_taps(K, lane, [&](int i, int) { highest = fmaxf(highest, values[i]); });
     highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, 1));
-    for_lane_taps<kMost>(K, lane, [&](int i, int) {
+    for_lane_taps(K, lane, [&](int i, int) {
       values[i] = fast_exp2((values[i] - highest) * 1.4426950408889634f);  // log2(e)
       total += values[i];
     });
@@ -86,7 +86,7 @@ CK_DEVICE void make_filters(const Problem& p, const BandMatrix& matrix, const Fi
 #pragma unroll 1
     for (int j = lane % 2; j < K; j += 2)
       *matrix.at(row, j) = {static_cast<uint16_t>(dropout_factor<float>(p, at, j) != 0)};
-  for_lane_taps<kMost>(K, lane, [&](int i, int j) {
+  for_lane_taps(K, lane, [&](int i, int j) {
     if (j >= K) return;
     float value = values[i] * inverse;
     keep(j, value);
@@ -96,15 +96,18 @@ CK_DEVICE void make_filters(const Problem& p, const BandMatrix& matrix, const Fi
   });
 }
 
-// Filters that positions share.
+// Filters that positions share: each tap is put into all rows. Once per block, so in little code.
 template <class Unit>
 CK_DEVICE void make_shared_filters(const Problem& p, const BandMatrix& matrix, const Unit& unit) {
   const FilterAt at(p, unit.owner, 0, unit.head);
-  const int K = static_cast<int>(p.taps.taps);
-  float values[kLaneTaps];
-  for_lane_taps<kLaneTaps>(K, unit.lane,
-                           [&](int i, int j) { values[i] = j < K ? logit<float>(p, at, j) : -infinity<float>(); });
-  make_filters(p, matrix, at, 0, K, unit.lane, values, [](int, float) {});
+  const Sequence anywhere{0, 0, 0, kUnbounded};
+  const Statistics<float> statistics = warp_statistics<float>(p, at, 0, unit.lane, anywhere);
+#pragma unroll 1
+  for (int j = unit.lane; j < static_cast<int>(p.taps.taps); j += 32) {
+    const float value = tap_of(p, at, 0, j, statistics, anywhere).value();
+#pragma unroll 1
+    for (int row = 0; row < kBandTile; ++row) matrix.put(row, j, value);
+  }
 }
 
 // Logits in memory, or their gradients; strides in elements.
@@ -238,10 +241,10 @@ CK_DEVICE void make_own_filters(const Problem& p, const BandMatrix& matrix, cons
   const char* const row =
       logits.at(slot, unit.lane / 2) + (unit.head - unit.first_head) * static_cast<int>(p.taps.taps) * logit_bytes(p);
   // What is outside the tensor was not copied.
-  float values[kOwnLaneTaps];
+  float values[kLaneTaps];
   const auto load = [&](const auto& logit) {
     const int K = static_cast<int>(p.taps.taps);
-    for_lane_taps<kOwnLaneTaps>(K, unit.lane, [&](int i, int j) {
+    for_lane_taps(K, unit.lane, [&](int i, int j) {
       values[i] = j >= K ? -infinity<float>() : exists ? logit(j) : 0.0f;
     });
   };

@@ -47,17 +47,18 @@ void band_forward(const CK_PARAM Forward p, int64_t groups) {
       cp_async_commit();
     };
     sync_copies<kOwn>();  // the run before this one has been read
-    for (int n = 0; n < kBandAhead; ++n) issue(n);
     int arrived = 0, turn = 0;
-    for (int i = 1 - steps; i < count; ++i) {
-      cp_async_wait<kBandAhead - 1>();
-      if constexpr (!Ring::kDirect) {
-        ring.split(arrived, turn, unit);
-        turn = Ring::next_raw(turn);
+    for (int i = 1 - steps - kBandAhead; i < count; ++i) {
+      if (i > -steps) {  // before, there is nothing to wait for
+        cp_async_wait<kBandAhead - 1>();
+        if constexpr (!Ring::kDirect) {
+          ring.split(arrived, turn, unit);
+          turn = Ring::next_raw(turn);
+        }
+        sync_copies<kOwn>();
+        arrived = ring.after(arrived, 1);
       }
-      sync_copies<kOwn>();
       issue(i + steps - 1 + kBandAhead);
-      arrived = ring.after(arrived, 1);
       if (i < 0) continue;
       if constexpr (kOwn) {
         if (unit.channels != 0) make_own_filters<T>(p, matrix, unit, logits, logit_slot, rows, i, [](int, float) {});

@@ -85,13 +85,13 @@ CK_DEVICE void finish_own_filters(const Backward& p, const FilterAt& at, int lan
   if (p.seed != nullptr)
 #pragma unroll 1
     for (int j = q; j < K; j += 2) strip[j] *= dropout_factor<float>(p, at, j);
-  float d[kOwnLaneTaps], inner = 0;
-  for_lane_taps<kOwnLaneTaps>(K, lane, [&](int i, int j) {
+  float d[kLaneTaps], inner = 0;
+  for_lane_taps(K, lane, [&](int i, int j) {
     d[i] = j < K ? strip[j] : 0.0f;
     if (j < K) inner += d[i] * probabilities[j];
   });
   inner += __shfl_xor_sync(kAllLanes, inner, 1);
-  for_lane_taps<kOwnLaneTaps>(K, lane, [&](int i, int j) {
+  for_lane_taps(K, lane, [&](int i, int j) {
     if (j < K) store(j, p.softmax ? probabilities[j] * (d[i] - inner) : d[i]);
   });
 }

@@ -59,23 +59,24 @@ CK_DEVICE void walk(const Ring<E>& ring, int64_t first, int taps, int lane, cons
 // Which taps of the rows of a run read rows of the sequence that they are in. Only where a window crosses a boundary of
 // packed sequences is there anything to ask.
 struct Borders {
-  bool whole = true;  // every window of the run lies in one sequence
+  bool whole = true;  // no window of the run crosses one
   int first[kRun], last[kRun];
 
-  // Rows n .. n + kRun - 1 of a phase, and what they read by `taps`.
+  // Rows n .. n + kRun - 1 of a phase, and what they read by `taps`. By the warp, of which a lane looks at one row, for
+  // all.
   CK_DEVICE Borders(const Problem& p, const Taps& taps, const Phase& phase, int64_t n) {
     if (p.offsets == nullptr) return;
-    const int64_t top = phase.position(n), end = min(phase.position(n + kRun - 1), p.time - 1);
-    const Sequence a = sequence_of(p, top);
-    whole = end < a.end && max(taps.source(top, 0), int64_t{0}) >= a.begin &&
-            min(taps.source(end, taps.taps - 1), p.time - 1) < a.end;
+    const int64_t t = phase.position(n + threadIdx.x % kRun);
+    const Sequence s = sequence_of(p, t);
+    whole = __all_sync(kAllLanes, !within(t, p.time) ||
+                                      (max(taps.source(t, 0), int64_t{0}) >= s.begin &&
+                                       min(taps.source(t, taps.taps - 1), p.time - 1) < s.end)) != 0;
     if (whole) return;
+    const int from = static_cast<int>(taps.first_inside(t, s.begin)), to = static_cast<int>(taps.last_inside(t, s.end));
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
-      const int64_t t = phase.position(n + i);
-      const Sequence s = sequence_of(p, t);
-      first[i] = static_cast<int>(taps.first_inside(t, s.begin));
-      last[i] = static_cast<int>(taps.last_inside(t, s.end));
+      first[i] = __shfl_sync(kAllLanes, from, i);
+      last[i] = __shfl_sync(kAllLanes, to, i);
     }
   }
 

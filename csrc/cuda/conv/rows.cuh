@@ -50,20 +50,23 @@ void rows_forward(const CK_PARAM Forward p, const CK_PARAM Columns columns, int 
       cp_async_commit();
     };
     __syncthreads();  // the run before this one has been read
-    issue_filters(0);
-    for (int chunk = 0; chunk < (kGate ? kAhead : window + kAhead - 1); ++chunk) issue(chunk);
-    for (int64_t k = kGate ? 1 - window : 0; k < run.count; ++k) {
+    // As in stream_forward.
+    const int first = kGate ? 1 - window : 0;
+    for (int64_t k = 1 - window - kAhead; k < run.count; ++k) {
       const int64_t n = n0 + k * kChunk + warp * kRun;
-      // All but the last inputs that were asked for, and so the logits, which are asked for before them.
-      cp_async_wait<kAhead - 1>();
-      __syncthreads();
-      if (k >= 0) issue_filters(k + 1);
-      issue(k + window + kAhead - 1);
-      if constexpr (kGate) {
-        input.gate(k + window - 1, lane, warp);
+      if (k >= first) {
+        // All but the last inputs that were asked for, and so the logits, which are asked for before them.
+        cp_async_wait<kAhead - 1>();
         __syncthreads();
-        if (k < 0) continue;
       }
+      if (k >= -1) issue_filters(k + 1);
+      issue(k + window + kAhead - 1);
+      if constexpr (kGate)
+        if (k >= first) {
+          input.gate(k + window - 1, lane, warp);
+          __syncthreads();
+        }
+      if (k < 0) continue;
       filters.make(p, reach.from, run.b, n, h0, own_filters(k), common);
       __syncwarp();
       Quad total[kRun] = {};
@@ -204,14 +207,15 @@ void rows_backward(const CK_PARAM Backward p, const CK_PARAM Columns columns, in
       cp_async_commit();
     };
     __syncthreads();  // the run before this one has been read
-    issue_filters(0);
-    for (int chunk = 0; chunk < kCopies; ++chunk) issue(chunk);
-    for (int64_t k = 1 - window; k < run.count; ++k) {
+    for (int64_t k = 1 - window - kCopies; k < run.count; ++k) {
       const int64_t arrived = k + window - 1;
-      cp_async_wait<kCopies - 1>();  // and for the logits, which were asked for before the last inputs
-      __syncthreads();
-      issue_filters(arrived + 1);
+      if (arrived >= 0) {              // before, there is nothing to wait for
+        cp_async_wait<kCopies - 1>();  // and for the logits, which were asked for before the last inputs
+        __syncthreads();
+      }
+      if (arrived >= -1) issue_filters(arrived + 1);
       issue(arrived + kCopies);
+      if (arrived < 0) continue;
       const int64_t made = arrived * kChunk + warp * kRun;
       filters.make(p, reach.to, run.b, m0 + made, h0, filter_at(made), common);
       if constexpr (kGate)
@@ -296,6 +300,7 @@ void rows_backward(const CK_PARAM Backward p, const CK_PARAM Columns columns, in
   if (need_weight && !p.per_position) {
     __syncthreads();
     // partial_weight: the warps' sums, added in order.
+#pragma unroll 1
     for (int head = 0; head < sums.heads && h0 + head < p.heads; ++head)
 #pragma unroll 1
       for (int j = threadIdx.x; j < K; j += kStreamThreads) {

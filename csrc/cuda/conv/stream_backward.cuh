@@ -43,6 +43,7 @@ void stream_backward(const CK_PARAM Backward p) {
   float few[kFew ? kFewTaps : 1][Sums::kWidth] = {};
   if (!kFew) {
     shared += stream_sum_bytes(K, kShared);
+#pragma unroll 1
     for (int j = 0; j < K; ++j)
       for (int e = 0; e < Sums::kWidth; ++e) far[j * kFar + e] = 0;
   }
@@ -59,11 +60,9 @@ void stream_backward(const CK_PARAM Backward p) {
       if (chunk < run.count + window - 1)
         copy_gradient(ring.chunk(chunk), p, reach.to, run.b, m0 + chunk * kChunk, rows_reached(taps, run.count, chunk),
                       work);
-      if (own >= 0 && own < run.count) {
-        if (need_weight || gated)
-          copy_input(own_x.chunk(own), p, p.x, reach.from, run.b, n0 + own * kChunk, kChunk, work);
-        if (gated) copy_input(own_gate.chunk(own), p, p.gate, reach.from, run.b, n0 + own * kChunk, kChunk, work);
-      }
+      if (own >= 0 && own < run.count && (need_weight || gated))
+        copy_inputs(own_x.chunk(own), own_gate.chunk(own), gated, p, reach.from, run.b, n0 + own * kChunk, kChunk,
+                    work);
       cp_async_commit();
     };
     __syncthreads();  // the run before this one has been read

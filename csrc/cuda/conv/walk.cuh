@@ -63,10 +63,15 @@ CK_DEVICE void copy_chunk(T* to, const P& p, const Rows& rows, const Phase& phas
   stage_rows<T, kInput, kStreamThreads, 4>(to, kLaneRow, sizeof(T) == 4 ? 5 : 4, p, rows, b, phase.position(first),
                                            phase.dilation, wanted, work.c0, static_cast<int>(work.channels));
 }
+// Of x, and where there is one of the gate, one after the other: both at once would be twice the code.
 template <class T>
-CK_DEVICE void copy_input(T* to, const Problem& p, const Rows& rows, const Phase& phase, int64_t b, int64_t first,
-                          int wanted, const Work& work) {
-  copy_chunk<T, true>(to, p, rows, phase, b, first, wanted, work);
+CK_DEVICE void copy_inputs(T* x, T* gate, bool gated, const Problem& p, const Phase& phase, int64_t b, int64_t first,
+                           int wanted, const Work& work) {
+#pragma unroll 1
+  for (int n = 0; n < (gated ? 2 : 1); ++n) {
+    const Rows rows = n == 0 ? p.x : p.gate;
+    copy_chunk<T, true>(n == 0 ? x : gate, p, rows, phase, b, first, wanted, work);
+  }
 }
 template <class T>
 CK_DEVICE void copy_gradient(T* to, const Backward& p, const Phase& phase, int64_t b, int64_t first, int wanted,
@@ -91,8 +96,7 @@ struct InputRing {
 
   CK_DEVICE void issue(const Problem& p, const Phase& phase, int64_t b, int64_t first, int64_t chunk, int wanted,
                        const Work& work) const {
-    copy_input(x.chunk(chunk), p, p.x, phase, b, first, wanted, work);
-    if (kGate) copy_input(open.chunk(chunk), p, p.gate, phase, b, first, wanted, work);
+    copy_inputs(x.chunk(chunk), open.chunk(chunk), kGate, p, phase, b, first, wanted, work);
   }
 
   // Gates a chunk that has arrived.
@@ -160,13 +164,13 @@ CK_DEVICE void mask_rows(const Problem& p, Quad (&run)[kRun], const Phase& phase
     if ((off >> i & 1) != 0) run[i] = {};
 }
 
-// Stores those of rows n .. n + kRun - 1 that are rows of the state.
+// Stores those of rows n .. n + kRun - 1 that are rows of the state: few, so by little code.
 template <class T>
 CK_DEVICE void store_state(const Backward& p, const Quad (&run)[kRun], const Phase& phase, int64_t b, int64_t n,
                            const Work& work, int lane) {
   const int64_t span = p.taps.span(), row = phase.position(n) + span;
   store_pieces(run, lane, work.channels, static_cast<T*>(p.grad_state) + (b * span + row) * p.channels + work.c0,
-               phase.dilation * p.channels, row, span, phase.dilation, p.vector_bytes);
+               phase.dilation * p.channels, row, span, phase.dilation, static_cast<int>(sizeof(T)));
 }
 
 // From d(z) to d(x), in place, and d(gate).
