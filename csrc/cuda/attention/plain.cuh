@@ -218,6 +218,7 @@ void attention_plain(const CK_PARAM AttentionForward p, int64_t tiles, int64_t s
   for (int r = 0; r < Pairs::kOwn; ++r) {
     top[r] = -infinity<C>();
     total[r] = 0;
+#pragma unroll 1
     for (int d = lane; d < kPlainSlice; d += 32) sums[pairs.row(r) * kPlainSlice + d] = 0;
   }
   pairs.set_queries(tile.first, tile.count);
@@ -238,6 +239,7 @@ void attention_plain(const CK_PARAM AttentionForward p, int64_t tiles, int64_t s
       total[r] = total[r] * factor + lane_sum(e);
       top[r] = now;
       weights[pairs.row(r) * kPlainPitch + lane] = e * keep[r];
+#pragma unroll 1
       for (int d = lane; d < channels; d += 32) sums[pairs.row(r) * kPlainSlice + d] *= factor;
     }
     for (int c = 0; c < channels; c += 32) {
@@ -255,6 +257,7 @@ void attention_plain(const CK_PARAM AttentionForward p, int64_t tiles, int64_t s
     const int i = tile.first + pairs.row(r);
     const bool sees = total[r] != C{0};
     if (d0 == 0 && lane == 0) at<C>(p.lse, b, h, i) = sees ? log(total[r]) + top[r] : -infinity<C>();
+#pragma unroll 1
     for (int d = lane; d < channels; d += 32) {
       C value = sees ? sums[pairs.row(r) * kPlainSlice + d] / total[r] : C{0};
       if (p.value_conv.data != nullptr) value += depthwise<T>(p, tile, b, h, i, d0 + d);

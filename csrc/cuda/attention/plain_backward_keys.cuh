@@ -23,7 +23,9 @@ void attention_plain_keys(const CK_PARAM AttentionBackward p, int64_t tiles, int
     return static_cast<C*>(p.partial_key_rel) + ((b * p.heads + h) * p.key_parts + part) * W * p.channels + d0;
   };
   if (p.grad_key_rel != nullptr)
+#pragma unroll 1
     for (int64_t n = 0; n < p.sharing() * W; ++n)
+#pragma unroll 1
       for (int d = thread; d < channels; d += kPlainTileThreads)
         sums_of_table(g * p.sharing() + n / W)[n % W * p.channels + d] = 0;
 
@@ -44,6 +46,7 @@ void attention_plain_keys(const CK_PARAM AttentionBackward p, int64_t tiles, int
       grad_k = edges + 2 * kPlainTileThreads;
       grad_v = grad_k + Pairs::kKeys * kPlainSlice;
       if (n == 0)
+#pragma unroll 1
         for (int e = thread; e < 2 * Pairs::kKeys * kPlainSlice; e += kPlainTileThreads) grad_k[e] = 0;
       __syncthreads();
       C outer[2] = {};
@@ -102,6 +105,7 @@ void attention_plain_keys(const CK_PARAM AttentionBackward p, int64_t tiles, int
           const int key = warp * kOwnKeys + m;
           // Row r has column first + key - r.
           const int from = max(0, first + key - W + 1), to = min(count, first + key + 1);
+#pragma unroll 1
           for (int d = lane; d < channels; d += 32) {
             C sum = 0;
             for (int r = from; r < to; ++r)
@@ -110,7 +114,9 @@ void attention_plain_keys(const CK_PARAM AttentionBackward p, int64_t tiles, int
           }
         }
         if (p.grad_key_rel != nullptr)
+#pragma unroll 1
           for (int c = max(0, first - count + 1); c < min(W, first + Pairs::kKeys); ++c)
+#pragma unroll 1
             for (int d = thread; d < channels; d += kPlainTileThreads) {
               C sum = 0;
               for (int r = max(0, first - c); r < min(count, first - c + tile.count); ++r)
@@ -133,10 +139,12 @@ void attention_plain_keys(const CK_PARAM AttentionBackward p, int64_t tiles, int
           const int c = side == 0 ? 0 : W - 1;
           for (int m = 0; m < kOwnKeys; ++m) {
             const int key = warp * kOwnKeys + m;
+#pragma unroll 1
             for (int d = lane; d < channels; d += 32)
               grad_k[key * kPlainSlice + d] += edge_of(side, key) * table_at<C>(p.key_rel, h, d0 + d, W - 1 - c);
           }
           if (p.grad_key_rel != nullptr)
+#pragma unroll 1
             for (int d = thread; d < channels; d += kPlainTileThreads) {
               C sum = 0;
               for (int key = 0; key < tile.count; ++key)
@@ -153,6 +161,7 @@ void attention_plain_keys(const CK_PARAM AttentionBackward p, int64_t tiles, int
       const int key = warp * kOwnKeys + m, j = tile.first + key;
       if (key >= tile.count) continue;
       const bool real = real_key(p, b, j);
+#pragma unroll 1
       for (int d = lane; d < channels; d += 32) {
         if (p.grad_k.data != nullptr)
           at<T>(p.grad_k, b, j, g)[(d0 + d) * p.grad_k.channel] =
@@ -160,6 +169,7 @@ void attention_plain_keys(const CK_PARAM AttentionBackward p, int64_t tiles, int
         if (p.grad_v.data == nullptr) continue;
         C value = grad_v[key * kPlainSlice + d];
         if (p.value_conv.data != nullptr && real)
+#pragma unroll 1
           for (int64_t n = 0; n < p.sharing(); ++n)
             value += depthwise_grad<T>(p, tile, b, g * p.sharing() + n, j, d0 + d);
         at<T>(p.grad_v, b, j, g)[(d0 + d) * p.grad_v.channel] = narrow<T>(real ? value : C{0});

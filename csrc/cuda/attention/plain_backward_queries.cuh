@@ -31,9 +31,12 @@ void attention_plain_queries(const CK_PARAM AttentionBackward p, int64_t tiles, 
   C* const table_sums = p.grad_query_rel != nullptr ? static_cast<C*>(p.partial_query_rel) + piece * W * p.rank + d0
                                                     : nullptr;  // [W][rank]
   if (bias_sums != nullptr)
+#pragma unroll 1
     for (int c = thread; c < W; c += kPlainTileThreads) bias_sums[c] = 0;
   if (table_sums != nullptr)
+#pragma unroll 1
     for (int c = 0; c < W; ++c)
+#pragma unroll 1
       for (int d = thread; d < rank; d += kPlainTileThreads) table_sums[c * p.rank + d] = 0;
 
 #pragma unroll 1
@@ -47,6 +50,7 @@ void attention_plain_queries(const CK_PARAM AttentionBackward p, int64_t tiles, 
       const int i = tile.first + pairs.row(r);
       lse[r] = pairs.row(r) < tile.count ? at<C>(p.lse, b, h, i) : C{0};
       delta[r] = outer[r][0] = outer[r][1] = 0;
+#pragma unroll 1
       for (int d = lane; d < kPlainSlice; d += 32)
         sums[pairs.row(r) * kPlainSlice + d] = rel_sums[pairs.row(r) * kPlainSlice + d] = 0;
     }
@@ -92,6 +96,7 @@ void attention_plain_queries(const CK_PARAM AttentionBackward p, int64_t tiles, 
 #pragma unroll
         for (int r = 0; r < kOwn; ++r) {
           const int first = tap_of_pair(p, tile, tile.first + pairs.row(r), j0);  // of lane 0
+#pragma unroll 1
           for (int d = lane; d < rank; d += 32) {
             C sum = 0;
             for (int c = max(0, first); c < min(W, first + Pairs::kKeys); ++c)
@@ -110,10 +115,13 @@ void attention_plain_queries(const CK_PARAM AttentionBackward p, int64_t tiles, 
           return sum;
         };
         if (bias_sums != nullptr)
+#pragma unroll 1
           for (int c = from + thread; c < to; c += kPlainTileThreads)
             bias_sums[c] += column_sum(c, [](int) { return C{1}; });
         if (table_sums != nullptr)
+#pragma unroll 1
           for (int c = from; c < to; ++c)
+#pragma unroll 1
             for (int d = thread; d < rank; d += kPlainTileThreads)
               table_sums[c * p.rank + d] += column_sum(c, [&](int r) {
                 const HeadRows& rows = relative_rows(p);
@@ -141,6 +149,7 @@ void attention_plain_queries(const CK_PARAM AttentionBackward p, int64_t tiles, 
         for (int side = 0; side < 2; ++side) {
           outer[r][side] = lane_sum(outer[r][side]);
           const int64_t c = side == 0 ? 0 : W - 1;
+#pragma unroll 1
           for (int d = lane; d < rank; d += 32)
             rel_sums[pairs.row(r) * kPlainSlice + d] += outer[r][side] * table_at<C>(p.query_rel, h, d0 + d, c);
           if (lane == 0) edge_sums[side * Pairs::kRows + pairs.row(r)] = outer[r][side];
@@ -154,6 +163,7 @@ void attention_plain_queries(const CK_PARAM AttentionBackward p, int64_t tiles, 
           // The threads that own these elements.
           if (bias_sums != nullptr && thread == 0) bias_sums[c] += sum;
           if (table_sums != nullptr)
+#pragma unroll 1
             for (int d = thread; d < rank; d += kPlainTileThreads)
               table_sums[c * p.rank + d] +=
                   table_term(sum, widen(at<T>(rows, b, tile.first + r, h)[(d0 + d) * rows.channel]));
@@ -168,12 +178,14 @@ void attention_plain_queries(const CK_PARAM AttentionBackward p, int64_t tiles, 
       const C *const own = sums + pairs.row(r) * kPlainSlice, *const rel = rel_sums + pairs.row(r) * kPlainSlice;
       const C rel_scale = static_cast<C>(p.rel_scale);
       if (p.grad_q.data != nullptr)
+#pragma unroll 1
         for (int d = lane; d < channels; d += 32) {
           C value = own[d] * static_cast<C>(p.scale);
           if (relative && p.rel_query.data == nullptr) value += rel[d] * rel_scale;
           at<T>(p.grad_q, b, i, h)[(d0 + d) * p.grad_q.channel] = narrow<T>(value);
         }
       if (p.grad_rel_query.data != nullptr)
+#pragma unroll 1
         for (int d = lane; d < rank; d += 32)
           at<T>(p.grad_rel_query, b, i, h)[(d0 + d) * p.grad_rel_query.channel] = narrow<T>(rel[d] * rel_scale);
     }

@@ -40,6 +40,7 @@ template <class C>
 CK_DEVICE Statistics<C> statistics_of(const Problem& p, const FilterAt& f, int64_t t, const Sequence& sequence) {
   if (!p.softmax) return {};
   C highest = -infinity<C>(), total = 0;
+#pragma unroll 1
   for (int64_t j = 0; j < p.taps.taps; ++j)
     if (has_share(p, t, j, sequence)) {
       const C value = logit<C>(p, f, j);
@@ -47,6 +48,7 @@ CK_DEVICE Statistics<C> statistics_of(const Problem& p, const FilterAt& f, int64
     }
   // Without a tap that exists all weights are 0; logits of -inf alone give NaN, as everywhere.
   bool any = false;
+#pragma unroll 1
   for (int64_t j = 0; j < p.taps.taps; ++j)
     if (has_share(p, t, j, sequence)) {
       any = true;
@@ -88,16 +90,19 @@ CK_DEVICE Statistics<C> warp_statistics(const Problem& p, const FilterAt& f, int
   C highest = -infinity<C>(), total = 0;
   bool any = false;
   const int64_t taps = exists ? p.taps.taps : 0;
+#pragma unroll 1
   for (int64_t j = lane; j < taps; j += width)
     if (has_share(p, t, j, sequence)) {
       any = true;
       const C value = logit<C>(p, f, j);
       highest = value > highest || value != value ? value : highest;
     }
+#pragma unroll 1
   for (int distance = width / 2; distance > 0; distance /= 2) {
     const C other = __shfl_xor_sync(kAllLanes, highest, distance);
     highest = other > highest || other != other ? other : highest;
   }
+#pragma unroll 1
   for (int64_t j = lane; j < taps; j += width)
     if (has_share(p, t, j, sequence)) total += exponential(logit<C>(p, f, j) - highest);
   total = lane_sum(total, width);

@@ -31,12 +31,15 @@ struct FilterTable {
     const Sequence anywhere{0, 0, 0, kUnbounded};
     if constexpr (kShared) {
       const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll 1
       for (int64_t h = c0 / R + warp; h * R < end; h += kStreamWarps) {
         const FilterAt f(p, owner, 0, h);
         const Statistics<float> statistics = warp_statistics<float>(p, f, 0, lane, anywhere);
         const int64_t first = (max(h * R, c0) - c0) / kQuad, last = (min((h + 1) * R, end) - c0) / kQuad;
+#pragma unroll 1
         for (int64_t j = lane; j < K; j += 32) {
           const float value = tap_of(p, f, 0, j, statistics, anywhere).value();
+#pragma unroll 1
           for (int64_t q = first; q < last; ++q) values[j * kPitch + q] = value;
         }
       }
@@ -45,6 +48,7 @@ struct FilterTable {
       if (c >= end) return;
       const FilterAt f(p, owner, 0, c / R);
       const Statistics<float> statistics = statistics_of<float>(p, f, 0, anywhere);
+#pragma unroll 1
       for (int64_t j = 0; j < K; ++j)
         values[j * kPitch + threadIdx.x] = tap_of(p, f, 0, j, statistics, anywhere).value();
     }

@@ -26,6 +26,7 @@ class TimeGated {
     const int64_t from = c_ < p_.channels ? c_ : 0;
     const int start = g_.window_start(place_.t);
     __syncwarp();  // the tile before has been read
+#pragma unroll 1
     for (int n = self_.part; n < g_.lanes + g_.chunks; n += g_.lanes) {
       const int s = start + n * kEight;
       const ChunkInputs<T, false> inputs(p_, place_.b, s, at<const T>(p_.x, place_.b, s, from),

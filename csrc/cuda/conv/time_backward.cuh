@@ -119,11 +119,14 @@ void time_backward(const CK_PARAM Backward p, const CK_PARAM TimeTiles g, int64_
 #pragma unroll
   for (int e = 0; e < kChunks * kEight; ++e) columns[lane * kPitch + e] = sums[e];
   __syncwarp();
+#pragma unroll 1
   for (int e = lane; e < kChunks * kEight; e += 32) {
     const int64_t K = p.taps.taps, j = g.tap_at(work.window * kChunks * kEight + e);
     if (j < 0) continue;
+#pragma unroll 1
     for (int r = 0; r < g.rows() && work.c0 + r < p.channels; ++r) {
       float total = 0;
+#pragma unroll 1
       for (int k = 0; k < g.lanes; ++k) total += columns[(r * g.lanes + k) * kPitch + e];
       static_cast<float*>(p.partial_weight)[(work.piece * p.channels + work.c0 + r) * K + K - 1 - j] = total;
     }

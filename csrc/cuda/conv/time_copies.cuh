@@ -65,8 +65,10 @@ struct TimeLane {
     filters = reinterpret_cast<float*>(shared + g.mask_bytes() + warp * g.warp_bytes);
     filter = filters + row * g.filter_pitch;
     tiles = reinterpret_cast<char*>(filters) + g.filter_bytes();
+#pragma unroll 1
     for (int n = threadIdx.x; n < g.chunks; n += blockDim.x) {
       unsigned mask = 0;
+#pragma unroll 1
       for (int u = 0; u < kEight; ++u) mask |= unsigned{g.tap_at(kEight * n + u) >= 0} << u;
       masks[n] = static_cast<uint8_t>(mask);
     }
@@ -91,9 +93,11 @@ struct TimeLane {
     const int64_t K = p.taps.taps;
     const int lane = threadIdx.x % 32;
     const Sequence anywhere{0, 0, 0, kUnbounded};
+#pragma unroll 1
     for (int r = 0; r < g.rows() && work.c0 + r < p.channels; ++r) {
       const FilterAt f(p, work.owner, 0, (work.c0 + r) / p.head_channels());
       const Statistics<float> statistics = warp_statistics<float>(p, f, 0, lane, anywhere);
+#pragma unroll 1
       for (int64_t j = lane; j < K; j += 32)
         filters[r * g.filter_pitch + g.element_of(transposed ? K - 1 - j : j)] =
             tap_of(p, f, 0, j, statistics, anywhere).value();

@@ -7,9 +7,16 @@ namespace ck::cuda {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
+template <class C>
+CK_DEVICE C lane_sum(C value) {
+  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
+  return value;
+}
+
 // Over groups of `width` lanes, a power of two.
 template <class C>
-CK_DEVICE C lane_sum(C value, int width = 32) {
+CK_DEVICE C lane_sum(C value, int width) {
+#pragma unroll 1
   for (int distance = width / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
   return value;
 }
