@@ -34,7 +34,7 @@ from benchmarks.machine_code import nvcc
 from benchmarks.machine_code.budgets import format_counts, parse_counts
 from benchmarks.machine_code.counters import GLOBAL, SECTOR, SHARED, Launch, counted, source_lines
 from benchmarks.machine_code.estimate import COLUMNS as ESTIMATE_COLUMNS
-from benchmarks.machine_code.estimate import PROCESSORS, PRODUCT, Estimate, of_a_copy, of_counts, ratio
+from benchmarks.machine_code.estimate import PROCESSORS, Estimate, of_a_copy, of_counts, of_products, ratio
 from benchmarks.machine_code.estimate import row as estimate_row
 from benchmarks.machine_code.loops import BEGINNING, NEAR
 from benchmarks.machine_code.rules import LoopCost, raised
@@ -276,8 +276,7 @@ def reached(case: Case, launch: Launch, seconds: float) -> str:
     """The fraction of a copy; of attention, what its products of matrices make per second."""
     if not case.is_attention:
         return of_a_copy(launch.least, seconds)
-    products = launch["matrix_products"] + launch["warpgroup_products"]
-    return f"{2 * PRODUCT * products / seconds / 1e12:.0f} TFLOP/s"
+    return of_products(launch["matrix_products"] + launch["warpgroup_products"], seconds)
 
 
 def estimates(names: list[str]) -> str:
@@ -293,12 +292,13 @@ def estimates(names: list[str]) -> str:
 
 def estimate_triton(only: str) -> int:
     """Needs Triton, but neither library; its kernels are compiled for compute capability 9.0."""
-    from benchmarks.machine_code import triton_estimate
+    from benchmarks.machine_code import triton_attention, triton_estimate
 
     if (reason := triton_estimate.missing()) is not None:
         print(f"triton: {reason}", file=sys.stderr)
         return 2
-    print(markdown_table(ESTIMATE_COLUMNS, triton_estimate.rows(only)))
+    rows = triton_estimate.rows(only) + triton_attention.rows(only)
+    print(markdown_table(ESTIMATE_COLUMNS, rows))
     return 0
 
 

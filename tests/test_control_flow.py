@@ -241,7 +241,7 @@ def test_a_whole_kernel_is_its_longest_way_past_all_products():
         EXIT
         """
     )
-    names = found.whole(lambda inside: 5 if inside["HMMA"] else 0)
+    names = found.whole(lambda inside: 5 if inside["HMMA.16816.F32.BF16"] else 0)
     assert names["LDS"] == 3 and names["HMMA.16816.F32.BF16"] == 10 and names["STG.E.128"] == 5
     assert not names["FFMA"] and classes_of(names)["matrix"] == 10 and names["BRA"] == 1 + 5 * 2
     without = flow(f"@P0 BRA end\n{READ}\n{STORE}\nend:\nEXIT").whole(lambda inside: 1)

@@ -10,11 +10,11 @@ without `else`, are executed, unless they do work of the kinds named: {"LDG": 0}
 import heapq
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
-from benchmarks.machine_code.instructions import CLASS_OF, MATRIX, Instruction, Unreadable, instructions_of
+from benchmarks.machine_code.instructions import CLASS_OF, MATRIX, Instruction, Unreadable, by_base, instructions_of
 
 MOST_STATES = 1_000_000
 MOST_OPTIONAL = 48  # instructions of an `if` that is taken to be what is usual
@@ -200,24 +200,27 @@ class ControlFlow:
                 heapq.heappush(waiting, (length + len(here.instructions), following, classes))
         raise Unreadable("a subroutine that does not return")
 
+    def names(self, blocks: Iterable[int]) -> Counter:
+        """The instructions of these blocks by name."""
+        return Counter(i.name for b in blocks for i in self.blocks[b].instructions)
+
     def whole(self, passes: Callable[[Counter], float]) -> Counter:
         """What a thread executes of a kernel, by name: the longest way from its begin to its end that meets all matrix
         instructions, or where there are none all stores. So what masks may skip counts, and what is there for numbers
-        that are not finite does not. passes: of a loop on this way, by the base names of the instructions in it."""
-        bases = {b: Counter(i.base for i in self.blocks[b].instructions) for b in self._order}
+        that are not finite does not. passes: of a loop on this way, by the names of the instructions in it."""
+        bases = {b: by_base(self.names([b])) for b in self._order}
         kinds = MATRIX if any(names[kind] for names in bases.values() for kind in MATRIX) else ("STG",)
         most = {b: any(names[kind] for kind in kinds) for b, names in bases.items()}
         times = dict.fromkeys(self._order, 1.0)
         for body in self.loops.values():
-            count = passes(sum((bases[b] for b in body), Counter()))
+            count = passes(self.names(body))
             times |= {b: times[b] * count for b in body}
         place, best = {block: n for n, block in enumerate(self._order)}, {}
         for block in reversed(self._order):
             # A way around again ends here: what follows a loop is reached from where it is left.
             ways = [best[b] for b in self.blocks[block].after if place[b] > place[block]]
             met, length, names = max(ways, key=lambda way: way[:2], default=(0, 0.0, Counter()))
-            here = Counter(i.name for i in self.blocks[block].instructions)
-            here = Counter({name: times[block] * count for name, count in here.items()})
+            here = Counter({name: times[block] * count for name, count in self.names([block]).items()})
             best[block] = met + most[block], length + here.total(), names + here
         met, _, names = best[0]
         if met != sum(most.values()):

@@ -68,6 +68,11 @@ def of_a_copy(least: float, seconds: float) -> str:
     return f"{least / COPY_BYTES / seconds:.2f} of a copy"
 
 
+def of_products(products: float, seconds: float) -> str:
+    """products: all that are counted, those of pairs that a window hides and of tables included."""
+    return f"{2 * PRODUCT * products / seconds / 1e12:.0f} TFLOP/s"
+
+
 def row(case: str, kernel: str, e: Estimate, moved: float, least: float, reached: str) -> tuple[str, ...]:
     """reached: what the bound lets a kernel reach."""
     times = ("-" if t is None else f"{t * 1e6:.0f}" for t in vars(e).values())

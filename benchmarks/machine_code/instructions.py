@@ -20,20 +20,31 @@ CLASSES = {
     "control": "BRA BRX JMP JMX CALL RET EXIT BSSY BSYNC BREAK BMOV BAR WARPSYNC WARPGROUP NANOSLEEP YIELD NOP KILL "
     "MEMBAR ERRBAR ACQBULK",
 }
+# Added to names: of products of warpgroups whose left factor is not in shared memory, and of what no thread executes.
+LEFT_IN_REGISTERS, NEVER = "left", "never"
 MATRIX = ("HMMA", "HGMMA", "UTCHMMA")
 CLASS_OF = {name: kind for kind, names in CLASSES.items() for name in names.split()}
 COUNTED = (*CLASSES, "other")
 
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?(\w[\w.]*)([^;]*);")
 _TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
+_LEFT = re.compile(r"\s*R\d+,\s*R\d+,\s*gdesc")
 _SECOND = re.compile(r"\bU?P\d\b")  # a branch may have a condition among its operands
 
 
 def classes_of(names: Counter) -> Counter:
     """Counts of instructions by what they take, from those by name."""
     found: Counter = Counter()
+    for base, count in by_base(names).items():
+        found[CLASS_OF.get(base, "other")] += count
+    return found
+
+
+def by_base(names: Counter) -> Counter:
+    """Counts of instructions by name without what follows the first dot."""
+    found: Counter = Counter()
     for name, count in names.items():
-        found[CLASS_OF.get(name.partition(".")[0], "other")] += count
+        found[name.partition(".")[0]] += count
     return found
 
 
@@ -44,7 +55,7 @@ class Unreadable(ValueError):
 @dataclass(frozen=True)
 class Instruction:
     address: int
-    name: str  # with all that follows its dots
+    name: str  # with all that follows its dots, LEFT_IN_REGISTERS and NEVER
     target: int | None  # of a jump
     conditional: bool
 
@@ -61,6 +72,10 @@ def instructions_of(code: str) -> list[Instruction]:
         target = _TARGET.search(operands) if jumps else None
         if jumps and not target:
             raise Unreadable(f"{name}{operands}: expected an address")
+        if name.startswith("HGMMA") and _LEFT.match(operands):
+            name += f".{LEFT_IN_REGISTERS}"
+        if guard == "!PT":
+            name += f".{NEVER}"
         conditional = bool(guard and guard != "PT") or ".DIV" in name or bool(jumps and _SECOND.search(operands))
         found.append(Instruction(int(address, 16), name, int(target[1], 16) if target else None, conditional))
     return found

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.machine_code.control_flow import ControlFlow
-from benchmarks.machine_code.instructions import COUNTED, MATRIX, classes_of, instructions_of
+from benchmarks.machine_code.instructions import COUNTED, MATRIX, by_base, classes_of, instructions_of
 from benchmarks.machine_code.rules import LoopCost, Resources, Rules, read_code, read_usage, run_tool, tools
 from convkernels.backends.triton.attention import launch as attention_launch
 from convkernels.backends.triton.conv import configs, launch
@@ -169,7 +169,8 @@ VARIANTS = (
 
 @dataclass(frozen=True)
 class AttentionVariant:
-    """A problem of attention with contiguous tensors, as models have it. rank: R of a separate rel_query."""
+    """A problem of attention with contiguous tensors, as models have it. rank: R of a separate rel_query; per_head:
+    heads have a query_rel of their own."""
 
     name: str
     channels: int = 64
@@ -188,10 +189,22 @@ class AttentionVariant:
     mask: bool = False
     packed: bool = False
     dtype: torch.dtype = torch.bfloat16
+    per_head: bool = False
+    batch: int = 8
+    time: int = 4096
 
     def launches(self, architecture: int) -> Iterator[tuple]:
         """(kernel, arguments) of the forward and the backward pass; of equal kernels the first."""
-        batch, time, H, D, W = 1 if self.packed else 8, 4096, self.heads, self.channels, self.left + self.right + 1
+        found: dict[str, tuple] = {}
+        for launches in self.passes(architecture).values():
+            for kernel, _, arguments in launches:
+                found.setdefault(kernel.__name__, (kernel, arguments))
+        yield from found.values()
+
+    def passes(self, architecture: int) -> dict[str, list[tuple]]:
+        """(kernel, grid, arguments) of the launches of each direction."""
+        batch, time, H, D = 1 if self.packed else self.batch, self.time, self.heads, self.channels
+        R, W = self.rank or D, self.left + self.right + 1
 
         def empty(*shape, given=True, dtype=self.dtype):
             return torch.empty(shape, dtype=dtype, device="meta") if given else None
@@ -201,7 +214,8 @@ class AttentionVariant:
         args = Attention(
             q, k, v, self.left, self.right, self.outside, self.causal, True, D**-0.5,
             1.0 if self.rank else D**-0.5, self.dropout, empty(1, dtype=torch.int64), empty(H, W, given=self.bias),
-            empty(self.rank or D, W, given=self.query_rel), empty(batch, time, H, self.rank, given=self.rank > 0),
+            empty(*((H,) if self.per_head else ()), R, W, given=self.query_rel),
+            empty(batch, time, H, self.rank, given=self.rank > 0),
             empty(D, W, given=self.key_rel), empty(H, D, W, given=self.value_conv),
             empty(H, D, given=self.value_conv), empty(H, given=self.value_conv),
             empty(batch, time, given=self.mask, dtype=torch.bool), cu_seqlens, cu_seqlens,
@@ -212,15 +226,10 @@ class AttentionVariant:
         for name in INPUTS.names:
             value = getattr(call, name)
             results[name] = empty(0) if value is None else empty(*value.shape)
-        seen = set()
-        for launches in (
-            attention_launch.forward_launches(call, out, lse),
-            attention_launch.gradient_launches(call, out, None, out, lse, results),
-        ):
-            for kernel, _, arguments in launches:
-                if kernel.__name__ not in seen:
-                    seen.add(kernel.__name__)
-                    yield kernel, arguments
+        return {
+            "fwd": list(attention_launch.forward_launches(call, out, lse)),
+            "bwd": list(attention_launch.gradient_launches(call, out, None, out, lse, results)),
+        }
 
 
 ATTENTION_VARIANTS = (
@@ -318,6 +327,7 @@ def executed(kernel: str, arguments: dict, code: str) -> Counter:
         tiles = arguments["t_blocks"] / arguments["groups"]
 
     def passes(names: Counter) -> float:
+        names = by_base(names)
         if kernel == "grad_heads":  # walks neither tiles nor taps, but looks for sequences
             return arguments["sequences"].steps
         if "TAPS" not in arguments and not kernel.endswith("_band"):

@@ -8,13 +8,14 @@ those of the whole kernel, times its programs. Products are counted as far as in
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from math import prod
 
 import torch
 
 from benchmarks.machine_code.counters import SECTOR
-from benchmarks.machine_code.estimate import PRODUCT, of_a_copy, of_counts, row
-from benchmarks.machine_code.instructions import classes_of
+from benchmarks.machine_code.estimate import PRODUCT, Estimate, of_a_copy, of_counts, row
+from benchmarks.machine_code.instructions import CLASS_OF, LEFT_IN_REGISTERS, NEVER, classes_of
 from benchmarks.machine_code.triton import Variant, compiled, executed, missing
 
 __all__ = ["CASES", "missing", "rows"]
@@ -95,24 +96,50 @@ def products(names: Counter) -> tuple[float, float]:
     return found[0], found[1]
 
 
+def wavefronts(names: Counter) -> float:
+    """How often a warp asks the banks of shared memory, without conflicts: 128 bytes at a time. Products of a warpgroup
+    read b for all its four warps, and a where it is not in registers."""
+    found = 0.0
+    for name, count in names.items():
+        base, *rest = name.split(".")
+        if NEVER in rest:
+            continue
+        if shape := re.match(r"HGMMA\.64x(\d+)x", name):
+            found += count * (int(shape[1]) / 16 + (0 if LEFT_IN_REGISTERS in rest else 4))
+        elif base in ("LDSM", "STSM"):
+            found += count * (int(rest[-1]) if rest[-1] in "24" else 1)
+        elif CLASS_OF.get(base) == "shared" or base == "LDGSTS":
+            found += count * (4 if "128" in rest else 2 if "64" in rest else 1)
+    return found
+
+
+def of_launches(least: float, launches: Iterable[tuple[float, Counter, float]]) -> tuple[Estimate, float]:
+    """The estimate and the bytes moved of launches together. least: bytes of inputs and outputs, each once;
+    launches: bytes moved, what a warp executes by name, and warps of each."""
+    moved, asked, multiplied, issued = 0.0, 0.0, [0.0, 0.0], [0.0, 0.0, 0.0]
+    for bytes_moved, names, warps in launches:
+        classes = classes_of(names)
+        moved += bytes_moved
+        asked += wavefronts(names) * warps
+        multiplied = [n + more * warps for n, more in zip(multiplied, products(names), strict=True)]
+        more = classes.total(), classes["alu"], classes["special"]
+        issued = [n + of * warps for n, of in zip(issued, more, strict=True)]
+    return of_counts(least, moved / SECTOR, asked, tuple(multiplied), tuple(issued)), moved
+
+
 def rows(only: str = "") -> list[tuple[str, ...]]:
     """The table's rows: all launches of a direction of a case together, for cases with `only` in their names."""
     found = []
     for name, variant in CASES.items():
         for direction, launches in variant.passes(ARCHITECTURE).items() if only in name else ():
-            bytes_moved, wavefronts, multiplied, issued = 0.0, 0.0, [0.0, 0.0], [0.0, 0.0, 0.0]
+            counted = []
             for kernel, grid, arguments in launches:
                 _, _, code = compiled(kernel, arguments, ARCHITECTURE)
                 names, warps = executed(kernel.__name__, arguments, code), prod(grid) * arguments["num_warps"]
-                classes = classes_of(names)
-                bytes_moved += moved(variant, kernel.__name__, arguments)
-                wavefronts += classes["shared"] * warps
-                multiplied = [n + more * warps for n, more in zip(multiplied, products(names), strict=True)]
-                more = classes.total(), classes["alu"], classes["special"]
-                issued = [n + of * warps for n, of in zip(issued, more, strict=True)]
-            e = of_counts(least(variant, direction), bytes_moved / SECTOR, wavefronts, tuple(multiplied), tuple(issued))
-            kernels = ", ".join(dict.fromkeys(kernel.__name__ for kernel, *_ in launches))
+                counted.append((moved(variant, kernel.__name__, arguments), names, warps))
             bytes_met = least(variant, direction)
+            e, bytes_moved = of_launches(bytes_met, counted)
+            kernels = ", ".join(dict.fromkeys(kernel.__name__ for kernel, *_ in launches))
             reached = of_a_copy(bytes_met, e.bound()[1])
             found.append(row(f"{name}-{direction}", kernels, e, bytes_moved, bytes_met, reached))
     return found
