@@ -107,10 +107,16 @@ def finite(value):
 
 
 @triton.jit
+def look_up(rows, index, valid, AXIS: tl.constexpr = 1):
+    """rows[i, index[i, j]] (along the other AXIS: rows[index[i, j], j]) where ``valid``, else 0; every index is one."""
+    return tl.where(valid, tl.gather(rows, index, AXIS), 0.0)
+
+
+@triton.jit
 def take(rows, index, valid, AXIS: tl.constexpr = 1):
-    """rows[i, index[i, j]] (along the other AXIS: rows[index[i, j], j]) where ``valid``, else 0."""
+    """The same for indices that may be none where not ``valid``."""
     size: tl.constexpr = rows.shape[AXIS]
-    return tl.where(valid, tl.gather(rows, tl.minimum(tl.maximum(index, 0), size - 1), AXIS), 0.0)
+    return look_up(rows, tl.minimum(tl.maximum(index, 0), size - 1), valid, AXIS)
 
 
 @triton.jit

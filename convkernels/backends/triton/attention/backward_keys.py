@@ -13,7 +13,6 @@ from .scores import (
     head_terms,
     key_columns,
     load_columns,
-    near_products,
     near_scores,
     table_columns,
 )
@@ -155,7 +154,6 @@ def grad_keys(
                 live = tl.abs(start) < float("inf")
                 # Without hidden pairs a NaN of q has its way, and q need not wait for start.
                 queries = load_tile(q_at, i_first, d, live if HIDING else rows, D, False)  # [NEAR, DP]
-                scores = near_products(queries, keys, key_scale, FLAGS, True, DTYPE)  # [BN, NEAR]
                 offset = j[:, None] - (i + shift)[None, :]
                 seen = visible_pairs(offset, terms, CAUSAL, FLAGS.OUTSIDE) & rows[None, :]
                 columns = columns_of_tile(whole, i_first, first, shift, terms, NEAR, WIDTH, FLAGS)
@@ -163,7 +161,7 @@ def grad_keys(
                 if FLAGS.HAS_QUERY_REL:
                     r = load_tile(head_at(inputs.rel_query, b, h), i_first, x, rows, FLAGS.R, False)  # [NEAR, RP]
                 pairs = Pairs(offset, seen, columns)
-                scores = near_scores(scores, r, keys, by_key, pairs, terms, key_scale, FLAGS, True, DTYPE)
+                scores = near_scores(queries, r, keys, by_key, pairs, terms, key_scale, FLAGS, True, DTYPE)
                 power = tl.where(seen, tl.exp2(scores - start[None, :]), 0.0)
                 dy = load_tile(g_at, i_first, d, live, D, False)  # [NEAR, DP]
                 if FLAGS.DROPOUT:

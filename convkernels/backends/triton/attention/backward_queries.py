@@ -15,7 +15,6 @@ from .scores import (
     far_scores,
     head_terms,
     load_columns,
-    near_products,
     near_scores,
     query_columns,
     table_columns,
@@ -182,14 +181,13 @@ def grad_queries(
             keys = load_tile(k_at, j_first, d, keep, D, False)  # [NEAR, DP]
             if HIDING and NEED.QUERY and FLAGS.QK:
                 keys, bad = finite_rows(keys, DTYPE)
-            scores = near_products(queries, keys, key_scale, FLAGS, False, DTYPE)  # [BM, NEAR]
-            if HIDING and NEED.QUERY and FLAGS.QK:
-                scores += bad[None, :]
             offset = j[None, :] - place[:, None]
             seen = visible_pairs(offset, terms, CAUSAL, FLAGS.OUTSIDE) & keep[None, :]
             columns = columns_of_tile(whole, first, j_first, shift, terms, BM, WIDTH, FLAGS)
             pairs = Pairs(offset, seen, columns)
-            scores = near_scores(scores, r, keys, by_query, pairs, terms, key_scale, FLAGS, False, DTYPE)
+            scores = near_scores(queries, r, keys, by_query, pairs, terms, key_scale, FLAGS, False, DTYPE)
+            if HIDING and NEED.QUERY and FLAGS.QK:
+                scores += bad[None, :]
             power = tl.exp2(scores - start[:, None])
             values = load_tile(v_at, j_first, d, keep, D, False)  # [NEAR, DP]
             found = matrix(dy, tl.trans(values), tl.zeros([BM, NEAR], DTYPE))
@@ -218,25 +216,18 @@ def grad_queries(
                 else:
                     column_sums += met
         if COLUMNS and not SLIDING:
-            tl.debug_barrier()
-            live = tl.abs(tl.load(row_at + plane + i, mask=rows, other=float("inf"))) < float("inf")  # not held
-            if FLAGS.HAS_QUERY_REL:
-                r = load_own(r_at, first, x, live, R, CROWDED)
             if EDGES:
                 column_sums = with_edges(column_sums, sum_before, sum_after, W)
-            if NEED.BIAS:
-                add_to_bias(row_sums, whole.index, tl.sum(column_sums, 0), whole.valid)
-            if NEED.TABLE:
-                block = Block(r, r_at, first, live)
-                add_products(table_sums, block, narrow(column_sums, r.dtype), whole, W, R, TILE.PIECE)
+            # Places in the tables are found again instead of being kept across the loops.
+            last, row = table_columns(anew(-left), terms, WIDTH, False, FLAGS.OUTSIDE), anew(W)
             if NEED_R:
-                weights = tl.trans(load_columns(terms.query_rel, x, whole.index, whole.valid, W, R))
+                weights = tl.trans(load_columns(terms.query_rel, x, last.index, last.valid, row, R))
                 if HAS_REL_QUERY:
                     r_total = exact_matrix(narrow(column_sums, r.dtype), weights, r_total)
                 else:
-                    column_sums *= number_from_bits(rel_scale, DTYPE)
+                    scaled = column_sums * number_from_bits(rel_scale, DTYPE)
                     total *= number_from_bits(scale, DTYPE)
-                    total = exact_matrix(narrow(column_sums, r.dtype), weights, total)
+                    total = exact_matrix(narrow(scaled, r.dtype), weights, total)
         if COLUMNS and SLIDING and EDGES:
             for side in tl.static_range(2):
                 outermost = W - 1 if side else 0
@@ -252,11 +243,23 @@ def grad_queries(
                     add_to_edge(table_sums, x, outermost, met, W, R)
         if NEED_R and (HAS_REL_QUERY or SLIDING):
             r_total *= number_from_bits(rel_scale, DTYPE)
+        head = anew(h)  # as above
         if HAS_REL_QUERY and NEED.REL_QUERY:
-            store_tile(head_at(gradients.rel_query, b, h), i, r_total, rows, R)
+            store_tile(head_at(gradients.rel_query, b, head), i, r_total, rows, R)
         if NEED.QUERY:
             if SLIDING or HAS_REL_QUERY or not NEED_R:
                 total *= number_from_bits(scale, DTYPE)
             if SLIDING and NEED_R and not HAS_REL_QUERY:
                 total += r_total
-            store_tile(head_at(gradients.q, b, h), i, total, rows, D)
+            store_tile(head_at(gradients.q, b, head), i, total, rows, D)
+        if COLUMNS and not SLIDING:  # last: the gradients of the queries take no registers any more
+            own = (head.to(tl.int64) * B + b) * groups + group
+            if NEED.BIAS:
+                add_to_bias(bias_sums + own * W, last.index, tl.sum(column_sums, 0), last.valid)
+            if NEED.TABLE:
+                tl.debug_barrier()
+                live = tl.abs(tl.load(row_at + plane + i, mask=rows, other=float("inf"))) < float("inf")  # not held
+                r_at = head_at(inputs.rel_query, b, head)
+                block = Block(load_own(r_at, first, x, live, R, CROWDED), r_at, first, live)
+                table_at = query_sums + own * R * W
+                add_products(table_at, block, narrow(column_sums, r.dtype), last, row, R, TILE.PIECE)

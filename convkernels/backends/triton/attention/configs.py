@@ -14,7 +14,8 @@ SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 class Shape:
     """What the choice depends on. rank: channels of what meets query_rel. window: columns of the tables. products:
     whether queries or keys are multiplied by tables. architecture: 10 times the major compute capability. small: the
-    least tiles, for tests of many of them. triton: its version."""
+    least tiles, for tests of many of them. triton: its version. simple: nothing is hidden or dropped, and there is no
+    key_rel, separate rel_query or depthwise term; they take registers."""
 
     channels: int
     rank: int
@@ -24,6 +25,7 @@ class Shape:
     architecture: int = 90
     small: bool = False
     triton: tuple[int, ...] = (3, 9)
+    simple: bool = False
 
     @property
     def padded(self) -> int:
@@ -42,6 +44,12 @@ class Shape:
     def crowded(self) -> bool:
         """Whether registers are short: an older Triton keeps there what a later loop needs."""
         return self.architecture == 90 and self.triton < (3, 9)
+
+    @property
+    def roomy(self) -> bool:
+        """Whether a program of 8 warps has the registers for 128 rows, two warpgroups with 64 each. With 64 rows both
+        make the same scores, since each has whole rows of them."""
+        return self.architecture == 90 and self.simple and self.window <= 32 and SIZES[self.dtype] == 2
 
     @property
     def row(self) -> int:
@@ -93,6 +101,8 @@ def forward(shape: Shape) -> Pairs:
     if SIZES[shape.dtype] > 2:
         return exact(shape)
     old = shape.in_registers
+    if shape.roomy and shape.padded <= 128:
+        return Pairs(128, 64, 32, 8, 3)
     if shape.padded > 128:
         return Pairs(32 if old and shape.products else 64, 32, 16, 8)
     if shape.sliding and shape.products:
@@ -116,6 +126,10 @@ def backward(shape: Shape, keys: bool) -> Pairs:
     if shape.padded > 128:
         kept = 32 if old else 64
         return Pairs(32, kept, 16, 8) if keys else Pairs(kept, 32, 16, 8)
+    if shape.roomy and not (wide and shape.crowded and (keys or shape.products)):
+        if keys:
+            return Pairs(32, 128, 16, 8) if wide else Pairs(64, 128, 32, 8)
+        return Pairs(128, 64, 32, 8)
     if old and keys:
         return Pairs(64, (16 if shape.products else 64) if wide else 32, 16, 8)
     if old:

@@ -12,10 +12,10 @@ from ..device import narrow, number_from_bits
 from .depthwise import convolved, head_depthwise
 from .scores import (
     columns_of_tile,
+    edge_of_columns,
     edge_of_rows,
     far_scores,
     head_terms,
-    near_products,
     near_scores,
     query_columns,
     query_edge,
@@ -115,12 +115,11 @@ def attention_forward(
         j = j_first + tl.arange(0, NEAR)
         keep = real_keys(mask, j, owner.other_begin, owner.other_end, HAS_MASK)
         keys = load_tile(k_at, j_first, d, keep, D, False)  # [NEAR, DP]
-        scores = near_products(queries, keys, key_scale, FLAGS, False, DTYPE)  # [BM, NEAR]
         offset = j[None, :] - place[:, None]
         seen = visible_pairs(offset, terms, CAUSAL, FLAGS.OUTSIDE) & keep[None, :]
         columns = columns_of_tile(whole, first, j_first, shift, terms, BM, TILE.WIDTH, FLAGS)
         pairs = Pairs(offset, seen, columns)
-        scores = near_scores(scores, r, keys, by_query, pairs, terms, key_scale, FLAGS, False, DTYPE)
+        scores = near_scores(queries, r, keys, by_query, pairs, terms, key_scale, FLAGS, False, DTYPE)
         scores = tl.where(seen, scores, float("-inf"))
         power, factor, top, total = add_scores(scores, tl.max(scores, 1), none, top, total)
         if FLAGS.DROPOUT:
@@ -137,12 +136,15 @@ def attention_forward(
         tl.debug_barrier()
         queries = load_tile(q_at, first, d, rows, D, False)
         r = queries
-        if FLAGS.HAS_QUERY_REL and EDGES:
+        if FLAGS.HAS_QUERY_REL and EDGES and SLIDING:
             r = load_tile(r_at, first, x, rows, FLAGS.R, False)
     before, after = none, none
     if QUERY_TERMS and EDGES:
-        before = query_edge(r, terms, 0, FLAGS, DTYPE)
-        after = query_edge(r, terms, W - 1, FLAGS, DTYPE)
+        if FLAGS.HAS_QUERY_REL and not SLIDING:  # where their products lie already
+            before, after = edge_of_columns(by_query, 0), edge_of_columns(by_query, W - 1)
+        else:
+            before = query_edge(r, terms, 0, FLAGS, DTYPE)
+            after = query_edge(r, terms, W - 1, FLAGS, DTYPE)
     edges_at = key_edges + (b.to(tl.int64) * H + h) * S
     for n in tl.range(0, far_tiles(ranges, BN // NEAR), disable_licm=not IN_REGISTERS):
         tile, is_before = far_tile(n, ranges, BN // NEAR)

@@ -37,9 +37,11 @@ class Call:
         packed = self.cu_seqlens_q is not None
         self.sequences = self.cu_seqlens_q.shape[0] - 1 if packed else None
         products = self.query_rel is not None or self.key_rel is not None
+        absent = (self.key_rel, self.rel_query, self.value_conv, self.value_conv_bias, mask, self.cu_seqlens_q)
+        simple = all(value is None for value in absent) and not (self.causal or self.dropout or self.outside != CLIP)
         self.shape = configs.Shape(
             self.D, self.R, self.W, dtype_name(q.dtype), products, architecture or architecture_of(q.device),
-            interpreting() and not q.is_meta, version(),
+            interpreting() and not q.is_meta, version(), simple,
         )  # fmt: skip
         # Triton up to 3.6 compiles no product of float64 matrices that depend on loads of fewer bits, masks included.
         self.wide = q.dtype == torch.float64

@@ -8,7 +8,7 @@ of all offsets of its pairs, each where it belongs. TRANSPOSED: tiles are [keys,
 import triton
 import triton.language as tl
 
-from ..device import take, widen
+from ..device import look_up, widen
 from .tiles import CLIP, LOG2E, Columns, Terms, exact_matrix, matrix
 
 
@@ -53,7 +53,7 @@ def columns_of_tile(
 
 @triton.jit
 def column_of_pairs(offset, base, terms, SLIDING: tl.constexpr, OUTSIDE: tl.constexpr):
-    """The column of a tile for each pair, and whether the pair has one."""
+    """The column of a tile for each pair, some column where it has none, and whether it has one."""
     if SLIDING:
         return offset - base, offset == offset
     inside = (offset >= -terms.left) & (offset <= terms.right)
@@ -105,6 +105,13 @@ def query_columns(r, columns, terms, FLAGS: tl.constexpr, TRANSPOSED: tl.constex
 
 
 @triton.jit
+def edge_of_columns(by_query, column):
+    """One of a whole table's columns from ``query_columns``, [queries]."""
+    index = tl.arange(0, by_query.shape[1])
+    return tl.sum(tl.where((index == column)[None, :], by_query, 0.0), 1)
+
+
+@triton.jit
 def key_columns(k, columns, terms, scale, D: tl.constexpr, TRANSPOSED: tl.constexpr, DTYPE: tl.constexpr):
     """What key_rel adds to the scores of each key: [keys, columns], or [columns, keys] if TRANSPOSED. Columns count as
     for queries; the key looks back at them."""
@@ -139,33 +146,43 @@ def products(queries, keys, FLAGS: tl.constexpr, TRANSPOSED: tl.constexpr, DTYPE
 
 
 @triton.jit
-def near_products(queries, keys, key_scale, FLAGS: tl.constexpr, TRANSPOSED: tl.constexpr, DTYPE: tl.constexpr):
-    """The scores of a near tile, still without the tables' terms."""
-    scores = products(queries, keys, FLAGS, TRANSPOSED, DTYPE)
-    if FLAGS.QK:
-        scores *= key_scale
-    return scores
-
-
-@triton.jit
-def near_scores(
-    scores, r, keys, held, pairs, terms, key_scale, FLAGS: tl.constexpr, TRANSPOSED: tl.constexpr, DTYPE: tl.constexpr
+def near_terms(
+    r, keys, held, pairs, terms, key_scale, FLAGS: tl.constexpr, TRANSPOSED: tl.constexpr, DTYPE: tl.constexpr
 ):
-    """The scores of a near tile, also of pairs that are hidden, from ``near_products``. held: the columns of the owner
-    (``query_columns``, if TRANSPOSED ``key_columns``), which unless SLIDING are the same for all its tiles."""
+    """What the tables add to the scores of a near tile, where there are any."""
     spot, inside = column_of_pairs(pairs.offset, pairs.columns.base, terms, FLAGS.SLIDING, FLAGS.OUTSIDE)
+    added = tl.zeros(pairs.offset.shape, DTYPE)
     if FLAGS.HAS_QUERY_REL:
         by_query = held
         if TRANSPOSED or FLAGS.SLIDING:
             by_query = query_columns(r, pairs.columns, terms, FLAGS, TRANSPOSED, DTYPE)
-        scores += take(by_query, spot, inside, 0 if TRANSPOSED else 1)
+        added = look_up(by_query, spot, inside, 0 if TRANSPOSED else 1)
     elif FLAGS.HAS_BIAS:
-        scores += bias_of_pairs(pairs, terms, FLAGS.OUTSIDE, DTYPE)
+        added = bias_of_pairs(pairs, terms, FLAGS.OUTSIDE, DTYPE)
     if FLAGS.HAS_KEY_REL:
         by_key = held
         if not TRANSPOSED or FLAGS.SLIDING:
             by_key = key_columns(keys, pairs.columns, terms, key_scale, FLAGS.D, not TRANSPOSED, DTYPE)
-        scores += take(by_key, spot, inside, 1 if TRANSPOSED else 0)
+        added += look_up(by_key, spot, inside, 1 if TRANSPOSED else 0)
+    return added
+
+
+@triton.jit
+def near_scores(
+    queries, r, keys, held, pairs, terms, key_scale, FLAGS: tl.constexpr, TRANSPOSED: tl.constexpr, DTYPE: tl.constexpr
+):
+    """The scores of a near tile, also of pairs that are hidden. held: the columns of the owner (``query_columns``, if
+    TRANSPOSED ``key_columns``), which unless SLIDING are the same for all its tiles."""
+    # The terms come first: of the layouts of two tiles that meet, Triton gives the later one's to the sums over rows.
+    # That in which columns are looked up has a row in all lanes of a warp, and five shuffles for each sum.
+    RELATIVE: tl.constexpr = FLAGS.HAS_BIAS or FLAGS.HAS_QUERY_REL or FLAGS.HAS_KEY_REL
+    if RELATIVE:
+        added = near_terms(r, keys, held, pairs, terms, key_scale, FLAGS, TRANSPOSED, DTYPE)
+    scores = products(queries, keys, FLAGS, TRANSPOSED, DTYPE)
+    if FLAGS.QK:
+        scores *= key_scale
+    if RELATIVE:
+        scores += added
     return scores
 
 
