@@ -67,6 +67,35 @@ def test_tiles_of_an_older_triton(channels):
             assert not replace(older, architecture=architecture).crowded
 
 
+@pytest.mark.parametrize("channels", [64, 128])
+def test_programs_of_128_rows(channels):
+    """On compute capability 9.0, for calls that need few registers beside the tiles; fewer in an older Triton."""
+    for products, window in ((False, 1), (True, 17)):
+        shape = configs.Shape(channels, channels, window, "bfloat16", products, simple=True)
+        assert configs.forward(shape).BM == configs.backward(shape, keys=False).BM == 128
+        assert configs.backward(shape, keys=True).BN == 128
+        older = replace(shape, triton=(3, 6))
+        assert configs.forward(older).BM == 128
+        assert (configs.backward(older, keys=False).BM == 128) == (channels == 64 or not products)
+        assert (configs.backward(older, keys=True).BN == 128) == (channels == 64)
+        for changes in ({"simple": False}, {"architecture": 100}, {"window": 33, "products": True}):
+            assert configs.backward(replace(shape, **changes), keys=False).BM == 64
+
+
+@pytest.mark.parametrize("channels", [64, 128])
+def test_results_of_programs_of_128_rows(channels, ops, monkeypatch):
+    if not ops.interpreted:
+        pytest.skip("on a GPU the tiles are those of its architecture")
+    from convkernels.backends.triton.attention import launch as attention_launch
+
+    monkeypatch.setattr(attention_launch, "interpreting", lambda: False)  # which takes the least tiles
+    problem = AttentionProblem(
+        batch=1, length=160, keys=160, groups=1, head_size=channels, left=8, right=8, seed=3, dtype=torch.bfloat16,
+        table_dtype=torch.bfloat16, bias=True, query_rel=1,
+    )  # fmt: skip
+    compare.attention_large(ops, problem)
+
+
 EDGES = {
     "one query": dict(length=1, keys=50),
     "one key": dict(length=50, keys=1),
