@@ -68,9 +68,8 @@ struct Borders {
     if (p.offsets == nullptr) return;
     const int64_t t = phase.position(n + threadIdx.x % kRun);
     const Sequence s = sequence_of(p, t);
-    whole = __all_sync(kAllLanes, !within(t, p.time) ||
-                                      (max(taps.source(t, 0), int64_t{0}) >= s.begin &&
-                                       min(taps.source(t, taps.taps - 1), p.time - 1) < s.end)) != 0;
+    whole = __all_sync(kAllLanes, !within(t, p.time) || (max(taps.source(t, 0), int64_t{0}) >= s.begin &&
+                                                         min(taps.source(t, taps.taps - 1), p.time - 1) < s.end)) != 0;
     if (whole) return;
     const int from = static_cast<int>(taps.first_inside(t, s.begin)), to = static_cast<int>(taps.last_inside(t, s.end));
 #pragma unroll

@@ -1,4 +1,4 @@
-// Included once per type, with CK_TYPE defined.
+// For all types: little code for each.
 #include "csrc/cuda/attention/families.h"
 #include "csrc/cuda/attention/instantiate/launch.cuh"
 #include "csrc/cuda/attention/plain_backward_keys.cuh"
@@ -40,6 +40,9 @@ const char* PlainAttention<T>::taps(const AttentionBackward& p, Stream stream) {
   return launch_blocks(attention_taps<T>, p.tap_parts * p.batch * p.heads, kSumThreads, 0, stream, p, tiles);
 }
 
-template struct PlainAttention<CK_TYPE>;
+template struct PlainAttention<float>;
+template struct PlainAttention<double>;
+template struct PlainAttention<bf16>;
+template struct PlainAttention<f16>;
 
 }  // namespace ck::cuda

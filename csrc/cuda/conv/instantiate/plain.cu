@@ -1,4 +1,4 @@
-// Included once per type, with CK_TYPE defined.
+// For all types: little code for each.
 #include "csrc/cuda/conv/families.h"
 #include "csrc/cuda/conv/plain_backward.cuh"
 #include "csrc/cuda/conv/step.cuh"
@@ -74,6 +74,9 @@ const char* PlainFamily<T>::step(const Step& p, const StepTiles& tiles, Stream s
                 static_cast<size_t>(tiles.shared_bytes), stream, p, tiles);
 }
 
-template struct PlainFamily<CK_TYPE>;
+template struct PlainFamily<float>;
+template struct PlainFamily<double>;
+template struct PlainFamily<bf16>;
+template struct PlainFamily<f16>;
 
 }  // namespace ck::cuda

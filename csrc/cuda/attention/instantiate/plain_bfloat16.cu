@@ -1,2 +1,0 @@
-#define CK_TYPE ck::bf16
-#include "csrc/cuda/attention/instantiate/plain.inc.cuh"

@@ -1,2 +1,0 @@
-#define CK_TYPE ck::f16
-#include "csrc/cuda/attention/instantiate/plain.inc.cuh"

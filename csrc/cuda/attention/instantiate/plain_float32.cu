@@ -1,2 +1,0 @@
-#define CK_TYPE float
-#include "csrc/cuda/attention/instantiate/plain.inc.cuh"

@@ -1,2 +1,0 @@
-#define CK_TYPE double
-#include "csrc/cuda/attention/instantiate/plain.inc.cuh"

@@ -1,2 +1,0 @@
-#define CK_TYPE double
-#include "csrc/cuda/conv/instantiate/plain.inc.cuh"
