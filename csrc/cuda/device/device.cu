@@ -1,4 +1,9 @@
 #include "csrc/cuda/device/device.h"
+
+#include <map>
+#include <mutex>
+#include <utility>
+
 #include "csrc/cuda/device/warpgroup.cuh"
 
 namespace ck::cuda {
@@ -14,6 +19,22 @@ CK_GLOBAL(32, 1) void sample() {
     CK_SHARED(volatile int, memory, 1);
     memory[0] = 0;
   }
+}
+
+// The limit is one for all threads of the host and only ever raised: lowered to what a launch needs, it could fall
+// between another thread's setting and launch.
+cudaError_t allow_shared_memory(const void* kernel, size_t bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, size_t> limits;
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  const std::lock_guard lock(mutex);
+  size_t& limit = limits[{device, kernel}];
+  if (bytes <= limit) return cudaSuccess;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error == cudaSuccess) limit = bytes;
+  return error;
 }
 #endif
 

@@ -5,10 +5,7 @@
 #include "csrc/common/taps.h"
 #include "csrc/cuda/device/primitives.cuh"
 
-#if defined(__CUDACC__)
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#else
+#if !defined(__CUDACC__)
 #include <bit>
 #include <cmath>
 #endif
@@ -20,7 +17,7 @@ CK_DEVICE float widen(float value) { return value; }
 CK_DEVICE float widen(bf16 value) { return __uint_as_float(uint32_t{value.bits} << 16); }
 CK_DEVICE float widen(f16 value) {
 #if defined(__CUDACC__)
-  return __half2float(__ushort_as_half(value.bits));
+  return widen_half(value.bits);
 #else
   return static_cast<float>(std::bit_cast<_Float16>(value.bits));
 #endif
@@ -41,7 +38,7 @@ CK_DEVICE float narrow<float>(float value) {
 template <>
 CK_DEVICE bf16 narrow<bf16>(float value) {
 #if defined(__CUDACC__)
-  return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
+  return {narrow_bits<bf16>(value)};
 #else
   const uint32_t bits = __float_as_uint(value);
   const uint32_t rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);
@@ -51,7 +48,7 @@ CK_DEVICE bf16 narrow<bf16>(float value) {
 template <>
 CK_DEVICE f16 narrow<f16>(float value) {
 #if defined(__CUDACC__)
-  return {__half_as_ushort(__float2half_rn(value))};
+  return {narrow_bits<f16>(value)};
 #else
   return {std::bit_cast<uint16_t>(static_cast<_Float16>(value))};
 #endif
@@ -61,13 +58,7 @@ CK_DEVICE f16 narrow<f16>(float value) {
 template <class T>
 CK_DEVICE uint32_t narrow_pair(float low, float high) {
 #if defined(__CUDACC__)
-  if constexpr (std::is_same_v<T, bf16>) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return uint32_t{__bfloat16_as_ushort(pair.x)} | uint32_t{__bfloat16_as_ushort(pair.y)} << 16;
-  } else {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return uint32_t{__half_as_ushort(pair.x)} | uint32_t{__half_as_ushort(pair.y)} << 16;
-  }
+  return narrow_two<T>(low, high);
 #else
   return uint32_t{narrow<T>(low).bits} | uint32_t{narrow<T>(high).bits} << 16;
 #endif
@@ -77,13 +68,7 @@ CK_DEVICE uint32_t narrow_pair(float low, float high) {
 template <class T>
 CK_DEVICE uint32_t not_finite_pair(uint32_t pair, uint32_t found) {
 #if defined(__CUDACC__)
-  const auto bits = [](auto both) { return *reinterpret_cast<uint32_t*>(&both); };
-  if constexpr (std::is_same_v<T, bf16>)
-    return bits(__hfma2(*reinterpret_cast<const __nv_bfloat162*>(&pair), __float2bfloat162_rn(0.0f),
-                        *reinterpret_cast<const __nv_bfloat162*>(&found)));
-  else
-    return bits(__hfma2(*reinterpret_cast<const __half2*>(&pair), __float2half2_rn(0.0f),
-                        *reinterpret_cast<const __half2*>(&found)));
+  return multiply_add_two<T>(pair, 0, found);
 #else
   const auto times_zero = [](uint32_t bits, uint32_t sum) {
     return 0.0f * widen(T{static_cast<uint16_t>(bits)}) + widen(T{static_cast<uint16_t>(sum)});

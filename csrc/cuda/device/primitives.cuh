@@ -25,8 +25,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <map>
-#include <mutex>
 #include <type_traits>
 #include <utility>
 
@@ -180,6 +178,43 @@ CK_DEVICE float fast_reciprocal(float x) {
   return y;
 }
 
+// Conversions to 16-bit numbers, to nearest, ties to even, and back, by their bits. cuda_fp16.h and cuda_bf16.h have
+// them too, and take longer to compile than everything else that most files include.
+CK_DEVICE float widen_half(uint16_t bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+template <class T>
+CK_DEVICE uint16_t narrow_bits(float value) {
+  uint16_t bits;
+  if constexpr (std::is_same_v<T, bf16>)
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  else
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+// Of two at a time, the first in the low half.
+template <class T>
+CK_DEVICE uint32_t narrow_two(float low, float high) {
+  uint32_t pair;
+  if constexpr (std::is_same_v<T, bf16>)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+// a b + c of two at a time.
+template <class T>
+CK_DEVICE uint32_t multiply_add_two(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t pair;
+  if constexpr (std::is_same_v<T, bf16>)
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(b), "r"(c));
+  else
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(b), "r"(c));
+  return pair;
+}
+
 // d += a b, with a of 16 x 16 and b of 16 x 8 numbers of type T.
 template <class T>
 CK_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -208,21 +243,8 @@ CK_DEVICE void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[4], const uint32_t
 }
 
 // Lets a kernel have so much dynamic shared memory: beyond 48 KB, of which static memory takes its part, it must be
-// asked for. The limit is one for all threads of the host and only ever raised: lowered to what a launch needs, it
-// could fall between another thread's setting and launch.
-inline cudaError_t allow_shared_memory(const void* kernel, size_t bytes) {
-  static std::mutex mutex;
-  static std::map<std::pair<int, const void*>, size_t> limits;
-  int device = 0;
-  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  const std::lock_guard lock(mutex);
-  size_t& limit = limits[{device, kernel}];
-  if (bytes <= limit) return cudaSuccess;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  if (error == cudaSuccess) limit = bytes;
-  return error;
-}
+// asked for.
+cudaError_t allow_shared_memory(const void* kernel, size_t bytes);
 
 // nullptr, or why the launch was refused. An error of the kernel itself appears later, as everywhere in CUDA.
 template <class... Parameters, class... Arguments>
