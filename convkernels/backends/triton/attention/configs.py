@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from ..host import ceil_div, power_of_2
 
 MATRIX = 16  # least side of a matrix unit's operand
+COLUMNS = 32  # of a tile of relative terms where programs have 128 rows
 PROGRAMS = 2048  # as many as keep the largest device busy, where programs have sums of tables of their own
 SUMS = 1 << 24  # about as many elements as these sums may have in all
 SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
@@ -49,7 +50,8 @@ class Shape:
     def roomy(self) -> bool:
         """Whether a program of 8 warps has the registers for 128 rows, two warpgroups with 64 each. With 64 rows both
         make the same scores, since each has whole rows of them."""
-        return self.architecture == 90 and self.simple and self.window <= 32 and SIZES[self.dtype] == 2
+        fits = self.padded <= 128 and self.window <= COLUMNS and SIZES[self.dtype] == 2
+        return self.architecture == 90 and self.simple and fits and not self.small
 
     @property
     def row(self) -> int:
@@ -80,7 +82,9 @@ class Pairs:
 def width(shape: Shape, pairs: Pairs, kept: int) -> int:
     """Columns of a tile of relative terms: the whole table's, or those of all offsets between the rows that a program
     keeps and NEAR others."""
-    return power_of_2(kept + pairs.NEAR) if shape.sliding else max(MATRIX, power_of_2(shape.window))
+    if shape.sliding:
+        return power_of_2(kept + pairs.NEAR)
+    return COLUMNS if shape.roomy else max(MATRIX, power_of_2(shape.window))  # with fewer the compiler spills
 
 
 def piece(shape: Shape, columns: int, kept: int) -> int:
@@ -101,7 +105,7 @@ def forward(shape: Shape) -> Pairs:
     if SIZES[shape.dtype] > 2:
         return exact(shape)
     old = shape.in_registers
-    if shape.roomy and shape.padded <= 128:
+    if shape.roomy:
         return Pairs(128, 64, 32, 8, 3)
     if shape.padded > 128:
         return Pairs(32 if old and shape.products else 64, 32, 16, 8)
