@@ -33,8 +33,9 @@ CUDA_MUTATIONS = [
     Mutation(
         "shuffle with the wrong lane",
         "csrc/cuda/device/reduce.cuh",
-        "value += __shfl_xor_sync(kAllLanes, value, distance);",
-        "value += __shfl_xor_sync(kAllLanes, value, distance > 1 ? distance : 2);",
+        "distance = width / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);",
+        "distance = width / 2; distance > 0; distance /= 2)\n"
+        "    value += __shfl_xor_sync(kAllLanes, value, distance > 1 ? distance : 2);",
     ),
     Mutation(
         "shuffle that waits for lanes that are not there",
@@ -133,10 +134,16 @@ CUDA_MUTATIONS = [
         "  if (p.per_position) {",
     ),
     Mutation(
+        "borders of packed sequences from a neighbouring row",
+        "csrc/cuda/conv/ring.cuh",
+        "first[i] = __shfl_sync(kAllLanes, from, i);",
+        "first[i] = __shfl_sync(kAllLanes, from, (i + 1) % kRun);",
+    ),
+    Mutation(
         "rows: logits not waited for",
         "csrc/cuda/conv/rows.cuh",
-        "      if (k >= 0) issue_filters(k + 1);\n      issue(k + window + kAhead - 1);",
-        "      issue(k + window + kAhead - 1);\n      if (k >= 0) issue_filters(k + 1);",
+        "      if (k >= -1) issue_filters(k + 1);\n      issue(k + window + kAhead - 1);",
+        "      issue(k + window + kAhead - 1);\n      if (k >= -1) issue_filters(k + 1);",
     ),
     Mutation(
         "rows: logits copied over filters that are in use",
