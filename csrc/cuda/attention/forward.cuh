@@ -191,7 +191,7 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
             const PairTile<Side::kQueries, kKeys> pairs(p, tile, i0, j0);
             ScoreTerms terms;
             if (all_far || (kM > 1 && edges == nullptr && pairs.far(real)))
-              terms = far_scores(rel, pairs.is_left() ? 0 : 1, left[m], right[m]);
+              terms = far_scores(t, pairs.is_left() ? 0 : 1, left[m], right[m]);
             else
               terms = near_scores(s[m], rel, pairs, real, left[m], right[m],
                                   PitchedRows<T>{r_rows + (own + 16 * m) * rel_pitch, rel_pitch},

@@ -45,7 +45,7 @@ CK_DEVICE void copy_rows(T* to, int pitch, const HeadRows& t, int64_t b, int64_t
   if (c >= padded) return;
   const unsigned valid = c < channels ? there >> row : 0;
   const T* from = at<T>(t, b, 0, h) + int64_t{first + row} * t.time;
-  const int64_t stride = step * t.time;
+  const int64_t stride = static_cast<unsigned>(step) * t.time;  // without a register for the sign
   T* out = to + row * pitch + c;
   if (vectors) {
     from += c;
@@ -286,6 +286,13 @@ CK_DEVICE void add_rows(float* sums, int pitch, const float (&acc)[D / 8][4], fl
   each_piece<D, D / 8>(all, [&](int c) {
     for (int e = 0; e < 4; ++e)
       sums[(lane / 4 + e / 2 * 8) * pitch + 8 * c + lane % 4 * 2 + e % 2] += acc[c][e] * factor;
+  });
+}
+// Adds 16 rows of sums to a warp's accumulators.
+template <int D>
+CK_DEVICE void take_rows(float (&acc)[D / 8][4], const float* sums, int pitch, bool all, int lane) {
+  each_piece<D, D / 8>(all, [&](int c) {
+    for (int e = 0; e < 4; ++e) acc[c][e] += sums[(lane / 4 + e / 2 * 8) * pitch + 8 * c + lane % 4 * 2 + e % 2];
   });
 }
 

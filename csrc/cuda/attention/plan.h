@@ -102,6 +102,8 @@ constexpr int kGradRows = 16 * kTensorWarps, kGradOthers = 32;
 // Gradients of windows up to this size stay in shared memory until the walk over all keys, or queries, is done.
 constexpr int64_t kWholeStrip = 64;
 
+constexpr int kWarpTileBytes = 96;  // of a warp's WarpTile
+
 // others: those that a block meets at a time.
 CK_HD constexpr int64_t grad_pitch_of(int64_t window, int64_t others) {
   const int64_t met = others + 15;
@@ -181,9 +183,10 @@ inline bool is_wide(const AttentionFacts& f, const AttentionPlan& plan) {
   return plan.kernel_channels * size_of(f.dtype) > kNarrowHead;
 }
 
-// Whether the sums of warps lie where the others' rows lay: in wide heads, if nothing is added before the walk is done.
+// Whether the sums of warps lie where the others' rows lay: if they fit and nothing is added before the walk is done.
 inline bool sums_in_ring(const AttentionFacts& f, const AttentionPlan& plan, bool keys) {
-  return is_wide(f, plan) && (keys ? !f.key_rel : !f.relative || f.window <= kWholeStrip);
+  if (keys) return !f.key_rel || f.window <= kWholeStrip;
+  return (!f.relative || f.window <= kWholeStrip) && padded_rank(f, plan.channels) <= plan.kernel_channels;
 }
 
 inline int64_t backward_bytes(const AttentionFacts& f, const AttentionPlan& plan, bool keys) {
@@ -192,8 +195,9 @@ inline int64_t backward_bytes(const AttentionFacts& f, const AttentionPlan& plan
   const int64_t own = kGradRows * (2 * row + (keys ? 0 : rel_row));
   const int64_t others = 2 * kGradOthers * (2 * row + (keys ? rel_row : 0));
   const int64_t sums = sums_in_ring(f, plan, keys) ? 0 : (keys || rank < plan.channels ? plan.channels : rank) + 4;
-  return own + others + (keys ? 4 * 2 * 4 * kGradOthers : 0) +
-         4 * kTensorWarps * 16 * (plan.strip_pitch + plan.grad_pitch + sums);
+  const int64_t grads = keys && !f.key_rel ? 0 : plan.grad_pitch;
+  return own + others + kTensorWarps * kWarpTileBytes + (keys ? 4 * 2 * 4 * kGradOthers : 0) +
+         4 * kTensorWarps * 16 * (plan.strip_pitch + grads + sums);
 }
 
 // Whether there are kernels for warpgroups, if shared memory suffices.
@@ -240,7 +244,9 @@ inline AttentionPlan tensor_plan(const AttentionFacts& f, bool backward) {
   const int64_t edges = has_warpgroups(f, plan) ? 2 : 0;
   if (backward) {
     plan.strip_pitch = f.relative ? strip_pitch_of(f.window + edges, kGradOthers) : 0;
-    plan.grad_pitch = f.relative ? grad_pitch_of(f.window, kGradOthers) : 0;
+    // One column for each that the window has, or pairs of a tile have.
+    const int64_t met = kGradOthers + 15;
+    plan.grad_pitch = f.relative ? (f.window <= kWholeStrip || f.window < met ? f.window : met) | 1 : 0;
     plan.shared_bytes = backward_bytes(f, plan, false);
     plan.key_shared_bytes = backward_bytes(f, plan, true);
   } else {

@@ -64,9 +64,8 @@ struct ScoreTerms {
 // Where all pairs attend and lie on one side of the window (PairTile::far), nothing is done pair by pair: what the own
 // positions add there, `left` or `right`, is constant. side: -1 where there is no window. What the others add
 // (rel.edges) is left to the caller.
-template <class T>
-CK_DEVICE ScoreTerms far_scores(const Relative<T>& rel, int side, const float (&left)[2], const float (&right)[2]) {
-  ScoreTerms terms{rel.t.score_factor, {}, side, kEveryPair};
+CK_DEVICE ScoreTerms far_scores(const TensorTables& t, int side, const float (&left)[2], const float (&right)[2]) {
+  ScoreTerms terms{t.score_factor, {}, side, kEveryPair};
   for (int half = 0; half < 2; ++half) terms.added[half] = side == 0 ? left[half] : right[half];
   return terms;
 }

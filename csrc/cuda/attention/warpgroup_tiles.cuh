@@ -182,7 +182,7 @@ CK_DEVICE void fill_whole_strip(float (&left)[2], float (&right)[2], const Relat
 template <class T, int kKeys>
 CK_DEVICE ScoreTerms far_tile_scores(float (&s)[kKeys / 8][4], const Relative<T>& rel, bool is_left, int j0,
                                      const float (&left)[2], const float (&right)[2]) {
-  ScoreTerms terms = far_scores(rel, is_left ? 0 : 1, left, right);
+  ScoreTerms terms = far_scores(rel.t, is_left ? 0 : 1, left, right);
   if (rel.edges != nullptr) {
     const float* const added = rel.edges + (is_left ? 0 : rel.p.keys) + j0 + rel.lane % 4 * 2;
 #pragma unroll
