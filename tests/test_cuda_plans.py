@@ -272,16 +272,16 @@ def test_unknown_facts_of_attention_are_refused():
 
 
 def wide_bytes(backward, size, channels, rank, window, stages):
-    """Shared memory of the tensor kernels with more than 256 bytes of channels and no key_rel: 64 rows of a block (and
-    of their gradients), stages of 32 rows of two others, strips, and sums of 16 rows where they do not lie in the
-    stages. size: of a number."""
+    """Shared memory of the tensor kernels with 256 bytes of channels or more and no key_rel: 64 rows of a block (and
+    of their gradients), stages of 32 rows of two others, strips, 96 bytes of each warp, and sums of 16 rows where they
+    do not lie in the stages. size: of a number."""
     row, rank_row = size * (-(-channels // 64) * 64) + 16, size * (-(-rank // 16) * 16) + 16 if rank else 0
     columns = -(-min(window, 32 + 15) // 8) * 8 + 1 if window > 1 else 0
     if not backward:
         return 64 * (row + rank_row) + 64 * stages * row + 256 * columns
-    grads = -(-(window if window <= 64 else 32 + 15) // 16) * 16 + 1 if window > 1 else 0
+    grads = (window if window <= 64 else 32 + 15) | 1 if window > 1 else 0
     sums = max(-(-channels // 32) * 32, -(-rank // 16) * 16) + 4 if window > 64 else 0
-    return 64 * rank_row + 256 * row + 256 * (columns + grads) + max(256 * sums, 1024)
+    return 64 * rank_row + 256 * row + 4 * 96 + 256 * columns + max(256 * (grads + sums), 1024)
 
 
 @pytest.mark.parametrize("memory", [LARGEST, LARGE, SMALL])
@@ -308,10 +308,26 @@ def test_wide_heads_of_attention_take_tensor_cores_where_they_fit(backward, memo
             assert chosen["kernel_channels"] == -(-channels // 64) * 64, (facts, chosen)
             assert max(chosen["shared_bytes"], chosen["key_shared_bytes"]) == needed or chosen["resident"], facts
     assert set(families) == ({"plain"} if backward and memory == SMALL else {"plain", "tensor"})
-    # The tables of keys are added to while the walk goes on: sums of their own.
-    facts = {"channels": 256, "relative": True, "window": 17, "block_memory": LARGE}
-    assert attention_plan(True, **facts)["family"] == "tensor"
-    assert attention_plan(True, **facts, key_rel=True)["family"] == "plain"
+    # The gradients of a table of keys take a strip. Of more than 64 columns they are added up while the walk goes on,
+    # in sums of their own.
+    for window, numbers in ((17, 17), (65, 47 + 256 + 4)):
+        facts = {"channels": 256, "relative": True, "window": window, "block_memory": LARGEST}
+        without, keys = (attention_plan(True, **facts, key_rel=key_rel) for key_rel in (False, True))
+        assert without["family"] == keys["family"] == "tensor"
+        assert keys["key_shared_bytes"] - without["key_shared_bytes"] == 256 * numbers
+
+
+# Kilobytes of a multiprocessor, of which each block takes one.
+@pytest.mark.parametrize("memory", [164, 228])
+def test_two_blocks_of_backward_passes_fit_on_tensor_cores(memory):
+    """With 128 channels in 16 bits, or 64 in float32."""
+    for (dtype, channels), (window, key_rel) in itertools.product(
+        (("bfloat16", 128), ("float32", 64)), ((1, False), (17, False), (17, True))
+    ):
+        facts = {"channels": channels, "dtype": dtype, "relative": window > 1, "window": window, "key_rel": key_rel}
+        chosen = attention_plan(True, **facts, warpgroups=False)
+        assert chosen["family"] == "tensor"
+        assert 2 * (max(chosen["shared_bytes"], chosen["key_shared_bytes"]) + 1024) <= memory << 10, (facts, chosen)
 
 
 @pytest.mark.parametrize("backward", [False, True])

@@ -110,7 +110,7 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
     cp_async_wait<0>();
     __syncthreads();
 
-    const bool works = own < tile.count;
+    const auto works = [&] { return own < tile.count; };  // found anew
     const int row = lane / 4;
     float left[2], right[2], lse[2], delta[2] = {}, outer[2][2] = {}, grad_q[D / 8][4];
     set_zero(grad_q);
@@ -179,7 +179,7 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
         __syncthreads();
         const T* const k_rows = ring + stage * 2 * kKeys * kPitch;
         const T* const v_rows = k_rows + kKeys * kPitch;
-        if (works) {
+        if (works()) {
           float s[kKeys / 8][4] = {}, ds[kKeys / 8][4];
           if (p.qk) multiply_pairs<T, D, kKeys>(s, q_rows + own * kPitch, k_rows, kPitch, all, lane);
           const auto multiply_values = [&] {
@@ -229,7 +229,7 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
         set_zero(grad_q);
       }
     }
-    if (!works || !p.needs_queries()) continue;
+    if (!works() || !p.needs_queries()) continue;
     if (in_ring) clear_sums();
     if (has_strip) grad_strip().finish(outer, p.clips());
     float* const sums = sums_of(opaque(warp));

@@ -45,10 +45,10 @@ CK_DEVICE void copy_rows(T* to, int pitch, const HeadRows& t, int64_t b, int64_t
   if (c >= padded) return;
   const unsigned valid = c < channels ? there >> row : 0;
   const T* from = at<T>(t, b, 0, h) + int64_t{first + row} * t.time;
-  const int64_t stride = static_cast<unsigned>(step) * t.time;  // without a register for the sign
+  const int64_t stride = static_cast<unsigned>(step) * t.time;  // offsets without a register for the sign
   T* out = to + row * pitch + c;
   if (vectors) {
-    from += c;
+    from += static_cast<unsigned>(c);
 #pragma unroll 4
     for (int r = 0; r < 32; r += step, from += stride, out += step * pitch)
       cp_async<16>(out, from, (valid >> r & 1u) != 0);
