@@ -28,8 +28,8 @@ ATTENTION = tuple(
 )
 BANDED = ("band_forward", "band_backward", *ATTENTION)
 STREAMING = (*(f"{f}_{d}" for f in ("stream", "time", "rows") for d in ("forward", "backward")), *BANDED)
-# Sums of 128 channels for two gradients, or of 192 and 256 for one, do not all fit into registers; the forward pass,
-# which may walk over the keys twice, keeps some bytes. The budget has the bytes of each.
+# In float32 products take twice the registers: besides the sums of 128 channels not all fits. The budget has the bytes
+# of each.
 SPILLING = ("attention_backward_keys", "attention_backward_queries", "attention_forward")
 
 

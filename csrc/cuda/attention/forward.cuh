@@ -144,12 +144,12 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
         rel.query_edges(left[m], right[m], PitchedRows<T>{r_rows + (own + 16 * m) * rel_pitch, rel_pitch});
       }
       const FarTiles<Side::kQueries, kKeys, 16 * kM> far(p, tile, tile.first + own);
-      // Up to 64 channels of the warp's queries fit into registers.
-      constexpr bool kKept = D <= 64;
-      Two<T> kept_q[kKept ? D / 16 : 1][kM][4];
-      if constexpr (kKept)
+      // As many times 16 channels of the warp's queries as fit into registers.
+      constexpr int kKept = D > 64 ? 0 : sizeof(T) == 2 ? D / 16 : 2;
+      Two<T> kept_q[kKept > 0 ? kKept : 1][kM][4];
+      if constexpr (kKept > 0)
 #pragma unroll
-        for (int k = 0; k < D / 16; ++k)
+        for (int k = 0; k < kKept; ++k)
           for (int m = 0; m < kM; ++m) load_left(kept_q[k][m], q_rows + (own + 16 * m) * kPitch + 16 * k, kPitch, lane);
 
 #pragma unroll 1
@@ -169,11 +169,11 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
           if (p.qk) {
             each_piece<D, D / 16>(all, [&](int k) {
               Two<T> loaded[kM][4];
-              if constexpr (!kKept)
+              if (k >= kKept)
 #pragma unroll
                 for (int m = 0; m < kM; ++m)
                   load_left(loaded[m], q_rows + (own + 16 * m) * kPitch + 16 * k, kPitch, lane);
-              const auto& a = kKept ? kept_q[k] : loaded;
+              const auto& a = k < kKept ? kept_q[k] : loaded;
 #pragma unroll
               for (int x = 0; x < kKeys / 16; ++x) {
                 Two<T> right_rows[2][2];

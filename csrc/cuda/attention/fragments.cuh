@@ -56,7 +56,7 @@ CK_DEVICE void copy_rows(T* to, int pitch, const HeadRows& t, int64_t b, int64_t
 #pragma unroll 1
     for (int r = 0; r < 32; r += step, from += stride, out += step * pitch)
       for (int e = 0; e < kVector<T>; ++e)
-        out[e] = (valid >> r & 1u) != 0 && c + e < channels ? from[(c + e) * t.channel] : T{0};
+        out[e] = (valid >> r & 1u) != 0 && c + e < channels ? from[static_cast<unsigned>(c + e) * t.channel] : T{0};
   }
 }
 

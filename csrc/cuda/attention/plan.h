@@ -72,7 +72,7 @@ constexpr int64_t kPlainKeyNumbers =
 constexpr int kTensorWarps = 4, kTensorThreads = 32 * kTensorWarps;
 constexpr int64_t kTensorRank = 128, kResidentKeys = 256;  // at most
 // Bytes of a head's channels, at most. With more than kNarrowHead it is wide: sums of two gradients do not fit into
-// registers, nor those of all warps into shared memory besides its rows.
+// registers.
 constexpr int64_t kTensorHead = 512, kNarrowHead = 256;
 template <class T>
 constexpr int kTensorChannels = static_cast<int>(kTensorHead / sizeof(T));
