@@ -189,7 +189,7 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
           const PairTile<Side::kQueries, kKeys> pairs(p, tile, queries.own, j0);
           ScoreTerms terms;
           if (queries.far.has(j0, real == ~0u)) {
-            terms = far_scores(t, pairs.is_left() ? 0 : 1, left, right);
+            terms = far_scores(t, queries.far.is_left(j0) ? 0 : 1, left, right);
           } else {
             terms = near_scores(s, relative(), pairs, real, left, right,
                                 PitchedRows<T>{r_rows + own * rel_pitch, rel_pitch}, PitchedRows<T>{k_rows, kPitch});
