@@ -277,6 +277,12 @@ CUDA_MUTATIONS = [
         "          store_scalars(1 - stage, coming);\n",
     ),
     Mutation(
+        "attention: no barrier before sums of a head are overwritten, backward",
+        "csrc/cuda/attention/backward_keys.cuh",
+        "sum_pitch, all, lane);\n          }\n          __syncthreads();\n",
+        "sum_pitch, all, lane);\n          }\n",
+    ),
+    Mutation(
         "attention: the last column taken for the edge",
         "csrc/cuda/attention/scores.cuh",
         "is_right = all_right || c >= W;",
