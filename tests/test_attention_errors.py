@@ -36,7 +36,7 @@ BAD = [
     ({"v": r(B, T, 2, D).half()}, TypeError, "v", "dtype of q", "float16"),
     ({"v": r(B, T, 2, D, device="meta")}, ValueError, "v", "on cpu, where q is", "on meta"),
     ({"bias": r(H, 3).tolist()}, TypeError, "bias", "a tensor or None", "list"),
-    ({"bias": r(3)}, ValueError, "bias", "at least one column", r"shape \[3\]"),
+    ({"bias": r(3)}, ValueError, "bias", "two dimensions or more", r"shape \[3\]"),
     ({"bias": r(H + 1, 3)}, ValueError, "bias", r"\[H,W\] = \[4, 3\]", r"\[5, 3\]"),
     ({"bias": r(H, 4)}, ValueError, "window", r"\(left, right\), because bias has an even number of columns", "None"),
     ({"bias": r(H, 3).double()}, TypeError, "bias", "not float64, because q is torch.float32", "float64"),

@@ -213,6 +213,14 @@ def test_streaming_equals_one_run(function, mode, taps, sizes, backend):
     torch.testing.assert_close(state, final, **TOLERANCE[torch.float64])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_state_of_gated_rows_is_rounded_once(dtype, backend):
+    t = tensors("lightweight", 5, dtype)
+    _, state = ck.lightweight_conv1d(**t, padding="causal", return_state=True, backend=backend)
+    z = t["x"].float() * torch.sigmoid(t["gate"].float())
+    assert torch.equal(state, z[:, -4:].to(dtype))
+
+
 @pytest.mark.parametrize("dtype_of_bounds", [torch.int32, torch.int64])
 @pytest.mark.parametrize("padding", ["same", "causal", 1])
 @pytest.mark.parametrize(("function", "mode"), CASES)

@@ -105,7 +105,9 @@ def reach(function: str, window, outside, tables: dict) -> tuple[int, int]:
     for argument, value in tables.items():
         if value is not None:
             tensor(function, argument, value, optional=True)
-            if value.dim() < 2 or value.shape[-1] == 0:
+            if value.dim() < 2:
+                fail(function, argument, "two dimensions or more, the last one of W columns", value)
+            if value.shape[-1] == 0:
                 fail(function, argument, "at least one column, W >= 1, in its last dimension", value)
             given.append((argument, value.shape[-1]))
     if not isinstance(outside, str):

@@ -261,7 +261,10 @@ def _final_state(args: TapConv, S: int) -> Tensor:
         index = source.clamp(0, T - 1)
         return value[:, index[0]] if cu_seqlens is None else value[0, index]
 
-    z = reference.gated_input(gather(x), gather(args.gate), gather(args.mask))
+    # Rounded once, like the rows that steps make.
+    wide = x.dtype if args.gate is None else _dtypes.accumulate_dtype(x.dtype)
+    gate = None if args.gate is None else gather(args.gate).to(wide)
+    z = reference.gated_input(gather(x).to(wide), gate, gather(args.mask)).to(x.dtype)
     if initial_state is None:
         before = torch.zeros_like(z)
     else:
