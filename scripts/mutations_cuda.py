@@ -52,8 +52,8 @@ CUDA_MUTATIONS = [
     Mutation(
         "plain: filters read before all warps have made theirs",
         "csrc/cuda/conv/plain.cuh",
-        "statistics, anywhere).value();\n    }\n    __syncthreads();",
-        "statistics, anywhere).value();\n    }",
+        "pitch + j] = value; });\n    __syncthreads();",
+        "pitch + j] = value; });",
     ),
     Mutation(
         "plain: a run whose last row does not exist taken to be whole",
@@ -99,9 +99,9 @@ CUDA_MUTATIONS = [
     ),
     Mutation(
         "copies not waited for",
-        "csrc/cuda/conv/stream.cuh",
-        "      cp_async_wait<kAhead - 1>();",
-        "      cp_async_wait<kAhead + 1>();",
+        "csrc/cuda/conv/walk.cuh",
+        "cp_async_wait<kCopies - 1>();",
+        "cp_async_wait<kCopies + 1>();",
     ),
     Mutation(
         "no barrier after the copies of other threads",
@@ -141,9 +141,9 @@ CUDA_MUTATIONS = [
     ),
     Mutation(
         "rows: logits not waited for",
-        "csrc/cuda/conv/rows.cuh",
-        "      if (k >= -1) issue_filters(k + 1);\n      issue(k + window + kAhead - 1);",
-        "      issue(k + window + kAhead - 1);\n      if (k >= -1) issue_filters(k + 1);",
+        "csrc/cuda/conv/walk.cuh",
+        "if (k >= -1) also(k + 1);",
+        "if (k >= 0) also(k);",
     ),
     Mutation(
         "rows: logits copied over filters that are in use",

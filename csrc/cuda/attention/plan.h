@@ -104,10 +104,13 @@ constexpr int64_t kWholeStrip = 64;
 
 constexpr int kWarpTileBytes = 96;  // of a warp's WarpTile
 
-// others: those that a block meets at a time.
+// One column of gradients for each that the window has, or that pairs of a tile have. others: those that a block meets
+// at a time.
+CK_HD constexpr int64_t grad_columns(int64_t window, int64_t others) {
+  return window <= kWholeStrip || window < others + 15 ? window : others + 15;
+}
 CK_HD constexpr int64_t grad_pitch_of(int64_t window, int64_t others) {
-  const int64_t met = others + 15;
-  return round_to(window <= kWholeStrip || window < met ? window : met, 16) + 1;
+  return round_to(grad_columns(window, others), 16) + 1;
 }
 
 inline int64_t padded_rank(const AttentionFacts& f, int64_t channels) {
@@ -244,9 +247,7 @@ inline AttentionPlan tensor_plan(const AttentionFacts& f, bool backward) {
   const int64_t edges = has_warpgroups(f, plan) ? 2 : 0;
   if (backward) {
     plan.strip_pitch = f.relative ? strip_pitch_of(f.window + edges, kGradOthers) : 0;
-    // One column for each that the window has, or pairs of a tile have.
-    const int64_t met = kGradOthers + 15;
-    plan.grad_pitch = f.relative ? (f.window <= kWholeStrip || f.window < met ? f.window : met) | 1 : 0;
+    plan.grad_pitch = f.relative ? grad_columns(f.window, kGradOthers) | 1 : 0;
     plan.shared_bytes = backward_bytes(f, plan, false);
     plan.key_shared_bytes = backward_bytes(f, plan, true);
   } else {

@@ -99,15 +99,10 @@ CK_DEVICE void make_filters(const Problem& p, const BandMatrix& matrix, const Fi
 // Filters that positions share: each tap is put into all rows. Once per block, so in little code.
 template <class Unit>
 CK_DEVICE void make_shared_filters(const Problem& p, const BandMatrix& matrix, const Unit& unit) {
-  const FilterAt at(p, unit.owner, 0, unit.head);
-  const Sequence anywhere{0, 0, 0, kUnbounded};
-  const Statistics<float> statistics = warp_statistics<float>(p, at, 0, unit.lane, anywhere);
+  for_shared_taps<float>(p, FilterAt(p, unit.owner, 0, unit.head), [&](int64_t j, float value) {
 #pragma unroll 1
-  for (int j = unit.lane; j < static_cast<int>(p.taps.taps); j += 32) {
-    const float value = tap_of(p, at, 0, j, statistics, anywhere).value();
-#pragma unroll 1
-    for (int row = 0; row < kBandTile; ++row) matrix.put(row, j, value);
-  }
+    for (int row = 0; row < kBandTile; ++row) matrix.put(row, static_cast<int>(j), value);
+  });
 }
 
 // Logits in memory, or their gradients; strides in elements.

@@ -109,4 +109,14 @@ CK_DEVICE Statistics<C> warp_statistics(const Problem& p, const FilterAt& f, int
   return lane_sum(any ? 1 : 0, width) > 0 ? Statistics<C>{highest, 1 / total} : Statistics<C>{0, 0};
 }
 
+// Calls use(j, value) for the taps of a filter that positions share, a lane for each tap. By the warp.
+template <class C, class Use>
+CK_DEVICE void for_shared_taps(const Problem& p, const FilterAt& f, const Use& use) {
+  const Sequence anywhere{0, 0, 0, kUnbounded};
+  const int lane = threadIdx.x % 32;
+  const Statistics<C> statistics = warp_statistics<C>(p, f, 0, lane, anywhere);
+#pragma unroll 1
+  for (int64_t j = lane; j < p.taps.taps; j += 32) use(j, tap_of(p, f, 0, j, statistics, anywhere).value());
+}
+
 }  // namespace ck::cuda

@@ -85,16 +85,10 @@ struct PlainFilters {
   // By the block.
   CK_DEVICE void fill(const Problem& p, int64_t b, int64_t c0) const {
     if (!used) return;
-    const int lane = threadIdx.x % 32;
     const int64_t first = c0 / p.head_channels(), last = (min(c0 + 32, p.channels) - 1) / p.head_channels();
-    const Sequence anywhere{0, 0, 0, kUnbounded};
     __syncthreads();  // those before have been read
-    for (int64_t h = first + threadIdx.x / 32; h <= last; h += kPlainWarps) {
-      const FilterAt f(p, b, 0, h);
-      const Statistics<C> statistics = warp_statistics<C>(p, f, 0, lane, anywhere);
-      for (int64_t j = lane; j < p.taps.taps; j += 32)
-        values[(h - first) * pitch + j] = tap_of(p, f, 0, j, statistics, anywhere).value();
-    }
+    for (int64_t h = first + threadIdx.x / 32; h <= last; h += kPlainWarps)
+      for_shared_taps<C>(p, FilterAt(p, b, 0, h), [&](int64_t j, C value) { values[(h - first) * pitch + j] = value; });
     __syncthreads();
   }
 

@@ -34,12 +34,7 @@ void rows_forward(const CK_PARAM Forward p, const CK_PARAM Columns columns, int 
 
   for (Run run; work.next(run);) {
     const Reach reach(p.taps, run.phase);
-    const int64_t n0 = run.start * kChunk, m0 = n0 + reach.offset;
-    const auto issue = [&](int64_t chunk) {
-      if (chunk < run.count + window - 1)
-        input.issue(p, reach.to, run.b, m0 + chunk * kChunk, chunk, rows_reached(p.taps, run.count, chunk), work);
-      cp_async_commit();
-    };
+    const int64_t n0 = run.start * kChunk;
     // Where a warp has the filters of its rows of a chunk.
     const auto own_filters = [&](int64_t chunk) {
       return static_cast<int>(static_cast<uint32_t>(chunk) % kSlots) * kChunk + warp * kRun;
@@ -49,24 +44,8 @@ void rows_forward(const CK_PARAM Forward p, const CK_PARAM Columns columns, int 
       filters.copy(p, reach.from, run.b, n0 + chunk * kChunk + warp * kRun, h0, own_filters(chunk), kRun);
       cp_async_commit();
     };
-    __syncthreads();  // the run before this one has been read
-    // As in stream_forward.
-    const int first = kGate ? 1 - window : 0;
-    for (int64_t k = 1 - window - kAhead; k < run.count; ++k) {
+    input.for_chunks(p, reach, run, window, work, issue_filters, [&](int64_t k) {
       const int64_t n = n0 + k * kChunk + warp * kRun;
-      if (k >= first) {
-        // All but the last inputs that were asked for, and so the logits, which are asked for before them.
-        cp_async_wait<kAhead - 1>();
-        __syncthreads();
-      }
-      if (k >= -1) issue_filters(k + 1);
-      issue(k + window + kAhead - 1);
-      if constexpr (kGate)
-        if (k >= first) {
-          input.gate(k + window - 1, lane, warp);
-          __syncthreads();
-        }
-      if (k < 0) continue;
       filters.make(p, reach.from, run.b, n, h0, own_filters(k), common);
       __syncwarp();
       Quad total[kRun] = {};
@@ -84,7 +63,7 @@ void rows_forward(const CK_PARAM Forward p, const CK_PARAM Columns columns, int 
                     }
                   });
       store_output<T>(p, total, bias, reach.from, run.b, n, work, quad);
-    }
+    });
   }
 }
 

@@ -27,29 +27,24 @@ struct FilterTable {
   float* values;
 
   CK_DEVICE void fill(const Problem& p, int64_t owner, int64_t c0) const {
-    const int64_t R = p.head_channels(), K = p.taps.taps, end = min(c0 + kLaneRow, p.channels);
-    const Sequence anywhere{0, 0, 0, kUnbounded};
+    const int64_t R = p.head_channels(), end = min(c0 + kLaneRow, p.channels);
     if constexpr (kShared) {
-      const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll 1
-      for (int64_t h = c0 / R + warp; h * R < end; h += kStreamWarps) {
-        const FilterAt f(p, owner, 0, h);
-        const Statistics<float> statistics = warp_statistics<float>(p, f, 0, lane, anywhere);
+      for (int64_t h = c0 / R + threadIdx.x / 32; h * R < end; h += kStreamWarps) {
         const int64_t first = (max(h * R, c0) - c0) / kQuad, last = (min((h + 1) * R, end) - c0) / kQuad;
-#pragma unroll 1
-        for (int64_t j = lane; j < K; j += 32) {
-          const float value = tap_of(p, f, 0, j, statistics, anywhere).value();
+        for_shared_taps<float>(p, FilterAt(p, owner, 0, h), [&](int64_t j, float value) {
 #pragma unroll 1
           for (int64_t q = first; q < last; ++q) values[j * kPitch + q] = value;
-        }
+        });
       }
     } else {
       const int64_t c = c0 + threadIdx.x;
       if (c >= end) return;
+      const Sequence anywhere{0, 0, 0, kUnbounded};
       const FilterAt f(p, owner, 0, c / R);
       const Statistics<float> statistics = statistics_of<float>(p, f, 0, anywhere);
 #pragma unroll 1
-      for (int64_t j = 0; j < K; ++j)
+      for (int64_t j = 0; j < p.taps.taps; ++j)
         values[j * kPitch + threadIdx.x] = tap_of(p, f, 0, j, statistics, anywhere).value();
     }
   }
@@ -77,29 +72,9 @@ void stream_forward(const CK_PARAM Forward p, int64_t groups) {
 
   for (Run run; work.next(run);) {
     const Reach reach(p.taps, run.phase);
-    const int64_t n0 = run.start * kChunk, m0 = n0 + reach.offset;
-    const auto issue = [&](int64_t chunk) {
-      if (chunk < run.count + window - 1)
-        input.issue(p, reach.to, run.b, m0 + chunk * kChunk, chunk, rows_reached(p.taps, run.count, chunk), work);
-      cp_async_commit();
-    };
-    __syncthreads();  // the run before this one has been read
-    // At first there is nothing to wait for. The chunks of the first window are gated before there is anything to
-    // compute.
-    const int first = kGate ? 1 - window : 0;
-    for (int64_t k = 1 - window - kAhead; k < run.count; ++k) {
-      if (k >= first) {
-        cp_async_wait<kAhead - 1>();
-        __syncthreads();
-      }
-      issue(k + window + kAhead - 1);
-      if constexpr (kGate)
-        if (k >= first) {
-          input.gate(k + window - 1, lane, warp);
-          __syncthreads();
-        }
-      if (k < 0) continue;
-      const int64_t n = n0 + k * kChunk + warp * kRun;
+    const auto nothing_else = [](int64_t) {};
+    input.for_chunks(p, reach, run, window, work, nothing_else, [&](int64_t k) {
+      const int64_t n = (run.start + k) * kChunk + warp * kRun;
       Quad total[kRun] = {};
       const Borders borders(p, p.taps, reach.from, n);
       walk_within(borders, input.ring, k * kChunk + warp * kRun, K, lane,
@@ -112,7 +87,7 @@ void stream_forward(const CK_PARAM Forward p, int64_t groups) {
                     }
                   });
       store_output<T>(p, total, bias, reach.from, run.b, n, work, lane);
-    }
+    });
   }
 }
 

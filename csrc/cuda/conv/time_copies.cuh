@@ -91,17 +91,12 @@ struct TimeLane {
   // The filters of the warp's channels, by the warp; value j lies where the window has what tap j reads.
   CK_DEVICE void fill(const Problem& p, const TimeTiles& g, bool transposed, const TimeWork& work) const {
     const int64_t K = p.taps.taps;
-    const int lane = threadIdx.x % 32;
-    const Sequence anywhere{0, 0, 0, kUnbounded};
 #pragma unroll 1
-    for (int r = 0; r < g.rows() && work.c0 + r < p.channels; ++r) {
-      const FilterAt f(p, work.owner, 0, (work.c0 + r) / p.head_channels());
-      const Statistics<float> statistics = warp_statistics<float>(p, f, 0, lane, anywhere);
-#pragma unroll 1
-      for (int64_t j = lane; j < K; j += 32)
-        filters[r * g.filter_pitch + g.element_of(transposed ? K - 1 - j : j)] =
-            tap_of(p, f, 0, j, statistics, anywhere).value();
-    }
+    for (int r = 0; r < g.rows() && work.c0 + r < p.channels; ++r)
+      for_shared_taps<float>(p, FilterAt(p, work.owner, 0, (work.c0 + r) / p.head_channels()),
+                             [&](int64_t j, float value) {
+                               filters[r * g.filter_pitch + g.element_of(transposed ? K - 1 - j : j)] = value;
+                             });
   }
 };
 

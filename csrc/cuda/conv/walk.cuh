@@ -110,6 +110,38 @@ struct InputRing {
       store_quad(ring.row(chunk * kChunk + row) + lane * kQuad, z);
     }
   }
+
+  // The loop of the forward passes over the chunks of a run: waits for the inputs that the windows of chunk k reach
+  // last, starts the copies of those kCopies later, gates them if there is a gate, and calls compute(k). also(k):
+  // starts the copies of what else chunk k needs, a chunk ahead.
+  template <class Also, class Compute>
+  CK_DEVICE void for_chunks(const Problem& p, const Reach& reach, const Run& run, int window, const Work& work,
+                            const Also& also, const Compute& compute) const {
+    const int64_t first_row = run.start * kChunk + reach.offset;
+    __syncthreads();  // the run before this one has been read
+    // At first there is nothing to wait for. The chunks of the first window are gated before there is anything to
+    // compute.
+    const int first = kGate ? 1 - window : 0;
+    for (int64_t k = 1 - window - kCopies; k < run.count; ++k) {
+      if (k >= first) {
+        // All but the last inputs that were asked for, and so what else there is, which is asked for before them.
+        cp_async_wait<kCopies - 1>();
+        __syncthreads();
+      }
+      if (k >= -1) also(k + 1);
+      if (k < run.count - kCopies) {
+        const int64_t chunk = k + window + kCopies - 1;
+        issue(p, reach.to, run.b, first_row + chunk * kChunk, chunk, rows_reached(p.taps, run.count, chunk), work);
+      }
+      cp_async_commit();
+      if constexpr (kGate)
+        if (k >= first) {
+          gate(k + window - 1, threadIdx.x % 32, threadIdx.x / 32);
+          __syncthreads();
+        }
+      if (k >= 0) compute(k);
+    }
+  }
 };
 
 CK_DEVICE Quad load_bias(const Forward& p, int64_t c) {
