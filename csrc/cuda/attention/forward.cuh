@@ -167,7 +167,7 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
         if (works) {
           float s[kM][kKeys / 8][4] = {};
           if (p.qk) {
-            each_piece<D, D / 16>(all, [&](int k) {
+            each_product<T, D>(all, [&](int k) {
               Two<T> loaded[kM][4];
               if (k >= kKept)
 #pragma unroll

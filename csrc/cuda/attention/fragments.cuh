@@ -82,6 +82,21 @@ CK_DEVICE void each_piece(bool all, const Step& step) {
   for (int k = kSure; k < kSteps; ++k) step(k);
 }
 
+// The same for products with 16 channels each. Wide heads of float32 leave no registers for numbers of later pieces,
+// which ptxas loads ahead within a block of instructions: each 32 channels are one.
+template <class T, int D, class Step>
+CK_DEVICE void each_product(bool all, const Step& step) {
+  constexpr int kSteps = D / 16;
+  if constexpr (kWide<T, D> && sizeof(T) == 4) {
+    const int blocks = opaque(all ? kSteps / 2 : kSteps / 2 - 1);
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k)
+      if (k / 2 < blocks) step(k);
+  } else {
+    each_piece<D, kSteps>(all, step);
+  }
+}
+
 // 8 channels of a row, zeros beyond `count`.
 template <class T>
 CK_DEVICE void load_channels(float (&value)[8], const T* from, int64_t stride, int count, bool vectors) {
@@ -268,7 +283,7 @@ CK_DEVICE void multiply_pairs(float (&acc)[kOther / 8][4], const T* own, const T
                               int lane) {
   if (kWide<T, D>) lane = opaque(lane);
   set_zero(acc);
-  each_piece<D, D / 16>(all, [&](int k) {
+  each_product<T, D>(all, [&](int k) {
     Two<T> a[4];
     load_left(a, own + 16 * k, pitch, lane);
 #pragma unroll
@@ -320,7 +335,7 @@ CK_DEVICE void multiply_rows(float (&acc)[kM][kC][4], const float (&values)[kM][
     for (int m = 0; m < kM; ++m)
       for (int e = 0; e < 4; ++e)
         a[m][e] = round_two<T>(values[m][2 * k + e / 2][e % 2 * 2], values[m][2 * k + e / 2][e % 2 * 2 + 1]);
-    each_piece<8 * kC, kC / 2>(all, [&](int c) {
+    each_product<T, 8 * kC>(all, [&](int c) {
       Two<T> b[2][2];
       load_right(b, rows + 16 * k * pitch + 16 * c, pitch, lane);
       if constexpr (kFinite)
