@@ -132,14 +132,18 @@ def backward(shape: Shape, keys: bool) -> Pairs:
         return Pairs(32, kept, 16, 8) if keys else Pairs(kept, 32, 16, 8)
     if shape.roomy and not (wide and shape.crowded and (keys or shape.products)):
         if keys:
-            return Pairs(32, 128, 16, 8) if wide else Pairs(64, 128, 32, 8)
+            return Pairs(32, 128, 16, 8) if wide else Pairs(64, 128, 16 if shape.crowded else 32, 8)
         return Pairs(128, 64, 32, 8)
     if old and keys:
         return Pairs(64, (16 if shape.products else 64) if wide else 32, 16, 8)
     if old:
         return Pairs(32 if shape.products else 64, 64, 16, 8)
+    if keys and shape.crowded:
+        if not wide:
+            return Pairs(32, 64, 16, 8, 1)
+        return Pairs(64, 64, 16, 8, 1) if shape.simple else Pairs(32, 64, 16, 8)
     if keys:
-        return Pairs(32, 64, 16, 8) if shape.crowded else Pairs(64 if wide else 32, 64, 16, 8)
+        return Pairs(64 if wide else 32, 64, 16, 8)
     if wide and shape.products:
         if shape.sliding:
             return Pairs(32 if shape.crowded else 64, 64, 32, 8, 1)
