@@ -205,11 +205,6 @@ def test_what_breaks_a_rule_is_found(tmp_path):
     assert "multiplies by mma, not" in newest.violations([dataclasses.replace(good, unit="mma")])[0]
     assert "registers 65, the budget has 64" in found(good, registers=65)
     assert "not in the budget" in found(good, variant="f16")
-    budgeted = dataclasses.replace(rules, spilling=("stream",))
-    budget.write_text(budgeted.to_budget([dataclasses.replace(good, spills=8)]))
-    assert budgeted.violations([dataclasses.replace(good, spills=8)]) == []
-    (text,) = budgeted.violations([dataclasses.replace(good, spills=12)])
-    assert "spills 12, the budget has 8" in text
     loop = LoopCost("stream", "bf16", "7 taps", "output", 24.0, {"alu": 24.0}, body=1000)
     budget.write_text(rules.to_budget([dataclasses.replace(good, loops=(loop,))]))
     more = dataclasses.replace(loop, instructions=24.2, body=1030)
@@ -240,15 +235,14 @@ def test_one_register_more_than_a_committed_budget_is_found(path):
     version, limits = budgets.parse_limits(path.read_text())
     assert budgets.format_limits(path.stem, version, limits) == path.read_text()
     assert len(limits) > 400
-    rules = Rules(path, path.stem, version, spilling=nvcc.SPILLING if path.stem == "nvcc" else ())
+    rules = Rules(path, path.stem, version)
     for key, figures in limits.items():
         variant, kernel, architecture = key.split(" / ")
         passes, bodies = figures.get("instructions", {}), figures.get("bodies", {})
         loops = tuple(LoopCost(kernel, variant, case, "output", passes[case], {}, body=bodies[case]) for case in passes)
-        spills = figures.get("spills", 0)
         one = Resources(
-            variant, kernel, architecture.removeprefix("sm_"), figures["registers"], spills, figures["shared"],
-            1, 0, 1, 0, 1, loops=loops,
+            variant, kernel, architecture.removeprefix("sm_"), figures["registers"], 0, figures["shared"], 1, 0, 1, 0,
+            1, loops=loops,
         )  # fmt: skip
         assert rules.violations([one]) == []
         for name in ("registers", "shared", "spills"):

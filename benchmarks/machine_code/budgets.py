@@ -18,11 +18,11 @@ def parse_table(text: str) -> list[dict[str, str]]:
     return [{name: "" if cell == "-" else cell for name, cell in row.items()} for row in found]
 
 
-# What the rows of kernels hold per architecture; the last only of kernels that may spill.
-FIGURES = ("registers", "shared", "spills")
+# What the rows of kernels hold per architecture.
+FIGURES = ("registers", "shared")
 HEAD = """\
-Registers, bytes of shared memory, and bytes of stack where a kernel may have some; below them instructions of main
-loops, of a pass and of the body. `python -m benchmarks.machine_code --backend NAME --update-budget` writes this.
+Registers and bytes of shared memory; below them instructions of main loops, of a pass and of the body.
+`python -m benchmarks.machine_code --backend NAME --update-budget` writes this.
 """
 
 
@@ -32,7 +32,7 @@ def format_limits(compiler: str, version: str, limits: dict[str, dict]) -> str:
     loops: dict[tuple[str, str, str], dict[str, str]] = {}
     for key, figures in limits.items():
         variant, kernel, architecture = key.split(" / ")
-        numbers = [str(figures[name]) for name in FIGURES if name in figures]
+        numbers = [str(figures[name]) for name in FIGURES]
         kernels.setdefault((kernel, variant), {})[architecture] = " ".join(numbers)
         for case, count in figures.get("instructions", {}).items():
             cell = f"{count:g} {figures['bodies'][case]}"
@@ -56,7 +56,7 @@ def parse_limits(text: str) -> tuple[str, dict[str, dict]]:
         for architecture, cell in row.items():
             if cell:
                 numbers = map(int, cell.split())
-                limits[f"{variant} / {kernel} / {architecture}"] = dict(zip(FIGURES, numbers, strict=False))
+                limits[f"{variant} / {kernel} / {architecture}"] = dict(zip(FIGURES, numbers, strict=True))
     for row in parse_table(rest[0]) if rest else []:
         kernel, variant, case = row.pop("kernel"), row.pop("variant"), row.pop("case")
         for architecture, cell in row.items():

@@ -28,9 +28,6 @@ ATTENTION = tuple(
 )
 BANDED = ("band_forward", "band_backward", *ATTENTION)
 STREAMING = (*(f"{f}_{d}" for f in ("stream", "time", "rows") for d in ("forward", "backward")), *BANDED)
-# In float32 products take twice the registers: besides the sums of 128 channels not all fits. The budget has the bytes
-# of each.
-SPILLING = ("attention_backward_keys", "attention_backward_queries", "attention_forward")
 
 
 def compiler_version() -> str:
@@ -55,7 +52,6 @@ RULES = Rules(
     compiler_version(),
     streaming=STREAMING,
     banded=BANDED,
-    spilling=SPILLING,
     described=frozenset((loop.kernel, loop.variant) for loop in MAIN_LOOPS),
 )
 

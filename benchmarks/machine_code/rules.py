@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.machine_code.budgets import format_limits, parse_limits
+from benchmarks.machine_code.budgets import FIGURES, format_limits, parse_limits
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,6 @@ class Rules:
     multiplying: tuple[str, ...] = ()
     """Kernels that multiply on the newest matrix unit of their architecture, one of ``units``."""
     units: dict[str, str] = field(default_factory=dict)
-    spilling: tuple[str, ...] = ()
-    """Kernels that may keep as many bytes on the stack as the budget says; the others none."""
     described: frozenset[tuple[str, str]] = frozenset()
     """(kernel, variant) of those whose main loops are described, which have to be there."""
 
@@ -199,8 +197,7 @@ class Rules:
             absent = self.described - {(result.kernel, result.variant) for result in results}
             found += [f"{v} / {k}: its main loop is described, but no kernel is this one" for k, v in sorted(absent)]
         for result in results:
-            budgeted = result.kernel in self.spilling
-            if limits and result.spills and not budgeted:
+            if limits and result.spills:
                 found.append(f"{result.key}: {result.spills} bytes of stack, expected none")
             if (result.kernel, result.variant) not in self.scattered:
                 if result.kernel in self.streaming and not (result.wide_loads and result.wide_stores):
@@ -218,7 +215,7 @@ class Rules:
                 else:
                     found += [
                         f"{result.key}: {name} {getattr(result, name)}, the budget has {allowed[name]}"
-                        for name in ("registers", "shared", *(("spills",) if budgeted else ()))
+                        for name in FIGURES
                         if getattr(result, name) > allowed[name]
                     ]
                     found += [f"{result.key}, {text}" for text in _grown(result.loops, allowed)]
@@ -233,9 +230,6 @@ class Rules:
     def to_budget(self, results: list[Resources]) -> str:
         """The text of the budget file that these results just meet."""
         limits = {
-            result.key: {"registers": result.registers, "shared": result.shared}
-            | ({"spills": result.spills} if result.kernel in self.spilling else {})
-            | result.counts()
-            for result in results
+            result.key: {name: getattr(result, name) for name in FIGURES} | result.counts() for result in results
         }
         return format_limits(self.compiler, self.version, limits)
