@@ -229,7 +229,5 @@ class Rules:
 
     def to_budget(self, results: list[Resources]) -> str:
         """The text of the budget file that these results just meet."""
-        limits = {
-            result.key: {name: getattr(result, name) for name in FIGURES} | result.counts() for result in results
-        }
+        limits = {result.key: {name: getattr(result, name) for name in FIGURES} | result.counts() for result in results}
         return format_limits(self.compiler, self.version, limits)
