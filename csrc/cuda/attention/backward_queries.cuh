@@ -163,13 +163,11 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
 #pragma unroll 1
     for (int walk = walks_first; walk < (!p.needs_queries() ? 1 : queries.finite ? 3 : 2); ++walk) {
       const int begin = keys.first >= keys.end ? keys.end : keys.first / 8 * 8;
-      unsigned coming = real_keys(p, ask_mask(p, queries.b, begin, lane));  // of the next tile
-      if (begin < keys.end) copy_keys(0, begin, coming);
-      unsigned asked = ask_mask(p, queries.b, begin + kKeys, lane);
-      cp_async_commit();
-      int stage = 0;
+      unsigned coming = 0, asked = ask_mask(p, queries.b, begin, lane);  // of the next tile
+      int stage = 1;
+      // The first pass only copies: it has no real keys.
 #pragma unroll 1
-      for (int j0 = begin; j0 < keys.end; j0 += kKeys, stage = 1 - stage) {
+      for (int j0 = begin - kKeys; j0 < keys.end; j0 += kKeys, stage = 1 - stage) {
         const unsigned real = coming;
         coming = real_keys(p, asked);
         if (j0 + kKeys < keys.end) copy_keys(1 - stage, j0 + kKeys, coming);
@@ -179,7 +177,7 @@ void attention_backward_queries(const CK_PARAM AttentionBackward p, const CK_PAR
         __syncthreads();
         const T* const k_rows = ring + stage * 2 * kKeys * kPitch;
         const T* const v_rows = k_rows + kKeys * kPitch;
-        if (works()) {
+        if (works() && real != 0) {
           float s[kKeys / 8][4] = {}, ds[kKeys / 8][4];
           if (p.qk) multiply_pairs<T, D, kKeys>(s, q_rows + own * kPitch, k_rows, kPitch, all, lane);
           const auto multiply_values = [&] {

@@ -42,17 +42,21 @@ CK_DEVICE void store_results(const AttentionForward& p, const TensorTables& t, c
     }
   // Not rounded before the depthwise term is added: float32, half the channels at a time.
   float* const stage = reinterpret_cast<float*>(q_rows + own * kPitch);  // [16 kM][kPitch / 2]
-#pragma unroll
+#pragma unroll 1
   for (int side = 0; side < 2; ++side) {
     constexpr int kHalf = 4 * kC, kFloats = kPitch / 2;
     __syncwarp();
 #pragma unroll
-    for (int m = 0; m < kM; ++m)
+    for (int half = 0; half < 2; ++half) {
+      if (half != side) continue;  // registers have no index
 #pragma unroll
-      for (int c = 0; c < kHalf / 8; ++c)
-        for (int e = 0; e < 4; ++e)
-          stage[(16 * m + lane / 4 + e / 2 * 8) * kFloats + 8 * c + lane % 4 * 2 + e % 2] =
-              factor[m][e / 2] == 0.0f ? 0.0f : out[m][side * (kHalf / 8) + c][e] * factor[m][e / 2];
+      for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int c = 0; c < kHalf / 8; ++c)
+          for (int e = 0; e < 4; ++e)
+            stage[(16 * m + lane / 4 + e / 2 * 8) * kFloats + 8 * c + lane % 4 * 2 + e % 2] =
+                factor[m][e / 2] == 0.0f ? 0.0f : out[m][half * (kHalf / 8) + c][e] * factor[m][e / 2];
+    }
     __syncwarp();
 #pragma unroll 1
     for (int v = lane; v < 16 * kM * (kHalf / 8); v += 32) {
@@ -101,12 +105,6 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
     copy_rows<D>(key_rows(stage), kPitch, p.k, b, g, j0, there, channels, padded, t.vectors);
     copy_rows<D>(key_rows(stage) + kKeys * kPitch, kPitch, p.v, b, g, j0, there, channels, padded, t.vectors);
   };
-  if (resident) {
-    for (int n = 0; n < stages; ++n)
-      copy_keys(n, n * kKeys, Range{0, static_cast<int>(p.keys)}, real_keys(p, ask_mask(p, b, n * kKeys, lane)));
-    cp_async_commit();
-  }
-
 #pragma unroll 1
   for (int n = part; n < tiles; n += static_cast<int>(parts)) {
     // With `causal` the longest tiles are the last ones.
@@ -129,7 +127,14 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
 #pragma unroll 1
     while (true) {
       unsigned coming = real_keys(p, ask_mask(p, b, begin, lane));  // of the next tile
-      if (!resident && begin < keys.end) copy_keys(0, begin, keys, coming);
+      // Of resident keys all, at the beginning.
+      const int copies = !resident ? begin < keys.end : n == part && !finite ? stages : 0;
+#pragma unroll 1
+      for (int stage = 0; stage < copies; ++stage) {
+        const Range every{0, static_cast<int>(p.keys)};
+        const int j0 = resident ? stage * kKeys : begin;
+        copy_keys(stage, j0, resident ? every : keys, real_keys(p, ask_mask(p, b, j0, lane)));
+      }
       unsigned asked = ask_mask(p, b, begin + kKeys, lane);
       cp_async_commit();
       cp_async_wait<1>();
@@ -164,7 +169,7 @@ void attention_forward(const CK_PARAM AttentionForward p, const CK_PARAM TensorT
         __syncthreads();
         const T* const k_rows = key_rows(stage);
         const T* const v_rows = k_rows + kKeys * kPitch;
-        if (works) {
+        if (works && real != 0) {
           float s[kM][kKeys / 8][4] = {};
           if (p.qk) {
             each_product<T, D>(all, [&](int k) {
