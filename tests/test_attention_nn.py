@@ -97,10 +97,21 @@ def test_packed_sequences(name, backend):
     torch.testing.assert_close(y, torch.cat([module(x[:, :4]), module(x[:, 4:])], 1))
 
 
-def test_causal(backend):
-    module = make("causal", backend)
+@pytest.mark.parametrize("options", [
+    {"bias": True, "value_conv": True, "outside": "mask"},
+    {"query_key": "mixed", "value": "mixed", "query_rel": True},
+    {"query_key": "conv", "query_key_groups": 2, "value": "conv", "value_groups": 1, "activation": True},
+    {"value": "conv", "window": (3, 0)},
+])  # fmt: skip
+def test_causal(options, backend):
+    module = cknn.CompositeAttention(C, H, **({"window": K, "causal": True, "backend": backend} | options))
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(values(parameter.shape, torch.float32, 2))
     x = values((B, T, C), torch.float32, 1)
     torch.testing.assert_close(module(x)[:, :5], module(x[:, :5]))
+    changed = torch.cat([x[:, :5], -x[:, 5:]], 1)
+    assert not torch.allclose(module(x)[:, 5:], module(changed)[:, 5:])
 
 
 def test_dropout_only_in_training(backend):
@@ -139,6 +150,7 @@ def test_bad_options(arguments, options, argument):
     (dict(causal=1), "causal"),
     (dict(bias="yes"), "bias"),
     (dict(qk=False), "qk"),
+    (dict(value_conv_scale=True), "value_conv_scale"),
     (dict(value="conv", conv_kernel_size=0), "conv_kernel_size"),
     (dict(value="conv", conv_kernel_size=2.5), "conv_kernel_size"),
     (dict(value="conv", value_groups=3), "value_groups"),

@@ -296,7 +296,7 @@ def test_modules_on_the_meta_device(name):
 
 def test_the_page_of_modules_runs():
     blocks = re.findall(r"```python\n(.*?)```", MODULES_PAGE.read_text(), re.S)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     exec(compile("\n".join(blocks), str(MODULES_PAGE), "exec"), {"__name__": "page"})
     for name in cknn.__all__:
         assert f"`{name}`" in MODULES_PAGE.read_text()

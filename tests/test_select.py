@@ -38,6 +38,7 @@ def no_fast_backend(monkeypatch):
 
 
 X, W = torch.randn(1, 5, 4), torch.randn(2, 3)
+ESTIMATED = dict(_select.ESTIMATED)
 
 
 def test_why_not():
@@ -266,6 +267,25 @@ def test_auto_on_a_gpu_without_measurements_follows_the_estimate(gpu, monkeypatc
         assert _select.choose("auto", "lightweight_conv1d", "cuda", torch.bfloat16) == "triton"
 
 
+def test_calls_of_functions_find_the_estimates(gpu, monkeypatch):
+    """Those that are committed, by the names that functions ask with."""
+    monkeypatch.setattr(_select, "ESTIMATED", ESTIMATED)
+    asked = set()
+
+    def pick(backend, function, device_type, dtype, operator=None):
+        asked.add((operator or function, dtype, _select.choose(backend, function, "cuda", dtype, operator)))
+        return "reference"
+
+    monkeypatch.setattr(_select, "pick", pick)
+    for dtype in (torch.bfloat16, torch.float16):
+        x, q = torch.ones(1, 5, 4, dtype=dtype), torch.ones(1, 5, 2, 4, dtype=dtype)
+        ck.lightweight_conv1d(x, torch.ones(2, 3, dtype=dtype))
+        ck.dynamic_conv1d(x, torch.ones(1, 5, 2, 3, dtype=dtype))
+        for requires_grad in (False, True):
+            ck.composite_attention(q.detach().requires_grad_(requires_grad), q, q)
+    assert {(op, dtype): name for op, dtype, name in asked if (op, dtype) in ESTIMATED} == ESTIMATED
+
+
 def test_nothing_is_estimated_for_a_cpu():
     assert _select.fastest("lightweight_conv1d", "cpu", torch.bfloat16) == (None, "")
     reasons = {row[-1] for row in environment.automatic(torch.device("cpu"))}
@@ -286,7 +306,7 @@ def test_what_is_estimated_is_what_the_tables_say():
         balance[op, dtype] = balance.get((op, dtype), 0) + sum(ratios)
     assert len(cuda.keys() & triton.keys()) >= 10 and ("dynamic_conv1d", torch.float32) in balance
     assert ck.backends.names().index("triton") < ck.backends.names().index("cuda")
-    convolutions = {key: name for key, name in _select.ESTIMATED.items() if key[0] != "composite_attention"}
+    convolutions = {key: name for key, name in _select.ESTIMATED.items() if not key[0].startswith("attention")}
     assert convolutions == {key: "cuda" for key, total in balance.items() if total < 0}
 
 

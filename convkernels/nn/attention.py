@@ -134,6 +134,7 @@ class CompositeAttention(nn.Module):
         (ConvBERT with a head ratio of 2). "output" sees the mask only with span_mask=True; in ConvBERT it does not.
     outside, causal, dropout (of the attention weights, in training mode): as in ``composite_attention``.
 
+    With ``causal`` these convolutions see the past alone; otherwise as much on either side.
     If ``query_key`` or ``value`` has a convolution, and with ``span="key"``, padded positions of the input are set to 0
     before all projections, as the authors do.
 
@@ -193,6 +194,9 @@ class CompositeAttention(nn.Module):
         plain = query_key == value == "linear" and qk and not (bias or query_rel or key_rel or value_conv or causal)
         expect(name, "span", span is None or plain, "None, because only plain heads go beside it", span)
         expect(name, "qk", qk or bias or query_rel or key_rel, "True, because nothing else is in the scores", qk)
+        expect(
+            name, "value_conv_scale", value_conv or not value_conv_scale, "False without value_conv", value_conv_scale
+        )
         expect(name, "window", window is not None, "k for (k, k), or (left, right)", window)
         self.channels, self.heads, self.head_size = channels, heads, channels // heads
         self.window = checks.reach(name, window, outside, {})
@@ -230,7 +234,7 @@ class CompositeAttention(nn.Module):
         if kind == "linear":
             self.add_module(name, nn.Linear(self.channels, outputs, **options))
             return
-        _expect_odd(type(self).__name__, "conv_kernel_size", taps)
+        (_validate.positive if self.causal else _expect_odd)(type(self).__name__, "conv_kernel_size", taps)
         convolved = outputs // 2 if kind == "mixed" else outputs
         if groups is not None:
             argument = "value_groups" if name == "value" else "query_key_groups"
@@ -238,10 +242,14 @@ class CompositeAttention(nn.Module):
             fits = self.channels % groups == convolved % groups == 0
             expect(type(self).__name__, argument, fits, f"a divisor of {self.channels} and {convolved}", groups)
         if groups is None:
-            convolution = DepthwiseConv1d(self.channels, taps, bias=True, backend=self.backend, **options)
+            padding = "causal" if self.causal else "same"
+            convolution = DepthwiseConv1d(
+                self.channels, taps, padding=padding, bias=True, backend=self.backend, **options
+            )
             self.add_module(f"{name}_pointwise", nn.Linear(self.channels, convolved, **options))
         else:
-            convolution = nn.Conv1d(self.channels, convolved, taps, padding=taps // 2, groups=groups, **options)
+            padding = taps - 1 if self.causal else taps // 2
+            convolution = nn.Conv1d(self.channels, convolved, taps, padding=padding, groups=groups, **options)
         self.add_module(f"{name}_conv", convolution)
         if kind == "mixed":
             self.add_module(f"{name}_linear", nn.Linear(self.channels, outputs - convolved, **options))
@@ -277,7 +285,7 @@ class CompositeAttention(nn.Module):
         else:
             expected = "None, because of a grouped convolution"
             expect(type(self).__name__, "cu_seqlens", cu_seqlens is None, expected, cu_seqlens)
-            z = convolution(x.transpose(1, 2)).transpose(1, 2)
+            z = convolution(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
         return torch.cat([z, getattr(self, f"{name}_linear")(x)], 2) if kind == "mixed" else z
 
     def forward(

@@ -20,18 +20,20 @@ from ..backends.switches import switch
 from . import _spec
 
 AUTO = "auto"
-# (device, function or operator, dtype): the backend that measurements of docs/results.md prefer. Only what differs from
-# the order of ``backends.BACKENDS``, or from ``ESTIMATED``, is entered.
+# (device, op, dtype): the backend that measurements of docs/results.md prefer. Only what differs from the order of
+# ``backends.BACKENDS``, or from ``ESTIMATED``, is entered. Attention goes by its operators.
 FASTEST = {
     ("NVIDIA H100 80GB HBM3", "lightweight_conv1d", torch.bfloat16): "cuda",
     ("NVIDIA H100 80GB HBM3", "dynamic_conv1d", torch.bfloat16): "triton",
 }
-# (function, dtype): the backend that takes less time by the estimates of docs/cuda-without-a-gpu.md, which are of an
+# (op, dtype): the backend that takes less time by the estimates of docs/cuda-without-a-gpu.md, which are of an
 # H100, for GPUs of its compute capability without measurements. Only what differs from the order is entered. The
 # kernels of attention that were measured are not those that run there now.
 ESTIMATED = {
-    ("composite_attention", torch.bfloat16): "cuda",
-    ("composite_attention", torch.float16): "cuda",
+    ("attention", torch.bfloat16): "cuda",
+    ("attention", torch.float16): "cuda",
+    ("attention_grad", torch.bfloat16): "cuda",
+    ("attention_grad", torch.float16): "cuda",
     ("lightweight_conv1d", torch.bfloat16): "cuda",
     ("dynamic_conv1d", torch.bfloat16): "cuda",
 }
