@@ -125,7 +125,7 @@ def _layers(layers: Iterable[int] | None, count: int) -> list[int]:
     except TypeError:
         given = [None]
     if any(not isinstance(layer, Integral) or isinstance(layer, bool) or not 0 <= layer < count for layer in given):
-        fail("replace_attention", "layers", f"numbers from 0 to {count - 1}", layers)
+        fail("replace_attention", "layers", f"a list of numbers from 0 to {count - 1}", layers)
     if len(set(given)) < len(given):
         fail("replace_attention", "layers", "each layer once", given)
     return given
