@@ -327,8 +327,20 @@ CUDA_MUTATIONS = [
     Mutation(
         "attention: products of infinite float32 are NaN",
         "csrc/cuda/attention/fragments.cuh",
-        "fmaxf(rest[e], -kLargest)",
+        "(fabsf(sum[e]) < infinity<float>() ? rest[e] : 0.0f)",
         "rest[e]",
+    ),
+    Mutation(
+        "attention: NaN whose bits overflow are finite in products of float32",
+        "csrc/cuda/attention/fragments.cuh",
+        "(fabsf(sum[e]) < infinity<float>() ? rest[e] : 0.0f)",
+        "fmaxf(rest[e], -0x1.FFFFFEp127f)",
+    ),
+    Mutation(
+        "attention: numbers that split() rounds to infinity are taken for finite",
+        "csrc/cuda/attention/fragments.cuh",
+        "(sizeof(T) == 2 ? infinity<float>() : 0x1.FFEp127f)",
+        "infinity<float>()",
     ),
     Mutation(
         "attention: columns of a table in float32 taken for those of 16 bits",

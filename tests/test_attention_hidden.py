@@ -29,6 +29,12 @@ TERMS = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+def nan_of_a_gpu(dtype):
+    """All bits set, as NVIDIA's arithmetic makes it, not one alone like Python's."""
+    bits = torch.int32 if dtype.itemsize == 4 else torch.int16
+    return torch.tensor(torch.iinfo(bits).max, dtype=bits).view(dtype)
+
+
 def problem_of(ops, mode, terms, dtype):
     small = ops.interpreted
     lengths = (7, 1, 0, 9, 3) if small else (70, 3, 0, 57, 20)
@@ -78,20 +84,39 @@ def test_hidden_rows_reach_nothing(mode, terms, dtype, ops):
     for number, name in enumerate(("v", "k", "q", "grad")):
         row = (length // 3, length // 2, length // 5, length - 12)[number]
         row += int(name in "kv" and not sees[:, row].any())
-        value = float("nan") if number % 2 else float("inf")
+        largest, common = torch.finfo(tensors[name].dtype).max, float("nan") if number % 2 else float("inf")
+        for value in (common, nan_of_a_gpu(tensors[name].dtype) if number % 2 else largest):
+            poisoned = dict(tensors, **{name: tensors[name].clone()})
+            poisoned[name][0, row, :, 1] = value
+            found = attention_results(ops, problem, poisoned)
+            for result, rows in reached(name, row, sees).items():
+                if tensors.get(result, 0) is None:
+                    continue
+                a, b = (x.movedim(2, 1) if result == "lse" else x for x in (found[result], expected[result]))
+                where = f"{value} in row {row} of {name}"
+                torch.testing.assert_close(a[1:], b[1:], rtol=1e-4, atol=1e-4, msg=f"{where}: batch of {result}")
+                torch.testing.assert_close(
+                    a[0, ~rows], b[0, ~rows], rtol=1e-4, atol=1e-4, msg=f"{where} reaches {result}"
+                )
+            if name == "v" and value is common:
+                assert not found["out"][0, sees[:, row], :, 1].isfinite().any(), "a visible infinity is no number"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [16, 100])
+def test_a_nan_of_a_gpu_is_one(channels, dtype, ops):
+    problem = AttentionProblem(
+        batch=1, length=20, keys=20, groups=1, head_size=channels, left=0, right=0, dtype=DTYPES[dtype], seed=3,
+    )  # fmt: skip
+    tensors = problem.tensors()
+    for name, results in {"q": ("out",), "k": ("out",), "v": ("out",), "grad": ("q", "k", "v")}.items():
         poisoned = dict(tensors, **{name: tensors[name].clone()})
-        poisoned[name][0, row, :, 1] = value
+        poisoned[name][0, 7, :, 1] = nan_of_a_gpu(tensors[name].dtype)
         found = attention_results(ops, problem, poisoned)
-        for result, rows in reached(name, row, sees).items():
-            if tensors.get(result, 0) is None:
-                continue
-            a, b = (x.movedim(2, 1) if result == "lse" else x for x in (found[result], expected[result]))
-            torch.testing.assert_close(a[1:], b[1:], rtol=1e-4, atol=1e-4, msg=f"{name} row {row}: batch of {result}")
-            torch.testing.assert_close(
-                a[0, ~rows], b[0, ~rows], rtol=1e-4, atol=1e-4, msg=f"{value} in row {row} of {name} reaches {result}"
-            )
-        if name == "v":
-            assert not found["out"][0, sees[:, row], :, 1].isfinite().any(), "a visible infinity is no number"
+        for result in results:
+            value = found[result][0]
+            value = value[7] if (name, result) in (("q", "out"), ("grad", "q")) else value
+            assert (value[..., 1] if name == "v" or result == "v" else value).isnan().all(), (name, result)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

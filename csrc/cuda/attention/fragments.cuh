@@ -208,6 +208,7 @@ CK_DEVICE void load_right(Two<T> (&b)[2][2], const T* tile, int pitch, int lane)
 }
 
 // x = big + small as numbers of type TF32: of these 32 bits products take the upper 19, and lose at most 2^-23 of x.
+// What is not finite has NaN as its small part. The bits of some NaNs overflow: their large part is a zero.
 CK_DEVICE void split(uint32_t& big, uint32_t& small, float x) {
   big = (__float_as_uint(x) + 0x1000u) & ~0x1FFFu;
   small = __float_as_uint(x - __uint_as_float(big));
@@ -237,10 +238,9 @@ CK_DEVICE void mma_m16n8k16(float (&d)[4], const float2 (&a)[4], const float2 (&
     mma_m16n8k8(rest, big_a[k], small_b[k]);
     mma_m16n8k8(sum, big_a[k], big_b[k]);
   }
-  // The rest of what is infinite is NaN: some number takes its place, so that the sum remains what it is.
-  constexpr float kLargest = 0x1.FFFFFEp127f;
+  // The rest is NaN where something is infinite, of which the sum tells alone, and where something is NaN.
 #pragma unroll
-  for (int e = 0; e < 4; ++e) d[e] += sum[e] + fmaxf(rest[e], -kLargest);
+  for (int e = 0; e < 4; ++e) d[e] += sum[e] + (fabsf(sum[e]) < infinity<float>() ? rest[e] : 0.0f);
 }
 
 // Rows of shared memory, `pitch` numbers apart.
@@ -317,9 +317,14 @@ CK_DEVICE uint32_t finite_pair(uint32_t pair) {
   constexpr uint32_t kLow = std::is_same_v<T, bf16> ? 0x7F80u : 0x7C00u, kHigh = kLow << 16;
   return ((pair & kLow) == kLow ? 0u : pair & 0xFFFFu) | ((pair & kHigh) == kHigh ? 0u : pair & 0xFFFF0000u);
 }
+// Whether products take it as finite: split() rounds the largest numbers to infinity.
+template <class T>
+CK_DEVICE bool enters_finite(float x) {
+  return fabsf(x) < (sizeof(T) == 2 ? infinity<float>() : 0x1.FFEp127f);
+}
 template <class T>
 CK_DEVICE float2 finite_pair(float2 pair) {
-  return make_float2(is_finite(pair.x) ? pair.x : 0.0f, is_finite(pair.y) ? pair.y : 0.0f);
+  return make_float2(enters_finite<T>(pair.x) ? pair.x : 0.0f, enters_finite<T>(pair.y) ? pair.y : 0.0f);
 }
 
 // acc[m] += the matrix values[m] of 16 rows, rounded to T, times the rows at `rows`, [8 kX][channels]. kFinite: with
@@ -383,7 +388,7 @@ CK_DEVICE void add_spoiled(float (&value)[8], const HeadRows& t, int64_t b, int6
     float x[8];
     load_channels(x, at<T>(t, b, j, h) + d * t.channel, t.channel, count, vectors);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) value[e] += is_finite(x[e]) ? 0.0f : x[e];
+    for (int e = 0; e < 8; ++e) value[e] += enters_finite<T>(x[e]) ? 0.0f : 2 * x[e];  // infinite, if not NaN
   }
 }
 
