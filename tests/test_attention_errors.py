@@ -58,6 +58,7 @@ BAD = [
     ({"window": (2**60, 0), "outside": "mask"}, ValueError, "window", r"below 2\^60", r"\(1152921504606846976, 0\)"),
     ({"window": 2**64, "outside": "mask"}, ValueError, "window", r"below 2\^60", "18446744073709551616"),
     ({"q": [0.0] * 10000}, TypeError, "q", "a tensor", r"0.0, \.\.\.\] of type list"),
+    ({"q": [[[[0.0] * 9] * 9] * 9] * 9}, TypeError, "q", "a tensor", r"\[\[0.0, [^a-z]{160,200}\.\.\. of type list"),
     ({"k": nested(torch.strided)}, TypeError, "k", "in one row, with cu_seqlens", "a nested tensor"),
     ({"k": nested(torch.jagged)}, TypeError, "k", "in one row, with cu_seqlens", "a nested tensor"),
     ({"v": quantized()}, TypeError, "v", "not quantized", "qint8"),

@@ -52,7 +52,8 @@ def describe(value: Any) -> str:
     kind = type(value).__name__
     if hasattr(value, "shape") and hasattr(value, "dtype"):  # an array of another package may be large
         return f"{kind} of shape {list(value.shape)}"
-    return f"{reprlib.repr(value)} of type {kind}"
+    text = reprlib.repr(value)  # which limits each level of nested lists, not all of them together
+    return f"{text if len(text) <= 200 else text[:200] + '...'} of type {kind}"
 
 
 def real(value: Tensor) -> bool:
