@@ -90,10 +90,10 @@ def test_bad_replacements():
         huggingface.replace_attention(bert(), "rnn")
     with pytest.raises(ValueError, match="argument 'model': expected self-attention .*, got LlamaForCausalLM"):
         huggingface.replace_attention(llama())
-    with pytest.raises(ValueError, match="argument 'layers': expected numbers from 0 to 1, got \\[2\\]"):
+    with pytest.raises(ValueError, match="argument 'layers': expected a list of numbers from 0 to 1, got \\[2\\]"):
         huggingface.replace_attention(bert(), layers=[2])
     for layers in (0, "0", [0.5], [-1], [None], torch.tensor(0)):
-        with pytest.raises(ValueError, match="argument 'layers': expected numbers from 0 to 1, got"):
+        with pytest.raises(ValueError, match="argument 'layers': expected a list of numbers from 0 to 1, got"):
             huggingface.replace_attention(bert(), layers=layers)
     model = bert()
     types = [type(module) for module in model.modules()]
@@ -116,7 +116,7 @@ def test_bad_replacements():
             huggingface.replace_attention(model, kind, **{name: 1})
     assert [type(module) for module in model.modules()] == types
     for layers in ([True], [0, False]):
-        with pytest.raises(ValueError, match="argument 'layers': expected numbers from 0 to 1, got"):
+        with pytest.raises(ValueError, match="argument 'layers': expected a list of numbers from 0 to 1, got"):
             huggingface.replace_attention(model, layers=layers)
     for other in (model.bert.encoder, torch.nn.Sequential(model), torch.compile(model), None):
         with pytest.raises(TypeError, match="argument 'model': expected a transformers.PreTrainedModel, as it is"):
