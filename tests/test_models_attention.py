@@ -17,6 +17,11 @@ from convkernels.interop import huggingface
 from convkernels.models.base import CACHE
 
 
+@pytest.fixture(autouse=True)
+def registered():
+    huggingface.register()
+
+
 @pytest.mark.parametrize("name", REGISTERED)
 def test_under_the_attention_interface(name):
     model, given = REGISTERED[name](), inputs()
@@ -24,7 +29,6 @@ def test_under_the_attention_interface(name):
     if name == "t5":
         given["decoder_input_ids"], mask = text(3, 9, skip=3), torch.ones(3, 9)
     results = []
-    huggingface.register()
     for implementation in ("eager", "convkernels"):
         model.set_attn_implementation(implementation)
         model.zero_grad()
@@ -49,7 +53,6 @@ def test_a_decoder_longer_than_the_encoder(name, padded):
     )
     model, results = stirred(made, config), []
     given = dict(input_ids=text(2, 3), attention_mask=torch.tensor([[1, 1, 1], [1, 1, 1 - padded]]))
-    huggingface.register()
     for implementation in ("eager", "convkernels"):
         model.set_attn_implementation(implementation)
         model.zero_grad()
@@ -80,7 +83,6 @@ def test_generation_under_the_attention_interface(name):
     model = REGISTERED[name]()
     ids, mask = (value.flip(1) for value in ragged(text(3, 12), [12, 7, 3]))
     search = dict(attention_mask=mask, max_new_tokens=12, num_beams=2, do_sample=False, pad_token_id=0)
-    huggingface.register()
     expected = model.generate(ids, **search)
     model.set_attn_implementation("convkernels")
     assert torch.equal(model.generate(ids, **search), expected)
@@ -88,7 +90,6 @@ def test_generation_under_the_attention_interface(name):
 
 def test_a_static_cache_under_the_attention_interface():
     model, ids = llama(), text(2, 6)
-    huggingface.register()
     search = dict(max_new_tokens=9, do_sample=False, pad_token_id=0)
     expected = model.generate(ids, **search)
     model.set_attn_implementation("convkernels")
@@ -114,7 +115,6 @@ DECODERS = {
 def test_masks_of_any_width(name, kind):
     """As wide as what was written, or wider, or none, at once, in chunks and in steps: column s belongs to key s."""
     model, ids = DECODERS[name](), text(3, 13)
-    huggingface.register()
     for sizes in ([13],) if kind == "none" else ([13], [6, 7], [3, 1, 1, 4, 4], [1] * 13):
         for left in (0, 5):
             mask = torch.ones(3, 13, dtype=torch.long)
@@ -144,7 +144,6 @@ def test_masks_of_any_width(name, kind):
 @pytest.mark.parametrize("kind", CACHES)
 def test_masks_that_leave_keys_out(kind):
     model, ids = llama(attn_implementation="convkernels"), text(2, 13)
-    huggingface.register()
     options = {CACHE: CACHES[kind](model.config), "use_cache": kind != "none"}
     with pytest.raises(ValueError, match="'attention_mask': expected .* each of 13 keys, got bool .* \\[2, 9\\]"):
         model(ids, attention_mask=torch.ones(2, 9), **options)
@@ -160,7 +159,6 @@ def test_masks_that_leave_keys_out(kind):
 def test_masks_decide_on_the_window():
     """Phimoe's attention does not pass it on."""
     model, (ids, mask) = llama("PhimoeForCausalLM", sliding_window=5, num_local_experts=2), inputs().values()
-    huggingface.register()
     with torch.no_grad():
         expected = model(ids, attention_mask=mask).logits
         model.set_attn_implementation("convkernels")
@@ -170,7 +168,6 @@ def test_masks_decide_on_the_window():
 @pytest.mark.parametrize("name", ["MistralForCausalLM", "Gemma3ForCausalLM"])
 def test_a_static_cache_of_windows(name):
     """generate makes the masks for it beforehand."""
-    huggingface.register()
     more = {} if name[0] == "M" else dict(head_dim=8, layer_types=["sliding_attention", "full_attention"])
     made = getattr(transformers, name)
     config = made.config_class if name[0] == "M" else transformers.Gemma3TextConfig
@@ -199,7 +196,6 @@ def test_masks_decide_what_is_causal(name):
         given["decoder_input_ids"] = ids
     made = getattr(transformers, f"{name}Model")
     model = stirred(made, made.config_class(**options))
-    huggingface.register()
     for attention_mask in (None, mask):
         results = []
         for implementation in ("eager", "convkernels"):
@@ -225,8 +221,7 @@ def test_models_without_the_interface_refuse_it(name):
     )  # fmt: skip
     known = made.config_class().to_dict()
     config = made.config_class(**{key: value for key, value in sizes.items() if key in known})
-    huggingface.register()
-    huggingface.register()
+    huggingface.register()  # twice does no harm
     expected = f"{name}Model: argument 'attn_implementation': expected 'eager', because .* got 'convkernels'"
     derived = type(made.__name__, (made,), {"__module__": __name__})  # elsewhere than its attention
     for model in (derived, made):
@@ -235,7 +230,6 @@ def test_models_without_the_interface_refuse_it(name):
 
 
 def test_what_the_interface_refuses():
-    huggingface.register()
     q = torch.randn(1, 2, 4, 8)
     module = torch.nn.Module()
     with pytest.raises(NotImplementedError, match="argument 'softcap': expected None, .* got 30.0"):
