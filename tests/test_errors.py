@@ -10,6 +10,7 @@ from helpers import nested, quantized
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import convkernels as ck
+from convkernels.ops.conv import schema
 
 B, T, C, H, K = 2, 7, 12, 3, 5
 
@@ -274,6 +275,10 @@ def test_the_native_ops_refuse_to_leave_their_memory(row):
     kwargs = {**good(L), "left": 2, **changes}
     with pytest.raises(RuntimeError, match=f"argument '{argument}'"):
         torch.ops.convkernels._tap_conv.cpu(**kwargs)
+    if not kwargs.keys() - {"x", "weight", "left", "dilation"} and kwargs.get("dilation", 1) < 2**31:
+        settings = schema.packed(kwargs["left"], kwargs.get("dilation", 1), False)
+        with pytest.raises(RuntimeError, match=f"argument '{argument}'"):
+            torch.ops.convkernels._plain_tap_conv.cpu(kwargs["x"], kwargs["weight"], settings)
     kwargs.pop("bias", None)
     if argument != "bias":
         with pytest.raises(RuntimeError, match=f"argument '{argument}'"):

@@ -5,6 +5,7 @@ import torch
 from helpers import flops_of
 
 import convkernels as ck
+from convkernels.ops.conv.schema import packed
 
 B, T, C, H, K = 2, 11, 12, 3, 5
 CALLS = {
@@ -49,6 +50,11 @@ def test_step(backend):
 def test_public_op(backend):
     op = getattr(torch.ops.convkernels.tap_conv, backend)
     assert flops_of(lambda: op(torch.randn(B, T, C), torch.randn(H, K), 2)) == ONE_PASS
+
+
+def test_plain_op(backend):
+    plain = getattr(torch.ops.convkernels._plain_tap_conv, backend)
+    assert flops_of(lambda: plain(torch.randn(B, T, C), torch.randn(H, K), packed(2, 1, True))) == ONE_PASS
 
 
 def test_vmap_counts_the_folded_work(backend):

@@ -10,6 +10,7 @@ import random
 import pytest
 import torch
 
+from convkernels.ops.conv.schema import PLAIN, TapConv, packed
 from convkernels.testing.attention import INPUTS
 from convkernels.testing.compare import CONV_INPUTS
 from convkernels.testing.random_problems import random_attention, random_conv, random_step
@@ -78,6 +79,18 @@ def test_opcheck_quick(op, backend):
 def test_opcheck_raw(op, backend):
     # Only samples without requires_grad: the raw ops have no autograd kernel, on purpose.
     check(f"_{op}", op, backend, range(SAMPLES + 8, SAMPLES + 20, 2))
+
+
+@pytest.mark.parametrize("left, dilation, softmax", [(0, 1, False), (2, 1, True), (6, 3, True), (2**30, 2**29, False)])
+def test_opcheck_plain(left, dilation, softmax, backend):
+    """The form with few arguments is the same operator."""
+    x, weight = torch.randn(2, 9, 8), torch.randn(4, 3)
+    plain = getattr(torch.ops.convkernels._plain_tap_conv, backend)
+    whole = getattr(torch.ops.convkernels._tap_conv, backend)
+    arguments = x, weight, packed(left, dilation, softmax)
+    torch.library.opcheck(plain, arguments)
+    assert torch.equal(plain(*arguments), whole(x, weight, left, dilation, softmax))
+    assert PLAIN.record(*arguments) == TapConv(x, weight, left, dilation, softmax)
 
 
 DOUBLE_BACKWARD_OF_ATTENTION = 7007

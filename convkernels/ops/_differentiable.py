@@ -36,8 +36,11 @@ def _function(prefix: str, kind: type, **methods: Callable) -> type[Function]:
     return type(name, (Function,), {method: staticmethod(code) for method, code in methods.items()})
 
 
-def recorded(kind: type, backend: str, raw: Callable, save: Callable, backward: Callable) -> Callable:
-    """For eager autograd; takes as many arguments as are given."""
+def recorded(
+    kind: type, backend: str, raw: Callable, save: Callable, backward: Callable, *, unwrapped: bool = False
+) -> Callable:
+    """For eager autograd; takes as many arguments as are given. unwrapped: only such as no transform has left behind,
+    for which Function.apply looks through all of them; a sixth of what it takes."""
 
     def forward(ctx, *args):
         outputs = raw(*args)
@@ -47,7 +50,8 @@ def recorded(kind: type, backend: str, raw: Callable, save: Callable, backward: 
     def gradients(ctx, *grads):
         return backward(ctx, backend, *grads)
 
-    return _function("Recorded", kind, forward=forward, backward=gradients).apply
+    function = _function("Recorded", kind, forward=forward, backward=gradients)
+    return super(Function, function).apply if unwrapped else function.apply
 
 
 def hooks(backend: str, save: Callable, backward: Callable) -> Autograd:

@@ -3,11 +3,13 @@
 Every operator exists once per backend (the overload name) and twice by name: ``name.<backend>`` is public, with
 autograd attached, for whoever calls ``torch.ops`` directly; ``_name.<backend>`` is raw, without an autograd kernel,
 because an op with ``register_autograd`` costs about 3.7 us more per call even when no gradient is recorded. The
-Python functions of this package call the raw ones.
+Python functions of this package call the raw ones. ``_plain_name.<backend>`` is a raw one with few arguments, for calls
+that need no more: each argument of a schema costs about 0.1 us.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +20,15 @@ from ._on_import import when_imported
 NAMESPACE = "convkernels"
 OPERATORS: dict[str, type] = {}
 """All operators registered: name -> record of arguments."""
+_FORMS: dict[str, dict[str, "Form"]] = {}  # operator -> the names it is registered under, and how each is called
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+class Form(NamedTuple):
+    """schema: from the opening parenthesis on.  record: makes the operator's record of the arguments of a call."""
+
+    schema: str
+    record: Callable
 
 
 class Autograd(NamedTuple):
@@ -36,7 +46,7 @@ class OpSpec:
     arguments only, because the stable C++ interface takes no others.  fake: shapes and strides of the outputs.
     reference: the kernel in plain PyTorch.  flops: formula, shapes standing for tensors, for FlopCounterMode.  All
     three take the record.  autograd: keyword argument backend -> hooks for the public op; None for an op without
-    gradient.
+    gradient.  plain: how ``_plain_name`` is called, where there is one.
     """
 
     arguments: type
@@ -44,6 +54,7 @@ class OpSpec:
     reference: Callable
     flops: Callable
     autograd: Callable[..., Autograd] | None = None
+    plain: Form | None = None
 
 
 def overload(name: str, backend: str) -> torch._ops.OpOverload:
@@ -52,17 +63,17 @@ def overload(name: str, backend: str) -> torch._ops.OpOverload:
 
 
 def implement(name: str, backend: str, kernel: Callable) -> None:
-    """Make a Python function of the record of arguments the kernel of both forms of an operator."""
-    kind, key = OPERATORS[name], BACKENDS[backend].dispatch_key
-    for full in (name, f"_{name}"):
-        _LIBRARY.impl(f"{full}.{backend}", lambda *args, **named: kernel(kind(*args, **named)), key)
+    """Make a Python function of the record of arguments the kernel of all forms of an operator."""
+    key = BACKENDS[backend].dispatch_key
+    for full, form in _FORMS[name].items():
+        _LIBRARY.impl(f"{full}.{backend}", lambda *args, of=form.record, **named: kernel(of(*args, **named)), key)
 
 
-def _on_one_device(spec: OpSpec) -> Callable:
+def _on_one_device(spec: OpSpec, form: Form) -> Callable:
     """The fake, which refuses what kernels refuse: one tensor on device meta among others takes the call to it."""
 
     def fake(*args, **named):
-        record = spec.arguments(*args, **named)
+        record = form.record(*args, **named)
         given = zip(record._fields, record, strict=True)
         devices = {name: value.device for name, value in given if isinstance(value, torch.Tensor)}
         here = next((device for device in devices.values() if device.type != "meta"), torch.device("meta"))
@@ -78,21 +89,27 @@ def _on_one_device(spec: OpSpec) -> Callable:
 
 def register(spec: OpSpec) -> None:
     """Define the operator for every backend in the table."""
-    name, fake = spec.arguments.__name__, _on_one_device(spec)
+    name, usual = spec.arguments.__name__, Form(spec.arguments.schema, spec.arguments)
     OPERATORS[name] = spec.arguments
+    _FORMS[name] = {name: usual, f"_{name}": usual} | ({} if spec.plain is None else {f"_plain_{name}": spec.plain})
     for backend in BACKENDS:
-        for full in (name, f"_{name}"):
-            _LIBRARY.define(f"{full}.{backend}{spec.arguments.schema}")
-            torch.library.register_fake(f"{NAMESPACE}::{full}.{backend}", fake, lib=_LIBRARY)
+        for full, form in _FORMS[name].items():
+            _LIBRARY.define(f"{full}.{backend}{form.schema}")
+            torch.library.register_fake(f"{NAMESPACE}::{full}.{backend}", _on_one_device(spec, form), lib=_LIBRARY)
         if spec.autograd is not None:
             hooks = spec.autograd(backend=backend)
             torch.library.register_autograd(
                 f"{NAMESPACE}::{name}.{backend}", hooks.backward, setup_context=hooks.setup_context, lib=_LIBRARY
             )
     implement(name, "reference", spec.reference)
-    packets = [getattr(getattr(torch.ops, NAMESPACE), full) for full in (name, f"_{name}")]
+    for full, form in _FORMS[name].items():
+        packet = getattr(getattr(torch.ops, NAMESPACE), full)
 
-    def flops(*shapes, out_shape=None, **named) -> int:
-        return spec.flops(spec.arguments(*shapes, **named))
+        def flops(*shapes, out_shape=None, of=form.record, **named) -> int:
+            return spec.flops(of(*shapes, **named))
 
-    when_imported("torch.utils.flop_counter", lambda counter: counter.register_flop_formula(packets)(flops))
+        when_imported("torch.utils.flop_counter", partial(_count_flops, packet, flops))
+
+
+def _count_flops(packet, formula: Callable, counter) -> None:
+    counter.register_flop_formula(packet)(formula)

@@ -34,6 +34,12 @@ struct Operators {
     return y;
   }
 
+  // tap_conv of nothing but these: packed() in convkernels/ops/conv/schema.py says where each number lies.
+  static Tensor plain_tap_conv(Tensor x, Tensor weight, int64_t settings) {
+    return tap_conv(x, weight, settings >> 32, settings >> 1 & 0x7fffffff, settings & 1, false, 0.0, {}, {}, {}, {}, {},
+                    {});
+  }
+
   static ConvGradTensors tap_grad(Tensor grad, Tensor x, Tensor weight, int64_t left, int64_t dilation, bool softmax,
                                   bool renormalize, double dropout, Optional seed, Optional gate, Optional mask,
                                   Optional cu_seqlens, Optional initial_state, int64_t needs) {
@@ -112,6 +118,7 @@ struct Operators {
       for (const char* prefix : {"", "_"}) library.impl((std::string(prefix) + name + "." + overload).c_str(), boxed);
     };
     add("tap_conv", TORCH_BOX(&Operators::tap_conv));
+    library.impl(("_plain_tap_conv." + overload).c_str(), TORCH_BOX(&Operators::plain_tap_conv));
     add("tap_grad", TORCH_BOX(&Operators::tap_grad));
     add("tap_step", TORCH_BOX(&Operators::tap_step));
     add("attention", TORCH_BOX(&Operators::attention));

@@ -17,10 +17,11 @@ _autocast_somewhere = _validate.autocast_somewhere
 _transforms_active = _functorch.transforms_active
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _STRIDED = torch.strided
 _MAX_SPAN = checks.MAX_SPAN
 
-# (function, backend, dtype of x, dtype of weight, device) of calls that passed all checks -> (raw, record).
+# (function, backend, dtype of x, dtype of weight, device, None for the CPU) of calls that passed all checks -> Kernels.
 _proven: dict[tuple, tuple] = {}
 _select.on_reset(_proven.clear)
 
@@ -186,8 +187,8 @@ def convolve(
             else:
                 H, K = weight.shape
                 fits = letters == "[H,K]" or H == C
-            device = x.device
-            raw, record = _proven[name, backend, x.dtype, weight.dtype, device]
+            device = None if x.is_cpu and weight.is_cpu else x.device  # asking for a device takes longer than for this
+            kernels = _proven[name, backend, x.dtype, weight.dtype, device]
             if padding == "same":
                 left = dilation * (K // 2)
             elif padding == "causal":
@@ -196,18 +197,23 @@ def convolve(
                 left = padding if padding.__class__ is int else -1
             fits = (
                 fits
-                and weight.device == device
+                and (device is None or weight.device == device)
                 and x.layout is weight.layout is _STRIDED
                 and K > 0
                 and C % H == 0
                 and 0 <= left <= (K - 1) * dilation <= _MAX_SPAN
             )
             if fits and bias is None:
-                recorded = _is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-                return (record if recorded else raw)(x, weight, left, dilation, softmax)
-            if fits and bias.shape == (C,) and bias.dtype is weight.dtype and bias.device == device:
+                if not (_is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+                    return kernels.plain(x, weight, left << 32 | dilation << 1 | softmax)  # as packed() does it
+                if not (_is_wrapped(x) or _is_wrapped(weight)):  # by a transform that has ended
+                    return kernels.record_plain(x, weight, left << 32 | dilation << 1 | softmax)
+                return kernels.record(x, weight, left, dilation, softmax)
+            here = bias.is_cpu if device is None else bias.device == device
+            if fits and here and bias.shape == (C,) and bias.dtype is weight.dtype:
                 recorded = _is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad)
-                return (record if recorded else raw)(x, weight, left, dilation, softmax, False, 0.0, None, bias)
+                run = kernels.record if recorded else kernels.fast
+                return run(x, weight, left, dilation, softmax, False, 0.0, None, bias)
         except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError, ZeroDivisionError):
             pass  # `_general` says what is wrong, if anything is
         except RuntimeError:
@@ -230,7 +236,7 @@ def _general(name, letters, args: TapConv, padding, training, return_state, back
     chosen = _select.pick(backend, name, x.device.type, x.dtype)
     kernels = op.KERNELS[chosen]
     if not transforming:
-        _proven[name, backend, x.dtype, weight.dtype, x.device] = kernels.fast, kernels.record
+        _proven[name, backend, x.dtype, weight.dtype, None if x.is_cpu else x.device] = kernels
     settled_args = settled(args, left, *_dtypes.drawn(args.dropout, training, args.seed, x.device))
     if transforming:
         y = op.differentiable_conv(chosen, *settled_args)

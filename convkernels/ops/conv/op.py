@@ -13,7 +13,7 @@ from .._dtypes import accumulate_dtype
 from .._functorch import refuse_tangents, transforming
 from .._spec import OpSpec, overload, register
 from . import double_backward, flops, reference, vmap
-from .schema import FOR_DOUBLE_BACKWARD, FOR_GRAD, GRAD_INPUTS, INPUTS, TapConv, TapGrad, TapStep
+from .schema import FOR_DOUBLE_BACKWARD, FOR_GRAD, GRAD_INPUTS, INPUTS, PLAIN, TapConv, TapGrad, TapStep
 
 _plan, _keep = INPUTS.plan, FOR_GRAD.keep
 _READS_X = INPUTS.bit["weight"] | INPUTS.bit["gate"]
@@ -21,13 +21,16 @@ _READS_X = INPUTS.bit["weight"] | INPUTS.bit["gate"]
 
 class Kernels(NamedTuple):
     """One backend's operators; all take the arguments of the op by position. raw, raw_grad, step: no autograd.
-    fast: raw, for eager code only.  record: eager autograd. Trailing default arguments may be left out."""
+    fast: raw, for eager code only.  record: eager autograd. Trailing default arguments may be left out.
+    plain, record_plain: fast and record of x, weight and ``packed`` settings, for tensors outside torch.func."""
 
     raw: Any
     raw_grad: Any
     step: Any
     fast: Any
     record: Any
+    plain: Any
+    record_plain: Any
 
 
 KERNELS: dict[str, Kernels] = {}
@@ -47,14 +50,30 @@ def _backward(ctx, backend: str, grad: Tensor) -> tuple:
     if not needs & _READS_X:
         # No gradient asked for depends on the values of x; grad has its shape and type.
         args = (grad, grad, *args[2:])
-    if torch.is_grad_enabled() or transforming():
-        found = differentiable_grad(backend, *args)
-    else:
-        if forward_ad._current_level >= 0:
-            refuse_tangents("the gradient of tap_conv", grad=grad)
-        found = KERNELS[backend].raw_grad(*args)
     # The gradient of the bias has the accumulation type; autograd rounds it to the type of the bias.
-    return gradients((*found, None))
+    return gradients((*_gradients(backend, args), None))
+
+
+def _save_plain(ctx, args: tuple, output: Tensor) -> None:
+    x, weight, ctx.settings = args
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+
+
+def _backward_plain(ctx, backend: str, grad: Tensor) -> tuple:
+    x, weight = ctx.saved_tensors
+    args = PLAIN.record(grad if x is None else x, weight, ctx.settings)
+    needs, gradients = _plan(ctx.needs_input_grad[:2])
+    found = _gradients(backend, TapGrad(grad, args.x, args.weight, args.left, args.dilation, args.softmax, needs=needs))
+    return *gradients((*found, None)), None
+
+
+def _gradients(backend: str, args: tuple) -> tuple[Tensor, ...]:
+    """args: of tap_grad."""
+    if torch.is_grad_enabled() or transforming():
+        return differentiable_grad(backend, *args)
+    if forward_ad._current_level >= 0:
+        refuse_tangents("the gradient of tap_conv", grad=args[0])
+    return KERNELS[backend].raw_grad(*args)
 
 
 _save_grad = save_gradients(FOR_DOUBLE_BACKWARD, TapGrad)
@@ -89,7 +108,11 @@ def _fake_grad(args: TapGrad) -> tuple[Tensor, ...]:
     )
 
 
-register(OpSpec(TapConv, _fake, reference.tap_conv, flops.forward, partial(hooks, save=_save, backward=_backward)))
+register(
+    OpSpec(
+        TapConv, _fake, reference.tap_conv, flops.forward, partial(hooks, save=_save, backward=_backward), plain=PLAIN
+    )
+)
 register(
     OpSpec(
         TapGrad,
@@ -105,8 +128,10 @@ register(OpSpec(TapStep, _fake, reference.tap_step, flops.forward))
 def _kernels(backend: str) -> Kernels:
     raw, raw_grad, step = (overload(f"_{kind.__name__}", backend) for kind in (TapConv, TapGrad, TapStep))
     # OpOverload.__call__ only forwards to `_op`; calling that directly saves 0.1 us of the 3 a small call takes.
-    fast = getattr(raw, "_op", raw)
-    return Kernels(raw, raw_grad, step, fast, recorded(TapConv, backend, fast, _save, _backward))
+    fast, plain = (getattr(op, "_op", op) for op in (raw, overload("_plain_tap_conv", backend)))
+    record = recorded(TapConv, backend, fast, _save, _backward)
+    record_plain = recorded(TapConv, backend, plain, _save_plain, _backward_plain, unwrapped=True)
+    return Kernels(raw, raw_grad, step, fast, record, plain, record_plain)
 
 
 KERNELS.update({name: _kernels(name) for name in BACKENDS})

@@ -1,6 +1,7 @@
 """The arguments of ``tap_conv``, ``tap_grad`` and ``tap_step``: names, order, defaults, and the bits of ``needs``."""
 
 from .._arguments import Inputs, Saved, arguments, replacing
+from .._spec import Form
 
 _SETTING = "int dilation=1, bool softmax=False, bool renormalize=False"
 _OPTIONAL = "Tensor? gate=None, Tensor? mask=None, Tensor? cu_seqlens=None, Tensor? initial_state=None"
@@ -22,6 +23,18 @@ TapStep = arguments(
     f"(Tensor x, Tensor(a!) state, Tensor weight, {_SETTING}, Tensor? bias=None, Tensor? gate=None, "
     "Tensor? state_index=None, Tensor? position=None) -> Tensor",
 )
+
+
+def packed(left: int, dilation: int, softmax: bool) -> int:
+    """``settings`` of ``_plain_tap_conv``; both numbers are at most 2^30."""
+    return left << 32 | dilation << 1 | softmax
+
+
+def _of_plain(x, weight, settings: int) -> TapConv:
+    return TapConv(x, weight, settings >> 32, settings >> 1 & 0x7FFFFFFF, bool(settings & 1))
+
+
+PLAIN = Form("(Tensor x, Tensor weight, int settings) -> Tensor", _of_plain)
 
 INPUTS = Inputs(TapConv, _INPUTS)
 GRAD_INPUTS = Inputs(TapGrad, ("grad", "x", "weight", "gate", "initial_state"))
