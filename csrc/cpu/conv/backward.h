@@ -335,8 +335,8 @@ inline const char* conv_backward_typed(const ConvBackward& p) {
   const bool direct = kReadInPlace<T> && p.gate.data == nullptr && p.grad.channel == 1 &&
                       (p.grad_weight == nullptr || p.x.channel == 1) &&
                       (p.grad_x.data == nullptr || p.grad_x.channel == 1) && (!need_input || p.grad_x.data != nullptr);
-  const ChannelPlan plan = plan_channels<T>(p, direct, per_row, 256);
   const int64_t splits = max(1, min(kMaxSplits, p.batch * p.time / kSplitRows));
+  const ChannelPlan plan = plan_channels<T>(p, direct, per_row, channels_per_block(p, direct, splits));
   const int64_t rows = max(16, min(256, round_up(ceil_div(p.batch * p.time, splits), 16)));
   const WorkList work(p, rows);
 

@@ -63,6 +63,16 @@ inline ChannelPlan plan_channels(const ConvProblem& p, bool direct, bool per_row
   return plan;
 }
 
+// The channels of a block at least, where tasks have `pieces` of the rows to choose from. Rows that lie in place are
+// read from end to end, because the hardware's prefetch breaks off where a block ends, unless that leaves fewer than
+// two tasks for a thread. Converted rows are to stay in the caches.
+inline int64_t channels_per_block(const ConvProblem& p, bool direct, int64_t pieces) {
+  constexpr int64_t kNarrow = 256;
+  if (!direct) return kNarrow;
+  const int64_t blocks = worth_threads(p) ? ceil_div(2 * p.threads, pieces) : 1;
+  return max(kNarrow, ceil_div(p.channels, blocks));
+}
+
 // The bias of a block, converted like its rows.
 template <class T>
 inline void convert_bias(const ConvProblem& p, const ChannelBlock& block, Compute<T>* out) {
@@ -226,16 +236,18 @@ inline void forward_task(const ConvForward& p, const ChannelPlan& plan, const Ch
   if (stream) stream_fence();
 }
 
+constexpr int64_t kMinRows = 16;  // of an item
+
 template <class T>
 inline const char* conv_forward_typed(const ConvForward& p) {
   if (p.batch * p.time * p.channels == 0) return nullptr;
   const bool per_row = p.per_position || p.renormalize;
   const bool direct = kReadInPlace<T> && p.gate.data == nullptr && p.x.channel == 1 && p.y.channel == 1;
   const bool threads = worth_threads(p);
-  const int64_t min_channels = direct && !per_row ? p.channels : 256;
+  const int64_t min_channels = channels_per_block(p, direct, ceil_div(p.batch * p.time, kMinRows));
   const ChannelPlan plan = plan_channels<T>(p, direct, per_row, min_channels);
   const int64_t tasks = threads ? max(1, p.threads * 4 / plan.blocks) : 1;
-  const int64_t rows = max(16, min(256, round_up(ceil_div(p.batch * p.time, tasks), 16)));
+  const int64_t rows = max(kMinRows, min(256, round_up(ceil_div(p.batch * p.time, tasks), kMinRows)));
   const WorkList work(p, rows);
   const bool stream = direct && p.batch * p.time * p.channels * static_cast<int64_t>(sizeof(T)) >= kStreamBytes &&
                       p.resident_output && can_stream<T>(p.y);
