@@ -10,11 +10,10 @@
 #include <stdint.h>
 #include <string.h>
 
-#include <new>
 #include <type_traits>
 #include <utility>
 
-#include "csrc/common/poison.h"
+#include "csrc/cpu/scratch.h"
 
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -246,27 +245,6 @@ template <class S>
 CK_INLINE Vec<S> vsigmoid(Vec<S> x) {
   return splat(S{1}) / (splat(S{1}) + vexp(-x));
 }
-
-// Memory for the duration of one piece of work.
-template <class S>
-class Scratch {
- public:
-  explicit Scratch(int64_t count) {
-    // A vector of slack on top: rows may be written in whole vectors.
-    const size_t bytes = static_cast<size_t>(count > 0 ? count : 1) * sizeof(S) + 128;
-    data_ = static_cast<S*>(::operator new(bytes, kAlignment));
-    if (poisoned()) memset(static_cast<void*>(data_), 0xff, bytes);
-  }
-  ~Scratch() { ::operator delete(data_, kAlignment); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  S* get() const { return data_; }
-  S& operator[](int64_t i) const { return data_[i]; }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  S* data_;
-};
 
 CK_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 CK_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }

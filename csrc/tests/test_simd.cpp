@@ -8,6 +8,8 @@
 #include <cstring>
 #include <limits>
 #include <random>
+#include <thread>
+#include <vector>
 
 #include "csrc/tests/check.h"
 
@@ -154,6 +156,45 @@ void reductions() {
 CK_TEST(reductions_add_every_lane_once) {
   reductions<float>();
   reductions<double>();
+}
+
+CK_TEST(scratch_comes_from_what_the_thread_gave_back) {
+  const auto address = [](int64_t count) {
+    const Scratch<float> memory(count);
+    memory[0] = memory[count - 1] = 1;
+    return reinterpret_cast<uintptr_t>(memory.get());
+  };
+  for (int64_t count : {1, 32, 33, 1000, 60000}) {
+    const uintptr_t first = address(count);
+    CK_EQUAL(first % 64, 0u);
+    if (kReserved) CK_EQUAL(address(count), first);
+  }
+  CK_EQUAL(reserve.kept <= Reserve::kLimit, true);
+}
+
+CK_TEST(scratches_that_live_together_share_nothing) {
+  std::vector<Scratch<char>*> all;
+  for (int64_t i = 0; i < 200; ++i) {
+    all.push_back(new Scratch<char>(1 + 37 * i * i));
+    memset(all.back()->get(), static_cast<int>(i), static_cast<size_t>(1 + 37 * i * i + 64));
+  }
+  for (int64_t i = 0; i < 200; ++i)
+    for (int64_t at : {int64_t{0}, 37 * i * i})
+      CK_EQUAL(static_cast<int>((*all[static_cast<size_t>(i)])[at]), static_cast<int>(static_cast<char>(i)));
+  // In no order, and by a thread that did not make them and ends.
+  std::thread other([&] {
+    for (size_t i = 0; i < all.size(); i += 2) delete all[i];
+    CK_EQUAL(reserve.kept <= Reserve::kLimit, true);
+  });
+  other.join();
+  for (size_t i = 1; i < all.size(); i += 2) delete all[i];
+  CK_EQUAL(reserve.kept <= Reserve::kLimit, true);
+}
+
+CK_TEST(scratch_of_nothing_is_nothing) {
+  const int64_t kept = reserve.kept;
+  const Scratch<double> none(0), less(-3);
+  CK_EQUAL(reserve.kept, kept);
 }
 
 }  // namespace
