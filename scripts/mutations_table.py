@@ -104,10 +104,10 @@ CPU_MUTATIONS = [
         "vexp(load_bytes<Vec<C>>(out + k * pitch));",
     ),
     Mutation(
-        "softmax of another head's row",
-        "csrc/cpu/conv/filters.h",
-        "const C* row = logits + h * K;",
-        "const C* row = logits + (h > 0 ? h - 1 : 0) * K;",
+        "softmax over one tap too few",
+        "csrc/cpu/conv/position_filters.h",
+        "softmax_columns<false, C>(from, pitch, K, lower, upper);",
+        "softmax_columns<false, C>(from, pitch, max(K - 1, 1), lower, upper);",
     ),
     Mutation(
         "windows reach into the next packed sequence",

@@ -171,22 +171,24 @@ struct Converted {
 
 typedef uint16_t Narrow __attribute__((vector_size(kVectorBytes / 2)));  // 16 bits for each lane of a float vector
 
-// n contiguous values of T in natural order; what lies beyond `limit` is not touched.
+// A vector of contiguous values of T in natural order.
 template <class T>
-CK_INLINE Vec<Compute<T>> load_natural(const T* p, const T* limit) {
-  using C = Compute<T>;
-  constexpr int V = kLanes<C>;
-  T copy[V];
-  if (p + V > limit) {
-    memset(static_cast<void*>(copy), 0, sizeof copy);
-    memcpy(static_cast<void*>(copy), p, static_cast<size_t>(limit - p) * sizeof(T));
-    p = copy;
-  }
+CK_INLINE Vec<Compute<T>> load_natural(const T* p) {
   if constexpr (sizeof(T) == 2 && Lanes<T>::kParts == 2) {
     return (Vec<float>)(__builtin_convertvector(load_bytes<Narrow>(p), Vec<uint32_t>) << 16);
   } else {
     return Lanes<T>::template load<0>(p, 0);
   }
+}
+// The same where values end at `limit`: what lies beyond it is not touched.
+template <class T>
+CK_INLINE Vec<Compute<T>> load_natural(const T* p, const T* limit) {
+  constexpr int V = kLanes<Compute<T>>;
+  if (p + V <= limit) return load_natural(p);
+  T copy[V];
+  memset(static_cast<void*>(copy), 0, sizeof copy);
+  memcpy(static_cast<void*>(copy), p, static_cast<size_t>(limit - p) * sizeof(T));
+  return load_natural<T>(copy);
 }
 
 // The first n lanes to contiguous memory.

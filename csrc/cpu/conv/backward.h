@@ -6,7 +6,7 @@
 #pragma once
 
 #include "csrc/cpu/conv/correlate.h"
-#include "csrc/cpu/conv/forward.h"
+#include "csrc/cpu/conv/partial_sums.h"
 
 namespace ck::cpu::CK_ISA {
 
@@ -20,22 +20,12 @@ inline RowReader<T> gradient_reader(const ConvBackward& p) {
   return r;
 }
 
-// The partial sums of each split of the rows.
-template <class C>
-struct PartialSums {
-  int64_t filter_size, bias_size;
-  Scratch<C> filters, bias;
-
-  PartialSums(int64_t splits, int64_t filter, int64_t channels)
-      : filter_size(filter), bias_size(channels), filters(splits * filter), bias(splits * channels) {}
-};
-
 // Filters that depend on the position where heads do not cover whole units: products per channel first, then one head
 // after the other.
 template <class Src>
 inline void dot_taps_of_channels(const typename Src::Elem* const* in, const typename Src::Elem* grad, int64_t taps,
                                  int64_t units, int64_t channels, int64_t channels_per_head, typename Src::C* product,
-                                 typename Src::C* out) {
+                                 typename Src::C* out, int64_t pitch) {
   using C = typename Src::C;
   constexpr int V = kLanes<C>, P = Src::kParts;
   for (int64_t k = 0; k < taps; ++k) {
@@ -46,7 +36,7 @@ inline void dot_taps_of_channels(const typename Src::Elem* const* in, const type
                     Src::template load<1>(grad, unit) * Src::template load<1>(in[k], unit));
     }
     for (int64_t c = 0; c < channels; ++c) {
-      out[c / channels_per_head * taps + k] += product[vector_position<Src>(c)];
+      out[(c / channels_per_head * taps + k) * pitch] += product[vector_position<Src>(c)];
     }
   }
 }
@@ -57,7 +47,7 @@ class BackwardTask {
   using C = Compute<T>;
   using Src = std::conditional_t<kStaged, Staged<T>, Lanes<T>>;
   using Elem = typename Src::Elem;
-  static constexpr int64_t kMaxRows = 32;
+  static constexpr int64_t kMaxRows = 32;  // a whole number of vectors, and of tiles
 
   BackwardTask(const ConvBackward& p, const ChannelPlan& plan, const ChannelBlock& block,
                const SharedFilters<T>* shared, C* filter_sum, C* bias_sum)
@@ -74,7 +64,8 @@ class BackwardTask {
         h1_(ceil_div(block.last, per_head_)),
         units_(units_of<T>(block)),
         width_(vector_width<T>(block)),
-        pitch_((h1_ - h0_) * K_ + kLanes<C>),
+        columns_(kMaxRows + K_ - 1),
+        pitch_(round_up(columns_ + kLanes<C>, kLanes<C>)),
         per_row_(shared == nullptr),
         need_input_(p.grad_x.data != nullptr || p.grad_gate.data != nullptr || p.grad_state != nullptr),
         need_filter_(p.grad_weight != nullptr),
@@ -86,12 +77,11 @@ class BackwardTask {
         gradient_(gradient_reader<T>(p), reversed_, block, need_input_ ? kMaxRows : 1, kMargin, kStaged),
         center_(gradient_reader<T>(p), Taps{1, 0, d_}, block, kMaxRows, kMargin, kStaged),
         sink_(input_reader<T>(p), p.grad_x, p.grad_gate, p.grad_state, block, kMaxRows, kStaged),
-        logits_(per_row_ ? pitch_ : 0),
-        filters_(per_row_ && need_input_ ? window_rows() * pitch_ : 0),
-        soft_(per_row_ && separate_soft_ && centered_ ? window_rows() * pitch_ : 0),
-        center_soft_(per_row_ && need_filter_ && !centered_ ? pitch_ : 0),
-        dots_(per_row_ && need_filter_ ? kDotRows * pitch_ : 0),
-        expanded_(per_row_ && need_input_ && !plan.aligned ? window_rows() * K_ * width_ : 0),
+        filters_(per_row_ && need_input_ ? table_rows() * pitch_ : 0),
+        soft_(per_row_ && separate_soft_ && centered_ ? table_rows() * pitch_ : 0),
+        center_soft_(per_row_ && need_filter_ && !centered_ ? table_rows() * kMaxRows : 0),
+        dots_(per_row_ && need_filter_ ? (table_rows() + kDotTaps<C>)*kMaxRows : 0),
+        expanded_(per_row_ && need_input_ && !plan.aligned ? (columns_ + kPositionRows) * K_ * width_ : 0),
         product_(per_row_ && need_filter_ && !plan.aligned ? width_ : 0) {}
 
   void run(const WorkList& work, int64_t begin, int64_t end) {
@@ -109,7 +99,10 @@ class BackwardTask {
   }
 
  private:
-  int64_t window_rows() const { return kMaxRows + kPositionRows + K_ - 1; }
+  int64_t table_rows() const { return (h1_ - h0_) * K_; }
+  PositionBlock block_of(const Sequence& s, int64_t position, int64_t n) const {
+    return {p_, s, position, d_, n, h0_, h1_};
+  }
 
   // Inputs before position 0 receive their gradient as if they belonged to the sequence.
   void state_gradient(const Sequence& s) {
@@ -127,12 +120,12 @@ class BackwardTask {
       window_filters(s, position, n, continues);
       // Output i takes tap K-1-k of the filter that belongs to row i+k of the window.
       if (plan_.aligned) {
-        convolve_positions<T, Src>(p_, plan_, block_, grad, out, n, filters_.get() + K_ - 1, pitch_, pitch_ - 1,
+        convolve_positions<T, Src>(p_, block_, grad, out, n, filters_.get() + (K_ - 1) * pitch_, 1 - pitch_, pitch_,
                                    nullptr, false);
       } else {
         const int64_t row = K_ * width_;
-        convolve_positions<T, Src>(p_, plan_, block_, grad, out, n, expanded_.get() + (K_ - 1) * width_, row,
-                                   row - width_, nullptr, false);
+        convolve_position_channels<T, Src>(p_, block_, grad, out, n, expanded_.get() + (K_ - 1) * width_, row,
+                                           row - width_, nullptr, false);
       }
     }
     if constexpr (kStaged) sink_.flush(s, position, d_, n);
@@ -140,27 +133,30 @@ class BackwardTask {
 
   // Filters of the rows that the window of d(y) holds, and zeros where it lies outside the sequence.
   void window_filters(const Sequence& s, int64_t position, int64_t n, bool continues) {
-    const int64_t halo = K_ - 1, origin = reversed_.source(position, 0);
-    int64_t q = 0;
+    const int64_t halo = K_ - 1, end = n + halo, origin = reversed_.source(position, 0);
+    C* const soft = separate_soft_ && centered_ ? soft_.get() : nullptr;
+    const int64_t begin = continues ? halo : 0, row = K_ * width_;
     if (continues) {
-      const auto carry = [&](C* rows, int64_t size) {
-        memmove(static_cast<void*>(rows), rows + kMaxRows * size, static_cast<size_t>(halo * size) * sizeof(C));
-      };
-      carry(filters_.get(), pitch_);
-      if (separate_soft_ && centered_) carry(soft_.get(), pitch_);
-      if (!plan_.aligned) carry(expanded_.get(), K_ * width_);
-      q = halo;
+      move_columns(filters_.get(), pitch_, table_rows(), kMaxRows, halo);
+      if (soft != nullptr) move_columns(soft, pitch_, table_rows(), kMaxRows, halo);
+      if (!plan_.aligned)
+        memmove(static_cast<void*>(expanded_.get()), expanded_.get() + kMaxRows * row,
+                static_cast<size_t>(halo * row) * sizeof(C));
     }
-    for (; q < n + halo; ++q) {
-      const int64_t t = origin + d_ * q;
-      C* const row = filters_.get() + q * pitch_;
-      C* const soft = separate_soft_ && centered_ ? soft_.get() + q * pitch_ : nullptr;
-      if (t >= 0 && t < s.length())
-        make_position_filters<C>(p_, s, t, h0_, h1_, logits_.get(), row, soft);
-      else
-        memset(static_cast<void*>(row), 0, static_cast<size_t>(pitch_) * sizeof(C));
-      if (!plan_.aligned) expand_filters<T>(p_, block_, row, K_, 1, expanded_.get() + q * K_ * width_);
+    // Columns [first, last) are inside.
+    const int64_t first = min(end, max(begin, ceil_div(max(0, -origin), d_)));
+    const int64_t last = max(first, min(end, ceil_div(max(0, s.length() - origin), d_)));
+    if (first < last)
+      make_position_filters<C>(block_of(s, origin + d_ * first, last - first), filters_.get() + first,
+                               soft != nullptr ? soft + first : nullptr, pitch_);
+    for (int64_t j = 0; (begin < first || last < end) && j < table_rows(); ++j) {
+      C* const to = filters_.get() + j * pitch_;
+      for (int64_t i = begin; i < first; ++i) to[i] = 0;
+      for (int64_t i = last; i < end; ++i) to[i] = 0;
     }
+    if (!plan_.aligned)
+      for (int64_t i = begin; i < end; ++i)
+        expand_filters<T>(p_, block_, filters_.get() + i, K_ * pitch_, pitch_, expanded_.get() + i * row);
   }
 
   void row_gradients(const Sequence& s, int64_t position, int64_t n, bool continues) {
@@ -194,54 +190,48 @@ class BackwardTask {
     }
   }
 
-  // d(filters) row by row, through the softmax, to d(weight) or, if all positions share the weight, to the sums.
+  // d(filters), through the softmax, to d(weight) or, if all positions share the weight, to the sums.
   void position_gradients(const Sequence& s, int64_t position, int64_t n, const Elem* const* in,
                           const Elem* const* grad) {
-    const int64_t shift = centered_ ? gradient_.center() : 0;
-    for (int64_t i = 0; i < n; i += kDotRows) {
-      if (plan_.aligned) {
-        const int64_t units = per_head_ / Lanes<T>::kUnit;
-        for (int64_t h = 0; h < h1_ - h0_; ++h)
-          Correlate<Src>::positions(in + i, grad + i, K_, h * units, (h + 1) * units, dots_.get() + h * K_, pitch_);
-      }
-      for (int64_t r = 0; r < min(kDotRows, n - i); ++r) {
-        C* const dots = dots_.get() + r * pitch_;
-        const int64_t t = position + d_ * (i + r);
-        if (!plan_.aligned) {
-          memset(static_cast<void*>(dots), 0, static_cast<size_t>(pitch_) * sizeof(C));
-          dot_taps_of_channels<Src>(in + i + r, grad[i + r], K_, units_, block_.size(), per_head_, product_.get(),
-                                    dots);
-        }
-        const C* soft = nullptr;
-        if (centered_) {
-          soft = (separate_soft_ ? soft_.get() : filters_.get()) + (i + r + shift) * pitch_;
-        } else {
-          C* const row = center_soft_.get();
-          ConvProblem undropped = p_;
-          undropped.dropout = 0.0;
-          make_position_filters<C>(undropped, s, t, h0_, h1_, logits_.get(), row, nullptr);
-          soft = row;
-        }
-        finish_position_gradient<C>(p_, s, t, h0_, h1_, soft, dots);
-        store_gradient(s, t, dots);
-      }
+    C* const dots = dots_.get();
+    if (plan_.aligned) {
+      const int64_t units = per_head_ / Lanes<T>::kUnit;
+      for (int64_t h = 0; h < h1_ - h0_; ++h)
+        for (int64_t i = 0; i < n; i += kDotRows)
+          Correlate<Src>::positions(in + i, grad + i, K_, h * units, (h + 1) * units, dots + h * K_ * kMaxRows + i,
+                                    kMaxRows);
+    } else {
+      memset(static_cast<void*>(dots), 0, static_cast<size_t>(table_rows() * kMaxRows) * sizeof(C));
+      for (int64_t i = 0; i < n; ++i)
+        dot_taps_of_channels<Src>(in + i, grad[i], K_, units_, block_.size(), per_head_, product_.get(), dots + i,
+                                  kMaxRows);
     }
+    const PositionBlock block = block_of(s, position, n);
+    if (centered_) {
+      const C* const soft = (separate_soft_ ? soft_ : filters_).get() + gradient_.center();
+      finish_position_gradient<C>(block, soft, pitch_, dots, kMaxRows);
+    } else {
+      ConvProblem undropped = p_;
+      undropped.dropout = 0.0;
+      make_position_filters<C>({undropped, s, position, d_, n, h0_, h1_}, center_soft_.get(), nullptr, kMaxRows);
+      finish_position_gradient<C>(block, center_soft_.get(), kMaxRows, dots, kMaxRows);
+    }
+    store_gradient(s, position, n);
   }
 
-  void store_gradient(const Sequence& s, int64_t position, const C* row) {
-    const int64_t count = (h1_ - h0_) * K_;
+  void store_gradient(const Sequence& s, int64_t position, int64_t n) {
     if (!p_.per_position) {
       C* const to = filter_sum_ + h0_ * K_;
-      for (int64_t i = 0; i < count; ++i) to[i] += row[i];
+      for (int64_t j = 0; j < table_rows(); ++j)
+        for (int64_t i = 0; i < n; ++i) to[j] += dots_[j * kMaxRows + i];
       return;
     }
     const int64_t at = ((s.batch * p_.time + s.begin + position) * p_.heads + h0_) * K_;
     with_dtype(p_.weight_dtype, [&](auto* tag) {
       using W = __typeof__(*tag);
-      if constexpr (std::is_same_v<Compute<W>, C>) {
-        W* const to = static_cast<W*>(p_.grad_weight) + at;
-        for (int64_t i = 0; i < count; i += kLanes<C>) store_natural(to + i, load_bytes<Vec<C>>(row + i), count - i);
-      }
+      if constexpr (std::is_same_v<Compute<W>, C>)
+        store_columns<W>(dots_.get(), kMaxRows, n, table_rows(), static_cast<W*>(p_.grad_weight) + at,
+                         d_ * p_.heads * K_);
     });
   }
 
@@ -250,82 +240,14 @@ class BackwardTask {
   const ChannelBlock block_;
   const SharedFilters<T>* const shared_;
   C *const filter_sum_, *const bias_sum_;
-  const int64_t K_, d_, per_head_, h0_, h1_, units_, width_, pitch_;
+  const int64_t K_, d_, per_head_, h0_, h1_, units_, width_, columns_, pitch_;
   const bool per_row_, need_input_, need_filter_;
   const Taps reversed_;
   const bool centered_, separate_soft_;
   InputWindow<T, Src> input_, gradient_, center_;
   Sink<T, Src> sink_;
-  Scratch<C> logits_, filters_, soft_, center_soft_, dots_, expanded_, product_;
+  Scratch<C> filters_, soft_, center_soft_, dots_, expanded_, product_;
 };
-
-// Adds the partial sums in order and applies the derivative of the softmax.
-template <class T>
-inline void reduce_filters(const ConvBackward& p, const ChannelPlan& plan, const PartialSums<Compute<T>>& sums,
-                           int64_t splits, const SharedFilters<T>* shared) {
-  using C = Compute<T>;
-  constexpr int V = kLanes<C>;
-  const int64_t K = p.taps.taps, pitch = shared_pitch(p), per_head = p.channels / p.heads;
-  Scratch<C> total(K * pitch);
-  memset(static_cast<void*>(total.get()), 0, static_cast<size_t>(K * pitch) * sizeof(C));
-  const bool threads = splits * sums.filter_size >= kSerialWork;
-  if (shared == nullptr) {  // d(logits) already, [heads][taps]
-    for (int64_t g = 0; g < splits; ++g)
-      for (int64_t h = 0; h < p.heads; ++h)
-        for (int64_t k = 0; k < K; ++k) total[k * pitch + h] += sums.filters[g * sums.filter_size + h * K + k];
-    with_dtype(p.weight_dtype, [&](auto* tag) {
-      auto* to = static_cast<decltype(tag)>(p.grad_weight);
-      for (int64_t h = 0; h < p.heads; ++h)
-        for (int64_t k = 0; k < K; ++k) from_float(total[k * pitch + h], to[h * K + k]);
-    });
-    return;
-  }
-  parallel(p, K, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) {
-      C* const row = total.get() + k * pitch;
-      if (plan.aligned) {
-        for (int64_t h = 0; h < p.heads; ++h) {
-          Vec<C> sum = {};
-          for (int64_t g = 0; g < splits; ++g)
-            sum += load_bytes<Vec<C>>(&sums.filters[g * sums.filter_size + (h * K + k) * V]);
-          row[h] = sum_lanes<C>(sum);
-        }
-      } else {
-        for (int64_t i = 0; i < plan.blocks; ++i) {
-          const ChannelBlock block = plan.block(i, p.channels);
-          const int64_t width = vector_width<T>(block);
-          for (int64_t v = 0; v < width; v += V) {
-            Vec<C> sum = {};
-            for (int64_t g = 0; g < splits; ++g)
-              sum += load_bytes<Vec<C>>(&sums.filters[g * sums.filter_size + block.first * K + k * width + v]);
-            store_bytes(&sums.filters[block.first * K + k * width + v], sum);  // the first split's, no longer needed
-          }
-          for (int64_t c = 0; c < block.size(); ++c)
-            row[(block.first + c) / per_head] +=
-                sums.filters[block.first * K + k * width + vector_position<Lanes<T>>(c)];
-        }
-      }
-    }
-  });
-  finish_shared_gradient<C>(p, total.get(), shared->soft(), p.grad_weight);
-}
-
-template <class T>
-inline void reduce_bias(const ConvBackward& p, const ChannelPlan& plan, const PartialSums<Compute<T>>& sums,
-                        int64_t splits) {
-  with_dtype(p.bias_dtype, [&](auto* tag) {
-    auto* to = static_cast<decltype(tag)>(p.grad_bias);
-    for (int64_t i = 0; i < plan.blocks; ++i) {
-      const ChannelBlock block = plan.block(i, p.channels);
-      for (int64_t c = 0; c < block.size(); ++c) {
-        Compute<T> sum{};
-        for (int64_t g = 0; g < splits; ++g)
-          sum += sums.bias[g * sums.bias_size + block.first + vector_position<Lanes<T>>(c)];
-        from_float(sum, to[block.first + c]);
-      }
-    }
-  });
-}
 
 template <class T>
 inline const char* conv_backward_typed(const ConvBackward& p) {

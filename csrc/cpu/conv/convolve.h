@@ -45,17 +45,17 @@ struct ChannelTaps {
   CK_INLINE ChannelTaps at(int64_t, int64_t) const { return *this; }
 };
 
-// filter(i, k) = base[i * row + k * tap] for all channels of a head.
+// filter(i, k) = base[i + k * tap] for all channels of a head.
 template <class C>
 struct PositionTaps {
   static constexpr bool kPerRow = true;
   const C* base;
-  int64_t row, tap, head;
+  int64_t tap, head;
   template <int kParts, int kPart>
   CK_INLINE Vec<C> value(int64_t i, int64_t k, int64_t) const {
-    return splat(base[i * row + k * tap]);
+    return splat(base[i + k * tap]);
   }
-  CK_INLINE PositionTaps at(int64_t i, int64_t h) const { return {base + i * row + h * head, row, tap, head}; }
+  CK_INLINE PositionTaps at(int64_t i, int64_t h) const { return {base + i + h * head, tap, head}; }
 };
 
 // filter(i, k) differs between rows and channels.

@@ -13,35 +13,61 @@ struct Tile {
   static constexpr int kWidth = kLast - kFirst;
   Vec<C> sum[kTileRows][kUnits * kWidth];
 
+  CK_INLINE void load(const Elem* row, int64_t unit, Vec<C>* x) const {
+    CK_UNROLL for (int u = 0; u < kUnits; ++u) {
+      x[u * kWidth] = Src::template load<kFirst>(row, unit + u);
+      if constexpr (kWidth == 2) x[u * kWidth + 1] = Src::template load<1>(row, unit + u);
+    }
+  }
+
+  // kTaps taps of filters that rows share.
   template <int kTaps>
   CK_INLINE void add(const Elem* const* in, int64_t unit, const Filter& filter, int64_t k0) {
-    constexpr int kHeld = Filter::kPerRow ? 1 : kTaps;
-    Vec<C> held[kHeld];
-    if constexpr (!Filter::kPerRow) {
-      CK_UNROLL for (int k = 0; k < kTaps; ++k) held[k] = filter.template value<Src::kParts, kFirst>(0, k0 + k, unit);
-    }
+    Vec<C> held[kTaps];
+    CK_UNROLL for (int k = 0; k < kTaps; ++k) held[k] = filter.template value<Src::kParts, kFirst>(0, k0 + k, unit);
     CK_UNROLL for (int q = 0; q < kTileRows + kTaps - 1; ++q) {
-      const Elem* const row = in[k0 + q];
       Vec<C> x[kUnits * kWidth];
-      CK_UNROLL for (int u = 0; u < kUnits; ++u) {
-        x[u * kWidth] = Src::template load<kFirst>(row, unit + u);
-        if constexpr (kWidth == 2) x[u * kWidth + 1] = Src::template load<1>(row, unit + u);
-      }
+      load(in[k0 + q], unit, x);
       CK_UNROLL for (int k = 0; k < kTaps; ++k) {
         const int i = q - k;
         if (i < 0 || i >= kTileRows) continue;
         CK_UNROLL for (int u = 0; u < kUnits; ++u) {
-          CK_UNROLL for (int p = 0; p < kWidth; ++p) {
-            if constexpr (Filter::kPerRow)
-              sum[i][u * kWidth + p] +=
-                  x[u * kWidth + p] * (p == 0 ? filter.template value<Src::kParts, kFirst>(i, k0 + k, unit + u)
-                                              : filter.template value<Src::kParts, kLast - 1>(i, k0 + k, unit + u));
-            else
-              sum[i][u * kWidth + p] += held[k] * x[u * kWidth + p];
-          }
+          CK_UNROLL for (int p = 0; p < kWidth; ++p) sum[i][u * kWidth + p] += held[k] * x[u * kWidth + p];
         }
       }
     }
+  }
+
+  // Filters of each row: row r of the window meets tap r - i of the outputs [kBegin, kEnd).
+  template <int kBegin, int kEnd>
+  CK_INLINE void meet(const Elem* const* in, int64_t unit, const Filter& filter, int64_t r) {
+    Vec<C> x[kUnits * kWidth];
+    load(in[r], unit, x);
+    CK_UNROLL for (int i = kBegin; i < kEnd; ++i) {
+      CK_UNROLL for (int u = 0; u < kUnits; ++u) {
+        CK_UNROLL for (int p = 0; p < kWidth; ++p) sum[i][u * kWidth + p] +=
+            x[u * kWidth + p] * (p == 0 ? filter.template value<Src::kParts, kFirst>(i, r - i, unit + u)
+                                        : filter.template value<Src::kParts, kLast - 1>(i, r - i, unit + u));
+      }
+    }
+  }
+  // Every row of the window once. kTaps is 0 where there are at least kTileRows taps: rows then meet the outputs from
+  // the first on, all of them, and those up to the last.
+  template <int kTaps, int... kRow>
+  CK_INLINE void slide(const Elem* const* in, int64_t unit, const Filter& filter, int64_t taps,
+                       std::integer_sequence<int, kRow...>) {
+    if constexpr (kTaps > 0) {
+      (meet<(kRow < kTaps ? 0 : kRow - kTaps + 1), (kRow < kTileRows ? kRow + 1 : kTileRows)>(in, unit, filter, kRow),
+       ...);
+    } else {
+      (meet<0, kRow + 1>(in, unit, filter, kRow), ...);
+      for (int64_t r = kTileRows - 1; r < taps; ++r) meet<0, kTileRows>(in, unit, filter, r);
+      (meet<kRow + 1, kTileRows>(in, unit, filter, taps + kRow), ...);
+    }
+  }
+  template <int kTaps>
+  CK_INLINE void slide(const Elem* const* in, int64_t unit, const Filter& filter, int64_t taps) {
+    slide<kTaps>(in, unit, filter, taps, std::make_integer_sequence<int, kTileRows - 1 + kTaps>());
   }
 
   CK_INLINE void run(const Elem* const* in, int64_t unit, const Filter& filter, int64_t taps, const C* bias) {
@@ -51,29 +77,42 @@ struct Tile {
         sum[i][v] = bias != nullptr ? load_bytes<Vec<C>>(bias + vector * kLanes<C>) : Vec<C>{};
       }
     }
-    int64_t k = 0;
-    for (; k + kTapGroup <= taps; k += kTapGroup) add<kTapGroup>(in, unit, filter, k);
-    if constexpr (kTapGroup > 4) {
-      if (taps - k >= 4) {
-        add<4>(in, unit, filter, k);
-        k += 4;
+    if constexpr (Filter::kPerRow) {
+      if (taps >= kTileRows) return slide<0>(in, unit, filter, taps);
+      switch (taps) {
+        case 3: return slide<3>(in, unit, filter, taps);
+        case 2: return slide<2>(in, unit, filter, taps);
+        case 1: return slide<1>(in, unit, filter, taps);
       }
-    }
-    switch (taps - k) {
-      case 3: return add<3>(in, unit, filter, k);
-      case 2: return add<2>(in, unit, filter, k);
-      case 1: return add<1>(in, unit, filter, k);
+    } else {
+      int64_t k = 0;
+      for (; k + kTapGroup <= taps; k += kTapGroup) add<kTapGroup>(in, unit, filter, k);
+      if constexpr (kTapGroup > 4) {
+        if (taps - k >= 4) {
+          add<4>(in, unit, filter, k);
+          k += 4;
+        }
+      }
+      switch (taps - k) {
+        case 3: return add<3>(in, unit, filter, k);
+        case 2: return add<2>(in, unit, filter, k);
+        case 1: return add<1>(in, unit, filter, k);
+      }
     }
   }
 };
 
-// Stores the rows of a tile: `value(i)` gives the vectors of row i. All rows of a full tile go without a question.
-template <class Src, int kTileRows, class Value>
+// Stores the rows of a tile of kUnits units, row after row: `value(i)` gives the vectors of row i. All rows of a full
+// tile go without a question.
+template <class Src, int kTileRows, int kUnits = 1, class Value>
 CK_INLINE void store_rows(typename Src::Elem* const* out, int rows, int64_t unit, bool stream, const Value& value) {
+  const auto store = [&](int i, bool past) CK_INLINE_LAMBDA {
+    CK_UNROLL for (int u = 0; u < kUnits; ++u) Src::store(out[i], unit + u, value(i) + u * Src::kParts, past);
+  };
   if (rows == kTileRows && !stream) {
-    CK_UNROLL for (int i = 0; i < kTileRows; ++i) Src::store(out[i], unit, value(i), false);
+    CK_UNROLL for (int i = 0; i < kTileRows; ++i) store(i, false);
   } else {
-    CK_UNROLL for (int i = 0; i < kTileRows; ++i) if (i < rows) Src::store(out[i], unit, value(i), stream);
+    CK_UNROLL for (int i = 0; i < kTileRows; ++i) if (i < rows) store(i, stream);
   }
 }
 
@@ -99,8 +138,7 @@ CK_INLINE void convolve_rows(const typename Src::Elem* const* in, typename Src::
     for (; unit + kWide <= last; unit += kWide) {
       Tile<Src, Filter, kTileRows, kWide, 0, P> tile;
       tile.run(in, unit, filter, taps, bias);
-      CK_UNROLL for (int u = 0; u < kWide; ++u) store_rows<Src, kTileRows>(
-          out, rows, unit + u, stream, [&](int i) CK_INLINE_LAMBDA { return tile.sum[i] + u * P; });
+      store_rows<Src, kTileRows, kWide>(out, rows, unit, stream, [&](int i) CK_INLINE_LAMBDA { return tile.sum[i]; });
     }
     if constexpr (kWide > 1) {
       for (; unit < last; ++unit) {
@@ -135,18 +173,24 @@ template <class Src, class Filter>
 void Convolve<Src, Filter>::rows(const Elem* const* in, Elem* const* out, int64_t n, int64_t taps, int64_t units,
                                  int64_t units_per_head, const Filter& filter, const C* bias, bool stream) {
   constexpr int kTileRows = Filter::kPerRow ? kPositionRows : kRows;
-  for (int64_t i = 0; i < n;) {
+  const auto tile = [&](int64_t i, int64_t head) CK_INLINE_LAMBDA {
     const int rows = static_cast<int>(min(kTileRows, n - i));
-    for (int64_t first = 0, head = 0; first < units; first += units_per_head, ++head) {
-      const int64_t last = min(first + units_per_head, units);
-      const Filter here = filter.at(i, head);
-      if (rows == 1) {
-        convolve_rows<Src, Filter, 1>(in + i, out + i, rows, here, taps, first, last, bias, stream);
-      } else {
-        convolve_rows<Src, Filter, kTileRows>(in + i, out + i, rows, here, taps, first, last, bias, stream);
-      }
+    const int64_t first = head * units_per_head, last = min(first + units_per_head, units);
+    const Filter here = filter.at(i, head);
+    if (rows == 1) {
+      convolve_rows<Src, Filter, 1>(in + i, out + i, rows, here, taps, first, last, bias, stream);
+    } else {
+      convolve_rows<Src, Filter, kTileRows>(in + i, out + i, rows, here, taps, first, last, bias, stream);
     }
-    i += rows;
+  };
+  const int64_t heads = ceil_div(units, units_per_head);
+  if constexpr (Filter::kPerRow) {
+    // Head after head: its rows stay in the first-level cache, from which every tile reads most of them again.
+    for (int64_t head = 0; head < heads; ++head)
+      for (int64_t i = 0; i < n; i += kTileRows) tile(i, head);
+  } else {
+    for (int64_t i = 0; i < n; i += kTileRows)
+      for (int64_t head = 0; head < heads; ++head) tile(i, head);
   }
 }
 

@@ -106,31 +106,38 @@ void Correlate<Src>::channels(const Elem* const* in, const Elem* const* grad, in
   correlate_all<Src, true>(in, grad, n, taps, first, last, out, stride);
 }
 
-// Taps are written in groups of kTaps.
+// Sums are ordered by tap, then by row, so that those of a tap lie next to each other in their total.
 template <class Src>
 void Correlate<Src>::positions(const Elem* const* in, const Elem* const* grad, int64_t taps, int64_t first,
-                               int64_t last, C* out, int64_t row) {
-  constexpr int kTaps = kLanes<C> / kDotRows;
-  typedef C Half __attribute__((vector_size(kVectorBytes / kDotRows)));
-  const auto accumulate = [&]<int kPart>(Vec<C>(&sum)[kDotRows* kTaps], int64_t k0, int64_t unit) CK_INLINE_LAMBDA {
+                               int64_t last, C* out, int64_t pitch) {
+  constexpr int kTaps = kDotTaps<C>;
+  typedef C Piece __attribute__((vector_size(kDotRows * sizeof(C))));
+  const auto accumulate = [&]<int kPart>(Vec<C>(&sum)[kTaps* kDotRows], int64_t k0, int64_t unit) CK_INLINE_LAMBDA {
     Vec<C> g[kDotRows];
     CK_UNROLL for (int i = 0; i < kDotRows; ++i) g[i] = Src::template load<kPart>(grad[i], unit);
     CK_UNROLL for (int q = 0; q < kDotRows + kTaps - 1; ++q) {
       const Vec<C> x = Src::template load<kPart>(in[k0 + q], unit);
-      CK_UNROLL for (int i = 0; i < kDotRows; ++i) if (q - i >= 0 && q - i < kTaps) sum[i * kTaps + q - i] += g[i] * x;
+      CK_UNROLL for (int i = 0; i < kDotRows; ++i) if (q - i >= 0 && q - i < kTaps) sum[(q - i) * kDotRows + i] +=
+          g[i] * x;
     }
   };
   for (int64_t k0 = 0; k0 < taps; k0 += kTaps) {
-    Vec<C> sum[kDotRows * kTaps];
-    CK_UNROLL for (int i = 0; i < kDotRows * kTaps; ++i) sum[i] = Vec<C>{};
-    for (int64_t unit = first; unit < last; ++unit) {
+    Vec<C> sum[kTaps * kDotRows];
+    CK_UNROLL for (int i = 0; i < kTaps * kDotRows; ++i) sum[i] = Vec<C>{};
+    const auto add = [&](int64_t unit) CK_INLINE_LAMBDA {
       accumulate.template operator()<0>(sum, k0, unit);
       if constexpr (Src::kParts == 2) accumulate.template operator()<1>(sum, k0, unit);
+    };
+    if constexpr (Src::kParts == 1) {
+      // Heads have few units, and a loop that ends after so few rounds stalls where it does.
+      _Pragma("GCC unroll 8") for (int64_t unit = first; unit < last; ++unit) add(unit);
+    } else {
+      for (int64_t unit = first; unit < last; ++unit) add(unit);
     }
     const Vec<C> total = sum_each<C>(sum);
-    Half halves[kDotRows];
-    __builtin_memcpy(halves, &total, sizeof total);
-    CK_UNROLL for (int i = 0; i < kDotRows; ++i) store_bytes(out + i * row + k0, halves[i]);
+    Piece pieces[kTaps];
+    __builtin_memcpy(pieces, &total, sizeof total);
+    CK_UNROLL for (int k = 0; k < kTaps; ++k) store_bytes(out + (k0 + k) * pitch, pieces[k]);
   }
 }
 

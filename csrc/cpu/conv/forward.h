@@ -2,12 +2,16 @@
 #pragma once
 
 #include "csrc/cpu/conv/convolve.h"
+#include "csrc/cpu/conv/position_filters.h"
 #include "csrc/cpu/conv/rows.h"
 
 namespace ck::cpu::CK_ISA {
 
 // Below this many multiply-adds starting threads costs more than it gives.
 constexpr int64_t kSerialWork = 1 << 15;
+
+// Rows of an item at least: a whole number of vectors, and of tiles.
+constexpr int64_t kMinRows = 16;
 
 inline bool worth_threads(const ConvProblem& p) { return p.batch * p.time * p.channels * p.taps.taps >= kSerialWork; }
 
@@ -174,21 +178,27 @@ class SharedFilters {
   const C* soft_data_ = nullptr;
 };
 
-// Convolves n rows with position-dependent filters; `row` and `tap` as in PositionTaps. Where heads are unaligned the
-// filters are those expanded to channels.
+// Convolves n rows with filters that depend on the position, where heads cover whole units: `filters` as in
+// PositionTaps, of a table with `pitch`.
 template <class T, class Src>
-inline void convolve_positions(const ConvProblem& p, const ChannelPlan& plan, const ChannelBlock& block,
-                               const typename Src::Elem* const* in, typename Src::Elem* const* out, int64_t n,
-                               const Compute<T>* filters, int64_t row, int64_t tap, const Compute<T>* bias,
-                               bool stream) {
-  using C = Compute<T>;
-  const int64_t units = units_of<T>(block), K = p.taps.taps;
-  if (plan.aligned) {
-    Convolve<Src, PositionTaps<C>>::rows(in, out, n, K, units, p.channels / p.heads / Lanes<T>::kUnit,
-                                         {filters, row, tap, K}, bias, stream);
-  } else {
-    Convolve<Src, PositionChannelTaps<C>>::rows(in, out, n, K, units, units, {filters, row, tap}, bias, stream);
-  }
+inline void convolve_positions(const ConvProblem& p, const ChannelBlock& block, const typename Src::Elem* const* in,
+                               typename Src::Elem* const* out, int64_t n, const Compute<T>* filters, int64_t tap,
+                               int64_t pitch, const Compute<T>* bias, bool stream) {
+  const int64_t K = p.taps.taps;
+  Convolve<Src, PositionTaps<Compute<T>>>::rows(in, out, n, K, units_of<T>(block),
+                                                p.channels / p.heads / Lanes<T>::kUnit, {filters, tap, K * pitch}, bias,
+                                                stream);
+}
+
+// The same where they do not: with filters expanded to channels, `row` and `tap` as in PositionChannelTaps.
+template <class T, class Src>
+inline void convolve_position_channels(const ConvProblem& p, const ChannelBlock& block,
+                                       const typename Src::Elem* const* in, typename Src::Elem* const* out, int64_t n,
+                                       const Compute<T>* filters, int64_t row, int64_t tap, const Compute<T>* bias,
+                                       bool stream) {
+  const int64_t units = units_of<T>(block);
+  Convolve<Src, PositionChannelTaps<Compute<T>>>::rows(in, out, n, p.taps.taps, units, units, {filters, row, tap}, bias,
+                                                       stream);
 }
 
 template <class T, bool kStaged>
@@ -198,12 +208,14 @@ inline void forward_task(const ConvForward& p, const ChannelPlan& plan, const Ch
   using Src = std::conditional_t<kStaged, Staged<T>, Lanes<T>>;
   const int64_t K = p.taps.taps, d = p.taps.dilation, per_head = p.channels / p.heads;
   const int64_t h0 = block.first / per_head, h1 = ceil_div(block.last, per_head);
-  const int64_t max_rows = shared != nullptr ? 64 : 16;
-  // With position-dependent filters: one row of filters per output, expanded to channels where heads are unaligned.
-  const int64_t pitch = (h1 - h0) * K + kLanes<C>, width = vector_width<T>(block);
-  const int64_t filter_rows = shared != nullptr ? 0 : max_rows + kPositionRows;
-  Scratch<C> logits(shared != nullptr ? 0 : pitch), filters(filter_rows * pitch);
-  Scratch<C> expanded(plan.aligned ? 0 : filter_rows * K * width), bias(p.bias != nullptr ? width : 0);
+  const int64_t max_rows = shared != nullptr ? 64 : kMinRows;
+  // With position-dependent filters: a table of them, and a row for each output, expanded to channels, where heads are
+  // unaligned.
+  constexpr int64_t pitch = kMinRows;
+  const int64_t width = vector_width<T>(block);
+  Scratch<C> filters(shared != nullptr ? 0 : (h1 - h0) * K * pitch);
+  Scratch<C> expanded(shared != nullptr || plan.aligned ? 0 : (max_rows + kPositionRows) * K * width);
+  Scratch<C> bias(p.bias != nullptr ? width : 0);
   const RowReader<T> reader = input_reader<T>(p);
   InputWindow<T, Src> window(reader, p.taps, block, max_rows, kMargin, kStaged);
   Sink<T, Src> staged_sink(RowReader<T>{p.y, {}}, p.y, {}, nullptr, block, max_rows, kStaged);
@@ -220,23 +232,21 @@ inline void forward_task(const ConvForward& p, const ChannelPlan& plan, const Ch
       if (shared != nullptr) {
         shared->template convolve_block<Src>(p, plan, block, h0, in, out, n, bias_row, stream);
       } else {
-        for (int64_t i = 0; i < n; ++i) {
-          C* const row = filters.get() + i * pitch;
-          make_position_filters<C>(p, s, position + d * i, h0, h1, logits.get(), row, nullptr);
-          if (!plan.aligned) expand_filters<T>(p, block, row, K, 1, expanded.get() + i * K * width);
+        make_position_filters<C>({p, s, position, d, n, h0, h1}, filters.get(), nullptr, pitch);
+        if (plan.aligned) {
+          convolve_positions<T, Src>(p, block, in, out, n, filters.get(), pitch, pitch, bias_row, stream);
+        } else {
+          const int64_t row = K * width;
+          for (int64_t i = 0; i < n; ++i)
+            expand_filters<T>(p, block, filters.get() + i, K * pitch, pitch, expanded.get() + i * row);
+          convolve_position_channels<T, Src>(p, block, in, out, n, expanded.get(), row, width, bias_row, stream);
         }
-        if (plan.aligned)
-          convolve_positions<T, Src>(p, plan, block, in, out, n, filters.get(), pitch, 1, bias_row, stream);
-        else
-          convolve_positions<T, Src>(p, plan, block, in, out, n, expanded.get(), K * width, width, bias_row, stream);
       }
       if constexpr (kStaged) staged_sink.flush(s, position, d, n);
     }
   }
   if (stream) stream_fence();
 }
-
-constexpr int64_t kMinRows = 16;  // of an item
 
 template <class T>
 inline const char* conv_forward_typed(const ConvForward& p) {
