@@ -22,7 +22,7 @@ constexpr int kMargin = 2 * kRows;
 // filter(i, k) = base[k * tap] for all rows and channels of a head; the next head's filters lie `head` elements on.
 template <class C>
 struct SharedTaps {
-  static constexpr bool kPerRow = false;
+  static constexpr bool kPerRow = false, kPerChannel = false;
   const C* base;
   int64_t tap, head;
   template <int kParts, int kPart>
@@ -35,7 +35,7 @@ struct SharedTaps {
 // filter(i, k) differs between channels: row k of `base` holds it, converted like the channels.
 template <class C>
 struct ChannelTaps {
-  static constexpr bool kPerRow = false;
+  static constexpr bool kPerRow = false, kPerChannel = true;
   const C* base;
   int64_t tap;
   template <int kParts, int kPart>
@@ -48,7 +48,7 @@ struct ChannelTaps {
 // filter(i, k) = base[i + k * tap] for all channels of a head.
 template <class C>
 struct PositionTaps {
-  static constexpr bool kPerRow = true;
+  static constexpr bool kPerRow = true, kPerChannel = false;
   const C* base;
   int64_t tap, head;
   template <int kParts, int kPart>
@@ -61,7 +61,7 @@ struct PositionTaps {
 // filter(i, k) differs between rows and channels.
 template <class C>
 struct PositionChannelTaps {
-  static constexpr bool kPerRow = true;
+  static constexpr bool kPerRow = true, kPerChannel = true;
   const C* base;
   int64_t row, tap;
   template <int kParts, int kPart>

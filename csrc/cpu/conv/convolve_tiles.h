@@ -5,6 +5,12 @@
 
 namespace ck::cpu::CK_ISA {
 
+// Whether a tile of filters that rows share takes both parts of a unit, and half the rows: each row is then loaded and
+// split once. With few registers, or a filter value for each part, it would hold too few taps.
+template <class Src, class Filter>
+constexpr bool kTogether = Src::kParts == 2 && sizeof(typename Src::Elem) < sizeof(typename Src::C) &&
+                           !Filter::kPerRow && !Filter::kPerChannel && kVectorBytes == 64;
+
 // A register tile: kTileRows rows by the parts [kFirst, kLast) of kUnits units.
 template <class Src, class Filter, int kTileRows, int kUnits, int kFirst, int kLast>
 struct Tile {
@@ -20,14 +26,17 @@ struct Tile {
     }
   }
 
-  // kTaps taps of filters that rows share.
+  // kTaps taps of filters that rows share. Meanwhile asks for the unit of the rows `ahead`, if it is not null: for the
+  // second-level cache, because rows at multiples of 1 KiB share a few sets of the first.
   template <int kTaps>
-  CK_INLINE void add(const Elem* const* in, int64_t unit, const Filter& filter, int64_t k0) {
+  CK_INLINE void add(const Elem* const* in, int64_t unit, const Filter& filter, int64_t k0,
+                     const Elem* const* ahead = nullptr) {
     Vec<C> held[kTaps];
     CK_UNROLL for (int k = 0; k < kTaps; ++k) held[k] = filter.template value<Src::kParts, kFirst>(0, k0 + k, unit);
     CK_UNROLL for (int q = 0; q < kTileRows + kTaps - 1; ++q) {
       Vec<C> x[kUnits * kWidth];
       load(in[k0 + q], unit, x);
+      if (q < kTileRows && ahead != nullptr) __builtin_prefetch(ahead[q] + unit * Src::kUnit, 0, 2);
       CK_UNROLL for (int k = 0; k < kTaps; ++k) {
         const int i = q - k;
         if (i < 0 || i >= kTileRows) continue;
@@ -70,7 +79,8 @@ struct Tile {
     slide<kTaps>(in, unit, filter, taps, std::make_integer_sequence<int, kTileRows - 1 + kTaps>());
   }
 
-  CK_INLINE void run(const Elem* const* in, int64_t unit, const Filter& filter, int64_t taps, const C* bias) {
+  CK_INLINE void run(const Elem* const* in, int64_t unit, const Filter& filter, int64_t taps, const C* bias,
+                     const Elem* const* ahead = nullptr) {
     CK_UNROLL for (int i = 0; i < kTileRows; ++i) {
       CK_UNROLL for (int v = 0; v < kUnits * kWidth; ++v) {
         const int64_t vector = (unit + v / kWidth) * Src::kParts + kFirst + v % kWidth;
@@ -85,19 +95,29 @@ struct Tile {
         case 1: return slide<1>(in, unit, filter, taps);
       }
     } else {
-      int64_t k = 0;
+      if (taps < kTapGroup) return add_few(in, unit, filter, 0, taps, ahead);
+      add<kTapGroup>(in, unit, filter, 0, ahead);
+      int64_t k = kTapGroup;
       for (; k + kTapGroup <= taps; k += kTapGroup) add<kTapGroup>(in, unit, filter, k);
-      if constexpr (kTapGroup > 4) {
-        if (taps - k >= 4) {
-          add<4>(in, unit, filter, k);
-          k += 4;
-        }
+      add_few(in, unit, filter, k, taps - k);
+    }
+  }
+  // Less than a group of taps.
+  CK_INLINE void add_few(const Elem* const* in, int64_t unit, const Filter& filter, int64_t k0, int64_t taps,
+                         const Elem* const* ahead = nullptr) {
+    static_assert(kTapGroup == 4 || kTapGroup == 8);
+    if constexpr (kTapGroup == 8) {
+      switch (taps) {
+        case 7: return add<7>(in, unit, filter, k0, ahead);
+        case 6: return add<6>(in, unit, filter, k0, ahead);
+        case 5: return add<5>(in, unit, filter, k0, ahead);
+        case 4: return add<4>(in, unit, filter, k0, ahead);
       }
-      switch (taps - k) {
-        case 3: return add<3>(in, unit, filter, k);
-        case 2: return add<2>(in, unit, filter, k);
-        case 1: return add<1>(in, unit, filter, k);
-      }
+    }
+    switch (taps) {
+      case 3: return add<3>(in, unit, filter, k0, ahead);
+      case 2: return add<2>(in, unit, filter, k0, ahead);
+      case 1: return add<1>(in, unit, filter, k0, ahead);
     }
   }
 };
@@ -116,12 +136,12 @@ CK_INLINE void store_rows(typename Src::Elem* const* out, int rows, int64_t unit
   }
 }
 
-// Asks for the rows that the next tile adds to the window, while this one computes.
+// The rows that the next tile adds to the window, where a line of them begins with the unit.
 template <class Src, int kTileRows>
-CK_INLINE void prefetch_rows(const typename Src::Elem* const* in, int64_t taps, int64_t unit) {
+CK_INLINE const typename Src::Elem* const* rows_ahead(const typename Src::Elem* const* in, int64_t taps, int64_t unit) {
   constexpr int kLine = 64 / sizeof(typename Src::Elem);
-  if (Src::kUnit < kLine && unit * Src::kUnit % kLine != 0) return;
-  CK_UNROLL for (int i = 0; i < kTileRows; ++i) __builtin_prefetch(in[kTileRows + taps - 1 + i] + unit * Src::kUnit);
+  const bool wanted = kTileRows > 1 && (Src::kUnit >= kLine || unit * Src::kUnit % kLine == 0);
+  return wanted ? in + kTileRows + taps - 1 : nullptr;
 }
 
 // kTileRows rows of the units [first, last). Only the first `rows` are stored.
@@ -135,36 +155,36 @@ CK_INLINE void convolve_rows(const typename Src::Elem* const* in, typename Src::
   if constexpr (Filter::kPerRow) {
     // A filter value is used for several vectors before it is fetched again.
     constexpr int kWide = kPositionVectors / P > 0 ? kPositionVectors / P : 1;
-    for (; unit + kWide <= last; unit += kWide) {
-      Tile<Src, Filter, kTileRows, kWide, 0, P> tile;
-      tile.run(in, unit, filter, taps, bias);
-      store_rows<Src, kTileRows, kWide>(out, rows, unit, stream, [&](int i) CK_INLINE_LAMBDA { return tile.sum[i]; });
-    }
-    if constexpr (kWide > 1) {
-      for (; unit < last; ++unit) {
-        Tile<Src, Filter, kTileRows, 1, 0, P> tile;
+    const auto units = [&]<int kUnits>() CK_INLINE_LAMBDA {
+      for (; unit + kUnits <= last; unit += kUnits) {
+        Tile<Src, Filter, kTileRows, kUnits, 0, P> tile;
         tile.run(in, unit, filter, taps, bias);
-        store_rows<Src, kTileRows>(out, rows, unit, stream, [&](int i) CK_INLINE_LAMBDA { return tile.sum[i]; });
+        store_rows<Src, kTileRows, kUnits>(out, rows, unit, stream,
+                                           [&](int i) CK_INLINE_LAMBDA { return tile.sum[i]; });
       }
+    };
+    units.template operator()<kWide>();
+    if constexpr (kWide > 2) units.template operator()<2>();
+    if constexpr (kWide > 1) units.template operator()<1>();
+  } else if constexpr (P == 1 || kTogether<Src, Filter>) {
+    for (; unit < last; ++unit) {
+      Tile<Src, Filter, kTileRows, 1, 0, P> tile;
+      tile.run(in, unit, filter, taps, bias, rows_ahead<Src, kTileRows>(in, taps, unit));
+      store_rows<Src, kTileRows>(out, rows, unit, stream, [&](int i) CK_INLINE_LAMBDA { return tile.sum[i]; });
     }
   } else {
     // The parts of a unit one after the other: more rows fit into the registers, so that each row is loaded less often.
     for (; unit < last; ++unit) {
-      if constexpr (kTileRows > 1) prefetch_rows<Src, kTileRows>(in, taps, unit);
       Tile<Src, Filter, kTileRows, 1, 0, 1> low;
-      low.run(in, unit, filter, taps, bias);
-      if constexpr (P == 1) {
-        store_rows<Src, kTileRows>(out, rows, unit, stream, [&](int i) CK_INLINE_LAMBDA { return low.sum[i]; });
-      } else {
-        Tile<Src, Filter, kTileRows, 1, 1, 2> high;
-        high.run(in, unit, filter, taps, bias);
-        Vec<C> both[kTileRows][2];
-        CK_UNROLL for (int i = 0; i < kTileRows; ++i) {
-          both[i][0] = low.sum[i][0];
-          both[i][1] = high.sum[i][0];
-        }
-        store_rows<Src, kTileRows>(out, rows, unit, stream, [&](int i) CK_INLINE_LAMBDA { return both[i]; });
+      low.run(in, unit, filter, taps, bias, rows_ahead<Src, kTileRows>(in, taps, unit));
+      Tile<Src, Filter, kTileRows, 1, 1, 2> high;
+      high.run(in, unit, filter, taps, bias);
+      Vec<C> both[kTileRows][2];
+      CK_UNROLL for (int i = 0; i < kTileRows; ++i) {
+        both[i][0] = low.sum[i][0];
+        both[i][1] = high.sum[i][0];
       }
+      store_rows<Src, kTileRows>(out, rows, unit, stream, [&](int i) CK_INLINE_LAMBDA { return both[i]; });
     }
   }
 }
@@ -172,7 +192,7 @@ CK_INLINE void convolve_rows(const typename Src::Elem* const* in, typename Src::
 template <class Src, class Filter>
 void Convolve<Src, Filter>::rows(const Elem* const* in, Elem* const* out, int64_t n, int64_t taps, int64_t units,
                                  int64_t units_per_head, const Filter& filter, const C* bias, bool stream) {
-  constexpr int kTileRows = Filter::kPerRow ? kPositionRows : kRows;
+  constexpr int kTileRows = Filter::kPerRow ? kPositionRows : kTogether<Src, Filter> ? kRows / 2 : kRows;
   const auto tile = [&](int64_t i, int64_t head) CK_INLINE_LAMBDA {
     const int rows = static_cast<int>(min(kTileRows, n - i));
     const int64_t first = head * units_per_head, last = min(first + units_per_head, units);
