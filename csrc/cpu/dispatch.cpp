@@ -3,6 +3,11 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace ck::cpu {
 
 namespace portable {
@@ -29,6 +34,17 @@ const std::vector<const Kernels*>& table() {
       &portable::kKernels,
   };
   return all;
+}
+
+// Whether the system lets this process use tiles. Their state is large, so that Linux wants to be asked once.
+bool may_use_tiles() {
+#if defined(__linux__) && defined(__x86_64__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  static const bool granted = ::syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
 }
 
 const Kernels& choose() {
@@ -70,6 +86,9 @@ std::vector<std::string> compiled_isas() {
 bool isa_supported(const std::string& name) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
+  if (name == "amx")
+    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && isa_supported("avx512") &&
+           may_use_tiles();
   if (name == "avx512") {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
