@@ -33,6 +33,8 @@ STUB = """
 namespace ck::cpu {
 namespace avx2 { extern const Kernels kKernels; const Kernels kKernels = {"avx2"}; }
 namespace avx512 { extern const Kernels kKernels; const Kernels kKernels = {"avx512"}; }
+namespace amx { extern const Kernels kKernels; const Kernels kKernels = {"amx"}; }
+namespace amx_emulated { extern const Kernels kKernels; const Kernels kKernels = {"amx-emulated"}; }
 }
 """
 

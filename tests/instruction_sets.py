@@ -11,7 +11,8 @@ import convkernels as ck
 from convkernels.testing.inputs import Problem
 
 ROOT = Path(ck.__file__).parents[1]
-FEATURES = {"portable": "", "avx2": "avx2", "avx512": "avx512_bf16"}
+# The best last.
+FEATURES = {"portable": "", "amx-emulated": "avx2", "avx2": "avx2", "avx512": "avx512_bf16", "amx": "amx_bf16"}
 NAMES = tuple(FEATURES)
 
 

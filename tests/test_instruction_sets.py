@@ -20,6 +20,13 @@ def test_attention_on_every_instruction_set(lower_isa):
     run_tests_on(lower_isa, "not instruction_set", "tests/test_attention_blocks.py", "tests/test_attention_fuzz.py")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["amx-emulated"], indirect=True)
+def test_attention_on_emulated_tiles(isa):
+    run_tests_on(isa, "not instruction_set", "tests/test_attention_hidden.py", "tests/test_attention_tiles.py",
+                 "tests/test_attention_golden.py", "tests/test_determinism.py")  # fmt: skip
+
+
 def test_instruction_sets_agree(isa):
     """Sums over whole results, to the rounding of the types; bitwise equality between instruction sets is not
     promised.

@@ -20,18 +20,28 @@ extern const Kernels kKernels;
 namespace avx512 {
 extern const Kernels kKernels;
 }
+namespace amx {
+extern const Kernels kKernels;
+}
+namespace amx_emulated {
+extern const Kernels kKernels;
+}
 #endif
 
 namespace {
 
-// Best first.
+// Best first, then those that are for tests.
 const std::vector<const Kernels*>& table() {
   static const std::vector<const Kernels*> all = {
 #if defined(__x86_64__)
+      &amx::kKernels,
       &avx512::kKernels,
       &avx2::kKernels,
 #endif
       &portable::kKernels,
+#if defined(__x86_64__)
+      &amx_emulated::kKernels,
+#endif
   };
   return all;
 }
@@ -54,7 +64,7 @@ const Kernels& choose() {
       throw std::runtime_error(std::string("CONVKERNELS_CPU_ISA: this machine does not support '") + wanted + "'");
     return named;
   }
-  for (const Kernels* k : table())
+  for (const Kernels* k : table())  // the portable ones come before those for tests
     if (isa_supported(k->name)) return *k;
   throw std::runtime_error("no kernels for this machine");
 }
@@ -89,6 +99,7 @@ bool isa_supported(const std::string& name) {
   if (name == "amx")
     return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && isa_supported("avx512") &&
            may_use_tiles();
+  if (name == "amx-emulated") return isa_supported("avx2");
   if (name == "avx512") {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&

@@ -1,0 +1,154 @@
+// What the tasks of one call of attention on tiles share: positions, which keys are there, and tables as operands.
+#pragma once
+
+#include "csrc/cpu/attention/pack.h"
+#include "csrc/cpu/attention/tiles/operands.h"
+
+namespace ck::cpu::CK_ISA {
+
+// Weights of scores to base 2 within this distance of a common shift are numbers far from the ends of their type.
+constexpr float kReach = 50.0f;
+
+// A table of query_rel in one part (a bfloat16 table) or in two (others: its bfloat16 numbers, and those of the rest).
+class TiledTables {
+ public:
+  // by_rows: for gradients.
+  TiledTables(const Attention& p, const Width& rank, bool by_rows)
+      : rank_(rank),
+        own_(p.query_rel.per_head),
+        parts_(p.query_rel.dtype == Dtype::kBFloat16 ? 1 : 2),
+        tiles_(ceil_div(p.window(), kBlock)),
+        count_(p.query_rel.data == nullptr ? 0 : (own_ ? p.heads : 1)),
+        by_channels_(size()),
+        by_rows_(by_rows ? size() : 0),
+        length_(count_) {
+    Scratch<float> values(p.window() * rank.channels);
+    Scratch<bf16> rows(rank.factors());
+    for (int64_t n = 0; n < count_; ++n) {
+      for (int64_t d = 0; d < rank.channels; ++d) read(p, n, d, values.get() + d * p.window());
+      length_[n] = longest_column(p, values.get());
+      for (int64_t w = 0; w < tiles_; ++w)
+        for (int64_t part = 0; part < parts_; ++part) {
+          fill(p, values.get(), w, rows.get());
+          pack_by_channels(rows.get(), rank.padded, rank, by_channels_.get() + at(n, w, part));
+          if (by_rows) pack_by_rows(rows.get(), rank.padded, rank, by_rows_.get() + at(n, w, part));
+        }
+    }
+  }
+
+  int64_t parts() const { return parts_; }
+  // The operand of columns 32 * w .. of a head, and the distance to the next 32.
+  const bf16* by_channels(int64_t h, int64_t w, int64_t part) const {
+    return by_channels_.get() + at(table(h), w, part);
+  }
+  const bf16* by_rows(int64_t h, int64_t w, int64_t part) const { return by_rows_.get() + at(table(h), w, part); }
+  int64_t step() const { return parts_ * rank_.factors(); }
+  // Of a column of a head.
+  float length(int64_t h) const { return count_ == 0 ? 0.0f : length_[table(h)]; }
+
+ private:
+  int64_t size() const { return count_ * tiles_ * step(); }
+  int64_t table(int64_t h) const { return own_ ? h : 0; }
+  int64_t at(int64_t n, int64_t w, int64_t part) const { return (n * tiles_ + w) * step() + part * rank_.factors(); }
+
+  static void read(const Attention& p, int64_t n, int64_t d, float* to) {
+    const HeadTable& t = p.query_rel;
+    Scratch<float> row(round_up(p.window(), 16));
+    convert_in(t.dtype, t.data, n * t.head + d * t.row, t.column, p.window(), 1.0f, row.get());
+    memcpy(to, row.get(), static_cast<size_t>(p.window()) * sizeof(float));
+  }
+
+  float longest_column(const Attention& p, const float* values) const {
+    double longest = 0;
+    for (int64_t c = 0; c < p.window(); ++c) {
+      double square = 0;
+      for (int64_t d = 0; d < rank_.channels; ++d)
+        square += static_cast<double>(values[d * p.window() + c]) * static_cast<double>(values[d * p.window() + c]);
+      if (!(square <= longest)) longest = square;
+    }
+    return static_cast<float>(::sqrt(longest));
+  }
+
+  // Columns 32 * w .. as natural rows; what is left of their values is the next part.
+  void fill(const Attention& p, float* values, int64_t w, bf16* rows) const {
+    memset(static_cast<void*>(rows), 0, static_cast<size_t>(rank_.factors()) * sizeof(bf16));
+    for (int64_t c = 0; c < min(kBlock, p.window() - w * kBlock); ++c)
+      for (int64_t d = 0; d < rank_.channels; ++d) {
+        float& value = values[d * p.window() + w * kBlock + c];
+        bf16& to = rows[c * rank_.padded + d];
+        from_float(value, to);
+        const float rest = value - to_float(to);
+        value = rest - rest == 0.0f ? rest : 0.0f;
+      }
+  }
+
+  const Width& rank_;
+  bool own_;
+  int64_t parts_, tiles_, count_;
+  Scratch<bf16> by_channels_, by_rows_;
+  Scratch<float> length_;
+};
+
+struct TiledData {
+  const AttentionProblem& p;
+  bool threads;
+  Width width, rank;  // of q, k and v; of the factor of query_rel
+  QueryPositions positions;
+  int64_t key_blocks, query_blocks;
+  int64_t columns;  // in whole vectors
+  int64_t pitch;    // of a row of offsets: 16 x the left edge, the columns, 16 x the right edge
+  float scale, rel_scale;
+  TiledTables tables;
+  Scratch<float> bias;  // [heads][columns]
+  // By head: the middle of what bias may add, and how far from it that may be.
+  Scratch<float> bias_middle, bias_reach;
+  Scratch<uint32_t> there;  // [batch][key_blocks]: bits of keys
+
+  TiledData(const AttentionProblem& problem, bool gradients)
+      : p(problem),
+        threads(p.batch * p.heads * p.queries * p.keys * p.channels >= 1 << 15),
+        width(p.channels),
+        rank(p.rank),
+        positions(p),
+        key_blocks(ceil_div(p.keys, kBlock)),
+        query_blocks(ceil_div(p.queries, kBlock)),
+        columns(p.has_query_columns() ? round_up(p.window(), 16) : 0),
+        pitch(round_up((p.has_query_columns() ? p.window() : 0) + 32, 16)),
+        scale(static_cast<float>(p.scale * kLog2e)),
+        rel_scale(static_cast<float>(p.rel_scale * kLog2e)),
+        tables(p, rank, gradients),
+        bias(p.heads * columns),
+        bias_middle(p.heads),
+        bias_reach(p.heads),
+        there(p.batch * key_blocks) {
+    memset(bias.get(), 0, static_cast<size_t>(p.heads * columns) * sizeof(float));
+    for (int64_t h = 0; p.bias.data != nullptr && h < p.heads; ++h)
+      convert_in(p.bias.dtype, p.bias.data, h * p.bias.head, p.bias.column, p.window(), static_cast<float>(kLog2e),
+                 bias.get() + h * columns);
+    for (int64_t h = 0; h < p.heads; ++h) find_bias_range(h);
+    for (int64_t b = 0; b < p.batch; ++b)
+      for (int64_t n = 0; n < key_blocks; ++n) {
+        uint32_t bits = 0;
+        for (int64_t j = n * kBlock; j < min((n + 1) * kBlock, p.keys); ++j)
+          if (p.key_mask == nullptr || p.key_mask[b * p.mask_batch + j * p.mask_key]) bits |= 1u << (j % kBlock);
+        there[b * key_blocks + n] = bits;
+      }
+  }
+
+  uint32_t keys_there(int64_t b, int64_t block) const { return there[b * key_blocks + block]; }
+  bool is_there(int64_t b, int64_t j) const { return keys_there(b, j / kBlock) >> (j % kBlock) & 1; }
+
+ private:
+  void find_bias_range(int64_t h) {
+    float top = 0, bottom = 0;  // without a relative term
+    for (int64_t c = 0; p.bias.data != nullptr && c < p.window(); ++c) {
+      const float value = bias[h * columns + c];
+      if (!(value <= top)) top = value;
+      if (!(value >= bottom)) bottom = value;
+    }
+    bias_reach[h] = (top - bottom) * 0.5f;
+    bias_middle[h] = (top + bottom) * 0.5f;
+  }
+};
+
+}  // namespace ck::cpu::CK_ISA

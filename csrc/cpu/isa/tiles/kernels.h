@@ -1,0 +1,24 @@
+// The entry points of CK_ISA, an instruction set with tiles, and of CK_BASE, the one below it, whose kernels it uses
+// for everything but attention in bfloat16. CMake compiles the files of this folder once for each.
+#pragma once
+
+#include "csrc/cpu/kernels.h"
+
+namespace ck::cpu {
+
+namespace CK_BASE {
+const char* conv_forward(const ConvForward& p);
+const char* conv_backward(const ConvBackward& p);
+const char* shift_state(const ConvForward& p, void* state);
+const char* attention_forward(const AttentionForward& p);
+const char* attention_backward(const AttentionBackward& p);
+}  // namespace CK_BASE
+
+namespace CK_ISA {
+const char* attention_forward(const AttentionForward& p);
+const char* attention_backward(const AttentionBackward& p);
+
+extern const Kernels kKernels;
+}  // namespace CK_ISA
+
+}  // namespace ck::cpu
