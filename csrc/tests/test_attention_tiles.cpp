@@ -77,7 +77,7 @@ void fill(std::vector<bf16>& to, int64_t n) {
 struct Shape {
   int64_t B, T, S, H, G, D, R, left, right;
   Outside outside;
-  bool bias, query_rel, causal, masked, packed;
+  bool bias, query_rel, conv, causal, masked, packed;
   double dropout;
   uint64_t hash;
 };
@@ -85,7 +85,7 @@ struct Shape {
 struct Case {
   Shape s;
   std::vector<bf16> q, k, v, r, grad;
-  std::vector<float> bias, query_rel, grad_lse;
+  std::vector<float> bias, query_rel, grad_lse, taps, taps_bias, taps_scale;
   std::unique_ptr<bool[]> mask;
   std::vector<int64_t> query_offsets, key_offsets;
 
@@ -101,6 +101,9 @@ struct Case {
     fill(query_rel, (s.R > 0 ? s.R : s.D) * W, 0.25f);
     fill(grad_lse, s.B * s.H * s.T, 1.0f);
     for (int64_t n = 0; n < s.B * s.S; ++n) mask[static_cast<size_t>(n)] = draw() % 5 != 0;
+    fill(taps, s.H * s.D * W, 0.25f);
+    fill(taps_bias, s.H * s.D, 1.0f);
+    fill(taps_scale, s.H, 1.0f);
     query_offsets = {0, s.T / 3, s.T / 3, s.T - 5, s.T};
     key_offsets = {0, s.S / 2, s.S / 2 + 3, s.S, s.S};
   }
@@ -132,6 +135,11 @@ struct Case {
     if (s.R > 0) p.rel_query = rows(r, s.T, s.H, s.R);
     if (s.bias) p.bias = {const_cast<float*>(bias.data()), ck::Dtype::kFloat32, true, W, 0, 1};
     if (s.query_rel) p.query_rel = {const_cast<float*>(query_rel.data()), ck::Dtype::kFloat32, false, 0, W, 1};
+    if (s.conv) {
+      p.value_conv = {const_cast<float*>(taps.data()), ck::Dtype::kFloat32, true, s.D * W, W, 1};
+      p.value_conv_bias = {const_cast<float*>(taps_bias.data()), ck::Dtype::kFloat32, true, s.D, 1, 0};
+      p.value_conv_scale = {const_cast<float*>(taps_scale.data()), ck::Dtype::kFloat32, true, 1, 0, 0};
+    }
     if (s.masked) {
       p.key_mask = mask.get();
       p.mask_batch = s.S;
@@ -145,10 +153,10 @@ struct Case {
   }
 };
 
-// out and the gradients of q, k, v and rel_query; lse and the gradients of bias and query_rel.
+// out and the gradients of q, k, v and rel_query; lse and the gradients of tables.
 struct Results {
   std::vector<bf16> rows[5];
-  std::vector<float> numbers[3];
+  std::vector<float> numbers[6];
 
   uint64_t hash() const {
     uint64_t h = 1469598103934665603ull;  // FNV-1a, of bytes in the order of the lowest first
@@ -191,6 +199,11 @@ Results run(const Kernels& kernels, const Case& c, ck::cpu::ParallelFor parallel
   found.numbers[0].assign(c.grad_lse.size(), NAN);
   found.numbers[1].assign(s.bias ? c.bias.size() : 0, NAN);
   found.numbers[2].assign(s.query_rel ? c.query_rel.size() : 0, NAN);
+  if (s.conv) {
+    found.numbers[3].assign(c.taps.size(), NAN);
+    found.numbers[4].assign(c.taps_bias.size(), NAN);
+    found.numbers[5].assign(c.taps_scale.size(), NAN);
+  }
   AttentionForward f;
   c.enter(f);
   f.parallel_for = parallel;
@@ -212,6 +225,11 @@ Results run(const Kernels& kernels, const Case& c, ck::cpu::ParallelFor parallel
   if (s.R > 0) b.grad_rel_query = c.rows(found.rows[4], s.T, s.H, s.R);
   if (s.bias) b.grad_bias = found.numbers[1].data();
   if (s.query_rel) b.grad_query_rel = found.numbers[2].data();
+  if (s.conv) {
+    b.grad_value_conv = found.numbers[3].data();
+    b.grad_value_conv_bias = found.numbers[4].data();
+    b.grad_value_conv_scale = found.numbers[5].data();
+  }
   CK_TRUE(kernels.attention_backward(b) == nullptr);
   return found;
 }
@@ -223,13 +241,15 @@ void halves(int64_t n, ParallelBody body, void* context) {
 }
 
 const Shape kShapes[] = {
-    // B, T, S, H, G, D, R, left, right, outside, bias, query_rel, causal, masked, packed, dropout
-    {1, 96, 96, 2, 2, 64, 0, 8, 8, Outside::kClip, true, true, false, false, false, 0.0, 0x8324e4eabd003785},
-    {2, 70, 130, 2, 1, 40, 0, 3, 1, Outside::kZero, true, true, true, true, false, 0.0, 0xf93d162cd15ccac6},
-    {1, 333, 333, 1, 1, 128, 0, 30, 30, Outside::kMask, true, true, false, true, false, 0.0, 0xa3452161d8588f61},
-    {1, 128, 128, 2, 2, 64, 0, 0, 0, Outside::kClip, false, false, true, false, false, 0.0, 0x27bf3ea24b2f8990},
-    {1, 90, 77, 2, 2, 32, 12, 20, 3, Outside::kClip, true, true, false, false, true, 0.25, 0x787e80323e77a930},
-    {2, 33, 300, 4, 2, 5, 0, 0, 70, Outside::kClip, true, false, false, true, false, 0.0, 0x92eb6ce1580161ac},
+    // B, T, S, H, G, D, R, left, right, outside, bias, query_rel, conv, causal, masked, packed, dropout
+    {1, 96, 96, 2, 2, 64, 0, 8, 8, Outside::kClip, true, true, false, false, false, false, 0.0, 0x8324e4eabd003785},
+    {2, 70, 130, 2, 1, 40, 0, 3, 1, Outside::kZero, true, true, false, true, true, false, 0.0, 0xf93d162cd15ccac6},
+    {1, 333, 333, 1, 1, 128, 0, 30, 30, Outside::kMask, true, true, false, false, true, false, 0.0, 0xa3452161d8588f61},
+    {1, 128, 128, 2, 2, 64, 0, 0, 0, Outside::kClip, false, false, false, true, false, false, 0.0, 0x27bf3ea24b2f8990},
+    {1, 90, 77, 2, 2, 32, 12, 20, 3, Outside::kClip, true, true, false, false, false, true, 0.25, 0x787e80323e77a930},
+    {2, 33, 300, 4, 2, 5, 0, 0, 70, Outside::kClip, true, false, false, false, true, false, 0.0, 0x92eb6ce1580161ac},
+    {1, 150, 150, 2, 1, 48, 0, 4, 2, Outside::kClip, true, false, true, true, false, false, 0.0, 0xb839a69c2d2b3d26},
+    {1, 90, 77, 4, 2, 20, 0, 2, 5, Outside::kMask, false, true, true, false, true, true, 0.5, 0x6c8b7582ba87aeae},
 };
 
 CK_TEST(the_same_bits_everywhere) {
@@ -244,19 +264,42 @@ CK_TEST(the_same_bits_everywhere) {
   }
 }
 
+// In norm, as bfloat16 allows.
+void compare_with_portable(const Case& c) {
+  const auto expected = run(kernels_of("portable"), c, serial, 1).all();
+  const auto found = run(*sets_with_tiles().back(), c, serial, 1).all();
+  for (size_t n = 0; n < found.size(); ++n) {
+    double size = 0, off = 0;
+    for (size_t i = 0; i < found[n].size(); ++i) {
+      if (found[n][i] == expected[n][i]) continue;  // lse of -inf
+      size += expected[n][i] * expected[n][i];
+      off += (found[n][i] - expected[n][i]) * (found[n][i] - expected[n][i]);
+    }
+    CK_TRUE(std::sqrt(off) <= 1e-2 * std::sqrt(size));
+  }
+}
+
 CK_TEST(close_to_the_portable_kernels) {
-  for (const Shape& shape : kShapes) {
-    const Case c(shape);
-    const auto expected = run(kernels_of("portable"), c, serial, 1).all();
-    const auto found = run(*sets_with_tiles().back(), c, serial, 1).all();
-    for (size_t n = 0; n < found.size(); ++n) {
-      double size = 0, off = 0;
-      for (size_t i = 0; i < found[n].size(); ++i) {
-        if (found[n][i] == expected[n][i]) continue;  // lse of -inf
-        size += expected[n][i] * expected[n][i];
-        off += (found[n][i] - expected[n][i]) * (found[n][i] - expected[n][i]);
-      }
-      CK_TRUE(std::sqrt(off) <= 1e-2 * std::sqrt(size));
+  for (const Shape& shape : kShapes) compare_with_portable(Case(shape));
+}
+
+// Numbers of bfloat16 times a power of two.
+void scale(std::vector<bf16>& numbers, int power) {
+  for (bf16& x : numbers)
+    if ((x.bits & 0x7f80) != 0) x.bits = static_cast<uint16_t>(x.bits + power * 128);
+}
+
+CK_TEST(values_and_scores_of_any_size) {
+  for (const Shape& shape : {kShapes[0], kShapes[1]}) {
+    for (const int power : {-90, 100}) {
+      Case c(shape);
+      scale(c.v, power);
+      compare_with_portable(c);
+    }
+    for (const int power : {-40, 4, 7}) {  // of scores: up to thousands
+      Case c(shape);
+      scale(c.q, power);
+      compare_with_portable(c);
     }
   }
 }

@@ -5,6 +5,7 @@
 
 #include "csrc/cpu/attention/dropout.h"
 #include "csrc/cpu/attention/tiles/columns.h"
+#include "csrc/cpu/attention/tiles/depthwise.h"
 
 namespace ck::cpu::CK_ISA {
 
@@ -18,6 +19,7 @@ class TiledBackwardTask {
       : p_(p),
         d_(data),
         tables_(tables),
+        depthwise_(p, data),
         by_channels_(data.key_blocks * data.width.factors()),
         by_rows_(data.key_blocks * data.width.factors()),
         values_(data.key_blocks * data.width.factors()),
@@ -30,17 +32,22 @@ class TiledBackwardTask {
         queries_{queries(0), queries(1), queries(2), queries(3)},
         columns_{TiledColumns(p, data), TiledColumns(p, data), TiledColumns(p, data), TiledColumns(p, data)} {}
 
+  // Floats of the sums of one group: d(k), d(v), and what the depthwise term adds to the latter, in natural rows.
+  static int64_t key_sums(const TiledData& d) {
+    return (d.p.value_conv.data != nullptr ? 3 : 2) * d.key_blocks * d.width.factors();
+  }
   static int64_t steps(const TiledData& d) { return ceil_div(d.query_blocks, kQueryBlocks); }
 
-  // Steps `range` of the heads of one group, which follow each other. keys: sums of d(k), then of d(v).
+  // Steps `range` of the heads of one group, which follow each other. keys: key_sums.
   void run(int64_t b, int64_t g, Range range, float* table_sums, float* keys) {
     grad_k_ = keys;
     grad_v_ = keys + d_.key_blocks * d_.width.factors();
+    values_sums_ = grad_v_ + d_.key_blocks * d_.width.factors();
     load_keys(b, g);
     for (int64_t n = range.first; n < range.end; ++n) {
       const int64_t in_group = n / steps(d_), first = n % steps(d_) * kQueryBlocks;
       run_queries(b, g * p_.sharing() + in_group, first, min(kQueryBlocks, d_.query_blocks - first),
-                  table_sums + in_group * tables_.size());
+                  table_sums + in_group * tables_.size);
     }
   }
 
@@ -73,14 +80,15 @@ class TiledBackwardTask {
       const TiledQueries& q = queries_[i].queries;
       if (q.first_block < q.end_block) keys = {min(keys.first, q.first_block), max(keys.end, q.end_block)};
     }
+    if (depthwise_.exists())
+      for (int64_t i = 0; i < count; ++i) {
+        find_delta(i);
+        add_taps(queries_[i].queries, table_sums);
+      }
     for (int64_t first = keys.first; first < keys.end; first += kKeyBlocks) {
       const int64_t end = min(first + kKeyBlocks, keys.end);
-      for (int64_t i = 0; i < count; ++i) {
-        multiply_keys(i, first, end);
-        KeyRun runs[kKeyBlocks];
-        const int64_t n = queries_[i].queries.find_runs(first, end, runs);
-        for (int64_t x = 0; x < n; ++x) differentiate(i, runs[x], first);
-      }
+      for (int64_t i = 0; i < count; ++i)
+        each_run(i, first, end, [&](const KeyRun& run) { differentiate(i, run, first); });
       add_keys(first, end, count);
       if (p_.qk && p_.grad_q.data != nullptr)
         for (int64_t i = 0; i < count; ++i) add_queries(i, first, end);
@@ -106,6 +114,59 @@ class TiledBackwardTask {
                       kQueryBlocks * kPair);
   }
 
+  template <class Body>
+  void each_run(int64_t i, int64_t first, int64_t end, const Body& body) {
+    multiply_keys(i, first, end);
+    KeyRun runs[kKeyBlocks];
+    const int64_t n = queries_[i].queries.find_runs(first, end, runs);
+    for (int64_t x = 0; x < n; ++x) body(runs[x]);
+  }
+
+  // Multipliers of dropout of a row for a run of keys, to one of two places.
+  void draw_keep(const TiledQueries& q, int64_t r, const KeyRun& run, int64_t place) {
+    draw(p_, q.batch, q.head, q.first + r, run.first * kBlock, (run.end - run.first) * kBlock, keep(place, 0));
+  }
+  float* keep(int64_t place, int64_t key) const { return keep_.get() + place * kKeyBlocks * kBlock + key; }
+
+  // The sums of weights and their gradients, where `out` holds the depthwise term as well, whose rounding would reach
+  // all gradients of a row.
+  void find_delta(int64_t i) {
+    const TiledQueries& q = queries_[i].queries;
+    const PowerSeries series(1.0f);
+    Floats products[kBlock] = {}, weights[kBlock] = {};
+    for (int64_t first = q.first_block; first < q.end_block; first += kKeyBlocks)
+      each_run(i, first, min(first + kKeyBlocks, q.end_block), [&](const KeyRun& run) {
+        for (int64_t r = 0; r < kBlock; ++r) {
+          const auto offsets = q.offsets(r);
+          if (p_.dropout > 0.0) draw_keep(q, r, run, 0);
+          for (int64_t k = run.first; k < run.end; ++k)
+            for (int64_t half = 0; half < 2; ++half) {
+              const float* const at = pair(k - first, i) + half * 2 * kSums + r * 16;
+              const Floats term =
+                  run.side == kWindow ? offsets.load(k * kBlock + half * 16) : splat(q.edge(r, run.side));
+              const Floats p = series.power(fused(load_floats(at), splat(d_.scale), term));
+              Floats dp = load_floats(at + 4 * kSums);
+              if (p_.dropout > 0.0) dp *= load_floats(keep(0, (k - run.first) * kBlock + half * 16));
+              const uint32_t seen = q.visible(r, k) >> (16 * half);
+              weights[r] += keep_lanes(seen, p);
+              products[r] += keep_lanes(seen, p * dp);
+            }
+        }
+      });
+    for (int64_t half = 0; half < 2; ++half) {
+      const Floats weight = sum_each<float>(weights + half * 16), product = sum_each<float>(products + half * 16);
+      const Floats delta = weight == Floats{} ? Floats{} : product / weight;
+      store_bytes(queries_[i].delta + half * 16, delta - load_floats(queries_[i].grad_lse + half * 16));
+    }
+  }
+
+  void add_taps(const TiledQueries& q, float* head) {
+    const Depthwise::Sums sums{tables_.value_conv.of(head), tables_.value_conv_bias.of(head),
+                               tables_.value_conv_scale.of(head), p_.grad_v.data != nullptr ? values_sums_ : nullptr};
+    for (int64_t r = 0; r < q.count; ++r)
+      depthwise_.differentiate(q.batch, q.head, q.position(r), RowOf(p_.grad, q.batch, q.first + r, q.head), sums);
+  }
+
   void differentiate(int64_t i, const KeyRun& run, int64_t base) {
     const bool clean = run.clean && p_.dropout == 0.0;
     if (run.side == kWindow) return clean ? weigh_run<true, true>(i, run, base) : weigh_run<true, false>(i, run, base);
@@ -128,7 +189,6 @@ class TiledBackwardTask {
     const TiledQueries& q = queries_[i].queries;
     const Floats scale = splat(d_.scale);
     const bool drops = !kClean && p_.dropout > 0.0;
-    const float factor = drops && p_.dropout < 1.0 ? static_cast<float>(1.0 / (1.0 - p_.dropout)) : 1.0f;
     Floats constant[2], delta[2], far_score[2] = {}, far_weight[2] = {};
     const TiledQueries::RowOffsets offsets[2] = {q.offsets(r), q.offsets(r + 16)};
     TiledColumns& columns = columns_[i];
@@ -136,9 +196,7 @@ class TiledBackwardTask {
     for (int64_t a = 0; a < 2; ++a) {
       constant[a] = splat(q.edge(r + 16 * a, run.side));
       delta[a] = splat(queries_[i].delta[r + 16 * a]);
-      if (drops)
-        draw(p_, q.batch, q.head, q.first + r + 16 * a, run.first * kBlock, (run.end - run.first) * kBlock,
-             keep_.get() + a * kKeyBlocks * kBlock);
+      if (drops) draw_keep(q, r + 16 * a, run, a);
     }
     float* at = pair(run.first - base, i) + r * 16;
     for (int64_t k = run.first, end = run.end; k < end; ++k, at += kQueryBlocks * kPair) {
@@ -158,14 +216,13 @@ class TiledBackwardTask {
             term = load_floats(offsets[a].first + offset);
           }
           const Floats s = fused(load_floats(at + place), scale, term);
-          Floats p = scale_by_power(series(fraction_of(s)), s), dp = load_floats(gradient + place), used;
+          Floats p = series.power(s), dp = load_floats(gradient + place), used;
           if (!kClean) p = keep_lanes(seen[a] >> (16 * half), p);
           used = p;
           if (drops) {
-            const Floats keep =
-                load_floats(keep_.get() + a * kKeyBlocks * kBlock + (k - run.first) * kBlock + half * 16);
-            used = keep == Floats{} ? Floats{} : p;
-            dp = keep == Floats{} ? Floats{} : dp * factor;
+            const Floats multiplier = load_floats(keep(a, (k - run.first) * kBlock + half * 16));
+            used = multiplier == Floats{} ? Floats{} : p;
+            dp *= multiplier;
           }
           Floats score = p * (dp - delta[a]);
           if (!kClean) score = keep_lanes(seen[a] >> (16 * half), score);
@@ -289,80 +346,14 @@ class TiledBackwardTask {
   const AttentionBackward& p_;
   const TiledData& d_;
   const TiledTableSums& tables_;
+  Depthwise depthwise_;
   Scratch<bf16> by_channels_, by_rows_, values_, rows_;  // keys twice, values; a block of rows
   Scratch<float> held_, keep_;                           // [blocks of keys][blocks of queries] pairs
   Scratch<uint32_t> nonfinite_keys_;
   Scratch<bf16> q_turned_, grad_turned_;  // of all blocks of queries, one after the other
   BackwardQueries queries_[kQueryBlocks];
   TiledColumns columns_[kQueryBlocks];
-  float *grad_k_ = nullptr, *grad_v_ = nullptr;
+  float *grad_k_ = nullptr, *grad_v_ = nullptr, *values_sums_ = nullptr;
 };
-
-// Half a block of d(k) or d(v) from sums that are turned.
-inline void write_turned(const HeadRows& to, const TiledData& d, int64_t b, int64_t g, int64_t first, const float* from,
-                         float scale) {
-  if (to.data == nullptr) return;
-  for (int64_t t = 0; t < d.width.sixteens; t += 2) {
-    Words columns[2][16];
-    for (int64_t n = 0; n < 2; ++n) transpose_words(from + (t + n) * kSums, 64, columns[n]);
-    for (int64_t j = 0; j < min(16, d.p.keys - first); ++j) {
-      const Halves row = to_bf16((Floats)columns[0][j] * scale, (Floats)columns[1][j] * scale);
-      RowOf(to, b, first + j, g).store(t * 16, d.width.channels - t * 16, restore_order(row));
-    }
-  }
-}
-
-template <class Machine>
-inline const char* tiled_attention_backward(const AttentionBackward& p) {
-  const FlushDenormals flush;  // as in the tasks, which may do what is left to this function
-  const TiledData data(p, true);
-  const TiledTableSums tables(p, data);
-  using Task = TiledBackwardTask<Machine>;
-  const Splits splits(p.batch * p.groups, p.sharing() * Task::steps(data), min(32, 4 * p.batch * p.groups), 1);
-  const int64_t tasks = splits.tasks(), size = data.width.factors(), half = data.key_blocks * size;
-  const OrderedSums<float> key_sums(tasks, splits.per_group, 2 * half, false);
-  const OrderedSums<float> table_sums(tasks, p.batch * splits.per_group, p.sharing() * tables.size(), tables.shared());
-  const float keep = p.dropout == 0.0 ? 1.0f : p.dropout < 1.0 ? static_cast<float>(1.0 / (1.0 - p.dropout)) : 0.0f;
-  const auto write_keys = [&](int64_t b, int64_t g, int64_t n, const float* grad_k, const float* grad_v) {
-    for (int64_t x = 0; x < 2; ++x) {
-      write_turned(p.grad_k, data, b, g, n * kBlock + 16 * x, grad_k + x * size / 2, static_cast<float>(p.scale));
-      write_turned(p.grad_v, data, b, g, n * kBlock + 16 * x, grad_v + x * size / 2, keep);
-    }
-  };
-  const auto write_tables = [&](int64_t g, float* sums) {
-    tables.write({g * p.sharing(), (g + 1) * p.sharing()},
-                 [&](int64_t h) { return sums + h % p.sharing() * tables.size(); });
-  };
-  parallel(p, tasks, data.threads, [&](int64_t begin, int64_t end) {
-    Task task(p, data, tables);
-    typename OrderedSums<float>::Runner keys(key_sums, begin, end), columns(table_sums, begin, end);
-    for (int64_t n = begin; n < end; ++n) {
-      const int64_t pair = n / splits.per_group, b = pair % p.batch, g = pair / p.batch;
-      float* const key_sum = keys.open(n);
-      task.run(b, g, splits.of(n), columns.open(n), key_sum);
-      if (const float* const sum = keys.close(n))
-        for (int64_t k = 0; k < data.key_blocks; ++k) write_keys(b, g, k, sum + k * size, sum + half + k * size);
-      if (float* const sums = columns.close(n)) write_tables(g, sums);
-    }
-  });
-  parallel(p, splits.groups * data.key_blocks, data.threads && splits.per_group > 1, [&](int64_t begin, int64_t end) {
-    const FlushDenormals flush;
-    for (int64_t n = begin; n < end; ++n) {
-      const int64_t group = n / data.key_blocks, k = n % data.key_blocks, at = k * size;
-      if (const float* const sum = key_sums.remaining(group, at, size))
-        write_keys(group % p.batch, group / p.batch, k, sum, key_sums.remaining(group, half + at, size));
-    }
-  });
-  if (tables.size() == 0) return nullptr;
-  for (int64_t g = 0; g < p.groups; ++g) {
-    float* const sums = table_sums.remaining(g, 0, p.sharing() * tables.size());
-    if (sums != nullptr && !tables.shared()) write_tables(g, sums);
-  }
-  if (tables.shared())
-    tables.write({0, p.heads}, [&](int64_t h) {
-      return table_sums.remaining(h / p.sharing(), 0, 0) + h % p.sharing() * tables.size();
-    });
-  return nullptr;
-}
 
 }  // namespace ck::cpu::CK_ISA

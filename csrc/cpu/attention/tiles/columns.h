@@ -13,31 +13,47 @@ namespace ck::cpu::CK_ISA {
 
 // Sums for the gradients of tables, those of one head after those of another.
 struct TiledTableSums {
+  using L = Layout<float>;
+
   const AttentionBackward& p;
   const TiledData& d;
-  int64_t tiles, bias, query_rel;  // tiles side by side; floats of a head
+  TableSums<float> bias, value_conv, value_conv_bias, value_conv_scale;
+  int64_t tiles, query_rel, size = 0;  // tiles side by side; where that table's begin; floats of a head
 
   TiledTableSums(const AttentionBackward& problem, const TiledData& data)
       : p(problem),
         d(data),
-        tiles(2 * ceil_div(p.window(), kBlock)),
-        bias(p.grad_bias != nullptr ? d.columns : 0),
-        query_rel(p.grad_query_rel != nullptr ? d.rank.sixteens * tiles * kSums : 0) {}
+        bias{p.bias, p.grad_bias, L::rows({1, 0}, {p.window(), 1}), 1},
+        value_conv{p.value_conv, p.grad_value_conv, L::rows({p.window(), 1}, {p.channels, p.window()}), 1},
+        value_conv_bias{p.value_conv_bias, p.grad_value_conv_bias, L::rows({1, 0}, {p.channels, 1}), 1},
+        value_conv_scale{p.value_conv_scale, p.grad_value_conv_scale, L::rows({1, 0}, {1, 1}), 1},
+        tiles(2 * ceil_div(p.window(), kBlock)) {
+    for (TableSums<float>* table : {&bias, &value_conv, &value_conv_bias, &value_conv_scale}) {
+      table->start = size;
+      size += table->size();
+    }
+    query_rel = size;
+    if (p.grad_query_rel != nullptr) size += d.rank.sixteens * tiles * kSums;
+  }
 
-  int64_t size() const { return bias + query_rel; }
-  bool shared() const { return query_rel > 0 && !p.query_rel.per_head; }
-  // d(query_rel) before its scale: tiles [rank / 16][tiles], rows turned.
-  float* query_rel_of(float* head) const { return head + bias; }
+  bool shared() const { return p.grad_query_rel != nullptr && !p.query_rel.per_head; }
+  // d(query_rel) before its scale: tiles [rank / 16][tiles], rows turned; nullptr: not wanted.
+  float* query_rel_of(float* head) const { return p.grad_query_rel != nullptr ? head + query_rel : nullptr; }
 
   // heads(h): the sums of a head. A table that all heads share takes those of all.
   template <class Heads>
   void write(Range range, const Heads& heads) const {
-    for (int64_t h = range.first; bias > 0 && h < range.end; ++h)
-      convert_out(p.bias.dtype, heads(h), p.window(), p.grad_bias, h * p.window(), 1);
-    if (query_rel == 0) return;
+    for (int64_t h = range.first; value_conv_scale.out != nullptr && h < range.end; ++h) {
+      float* const lanes = value_conv_scale.of(heads(h));
+      Floats all[16] = {load_floats(lanes)};
+      store_bytes(lanes, sum_each<float>(all));
+    }
+    for (const TableSums<float>* table : {&bias, &value_conv, &value_conv_bias, &value_conv_scale})
+      table->write(range, heads);
+    if (p.grad_query_rel == nullptr) return;
     if (shared()) {
-      float* const first = query_rel_of(heads(range.first));
-      for (int64_t h = range.first + 1; h < range.end; ++h) add_to(first, query_rel_of(heads(h)), query_rel);
+      for (int64_t h = range.first + 1; h < range.end; ++h)
+        add_to(query_rel_of(heads(range.first)), query_rel_of(heads(h)), size - query_rel);
       range = {0, 1};
     }
     Scratch<float> row(round_up(p.window(), kBlock));
@@ -89,16 +105,16 @@ class TiledColumns {
     if (!exists_) return;
     for (int64_t half = 0; half < 2; ++half) fold(half * 16, rows);
     m.stay_awake();
-    if (tables.bias > 0)
+    if (float* const bias = tables.bias.of(head))
       for (int64_t c = 0; c < d_.columns; c += 16) {
         Floats sum = {};
         for (int64_t r = 0; r < kBlock; ++r) sum += load_floats(scores_.get() + r * d_.pitch + 16 + c);
-        store_bytes(head + c, load_floats(head + c) + sum);
+        store_bytes(bias + c, load_floats(bias + c) + sum);
       }
     if (p_.query_rel.data == nullptr) return;
     split();
     multiply_table(m, rows.queries.head);
-    if (tables.query_rel > 0) multiply_rows(m, rows, tables.query_rel_of(head), tables.tiles);
+    if (float* const query_rel = tables.query_rel_of(head)) multiply_rows(m, rows, query_rel, tables.tiles);
   }
 
   // The gradient of the factor of query_rel before its scale: tiles [2 halves of the rows][rank / 16].

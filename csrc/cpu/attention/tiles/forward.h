@@ -3,7 +3,7 @@
 //
 // Weights are 2^(score - shift), where the shift is an integer. Any integer gives the same results, unless weights
 // leave the numbers that float32 has; so no maximum is looked for where |q| |k| and the tables bound the scores well
-// enough. Elsewhere the shift of a row is its greatest score, found by a walk of its own.
+// enough. Elsewhere, and where values are tiny, the shift of a row is its greatest score, found by a walk of its own.
 #pragma once
 
 #include "csrc/cpu/attention/dropout.h"
@@ -66,7 +66,8 @@ class TiledForwardTask {
 
   void run_block() {
     const float middle = d_.bias_middle[queries_.head];
-    far_ = !(farthest_score() + d_.bias_reach[queries_.head] <= kReach && __builtin_fabsf(middle) <= 100.0f);
+    far_ = !(farthest_score() + d_.bias_reach[queries_.head] <= kReach && __builtin_fabsf(middle) <= 100.0f) ||
+           values_.tiny();
     shift_ = far_ ? 0.0f : __builtin_rintf(middle);
     queries_.fill(nullptr);
     walk(false);
@@ -193,8 +194,13 @@ class TiledForwardTask {
       CK_UNROLL for (int64_t half = 0; half < 2; ++half) {
         const Floats s = fused(load_floats(at + half * 2 * kSums), scale,
                                kSide == kWindow ? offsets.load(k * kBlock + half * 16) : constant);
-        const Floats fraction = fraction_of(s);
-        Floats p = scale_by_power(series(fraction), kMode == kCareful ? (s - fraction) - shift : s);
+        Floats p;
+        if constexpr (kMode == kCareful) {
+          const Floats fraction = fraction_of(s);
+          p = scale_by_power(series(fraction), (s - fraction) - shift);
+        } else {
+          p = series.power(s);
+        }
         if (kMode != kClean) p = keep_lanes(seen >> (16 * half), p);
         sum[half] += p;
         weight[half] = rounded(p);

@@ -109,6 +109,17 @@ CK_INLINE int64_t place_by_rows(int64_t row, int64_t tile, int64_t column) {
   return tile * kFactors + row % 16 * 32 + 2 * column + row / 16;
 }
 
+// Lane by lane the least of before and of the magnitudes of 32 rows at a distance of `pitch`, one less than their bits,
+// so that 0 is the greatest.
+inline Halves least_magnitudes(const bf16* rows, int64_t pitch, const Width& width, Halves least) {
+  for (int64_t i = 0; i < kBlock; ++i)
+    for (int64_t c = 0; c < width.padded; c += 32) {
+      const Halves magnitude = (load_bytes<Halves>(rows + i * pitch + c) & 0x7fff) - 1;
+      least = magnitude < least ? magnitude : least;
+    }
+  return least;
+}
+
 // Whether natural rows hold a NaN or an infinity.
 inline bool any_nonfinite(const bf16* numbers, int64_t n) {
   Halves found = {};

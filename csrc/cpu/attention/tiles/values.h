@@ -23,13 +23,23 @@ class TiledValues {
     batch_ = b;
     group_ = g;
     knows_nonfinite_ = false;
+    Halves least = ~Halves{};
     for (int64_t n = 0; n < d_.key_blocks; ++n) {
       m.stay_awake();
       bf16* const to = packed_.get() + n * d_.width.factors();
-      pack(d_.p.v, n, [&](const bf16* rows, int64_t pitch) { pack_by_rows(rows, pitch, d_.width, to); });
+      pack(d_.p.v, n, [&](const bf16* rows, int64_t pitch) {
+        least = least_magnitudes(rows, pitch, d_.width, least);
+        pack_by_rows(rows, pitch, d_.width, to);
+      });
     }
+    constexpr uint16_t kTiny = (127 - 60) << 7;
+    tiny_ = false;
+    for (int i = 0; i < 32; ++i) tiny_ = tiny_ || least[i] < kTiny;
     return true;
   }
+
+  // Whether some are below 2^-60, whose products with small weights may be no numbers that float32 has.
+  bool tiny() const { return tiny_; }
 
   // Calls body(rows, pitch) for block n of the keys or values, where they are if that will do.
   template <class Body>
@@ -90,7 +100,7 @@ class TiledValues {
   Scratch<bf16> rows_, packed_;
   Scratch<bool>* nonfinite_ = nullptr;
   Scratch<bf16>* clean_ = nullptr;
-  bool knows_nonfinite_ = false;
+  bool knows_nonfinite_ = false, tiny_ = false;
   int64_t batch_ = -1, group_ = -1;
 };
 

@@ -107,6 +107,7 @@ struct PowerSeries {
     CK_UNROLL for (int i = 1; i < 5; ++i) p = fused(p, fraction, term[i]);
     return p;
   }
+  CK_INLINE Floats power(Floats x) const { return scale_by_power((*this)(fraction_of(x)), x); }
 };
 
 // log2(x) + shift for x >= 0 that is no denormal; shift is an integer. NaN and infinity stay what they are.
@@ -128,6 +129,14 @@ CK_INLINE Floats log2_plus(Floats x, Floats shift) {
 // The two bfloat16 numbers of each word.
 CK_INLINE Floats low_halves(Words v) { return (Floats)(v << 16); }
 CK_INLINE Floats high_halves(Words v) { return (Floats)(v & 0xffff0000u); }
+
+// 32 bfloat16 numbers in their order.
+CK_INLINE void widen(Words pairs, Floats& first, Floats& second) {
+  Narrow halves[2];
+  __builtin_memcpy(halves, &pairs, 64);
+  first = (Floats)(__builtin_convertvector(halves[0], Words) << 16);
+  second = (Floats)(__builtin_convertvector(halves[1], Words) << 16);
+}
 
 // To the nearest bfloat16, ties away from zero: the upper halves. NaN stays NaN if its lower half is not all ones, as
 // in those that come from bfloat16 numbers or from nothing.

@@ -1,5 +1,5 @@
 // Attention in bfloat16 on tiles.
-#include "csrc/cpu/attention/tiles/backward.h"
+#include "csrc/cpu/attention/tiles/backward_pass.h"
 #include "csrc/cpu/attention/tiles/forward.h"
 #include "csrc/cpu/isa/tiles/kernels.h"
 
@@ -22,10 +22,8 @@ const char* attention_forward(const AttentionForward& p) {
   return serves(p) ? tiled_attention_forward<Machine>(p) : CK_BASE::attention_forward(p);
 }
 
-// With a depthwise term, delta would carry its rounding.
 const char* attention_backward(const AttentionBackward& p) {
-  return serves(p) && p.value_conv.data == nullptr ? tiled_attention_backward<Machine>(p)
-                                                   : CK_BASE::attention_backward(p);
+  return serves(p) ? tiled_attention_backward<Machine>(p) : CK_BASE::attention_backward(p);
 }
 
 }  // namespace ck::cpu::CK_ISA
