@@ -34,9 +34,7 @@ namespace {
 const std::vector<const Kernels*>& table() {
   static const std::vector<const Kernels*> all = {
 #if defined(__x86_64__)
-      &amx::kKernels,
-      &avx512::kKernels,
-      &avx2::kKernels,
+      &amx::kKernels,          &avx512::kKernels, &avx2::kKernels,
 #endif
       &portable::kKernels,
 #if defined(__x86_64__)

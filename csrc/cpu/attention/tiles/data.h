@@ -9,23 +9,25 @@ namespace ck::cpu::CK_ISA {
 // Weights of scores to base 2 within this distance of a common shift are numbers far from the ends of their type.
 constexpr float kReach = 50.0f;
 
-// A table of query_rel in one part (a bfloat16 table) or in two (others: its bfloat16 numbers, and those of the rest).
+// A table whose columns meet queries or keys, in one part (a bfloat16 table) or in two (others: its bfloat16 numbers,
+// and those of the rest).
 class TiledTables {
  public:
-  // by_rows: for gradients.
-  TiledTables(const Attention& p, const Width& rank, bool by_rows)
+  // rank: its rows. by_rows: for gradients.
+  TiledTables(const Attention& p, const HeadTable& table, const Width& rank, bool by_rows)
       : rank_(rank),
-        own_(p.query_rel.per_head),
-        parts_(p.query_rel.dtype == Dtype::kBFloat16 ? 1 : 2),
+        table_(table),
+        parts_(table.dtype == Dtype::kBFloat16 ? 1 : 2),
         tiles_(ceil_div(p.window(), kBlock)),
-        count_(p.query_rel.data == nullptr ? 0 : (own_ ? p.heads : 1)),
+        count_(table.data == nullptr ? 0 : (table.per_head ? p.heads : 1)),
         by_channels_(size()),
         by_rows_(by_rows ? size() : 0),
         length_(count_) {
+    if (count_ == 0) return;
     Scratch<float> values(p.window() * rank.channels);
     Scratch<bf16> rows(rank.factors());
     for (int64_t n = 0; n < count_; ++n) {
-      for (int64_t d = 0; d < rank.channels; ++d) read(p, n, d, values.get() + d * p.window());
+      for (int64_t d = 0; d < rank.channels; ++d) read(p.window(), n, d, values.get() + d * p.window());
       length_[n] = longest_column(p, values.get());
       for (int64_t w = 0; w < tiles_; ++w)
         for (int64_t part = 0; part < parts_; ++part) {
@@ -43,19 +45,28 @@ class TiledTables {
   }
   const bf16* by_rows(int64_t h, int64_t w, int64_t part) const { return by_rows_.get() + at(table(h), w, part); }
   int64_t step() const { return parts_ * rank_.factors(); }
+  // 32 natural rows times columns 32 * w .. of a head: tiles [2 halves of the rows][2 halves of the columns].
+  template <class Machine>
+  void multiply(Machine& m, const bf16* rows, int64_t h, int64_t w, float* to) const {
+    for (int64_t part = 0; part < parts_; ++part) {
+      const bf16* const columns = by_channels(h, w, part);
+      multiply_block(m, part == 0, rank_.pairs, {rows, rows + 16 * rank_.padded, rank_.padded * 2, 32},
+                     {columns, columns + rank_.pairs * kFactors, kFactors},
+                     {to, to + kSums, to + 2 * kSums, to + 3 * kSums});
+    }
+  }
   // Of a column of a head.
   float length(int64_t h) const { return count_ == 0 ? 0.0f : length_[table(h)]; }
 
  private:
   int64_t size() const { return count_ * tiles_ * step(); }
-  int64_t table(int64_t h) const { return own_ ? h : 0; }
+  int64_t table(int64_t h) const { return table_.per_head ? h : 0; }
   int64_t at(int64_t n, int64_t w, int64_t part) const { return (n * tiles_ + w) * step() + part * rank_.factors(); }
 
-  static void read(const Attention& p, int64_t n, int64_t d, float* to) {
-    const HeadTable& t = p.query_rel;
-    Scratch<float> row(round_up(p.window(), 16));
-    convert_in(t.dtype, t.data, n * t.head + d * t.row, t.column, p.window(), 1.0f, row.get());
-    memcpy(to, row.get(), static_cast<size_t>(p.window()) * sizeof(float));
+  void read(int64_t window, int64_t n, int64_t d, float* to) const {
+    Scratch<float> row(round_up(window, 16));
+    convert_in(table_.dtype, table_.data, n * table_.head + d * table_.row, table_.column, window, 1.0f, row.get());
+    memcpy(to, row.get(), static_cast<size_t>(window) * sizeof(float));
   }
 
   float longest_column(const Attention& p, const float* values) const {
@@ -83,7 +94,7 @@ class TiledTables {
   }
 
   const Width& rank_;
-  bool own_;
+  const HeadTable& table_;
   int64_t parts_, tiles_, count_;
   Scratch<bf16> by_channels_, by_rows_;
   Scratch<float> length_;
@@ -98,8 +109,8 @@ struct TiledData {
   int64_t columns;  // in whole vectors
   int64_t pitch;    // of a row of offsets: 16 x the left edge, the columns, 16 x the right edge
   float scale, rel_scale;
-  TiledTables tables;
-  Scratch<float> bias;  // [heads][columns]
+  TiledTables tables, key_tables;  // of query_rel, of key_rel
+  Scratch<float> bias;             // [heads][columns]
   // By head: the middle of what bias may add, and how far from it that may be.
   Scratch<float> bias_middle, bias_reach;
   Scratch<uint32_t> there;  // [batch][key_blocks]: bits of keys
@@ -116,7 +127,8 @@ struct TiledData {
         pitch(round_up((p.has_query_columns() ? p.window() : 0) + 32, 16)),
         scale(static_cast<float>(p.scale * kLog2e)),
         rel_scale(static_cast<float>(p.rel_scale * kLog2e)),
-        tables(p, rank, gradients),
+        tables(p, p.query_rel, rank, gradients),
+        key_tables(p, p.key_rel, width, false),
         bias(p.heads * columns),
         bias_middle(p.heads),
         bias_reach(p.heads),

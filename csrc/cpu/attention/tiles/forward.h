@@ -9,6 +9,7 @@
 #include "csrc/cpu/attention/dropout.h"
 #include "csrc/cpu/attention/tables.h"
 #include "csrc/cpu/attention/tiles/depthwise.h"
+#include "csrc/cpu/attention/tiles/key_terms.h"
 #include "csrc/cpu/attention/tiles/values.h"
 
 namespace ck::cpu::CK_ISA {
@@ -25,6 +26,7 @@ class TiledForwardTask {
         d_(data),
         queries_(data, false),
         values_(data),
+        key_terms_(data),
         depthwise_(p, data),
         keys_(data.key_blocks * data.width.factors()),
         scores_(kChunk * kScores),
@@ -39,6 +41,7 @@ class TiledForwardTask {
       load_group(b, h / p_.sharing());
       const int64_t block = n % d_.query_blocks;
       queries_.load(m_, b, h, block, below(p_.queries - block * kBlock));
+      if (key_terms_.exists()) key_terms_.choose_head(m_, h);
       run_block();
     }
   }
@@ -49,6 +52,7 @@ class TiledForwardTask {
 
   void load_group(int64_t b, int64_t g) {
     if (!values_.load(m_, b, g)) return;
+    if (key_terms_.exists()) key_terms_.load(b, g);
     Floats longest = {};
     for (int64_t n = 0; n < d_.key_blocks; ++n) {
       m_.stay_awake();
@@ -78,7 +82,7 @@ class TiledForwardTask {
     write();
   }
 
-  // What q, k and query_rel may add to a score.
+  // What all but bias may add to a score.
   float farthest_score() const {
     const auto longest = [](const bf16* rows, const Width& width) {
       const Floats upper = squares_of(rows, width), lower = squares_of(rows + 16 * width.padded, width);
@@ -93,6 +97,7 @@ class TiledForwardTask {
       const float r = p_.rel_query.data != nullptr ? longest(queries_.r(), d_.rank) : q;
       sum += r * d_.tables.length(queries_.head) * __builtin_fabsf(d_.rel_scale);
     }
+    if (key_terms_.exists()) sum += longest_key_ * d_.key_tables.length(queries_.head) * __builtin_fabsf(d_.scale);
     return sum * 1.001f;
   }
 
@@ -127,6 +132,8 @@ class TiledForwardTask {
                         scores_.get(), kScores);
     else
       clear(scores_.get(), (end - first) * kScores);
+    for (int64_t k = first; k < end && key_terms_.exists(); ++k)
+      key_terms_.add(m_, queries_, k, scores_.get() + (k - first) * kScores);
   }
 
   // The greatest score of each row; 0 for a row without keys.
@@ -289,6 +296,7 @@ class TiledForwardTask {
   const TiledData& d_;
   TiledQueries queries_;
   TiledValues values_;
+  KeyTerms key_terms_;
   Depthwise depthwise_;
   Scratch<bf16> keys_;
   Scratch<float> scores_, out_, sums_, keep_;  // out_: tiles [2 halves of the rows][channels / 16]; sums_: [32][2][16]

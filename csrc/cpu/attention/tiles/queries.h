@@ -84,11 +84,29 @@ class TiledQueries {
     return range.first <= j && j < range.end && d_.is_there(batch, j);
   }
 
-  // Runs of the blocks of keys from first_block to end_block; returns their number.
+  // Where a block of keys is.
+  Side side_of(int64_t block) const {
+    const int64_t first_key = block * kBlock, clips = p_.clips();
+    if (first_key + kBlock - 1 < least_base_ + clips) return kLeft;
+    return first_key >= most_base_ + p_.window() - clips ? kRight : kWindow;
+  }
+
+  // Calls body(begin, end) for rows whose positions follow each other.
+  template <class Body>
+  void each_run(const Body& body) const {
+    for (int64_t r = 0, end; r < count; r = end) {
+      end = r + 1;
+      while (end < count && position(end).at == position(end - 1).at + 1) ++end;
+      body(r, end);
+    }
+  }
+
+  // Runs of the blocks of keys from first_block to end_block; returns their number. Without terms of the queries they
+  // are all to the left.
   int64_t find_runs(int64_t first_block, int64_t end_block, KeyRun* out) const {
     int64_t n = 0;
     for (int64_t k = first_block; k < end_block; ++k) {
-      const KeyRun one{k, k + 1, side_of(k), is_clean(k)};
+      const KeyRun one{k, k + 1, p_.has_query_columns() ? side_of(k) : kLeft, is_clean(k)};
       if (n > 0 && out[n - 1].side == one.side && out[n - 1].clean == one.clean)
         out[n - 1].end = one.end;
       else
@@ -127,12 +145,6 @@ class TiledQueries {
     end_block = seen_.empty() ? first_block : ceil_div(seen_.end, kBlock);
   }
 
-  Side side_of(int64_t block) const {
-    if (!p_.has_query_columns()) return kLeft;
-    const int64_t first_key = block * kBlock, clips = p_.clips();
-    if (first_key + kBlock - 1 < least_base_ + clips) return kLeft;
-    return first_key >= most_base_ + p_.window() - clips ? kRight : kWindow;
-  }
   bool is_clean(int64_t block) const {
     return d_.keys_there(batch, block) == ~0u && seen_by_all_.first <= block * kBlock &&
            (block + 1) * kBlock <= seen_by_all_.end;
@@ -147,16 +159,9 @@ class TiledQueries {
 
   template <class Machine>
   void multiply_table(Machine& m) {
-    const int64_t bytes = d_.rank.padded * 2;
     const Range blocks = column_blocks();
     for (int64_t w = blocks.first; w < blocks.end; ++w)
-      for (int64_t part = 0; part < d_.tables.parts(); ++part) {
-        const bf16* const table = d_.tables.by_channels(head, w, part);
-        float* const to = products_.get() + w * 4 * kSums;
-        multiply_block(m, part == 0, d_.rank.pairs, {r(), r() + 16 * d_.rank.padded, bytes, 32},
-                       {table, table + d_.rank.pairs * kFactors, kFactors},
-                       {to, to + kSums, to + 2 * kSums, to + 3 * kSums});
-      }
+      d_.tables.multiply(m, r(), head, w, products_.get() + w * 4 * kSums);
   }
 
   void fill_rows(int64_t rows, const float* shift) {

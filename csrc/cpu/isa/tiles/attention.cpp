@@ -15,7 +15,7 @@ using Machine = EmulatedTiles;
 static bool serves(const AttentionProblem& p) {
   constexpr int64_t kFewestQueries = 5, kMostColumns = 4096;
   return p.dtype == Dtype::kBFloat16 && p.batch > 0 && p.queries >= kFewestQueries && p.keys > 0 &&
-         p.key_rel.data == nullptr && (!p.has_query_columns() || p.window() <= kMostColumns);
+         (!p.has_columns() || p.window() <= kMostColumns);
 }
 
 const char* attention_forward(const AttentionForward& p) {
@@ -23,7 +23,7 @@ const char* attention_forward(const AttentionForward& p) {
 }
 
 const char* attention_backward(const AttentionBackward& p) {
-  return serves(p) ? tiled_attention_backward<Machine>(p) : CK_BASE::attention_backward(p);
+  return serves(p) && p.key_rel.data == nullptr ? tiled_attention_backward<Machine>(p) : CK_BASE::attention_backward(p);
 }
 
 }  // namespace ck::cpu::CK_ISA
