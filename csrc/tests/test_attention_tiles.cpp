@@ -77,7 +77,7 @@ void fill(std::vector<bf16>& to, int64_t n) {
 struct Shape {
   int64_t B, T, S, H, G, D, R, left, right;
   Outside outside;
-  bool bias, query_rel, conv, causal, masked, packed;
+  bool bias, query_rel, key_rel, conv, causal, masked, packed;
   double dropout;
   uint64_t hash;
 };
@@ -85,7 +85,7 @@ struct Shape {
 struct Case {
   Shape s;
   std::vector<bf16> q, k, v, r, grad;
-  std::vector<float> bias, query_rel, grad_lse, taps, taps_bias, taps_scale;
+  std::vector<float> bias, query_rel, grad_lse, taps, taps_bias, taps_scale, key_rel;
   std::unique_ptr<bool[]> mask;
   std::vector<int64_t> query_offsets, key_offsets;
 
@@ -104,6 +104,7 @@ struct Case {
     fill(taps, s.H * s.D * W, 0.25f);
     fill(taps_bias, s.H * s.D, 1.0f);
     fill(taps_scale, s.H, 1.0f);
+    fill(key_rel, s.H * s.D * W, 0.25f);
     query_offsets = {0, s.T / 3, s.T / 3, s.T - 5, s.T};
     key_offsets = {0, s.S / 2, s.S / 2 + 3, s.S, s.S};
   }
@@ -135,6 +136,7 @@ struct Case {
     if (s.R > 0) p.rel_query = rows(r, s.T, s.H, s.R);
     if (s.bias) p.bias = {const_cast<float*>(bias.data()), ck::Dtype::kFloat32, true, W, 0, 1};
     if (s.query_rel) p.query_rel = {const_cast<float*>(query_rel.data()), ck::Dtype::kFloat32, false, 0, W, 1};
+    if (s.key_rel) p.key_rel = {const_cast<float*>(key_rel.data()), ck::Dtype::kFloat32, true, s.D * W, W, 1};
     if (s.conv) {
       p.value_conv = {const_cast<float*>(taps.data()), ck::Dtype::kFloat32, true, s.D * W, W, 1};
       p.value_conv_bias = {const_cast<float*>(taps_bias.data()), ck::Dtype::kFloat32, true, s.D, 1, 0};
@@ -156,7 +158,7 @@ struct Case {
 // out and the gradients of q, k, v and rel_query; lse and the gradients of tables.
 struct Results {
   std::vector<bf16> rows[5];
-  std::vector<float> numbers[6];
+  std::vector<float> numbers[7];
 
   uint64_t hash() const {
     uint64_t h = 1469598103934665603ull;  // FNV-1a, of bytes in the order of the lowest first
@@ -204,6 +206,7 @@ Results run(const Kernels& kernels, const Case& c, ck::cpu::ParallelFor parallel
     found.numbers[4].assign(c.taps_bias.size(), NAN);
     found.numbers[5].assign(c.taps_scale.size(), NAN);
   }
+  found.numbers[6].assign(s.key_rel ? c.key_rel.size() : 0, NAN);
   AttentionForward f;
   c.enter(f);
   f.parallel_for = parallel;
@@ -225,6 +228,7 @@ Results run(const Kernels& kernels, const Case& c, ck::cpu::ParallelFor parallel
   if (s.R > 0) b.grad_rel_query = c.rows(found.rows[4], s.T, s.H, s.R);
   if (s.bias) b.grad_bias = found.numbers[1].data();
   if (s.query_rel) b.grad_query_rel = found.numbers[2].data();
+  if (s.key_rel) b.grad_key_rel = found.numbers[6].data();
   if (s.conv) {
     b.grad_value_conv = found.numbers[3].data();
     b.grad_value_conv_bias = found.numbers[4].data();
@@ -241,15 +245,27 @@ void halves(int64_t n, ParallelBody body, void* context) {
 }
 
 const Shape kShapes[] = {
-    // B, T, S, H, G, D, R, left, right, outside, bias, query_rel, conv, causal, masked, packed, dropout
-    {1, 96, 96, 2, 2, 64, 0, 8, 8, Outside::kClip, true, true, false, false, false, false, 0.0, 0x8324e4eabd003785},
-    {2, 70, 130, 2, 1, 40, 0, 3, 1, Outside::kZero, true, true, false, true, true, false, 0.0, 0xf93d162cd15ccac6},
-    {1, 333, 333, 1, 1, 128, 0, 30, 30, Outside::kMask, true, true, false, false, true, false, 0.0, 0xa3452161d8588f61},
-    {1, 128, 128, 2, 2, 64, 0, 0, 0, Outside::kClip, false, false, false, true, false, false, 0.0, 0x27bf3ea24b2f8990},
-    {1, 90, 77, 2, 2, 32, 12, 20, 3, Outside::kClip, true, true, false, false, false, true, 0.25, 0x787e80323e77a930},
-    {2, 33, 300, 4, 2, 5, 0, 0, 70, Outside::kClip, true, false, false, false, true, false, 0.0, 0x92eb6ce1580161ac},
-    {1, 150, 150, 2, 1, 48, 0, 4, 2, Outside::kClip, true, false, true, true, false, false, 0.0, 0xb839a69c2d2b3d26},
-    {1, 90, 77, 4, 2, 20, 0, 2, 5, Outside::kMask, false, true, true, false, true, true, 0.5, 0x6c8b7582ba87aeae},
+    // B, T, S, H, G, D, R, left, right, outside, bias, query_rel, key_rel, conv, causal, masked, packed, dropout
+    {1, 96, 96, 2, 2, 64, 0, 8, 8, Outside::kClip, true, true, false, false, false, false, false, 0.0,
+     0x8324e4eabd003785},
+    {2, 70, 130, 2, 1, 40, 0, 3, 1, Outside::kZero, true, true, false, false, true, true, false, 0.0,
+     0xf93d162cd15ccac6},
+    {1, 333, 333, 1, 1, 128, 0, 30, 30, Outside::kMask, true, true, false, false, false, true, false, 0.0,
+     0xa3452161d8588f61},
+    {1, 128, 128, 2, 2, 64, 0, 0, 0, Outside::kClip, false, false, false, false, true, false, false, 0.0,
+     0x27bf3ea24b2f8990},
+    {1, 90, 77, 2, 2, 32, 12, 20, 3, Outside::kClip, true, true, false, false, false, false, true, 0.25,
+     0x787e80323e77a930},
+    {2, 33, 300, 4, 2, 5, 0, 0, 70, Outside::kClip, true, false, false, false, false, true, false, 0.0,
+     0x92eb6ce1580161ac},
+    {1, 150, 150, 2, 1, 48, 0, 4, 2, Outside::kClip, true, false, false, true, true, false, false, 0.0,
+     0xb839a69c2d2b3d26},
+    {1, 90, 77, 4, 2, 20, 0, 2, 5, Outside::kMask, false, true, false, true, false, true, true, 0.5,
+     0x6c8b7582ba87aeae},
+    {1, 150, 150, 2, 1, 48, 0, 4, 2, Outside::kClip, true, false, true, false, false, true, false, 0.0,
+     0xe9e1105fab884277},
+    {1, 90, 77, 4, 2, 80, 0, 2, 50, Outside::kZero, false, true, true, true, false, false, true, 0.5,
+     0x730fa53795b9b5ec},
 };
 
 CK_TEST(the_same_bits_everywhere) {

@@ -6,6 +6,7 @@
 #include "csrc/cpu/attention/dropout.h"
 #include "csrc/cpu/attention/tiles/columns.h"
 #include "csrc/cpu/attention/tiles/depthwise.h"
+#include "csrc/cpu/attention/tiles/key_columns.h"
 
 namespace ck::cpu::CK_ISA {
 
@@ -20,6 +21,8 @@ class TiledBackwardTask {
         d_(data),
         tables_(tables),
         depthwise_(p, data),
+        key_terms_(data),
+        key_columns_(p, data, kKeyBlocks),
         by_channels_(data.key_blocks * data.width.factors()),
         by_rows_(data.key_blocks * data.width.factors()),
         values_(data.key_blocks * data.width.factors()),
@@ -45,9 +48,14 @@ class TiledBackwardTask {
     values_sums_ = grad_v_ + d_.key_blocks * d_.width.factors();
     load_keys(b, g);
     for (int64_t n = range.first; n < range.end; ++n) {
-      const int64_t in_group = n / steps(d_), first = n % steps(d_) * kQueryBlocks;
-      run_queries(b, g * p_.sharing() + in_group, first, min(kQueryBlocks, d_.query_blocks - first),
-                  table_sums + in_group * tables_.size);
+      const int64_t in_group = n / steps(d_), first = n % steps(d_) * kQueryBlocks, h = g * p_.sharing() + in_group;
+      float* const head = table_sums + in_group * tables_.size;
+      if (key_terms_.exists()) key_terms_.choose_head(m_, h);
+      if (key_columns_.exist() && (n == range.first || first == 0)) key_columns_.clear_sums();
+      run_queries(b, h, first, min(kQueryBlocks, d_.query_blocks - first), head);
+      if (key_columns_.exist() && (n + 1 == range.end || (n + 1) % steps(d_) == 0))
+        key_columns_.finish(m_, h, key_terms_, by_rows_.get(), nonfinite_keys_.get(), tables_.key_rel.of(head),
+                            grad_k_);
     }
   }
 
@@ -58,6 +66,7 @@ class TiledBackwardTask {
   }
 
   void load_keys(int64_t b, int64_t g) {
+    if (key_terms_.exists()) key_terms_.load(b, g);
     for (int64_t n = 0; n < d_.key_blocks; ++n) {
       m_.stay_awake();
       const int64_t at = n * d_.width.factors();
@@ -80,15 +89,17 @@ class TiledBackwardTask {
       const TiledQueries& q = queries_[i].queries;
       if (q.first_block < q.end_block) keys = {min(keys.first, q.first_block), max(keys.end, q.end_block)};
     }
-    if (depthwise_.exists())
-      for (int64_t i = 0; i < count; ++i) {
-        find_delta(i);
-        add_taps(queries_[i].queries, table_sums);
-      }
+    for (int64_t i = 0; i < count; ++i) {
+      if (depthwise_.exists() || p_.grad_key_rel != nullptr) find_delta(i);
+      if (depthwise_.exists()) add_taps(queries_[i].queries, table_sums);
+    }
     for (int64_t first = keys.first; first < keys.end; first += kKeyBlocks) {
       const int64_t end = min(first + kKeyBlocks, keys.end);
-      for (int64_t i = 0; i < count; ++i)
+      for (int64_t i = 0; i < count; ++i) {
         each_run(i, first, end, [&](const KeyRun& run) { differentiate(i, run, first); });
+        for (int64_t k = first; k < end && key_columns_.exist(); ++k)
+          key_columns_.add(queries_[i].queries, k, key_columns_.held(k - first));
+      }
       add_keys(first, end, count);
       if (p_.qk && p_.grad_q.data != nullptr)
         for (int64_t i = 0; i < count; ++i) add_queries(i, first, end);
@@ -110,6 +121,8 @@ class TiledBackwardTask {
     } else {
       for (int64_t k = 0; k < end - first; ++k) clear(pair(k, i), 4 * kSums);
     }
+    for (int64_t k = first; k < end && key_terms_.exists(); ++k)
+      key_terms_.add(m_, queries_[i].queries, k, pair(k - first, i));
     multiply_channels(m_, d_.width, queries_[i].grad(), values_.get() + at, end - first, pair(0, i) + 4 * kSums,
                       kQueryBlocks * kPair);
   }
@@ -128,8 +141,9 @@ class TiledBackwardTask {
   }
   float* keep(int64_t place, int64_t key) const { return keep_.get() + place * kKeyBlocks * kBlock + key; }
 
-  // The sums of weights and their gradients, where `out` holds the depthwise term as well, whose rounding would reach
-  // all gradients of a row.
+  // The sum of weights times their gradients, where that of grad * out will not do: where `out` holds the depthwise
+  // term as well, whose rounding would reach all gradients of a row; and for the columns of keys, which sum over many
+  // rows.
   void find_delta(int64_t i) {
     const TiledQueries& q = queries_[i].queries;
     const PowerSeries series(1.0f);
@@ -192,7 +206,7 @@ class TiledBackwardTask {
     Floats constant[2], delta[2], far_score[2] = {}, far_weight[2] = {};
     const TiledQueries::RowOffsets offsets[2] = {q.offsets(r), q.offsets(r + 16)};
     TiledColumns& columns = columns_[i];
-    const bool sums_columns = columns.exist();
+    const bool sums_columns = columns.exist(), holds = key_columns_.exist();
     for (int64_t a = 0; a < 2; ++a) {
       constant[a] = splat(q.edge(r + 16 * a, run.side));
       delta[a] = splat(queries_[i].delta[r + 16 * a]);
@@ -232,6 +246,7 @@ class TiledBackwardTask {
             far_score[a] += score;
             far_weight[a] += p;
           }
+          if (holds) store_bytes(key_columns_.held(k - base) + place + r * 16, score);
           weight_bits[a] = rounded(used);
           score_bits[a][half] = rounded(score);
         }
@@ -347,6 +362,8 @@ class TiledBackwardTask {
   const TiledData& d_;
   const TiledTableSums& tables_;
   Depthwise depthwise_;
+  KeyTerms key_terms_;
+  KeyColumns key_columns_;
   Scratch<bf16> by_channels_, by_rows_, values_, rows_;  // keys twice, values; a block of rows
   Scratch<float> held_, keep_;                           // [blocks of keys][blocks of queries] pairs
   Scratch<uint32_t> nonfinite_keys_;

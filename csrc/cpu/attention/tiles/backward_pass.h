@@ -33,7 +33,7 @@ inline const char* tiled_attention_backward(const AttentionBackward& p) {
   const Splits splits(p.batch * p.groups, p.sharing() * Task::steps(data), min(32, 4 * p.batch * p.groups), 1);
   const int64_t tasks = splits.tasks(), size = data.width.factors(), half = data.key_blocks * size;
   const OrderedSums<float> key_sums(tasks, splits.per_group, Task::key_sums(data), false);
-  const OrderedSums<float> table_sums(tasks, p.batch * splits.per_group, p.sharing() * tables.size, tables.shared());
+  const OrderedSums<float> table_sums(tasks, p.batch * splits.per_group, p.sharing() * tables.size, tables.shared);
   const float keep = p.dropout == 0.0 ? 1.0f : p.dropout < 1.0 ? static_cast<float>(1.0 / (1.0 - p.dropout)) : 0.0f;
   // sums(n): block k of each of the sums.
   const auto write_keys = [&](int64_t b, int64_t g, int64_t k, const auto& sums) {
@@ -73,9 +73,9 @@ inline const char* tiled_attention_backward(const AttentionBackward& p) {
   if (tables.size == 0) return nullptr;
   for (int64_t g = 0; g < p.groups; ++g) {
     float* const sums = table_sums.remaining(g, 0, p.sharing() * tables.size);
-    if (sums != nullptr && !tables.shared()) write_tables(g, sums);
+    if (sums != nullptr && !tables.shared) write_tables(g, sums);
   }
-  if (tables.shared())
+  if (tables.shared)
     tables.write({0, p.heads}, [&](int64_t h) {
       return table_sums.remaining(h / p.sharing(), 0, 0) + h % p.sharing() * tables.size;
     });

@@ -128,7 +128,7 @@ struct TiledData {
         scale(static_cast<float>(p.scale * kLog2e)),
         rel_scale(static_cast<float>(p.rel_scale * kLog2e)),
         tables(p, p.query_rel, rank, gradients),
-        key_tables(p, p.key_rel, width, false),
+        key_tables(p, p.key_rel, width, gradients),
         bias(p.heads * columns),
         bias_middle(p.heads),
         bias_reach(p.heads),

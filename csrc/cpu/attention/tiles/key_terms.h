@@ -28,6 +28,9 @@ class KeyTerms {
       read_rows(p_.k, d_.width, b, g, n * kBlock, d_.keys_there(b, n), rows_.get() + n * d_.width.factors());
   }
 
+  // Block n of them, natural.
+  const bf16* rows(int64_t block) const { return rows_.get() + block * d_.width.factors(); }
+
   // One of its heads: finds what keys beyond the window add.
   template <class Machine>
   void choose_head(Machine& m, int64_t h) {
@@ -72,7 +75,6 @@ class KeyTerms {
   // Of strips, and where they begin: products are stored in whole tiles, perhaps before and behind.
   static constexpr int64_t kPitch = 144, kOrigin = 32, kColumns = 2 * kBlock - 1;
 
-  const bf16* rows(int64_t block) const { return rows_.get() + block * d_.width.factors(); }
   float* edge(Side side) const { return edges_.get() + (side == kLeft ? 0 : d_.key_blocks * kBlock); }
   float& product(int64_t key, int64_t column) const {
     return products_[(key / 16 * 2 + column / 16) * kSums + key % 16 * 16 + column % 16];

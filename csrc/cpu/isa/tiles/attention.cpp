@@ -22,8 +22,12 @@ const char* attention_forward(const AttentionForward& p) {
   return serves(p) ? tiled_attention_forward<Machine>(p) : CK_BASE::attention_forward(p);
 }
 
+// Sums for the columns of all keys have to fit into memory.
 const char* attention_backward(const AttentionBackward& p) {
-  return serves(p) && p.key_rel.data == nullptr ? tiled_attention_backward<Machine>(p) : CK_BASE::attention_backward(p);
+  constexpr int64_t kMostSums = 1 << 22;
+  return serves(p) && (p.key_rel.data == nullptr || p.keys * p.window() <= kMostSums)
+             ? tiled_attention_backward<Machine>(p)
+             : CK_BASE::attention_backward(p);
 }
 
 }  // namespace ck::cpu::CK_ISA
