@@ -225,20 +225,37 @@ struct Exp2<double> {
                                        2.40226506959100982e-1,  6.93147180559945309e-1};
 };
 
-// 2^x for x below 127 (1023), with relative error below 1.2e-7 (2.3e-16); 0 below 2^-126 (2^-1022), so that no
-// denormals arise. NaN stays NaN.
+// 2^x for x between -126 and 127 (-1022 and 1023), and 0 for -infinity, with relative error below 1.2e-7 (2.3e-16). NaN
+// stays NaN.
 template <class S>
-CK_INLINE Vec<S> vexp2(Vec<S> x) {
+CK_INLINE Vec<S> vexp2_bounded(Vec<S> x) {
+#if defined(__AVX512DQ__) && CK_VECTOR_BYTES == 64
+  if constexpr (sizeof(S) == sizeof(float)) {
+    // Of (2^r - 1) / r for r from 0 to 1, as in Exp2: these instructions round down.
+    constexpr float kSeries[] = {2.081791463e-4f,  1.2692166492e-3f,  9.6521954983e-3f,
+                                 5.5496022105e-2f, 2.40227207541e-1f, 6.93147182465e-1f};
+    const Vec<S> r = (Vec<S>)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
+    Vec<S> y = splat(kSeries[0]);
+    CK_UNROLL for (size_t i = 1; i < sizeof kSeries / sizeof(S); ++i) y = y * r + kSeries[i];
+    return (Vec<S>)_mm512_scalef_ps((__m512)(y * r + S{1}), (__m512)x);
+  }
+#endif
   using E = Exp2<S>;
   using I = Vec<typename E::Bits>;
-  const Vec<S> low = splat(E::kLow), clamped = x < low ? low : x;
+  // There the bits of the exponent are 0, and with them the result.
+  const Vec<S> low = splat(E::kLow - 1), clamped = x < low ? low : x;
   const Vec<S> shifted = clamped + E::kRound;
   const Vec<S> r = clamped - (shifted - E::kRound);
   Vec<S> y = splat(E::kSeries[0]);
   CK_UNROLL for (size_t i = 1; i < sizeof E::kSeries / sizeof(S); ++i) y = y * r + E::kSeries[i];
   y = y * r + S{1};
-  const Vec<S> value = y * (Vec<S>)((I)shifted << E::kMantissa);
-  return x < low ? Vec<S>{} : value;
+  return y * (Vec<S>)((I)shifted << E::kMantissa);
+}
+
+// 2^x for x below 127 (1023), with the same error; 0 below 2^-126 (2^-1022), so that no denormals arise.
+template <class S>
+CK_INLINE Vec<S> vexp2(Vec<S> x) {
+  return x < splat(Exp2<S>::kLow) ? Vec<S>{} : vexp2_bounded<S>(x);
 }
 
 template <class S>

@@ -114,6 +114,18 @@ CK_TEST(exp2_is_accurate) {
   check_exp2<double>(-1021.9, 0.0271, 2.3e-16);
 }
 
+template <class S>
+void check_bounded_exp2(S low, S step) {
+  for (S x = low; x < -low; x += step) CK_EQUAL(vexp2_bounded<S>(splat(x))[0], vexp2<S>(splat(x))[0]);
+  CK_EQUAL(vexp2_bounded<S>(splat(-std::numeric_limits<S>::infinity()))[0], S{0});
+  CK_EQUAL(std::isnan(vexp2_bounded<S>(splat(std::numeric_limits<S>::quiet_NaN()))[0]), true);
+}
+
+CK_TEST(bounded_exp2_is_the_same) {
+  check_bounded_exp2<float>(-126.0f, 0.0037f);
+  check_bounded_exp2<double>(-1022.0, 0.0271);
+}
+
 CK_TEST(exp_is_accurate) {
   double worst = 0;
   for (double x = -86.9; x < 88.7228; x += 0.00173) {
