@@ -58,6 +58,27 @@ CK_INLINE C exponentials(C* s, int64_t n, const PendingBias<C>& pending, C shift
   return sum_lanes<C>(sum);
 }
 
+// s = 2^s for scores that are not large. Returns `sum` with the row added, lane by lane.
+template <class C>
+CK_INLINE Vec<C> direct_exponentials(C* s, int64_t n, const PendingBias<C>& pending, Vec<C> sum) {
+  constexpr int V = kLanes<C>;
+  Vec<C> odd = {};
+  each_span(pending, n, [&](int64_t from, int64_t to, C constant) CK_INLINE_LAMBDA {
+    const auto take = [&](int64_t j, Vec<C>& total) CK_INLINE_LAMBDA {
+      const Vec<C> e = vexp2_bounded<C>(load_bytes<Vec<C>>(s + j) + constant);
+      store_bytes(s + j, e);
+      total += e;
+    };
+    int64_t j = from;
+    for (; j + V < to; j += 2 * V) {
+      take(j, sum);
+      take(j + V, odd);
+    }
+    if (j < to) take(j, sum);
+  });
+  return sum + odd;
+}
+
 // How the work of each group of heads in each batch row is split into tasks, by its blocks of queries. The problem
 // alone decides, so that results are the same bits on any number of threads.
 struct Splits {

@@ -11,8 +11,8 @@ namespace ck::cpu::CK_ISA {
 template <class C>
 class PackedRows {
  public:
-  // factor: multiplies the panels. watch: `load` finds the rows that are not finite.
-  PackedRows(const Attention& p, const HeadRows& source, bool rows, bool panels, C factor, bool watch)
+  // factor: multiplies the panels. watch: `load` finds the rows that are not finite. measure: and their lengths.
+  PackedRows(const Attention& p, const HeadRows& source, bool rows, bool panels, C factor, bool watch, bool measure)
       : p_(p),
         source_(source),
         width_(round_up(p.channels, V)),
@@ -22,9 +22,12 @@ class PackedRows {
         rows_((rows ? padded_ : P) * pitch_),
         panels_(panels ? padded_ * width_ : 0),
         nonfinite_(padded_),
+        tiny_(padded_),
+        squared_lengths_(measure ? padded_ : 0),
         keep_rows_(rows),
         fill_panels_(panels),
-        watch_(watch) {}
+        watch_(watch),
+        measure_(measure) {}
 
   void load(int64_t b, int64_t g) {
     for (int64_t j = 0; j < padded_; j += P) {
@@ -38,7 +41,7 @@ class PackedRows {
           clear(rows + n * pitch_, width_);
         if (watch_) nonfinite_[j + n] = !is_finite(rows + n * pitch_, width_);
       }
-      if (fill_panels_) fill_panel(rows, panels_.get() + j * width_);
+      if (fill_panels_) fill_panel(rows, panels_.get() + j * width_, squared_lengths_.get() + (measure_ ? j : 0));
     }
   }
 
@@ -49,6 +52,14 @@ class PackedRows {
     for (int64_t j = 0; j < padded_; ++j) nonfinite_[j] = !is_finite(row(j), width_);
   }
   const bool* nonfinite(int64_t first) const { return nonfinite_.get() + first; }
+  // Finds rows with elements that are nearly 0 but not 0.
+  void find_tiny(C limit) const {
+    for (int64_t j = 0; j < padded_; ++j) tiny_[j] = is_tiny(row(j), width_, limit);
+  }
+  bool has_tiny(int64_t first, int64_t n) const { return any(tiny_.get() + first, n); }
+  // Of rows of panels; infinity where something is not finite.
+  bool has_lengths() const { return measure_; }
+  const C* squared_lengths_from(int64_t j) const { return squared_lengths_.get() + j; }
   bool has_nonfinite(int64_t first, int64_t n) const { return any(nonfinite(first), n); }
 
   // s[r][j] = factor * dot(row r of a, row first + j) for j < n; first and n are whole panels.
@@ -67,14 +78,20 @@ class PackedRows {
  private:
   static constexpr int64_t V = kLanes<C>, P = kPanel<C>;
 
-  void fill_panel(const C* rows, C* panel) const {
-    for (int64_t n = 0; n < P; n += V)
+  void fill_panel(const C* rows, C* panel, C* squared_lengths) const {
+    for (int64_t n = 0; n < P; n += V) {
+      Vec<C> squares = {};
       for (int64_t d = 0; d < width_; d += V) {
         Vec<C> square[V];
         CK_UNROLL for (int64_t i = 0; i < V; ++i) square[i] = load_bytes<Vec<C>>(rows + (n + i) * pitch_ + d) * factor_;
         transpose<C>(square);
-        CK_UNROLL for (int64_t i = 0; i < V; ++i) store_bytes(panel + (d + i) * P + n, square[i]);
+        CK_UNROLL for (int64_t i = 0; i < V; ++i) {
+          store_bytes(panel + (d + i) * P + n, square[i]);
+          squares += square[i] * square[i];
+        }
       }
+      if (measure_) store_bytes(squared_lengths + n, or_infinity<C>(squares));
+    }
   }
 
   const Attention& p_;
@@ -82,8 +99,9 @@ class PackedRows {
   int64_t width_, pitch_, padded_;
   C factor_;
   Scratch<C> rows_, panels_;
-  Scratch<bool> nonfinite_;
-  bool keep_rows_, fill_panels_, watch_;
+  Scratch<bool> nonfinite_, tiny_;
+  Scratch<C> squared_lengths_;
+  bool keep_rows_, fill_panels_, watch_, measure_;
 };
 
 // Scores and their exponentials are taken to base 2: what makes scores carries this factor.
@@ -198,8 +216,8 @@ struct Keys {
       : d(data),
         tables(data, gradients),
         k(d.p, d.p.k, gradients || d.p.key_rel.data != nullptr || few(d.p), d.p.qk && (gradients || !few(d.p)),
-          d.score_scale(), gradients),
-        v(d.p, d.p.v, !gradients || d.p.value_conv.data != nullptr, gradients, 1, gradients),
+          d.score_scale(), gradients, !gradients && d.p.qk && !few(d.p)),
+        v(d.p, d.p.v, !gradients || d.p.value_conv.data != nullptr, gradients, 1, gradients, false),
         edges(d.has_edges() ? 2 * d.padded : 0) {}
 
   void load(int64_t b, int64_t g) {

@@ -92,6 +92,14 @@ CK_INLINE bool is_finite(const C* row, int64_t width) {
   return sum_lanes<C>(sum) == C{0};
 }
 
+// Whether a row, of whole vectors, holds elements other than 0 below a limit.
+template <class C>
+CK_INLINE bool is_tiny(const C* row, int64_t width, C limit) {
+  bool tiny = false;
+  for (int64_t i = 0; i < width; ++i) tiny = tiny || (row[i] != C{0} && row[i] < limit && -row[i] < limit);
+  return tiny;
+}
+
 template <class C>
 CK_INLINE C dot(const C* a, const C* b, int64_t n) {
   constexpr int V = kLanes<C>;
@@ -101,6 +109,43 @@ CK_INLINE C dot(const C* a, const C* b, int64_t n) {
   C total = sum_lanes<C>(sum);
   for (; i < n; ++i) total += a[i] * b[i];
   return total;
+}
+
+// Squares of the lengths of n rows, of whole vectors. Whole vectors are written.
+template <class C>
+inline void squared_lengths(const C* rows, int64_t n, int64_t pitch, int64_t width, C* out) {
+  constexpr int V = kLanes<C>;
+  for (int64_t r = 0; r < n; r += V) {
+    Vec<C> squares[V];
+    CK_UNROLL for (int i = 0; i < V; ++i) {
+      const C* const row = rows + min(r + i, n - 1) * pitch;
+      squares[i] = Vec<C>{};
+      for (int64_t d = 0; d < width; d += V) squares[i] += load_bytes<Vec<C>>(row + d) * load_bytes<Vec<C>>(row + d);
+    }
+    store_bytes(out + r, sum_each<C>(squares));
+  }
+}
+
+// What is not a finite number becomes infinity.
+template <class C>
+CK_INLINE Vec<C> or_infinity(Vec<C> v) {
+  const Vec<C> infinity = splat(static_cast<C>(__builtin_inf()));
+  return v < infinity ? v : infinity;
+}
+
+// The maximum of n elements and 0.
+template <class C>
+CK_INLINE C largest_of(const C* row, int64_t n) {
+  constexpr int V = kLanes<C>;
+  C top = 0;
+  int64_t i = 0;
+  if (n >= V) {
+    Vec<C> lanes = {};
+    for (; i + V <= n; i += V) lanes = vmax<C>(lanes, load_bytes<Vec<C>>(row + i));
+    top = max_lanes<C>(lanes);
+  }
+  for (; i < n; ++i) top = row[i] > top ? row[i] : top;
+  return top;
 }
 
 template <class C>

@@ -52,6 +52,20 @@ class PackedTable {
 
   const C* get() const { return chosen_; }  // nullptr: the term is not there
   const C& at(int64_t o, int64_t i) const { return chosen_[layout_.at(o, i)]; }
+  // The greatest length of a column; infinity if some element is not finite, 0 without a table.
+  C longest_column() const {
+    if (heads_ == 0) return 0;
+    Vec<C> top = {};
+    for (int64_t i = 0; i < layout_.inner.size; i += V) {
+      Vec<C> squares = {};
+      for (int64_t o = 0; o < layout_.outer.size; ++o) {
+        const Vec<C> x = load_bytes<Vec<C>>(&at(o, i));
+        squares += x * x;
+      }
+      top = vmax<C>(top, or_infinity<C>(squares));
+    }
+    return static_cast<C>(::sqrt(max_lanes<C>(top)));
+  }
   // From a column on that begins a vector.
   Vectors<const C> from(int64_t o, int64_t i) const { return {chosen_ + layout_.at(o, i), layout_.row, layout_.step}; }
 
