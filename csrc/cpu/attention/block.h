@@ -231,11 +231,8 @@ class QueryBlock {
 
   // What is zero outside the window of a row; the vector begins at key j of the block of keys.
   CK_INLINE Vec<C> within(const RowSpan& c, int64_t j, Vec<C> v) const {
-    using I = std::conditional_t<sizeof(C) == 4, int32_t, int64_t>;
     if (c.window_first <= j && j + V <= c.window_end) return v;
-    Vec<I> lane = {};
-    for (int l = 0; l < V; ++l) lane[l] = l;
-    return (lane >= static_cast<I>(c.window_first - j)) & (lane < static_cast<I>(c.window_end - j)) ? v : Vec<C>{};
+    return select_lanes<C>(c.window_first - j, c.window_end - j, v, Vec<C>{});
   }
 
   // Products of queries and keys, and what the relative terms add within the windows, in rows of kScorePitch.
@@ -298,11 +295,11 @@ class QueryBlock {
       pending = {c.window_first / V * V, round_up(c.window_end, V),
                  d_.count_real(batch(), first + c.first, first + c.window_first) > 0 ? left_[r] : C{0},
                  d_.count_real(batch(), first + c.window_end, first + c.end) > 0 ? right_[r] : C{0}};
-      for (int64_t j = pending.begin; j < c.window_first; ++j) s[j] += pending.left;
-      for (int64_t j = c.window_end; j < pending.end; ++j) s[j] += pending.right;
+      change(s, pending.begin, c.window_first, [&](Vec<C> v) { return v + pending.left; });
+      change(s, c.window_end, pending.end, [&](Vec<C> v) { return v + pending.right; });
     }
-    for (int64_t j = 0; j < c.first; ++j) s[j] = none;
-    for (int64_t j = c.end; j < n; ++j) s[j] = none;
+    change(s, 0, c.first, [&](Vec<C>) { return splat(none); });
+    change(s, c.end, n, [&](Vec<C>) { return splat(none); });
     if (d_.count_real(batch(), first + c.first, first + c.end) < c.end - c.first) {
       const C* const hidden = d_.hidden.get() + batch() * d_.padded + first;
       for (int64_t j = c.first / V * V; j < c.end; j += V)

@@ -73,6 +73,26 @@ CK_INLINE void add_to(C* to, const C* from, int64_t n, C factor = 1) {
   for (; i < n; ++i) to[i] += from[i] * factor;
 }
 
+// Lanes from .. to of v, the others of `rest`.
+template <class C>
+CK_INLINE Vec<C> select_lanes(int64_t from, int64_t to, Vec<C> v, Vec<C> rest) {
+  using I = std::conditional_t<sizeof(C) == 4, int32_t, int64_t>;
+  Vec<I> lane = {};
+  for (int l = 0; l < kLanes<C>; ++l) lane[l] = l;
+  return (lane >= static_cast<I>(from)) & (lane < static_cast<I>(to)) ? v : rest;
+}
+
+// Replaces elements from .. to of a row by f of them; reads and writes whole vectors.
+template <class C, class F>
+CK_INLINE void change(C* row, int64_t from, int64_t to, const F& f) {
+  constexpr int V = kLanes<C>;
+  if (from >= to) return;
+  for (int64_t j = from / V * V; j < to; j += V) {
+    const Vec<C> v = load_bytes<Vec<C>>(row + j);
+    store_bytes(row + j, select_lanes<C>(from - j, to - j, f(v), v));
+  }
+}
+
 template <class C>
 CK_INLINE C sum(const C* row, int64_t n) {
   constexpr int V = kLanes<C>;
