@@ -37,11 +37,15 @@ CK_INLINE void multiply_tile(Factor<C> a, Vectors<const C> b, int64_t depth, Vec
       if constexpr (kAdd) sum[r][v] = load_bytes<Vec<C>>(c.data + r * c.row + v * c.step);
     }
   }
-  for (int64_t k = 0; k < depth; ++k) {
+  // Two pointers into a: with one, GCC has too few registers for the distances of so many rows.
+  constexpr int kUpper = (kRows + 1) / 2;
+  const C *upper = a.data, *lower = a.data + kUpper * a.row;
+  asm("" : "+r"(lower));
+  for (int64_t k = 0; k < depth; ++k, upper += a.step, lower += a.step) {
     Vec<C> right[kVectors];
     CK_UNROLL for (int v = 0; v < kVectors; ++v) right[v] = load_bytes<Vec<C>>(b.data + k * b.row + v * b.step);
     CK_UNROLL for (int r = 0; r < kRows; ++r) {
-      const Vec<C> left = splat(a.data[r * a.row + k * a.step]);
+      const Vec<C> left = splat(r < kUpper ? upper[r * a.row] : lower[(r - kUpper) * a.row]);
       CK_UNROLL for (int v = 0; v < kVectors; ++v) sum[r][v] += left * right[v];
     }
   }
@@ -52,7 +56,8 @@ CK_INLINE void multiply_tile(Factor<C> a, Vectors<const C> b, int64_t depth, Vec
 
 // As many rows as fill tiles, then one lower tile.
 template <class C, int kRows, int kVectors, bool kAdd>
-inline void multiply_rows(int64_t rows, Factor<C> a, Vectors<const C> b, int64_t depth, Vectors<C> c) {
+__attribute__((noinline)) void multiply_rows(int64_t rows, Factor<C> a, Vectors<const C> b, int64_t depth,
+                                             Vectors<C> c) {
   for (; rows >= kRows; rows -= kRows) {
     multiply_tile<C, kRows, kVectors, kAdd>(a, b, depth, c);
     a.data += kRows * a.row;
