@@ -79,8 +79,8 @@ CK_INLINE Vec<C> direct_exponentials(C* s, int64_t n, const PendingBias<C>& pend
   return sum + odd;
 }
 
-// How the work of each group of heads in each batch row is split into tasks, by its blocks of queries. The problem
-// alone decides, so that results are the same bits on any number of threads.
+// How the work of each group of heads in each batch row is split into tasks, by its blocks of queries. Where tasks have
+// sums of their own, the problem alone decides, so that results are the same bits on any number of threads.
 struct Splits {
   // tasks: as many as would do. min_blocks: of a split, to be worth packing the keys again.
   Splits(int64_t group_count, int64_t block_count, int64_t tasks, int64_t min_blocks)

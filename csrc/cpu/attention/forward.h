@@ -167,7 +167,8 @@ class AttentionForwardTask {
 template <class C>
 inline const char* attention_forward_typed(const AttentionForward& p) {
   const AttentionData<C> data(p);
-  const Splits splits(p.batch * p.groups, p.sharing() * data.blocks(), 128, 4);
+  // Rows of queries do not depend on each other, so that the number of threads may decide.
+  const Splits splits(p.batch * p.groups, p.sharing() * data.blocks(), 4 * p.threads, 4);
   parallel(p, splits.tasks(), data.threads, [&](int64_t begin, int64_t end) {
     AttentionForwardTask<C> task(p, data);
     for (int64_t n = begin; n < end; ++n)
