@@ -114,6 +114,7 @@ class QueryBlock {
  public:
   static constexpr int V = kLanes<C>;
   static constexpr int64_t kStrip = 2 * V;
+  static constexpr int64_t kAhead = 16;  // rows, of what is asked for
 
   QueryBlock(const AttentionData<C>& data, const Keys<C>& keys)
       : d_(data),
@@ -142,7 +143,10 @@ class QueryBlock {
 
   // The block's rows of a tensor.
   void read(const HeadRows& source, int64_t n, C* to, int64_t pitch) const {
-    for (int64_t r = 0; r < rows_; ++r) read_row<C>(p_, source, batch(), query(r), head(), n, 1, to + r * pitch);
+    for (int64_t r = 0; r < rows_; ++r) {
+      if (r + kAhead < rows_) prefetch_row(p_, source, batch(), query(r + kAhead), head(), n);
+      read_row<C>(p_, source, batch(), query(r), head(), n, 1, to + r * pitch);
+    }
   }
 
   int64_t batch() const { return keys_.batch; }

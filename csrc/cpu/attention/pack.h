@@ -33,6 +33,7 @@ class PackedRows {
     for (int64_t j = 0; j < padded_; j += P) {
       C* const rows = rows_.get() + (keep_rows_ ? j * pitch_ : 0);
       for (int64_t n = 0; n < P; ++n) {
+        if (j + n + P < p_.keys) prefetch_row(p_, source_, b, j + n + P, g, p_.channels);
         const bool real =
             j + n < p_.keys && (p_.key_mask == nullptr || p_.key_mask[b * p_.mask_batch + (j + n) * p_.mask_key]);
         if (real)

@@ -48,6 +48,13 @@ inline void read_row(const Attention& p, const HeadRows& t, int64_t b, int64_t i
   convert_in(p.dtype, t.data, b * t.batch + i * t.time + h * t.head, t.channel, n, factor, out);
 }
 
+// Asks for a row ahead of its use: rows of one head may lie far apart, where no hardware looks for the next one.
+CK_INLINE void prefetch_row(const Attention& p, const HeadRows& t, int64_t b, int64_t i, int64_t h, int64_t n) {
+  const int64_t size = size_of(p.dtype);
+  const char* const row = static_cast<const char*>(t.data) + (b * t.batch + i * t.time + h * t.head) * size;
+  for (int64_t at = 0; at < n * size; at += 64) __builtin_prefetch(row + at);
+}
+
 template <class C>
 inline void write_row(const Attention& p, const HeadRows& t, int64_t b, int64_t i, int64_t h, int64_t n,
                       const C* from) {
