@@ -19,8 +19,8 @@ constexpr bool kReserved = true;
 // What a thread has given back, for its next piece of work: blocks of powers of two bytes, in a list for each size. A
 // block may have come from another thread, and goes to whichever thread gives it back.
 struct Reserve {
-  static constexpr int kLeast = 8, kMost = 18, kSizes = kMost - kLeast + 1;  // 256 bytes to 256 KiB
-  static constexpr int64_t kLimit = 1 << 20;                                 // bytes that a thread keeps
+  static constexpr int kLeast = 8, kMost = 17, kSizes = kMost - kLeast + 1;  // 256 bytes to 128 KiB
+  static constexpr int64_t kLimit = 1 << 18;                                 // bytes that a thread keeps
   static constexpr std::align_val_t kAlignment{64};
 
   struct Block {
