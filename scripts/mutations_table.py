@@ -15,6 +15,7 @@ TESTS = [
     "tests/test_attention_blocks.py",
     "tests/test_attention_fragments.py",
     "tests/test_attention_hidden.py",
+    "tests/test_attention_range.py",
     "tests/test_attention_warpgroups.py",
 ]
 
@@ -138,6 +139,24 @@ CPU_MUTATIONS = [
         "csrc/cpu/attention/forward.h",
         "sum_[r] = sum_[r] * factor + sum;",
         "sum_[r] = sum_[r] + sum;",
+    ),
+    Mutation(
+        "attention: exponentials of large scores taken as they are",
+        "csrc/cpu/attention/bound.h",
+        "direct[i] = room > 0 && size <= room * room;",
+        "direct[i] = room > 0 && size >= 0;",
+    ),
+    Mutation(
+        "attention: keys that a row does not see bound its scores",
+        "csrc/cpu/attention/bound.h",
+        "longest(block_.position(i).visible)",
+        "longest(Range{0, d.p.keys})",
+    ),
+    Mutation(
+        "attention: sums that are nearly 0 left as they are",
+        "csrc/cpu/attention/forward.h",
+        "if ((!found.finite || found.tiny) && subtract_maxima())",
+        "if (!found.finite && subtract_maxima())",
     ),
     Mutation(
         "attention: the next key is seen",

@@ -6,11 +6,10 @@
 
 namespace ck::cpu::CK_ISA {
 
-// How large scores to base 2 may be. The exponentials of larger ones would soon leave the range of float32, with the
-// sums of their products with values; of such as these, only those with huge values or with tiny ones do.
+// How large scores to base 2 may be for that. Their exponentials and the sums of these are far from the ends of
+// float32; sums of their products with values get there only if the values are huge or tiny.
 constexpr double kDirectScores = 60;
-// Sums of products with the exponentials of such scores may have lost bits below the first; not if no value but 0 is
-// below the second.
+// Sums of products below the first may have lost bits; they have not if all values but 0 are at least the second.
 constexpr double kTinySum = 0x1p-100, kTinyValue = 0x1p-40;
 
 template <class C>
