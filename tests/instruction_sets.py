@@ -11,8 +11,8 @@ import convkernels as ck
 from convkernels.testing.inputs import Problem
 
 ROOT = Path(ck.__file__).parents[1]
-# The best last.
-FEATURES = {"portable": "", "amx-emulated": "avx2", "avx2": "avx2", "avx512": "avx512_bf16", "amx": "amx_bf16"}
+# That which is taken where none is named last.
+FEATURES = {"portable": "", "amx-emulated": "avx2", "avx2": "avx2", "amx": "amx_bf16", "avx512": "avx512_bf16"}
 NAMES = tuple(FEATURES)
 
 

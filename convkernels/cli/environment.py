@@ -21,7 +21,7 @@ from .console import Mistake
 VARIABLES = {
     "CONVKERNELS_BACKEND": "what backend='auto' means",
     "CONVKERNELS_STRICT": "1: an error instead of a warning when only the slow reference is left",
-    "CONVKERNELS_CPU_ISA": "portable, avx2, avx512 or amx: no newer CPU instructions; amx-emulated: for tests",
+    "CONVKERNELS_CPU_ISA": "portable, avx2 or avx512: no newer CPU instructions; amx: AMX too; amx-emulated: for tests",
     "CONVKERNELS_BUILD": "at build time: auto, cpu, cuda or none (pure Python)",
     "CONVKERNELS_POISON": "1: the CPU kernels fill memory with NaN when they allocate it, for tests",
     "TRITON_INTERPRET": "1: the triton backend runs on CPU tensors, in Triton's interpreter, for tests",

@@ -30,15 +30,16 @@ extern const Kernels kKernels;
 
 namespace {
 
-// Best first, then those that are for tests.
+// Best first, then those that are taken by name alone: that for AMX until it has run on a processor with it, and that
+// for tests.
 const std::vector<const Kernels*>& table() {
   static const std::vector<const Kernels*> all = {
 #if defined(__x86_64__)
-      &amx::kKernels,          &avx512::kKernels, &avx2::kKernels,
+      &avx512::kKernels,   &avx2::kKernels,
 #endif
       &portable::kKernels,
 #if defined(__x86_64__)
-      &amx_emulated::kKernels,
+      &amx::kKernels,      &amx_emulated::kKernels,
 #endif
   };
   return all;
@@ -62,7 +63,7 @@ const Kernels& choose() {
       throw std::runtime_error(std::string("CONVKERNELS_CPU_ISA: this machine does not support '") + wanted + "'");
     return named;
   }
-  for (const Kernels* k : table())  // the portable ones come before those for tests
+  for (const Kernels* k : table())  // the portable ones come before those taken by name
     if (isa_supported(k->name)) return *k;
   throw std::runtime_error("no kernels for this machine");
 }
