@@ -204,10 +204,11 @@ def convolve(
                 and 0 <= left <= (K - 1) * dilation <= _MAX_SPAN
             )
             if fits and bias is None:
+                settings = left << 32 | dilation << 1 | softmax  # as packed() does it
                 if not (_is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
-                    return kernels.plain(x, weight, left << 32 | dilation << 1 | softmax)  # as packed() does it
+                    return kernels.plain(x, weight, settings)
                 if not (_is_wrapped(x) or _is_wrapped(weight)):  # by a transform that has ended
-                    return kernels.record_plain(x, weight, left << 32 | dilation << 1 | softmax)
+                    return kernels.record_plain(x, weight, settings)
                 return kernels.record(x, weight, left, dilation, softmax)
             here = bias.is_cpu if device is None else bias.device == device
             if fits and here and bias.shape == (C,) and bias.dtype is weight.dtype:

@@ -81,6 +81,14 @@ class OrderedSums {
   Scratch<Scratch<C>*> left_;
 };
 
+// The heads whose sums are written of a table that all share: the first, which takes the sums of the others.
+// of(h): `size` sums of a head.
+template <class Of>
+inline Range add_heads(Range heads, const Of& of, int64_t size) {
+  for (int64_t h = heads.first + 1; h < heads.end; ++h) add_to(of(heads.first), of(h), size);
+  return {0, 1};
+}
+
 // The sums of one table; the layout's strides are those of the gradient, which is contiguous by heads.
 template <class C>
 struct TableSums {
@@ -100,10 +108,7 @@ struct TableSums {
   template <class Heads>
   void write(Range range, const Heads& heads) const {
     if (out == nullptr) return;
-    if (shared()) {
-      for (int64_t h = range.first + 1; h < range.end; ++h) add_to(of(heads(range.first)), of(heads(h)), size());
-      range = {0, 1};
-    }
+    if (shared()) range = add_heads(range, [&](int64_t h) { return of(heads(h)); }, size());
     const Axis outer = layout.outer, inner = layout.inner;
     Scratch<C> row(round_up(inner.size, kLanes<C>));
     for (int64_t h = range.first; h < range.end; ++h)

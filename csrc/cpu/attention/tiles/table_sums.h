@@ -23,10 +23,7 @@ struct TurnedSums {
   template <class Heads>
   void write(Range range, const Heads& heads) const {
     if (out == nullptr) return;
-    if (shared()) {
-      for (int64_t h = range.first + 1; h < range.end; ++h) add_to(of(heads(range.first)), of(heads(h)), size());
-      range = {0, 1};
-    }
+    if (shared()) range = add_heads(range, [&](int64_t h) { return of(heads(h)); }, size());
     Scratch<float> row(tiles * 16);
     for (int64_t h = range.first; h < range.end; ++h)
       for (int64_t t = 0; t < width.sixteens; ++t)
