@@ -24,7 +24,8 @@ def test_attention_on_every_instruction_set(lower_isa):
 @pytest.mark.parametrize("isa", ["amx-emulated"], indirect=True)
 def test_attention_on_emulated_tiles(isa):
     run_tests_on(isa, "not instruction_set", "tests/test_attention_hidden.py", "tests/test_attention_tiles.py",
-                 "tests/test_attention_golden.py", "tests/test_determinism.py")  # fmt: skip
+                 "tests/test_attention_golden.py", "tests/test_attention_costs.py",
+                 "tests/test_attention_wide_heads.py", "tests/test_determinism.py")  # fmt: skip
 
 
 def test_instruction_sets_agree(isa):

@@ -90,7 +90,7 @@ class TiledBackwardTask {
       if (q.first_block < q.end_block) keys = {min(keys.first, q.first_block), max(keys.end, q.end_block)};
     }
     for (int64_t i = 0; i < count; ++i) {
-      if (depthwise_.exists() || p_.grad_key_rel != nullptr) find_delta(i);
+      if (depthwise_.exists() || key_terms_.exists()) find_delta(i);
       if (depthwise_.exists()) add_taps(queries_[i].queries, table_sums);
     }
     for (int64_t first = keys.first; first < keys.end; first += kKeyBlocks) {

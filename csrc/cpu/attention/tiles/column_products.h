@@ -30,44 +30,47 @@ class ColumnProducts {
       : window_(window),
         blocks_(ceil_div(window, kBlock)),
         width_(width),
-        parts_(exist ? blocks_ * 8 * kFactors : 0),
+        parts_(exist ? blocks_ * kStep : 0),
         sums_(exist ? width.factors() : 0) {}
 
-  // The columns as operands of two parts each, for blocks of 32: left ones [upper, lower], [rest of these], then right
-  // ones [first, second], [rest of these], whose products sum over the rows.
+  // The columns as operands of three parts each, which together are float32, for blocks of 32: of each part left ones
+  // [upper, lower], then right ones [first, second], whose products sum over the rows.
   void split(const float* columns, int64_t pitch) {
     for (int64_t w = 0; w < blocks_; ++w) {
-      bf16* const to = parts_.get() + w * 8 * kFactors;
+      bf16* const to = parts_.get() + w * kStep;
       for (int64_t r = 0; r < 16; ++r) {
-        Words high[2][2], low[2][2];  // rows r and r + 16, columns and those 16 further
+        Floats values[2][2] = {};  // rows r and r + 16, columns and those 16 further
         for (int64_t a = 0; a < 2; ++a)
           for (int64_t c = 0; c < 2; ++c) {
             const int64_t column = w * kBlock + c * 16;
-            Floats value = {};
-            if (column < window_) value = load_floats(columns + (r + 16 * a) * pitch + column);
-            high[a][c] = rounded(value);
-            low[a][c] = rounded(value - high_halves(high[a][c]));
+            if (column < window_) values[a][c] = load_floats(columns + (r + 16 * a) * pitch + column);
           }
-        for (int64_t a = 0; a < 2; ++a) {
-          store_bytes(to + a * kFactors + r * 32, join_halves(high[a][0], high[a][1]));
-          store_bytes(to + (2 + a) * kFactors + r * 32, join_halves(low[a][0], low[a][1]));
-          store_bytes(to + (4 + a) * kFactors + r * 32, join_halves(high[0][a], high[1][a]));
-          store_bytes(to + (6 + a) * kFactors + r * 32, join_halves(low[0][a], low[1][a]));
+        for (bf16* part = to + r * 32; part < to + kStep; part += 4 * kFactors) {
+          Words bits[2][2];
+          for (int64_t a = 0; a < 2; ++a)
+            for (int64_t c = 0; c < 2; ++c) {
+              bits[a][c] = rounded(values[a][c]);
+              values[a][c] -= high_halves(bits[a][c]);
+            }
+          for (int64_t a = 0; a < 2; ++a) {
+            store_bytes(part + a * kFactors, join_halves(bits[a][0], bits[a][1]));
+            store_bytes(part + (2 + a) * kFactors, join_halves(bits[0][a], bits[1][a]));
+          }
         }
       }
     }
   }
 
-  // Columns times the table of a head, all but the product of both rests.
+  // Columns times the table of a head, for results of bfloat16: first parts, and each with the other's second.
   template <class Machine>
   void multiply_table(Machine& m, const TiledTables& tables, int64_t h) {
     for (int64_t t = 0; t < width_.sixteens; t += 2) {
       float *const upper = sums_.get() + t * kSums, *const lower = upper + width_.sixteens * kSums;
       for (int64_t part = 0; part < tables.parts(); ++part)
         for (int64_t rest = 0; rest < 2 - part; ++rest) {
-          const bf16* const a = parts_.get() + rest * 2 * kFactors;
+          const bf16* const a = parts_.get() + rest * 4 * kFactors;
           const bf16* const b = tables.by_rows(h, 0, part) + t * kFactors;
-          multiply_block(m, part == 0 && rest == 0, blocks_, {a, a + kFactors, 64, 8 * kFactors},
+          multiply_block(m, part == 0 && rest == 0, blocks_, {a, a + kFactors, 64, kStep},
                          {b, b + kFactors, tables.step()}, {upper, upper + kSums, lower, lower + kSums});
         }
     }
@@ -80,9 +83,9 @@ class ColumnProducts {
   void multiply_rows(Machine& m, const bf16* turned, float* sums) const {
     for (int64_t t = 0; t < width_.sixteens; t += 2)
       for (int64_t w = 0; w < blocks_; ++w) {
-        const bf16 *const a = turned + t * kFactors, *const b = parts_.get() + (w * 8 + 4) * kFactors;
+        const bf16 *const a = turned + t * kFactors, *const b = parts_.get() + w * kStep + 2 * kFactors;
         float *const upper = sums + 2 * (t * blocks_ + w) * kSums, *const lower = upper + 2 * blocks_ * kSums;
-        multiply_block(m, false, 2, {a, a + kFactors, 64, 0}, {b, b + kFactors, 2 * kFactors},
+        multiply_block(m, false, kParts, {a, a + kFactors, 64, 0}, {b, b + kFactors, 4 * kFactors},
                        {upper, upper + kSums, lower, lower + kSums});
       }
   }
@@ -100,6 +103,8 @@ class ColumnProducts {
   }
 
  private:
+  static constexpr int64_t kParts = 3, kStep = kParts * 4 * kFactors;  // of a block of columns
+
   int64_t window_, blocks_;
   const Width& width_;
   Scratch<bf16> parts_;

@@ -9,15 +9,15 @@ namespace ck::cpu::CK_ISA {
 // Weights of scores to base 2 within this distance of a common shift are numbers far from the ends of their type.
 constexpr float kReach = 50.0f;
 
-// A table whose columns meet queries or keys, in one part (a bfloat16 table) or in two (others: its bfloat16 numbers,
-// and those of the rest).
+// A table whose columns meet queries or keys, in one part (a bfloat16 table) or in three, which together are float32
+// (others: its bfloat16 numbers, those of the rest, and of what that leaves).
 class TiledTables {
  public:
   // rank: its rows. by_rows: for gradients.
   TiledTables(const Attention& p, const HeadTable& table, const Width& rank, bool by_rows)
       : rank_(rank),
         table_(table),
-        parts_(table.dtype == Dtype::kBFloat16 ? 1 : 2),
+        parts_(table.dtype == Dtype::kBFloat16 ? 1 : 3),
         tiles_(ceil_div(p.window(), kBlock)),
         count_(table.data == nullptr ? 0 : (table.per_head ? p.heads : 1)),
         by_channels_(size()),
