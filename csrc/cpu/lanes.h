@@ -207,4 +207,22 @@ CK_INLINE void store_natural(T* p, Vec<Compute<T>> v, int64_t n) {
   if (n < V) memcpy(static_cast<void*>(p), copy, static_cast<size_t>(n) * sizeof(T));
 }
 
+// Asks for the units [first, last) of a row, to be written or to be read. The latter go to the second-level cache,
+// because rows at multiples of 1 KiB share a few sets of the first.
+enum Access { kRead, kWrite };
+template <class Src, Access kAccess>
+CK_INLINE void prefetch_row(const typename Src::Elem* row, int64_t first, int64_t last) {
+  constexpr int64_t kLine = 64 / sizeof(typename Src::Elem);
+  for (int64_t c = first * Src::kUnit; c < last * Src::kUnit; c += kLine) {
+    if constexpr (kAccess == kWrite)
+      __builtin_prefetch(row + c, 1, 3);
+    else
+      __builtin_prefetch(row + c, 0, 2);
+  }
+}
+template <class Src, Access kAccess, class Row>
+CK_INLINE void prefetch_rows(Row* const* rows, int64_t n, int64_t first, int64_t last) {
+  for (int64_t i = 0; i < n; ++i) prefetch_row<Src, kAccess>(rows[i], first, last);
+}
+
 }  // namespace ck::cpu::CK_ISA

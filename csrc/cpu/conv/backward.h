@@ -47,7 +47,7 @@ class BackwardTask {
   using C = Compute<T>;
   using Src = std::conditional_t<kStaged, Staged<T>, Lanes<T>>;
   using Elem = typename Src::Elem;
-  static constexpr int64_t kMaxRows = 32;  // a whole number of vectors, and of tiles
+  static constexpr int64_t kMaxRows = kBlockRows;
 
   BackwardTask(const ConvBackward& p, const ChannelPlan& plan, const ChannelBlock& block,
                const SharedFilters<T>* shared, C* filter_sum, C* bias_sum)
@@ -73,8 +73,9 @@ class BackwardTask {
         // The filters of the rows whose gradient is taken lie among those that d(x) needs if the phases meet.
         centered_(need_input_ && reversed_.left % d_ == 0),
         separate_soft_(need_filter_ && p.dropout > 0.0),
-        input_(input_reader<T>(p), p.taps, block, need_filter_ ? kMaxRows : 1, kMargin, kStaged),
-        gradient_(gradient_reader<T>(p), reversed_, block, need_input_ ? kMaxRows : 1, kMargin, kStaged),
+        input_(input_reader<T>(p), p.taps, block, need_filter_ ? kMaxRows : 1, kBlockMargin, kStaged),
+        gradient_(gradient_reader<T>(p), reversed_, block, need_input_ ? kMaxRows : 1,
+                  per_row_ ? kBlockMargin : kMargin, kStaged),
         center_(gradient_reader<T>(p), Taps{1, 0, d_}, block, kMaxRows, kMargin, kStaged),
         sink_(input_reader<T>(p), p.grad_x, p.grad_gate, p.grad_state, block, kMaxRows, kStaged),
         filters_(per_row_ && need_input_ ? table_rows() * pitch_ : 0),
@@ -167,9 +168,11 @@ class BackwardTask {
     if (per_row_) return position_gradients(s, position, n, in, grad);
     if (plan_.aligned) {
       const int64_t units = per_head_ / Lanes<T>::kUnit;
-      for (int64_t h = h0_; h < h1_; ++h)
-        Correlate<Src>::heads(in, grad, n, K_, (h - h0_) * units, (h - h0_ + 1) * units,
-                              filter_sum_ + h * K_ * kLanes<C>, kLanes<C>);
+      for (int64_t h = h0_; h < h1_; ++h) {
+        const int64_t first = (h - h0_) * units, last = first + units;
+        prefetch_rows<Src, kRead>(in + n + K_ - 1, n, first, last);
+        Correlate<Src>::heads(in, grad, n, K_, first, last, filter_sum_ + h * K_ * kLanes<C>, kLanes<C>);
+      }
     } else {
       Correlate<Src>::channels(in, grad, n, K_, 0, units_, filter_sum_ + block_.first * K_, width_);
     }
@@ -197,9 +200,11 @@ class BackwardTask {
     if (plan_.aligned) {
       const int64_t units = per_head_ / Lanes<T>::kUnit;
       for (int64_t h = 0; h < h1_ - h0_; ++h)
-        for (int64_t i = 0; i < n; i += kDotRows)
+        for (int64_t i = 0; i < n; i += kDotRows) {
+          prefetch_rows<Src, kRead>(in + n + K_ - 1 + i, kDotRows, h * units, (h + 1) * units);
           Correlate<Src>::positions(in + i, grad + i, K_, h * units, (h + 1) * units, dots + h * K_ * kMaxRows + i,
                                     kMaxRows);
+        }
     } else {
       memset(static_cast<void*>(dots), 0, static_cast<size_t>(table_rows() * kMaxRows) * sizeof(C));
       for (int64_t i = 0; i < n; ++i)

@@ -16,8 +16,12 @@ constexpr int kRows = 16, kTapGroup = 8, kPositionVectors = 4;
 constexpr int kRows = 8, kTapGroup = 4, kPositionVectors = 2;
 #endif
 constexpr int kPositionRows = 4;
-// Rows behind the last one that an incomplete tile, and the prefetch for the one after it, look at.
-constexpr int kMargin = 2 * kRows;
+// Rows of a block of the backward pass: a whole number of vectors, and of tiles. Those of the forward pass have no more
+// where filters depend on the position.
+constexpr int kBlockRows = 32;
+// Rows behind the last one that an incomplete tile, and the prefetch for the tile after it, look at; where that is for
+// the block after it.
+constexpr int kMargin = 2 * kRows, kBlockMargin = kBlockRows + kPositionRows;
 
 // filter(i, k) = base[k * tap] for all rows and channels of a head; the next head's filters lie `head` elements on.
 template <class C>

@@ -95,9 +95,14 @@ struct Tile {
         case 1: return slide<1>(in, unit, filter, taps);
       }
     } else {
-      if (taps < kTapGroup) return add_few(in, unit, filter, 0, taps, ahead);
-      add<kTapGroup>(in, unit, filter, 0, ahead);
-      int64_t k = kTapGroup;
+      int64_t k = 0;
+      if constexpr (kWidth == Src::kParts) {
+        if (taps < kTapGroup) return add_few(in, unit, filter, 0, taps, ahead);
+        add<kTapGroup>(in, unit, filter, 0, ahead);
+        k = kTapGroup;
+      } else if (ahead != nullptr) {  // all at once: GCC spills sums of a tile that has a first group of its own
+        CK_UNROLL for (int i = 0; i < kTileRows; ++i) __builtin_prefetch(ahead[i] + unit * Src::kUnit, 0, 2);
+      }
       for (; k + kTapGroup <= taps; k += kTapGroup) add<kTapGroup>(in, unit, filter, k);
       add_few(in, unit, filter, k, taps - k);
     }
@@ -205,9 +210,19 @@ void Convolve<Src, Filter>::rows(const Elem* const* in, Elem* const* out, int64_
   };
   const int64_t heads = ceil_div(units, units_per_head);
   if constexpr (Filter::kPerRow) {
-    // Head after head: its rows stay in the first-level cache, from which every tile reads most of them again.
-    for (int64_t head = 0; head < heads; ++head)
-      for (int64_t i = 0; i < n; i += kTileRows) tile(i, head);
+    // Head after head: its rows stay in the first-level cache, from which every tile reads most of them again. A head
+    // is too little of a row for the hardware's prefetch. With the longest vectors a tile is done too soon to ask for
+    // more.
+    for (int64_t head = 0; head < heads; ++head) {
+      const int64_t first = head * units_per_head, last = min(first + units_per_head, units);
+      for (int64_t i = 0; i < n; i += kTileRows) {
+        if constexpr (kVectorBytes < 64) {
+          prefetch_rows<Src, kRead>(in + n + taps - 1 + i, kTileRows, first, last);
+          prefetch_rows<Src, kWrite>(out + i, min(kTileRows, n - i), last, min(last + units_per_head, units));
+        }
+        tile(i, head);
+      }
+    }
   } else {
     for (int64_t i = 0; i < n; i += kTileRows)
       for (int64_t head = 0; head < heads; ++head) tile(i, head);

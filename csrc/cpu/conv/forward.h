@@ -217,7 +217,7 @@ inline void forward_task(const ConvForward& p, const ChannelPlan& plan, const Ch
   Scratch<C> expanded(shared != nullptr || plan.aligned ? 0 : (max_rows + kPositionRows) * K * width);
   Scratch<C> bias(p.bias != nullptr ? width : 0);
   const RowReader<T> reader = input_reader<T>(p);
-  InputWindow<T, Src> window(reader, p.taps, block, max_rows, kMargin, kStaged);
+  InputWindow<T, Src> window(reader, p.taps, block, max_rows, shared != nullptr ? kMargin : kBlockMargin, kStaged);
   Sink<T, Src> staged_sink(RowReader<T>{p.y, {}}, p.y, {}, nullptr, block, max_rows, kStaged);
   const C* const bias_row = p.bias != nullptr ? bias.get() : nullptr;
   if (p.bias != nullptr) convert_bias<T>(p, block, bias.get());
