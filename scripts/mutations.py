@@ -4,12 +4,14 @@ scripts/mutations.py [--backend cpu|cuda] [--only NAME]
 Every mutation is a textual replacement that must match exactly once, so that a changed source cannot silently turn it
 into nothing (tests/test_mutations.py checks that on every run). A mutant is the package copied to build/mutants/<name>
 with a native library of its own. For the cpu backend that holds the mutated kernels for the portable instruction set
-only; the CUDA kernels run on the CPU. The quick tests of the backend then run in the copy until the first failure. The
-unchanged kernels go first and have to pass. Exit status 1 if a mutant survives.
+and, on x86, for emulated tiles on top of it; the CUDA kernels run on the CPU. The quick tests of the backend then run
+in the copy until the first failure. The unchanged kernels go first and have to pass. Exit status 1 if a mutant
+survives.
 """
 
 import argparse
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -27,14 +29,13 @@ COMPILER = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-w"]
 TIMEOUT = 600
 
-# The CPU library chooses among instruction sets at run time; a mutant has only one of them.
+# The CPU library chooses among instruction sets at run time; a mutant has few of them.
 STUB = """
 #include "csrc/cpu/kernels.h"
 namespace ck::cpu {
 namespace avx2 { extern const Kernels kKernels; const Kernels kKernels = {"avx2"}; }
 namespace avx512 { extern const Kernels kKernels; const Kernels kKernels = {"avx512"}; }
 namespace amx { extern const Kernels kKernels; const Kernels kKernels = {"amx"}; }
-namespace amx_emulated { extern const Kernels kKernels; const Kernels kKernels = {"amx-emulated"}; }
 }
 """
 
@@ -52,7 +53,8 @@ class Library:
 
 def cpu_units(root):
     names = ("cpu/dispatch.cpp", "common/poison.cpp", "torch/bind_cpu.cpp")
-    return [*sorted((root / "csrc/cpu/isa").glob("*.cpp")), *(root / "csrc" / name for name in names)]
+    tiles = sorted((root / "csrc/cpu/isa/tiles").glob("*.cpp")) if TILES else []
+    return [*sorted((root / "csrc/cpu/isa").glob("*.cpp")), *tiles, *(root / "csrc" / name for name in names)]
 
 
 def cuda_units(root):
@@ -62,6 +64,10 @@ def cuda_units(root):
 
 
 PORTABLE = ("-DCK_ISA=portable", "-DCK_VECTOR_BYTES=16")
+TILES = ()
+if platform.machine() == "x86_64":
+    TILES = ("-DCK_ISA=amx_emulated", "-DCK_BASE=portable", '-DCK_NAME="amx-emulated"', "-DCK_VECTOR_BYTES=64",
+             "-ffp-contract=off", "-mavx2", "-mfma", "-mf16c")  # fmt: skip
 LIBRARIES = {
     "cpu": Library("libconvkernels_cpu.so", CPU_MUTATIONS, PORTABLE, cpu_units, {"CONVKERNELS_CPU_ISA": "portable"}),
     "cuda": Library("libconvkernels_simt.so", CUDA_MUTATIONS, ("-DCK_SIMT",), cuda_units, {"CONVKERNELS_SIMT": "1"}),
@@ -110,7 +116,8 @@ class Mutants:
     def command(self, source, root):
         includes = [f"-I{root}", "-isystem", self.torch_dir / "include"]
         target = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-        return [COMPILER, *FLAGS, *self.library.flags, *includes, target, "-x", "c++", source]
+        flags = TILES if "isa/tiles" in str(source) else self.library.flags
+        return [COMPILER, *FLAGS, *flags, *includes, target, "-x", "c++", source]
 
     def compile(self, source, target, root):
         run([*self.command(source, root), "-c", "-o", target])

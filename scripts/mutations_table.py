@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 # The first file to fail ends the run, so the files that find most faults in the least time come first.
 TESTS = [
+    "tests/test_conv_bands.py",
     "tests/test_fuzz.py",
     "tests/test_equivalences.py",
     "tests/test_memory.py",
@@ -37,7 +38,10 @@ class Mutation:
 
     @property
     def environment(self):
-        """A simulated GPU that runs the kernel: one of compute capability 9.0 has others for most of attention."""
+        """What makes the kernel run. A simulated GPU of compute capability 9.0 has others for most of attention, and
+        tiles are asked for by name."""
+        if "/tiles/" in self.file:
+            return {"CONVKERNELS_CPU_ISA": "amx-emulated"}
         tensor = [f"csrc/cuda/attention/{name}.cuh" for name in ("forward", "backward_queries", "backward_keys")]
         return {"CONVKERNELS_SIMT_ARCH": "80"} if self.file in tensor else {}
 
@@ -76,7 +80,7 @@ CPU_MUTATIONS = [
     ),
     Mutation(
         "taps of d(input) not reversed",
-        "csrc/cpu/conv/forward.h",
+        "csrc/cpu/conv/blocks.h",
         "sign_ = transpose ? -1 : 1;",
         "sign_ = 1, last_ = 0;",
     ),
@@ -94,7 +98,7 @@ CPU_MUTATIONS = [
     ),
     Mutation(
         "tail channels missing",
-        "csrc/cpu/conv/forward.h",
+        "csrc/cpu/conv/blocks.h",
         "ceil_div(plan.main, plan.per_block) + (plan.main < p.channels ? 1 : 0);",
         "max(1, ceil_div(plan.main, plan.per_block));",
     ),
@@ -127,6 +131,30 @@ CPU_MUTATIONS = [
         "csrc/cpu/conv/rows.h",
         "xv[part] * (sig * (splat(C{1}) - sig));",
         "xv[part] * sig;",
+    ),
+    Mutation(
+        "last term of bands left out",
+        "csrc/cpu/conv/tiles/convolve.h",
+        "machine_.template dot<0, 6, 1>();",
+        "",
+    ),
+    Mutation(
+        "zeros of bands spread what is not finite",
+        "csrc/cpu/conv/tiles/convolve.h",
+        "return !any_bit((Words)(any != any));",
+        "return true;",
+    ),
+    Mutation(
+        "halo of a window on tiles one chunk too far",
+        "csrc/cpu/conv/tiles/ring.h",
+        "const int64_t first = continues ? slot_[outputs_] : 0;",
+        "const int64_t first = continues ? slot_[outputs_ - 1] : 0;",
+    ),
+    Mutation(
+        "products of denormal numbers left to tiles",
+        "csrc/cpu/conv/tiles/correlate.h",
+        "const int64_t done = denormal ? 0 : chunks * kBandRows;",
+        "const int64_t done = chunks * kBandRows;",
     ),
     Mutation(
         "attention: edge not repeated left of the window",

@@ -10,6 +10,7 @@ PROBLEMS = {
     "depthwise": Problem(batch=2, length=203, heads=65, head_size=1, taps=15, left=7),
     "dynamic": Problem(batch=2, length=150, heads=4, head_size=17, taps=9, left=8, kind="dynamic", softmax=True,
                        renormalize=True),
+    "bands": Problem(batch=3, length=203, heads=3, head_size=64, taps=31, left=15, softmax=True, bias=True),
     "gate_dropout": Problem(batch=3, length=120, heads=2, head_size=20, taps=4, left=3, softmax=True, dropout=0.3,
                             gate=True, padding_mask=2),
     "packed": Problem(batch=1, lengths=(100, 3, 0, 97), heads=2, head_size=33, taps=5, left=4, state=True,
@@ -58,7 +59,7 @@ def test_any_number_of_threads(name, dtype, ops):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["light", "depthwise", "dynamic", "long_heads", "renormalize", "bct"])
+@pytest.mark.parametrize("name", ["light", "depthwise", "dynamic", "bands", "long_heads", "renormalize", "bct"])
 def test_a_row_does_not_see_its_batch(name, dtype, ops):
     """Outputs, input gradients and per-position weight gradients of a row are the same bits alone and in a batch."""
     problem = PROBLEMS[name].with_(dtype=dtype, weight_dtype=dtype)

@@ -75,6 +75,13 @@ def test_rows_quick(check, ops):
 
 
 @BOTH
+def test_bands_quick(check, ops):
+    """Long filters of bfloat16, in heads of 32 channels and more."""
+    count = ROWS_OF_SLOW if ops.slow and not ops.full else WIDE
+    run(check, partial(random_conv, size="bands"), ops, count, interpreted=INTERPRETED_WIDE)
+
+
+@BOTH
 def test_bands_of_older_gpus(check, ops, monkeypatch):
     """Long filters of elements that matrix units of sm_80 multiply in lower tiles."""
     if not ops.interpreted:

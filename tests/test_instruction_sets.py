@@ -28,6 +28,13 @@ def test_attention_on_emulated_tiles(isa):
                  "tests/test_attention_wide_heads.py", "tests/test_determinism.py")  # fmt: skip
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["amx-emulated"], indirect=True)
+def test_convolutions_on_emulated_tiles(isa):
+    run_tests_on(isa, "not instruction_set", "tests/test_conv_bands.py", "tests/test_golden.py",
+                 "tests/test_gradients.py", "tests/test_decoding.py")  # fmt: skip
+
+
 def test_instruction_sets_agree(isa):
     """Sums over whole results, to the rounding of the types; bitwise equality between instruction sets is not
     promised.

@@ -100,10 +100,21 @@ _CONV["time"] = _CONV["wide"] | {
     "state": (False,),
     "layout": ("swap_last",),
 }
+# Filters of as many taps as matrix units of CPUs multiply as bands, or a few more or less, in rows as they need them.
+_CONV["bands"] = _CONV["wide"] | {
+    "length": (40, 64, 77, 100, 129, 160, 203),
+    "sequence": (0, 5, 17, 40, 64, 90),
+    "width": ((1, 32), (2, 32), (3, 64), (1, 96), (2, 160)),
+    "taps": (10, 11, 12, 15, 16, 17, 18, 19, 24, 31, 32, 33, 34),
+    "kind": ("light", "light", "light", "dynamic", "row"),
+    "dtype": (BFLOAT16,),
+    "state": (False, False, True),
+    "layout": ("contiguous", "contiguous", "sliced", "offset1", "step2_time"),
+}
 
 
 def random_conv(number, size="small"):
-    """Any call of tap_conv or tap_grad. size: small, large, wide, rows or time."""
+    """Any call of tap_conv or tap_grad. size: small, large, wide, rows, time or bands."""
     rng, options = random.Random(number), _CONV[size]
 
     def choose(*from_these):
@@ -130,10 +141,10 @@ def random_conv(number, size="small"):
         dilation=dilation,
         kind=kind,
         softmax=softmax,
-        renormalize=softmax and renormalize and (size not in ("wide", "time") or kind == "dynamic"),
+        renormalize=softmax and renormalize and (size not in ("wide", "time", "bands") or kind == "dynamic"),
         dropout=choose(0.0, 0.0, 0.25, 0.9, 1.0),
         bias=choose(False, True),
-        gate=choose(False, False, True),
+        gate=choose(False, False, True) and size != "bands",
         padding_mask=choose(0, 0, 0, 1, 2, 2, 3),
         lengths=tuple(rng.choices(options["sequence"], k=choose(1, 2, 3, 4))) if choose(0, 0, 0, 0, 1) else (),
         state=rng.choice(options["state"]),

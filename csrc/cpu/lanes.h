@@ -129,6 +129,8 @@ struct Lanes<bf16> {
     const U odd_up = v[1] == v[1] ? odd + 0x7fffu + ((odd >> 16) & 1u) : odd | 0x400000u;
     return (even_up >> 16) | (odd_up & 0xffff0000u);
   }
+  // kAny: any numbers, denormal ones too.
+  template <bool kAny = true>
   static CK_INLINE void store(bf16* row, int64_t unit, const Vec<float>* v, bool stream) {
     using U = Vec<uint32_t>;
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
@@ -138,7 +140,8 @@ struct Lanes<bf16> {
     U packed = (U)_mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), halves);
     // The instruction takes denormals for zeros.
     constexpr int kDenormal = 0x20;
-    if (__builtin_expect(
+    if (kAny &&
+        __builtin_expect(
             _mm512_fpclass_ps_mask((__m512)v[0], kDenormal) | _mm512_fpclass_ps_mask((__m512)v[1], kDenormal), 0))
       packed = round_pairs(v);
 #else

@@ -8,20 +8,7 @@
 #include <vector>
 
 #include "csrc/tests/check.h"
-#include "csrc/tests/kernel_sets.h"
-
-namespace ck::cpu {
-
-namespace tiles_portable {
-extern const Kernels kKernels;
-}
-#if defined(__x86_64__)
-namespace tiles_avx512 {
-extern const Kernels kKernels;
-}
-#endif
-
-}  // namespace ck::cpu
+#include "csrc/tests/tile_sets.h"
 
 namespace {
 
@@ -31,21 +18,11 @@ using ck::Outside;
 using ck::cpu::AttentionBackward;
 using ck::cpu::AttentionForward;
 using ck::cpu::AttentionProblem;
-using ck::cpu::isa_supported;
+using ck::cpu::halves;
 using ck::cpu::Kernels;
 using ck::cpu::kernels_of;
-using ck::cpu::ParallelBody;
-
-// Tiles emulated on top of different kernels, and tiles of the machine.
-std::vector<const Kernels*> sets_with_tiles() {
-  std::vector<const Kernels*> list = {&ck::cpu::tiles_portable::kKernels};
-#if defined(__x86_64__)
-  if (isa_supported("avx512")) list.push_back(&ck::cpu::tiles_avx512::kKernels);
-  for (const char* name : {"amx-emulated", "amx"})
-    if (isa_supported(name)) list.push_back(&kernels_of(name));
-#endif
-  return list;
-}
+using ck::cpu::serial;
+using ck::cpu::sets_with_tiles;
 
 uint64_t state;
 uint64_t draw() {
@@ -236,12 +213,6 @@ Results run(const Kernels& kernels, const Case& c, ck::cpu::ParallelFor parallel
   }
   CK_TRUE(kernels.attention_backward(b) == nullptr);
   return found;
-}
-
-void serial(int64_t n, ParallelBody body, void* context) { body(0, n, context); }
-void halves(int64_t n, ParallelBody body, void* context) {
-  body(n / 2, n, context);
-  body(0, n / 2, context);
 }
 
 const Shape kShapes[] = {

@@ -1,5 +1,5 @@
-// The operands of attention on tiles, and the arithmetic on vectors beside them: against plain loops, and the same bits
-// from every compilation.
+// The operands of attention and of convolutions on tiles, and the arithmetic on vectors beside them: against plain
+// loops, and the same bits from every compilation.
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -117,6 +117,48 @@ CK_TEST(powers_and_logarithms_are_close) {
     }
   }
   CK_CLOSE(worst, 0.0, 6e-6);
+}
+
+// Every value of a filter is the sum of its three terms, to the last bit; everywhere else are zeros.
+CK_TEST(bands_hold_filters) {
+  std::mt19937 random(11);
+  for (int64_t taps = 1; taps <= 33; ++taps) {
+    const int64_t width = taps <= 17 ? 32 : 64;
+    std::vector<float> values(static_cast<size_t>(width), 0.0f);
+    for (int64_t k = 0; k < taps; ++k) {
+      const uint32_t r = random(), exponent = 127 - 100 + random() % 109;
+      values[static_cast<size_t>(k)] = k % 5 == 4 ? 0.0f : number((r & 0x807fffffu) | exponent << 23);
+    }
+    for (const auto* tests : tile_tests()) {
+      std::vector<bf16> found(static_cast<size_t>(3 * 16 * width), bf16{0x7fc0});
+      CK_TRUE(tests->band(values.data(), taps, found.data()));
+      int64_t wrong = 0;
+      for (int64_t i = 0; i < 16; ++i)
+        for (int64_t j = 0; j < width; ++j) {
+          double sum = 0;
+          for (int64_t term = 0; term < 3; ++term)
+            sum += static_cast<double>(number(found[static_cast<size_t>((term * 16 + i) * width + j)]));
+          const int64_t k = j - i;
+          wrong += sum != (k >= 0 && k < taps ? static_cast<double>(values[static_cast<size_t>(k)]) : 0.0);
+        }
+      CK_EQUAL(wrong, 0);
+    }
+  }
+}
+
+CK_TEST(bands_refuse_what_terms_cannot_hold) {
+  std::vector<float> values(32, 0.0f);
+  std::vector<bf16> band(3 * 512);
+  for (const auto* tests : tile_tests()) {
+    for (const float good : {0.0f, -0.0f, 0x1p-100f, -0x1p-100f, 512.0f, -512.0f}) {
+      values[7] = good;
+      CK_TRUE(tests->band(values.data(), 11, band.data()));
+    }
+    for (const float bad : {0x1.8p-101f, -0x1p-126f, 1e-42f, 513.0f, -1e30f, INFINITY, -INFINITY, NAN}) {
+      values[7] = bad;
+      CK_TRUE(!tests->band(values.data(), 11, band.data()));
+    }
+  }
 }
 
 }  // namespace

@@ -17,7 +17,11 @@ struct TileTests {
   // Of two matrices of 32 rows: a b^T, [2 halves of b][32][16], and a^T b in tiles [channels of a / 16][of b / 16],
   // rows and columns in the order of channel_of.
   void (*products)(const bf16* a, const bf16* b, int64_t channels, float* over_channels, float* over_rows);
+  // The band of a filter, [terms][16 rows][32 * steps], from 32 * steps values, zeros behind the last. Whether terms
+  // hold all of them.
+  bool (*band)(const float* values, int64_t taps, bf16* to);
 };
+constexpr int64_t kTermsOfBands = 3;
 constexpr int kFunctions = 9;
 
 namespace tiles_portable {

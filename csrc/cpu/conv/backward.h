@@ -5,7 +5,6 @@
 // number of threads.
 #pragma once
 
-#include "csrc/cpu/conv/correlate.h"
 #include "csrc/cpu/conv/partial_sums.h"
 
 namespace ck::cpu::CK_ISA {
@@ -41,20 +40,21 @@ inline void dot_taps_of_channels(const typename Src::Elem* const* in, const type
   }
 }
 
-template <class T, bool kStaged>
+template <class T, class Blocks>
 class BackwardTask {
  public:
   using C = Compute<T>;
-  using Src = std::conditional_t<kStaged, Staged<T>, Lanes<T>>;
+  using Src = typename Blocks::Src;
   using Elem = typename Src::Elem;
-  static constexpr int64_t kMaxRows = kBlockRows;
+  using Filters = typename Blocks::Filters;
+  static constexpr bool kStaged = Blocks::kStaged;
+  static constexpr int64_t kMaxRows = kBackwardRows;
 
-  BackwardTask(const ConvBackward& p, const ChannelPlan& plan, const ChannelBlock& block,
-               const SharedFilters<T>* shared, C* filter_sum, C* bias_sum)
+  BackwardTask(const ConvBackward& p, const ChannelPlan& plan, const ChannelBlock& block, const Filters* shared,
+               C* filter_sum, C* bias_sum)
       : p_(p),
         plan_(plan),
         block_(block),
-        shared_(shared),
         filter_sum_(filter_sum),
         bias_sum_(bias_sum),
         K_(p.taps.taps),
@@ -73,9 +73,9 @@ class BackwardTask {
         // The filters of the rows whose gradient is taken lie among those that d(x) needs if the phases meet.
         centered_(need_input_ && reversed_.left % d_ == 0),
         separate_soft_(need_filter_ && p.dropout > 0.0),
-        input_(input_reader<T>(p), p.taps, block, need_filter_ ? kMaxRows : 1, kBlockMargin, kStaged),
-        gradient_(gradient_reader<T>(p), reversed_, block, need_input_ ? kMaxRows : 1,
-                  per_row_ ? kBlockMargin : kMargin, kStaged),
+        input_(input_reader<T>(p), p.taps, block, need_filter_ ? kMaxRows : 1, Blocks::rows_behind(true), kStaged),
+        gradient_(gradient_reader<T>(p), reversed_, block, need_input_ ? kMaxRows : 1, Blocks::rows_behind(per_row_),
+                  kStaged),
         center_(gradient_reader<T>(p), Taps{1, 0, d_}, block, kMaxRows, kMargin, kStaged),
         sink_(input_reader<T>(p), p.grad_x, p.grad_gate, p.grad_state, block, kMaxRows, kStaged),
         filters_(per_row_ && need_input_ ? table_rows() * pitch_ : 0),
@@ -83,7 +83,8 @@ class BackwardTask {
         center_soft_(per_row_ && need_filter_ && !centered_ ? table_rows() * kMaxRows : 0),
         dots_(per_row_ && need_filter_ ? (table_rows() + kDotTaps<C>)*kMaxRows : 0),
         expanded_(per_row_ && need_input_ && !plan.aligned ? (columns_ + kPositionRows) * K_ * width_ : 0),
-        product_(per_row_ && need_filter_ && !plan.aligned ? width_ : 0) {}
+        product_(per_row_ && need_filter_ && !plan.aligned ? width_ : 0),
+        blocks_(p, plan, block, shared) {}
 
   void run(const WorkList& work, int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
@@ -97,6 +98,7 @@ class BackwardTask {
       }
       if (p_.grad_state != nullptr && item.phase == 0 && item.first == 0) state_gradient(s);
     }
+    if (need_filter_ && !per_row_) blocks_.finish(filter_sum_);
   }
 
  private:
@@ -116,17 +118,17 @@ class BackwardTask {
     const auto grad = gradient_.template move<kStaged>(s, position, n, continues);
     const auto out = sink_.template open<kStaged>(s, position, d_, n);
     if (!per_row_) {
-      shared_->template convolve_block<Src>(p_, plan_, block_, h0_, grad, out, n, nullptr, false);
-    } else {
+      blocks_.convolve(grad, out, n, continues, nullptr, false);
+    } else if constexpr (Blocks::kPositions) {
       window_filters(s, position, n, continues);
       // Output i takes tap K-1-k of the filter that belongs to row i+k of the window.
       if (plan_.aligned) {
-        convolve_positions<T, Src>(p_, block_, grad, out, n, filters_.get() + (K_ - 1) * pitch_, 1 - pitch_, pitch_,
-                                   nullptr, false);
-      } else {
+        blocks_.convolve_positions(grad, out, n, {filters_.get() + (K_ - 1) * pitch_, 1 - pitch_, K_ * pitch_}, nullptr,
+                                   false);
+      } else if constexpr (Blocks::kAnyHeads) {
         const int64_t row = K_ * width_;
-        convolve_position_channels<T, Src>(p_, block_, grad, out, n, expanded_.get() + (K_ - 1) * width_, row,
-                                           row - width_, nullptr, false);
+        blocks_.convolve_position_channels(grad, out, n, {expanded_.get() + (K_ - 1) * width_, row, row - width_},
+                                           nullptr, false);
       }
     }
     if constexpr (kStaged) sink_.flush(s, position, d_, n);
@@ -165,17 +167,10 @@ class BackwardTask {
     if (bias_sum_ != nullptr) add_bias(grad, n);
     if (!need_filter_) return;
     const auto in = input_.template move<kStaged>(s, position, n, continues);
-    if (per_row_) return position_gradients(s, position, n, in, grad);
-    if (plan_.aligned) {
-      const int64_t units = per_head_ / Lanes<T>::kUnit;
-      for (int64_t h = h0_; h < h1_; ++h) {
-        const int64_t first = (h - h0_) * units, last = first + units;
-        prefetch_rows<Src, kRead>(in + n + K_ - 1, n, first, last);
-        Correlate<Src>::heads(in, grad, n, K_, first, last, filter_sum_ + h * K_ * kLanes<C>, kLanes<C>);
-      }
-    } else {
-      Correlate<Src>::channels(in, grad, n, K_, 0, units_, filter_sum_ + block_.first * K_, width_);
-    }
+    if (!per_row_)
+      blocks_.correlate(in, grad, n, continues, filter_sum_);
+    else if constexpr (Blocks::kPositions)
+      position_gradients(s, position, n, in, grad);
   }
 
   void add_bias(const Elem* const* grad, int64_t n) {
@@ -198,13 +193,7 @@ class BackwardTask {
                           const Elem* const* grad) {
     C* const dots = dots_.get();
     if (plan_.aligned) {
-      const int64_t units = per_head_ / Lanes<T>::kUnit;
-      for (int64_t h = 0; h < h1_ - h0_; ++h)
-        for (int64_t i = 0; i < n; i += kDotRows) {
-          prefetch_rows<Src, kRead>(in + n + K_ - 1 + i, kDotRows, h * units, (h + 1) * units);
-          Correlate<Src>::positions(in + i, grad + i, K_, h * units, (h + 1) * units, dots + h * K_ * kMaxRows + i,
-                                    kMaxRows);
-        }
+      blocks_.correlate_positions(in, grad, n, dots, kMaxRows);
     } else {
       memset(static_cast<void*>(dots), 0, static_cast<size_t>(table_rows() * kMaxRows) * sizeof(C));
       for (int64_t i = 0; i < n; ++i)
@@ -243,7 +232,6 @@ class BackwardTask {
   const ConvBackward& p_;
   const ChannelPlan& plan_;
   const ChannelBlock block_;
-  const SharedFilters<T>* const shared_;
   C *const filter_sum_, *const bias_sum_;
   const int64_t K_, d_, per_head_, h0_, h1_, units_, width_, columns_, pitch_;
   const bool per_row_, need_input_, need_filter_;
@@ -252,16 +240,23 @@ class BackwardTask {
   InputWindow<T, Src> input_, gradient_, center_;
   Sink<T, Src> sink_;
   Scratch<C> filters_, soft_, center_soft_, dots_, expanded_, product_;
+  Blocks blocks_;
 };
 
+// Whether rows are read and written where they lie.
 template <class T>
+inline bool rows_in_place(const ConvBackward& p) {
+  return kReadInPlace<T> && p.gate.data == nullptr && p.grad.channel == 1 &&
+         (p.grad_weight == nullptr || p.x.channel == 1) && (p.grad_x.data == nullptr || p.grad_x.channel == 1) &&
+         (p.grad_state == nullptr || p.grad_x.data != nullptr);
+}
+
+// Blocks: what computes rows that are read in place.
+template <class T, class Blocks = VectorBlocks<T, false>>
 inline const char* conv_backward_typed(const ConvBackward& p) {
   using C = Compute<T>;
-  const bool per_row = p.per_position || p.renormalize;
-  const bool need_input = p.grad_x.data != nullptr || p.grad_gate.data != nullptr || p.grad_state != nullptr;
-  const bool direct = kReadInPlace<T> && p.gate.data == nullptr && p.grad.channel == 1 &&
-                      (p.grad_weight == nullptr || p.x.channel == 1) &&
-                      (p.grad_x.data == nullptr || p.grad_x.channel == 1) && (!need_input || p.grad_x.data != nullptr);
+  using Filters = typename Blocks::Filters;
+  const bool per_row = p.per_position || p.renormalize, direct = rows_in_place<T>(p);
   const int64_t splits = max(1, min(kMaxSplits, p.batch * p.time / kSplitRows));
   const ChannelPlan plan = plan_channels<T>(p, direct, per_row, channels_per_block(p, direct, splits));
   const int64_t rows = max(16, min(256, round_up(ceil_div(p.batch * p.time, splits), 16)));
@@ -275,7 +270,7 @@ inline const char* conv_backward_typed(const ConvBackward& p) {
                                              : padded * K;
   PartialSums<C> sums(splits, filter_size, p.grad_bias != nullptr ? padded : 0);
 
-  const auto run = [&](const SharedFilters<T>* shared) {
+  const auto run = [&](const Filters* shared) {
     parallel(p, splits * plan.blocks, worth_threads(p), [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         // Blocks of the same rows next to each other: neighbours share what they bring into the caches.
@@ -294,10 +289,12 @@ inline const char* conv_backward_typed(const ConvBackward& p) {
         if (bias_sum != nullptr)
           memset(static_cast<void*>(bias_sum + block.first), 0, static_cast<size_t>(width) * sizeof(C));
         const int64_t first = work.size() * split / splits, last = work.size() * (split + 1) / splits;
-        if (block.staged) {
-          BackwardTask<T, true>(p, plan, block, shared, filter_sum, bias_sum).run(work, first, last);
-        } else if constexpr (kReadInPlace<T>) {
-          BackwardTask<T, false>(p, plan, block, shared, filter_sum, bias_sum).run(work, first, last);
+        if (!block.staged) {
+          if constexpr (kReadInPlace<T>)
+            BackwardTask<T, Blocks>(p, plan, block, shared, filter_sum, bias_sum).run(work, first, last);
+        } else if constexpr (Blocks::kAnyHeads) {
+          BackwardTask<T, typename Blocks::OfConverted>(p, plan, block, shared, filter_sum, bias_sum)
+              .run(work, first, last);
         }
       }
     });
@@ -307,7 +304,7 @@ inline const char* conv_backward_typed(const ConvBackward& p) {
   if (per_row) {
     run(nullptr);
   } else {
-    const SharedFilters<T> shared(p, plan, true, true);
+    const Filters shared(p, plan, true, true);
     run(&shared);
   }
   return nullptr;

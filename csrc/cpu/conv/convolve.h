@@ -18,10 +18,10 @@ constexpr int kRows = 8, kTapGroup = 4, kPositionVectors = 2;
 constexpr int kPositionRows = 4;
 // Rows of a block of the backward pass: a whole number of vectors, and of tiles. Those of the forward pass have no more
 // where filters depend on the position.
-constexpr int kBlockRows = 32;
+constexpr int kBackwardRows = 32;
 // Rows behind the last one that an incomplete tile, and the prefetch for the tile after it, look at; where that is for
 // the block after it.
-constexpr int kMargin = 2 * kRows, kBlockMargin = kBlockRows + kPositionRows;
+constexpr int kMargin = 2 * kRows, kBlockMargin = kBackwardRows + kPositionRows;
 
 // filter(i, k) = base[k * tap] for all rows and channels of a head; the next head's filters lie `head` elements on.
 template <class C>

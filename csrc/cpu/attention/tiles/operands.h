@@ -13,7 +13,7 @@
 #pragma once
 
 #include "csrc/common/attention.h"
-#include "csrc/cpu/attention/tiles/vectors.h"
+#include "csrc/cpu/tile_vectors.h"
 
 namespace ck::cpu::CK_ISA {
 
@@ -124,10 +124,7 @@ inline Halves least_magnitudes(const bf16* rows, int64_t pitch, const Width& wid
 inline bool any_nonfinite(const bf16* numbers, int64_t n) {
   Halves found = {};
   for (int64_t c = 0; c < n; c += 32) found |= (Halves)((load_bytes<Halves>(numbers + c) & 0x7f80) == 0x7f80);
-  const auto words = (Vec<uint64_t>)found;
-  uint64_t any = 0;
-  for (int i = 0; i < 8; ++i) any |= words[i];
-  return any != 0;
+  return any_bit((Words)found);
 }
 // Bits of those that do.
 inline uint32_t nonfinite_rows(const bf16* rows, const Width& width) {

@@ -5,12 +5,6 @@
 
 namespace ck::cpu::CK_ISA {
 
-#if defined(__AMX_BF16__)
-using Machine = AmxTiles;
-#else
-using Machine = EmulatedTiles;
-#endif
-
 // A few queries are not worth operands of the keys, and no table is larger than a cache.
 static bool serves(const AttentionProblem& p) {
   constexpr int64_t kFewestQueries = 5, kMostColumns = 4096;

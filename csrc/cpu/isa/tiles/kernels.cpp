@@ -1,9 +1,9 @@
-// The table of the entry points: those of the instruction set below, but for attention.
+// The table of the entry points.
 #include "csrc/cpu/isa/tiles/kernels.h"
 
 namespace ck::cpu::CK_ISA {
 
-const Kernels kKernels = {CK_NAME,           CK_BASE::conv_forward, CK_BASE::conv_backward, CK_BASE::shift_state,
+const Kernels kKernels = {CK_NAME,           conv_forward,      conv_backward, CK_BASE::shift_state,
                           attention_forward, attention_backward};
 
 }  // namespace ck::cpu::CK_ISA

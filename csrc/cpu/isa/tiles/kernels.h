@@ -1,8 +1,9 @@
 // The entry points of CK_ISA, an instruction set with tiles, and of CK_BASE, the one below it, whose kernels it uses
-// for everything but attention in bfloat16. CMake compiles the files of this folder once for each.
+// for everything that tiles do not serve. CMake compiles the files of this folder once for each.
 #pragma once
 
 #include "csrc/cpu/kernels.h"
+#include "csrc/cpu/tiles.h"
 
 namespace ck::cpu {
 
@@ -15,6 +16,14 @@ const char* attention_backward(const AttentionBackward& p);
 }  // namespace CK_BASE
 
 namespace CK_ISA {
+#if defined(__AMX_BF16__)
+using Machine = AmxTiles;
+#else
+using Machine = EmulatedTiles;
+#endif
+
+const char* conv_forward(const ConvForward& p);
+const char* conv_backward(const ConvBackward& p);
 const char* attention_forward(const AttentionForward& p);
 const char* attention_backward(const AttentionBackward& p);
 

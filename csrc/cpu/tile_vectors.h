@@ -1,5 +1,5 @@
-// Sixteen floats at a time, as attention on tiles needs them: the same bits from AVX-512, from AVX2 and from plain C++.
-// FlushDenormals is on wherever these are used, and nothing is contracted but what is written as fused.
+// Sixteen floats at a time, as kernels on tiles need them: the same bits from AVX-512, from AVX2 and from plain C++.
+// Nothing is contracted but what is written as fused. Attention has FlushDenormals on wherever it uses these.
 #pragma once
 
 #include "csrc/cpu/lanes.h"
@@ -142,7 +142,27 @@ CK_INLINE void widen(Words pairs, Floats& first, Floats& second) {
 // in those that come from bfloat16 numbers or from nothing.
 CK_INLINE Words rounded(Floats v) { return (Words)v + 0x8000u; }
 
-// Pairs of upper halves.
+// Whether any bit is set.
+CK_INLINE bool any_bit(Words v) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)v, (__m512i)v) != 0;
+#else
+  const auto pairs = (Vec<uint64_t>)v;
+  uint64_t any = 0;
+  for (int i = 0; i < 8; ++i) any |= pairs[i];
+  return any != 0;
+#endif
+}
+
+// Pairs of lower halves, and of upper halves.
+CK_INLINE Words join_lower_halves(Words even, Words odd) {
+#if defined(__AVX512F__)
+  constexpr int kSelect = 0xd8;  // c ? b : a
+  return (Words)_mm512_ternarylogic_epi32((__m512i)(odd << 16), (__m512i)even, _mm512_set1_epi32(0xffff), kSelect);
+#else
+  return (even & 0xffffu) | (odd << 16);
+#endif
+}
 CK_INLINE Words join_halves(Words even, Words odd) {
 #if defined(__AVX512F__)
   constexpr int kFirstOrBoth = 0xf8;  // a | (b & c)
@@ -212,15 +232,14 @@ CK_INLINE void store_part(bf16* p, Halves v, int64_t n) {
 #endif
 }
 
-// 16 rows of 16 words become columns. The first two of the four rounds are done by loads.
-CK_INLINE void transpose_words(const void* rows, int64_t row_bytes, Words* out) {
+// 16 rows of 16 words, found by row_of(i), become columns. The first two of the four rounds are done by loads.
+template <class RowOf>
+CK_INLINE void transpose_rows(const RowOf& row_of, Words* out) {
 #if defined(__AVX512F__)
-  const char* const p = static_cast<const char*>(rows);
   CK_UNROLL for (int q = 0; q < 4; ++q) {
     __m512i part[4];  // quarter q of rows i, i + 4, i + 8 and i + 12
     CK_UNROLL for (int i = 0; i < 4; ++i) {
-      const auto quarter = [&](int row)
-                               CK_INLINE_LAMBDA { return load_bytes<__m128i>(p + (i + row) * row_bytes + 16 * q); };
+      const auto quarter = [&](int row) CK_INLINE_LAMBDA { return load_bytes<__m128i>(row_of(i + row) + 16 * q); };
       part[i] = _mm512_castsi128_si512(quarter(0));
       part[i] = _mm512_mask_broadcast_i32x4(part[i], 0x00f0, quarter(4));
       part[i] = _mm512_mask_broadcast_i32x4(part[i], 0x0f00, quarter(8));
@@ -235,9 +254,12 @@ CK_INLINE void transpose_words(const void* rows, int64_t row_bytes, Words* out) 
   }
 #else
   for (int r = 0; r < 16; ++r)
-    for (int c = 0; c < 16; ++c)
-      out[c][r] = load_bytes<uint32_t>(static_cast<const char*>(rows) + r * row_bytes + 4 * c);
+    for (int c = 0; c < 16; ++c) out[c][r] = load_bytes<uint32_t>(row_of(r) + 4 * c);
 #endif
+}
+CK_INLINE void transpose_words(const void* rows, int64_t row_bytes, Words* out) {
+  const char* const first = static_cast<const char*>(rows);
+  transpose_rows([&](int64_t i) CK_INLINE_LAMBDA { return first + i * row_bytes; }, out);
 }
 
 // The greatest lane, NaN aside; -inf if there is none.
