@@ -151,10 +151,16 @@ CPU_MUTATIONS = [
         "const int64_t first = continues ? slot_[outputs_ - 1] : 0;",
     ),
     Mutation(
+        "taps behind the last one in bands",
+        "csrc/cpu/conv/tiles/bands.h",
+        "row[v] = keep_lanes((1u << inside) - 1, values[v][i]);",
+        "row[v] = inside > 0 ? values[v][i] : Floats{};",
+    ),
+    Mutation(
         "products of denormal numbers left to tiles",
         "csrc/cpu/conv/tiles/correlate.h",
-        "const int64_t done = denormal ? 0 : chunks * kBandRows;",
-        "const int64_t done = chunks * kBandRows;",
+        "body(h, denormal ? 0 : whole);",
+        "body(h, whole);",
     ),
     Mutation(
         "attention: edge not repeated left of the window",

@@ -17,7 +17,7 @@ def in_two_terms(value):
 @pytest.mark.parametrize("taps", [11, 17, 18, 33])
 def test_filters_keep_all_their_bits(taps, kind, ops):
     """Two taps that cancel but for what two bfloat16 numbers leave of one: the bounds allow less than that."""
-    problem = Problem(batch=1, length=64, heads=2, head_size=32, taps=taps, left=taps // 2, kind=kind,
+    problem = Problem(batch=1, length=64, heads=2, head_size=128, taps=taps, left=taps // 2, kind=kind,
                       dtype=torch.bfloat16)  # fmt: skip
     candidates = torch.linspace(1, 2, 4099)
     value = candidates[(candidates - in_two_terms(candidates)).abs().argmax()]
@@ -25,7 +25,7 @@ def test_filters_keep_all_their_bits(taps, kind, ops):
     t["weight"] = torch.zeros(t["weight"].shape)
     t["weight"][..., 2], t["weight"][..., taps - 1] = value, -in_two_terms(value)
     # The same at all positions.
-    t["x"], t["grad"] = (values((64,), torch.bfloat16, seed).expand(1, 64, 64).clone() for seed in (1, 2))
+    t["x"], t["grad"] = (values((256,), torch.bfloat16, seed).expand(1, 64, 256).clone() for seed in (1, 2))
     bounds = Bounds(*problem.op_arguments(t))
     bounds.output().check(ops.tap_conv(*problem.op_arguments(t)), "y")
     bounds.gradients(t["grad"])["x"].check(ops.tap_grad(*problem.grad_arguments(t))[0], "grad of x")
@@ -35,7 +35,7 @@ def test_filters_keep_all_their_bits(taps, kind, ops):
 @pytest.mark.parametrize("denormal", ["x", "grad"])
 def test_gradients_of_denormal_numbers(denormal, kind, ops):
     """Their products with large numbers count, though matrix units take them for zeros."""
-    problem = Problem(batch=1, length=64, heads=2, head_size=32, taps=15, left=7, kind=kind, dtype=torch.bfloat16)
+    problem = Problem(batch=1, length=64, heads=2, head_size=128, taps=15, left=7, kind=kind, dtype=torch.bfloat16)
     t = problem.tensors()
     for name in ("x", "grad"):
         power = torch.tensor(-128 if name == denormal else 100)
@@ -51,7 +51,7 @@ def test_filters_of_any_size(power, kind, ops):
     for zeros."""
     if ops.backend in ("triton", "cuda") and power < 0:
         pytest.xfail("the bands of GPUs lose terms of filters that are denormal")
-    problem = Problem(batch=2, length=70, heads=2, head_size=32, taps=15, left=7, kind=kind, dtype=torch.bfloat16)
+    problem = Problem(batch=2, length=70, heads=2, head_size=128, taps=15, left=7, kind=kind, dtype=torch.bfloat16)
     t = problem.tensors()
     t["weight"] = t["weight"].ldexp(torch.tensor(power))
     size = torch.tensor(60 if power < 0 else -130)

@@ -218,8 +218,9 @@ def test_nan_and_inf_spread_as_in_aten(dtype, taps, dilation, poison, backend):
 @pytest.mark.parametrize("padding", ["same", "causal"])
 @pytest.mark.parametrize(
     ("function", "taps", "softmax"),
-    [("lightweight", 15, True), ("lightweight", 15, False), ("lightweight", 31, True), ("dynamic", 7, True)],
-)
+    [("lightweight", 15, True), ("lightweight", 15, False), ("lightweight", 31, True), ("dynamic", 7, True),
+     ("dynamic", 33, True)],
+)  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_nan_and_inf_spread_no_further_than_windows(dtype, function, taps, softmax, padding, poisoned, backend):
     """Heads that products of matrices compute: their zeros meet rows that no window has. Without softmax, which spreads

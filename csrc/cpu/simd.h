@@ -229,7 +229,8 @@ struct Exp2<double> {
 // stays NaN.
 template <class S>
 CK_INLINE Vec<S> vexp2_bounded(Vec<S> x) {
-#if defined(__AVX512DQ__) && CK_VECTOR_BYTES == 64
+#if defined(__AVX512DQ__) && CK_VECTOR_BYTES == 64 && !defined(CK_BASE)
+  // But for kernel sets on top of another one, whose bits are those of any machine.
   if constexpr (sizeof(S) == sizeof(float)) {
     // Of (2^r - 1) / r for r from 0 to 1, as in Exp2: these instructions round down.
     constexpr float kSeries[] = {2.081791463e-4f,  1.2692166492e-3f,  9.6521954983e-3f,

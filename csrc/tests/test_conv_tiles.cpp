@@ -63,7 +63,7 @@ std::vector<float> numbers_of(int64_t n) {
 
 struct Shape {
   int64_t B, T, H, R, K, left, dilation;
-  bool softmax, masked, with_state, with_bias, packed;
+  bool per_position, softmax, renormalize, masked, with_state, with_bias, packed;
   double dropout;
   uint64_t hash;
 };
@@ -79,7 +79,7 @@ struct Case {
     state = 88172645463325252ull;
     x = rows_of(s.B * s.T * C());
     dy = rows_of(s.B * s.T * C());
-    weight = numbers_of(s.H * s.K);
+    weight = numbers_of((s.per_position ? s.B * s.T : 1) * s.H * s.K);
     bias = numbers_of(C());
     for (int64_t n = 0; n < s.B * s.T; ++n) mask[static_cast<size_t>(n)] = draw() % 5 != 0;
     offsets = {0, s.T / 3, s.T / 3, s.T - 5, s.T};
@@ -111,9 +111,13 @@ struct Case {
       p.offsets = offsets.data();
     }
     p.weight = weight.data();
+    p.per_position = s.per_position;
+    p.weight_batch = s.per_position ? s.T * s.H * s.K : 0;
+    p.weight_time = s.per_position ? s.H * s.K : 0;
     p.weight_head = s.K;
     p.weight_tap = 1;
     p.softmax = s.softmax;
+    p.renormalize = s.renormalize;
     p.dropout = s.dropout;
     p.seed = 12345;
     p.parallel_for = parallel;
@@ -169,13 +173,18 @@ Results run(const Kernels& kernels, const Case& c, ck::cpu::ParallelFor parallel
 }
 
 const Shape kShapes[] = {
-    // B, T, H, R, K, left, dilation, softmax, masked, with_state, with_bias, packed, dropout
-    {2, 96, 2, 64, 11, 5, 1, true, false, false, false, false, 0.0, 0xb3dc8d0e2fda70e5},
-    {1, 70, 3, 32, 17, 16, 1, false, true, false, true, false, 0.0, 0xba7693b27092d749},
-    {3, 61, 2, 32, 18, 0, 1, true, false, false, true, false, 0.5, 0xc646ad234da1b7c3},
-    {1, 333, 1, 96, 31, 15, 2, true, true, false, false, false, 0.0, 0x35f982f54a4e3585},
-    {2, 150, 2, 32, 33, 32, 1, false, false, true, true, true, 0.0, 0xe163dc1fa4215786},
-    {1, 129, 2, 32, 15, 42, 3, true, false, true, false, false, 0.0, 0xd37591186da1f809},
+    // B, T, H, R, K, left, dilation, per_position, softmax, renormalize, masked, with_state, with_bias, packed, dropout
+    {2, 96, 2, 64, 11, 5, 1, false, true, false, false, false, false, false, 0.0, 0xb3dc8d0e2fda70e5},
+    {1, 70, 3, 32, 17, 16, 1, false, false, false, true, false, true, false, 0.0, 0xba7693b27092d749},
+    {3, 61, 2, 32, 18, 0, 1, false, true, false, false, false, true, false, 0.5, 0xc646ad234da1b7c3},
+    {1, 333, 1, 96, 31, 15, 2, false, true, false, true, false, false, false, 0.0, 0x35f982f54a4e3585},
+    {2, 150, 2, 32, 33, 32, 1, false, false, false, false, true, true, true, 0.0, 0xe163dc1fa4215786},
+    {1, 129, 2, 32, 15, 42, 3, false, true, false, false, true, false, false, 0.0, 0xd37591186da1f809},
+    {1, 90, 2, 96, 13, 6, 1, false, true, true, true, false, false, false, 0.0, 0xe4f5760d79f97303},
+    {2, 77, 2, 128, 15, 7, 1, true, true, false, false, false, true, false, 0.0, 0x6e31c1bb8fe554f0},
+    {1, 130, 3, 64, 31, 30, 1, true, true, true, false, true, false, true, 0.25, 0x567e89e9385c7803},
+    {1, 101, 1, 96, 33, 32, 2, true, false, false, true, false, false, false, 0.0, 0xf2487ea0ecf34b5b},
+    {2, 48, 2, 128, 17, 3, 1, true, false, false, false, false, false, false, 0.0, 0xe05975f9eea3c0be},
 };
 
 CK_TEST(the_same_bits_everywhere) {
@@ -207,30 +216,37 @@ CK_TEST(close_to_the_portable_kernels) {
 
 // A call whose outputs tell the two ways apart: rows of denormal numbers, which tiles take for zeros.
 CK_TEST(tiles_convolve) {
-  for (const int64_t K : {11, 17, 18, 33}) {
-    Case c({1, 32, 2, 32, K, 5, 1, false, false, false, false, false, 0.0, 0});
-    for (auto* rows : {&c.x, &c.dy}) rows->assign(rows->size(), bf16{0x0040});
-    c.weight.assign(c.weight.size(), 0.5f);
-    const auto zero = [](bf16 x) { return number(x) == 0.0f; };
-    for (const Kernels* kernels : sets_with_tiles()) {
-      const Results found = run(*kernels, c);
-      for (int part = 0; part < 2; ++part)
-        for (const bf16 x : found.rows[part]) CK_TRUE(zero(x));
+  for (const bool per_position : {false, true}) {
+    for (const int64_t K : {11, 17, 18, 33}) {
+      Case c({1, 32, 2, 128, K, 5, 1, per_position, false, false, false, false, false, false, 0.0, 0});
+      for (auto* rows : {&c.x, &c.dy}) rows->assign(rows->size(), bf16{0x0040});
+      c.weight.assign(c.weight.size(), 0.5f);
+      const auto zero = [](bf16 x) { return number(x) == 0.0f; };
+      for (const Kernels* kernels : sets_with_tiles()) {
+        const Results found = run(*kernels, c);
+        for (int part = 0; part < 2; ++part)
+          for (const bf16 x : found.rows[part]) CK_TRUE(zero(x));
+      }
+      for (const bf16 x : run(kernels_of("portable"), c).rows[0]) CK_TRUE(!zero(x));
     }
-    for (const bf16 x : run(kernels_of("portable"), c).rows[0]) CK_TRUE(!zero(x));
   }
 }
 
 // A chain of products of a tile loses each 1 that it adds to 2^24; sums of lanes do not.
 CK_TEST(tiles_correlate) {
-  Case c({1, 32, 1, 32, 17, 0, 1, false, false, false, false, false, 0.0, 0});
-  for (auto* rows : {&c.x, &c.dy}) rows->assign(rows->size(), bf16{0});
-  for (size_t i = 0; i < 32; i += 2) c.x[20 * 32 + i] = c.dy[16 * 32 + i] = exact(i == 0 ? 4096.0f : 1.0f);
-  for (const Kernels* kernels : sets_with_tiles()) {
-    const std::vector<float> found = run(*kernels, c).numbers[0];
-    for (size_t k = 0; k < 17; ++k) CK_EQUAL(found[k], k == 4 ? 0x1p24f : 0.0f);
+  for (const bool per_position : {false, true}) {
+    for (const int64_t K : {15, 18}) {
+      Case c({1, 32, 1, 128, K, 0, 1, per_position, false, false, false, false, false, false, 0.0, 0});
+      for (auto* rows : {&c.x, &c.dy}) rows->assign(rows->size(), bf16{0});
+      for (size_t i = 0; i < 32; i += 2) c.x[20 * 128 + i] = c.dy[16 * 128 + i] = exact(i == 0 ? 4096.0f : 1.0f);
+      const size_t place = static_cast<size_t>(per_position ? 16 * K : 0) + 4;
+      for (const Kernels* kernels : sets_with_tiles()) {
+        const std::vector<float> found = run(*kernels, c).numbers[0];
+        for (size_t i = 0; i < found.size(); ++i) CK_EQUAL(found[i], i == place ? 0x1p24f : 0.0f);
+      }
+      CK_TRUE(run(kernels_of("portable"), c).numbers[0][place] > 0x1p24f);
+    }
   }
-  CK_EQUAL(run(kernels_of("portable"), c).numbers[0][4] > 0x1p24f, true);
 }
 
 // NaN, infinity and numbers at the ends of their types: where they reach, and that no number of threads moves it.
@@ -256,30 +272,32 @@ CK_TEST(special_numbers_reach_what_they_reach_by_vectors) {
 // What tiles would lose beside large numbers: denormal ones in a gradient of filters, filters with denormal terms, and
 // denormal inputs times large filters.
 CK_TEST(nothing_is_lost_to_denormal_numbers) {
-  const Shape shape{1, 64, 2, 32, 31, 15, 1, false, false, false, false, false, 0.0, 0};
-  const auto compare = [](const Case& c) {
-    const std::vector<float> expected = run(kernels_of("portable"), c).all();
-    for (const Kernels* kernels : sets_with_tiles()) {
-      const std::vector<float> found = run(*kernels, c).all();
-      for (size_t i = 0; i < expected.size(); ++i)
-        CK_CLOSE(found[i], expected[i], 0x1p-7 * std::fabs(expected[i]) + 0x1p-110);
-    }
-  };
-  Case c(shape);
-  for (bf16& x : c.x) x = exact(std::fabs(number(x)) * 0x1p100f);
-  for (bf16& x : c.dy) x = {static_cast<uint16_t>(x.bits & 0x7f)};
-  compare(c);
-  c.dy.swap(c.x);
-  compare(c);
-  c = Case(shape);
-  for (auto* rows : {&c.x, &c.dy})
-    for (bf16& x : *rows) x = exact(std::fabs(number(x)) * 0x1p50f);
-  for (float& w : c.weight) w = std::fabs(w) * 0x1p-128f;
-  compare(c);
-  for (auto* rows : {&c.x, &c.dy})
-    for (bf16& x : *rows) x = {static_cast<uint16_t>(x.bits & 0x7f)};
-  for (float& w : c.weight) w = std::fabs(w) * 0x1p122f;
-  compare(c);
+  for (const bool per_position : {false, true}) {
+    const Shape shape{1, 64, 2, 64, 31, 15, 1, per_position, false, false, false, false, false, false, 0.0, 0};
+    const auto compare = [](const Case& c) {
+      const std::vector<float> expected = run(kernels_of("portable"), c).all();
+      for (const Kernels* kernels : sets_with_tiles()) {
+        const std::vector<float> found = run(*kernels, c).all();
+        for (size_t i = 0; i < expected.size(); ++i)
+          CK_CLOSE(found[i], expected[i], 0x1p-7 * std::fabs(expected[i]) + 0x1p-110);
+      }
+    };
+    Case c(shape);
+    for (bf16& x : c.x) x = exact(std::fabs(number(x)) * 0x1p100f);
+    for (bf16& x : c.dy) x = {static_cast<uint16_t>(x.bits & 0x7f)};
+    compare(c);
+    c.dy.swap(c.x);
+    compare(c);
+    c = Case(shape);
+    for (auto* rows : {&c.x, &c.dy})
+      for (bf16& x : *rows) x = exact(std::fabs(number(x)) * 0x1p50f);
+    for (float& w : c.weight) w = std::fabs(w) * 0x1p-128f;
+    compare(c);
+    for (auto* rows : {&c.x, &c.dy})
+      for (bf16& x : *rows) x = {static_cast<uint16_t>(x.bits & 0x7f)};
+    for (float& w : c.weight) w = std::fabs(w) * 0x1p122f;
+    compare(c);
+  }
 }
 
 }  // namespace

@@ -64,22 +64,24 @@ void products(const bf16* a, const bf16* b, int64_t channels, float* over_channe
     }
 }
 
-template <int kSteps>
-bool band_of(const float* values, bf16* to) {
+template <int kVectors>
+bool band_of(const float* values, int64_t steps, bf16* to) {
   static_assert(kBandTerms == kTermsOfBands);
-  Scratch<bf16> made(band_size(kSteps));
-  memset(static_cast<void*>(made.get()), 0, static_cast<size_t>(band_size(kSteps)) * sizeof(bf16));
-  Floats v[2 * kSteps];
-  Words beyond = {};
-  for (int n = 0; n < 2 * kSteps; ++n) beyond |= beyond_terms(v[n] = load_floats(values + 16 * n));
+  Scratch<bf16> made(band_size(steps));
+  memset(static_cast<void*>(made.get()), 0, static_cast<size_t>(band_size(steps)) * sizeof(bf16));
+  Floats v[kVectors];
+  TermRange range;
+  for (int n = 0; n < kVectors; ++n) range.add(v[n] = load_floats(values + 16 * n));
   // Twice, as where a band takes the place of another.
-  for (int64_t i = 0; i < 2 * kBandRows; ++i) write_band_row<kSteps>(v, i % kBandRows, made.get());
+  for (int64_t i = 0; i < 2 * kBandRows; ++i) write_band_row<kVectors>(v, i % kBandRows, steps, made.get());
   for (int64_t term = 0; term < kBandTerms; ++term)
-    memcpy(static_cast<void*>(to + term * 512 * kSteps), made.get() + term * band_term_size(kSteps), 1024 * kSteps);
-  return !any_bit(beyond);
+    memcpy(static_cast<void*>(to + term * 512 * steps), made.get() + term * band_term_size(steps),
+           static_cast<size_t>(1024 * steps));
+  return range.holds(0xffff);
 }
 bool band(const float* values, int64_t taps, bf16* to) {
-  return band_steps(taps) == 1 ? band_of<1>(values, to) : band_of<2>(values, to);
+  const int64_t steps = band_steps(taps);
+  return band_vectors(taps) == 2 ? band_of<2>(values, steps, to) : band_of<4>(values, steps, to);
 }
 
 }  // namespace

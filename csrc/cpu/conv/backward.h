@@ -119,12 +119,12 @@ class BackwardTask {
     const auto out = sink_.template open<kStaged>(s, position, d_, n);
     if (!per_row_) {
       blocks_.convolve(grad, out, n, continues, nullptr, false);
-    } else if constexpr (Blocks::kPositions) {
+    } else {
       window_filters(s, position, n, continues);
       // Output i takes tap K-1-k of the filter that belongs to row i+k of the window.
       if (plan_.aligned) {
-        blocks_.convolve_positions(grad, out, n, {filters_.get() + (K_ - 1) * pitch_, 1 - pitch_, K_ * pitch_}, nullptr,
-                                   false);
+        blocks_.convolve_positions(grad, out, n, continues,
+                                   {filters_.get() + (K_ - 1) * pitch_, 1 - pitch_, K_ * pitch_}, nullptr, false);
       } else if constexpr (Blocks::kAnyHeads) {
         const int64_t row = K_ * width_;
         blocks_.convolve_position_channels(grad, out, n, {expanded_.get() + (K_ - 1) * width_, row, row - width_},
@@ -167,10 +167,8 @@ class BackwardTask {
     if (bias_sum_ != nullptr) add_bias(grad, n);
     if (!need_filter_) return;
     const auto in = input_.template move<kStaged>(s, position, n, continues);
-    if (!per_row_)
-      blocks_.correlate(in, grad, n, continues, filter_sum_);
-    else if constexpr (Blocks::kPositions)
-      position_gradients(s, position, n, in, grad);
+    if (per_row_) return position_gradients(s, position, n, continues, in, grad);
+    blocks_.correlate(in, grad, n, continues, filter_sum_);
   }
 
   void add_bias(const Elem* const* grad, int64_t n) {
@@ -189,11 +187,11 @@ class BackwardTask {
   }
 
   // d(filters), through the softmax, to d(weight) or, if all positions share the weight, to the sums.
-  void position_gradients(const Sequence& s, int64_t position, int64_t n, const Elem* const* in,
+  void position_gradients(const Sequence& s, int64_t position, int64_t n, bool continues, const Elem* const* in,
                           const Elem* const* grad) {
     C* const dots = dots_.get();
     if (plan_.aligned) {
-      blocks_.correlate_positions(in, grad, n, dots, kMaxRows);
+      blocks_.correlate_positions(in, grad, n, continues, dots, kMaxRows);
     } else {
       memset(static_cast<void*>(dots), 0, static_cast<size_t>(table_rows() * kMaxRows) * sizeof(C));
       for (int64_t i = 0; i < n; ++i)

@@ -141,9 +141,8 @@ class VectorBlocks {
   using Elem = typename Src::Elem;
   using Filters = SharedFilters<T>;
   using OfConverted = VectorBlocks<T, true>;
-  // Also filters that depend on the position, and heads that do not cover whole units.
-  static constexpr bool kStaged = kConverted, kPositions = true, kAnyHeads = true;
-  static constexpr int64_t kBlockRows = 64;  // of the forward pass, with filters that rows share
+  static constexpr bool kStaged = kConverted, kAnyHeads = true;  // also heads that do not cover whole units
+  static constexpr int64_t kBlockRows = 64;                      // of the forward pass, with filters that rows share
   // That are looked at behind a window, and where the next block is asked for.
   static constexpr int64_t rows_behind(bool block_ahead) { return block_ahead ? kBlockMargin : kMargin; }
 
@@ -169,7 +168,7 @@ class VectorBlocks {
   }
   // With filters that depend on the position, where heads cover whole units; and where they do not, with filters
   // expanded to channels.
-  void convolve_positions(const Elem* const* in, Elem* const* out, int64_t n, const PositionTaps<C>& filters,
+  void convolve_positions(const Elem* const* in, Elem* const* out, int64_t n, bool, const PositionTaps<C>& filters,
                           const C* bias, bool stream) {
     Convolve<Src, PositionTaps<C>>::rows(in, out, n, K_, units_, units_per_head_, filters, bias, stream);
   }
@@ -195,7 +194,7 @@ class VectorBlocks {
   void finish(C*) {}
 
   // The gradient of filters that depend on the position, of heads that cover whole units: columns of a table.
-  void correlate_positions(const Elem* const* in, const Elem* const* grad, int64_t n, C* dots, int64_t pitch) {
+  void correlate_positions(const Elem* const* in, const Elem* const* grad, int64_t n, bool, C* dots, int64_t pitch) {
     for (int64_t h = 0; h < heads_; ++h) {
       const int64_t first = h * units_per_head_, last = first + units_per_head_;
       for (int64_t i = 0; i < n; i += kDotRows) {

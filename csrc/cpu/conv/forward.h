@@ -79,10 +79,10 @@ inline void forward_task(const ConvForward& p, const ChannelPlan& plan, const Ch
       const auto out = staged_sink.template open<kStaged>(s, position, d, n);
       if (shared != nullptr) {
         blocks.convolve(in, out, n, continues, bias_row, stream);
-      } else if constexpr (Blocks::kPositions) {
+      } else {
         make_position_filters<C>({p, s, position, d, n, h0, h1}, filters.get(), nullptr, pitch);
         if (plan.aligned) {
-          blocks.convolve_positions(in, out, n, {filters.get(), pitch, K * pitch}, bias_row, stream);
+          blocks.convolve_positions(in, out, n, continues, {filters.get(), pitch, K * pitch}, bias_row, stream);
         } else if constexpr (Blocks::kAnyHeads) {
           const int64_t row = K * width;
           for (int64_t i = 0; i < n; ++i)

@@ -24,26 +24,40 @@ CK_INLINE int64_t band_size(int64_t steps) { return kBandTerms * band_term_size(
 
 // Values that three terms hold to the last bit: 0, and those whose last bit is a normal number. Others would lose more
 // than the `tiny` of the bounds, next to large inputs; and so would denormal inputs next to values that are larger.
-CK_INLINE Words beyond_terms(Floats value) {
-  constexpr uint32_t kLeast = (127 - 100) << 23, kMost = (127 + 9) << 23;
-  const Words magnitude = (Words)value & 0x7fffffffu;
-  return (Words)(magnitude - kLeast > kMost - kLeast) & (Words)(magnitude != Words{});
-}
+class TermRange {
+ public:
+  CK_INLINE void add(Floats value) {
+    const Words magnitude = (Words)value & 0x7fffffffu, below = magnitude - 1;  // 0 is the greatest
+    most_ = magnitude > most_ ? magnitude : most_;
+    least_ = below < least_ ? below : least_;
+  }
+  // Whether that is all of those in the lanes of a mask.
+  CK_INLINE bool holds(uint32_t lanes) const {
+    constexpr uint32_t kLeast = (127 - 100) << 23, kMost = (127 + 9) << 23;
+    return !any_bit(keep_lanes(lanes, (Words)(most_ > kMost) | (Words)(least_ < kLeast - 1)));
+  }
 
-// Writes row i of a band whose memory held zeros, or a band of as many taps. values: 32 * kSteps, zeros behind the last
-// tap. Rows are written in ascending order: what stands behind the end of a row are zeros of the next.
-template <int kSteps>
-CK_INLINE void write_band_row(const Floats* values, int64_t i, bf16* band) {
-  Floats rest[2 * kSteps];
-  CK_UNROLL for (int v = 0; v < 2 * kSteps; ++v) rest[v] = values[v];
+ private:
+  Words most_ = {}, least_ = ~Words{};
+};
+
+// Vectors of a row of a filter: 32 taps, or more.
+CK_INLINE constexpr int band_vectors(int64_t taps) { return taps <= 32 ? 2 : 4; }
+
+// Writes row i of a band of `steps` steps, whose memory held zeros, or a band of as many taps. values: zeros behind the
+// last tap. Rows are written in ascending order: what stands behind the end of a row are zeros of the next.
+template <int kVectors>
+CK_INLINE void write_band_row(const Floats* values, int64_t i, int64_t steps, bf16* band) {
+  Floats rest[kVectors];
+  CK_UNROLL for (int v = 0; v < kVectors; ++v) rest[v] = values[v];
   CK_UNROLL for (int term = 0; term < kBandTerms; ++term) {
-    Floats upper[2 * kSteps];
-    CK_UNROLL for (int v = 0; v < 2 * kSteps; ++v) {
-      upper[v] = (Floats)(rounded(rest[v]) & 0xffff0000u);
+    Floats upper[kVectors];
+    CK_UNROLL for (int v = 0; v < kVectors; ++v) {
+      upper[v] = term < kBandTerms - 1 ? (Floats)(rounded(rest[v]) & 0xffff0000u) : rest[v];
       rest[v] -= upper[v];
     }
-    bf16* const to = band + term * band_term_size(kSteps) + i * (32 * kSteps + 1);
-    CK_UNROLL for (int s = 0; s < kSteps; ++s) store_bytes(to + 32 * s, to_bf16(upper[2 * s], upper[2 * s + 1]));
+    bf16* const to = band + term * band_term_size(steps) + i * (32 * steps + 1);
+    CK_UNROLL for (int v = 0; v < kVectors; v += 2) store_bytes(to + 16 * v, to_bf16(upper[v], upper[v + 1]));
   }
 }
 
@@ -71,7 +85,8 @@ class SharedBands : public SharedFilters<bf16> {
         whole_(p.heads) {
     memset(static_cast<void*>(bands_.get()), 0, static_cast<size_t>(p.heads * band_size(steps_)) * sizeof(bf16));
     parallel(p, p.heads, shared_filters_worth_threads(p), [&](int64_t begin, int64_t end) {
-      for (int64_t h = begin; h < end; ++h) steps_ == 1 ? make_band<1>(p, h) : make_band<2>(p, h);
+      for (int64_t h = begin; h < end; ++h)
+        band_vectors(p.taps.taps) == 2 ? make_band<2>(p.taps.taps, h) : make_band<4>(p.taps.taps, h);
     });
   }
 
@@ -79,20 +94,63 @@ class SharedBands : public SharedFilters<bf16> {
   const bf16* band(int64_t h) const { return whole_[h] ? bands_.get() + h * band_size(steps_) : nullptr; }
 
  private:
-  template <int kSteps>
-  void make_band(const ConvProblem& p, int64_t h) {
+  template <int kVectors>
+  void make_band(int64_t taps, int64_t h) {
     const SharedTaps<float> filter = of_heads(h);
-    Floats values[2 * kSteps] = {};
-    for (int64_t k = 0; k < p.taps.taps; ++k) values[k / 16][k % 16] = filter.base[k * filter.tap];
-    Words beyond = {};
-    for (const Floats& v : values) beyond |= beyond_terms(v);
-    whole_[h] = !any_bit(beyond);
-    for (int64_t i = 0; i < kBandRows; ++i) write_band_row<kSteps>(values, i, bands_.get() + h * band_size(kSteps));
+    Floats values[kVectors] = {};
+    for (int64_t k = 0; k < taps; ++k) values[k / 16][k % 16] = filter.base[k * filter.tap];
+    TermRange range;
+    for (const Floats& v : values) range.add(v);
+    whole_[h] = range.holds(0xffff);
+    for (int64_t i = 0; i < kBandRows; ++i)
+      write_band_row<kVectors>(values, i, steps_, bands_.get() + h * band_size(steps_));
   }
 
   const int64_t steps_;
   Scratch<bf16> bands_;
   Scratch<bool> whole_;
+};
+
+// A band of filters that depend on the position, and the next one in its place.
+class PositionBand {
+ public:
+  // wanted: whether any will be made.
+  PositionBand(int64_t taps, bool wanted) : taps_(taps), band_(wanted ? band_size(band_steps(taps)) : 0) {
+    if (wanted) memset(static_cast<void*>(band_.get()), 0, static_cast<size_t>(band_size(band_steps(taps))) * 2);
+  }
+
+  // The band of n rows of a head; nullptr where they cannot be one.
+  const bf16* make(const PositionTaps<float>& filter, int64_t n) const {
+    return (band_vectors(taps_) == 2 ? write<2>(filter, n) : write<4>(filter, n)) ? band_.get() : nullptr;
+  }
+
+ private:
+  // Taps of 16 positions are turned to 16 taps of a position. The last tap stands in for those behind it until then.
+  template <int kVectors>
+  bool write(const PositionTaps<float>& filter, int64_t n) const {
+    const int64_t taps = taps_, steps = band_steps(taps);
+    Floats values[kVectors][16];
+    TermRange range;
+    CK_UNROLL for (int v = 0; v < kVectors; ++v) {
+      CK_UNROLL for (int k = 0; k < 16; ++k) {
+        values[v][k] = load_floats(filter.base + min(16 * v + k, taps - 1) * filter.tap);
+        range.add(values[v][k]);
+      }
+      transpose<float>(values[v]);
+    }
+    for (int64_t i = 0; i < kBandRows; ++i) {
+      Floats row[kVectors];
+      CK_UNROLL for (int v = 0; v < kVectors; ++v) {
+        const int64_t inside = max(0, min(16, taps - 16 * v));
+        row[v] = keep_lanes((1u << inside) - 1, values[v][i]);
+      }
+      write_band_row<kVectors>(row, i, steps, band_.get());
+    }
+    return range.holds((1u << n) - 1);
+  }
+
+  const int64_t taps_;
+  Scratch<bf16> band_;
 };
 
 }  // namespace ck::cpu::CK_ISA

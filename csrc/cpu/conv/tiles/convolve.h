@@ -27,7 +27,8 @@ class BandConvolution {
         ring_(units, kMostChunks, 2 * steps_ - 1, true),
         sums_(units > 0 ? 2 * kMostChunks * kChunkSize : 0) {}
 
-  // n rows. `band(h)` gives the band of a head of the block, or nullptr where vectors compute it, by `filter`.
+  // n rows. `band(h)` gives the band of a head of the block, or nullptr where vectors compute it, by `filter`. Each
+  // is asked for once that of the head before is in tiles.
   template <class Filter, class BandOf>
   void rows(const bf16* const* in, bf16* const* out, int64_t n, bool continues, const Filter& filter,
             const BandOf& band, const float* bias, bool stream) {
@@ -51,18 +52,21 @@ class BandConvolution {
   // stored.
   template <int kSteps, class Filter, class BandOf>
   CK_INLINE void walk(const Rows& r, const Filter& filter, const BandOf& band_of) {
+    const bf16* next = band_of(0);
     bool banded = false;
     int64_t head = 0;
     pair_rows(r.in, 0);
     for (int64_t unit = 0; unit <= units_; ++unit) {
       const bool was_banded = banded;
       if (unit < units_) {
-        if (unit == head * units_per_head_) {
-          const bf16* const band = band_of(head++);
-          banded = band != nullptr;
-          if (banded) load_band<kSteps>(machine_, band);
+        const bool begins = unit == head * units_per_head_;
+        if (begins) {
+          banded = next != nullptr;
+          if (banded) load_band<kSteps>(machine_, next);
+          ++head;
         }
         if (banded) multiply<kSteps>(unit, r.bias);
+        if (begins && unit + units_per_head_ < units_) next = band_of(head);
         if (unit + 1 < units_) pair_rows(r.in, unit + 1);
       }
       if (unit > 0) store(r, unit - 1, was_banded, filter);

@@ -12,7 +12,11 @@ class Ring {
  public:
   // most: chunks of outputs of a block. halo: chunks that their window has more. pairs: chunks are read with the next.
   Ring(int64_t units, int64_t most, int64_t halo, bool pairs)
-      : slots_(most + halo), halo_(halo), pairs_(pairs), chunks_(units * (slots_ + 1) * kChunkSize) {}
+      : slots_(most + halo),
+        halo_(halo),
+        pairs_(pairs),
+        memory_(slots_ + (pairs ? 1 : 0)),
+        chunks_(units * memory_ * kChunkSize) {}
 
   // A window for n chunks of outputs. continues: after those of the call before.
   void move(int64_t n, bool continues) {
@@ -40,10 +44,11 @@ class Ring {
 
  private:
   static constexpr int64_t kMostSlots = 5;
-  bf16* at(int64_t unit, int64_t slot) const { return chunks_.get() + (unit * (slots_ + 1) + slot) * kChunkSize; }
+  bf16* at(int64_t unit, int64_t slot) const { return chunks_.get() + (unit * memory_ + slot) * kChunkSize; }
 
   const int64_t slots_, halo_;
   const bool pairs_;
+  const int64_t memory_;  // slots, and with pairs the first one again behind the last
   int64_t slot_[kMostSlots], outputs_ = 0, missing_ = 0;
   Scratch<bf16> chunks_;
 };

@@ -6,6 +6,7 @@
 namespace ck::cpu::CK_ISA {
 
 template struct Convolve<Lanes<bf16>, SharedTaps<float>>;
+template struct Convolve<Lanes<bf16>, PositionTaps<float>>;
 template struct Correlate<Lanes<bf16>>;
 
 }  // namespace ck::cpu::CK_ISA
