@@ -128,7 +128,7 @@ class Mutants:
         if work.exists():
             shutil.rmtree(work)
         skip = shutil.ignore_patterns("_native", "__pycache__", "*.so")
-        for name in ("convkernels", "tests", "csrc"):
+        for name in ("convkernels", "tests", "benchmarks", "csrc"):
             shutil.copytree(ROOT / name, work / name, ignore=skip)
         shutil.copy(ROOT / "pyproject.toml", work)
         objects = dict(self.shared)

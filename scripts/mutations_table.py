@@ -14,6 +14,7 @@ TESTS = [
     "tests/test_golden.py",
     "tests/test_attention_fuzz.py",
     "tests/test_attention_blocks.py",
+    "tests/test_attention_costs.py",
     "tests/test_attention_fragments.py",
     "tests/test_attention_hidden.py",
     "tests/test_attention_range.py",
@@ -173,6 +174,24 @@ CPU_MUTATIONS = [
         "csrc/cpu/attention/forward.h",
         "sum_[r] = sum_[r] * factor + sum;",
         "sum_[r] = sum_[r] + sum;",
+    ),
+    Mutation(
+        "attention: delta on tiles from the rounded result",
+        "csrc/cpu/attention/tiles/backward.h",
+        "if (depthwise_.exists() || key_terms_.exists()) find_delta(i);",
+        "if (depthwise_.exists()) find_delta(i);",
+    ),
+    Mutation(
+        "attention: last part of a table on tiles left out",
+        "csrc/cpu/attention/tiles/data.h",
+        "parts_(table.dtype == Dtype::kBFloat16 ? 1 : 3)",
+        "parts_(table.dtype == Dtype::kBFloat16 ? 1 : 2)",
+    ),
+    Mutation(
+        "attention: last part of gradients of scores on tiles left out",
+        "csrc/cpu/attention/tiles/column_products.h",
+        "kParts = 3,",
+        "kParts = 2,",
     ),
     Mutation(
         "attention: exponentials of large scores taken as they are",
