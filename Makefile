@@ -25,7 +25,7 @@ test test-fast asan interpreted simulated counters models-oldest: export OMP_NUM
 # Without it Triton 3.9 warns at every compilation that a default will change.
 test test-fast interpreted: export TRITON_DEFAULT_FP_FUSION = 1
 
-.PHONY: help install build cpu simt-build counted-build bench test test-full test-fast lint format ctest abi asan interpreted simulated counters mutants cross \
+.PHONY: help install build cpu simt-build counted-build bench bench-cpu test test-full test-fast lint format ctest abi asan interpreted simulated counters mutants cross \
         models-oldest \
         gpu-build gpu-run gpu-smoke gpu-test gpu-sanitize gpu-bench gpu-rehearsal rehearsed-steps clean
 .NOTPARALLEL:
@@ -34,6 +34,7 @@ help:
 	@echo "make install    create .venv with everything needed to run and test, and build in place"
 	@echo "make cpu        compile the CPU kernels alone (simt-build: the simulated CUDA kernels), without nvcc"
 	@echo "make bench      the main job: measure, write tables and plots to $(RESULTS)/"
+	@echo "make bench-cpu  where this machine's CPU kernels stand to their goals: $(RESULTS)/cpu/, some minutes"
 	@echo "make test       lint, C++ tests, library checks, sanitizers, all Python tests (what CI runs)"
 	@echo "make test-full  the same with every case, for hours"
 	@echo "make test-fast  the Python and C++ tests that are quick"
@@ -120,6 +121,12 @@ bench: $(RUNNABLE) $(VENV)/.hf
 	$(BIN)/python -m benchmarks bench --output $(RESULTS) --suite models --models seq2seq --layers 2 --tokens 512 \
 	    --lengths 64,1024 --seconds 0.3
 	@echo "Plots:" && find $(RESULTS) -name '*.png' | sort
+
+# What the CPU kernels are to reach, by the best set of them that this processor has and by that for AVX2, in two threads,
+# after a check that they compute what they should.
+bench-cpu: $(NATIVE)/$(if $(wildcard $(NATIVE)/.built),.built,.cpu)
+	$(BIN)/python -m convkernels check --backend cpu
+	$(BIN)/python -m benchmarks.bench_cpu --output $(RESULTS)/cpu
 
 # Checks
 

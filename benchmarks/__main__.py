@@ -1,5 +1,9 @@
 import sys
 
-from benchmarks.cli import main
+from benchmarks import cores
 
-sys.exit(main())
+if __name__ == "__main__":
+    cores.bind()
+    from benchmarks.cli import main
+
+    sys.exit(main())

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import convkernels
-from benchmarks import timing
+from benchmarks import cores, timing
 from benchmarks.options import FLOATS, OPTIONS, PREPARE, check
 from benchmarks.store import Store, is_section, read, understood, writable_folder
 from benchmarks.suites.models_tables import SHAPES, SIZES
@@ -48,13 +48,16 @@ def bench(arguments: argparse.Namespace) -> int:
     if plotted:
         need("matplotlib", "plotting (--no-plots does without it)")
     if arguments.threads:
-        cpus = len(timing.own_cpus())
+        cpus = len(cores.own())
         if arguments.threads > cpus:
             raise Mistake(f"--threads {arguments.threads}: this process has {cpus} CPUs")
         torch.set_num_threads(arguments.threads)
+    if arguments.device.type != "cpu":
+        cores.release()
     tables, suite = PREPARE[name](arguments, arguments.device)
     backend = arguments.backend or "auto"
-    empty = suite.section()
+    timing.counts.clear()
+    empty = _recorded(suite.section())
     path = arguments.output / f"{environment.file_stem(empty['environment'])}.json"
     store = Store(path, name if backend == "auto" else f"{name} {backend}", empty, arguments.overwrite)
     reasons = convkernels.why_not("cpu") if arguments.device.type == "cpu" and backend == "auto" else []
@@ -65,7 +68,7 @@ def bench(arguments: argparse.Namespace) -> int:
         )
     busy, interrupted, no_memory = _disturbance(arguments.device), False, ""
     try:
-        suite.run(store.save)
+        suite.run(lambda section: store.save(_recorded(section)))
         busy = max(busy, _disturbance(arguments.device))
     except KeyboardInterrupt:
         interrupted = True
@@ -74,7 +77,7 @@ def bench(arguments: argparse.Namespace) -> int:
         if not known and not any(sign in str(error) for sign in ("can't allocate", "size calculation overflowed")):
             raise
         no_memory = f"there is not enough memory for these sizes: {str(error).strip().splitlines()[-1]}"
-    section = suite.section()
+    section = _recorded(suite.section())
     if busy:
         section["environment"]["busy_cpus"] = round(busy, 1)
     errors = [*section.get("errors", ()), *filter(None, [no_memory])]
@@ -85,6 +88,11 @@ def bench(arguments: argparse.Namespace) -> int:
         print("bench: interrupted before anything was measured", file=sys.stderr)
         return INTERRUPTED
     tables.print_tables(section)
+    counts = timing.counts
+    if counts[timing.LEFT_OUT]:
+        say(f"left out, as a thread waited for a core: {counts[timing.LEFT_OUT]} of {counts[timing.TIMED]} repeats")
+    if counts[timing.DISTURBED]:
+        say(f"times with too few other repeats, which count them: {counts[timing.DISTURBED]}")
     store.save(section)
     if store.error:
         print(f"bench: {path} could not be written: {store.error}", file=sys.stderr)
@@ -100,9 +108,18 @@ def bench(arguments: argparse.Namespace) -> int:
     return INTERRUPTED if interrupted else 1 if errors else 0
 
 
+def _recorded(section: dict[str, Any]) -> dict[str, Any]:
+    """The section, with what is known of the cores that its threads had."""
+    if section["environment"]["device_type"] != "cpu":
+        return section
+    counts = {name: timing.counts[name] for name in (timing.TIMED, timing.LEFT_OUT, timing.DISTURBED)}
+    section["environment"] |= {"binding": cores.binding(), "samples": counts}
+    return section
+
+
 def _disturbance(device: torch.device) -> float:
     """The CPUs that other processes keep busy, with a warning, where that leaves too few for the threads; else 0."""
-    threads, cpus = torch.get_num_threads(), len(timing.own_cpus())
+    threads, cpus = torch.get_num_threads(), len(cores.own())
     busy = timing.busy_cpus() if device.type == "cpu" else 0.0
     if busy < max(0.5, cpus - threads + 0.5):
         return 0.0
@@ -191,7 +208,7 @@ def parser() -> argparse.ArgumentParser:
         choices=tuple(OPTIONS),
         default="sweep",
         help="speed against length of convolutions, of attention, or of training steps of whole models; the target "
-        "table; or the fraction of memory speed on tensors of 64 MB and more",
+        "table; the goals of the CPU kernels in use; or the fraction of memory speed on tensors of 64 MB and more",
     )
     add(
         "--backend",
@@ -228,7 +245,7 @@ def parser() -> argparse.ArgumentParser:
         "--seconds",
         type=_seconds,
         help="time for timed repeats, of the whole sweep (default: 10) or of each group of another suite (attention 6, "
-        "acceptance 1, streaming 1, models 10)",
+        "acceptance 1, cpu 1, streaming 1, models 10)",
     )
     add(
         "--slow-call",

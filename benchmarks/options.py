@@ -21,6 +21,7 @@ OPTIONS = {
     "attention": {"lengths", "max_length", "dtypes", "channels", "heads", "batch", "backend", "slow_call", "stop_call",
                   "no_plots"},
     "acceptance": {"lengths", "max_length", "dtypes", "slow_call"},
+    "cpu": {"lengths", "dtypes"},
     "streaming": {"lengths", "batch", "backend"},
     "models": {"lengths", "max_length", "dtypes", "tokens", "models", "size", "layers", "all_peers", "backend",
                "slow_call", "stop_call", "no_plots"},
@@ -117,6 +118,22 @@ def _acceptance(arguments: argparse.Namespace, device: torch.device) -> tuple:
     return acceptance_tables, acceptance.Acceptance(settings, device)
 
 
+def _cpu(arguments: argparse.Namespace, device: torch.device) -> tuple:
+    from benchmarks.suites import cpu, cpu_tables
+
+    if device.type != "cpu":
+        raise Mistake(f"--device {device}: the goals of the suite cpu are for the device cpu")
+    if reasons := convkernels.why_not("cpu", op="attention_grad", dtype=torch.bfloat16):
+        raise Mistake(f"no CPU kernels to measure: {'; '.join(reasons)}; `make bench-cpu` compiles them")
+    for option, known in (("lengths", cpu_tables.LENGTHS), ("dtypes", cpu_tables.DTYPES)):
+        unknown = [str(value) for value in getattr(arguments, option) or () if value not in known]
+        if unknown:
+            raise Mistake(f"--{option} {','.join(unknown)}: the goals are for {', '.join(map(str, known))}")
+    given = {option: tuple(getattr(arguments, option) or getattr(cpu.Settings, option)) for option in OPTIONS["cpu"]}
+    settings = _settings(cpu.Settings, arguments, compiled=arguments.compile_seconds != 0, **given)
+    return cpu_tables, cpu.Suite(settings, device)
+
+
 def _streaming(arguments: argparse.Namespace, device: torch.device) -> tuple:
     from benchmarks.suites import streaming
 
@@ -155,5 +172,5 @@ def _models(arguments: argparse.Namespace, device: torch.device) -> tuple:
     return models_tables, models.Suite(settings, device)
 
 
-PREPARE = {"acceptance": _acceptance, "attention": _attention, "models": _models, "streaming": _streaming,
-           "sweep": _sweep}  # fmt: skip
+PREPARE = {"acceptance": _acceptance, "attention": _attention, "cpu": _cpu, "models": _models,
+           "streaming": _streaming, "sweep": _sweep}  # fmt: skip

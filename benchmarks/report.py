@@ -1,18 +1,21 @@
-"""Writes docs/results.md, all of it, from the results in benchmarks/results: python -m benchmarks.report
+"""Writes docs/results.md, all of it, from the results in benchmarks/results: python -m benchmarks.report [FILE ...]
 
-Those are what `bench --suite acceptance`, `--suite attention` and `--suite models` leave on a CPU, and `--suite
-streaming`, `--suite attention` and `--suite models` on a GPU with `--backend cuda` and `--backend triton`, each with
-`--output benchmarks/results`.
+Files that are named are put there first, each suite in them in the place of the same suite of the same machine. The
+results are what `make bench-cpu` and `bench --suite acceptance`, `--suite attention` and `--suite models` leave on a
+CPU, and `--suite streaming`, `--suite attention` and `--suite models` on a GPU with `--backend cuda` and `--backend
+triton`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import store
 from benchmarks.suites import (
     BACKWARD,
     BOTH,
@@ -21,12 +24,13 @@ from benchmarks.suites import (
     OURS,
     acceptance_tables,
     attention_tables,
+    cpu_tables,
     models_tables,
     streaming,
 )
 from benchmarks.suites.attention_tables import COMPOSITE, PLAIN
 from convkernels.cli import environment
-from convkernels.cli.console import markdown_table, quantity
+from convkernels.cli.console import Mistake, guarded, markdown_table, quantity
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
@@ -155,6 +159,8 @@ def aims(content: dict[str, dict]) -> Iterator[str]:
         yield f"Convolutions; values for H = {heads} (dynamic: H = {HEADS}), all of which have to pass:"
         yield markdown_table(acceptance_tables.TARGET_COLUMNS, acceptance_tables.target_rows(section))
         yield markdown_table(acceptance_tables.OVERHEAD_COLUMNS, acceptance_tables.overhead_rows(section))
+    if "cpu" in content:
+        yield from goals(content["cpu"])
     for name, section in of_backends(content, "streaming").items():
         met = sum(streaming.fraction(r) >= r["target"] for r in section["records"])
         bounds = sorted(r["target"] for r in section["records"])
@@ -172,6 +178,13 @@ def aims(content: dict[str, dict]) -> Iterator[str]:
             yield markdown_table(*rows)
         yield markdown_table(*models_tables.crossover_rows(section))
         yield from (f"Note: {note}." for note in section["notes"])
+
+
+def goals(section: dict[str, Any]) -> Iterator[str]:
+    """Goals of the CPU kernels, and where this machine stands with the kernels in use."""
+    yield f"Kernels, `make bench-cpu`, {environment.title(section['environment'])}:"
+    yield markdown_table(cpu_tables.COLUMNS, cpu_tables.rows(section))
+    yield "\n".join(f"* {note}" for note in cpu_tables.notes(section))
 
 
 def sections(content: dict[str, dict], suite: str) -> dict[str, dict]:
@@ -201,11 +214,35 @@ def times(content: dict[str, dict]) -> Iterator[str]:
 
 def page() -> str:
     contents = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"), reverse=True)]
-    parts = [HEAD.rstrip("\n"), *(part for content in contents for part in times(content)), "## Targets"]
+    timed = [content for content in contents if content.keys() - {"cpu"}]
+    parts = [HEAD.rstrip("\n"), *(part for content in timed for part in times(content)), "## Targets"]
     return "\n\n".join([*parts, *(part for content in contents for part in aims(content))]) + "\n"
 
 
+def take(path: Path) -> None:
+    """Put a file of results among those that the page is made of."""
+    content = store.read(path)
+    if not content or not all(map(store.is_section, content.values())):
+        raise Mistake(f"{path}: expected a results file, with measurements in it")
+    target = RESULTS / path.name
+    kept = store.read(target) if target.exists() else {}
+    store.write(target, store.dumps(kept | content))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="results to put into benchmarks/results")
+    files = parser.parse_args(arguments).files
+
+    def write() -> int:
+        for path in files:
+            take(path)
+        PAGE.write_text(page())
+        print(f"wrote {PAGE}")
+        return 0
+
+    return guarded("report", write)
+
+
 if __name__ == "__main__":
-    argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__).parse_args()
-    PAGE.write_text(page())
-    print(f"wrote {PAGE}")
+    sys.exit(main())

@@ -20,7 +20,7 @@ REMARKS = ("notes", "skipped", "failures", "errors")
 COVERED = ("lengths", "dtypes", "padding")
 # What it says of each model; runs that are put together may be of different ones.
 EACH = ("shapes",)
-INCIDENTAL = ("platform", "busy_cpus", "date")
+INCIDENTAL = ("platform", "busy_cpus", "date", "samples", "chosen")
 
 
 @contextlib.contextmanager

@@ -1,9 +1,10 @@
 """Times, memory and FLOPs of callables, measured the same way on every device.
 
 Times are medians of repeats that are interleaved in one process, so that a change of clock or load meets every
-callable alike. On a CPU the caches hold what the callable before left there. On a GPU the L2 cache is overwritten
-before every repeat and the time is that between two events, the work between which the host has enqueued before the
-device comes to the first.
+callable alike. On a CPU the caches hold what the callable before left there, and repeats in which a thread waited for
+a core are left out: it shared one with another thread or process. On a GPU the L2 cache is overwritten before every
+repeat and the time is that between two events, the work between which the host has enqueued before the device comes to
+the first.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import platform
 import random
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -23,6 +25,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_backward_flop_count, sdpa_flop_count
+
+from benchmarks import cores
 
 WARMUP = 5
 WARMUP_SECONDS = 0.5
@@ -32,11 +36,19 @@ FLUSH_BYTES = 256 << 20
 # About 1 ms on a GPU of 2 GHz, per call that is timed, up to about 50 ms.
 SLEEP_CYCLES = 2_000_000
 MAX_SLEEP_CYCLES = 100_000_000
+# Of a repeat: less than threads wait that are woken on an idle core, far less than a turn of another process there.
+MAX_WAITED = 0.02
+TIMED, LEFT_OUT, DISTURBED = "timed", "left_out", "disturbed"
+# Of all that this process has timed: the repeats, those left out, and the callables that had too few others.
+counts: Counter[str] = Counter()
 
 
 @dataclass(frozen=True)
 class Timing:
     """Median and quartiles in seconds of one call. `slow` marks a callable that was not repeated.
+
+    CPU: `left_out` counts repeats in which a thread waited for a core; `disturbed` marks a callable that had too few
+    others, so that they all count.
 
     GPU: `host` is what the host takes to enqueue a call (median), and `host_bound` marks a callable that the host could
     not enqueue ahead in most repeats, so that the time may be the host's.
@@ -49,14 +61,17 @@ class Timing:
     slow: bool = False
     host: float | None = None
     host_bound: bool = False
+    left_out: int = 0
+    disturbed: bool = False
 
 
 class Sample(NamedTuple):
-    """Seconds of one call, and as in `Timing` what the host did meanwhile."""
+    """Seconds of one call, and as in `Timing` what the host did meanwhile, and whether a thread waited for a core."""
 
     seconds: float
     host: float | None = None
     host_bound: bool = False
+    waited: bool = False
 
 
 def _host_seconds(fn: Callable[[], object], calls: int) -> float:
@@ -68,7 +83,9 @@ def _host_seconds(fn: Callable[[], object], calls: int) -> float:
 
 class CpuClock:
     def sample(self, fn: Callable[[], object], calls: int = 1) -> Sample:
-        return Sample(_host_seconds(fn, calls) / calls)
+        before = cores.waited()
+        seconds = _host_seconds(fn, calls)
+        return Sample(seconds / calls, waited=cores.waited() - before > MAX_WAITED * seconds)
 
 
 class CudaClock:
@@ -109,11 +126,17 @@ def clock_for(device: torch.device) -> Clock:
 
 
 def _summary(samples: list[Sample], slow: bool = False) -> Timing:
+    alone = [s for s in samples if not s.waited]
+    disturbed = len(alone) < min(MIN_REPEATS, len(samples))
+    left_out = 0 if disturbed else len(samples) - len(alone)
+    counts.update({TIMED: len(samples), LEFT_OUT: left_out, DISTURBED: disturbed})
+    samples = samples if disturbed else alone
     seconds = [s.seconds for s in samples]
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
     hosts = [s.host for s in samples if s.host is not None]
     host = statistics.median(hosts) if hosts else None
-    return Timing(median, low, high, len(samples), slow, host, 2 * sum(s.host_bound for s in samples) > len(samples))
+    host_bound = 2 * sum(s.host_bound for s in samples) > len(samples)
+    return Timing(median, low, high, len(samples), slow, host, host_bound, left_out, disturbed)
 
 
 def _warm_up(fn: Callable[[], object], clock: Clock, calls: int, slow_s: float) -> list[Sample]:
@@ -194,14 +217,9 @@ def _process_status(key: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key + ":"))
 
 
-def own_cpus() -> set[int]:
-    """The CPUs that this process may use."""
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-
-
 def _cpu_seconds() -> tuple[float, float]:
     """Busy and all seconds, since the machine started, of the CPUs that this process may use."""
-    mine = {f"cpu{n}" for n in own_cpus()}
+    mine = {f"cpu{n}" for n in cores.own()}
     with open("/proc/stat") as status:
         lines = [line.split() for line in status]
     ticks = [[int(n) for n in line[1:9]] for line in lines if line[0] in mine]  # user nice system idle iowait ...
@@ -215,7 +233,7 @@ def busy_cpus(seconds: float = 0.2) -> float:
         before = _cpu_seconds()
         time.sleep(seconds)
         busy, total = (after - b for after, b in zip(_cpu_seconds(), before, strict=True))
-        return busy / total * len(own_cpus()) if total else 0.0
+        return busy / total * len(cores.own()) if total else 0.0
     except (OSError, IndexError, ValueError):
         return 0.0
 

@@ -12,7 +12,7 @@ from benchmarks.suites import attention, streaming
 def convolution(op: str, taps: int, direction: str, gate: bool = False) -> Callable:
     def make(settings: streaming.Settings, device: str) -> Callable[[], object]:
         suite = streaming.Streaming(settings, torch.device(device))
-        return dict(suite._calls(streaming.Case(op, taps, (0.0, 0.0), gate)))[direction][streaming.OURS]()
+        return dict(suite.calls(streaming.Case(op, taps, (0.0, 0.0), gate)))[direction][streaming.OURS]()
 
     return make
 
@@ -69,7 +69,7 @@ def attend(form: str, direction: str) -> Callable:
     def make(settings: attention.Settings, device: str) -> Callable[[], object]:
         suite = attention.Suite(settings, torch.device(device))
         inputs = attention.make_inputs(settings, settings.lengths[0], torch.bfloat16, suite.device)
-        calls = suite._calls({form: attention.FORMS[form]}, inputs, direction, direction)
+        calls = suite.calls({form: attention.FORMS[form]}, inputs, direction, direction)
         if suite.errors:
             raise RuntimeError(suite.errors[0])
         return calls[form]

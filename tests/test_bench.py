@@ -390,7 +390,7 @@ def test_attention_targets_say_pass_miss_and_not_measured():
 def test_attention_workloads_of_the_paper():
     settings = attention.Settings(backend="cpu")
     forms, inputs = attention.papers(1, settings, CPU)
-    calls = attention.Suite(settings, CPU)._calls(forms, inputs, attention.BOTH, "here")
+    calls = attention.Suite(settings, CPU).calls(forms, inputs, attention.BOTH, "here")
     for name, call in calls.items():
         found = [g for g in call() if g is not None]
         assert all(g.isfinite().all() for g in found), name

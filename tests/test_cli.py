@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import convkernels
-from benchmarks import store, timing
+from benchmarks import cores, store, timing
+from benchmarks.cli import main as measuring
 from benchmarks.machine_code.__main__ import MODULES
 from benchmarks.machine_code.__main__ import main as machine_code
 from convkernels import cli
@@ -30,10 +31,15 @@ def start(*arguments, **options):
     return subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT, **options)
 
 
-def refused(capsys, command, main=cli.main):
+def main(arguments):
+    """`convkernels`; its bench and plot here, where it would become another program."""
+    return (measuring if arguments[0] in cli.MEASURING else cli.main)(arguments)
+
+
+def refused(capsys, command, program=main):
     """What the command line says on the way to exit status 2, without having printed a result."""
     try:
-        status = main(command.split(" ") if isinstance(command, str) else command)
+        status = program(command.split(" ") if isinstance(command, str) else command)
     except SystemExit as error:
         status = error.code
     printed = capsys.readouterr()
@@ -43,12 +49,12 @@ def refused(capsys, command, main=cli.main):
 
 @pytest.fixture
 def nothing_runs(monkeypatch):
-    from benchmarks.suites import acceptance, attention, streaming, sweep
+    from benchmarks.suites import acceptance, attention, cpu, streaming, sweep
 
     def run(*rest):
         raise AssertionError("something was measured")
 
-    suites = [acceptance.Acceptance, attention.Suite, streaming.Streaming, sweep.Sweep]
+    suites = [acceptance.Acceptance, attention.Suite, cpu.Suite, streaming.Streaming, sweep.Sweep]
     if importlib.util.find_spec("transformers"):
         suites.append(importlib.import_module("benchmarks.suites.models").Suite)
     for suite in suites:
@@ -82,6 +88,9 @@ def nothing_runs(monkeypatch):
         ("bench --suite models --heads 4", "--heads has no effect on the suite models"),
         ("bench --suite models --models t5", "--models: expected some of seq2seq, bert, got t5"),
         ("bench --suite acceptance --dtypes float16", "the targets are for float32, bfloat16"),
+        ("bench --suite cpu --lengths 512,64", "--lengths 64: the goals are for 128, 512, 2048"),
+        ("bench --suite cpu --dtypes float16", "--dtypes float16: the goals are for bfloat16, float32"),
+        ("bench --suite cpu --batch 2", "--batch has no effect on the suite cpu"),
         ("plot /nonexistent.json", "/nonexistent.json: expected a results file"),
         (f"plot {ROOT}", "expected a results file"),
         (f"plot {ROOT}/README.md", "expected a results file"),
@@ -148,7 +157,7 @@ def test_sizes_for_which_there_is_no_memory(capsys, monkeypatch, tmp_path):
         return measure(suite, length, *rest) if length == 8 else torch.empty(2**50)
 
     monkeypatch.setattr(sweep.Sweep, "measure", later)
-    assert cli.main(f"{QUICK} --no-plots --output {tmp_path}".split()) == 1
+    assert main(f"{QUICK} --no-plots --output {tmp_path}".split()) == 1
     printed = capsys.readouterr()
     assert "not enough memory for these sizes" in printed.err and re.search("^lightweight +8 ", printed.out, re.M)
 
@@ -210,7 +219,7 @@ def test_interrupted_bench_keeps_and_prints_what_it_has(tmp_path):
 
 def test_a_shorter_sweep_keeps_the_longer_one(capsys, tmp_path):
     def run(options=""):
-        status = cli.main(f"{QUICK} --no-plots --output {tmp_path} {options}".split())
+        status = main(f"{QUICK} --no-plots --output {tmp_path} {options}".split())
         (path,) = tmp_path.iterdir()
         return status, json.loads(path.read_text())["sweep"]
 
@@ -266,14 +275,14 @@ def test_bench_warns_of_a_busy_machine(capsys, monkeypatch, tmp_path):
     def warned(threads, busy):
         monkeypatch.setattr(timing, "busy_cpus", lambda: busy)
         options = f"{QUICK} --lengths 8 --threads {threads} --no-plots --overwrite --output {tmp_path}"
-        assert cli.main(options.split()) == 0
+        assert main(options.split()) == 0
         (path,) = tmp_path.glob(f"*{threads}threads.json")
         recorded = json.loads(path.read_text())["sweep"]["environment"].get("busy_cpus")
         printed = capsys.readouterr()
         assert ("CPUs busy" in printed.out) == bool(recorded) == ("other processes keep" in printed.err)
         return recorded
 
-    before, cpus = torch.get_num_threads(), len(timing.own_cpus())
+    before, cpus = torch.get_num_threads(), len(cores.own())
     try:
         assert warned(cpus, 0.1) is None and warned(cpus, 0.7) == 0.7 and warned(1, cpus - 0.2) == cpus - 0.2
         assert cpus == 1 or warned(1, 0.7) is None
@@ -283,7 +292,7 @@ def test_bench_warns_of_a_busy_machine(capsys, monkeypatch, tmp_path):
 
 def test_busy_cpus_counts_others():
     idle = timing.busy_cpus()
-    assert 0 <= idle <= len(timing.own_cpus())
+    assert 0 <= idle <= len(cores.own())
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
         time.sleep(0.2)
         busy = timing.busy_cpus()
@@ -292,13 +301,14 @@ def test_busy_cpus_counts_others():
 
 
 def test_help_names_the_defaults(capsys, monkeypatch):
-    from benchmarks.suites import acceptance, attention, streaming, sweep
+    from benchmarks.suites import acceptance, attention, cpu, streaming, sweep
 
     monkeypatch.setenv("COLUMNS", "200")  # no name is cut at its hyphen
     with pytest.raises(SystemExit):
-        cli.main(["bench", "--help"])
+        main(["bench", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    kinds = {"sweep": sweep, "attention": attention, "acceptance": acceptance, "streaming": streaming}
+    kinds = {"sweep": sweep, "attention": attention, "acceptance": acceptance, "cpu": cpu}
+    kinds["streaming"] = streaming
     defaults = {name: module.Settings() for name, module in kinds.items()}
     assert f"(default: {defaults['sweep'].seconds:g})" in text
     for name, settings in defaults.items():
@@ -348,7 +358,7 @@ def test_mistakes_about_machine_code_are_one_line(capsys, command, said):
 def test_an_installed_package_says_where_the_benchmarks_are(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "ROOT", tmp_path)
     for command in ("bench", "plot results.json"):
-        message = refused(capsys, command)
+        message = refused(capsys, command, cli.main)
         assert "the benchmarks are not installed: run `make bench`" in message
     assert "benchmarks" not in {path.name for path in tmp_path.iterdir()}
 
@@ -370,7 +380,7 @@ def test_benchmarks_of_the_current_folder_are_not_taken(tmp_path):
 
 
 def test_check_names_its_parts_and_instruction_sets(capsys):
-    assert cli.main(["check", "--backend", "cpu"] if not convkernels.why_not("cpu") else ["check"]) == 0
+    assert main(["check", "--backend", "cpu"] if not convkernels.why_not("cpu") else ["check"]) == 0
     printed = capsys.readouterr().out
     assert "FAIL" not in printed and "convolutions" in printed and "attention" in printed
     assert "models" in printed
@@ -378,3 +388,4 @@ def test_check_names_its_parts_and_instruction_sets(capsys):
     if native and "CONVKERNELS_CPU_ISA" not in os.environ:
         (line,) = re.findall(r"^CPU instruction sets checked: (.*)$", printed, re.MULTILINE)
         assert set(line.split(", ")) == {name for name in native.compiled_isas() if native.isa_supported(name)}
+        assert f"CPU instruction set in use: {native.active_isa()} (chosen automatically)" in printed

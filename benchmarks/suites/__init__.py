@@ -2,3 +2,4 @@
 
 OURS, COPY = "convkernels", "copy"
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
+MODES = NO_GRAD, RECORDING = "no-grad", "recording"  # of a call

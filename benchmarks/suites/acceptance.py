@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import convkernels
 from benchmarks import timing
 from benchmarks.peers import DYNAMIC, LIGHTWEIGHT, PEERS, TOLERANCE, Problem, channels_first, disagreement, ours
-from benchmarks.suites import BACKWARD, COPY, FORWARD, OURS
+from benchmarks.suites import BACKWARD, COPY, FORWARD, MODES, OURS, RECORDING
 from benchmarks.suites.acceptance_tables import BATCH, CHANNELS, FRESH, LONG_LENGTH, RESIDENT
 from convkernels.cli import environment
 from convkernels.cli.console import progress, quantity
@@ -131,6 +131,22 @@ class Group:
         return calls
 
 
+def call_overhead(
+    recording: bool, device: torch.device, clock: timing.Clock, seconds: float
+) -> dict[str, timing.Timing]:
+    """Times of a call at B=1, T=4, C=64, K=7 in float32, without gradients or recording a graph."""
+    x, weight, light = torch.randn(1, 4, 64), torch.randn(64, 7), torch.randn(4, 7)
+    x, weight, light = (t.to(device) for t in (x, weight, light))
+    x.requires_grad_(recording)
+    calls = {
+        "depthwise_conv1d": lambda: convkernels.depthwise_conv1d(x, weight),
+        "lightweight_conv1d": lambda: convkernels.lightweight_conv1d(x, light),
+        "F.conv1d": lambda: F.conv1d(x.transpose(1, 2), weight[:, None], padding=3, groups=64),
+    }
+    with torch.set_grad_enabled(recording):
+        return timing.interleaved(calls, clock, seconds, calls=500)
+
+
 class Acceptance:
     def __init__(self, settings: Settings, device: torch.device) -> None:
         self.settings, self.device = settings, device
@@ -210,26 +226,6 @@ class Acceptance:
             calls = {COPY: group.copy, **{name: group.forward(name) for name in names}}
             self._record(problem, FORWARD, timing.interleaved(calls, self.clock, self.settings.seconds), RESIDENT)
 
-    def overhead(self) -> dict[str, dict[str, float]]:
-        """Seconds per call at B=1, T=4, C=64, K=7 in float32: without gradients, and recording a graph."""
-        x, weight, light = torch.randn(1, 4, 64), torch.randn(64, 7), torch.randn(4, 7)
-        x, weight, light = (t.to(self.device) for t in (x, weight, light))
-        leaf = x.clone().requires_grad_()
-        forms = {
-            "depthwise_conv1d": lambda x: convkernels.depthwise_conv1d(x, weight),
-            "lightweight_conv1d": lambda x: convkernels.lightweight_conv1d(x, light),
-            "F.conv1d": lambda x: F.conv1d(x.transpose(1, 2), weight[:, None], padding=3, groups=64),
-        }
-
-        def measure(x: torch.Tensor) -> dict[str, float]:
-            calls = {name: (lambda form=form: form(x)) for name, form in forms.items()}
-            times = timing.interleaved(calls, self.clock, self.settings.seconds, calls=500)
-            return {name: t.median for name, t in times.items()}
-
-        with torch.no_grad():
-            plain = measure(x)
-        return {"no-grad": plain, "recording": measure(leaf)}
-
     def run(self, saved: Callable[[dict[str, Any]], None] = lambda section: None) -> None:
         """Measure; `saved` is given the section whenever there is more in it."""
         problems = list(self.settings.problems())
@@ -241,7 +237,9 @@ class Acceptance:
             functorch_config.patch(donated_buffer=False),
             progress(len(problems) + len(resident) + 1) as step,
         ):
-            self.overheads = self.overhead()
+            for mode in MODES:
+                times = call_overhead(mode == RECORDING, self.device, self.clock, self.settings.seconds)
+                self.overheads[mode] = {name: t.median for name, t in times.items()}
             step("call overhead", 1)
             for problem in problems:
                 self.measure(problem)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.peers import DYNAMIC, LIGHTWEIGHT, PEERS
-from benchmarks.suites import BACKWARD, COPY, FORWARD, OURS
+from benchmarks.suites import BACKWARD, COPY, FORWARD, NO_GRAD, OURS, RECORDING
 from convkernels.cli import environment
 from convkernels.cli.console import say, table
 
@@ -118,7 +118,7 @@ TARGETS = (
         {3: (12, 17), 7: (12, 17), 15: (12, 17), 31: (12, 17)},
     ),
 )
-OVERHEAD_TARGETS = {"no-grad": 3.5e-6, "recording": 9e-6}
+OVERHEAD_TARGETS = {NO_GRAD: 3.5e-6, RECORDING: 9e-6}
 
 
 def _verdict(values: Sequence[float | None], least: float) -> str:
@@ -178,7 +178,8 @@ def print_tables(section: dict[str, Any]) -> None:
     title = environment.title(section["environment"])
     heads = "/".join(str(h) for h in section["shape"]["heads"])
     table(f"microseconds, B={BATCH} C={CHANNELS}, {title}", *time_rows(section))
-    table(f"targets at T={TABLE_LENGTH} (values for H={heads}; dynamic: H=12)", TARGET_COLUMNS, target_rows(section))
-    table("B=1 T=4 C=64 K=7 float32", OVERHEAD_COLUMNS, overhead_rows(section))
+    targets = f"targets at T={TABLE_LENGTH} (values for H={heads}; dynamic: H=12), {title}"
+    table(targets, TARGET_COLUMNS, target_rows(section))
+    table(f"B=1 T=4 C=64 K=7 float32, {title}", OVERHEAD_COLUMNS, overhead_rows(section))
     reasons = {(s["form"], s["reason"]) for s in section["skipped"]}
     say(f"{len(section['skipped'])} measurements skipped ({len(reasons)} reasons, in the JSON file)")

@@ -255,7 +255,7 @@ class Suite:
                     self.notes.append(f"{name}, {subject}: differs from {other} by {off:.1e}")
         return {name: forms[name] for name in found}
 
-    def _calls(self, forms: dict, inputs: Inputs, direction: str, subject: str) -> dict[str, Callable[[], object]]:
+    def calls(self, forms: dict, inputs: Inputs, direction: str, subject: str) -> dict[str, Callable[[], object]]:
         leaves = tuple(t.detach().requires_grad_() for t in inputs.leaves)
 
         def forward(form):
@@ -309,7 +309,7 @@ class Suite:
             step(f"{direction}, {subject}", 0)
             quick = {n: f for n, f in forms.items() if not self._too_slow(n, direction, dtype, length)}
             failed = partial(self._failed, f"{direction}, {subject}")
-            calls = self._calls(quick, inputs, direction, f"{direction}, {subject}")
+            calls = self.calls(quick, inputs, direction, f"{direction}, {subject}")
             memory: dict[str, int | None] = {}
 
             def first_call(name: str, calls=calls, memory=memory) -> None:
@@ -364,7 +364,7 @@ class Suite:
         record(BANDED, timing.prepared(makers, partial(self._failed, BANDED)))
         for heads in (4, 12):
             forms, inputs = papers(heads, self.settings, self.device)
-            record(PAPER.format(heads), self._calls(forms, inputs, BOTH, PAPER.format(heads)))
+            record(PAPER.format(heads), self.calls(forms, inputs, BOTH, PAPER.format(heads)))
 
     def run(self, saved: Callable[[dict[str, Any]], None] = lambda section: None) -> None:
         """Measure; `saved` is given the section whenever there is more in it."""

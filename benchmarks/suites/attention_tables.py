@@ -188,8 +188,8 @@ def print_tables(section: dict[str, Any]) -> None:
             )
     if section["workloads"]:
         rows = [(w["workload"], w["line"], quantity(w["seconds"], "s")) for w in section["workloads"]]
-        table("workloads", ("workload", "form", "time"), rows)
-    table("targets", *target_rows(section))
+        table(f"workloads, {title}", ("workload", "form", "time"), rows)
+    table(f"targets, {title}", *target_rows(section))
     for note in section["notes"]:
         say(f"note: {note}")
     for error in section["errors"]:

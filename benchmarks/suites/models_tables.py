@@ -138,8 +138,8 @@ def print_tables(section: dict[str, Any]) -> None:
         for dtype in section["settings"]["dtypes"]:
             table(f"training step, {dtype}, {shape}, {title}", columns, _rows(section, case, dtype))
     if not on_gpu(section):
-        table("targets", *target_rows(section))
-    table("crossover", *crossover_rows(section))
+        table(f"targets, {title}", *target_rows(section))
+    table(f"crossover, {title}", *crossover_rows(section))
     for note in section["notes"]:
         say(f"note: {note}")
     for error in section["errors"]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import platform
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -31,11 +31,12 @@ def info(arguments: argparse.Namespace) -> int:
         ("python", platform.python_version()),
         ("device", environment.device_name(cpu)),
         ("threads", str(torch.get_num_threads())),
-        ("instruction set", environment.active_isa()),
+        ("instruction set", f"{environment.active_isa()} (chosen {environment.isa_chosen()})"),
     ]
     if native:
         rows += [
             ("compiled for", ", ".join(native.compiled_isas())),
+            ("usable here", ", ".join(name for name in native.compiled_isas() if native.isa_supported(name))),
             ("compilers", ", ".join(f"{name}: {version}" for name, version in native.compilers.items())),
             ("oldest torch", native.torch_target),
             ("CUDA architectures", ", ".join(native.cuda_archs) or "none"),
@@ -96,6 +97,7 @@ def check(arguments: argparse.Namespace) -> int:
         say(failure)
     isas = dict.fromkeys(o.isa for o in outcomes if o.isa)
     if isas:
+        say(f"CPU instruction set in use: {environment.active_isa()} (chosen {environment.isa_chosen()})")
         say(f"CPU instruction sets checked: {', '.join(isas)}{selfcheck.why_not_all()}")
     if not selfcheck.models_here():
         say("not checked: models: transformers is not installed (pip install 'transformers>=5.17')")
@@ -105,16 +107,17 @@ def check(arguments: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def benchmarks(arguments: list[str]) -> int:
-    """Run a command of the checkout's benchmarks, which are not installed."""
+def benchmarks(arguments: list[str]) -> NoReturn:
+    """Become a command of the checkout's benchmarks, which are not installed: a new program, since they place threads
+    before torch is imported."""
     if not (ROOT / "benchmarks" / "cli.py").exists():
         raise Mistake(
             "the benchmarks are not installed: run `make bench`, and then `python -m benchmarks`, in a clone or an "
             "unpacked source distribution of convkernels"
         )
-    if sys.path[0] != str(ROOT):
-        sys.path.insert(0, str(ROOT))  # the current folder may have benchmarks of its own
-    return importlib.import_module("benchmarks.cli").main(arguments)
+    # -P: the current folder may have benchmarks of its own.
+    command = [sys.executable, "-P", "-m", "benchmarks", *arguments]
+    os.execve(sys.executable, command, environment.with_checkout())
 
 
 def parser() -> argparse.ArgumentParser:

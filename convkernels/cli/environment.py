@@ -7,6 +7,7 @@ import importlib
 import os
 import platform
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,6 +52,21 @@ def active_isa() -> str:
     return "no native kernels" if convkernels.why_not("cpu") else "unknown"
 
 
+def isa_chosen() -> str:
+    """How the instruction set of the C++ kernels was chosen."""
+    return "by CONVKERNELS_CPU_ISA" if os.environ.get("CONVKERNELS_CPU_ISA") else "automatically"
+
+
+def with_checkout(**variables: str) -> dict[str, str]:
+    """Environment variables of a Python process that is to import the modules beside this package before others."""
+    folder = str(Path(convkernels.__file__).resolve().parents[1])
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])]),
+        **variables,
+    }
+
+
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -68,6 +84,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "device": device_name(device),
         "device_type": device.type,
         "isa": active_isa() if device.type == "cpu" else None,
+        "chosen": isa_chosen() if device.type == "cpu" else None,
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -85,14 +102,21 @@ def title(environment: dict[str, Any]) -> str:
     isa, threads = environment["isa"], environment["threads"]
     plural = "thread" if threads == 1 else "threads"
     busy = f", {environment['busy_cpus']:.1f} CPUs busy with other work" if environment.get("busy_cpus") else ""
-    return f"{environment['device']} ({isa}, {threads} {plural}), torch {environment['torch']}{busy}"
+    torch_isa = f" on {environment['torch_isa']}" if _torch_is_wider(environment) else ""
+    return f"{environment['device']} ({isa}, {threads} {plural}), torch {environment['torch']}{torch_isa}{busy}"
+
+
+def _torch_is_wider(environment: dict[str, Any]) -> bool:
+    """Whether torch uses wider vectors than these kernels: CONVKERNELS_CPU_ISA keeps those of the machine from them."""
+    return environment["isa"] in ("portable", "avx2", "amx-emulated") and environment["torch_isa"].startswith("AVX512")
 
 
 def file_stem(environment: dict[str, Any]) -> str:
     """A file name for results of this device: one file per device, instruction set and number of threads."""
     parts = [environment["device"]]
     if environment["device_type"] == "cpu":
-        parts += [environment["isa"], f"{environment['threads']}threads"]
+        torch_isa = [f"torch {environment['torch_isa']}"] if _torch_is_wider(environment) else []
+        parts += [environment["isa"], *torch_isa, f"{environment['threads']}threads"]
     return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")
 
 

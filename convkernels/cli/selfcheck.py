@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -270,13 +269,8 @@ def run(device_types: tuple[str, ...], only: str | None = None) -> Iterator[Outc
     yield from run_here(device_types, only)
     if only not in (None, "cpu") or convkernels.why_not("cpu"):
         return
-    folder = str(Path(convkernels.__file__).parents[1])
     for isa in _other_isas():
-        variables = {
-            **os.environ,
-            "CONVKERNELS_CPU_ISA": isa,
-            "PYTHONPATH": os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])]),
-        }
+        variables = environment.with_checkout(CONVKERNELS_CPU_ISA=isa)
         # -P: the folder that this was started in may hold another convkernels.
         command = [sys.executable, "-P", "-m", "convkernels.cli.selfcheck"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables) as process:
