@@ -122,10 +122,8 @@ bench: $(RUNNABLE) $(VENV)/.hf
 	    --lengths 64,1024 --seconds 0.3
 	@echo "Plots:" && find $(RESULTS) -name '*.png' | sort
 
-# What the CPU kernels are to reach, by the best set of them that this processor has and by that for AVX2, in two threads,
-# after a check that they compute what they should.
+# What the CPU kernels are to reach, by the best set of them that this processor has and by that for AVX2, in two threads.
 bench-cpu: $(NATIVE)/$(if $(wildcard $(NATIVE)/.built),.built,.cpu)
-	$(BIN)/python -m convkernels check --backend cpu
 	$(BIN)/python -m benchmarks.bench_cpu --output $(RESULTS)/cpu
 
 # Checks

@@ -1,8 +1,8 @@
 """Measures the goals of the CPU kernels on this machine, as `make bench-cpu` does, and writes results and a table.
 
 The choice of kernels is made once per process, so each set is measured in processes of its own: the best that this
-processor has, the next where that one fails, and AVX2's. There are several for each, as some of what is compared keeps
-a time for as long as a process lives, and another in the next.
+processor has, the next where that one fails, and AVX2's; after a check that it computes what it should. There are
+several processes for each, as some of what is compared keeps a time for as long as a process lives.
 """
 
 from __future__ import annotations
@@ -17,10 +17,29 @@ import torch
 
 from benchmarks import cores, report, store
 from benchmarks.suites import cpu, cpu_tables
-from convkernels.cli import environment
-from convkernels.cli.console import INTERRUPTED, guarded, positive, say
+from convkernels.cli import environment, selfcheck
+from convkernels.cli.console import INTERRUPTED, guarded, need, positive, say
 
 HEAD = "# Goals of the CPU kernels"
+
+
+def tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def failures(name: str) -> list[str]:
+    """What is wrong with the results of a set of kernels."""
+    tell(f"{name}: compared with float64")
+    return [failure for outcome in selfcheck.run_on(name) for failure in outcome.failures]
+
+
+def status_of(command: list[str], variables: dict[str, str]) -> int:
+    """The exit status of a program that prints nothing but progress; Ctrl-C, which it meets too, is left to it."""
+    with subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            return process.wait()
 
 
 def measure(name: str, arguments: argparse.Namespace) -> tuple[Path | None, int]:
@@ -34,15 +53,14 @@ def measure(name: str, arguments: argparse.Namespace) -> tuple[Path | None, int]
         command = [sys.executable, "-P", "-m", "benchmarks", "bench", "--suite", cpu.NAME, "--output", folder]
         command += ["--threads", str(arguments.threads), *arguments.options]
         for i in range(arguments.processes):
-            print(f"{name}: process {i + 1} of {arguments.processes}", file=sys.stderr, flush=True)
-            started = {"env": environment.with_checkout(**variables), "stdout": subprocess.DEVNULL}
-            status = subprocess.run(command, **started).returncode
+            tell(f"{name}: process {i + 1} of {arguments.processes}")
+            status = status_of(command, environment.with_checkout(**variables))
             if found.exists():
                 sections.append(store.read(found)[cpu.NAME])
                 found.unlink()
                 store.write(path, store.dumps({cpu.NAME: cpu.combined(sections)}))
             if status != 0:
-                print(f"bench_cpu: {name}: the measurement ended with status {status}", file=sys.stderr)
+                tell(f"bench_cpu: {name}: the measurement ended with status {status}")
                 break
     return path if sections else None, status
 
@@ -53,6 +71,10 @@ def run(arguments: argparse.Namespace) -> int:
     worst = 0
     for name in cpu.usable():
         if paths and name != "avx2":
+            continue
+        if wrong := failures(name):
+            tell("\n".join(["bench_cpu: not measured, as results are wrong:", *wrong]))
+            worst = 1
             continue
         path, status = measure(name, arguments)
         paths += [path] if path else []
@@ -93,6 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def command() -> int:
         environment.check_variables()
+        need("numpy", "the check of results")
         return run(parsed)
 
     return guarded("bench_cpu", command)

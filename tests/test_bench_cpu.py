@@ -1,5 +1,6 @@
 """Measurements on cores: threads keep to theirs, what shared one is left out, and the goals of the CPU kernels."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -17,7 +18,7 @@ from benchmarks import bench_cpu, cores, report, store, timing
 from benchmarks.suites import BACKWARD, COPY, FORWARD, OURS, cpu, cpu_tables
 from benchmarks.suites.attention_tables import SDPA
 from benchmarks.suites.cpu_tables import Key
-from convkernels.cli import environment
+from convkernels.cli import environment, selfcheck
 from convkernels.cli.console import INTERRUPTED, Mistake
 
 needs_affinity = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="threads cannot be bound here")
@@ -178,24 +179,25 @@ def test_goals_are_those_of_the_kernels_in_use(isa, lacking, expected):
 @pytest.fixture
 def measured(monkeypatch, tmp_path):
     """A machine with all sets of kernels, on which a process writes results or ends with the status that is given."""
-    endings, started = {}, []
+    endings, started, wrong = {}, [], {}
 
-    def start(command, env, stdout):
-        name = env.get("CONVKERNELS_CPU_ISA", "avx512")
+    def status_of(command, variables):
+        name = variables.get("CONVKERNELS_CPU_ISA", "avx512")
         started.append(name)
         if endings.get(name, 0) == 0:
             found = section(name, (), [record(Key("call", "no-grad", "float32", 4, None, 7), {})])
             found["environment"]["threads"] = int(command[command.index("--threads") + 1])
             stem = environment.file_stem(found["environment"])
             (Path(command[command.index("--output") + 1]) / f"{stem}.json").write_text(store.dumps({cpu.NAME: found}))
-        return subprocess.CompletedProcess(command, endings.get(name, 0))
+        return endings.get(name, 0)
 
     facts = section()["environment"]
     monkeypatch.setattr(environment, "describe", lambda device: dict(facts))
     monkeypatch.setattr(environment, "active_isa", lambda: "avx512")
     monkeypatch.setattr(cpu, "usable", lambda: list(cpu.SETS))
-    monkeypatch.setattr(bench_cpu.subprocess, "run", start)
-    return endings, started
+    monkeypatch.setattr(bench_cpu, "status_of", status_of)
+    monkeypatch.setattr(bench_cpu, "failures", lambda name: wrong.get(name, []))
+    return endings, started, wrong
 
 
 @pytest.mark.parametrize(
@@ -226,8 +228,39 @@ def test_the_best_kernels_are_measured_and_those_for_avx2(measured, tmp_path, ca
     assert all(f"{name}: the measurement ended with status {status}" in printed.err for name in endings)
 
 
+def test_what_is_wrong_is_what_the_check_finds(monkeypatch):
+    outcomes = [selfcheck.Outcome("convolutions", "cpu", "cpu", "float32", "amx", failures=found)
+                for found in ([], ["x is off"], ["y is off"])]  # fmt: skip
+    monkeypatch.setattr(selfcheck, "run_on", lambda isa: iter(outcomes))
+    assert bench_cpu.failures("amx") == ["x is off", "y is off"]
+
+
+def test_kernels_that_compute_something_else_are_not_measured(measured, tmp_path, capsys):
+    measured[2]["amx"] = ["x is off"]
+    assert bench_cpu.main(["--output", str(tmp_path), "--threads", "2", "--processes", "1"]) == 1
+    assert measured[1] == ["avx512", "avx2"]
+    assert "not measured, as results are wrong:\nx is off\n" in capsys.readouterr().err
+
+
+def test_what_an_interrupted_process_has_measured_is_waited_for(monkeypatch):
+    class Process(contextlib.nullcontext):
+        waits = 0
+
+        def wait(self):
+            self.waits += 1
+            if self.waits == 1:
+                raise KeyboardInterrupt
+            return INTERRUPTED
+
+    process = Process()
+    process.enter_result = process
+    monkeypatch.setattr(bench_cpu.subprocess, "Popen", lambda *rest, **options: process)
+    assert bench_cpu.status_of(["x"], {}) == INTERRUPTED and process.waits == 2
+
+
 @pytest.mark.skipif(bool(convkernels.why_not("cpu")) or environment.native_module() is None, reason="not compiled")
-def test_a_short_run_of_all(tmp_path, capsys):
+def test_a_short_run_of_all(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(selfcheck, "run_on", lambda isa: iter(()))
     quick = "--processes 1 -- --seconds 0.001 --compile-seconds 0 --lengths 128 --dtypes float32".split()
     assert bench_cpu.main(["--output", str(tmp_path), "--threads", "1", *quick]) == 0
     best, *others = cpu.usable()

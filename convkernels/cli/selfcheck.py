@@ -270,14 +270,19 @@ def run(device_types: tuple[str, ...], only: str | None = None) -> Iterator[Outc
     if only not in (None, "cpu") or convkernels.why_not("cpu"):
         return
     for isa in _other_isas():
-        variables = environment.with_checkout(CONVKERNELS_CPU_ISA=isa)
-        # -P: the folder that this was started in may hold another convkernels.
-        command = [sys.executable, "-P", "-m", "convkernels.cli.selfcheck"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables) as process:
-            for line in process.stdout:
-                yield Outcome(**json.loads(line))
-        if process.returncode:
-            yield Outcome(CONVOLUTIONS, "cpu", "cpu", "-", isa, failures=[f"cpu ({isa}): the check did not end well"])
+        yield from run_on(isa)
+
+
+def run_on(isa: str) -> Iterator[Outcome]:
+    """The outcomes of convolutions and attention on an instruction set, in a process of its own."""
+    variables = environment.with_checkout(CONVKERNELS_CPU_ISA=isa)
+    # -P: the folder that this was started in may hold another convkernels.
+    command = [sys.executable, "-P", "-m", "convkernels.cli.selfcheck"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables) as process:
+        for line in process.stdout:
+            yield Outcome(**json.loads(line))
+    if process.returncode:
+        yield Outcome(CONVOLUTIONS, "cpu", "cpu", "-", isa, failures=[f"cpu ({isa}): the check did not end well"])
 
 
 if __name__ == "__main__":
