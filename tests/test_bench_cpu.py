@@ -21,6 +21,7 @@ from benchmarks.suites.cpu_tables import Key
 from convkernels.cli import environment, selfcheck
 from convkernels.cli.console import INTERRUPTED, Mistake
 
+CPU = torch.device("cpu")
 needs_affinity = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="threads cannot be bound here")
 PLACES = """
 from benchmarks import cores
@@ -123,7 +124,7 @@ def record(key, seconds, **more):
 
 
 def section(isa="avx512", lacking=("amx",), records=()):
-    facts = {**environment.describe(torch.device("cpu")), "isa": isa, "binding": "none", "torch_isa": "AVX512"}
+    facts = {**environment.describe(CPU), "isa": isa, "binding": "none", "torch_isa": "AVX512"}
     facts["samples"] = {timing.TIMED: 40, timing.LEFT_OUT: 2, timing.DISTURBED: 0}
     settings = {"lengths": [128], "dtypes": ["float32"], "lacking": list(lacking)}
     return {"environment": facts, "settings": settings, "records": list(records), "notes": [], "errors": []}
@@ -279,6 +280,37 @@ def test_a_short_run_of_all(monkeypatch, tmp_path, capsys):
     table, printed = (tmp_path / "table.md").read_text(), capsys.readouterr().out
     assert all(f"({isa}, 1 thread)" in table and f"({isa}, 1 thread)" in printed for isa in found)
     assert "by emulation: not timed" in table or best == "amx"
+
+
+@pytest.mark.skipif(bool(convkernels.why_not("cpu")) or environment.native_module() is None, reason="not compiled")
+def test_goals_for_other_kernels_can_be_timed(monkeypatch):
+    """What only a processor with AMX times, with the kernels that there are."""
+    monkeypatch.setattr(environment, "active_isa", lambda: "amx")
+    suite = cpu.Suite(cpu.Settings(lengths=(128,), dtypes=("bfloat16",), compiled=False, seconds=1e-3), CPU)
+    suite.run()
+    assert not suite.errors and not suite.notes
+    assert {r["case"] for r in suite.records} == {"attention", "attention, causal", "attention, D=128", "dynamic",
+                                                  "lightweight"}  # fmt: skip
+    assert all(len(r["runs"][0]) == 2 for r in suite.records if r["case"] != "dynamic")
+    assert {(r["direction"], r["taps"]) for r in suite.records if r["case"] == "lightweight"} == {
+        (direction, taps) for direction in (FORWARD, BACKWARD) for taps in (3, 7, 15, 31)
+    }
+
+
+def test_a_failure_of_ours_does_not_end_the_suite(monkeypatch):
+    def fails(*rest, **options):
+        raise RuntimeError("no such kernel")
+
+    for name in ("lightweight_conv1d", "composite_attention"):
+        monkeypatch.setattr(convkernels, name, fails)
+    suite = cpu.Suite(cpu.Settings(compiled=False, seconds=1e-3), CPU)
+    for key in (Key("attention", FORWARD, "float32", 128), Key("lightweight", FORWARD, "float32", 512, 2, 3),
+                Key("call", "no-grad", "float32", 4, None, 7)):  # fmt: skip
+        suite.measure(key)
+    assert [error.split(", ")[0] for error in suite.errors] == [OURS] * 3
+    assert all(error.endswith("RuntimeError: no such kernel") for error in suite.errors)
+    assert [set(run) for r in suite.records for run in r["runs"]] == [{SDPA}]
+    assert "not measured" in {row[4] for row in cpu_tables.rows(suite.section())}
 
 
 def test_results_are_put_among_those_of_the_page(monkeypatch, tmp_path, capsys):

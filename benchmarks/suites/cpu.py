@@ -135,12 +135,17 @@ class Suite:
         finally:
             torch.set_num_threads(threads)
 
-    def measure(self, key: Key) -> None:
+    def _times(self, key: Key) -> dict[str, timing.Timing]:
         if key.case == CALL:
-            times = self._call(key)
-        else:
-            calls = self._attention(key) if _attends(key) else self._convolution(key)
-            times = timing.interleaved(calls, self.clock, self.settings.seconds, on_error=partial(self._failed, key))
+            return self._call(key)
+        calls = self._attention(key) if _attends(key) else self._convolution(key)
+        return timing.interleaved(calls, self.clock, self.settings.seconds, on_error=partial(self._failed, key))
+
+    def measure(self, key: Key) -> None:
+        try:
+            times = self._times(key)
+        except Exception as error:
+            return self._failed(key, OURS, error)
         record = {
             **asdict(key),
             "runs": [{name: t.median for name, t in times.items()}],
