@@ -151,7 +151,7 @@ class Suite:
             "runs": [{name: t.median for name, t in times.items()}],
             "timed": sum(t.repeats + t.left_out for t in times.values()),
             "left_out": sum(t.left_out for t in times.values()),
-            "disturbed": [name for name, t in times.items() if t.disturbed],
+            "disturbed": [[name for name, t in times.items() if t.disturbed]],
         }
         self.records.append(record)
 

@@ -141,22 +141,31 @@ def _untimed(goal: Goal, verdict: str) -> tuple[str, ...]:
 
 
 def _row(goal: Goal, record: dict[str, Any] | None) -> tuple[str, ...]:
-    """Times are medians of what the processes gave."""
-    runs = [run for run in (record or {}).get("runs", ()) if goal.over in run and goal.under in run]
+    """The median ratio and times of processes whose threads had their cores; of all, marked, where none had."""
+    names = {goal.over, goal.under}
+    runs = (
+        [(r, bool(names & set(d))) for r, d in zip(record["runs"], record["disturbed"], strict=True)] if record else []
+    )
+    runs = [(run, disturbed) for run, disturbed in runs if names <= run.keys()]
     if not runs:
         return _untimed(goal, "not measured")
-    over, under = (median(run[name] for run in runs) for name in (goal.over, goal.under))
-    value, each = goal.times * over / under, (goal.times * run[goal.over] / run[goal.under] for run in runs)
+    alone = [run for run, disturbed in runs if not disturbed]
+    taken = alone or [run for run, _ in runs]
+
+    def ratio(run: dict[str, float]) -> float:
+        return goal.times * run[goal.over] / run[goal.under]
+
+    value = median(map(ratio, taken))
     met = value >= goal.bound if goal.least else value <= goal.bound
-    shared = ", cores were shared" if {goal.over, goal.under} & set(record["disturbed"]) else ""
+    over, under = (median(run[name] for run in taken) for name in (goal.over, goal.under))
     ours, other = (under, goal.times * over) if goal.least else (over, under)
     return (
         *_head(goal),
         f"{value:.3g}",
-        ("met" if met else "missed") + shared,
+        ("met" if met else "missed") + ("" if alone else ", cores were shared"),
         quantity(ours, "s"),
         quantity(other, "s"),
-        " / ".join(f"{ratio:.3g}" for ratio in each),
+        " / ".join(f"{ratio(run):.3g}{' !' if disturbed else ''}" for run, disturbed in runs),
         f"{record['left_out']} of {record['timed']}",
     )
 
