@@ -152,7 +152,7 @@ def check_variables() -> None:
     """Mistake for variables that every call of the package would stumble over."""
     native, known = native_module(), {"CONVKERNELS_BACKEND": ("auto", *backends.names())}
     if native:
-        known["CONVKERNELS_CPU_ISA"] = tuple(native.compiled_isas())
+        known["CONVKERNELS_CPU_ISA"] = tuple(name for name in native.compiled_isas() if native.isa_supported(name))
     for name, values in known.items():
         value = os.environ.get(name)
         if value and value not in values:

@@ -59,9 +59,11 @@ bool may_use_tiles() {
 const Kernels& choose() {
   if (const char* wanted = std::getenv("CONVKERNELS_CPU_ISA")) {
     const Kernels& named = kernels_of(wanted);
-    if (!isa_supported(named.name))
-      throw std::runtime_error(std::string("CONVKERNELS_CPU_ISA: this machine does not support '") + wanted + "'");
-    return named;
+    if (isa_supported(named.name)) return named;
+    std::string message = "CONVKERNELS_CPU_ISA: expected what this machine supports:";
+    for (const Kernels* k : table())
+      if (isa_supported(k->name)) message += std::string(" ") + k->name;
+    throw std::runtime_error(message + ", got '" + wanted + "'");
   }
   for (const Kernels* k : table())  // the portable ones come before those taken by name
     if (isa_supported(k->name)) return *k;
