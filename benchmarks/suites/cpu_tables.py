@@ -141,7 +141,7 @@ def _untimed(goal: Goal, verdict: str) -> tuple[str, ...]:
 
 
 def _row(goal: Goal, record: dict[str, Any] | None) -> tuple[str, ...]:
-    """The median ratio and times of processes whose threads had their cores; of all, marked, where none had."""
+    """The median ratio and times of processes whose threads had their cores; where none had, of all and no verdict."""
     names = {goal.over, goal.under}
     runs = (
         [(r, bool(names & set(d))) for r, d in zip(record["runs"], record["disturbed"], strict=True)] if record else []
@@ -162,7 +162,7 @@ def _row(goal: Goal, record: dict[str, Any] | None) -> tuple[str, ...]:
     return (
         *_head(goal),
         f"{value:.3g}",
-        ("met" if met else "missed") + ("" if alone else ", cores were shared"),
+        "cores were shared" if not alone else "met" if met else "missed",
         quantity(ours, "s"),
         quantity(other, "s"),
         " / ".join(f"{ratio(run):.3g}{' !' if disturbed else ''}" for run, disturbed in runs),
