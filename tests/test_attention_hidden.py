@@ -8,7 +8,7 @@ import torch
 import convkernels as ck
 from convkernels.ops.attention.reference import relation
 from convkernels.ops.attention.schema import Attention
-from convkernels.testing.attention import DELTA_THROUGH_OUT, AttentionProblem
+from convkernels.testing.attention import DELTA_THROUGH_OUT, INPUTS, AttentionProblem
 from convkernels.testing.attention_oracle import Elements
 from convkernels.testing.compare import attention_results
 
@@ -117,6 +117,24 @@ def test_a_nan_of_a_gpu_is_one(channels, dtype, ops):
             value = found[result][0]
             value = value[7] if (name, result) in (("q", "out"), ("grad", "q")) else value
             assert (value[..., 1] if name == "v" or result == "v" else value).isnan().all(), (name, result)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["bias", "query_rel", "key_rel", "grad_lse"])
+def test_a_nan_of_a_gpu_in_float32_is_one(name, dtype, ops):
+    """Beside bfloat16, too: its upper half alone would be rounded to 0."""
+    problem = AttentionProblem(
+        batch=1, length=20, keys=20, groups=1, head_size=16, left=0, right=0, bias=True, query_rel=1, key_rel=1,
+        dtype=DTYPES[dtype], seed=3,
+    )  # fmt: skip
+    t = problem.tensors()
+    t[name] = torch.full_like(t[name], nan_of_a_gpu(torch.float32))
+    out, lse = ops.attention(*problem.op_arguments(t))
+    if name != "grad_lse":
+        assert out.isnan().all() and lse.isnan().all()
+    found = dict(zip(INPUTS, ops.attention_grad(*problem.grad_arguments(t, out, lse)), strict=True))
+    for result in ("q", "k", "bias", "query_rel", "key_rel", *(() if name == "grad_lse" else ("v",))):
+        assert found[result].isnan().all(), result
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -139,8 +139,10 @@ CK_INLINE void widen(Words pairs, Floats& first, Floats& second) {
 }
 
 // To the nearest bfloat16, ties away from zero: the upper halves. NaN stays NaN if its lower half is not all ones, as
-// in those that come from bfloat16 numbers or from nothing.
+// in those that come from bfloat16 numbers or from nothing, and from float32 numbers that are read by with_plain_nan.
 CK_INLINE Words rounded(Floats v) { return (Words)v + 0x8000u; }
+// NaN of any bits, such as those of GPUs, which are all ones, becomes one that arithmetic hands on and `rounded` keeps.
+CK_INLINE float with_plain_nan(float v) { return v == v ? v : __builtin_nanf(""); }
 
 // Whether any bit is set.
 CK_INLINE bool any_bit(Words v) {

@@ -32,7 +32,7 @@ class BackwardQueries {
       if (lse == -__builtin_inff()) continue;
       rows |= 1u << r;
       shift[r] = lse * static_cast<float>(kLog2e);
-      if (p_.grad_lse.data != nullptr) grad_lse[r] = scalar<float>(p_.grad_lse, b, h, first + r);
+      if (p_.grad_lse.data != nullptr) grad_lse[r] = with_plain_nan(scalar<float>(p_.grad_lse, b, h, first + r));
     }
     queries.load(m, b, h, block, rows);
     queries.fill(shift);

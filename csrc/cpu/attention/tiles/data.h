@@ -137,6 +137,7 @@ struct TiledData {
     for (int64_t h = 0; p.bias.data != nullptr && h < p.heads; ++h)
       convert_in(p.bias.dtype, p.bias.data, h * p.bias.head, p.bias.column, p.window(), static_cast<float>(kLog2e),
                  bias.get() + h * columns);
+    for (int64_t c = 0; c < p.heads * columns; ++c) bias[c] = with_plain_nan(bias[c]);
     for (int64_t h = 0; h < p.heads; ++h) find_bias_range(h);
     for (int64_t b = 0; b < p.batch; ++b)
       for (int64_t n = 0; n < key_blocks; ++n) {
