@@ -138,6 +138,24 @@ def test_a_nan_of_a_gpu_in_float32_is_one(name, dtype, ops):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["q", "grad", "grad_lse"])
+def test_a_nan_stays_with_the_columns_that_its_row_sees(name, dtype, ops):
+    """The first query sees the keys at its own place and to the right alone, whose offsets are not negative."""
+    problem = AttentionProblem(
+        batch=1, length=20, keys=20, groups=1, head_size=16, left=3, right=3, outside=2, bias=True, query_rel=1,
+        dtype=DTYPES[dtype], seed=3,
+    )  # fmt: skip
+    t = problem.tensors()
+    t[name] = t[name].clone()
+    t[name][(0, 0, 0)] = float("nan")
+    found = attention_results(ops, problem, t)
+    seen = torch.arange(7) >= 3
+    assert found["bias"][0, seen].isnan().all() and found["bias"][0, ~seen].isfinite().all()
+    if name != "q":  # whose product with the zeros of those columns counts in the reference
+        assert found["query_rel"][:, ~seen].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", MODES)
 def test_keys_that_nothing_sees(mode, dtype, ops):
     """One query fewer than keys in its sequence, or a gap of the mask: their NaN reaches no table either."""

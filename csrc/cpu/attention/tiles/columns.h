@@ -74,9 +74,10 @@ class TiledColumns {
     const Floats totals = sum_each<float>(total);
     for (int64_t r = 0; r < 16; ++r) {
       float *const s = scores_.get() + (first + r) * d_.pitch, *const w = weights_.get() + (first + r) * d_.pitch;
-      const Floats excess = splat(rows.grad_lse[first + r] - totals[r]);
+      const float excess = rows.grad_lse[first + r] - totals[r];
+      if (excess - excess != 0.0f) continue;  // NaN or infinity, which is to stay with the columns that the row sees
       for (int64_t c = 0; c < d_.pitch; c += 16)
-        store_bytes(s + c, fused(excess, load_floats(w + c), load_floats(s + c)));
+        store_bytes(s + c, fused(splat(excess), load_floats(w + c), load_floats(s + c)));
     }
     fold_edges(p_, scores_.get() + first * d_.pitch, d_.pitch);
   }
