@@ -100,3 +100,15 @@ def test_what_a_row_does_not_see_changes_no_bit(name, value, backend):
     changed, changed_lse = results(tensors, backend, torch.float32, causal=True)
     assert torch.equal(out[:, :row], changed[:, :row]) and torch.equal(lse[..., :row], changed_lse[..., :row])
     assert not torch.equal(out[:, row], changed[:, row])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("large", ["q", "k", "query_rel", "key_rel"])
+def test_gradients_of_scores_beyond_all_precision_are_finite(large, dtype, backend):
+    """The log-sum-exp of scores near 1e12 is rounded by more than the exponents of float32 reach."""
+    tensors = {name: t.to(dtype) for name, t in inputs(TERMS["all"]).items()}
+    tensors[large].view(-1)[7] = 2.0**40
+    leaves = {name: t.requires_grad_() for name, t in tensors.items()}
+    out = ck.composite_attention(**leaves, window=(WINDOW, WINDOW), backend=backend)
+    for name, grad in zip(leaves, torch.autograd.grad(out.float().sum(), leaves.values()), strict=True):
+        assert grad.isfinite().all(), name

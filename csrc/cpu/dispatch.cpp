@@ -58,7 +58,7 @@ bool may_use_tiles() {
 
 const Kernels& choose() {
   if (const char* wanted = std::getenv("CONVKERNELS_CPU_ISA")) {
-    const Kernels& named = kernels_of(wanted);
+    const Kernels& named = kernels_of(wanted, "CONVKERNELS_CPU_ISA");
     if (isa_supported(named.name)) return named;
     std::string message = "CONVKERNELS_CPU_ISA: expected what this machine supports:";
     for (const Kernels* k : table())
@@ -77,13 +77,13 @@ const Kernels& kernels() {
   return chosen;
 }
 
-const Kernels& kernels_of(const std::string& name) {
+const Kernels& kernels_of(const std::string& name, const char* argument) {
   std::string known;
   for (const Kernels* k : table()) {
     if (name == k->name) return *k;
     known += known.empty() ? k->name : std::string(", ") + k->name;
   }
-  throw std::runtime_error("instruction set: expected one of " + known + ", got '" + name + "'");
+  throw std::runtime_error(std::string(argument) + ": expected one of " + known + ", got '" + name + "'");
 }
 
 const char* active_isa() { return kernels().name; }

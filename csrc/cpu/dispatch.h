@@ -12,8 +12,9 @@ namespace ck::cpu {
 // std::runtime_error if that one is not compiled in or not supported here.
 const Kernels& kernels();
 
-// The kernels of one instruction set by name. Throws std::runtime_error if it is not compiled in.
-const Kernels& kernels_of(const std::string& name);
+// The kernels of one instruction set by name. Throws std::runtime_error, which begins with `argument`, if it is not
+// compiled in.
+const Kernels& kernels_of(const std::string& name, const char* argument = "instruction set");
 
 const char* active_isa();
 std::vector<std::string> compiled_isas();

@@ -96,9 +96,9 @@ class AttentionBackwardTask {
     if (scores_ || p_.grad_v.data != nullptr)
       block_.each_key_block([&](int64_t first, int64_t n) { add_values(first, n); });
     if (scores_) {
-      // The rounding error of lse scales all p of a row, and their sum total_, by the same factor.
+      // The rounding error of lse scales all p of a row, and their sum total_, by the same factor, down to 0 at worst.
       for (int64_t r = 0; r < rows; ++r) {
-        delta_[r] = (empty_[r] ? C{0} : delta_[r] / total_[r]) - grad_lse_[r];
+        delta_[r] = (empty_[r] || total_[r] == C{0} ? C{0} : delta_[r] / total_[r]) - grad_lse_[r];
         nonfinite_[r] = nonfinite_[r] || delta_[r] - delta_[r] != C{0};
       }
       clear(grad_q_.get(), rows * d_.pitch);

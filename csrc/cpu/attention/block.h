@@ -43,14 +43,16 @@ CK_INLINE C shift_of(C top) {
   return top == static_cast<C>(-__builtin_inf()) ? C{0} : top;
 }
 
-// s = 2^(s - shift), and the sum of the row.
+// s = 2^(s - shift), where shift is no less than s but for rounding, and the sum of the row. Of scores from 2^30 on the
+// rounding is more than exponents reach, so that results are held at 2.
 template <class C>
 CK_INLINE C exponentials(C* s, int64_t n, const PendingBias<C>& pending, C shift) {
   constexpr int V = kLanes<C>;
   Vec<C> sum = {};
   each_span(pending, n, [&](int64_t from, int64_t to, C constant) CK_INLINE_LAMBDA {
     for (int64_t j = from; j < to; j += V) {
-      const Vec<C> e = vexp2<C>(load_bytes<Vec<C>>(s + j) + (constant - shift));
+      const Vec<C> x = load_bytes<Vec<C>>(s + j) + (constant - shift), most = splat(C{1});
+      const Vec<C> e = vexp2<C>(most < x ? most : x);
       store_bytes(s + j, e);
       sum += e;
     }

@@ -110,6 +110,12 @@ class TiledBackwardTask {
     }
   }
 
+  // A weight is 1 at most, also where scores are so large that lse is rounded by more than exponents reach.
+  static CK_INLINE Floats weight_of(Floats score, const PowerSeries& series) {
+    const Floats most = splat(1.0f);  // to base 2: more than rounding leaves of 0 elsewhere
+    return series.power(most < score ? most : score);
+  }
+
   float* pair(int64_t key, int64_t query) const { return held_.get() + (key * kQueryBlocks + query) * kPair; }
 
   // Scores and gradients of weights.
@@ -158,7 +164,7 @@ class TiledBackwardTask {
               const float* const at = pair(k - first, i) + half * 2 * kSums + r * 16;
               const Floats term =
                   run.side == kWindow ? offsets.load(k * kBlock + half * 16) : splat(q.edge(r, run.side));
-              const Floats p = series.power(fused(load_floats(at), splat(d_.scale), term));
+              const Floats p = weight_of(fused(load_floats(at), splat(d_.scale), term), series);
               Floats dp = load_floats(at + 4 * kSums);
               if (p_.dropout > 0.0) dp *= load_floats(keep(0, (k - run.first) * kBlock + half * 16));
               const uint32_t seen = q.visible(r, k) >> (16 * half);
@@ -230,7 +236,7 @@ class TiledBackwardTask {
             term = load_floats(offsets[a].first + offset);
           }
           const Floats s = fused(load_floats(at + place), scale, term);
-          Floats p = series.power(s), dp = load_floats(gradient + place), used;
+          Floats p = weight_of(s, series), dp = load_floats(gradient + place), used;
           if (!kClean) p = keep_lanes(seen[a] >> (16 * half), p);
           used = p;
           if (drops) {
