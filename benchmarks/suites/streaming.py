@@ -83,7 +83,7 @@ class Streaming:
         failed = self.errors if name == OURS else self.failures
         failed.append(f"{name}, {subject}: {type(error).__name__}: {error}")
 
-    def _calls(self, case: Case) -> Iterator[tuple[str, dict[str, Callable[[], Callable[[], object]]]]]:
+    def calls(self, case: Case) -> Iterator[tuple[str, dict[str, Callable[[], Callable[[], object]]]]]:
         """Per direction what makes the calls to time."""
         s = self.settings
         problem = Problem(case.op, s.batch, s.length, s.channels, s.heads, case.taps, s.dtype)
@@ -133,7 +133,7 @@ class Streaming:
         with functorch_config.patch(donated_buffer=False), progress(2 * len(CASES)) as step:
             for case in CASES:
                 for (direction, makers), passes, aim in zip(
-                    self._calls(case), case.passes(self.settings), case.targets, strict=True
+                    self.calls(case), case.passes(self.settings), case.targets, strict=True
                 ):
                     failed = partial(self._failed, f"{case.name} {direction}")
                     calls = timing.prepared(makers, failed)
