@@ -107,8 +107,10 @@ def title(environment: dict[str, Any]) -> str:
 
 
 def _torch_is_wider(environment: dict[str, Any]) -> bool:
-    """Whether torch uses wider vectors than these kernels: CONVKERNELS_CPU_ISA keeps those of the machine from them."""
-    return environment["isa"] in ("portable", "avx2", "amx-emulated") and environment["torch_isa"].startswith("AVX512")
+    """Whether torch uses wider vectors than these kernels: CONVKERNELS_CPU_ISA keeps those of the machine from them.
+    Some logs do not say what torch uses."""
+    torch_isa = environment.get("torch_isa", "")
+    return environment["isa"] in ("portable", "avx2", "amx-emulated") and torch_isa.startswith("AVX512")
 
 
 def file_stem(environment: dict[str, Any]) -> str:
