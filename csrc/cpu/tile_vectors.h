@@ -144,6 +144,13 @@ CK_INLINE Words rounded(Floats v) { return (Words)v + 0x8000u; }
 // NaN of any bits, such as those of GPUs, which are all ones, becomes one that arithmetic hands on and `rounded` keeps.
 CK_INLINE float with_plain_nan(float v) { return v == v ? v : __builtin_nanf(""); }
 
+// Lane by lane the least of before and of the magnitudes of 32 bfloat16 numbers, one less than their bits, so that 0 is
+// the greatest.
+CK_INLINE Halves least_magnitude(Words numbers, Halves before) {
+  const Halves magnitude = ((Halves)numbers & 0x7fff) - 1;
+  return magnitude < before ? magnitude : before;
+}
+
 // Whether any bit is set.
 CK_INLINE bool any_bit(Words v) {
 #if defined(__AVX512F__)

@@ -2,12 +2,12 @@
 // recorded; and close to the portable kernels, which the Python tests hold against the definition.
 #include <cmath>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "csrc/tests/check.h"
+#include "csrc/tests/numbers.h"
 #include "csrc/tests/tile_sets.h"
 
 namespace {
@@ -18,36 +18,21 @@ using ck::Outside;
 using ck::cpu::AttentionBackward;
 using ck::cpu::AttentionForward;
 using ck::cpu::AttentionProblem;
+using ck::cpu::draw;
 using ck::cpu::halves;
 using ck::cpu::Kernels;
 using ck::cpu::kernels_of;
 using ck::cpu::serial;
 using ck::cpu::sets_with_tiles;
+using ck::cpu::value;
 
-uint64_t state;
-uint64_t draw() {
-  state ^= state << 13;
-  state ^= state >> 7;
-  return state ^= state << 17;
-}
-// From -3 to 3, mostly in the middle, from integers alone.
-float value() {
-  int sum = -510;
-  for (uint64_t r = draw() & 0xffffffffu; r != 0; r >>= 8) sum += static_cast<int>(r & 255);
-  return static_cast<float>(sum) / 170.0f;
-}
 void fill(std::vector<float>& to, int64_t n, float scale) {
   to.resize(static_cast<size_t>(n));
   for (float& x : to) x = value() * scale;
 }
 void fill(std::vector<bf16>& to, int64_t n) {
   to.resize(static_cast<size_t>(n));
-  for (bf16& x : to) {
-    const float f = value();
-    uint32_t bits;
-    std::memcpy(&bits, &f, 4);
-    x.bits = static_cast<uint16_t>(bits >> 16);
-  }
+  for (bf16& x : to) x = ck::cpu::upper_half(value());
 }
 
 // Zeros of tensors' sizes: a term that is not there.
@@ -67,7 +52,7 @@ struct Case {
   std::vector<int64_t> query_offsets, key_offsets;
 
   explicit Case(const Shape& shape) : s(shape), mask(new bool[static_cast<size_t>(s.B * s.S)]) {
-    state = 88172645463325252ull;
+    ck::cpu::state = ck::cpu::kFirstState;
     fill(q, s.B * s.T * s.H * s.D);
     fill(k, s.B * s.S * s.G * s.D);
     fill(v, s.B * s.S * s.G * s.D);
@@ -137,32 +122,13 @@ struct Results {
   std::vector<bf16> rows[5];
   std::vector<float> numbers[7];
 
-  uint64_t hash() const {
-    uint64_t h = 1469598103934665603ull;  // FNV-1a, of bytes in the order of the lowest first
-    const auto add = [&h](uint32_t x, int bytes) {
-      for (int n = 0; n < bytes; ++n) h = (h ^ (x >> 8 * n & 255)) * 1099511628211ull;
-    };
-    for (const auto& part : rows)
-      for (const bf16 x : part) add(x.bits, 2);
-    for (const auto& part : numbers)
-      for (const float x : part) {
-        uint32_t bits;
-        std::memcpy(&bits, &x, 4);
-        add(bits, 4);
-      }
-    return h;
-  }
+  uint64_t hash() const { return ck::cpu::hash_of(rows, numbers); }
 
   std::vector<std::vector<double>> all() const {
     std::vector<std::vector<double>> list;
     for (const auto& part : rows) {
       list.emplace_back();
-      for (const bf16 x : part) {
-        const uint32_t bits = uint32_t{x.bits} << 16;
-        float f;
-        std::memcpy(&f, &bits, 4);
-        list.back().push_back(static_cast<double>(f));
-      }
+      for (const bf16 x : part) list.back().push_back(static_cast<double>(ck::cpu::number(x)));
     }
     for (const auto& part : numbers) list.emplace_back(part.begin(), part.end());
     return list;

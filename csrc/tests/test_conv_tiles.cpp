@@ -2,13 +2,13 @@
 // as recorded; close to the portable kernels, which the Python tests hold against the definition; NaN, infinity and
 // denormal numbers; and that tiles are what computes.
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "csrc/tests/check.h"
+#include "csrc/tests/numbers.h"
 #include "csrc/tests/tile_sets.h"
 
 namespace {
@@ -17,42 +17,20 @@ using ck::bf16;
 using ck::cpu::ConvBackward;
 using ck::cpu::ConvForward;
 using ck::cpu::ConvProblem;
+using ck::cpu::draw;
 using ck::cpu::halves;
 using ck::cpu::Kernels;
 using ck::cpu::kernels_of;
+using ck::cpu::number;
 using ck::cpu::scattered;
 using ck::cpu::serial;
 using ck::cpu::sets_with_tiles;
+using ck::cpu::upper_half;
+using ck::cpu::value;
 
-uint32_t bits_of(float f) {
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  return bits;
-}
-float number(bf16 h) {
-  const uint32_t bits = uint32_t{h.bits} << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-// Of few bits.
-bf16 exact(float f) { return {static_cast<uint16_t>(bits_of(f) >> 16)}; }
-
-uint64_t state;
-uint64_t draw() {
-  state ^= state << 13;
-  state ^= state >> 7;
-  return state ^= state << 17;
-}
-// From -3 to 3, mostly in the middle, from integers alone.
-float value() {
-  int sum = -510;
-  for (uint64_t r = draw() & 0xffffffffu; r != 0; r >>= 8) sum += static_cast<int>(r & 255);
-  return static_cast<float>(sum) / 170.0f;
-}
 std::vector<bf16> rows_of(int64_t n) {
   std::vector<bf16> rows(static_cast<size_t>(n));
-  for (bf16& x : rows) x = exact(value());
+  for (bf16& x : rows) x = upper_half(value());
   return rows;
 }
 std::vector<float> numbers_of(int64_t n) {
@@ -76,7 +54,7 @@ struct Case {
   std::vector<int64_t> offsets;
 
   explicit Case(const Shape& shape) : s(shape), mask(new bool[static_cast<size_t>(s.B * s.T)]) {
-    state = 88172645463325252ull;
+    ck::cpu::state = ck::cpu::kFirstState;
     x = rows_of(s.B * s.T * C());
     dy = rows_of(s.B * s.T * C());
     weight = numbers_of((s.per_position ? s.B * s.T : 1) * s.H * s.K);
@@ -130,17 +108,7 @@ struct Results {
   std::vector<bf16> rows[3];
   std::vector<float> numbers[2];
 
-  uint64_t hash() const {
-    uint64_t h = 1469598103934665603ull;  // FNV-1a, of bytes in the order of the lowest first
-    const auto add = [&h](uint32_t x, int bytes) {
-      for (int n = 0; n < bytes; ++n) h = (h ^ (x >> 8 * n & 255)) * 1099511628211ull;
-    };
-    for (const auto& part : rows)
-      for (const bf16 x : part) add(x.bits, 2);
-    for (const auto& part : numbers)
-      for (const float x : part) add(bits_of(x), 4);
-    return h;
-  }
+  uint64_t hash() const { return ck::cpu::hash_of(rows, numbers); }
   std::vector<float> all() const {
     std::vector<float> list;
     for (const auto& part : rows)
@@ -238,7 +206,7 @@ CK_TEST(tiles_correlate) {
     for (const int64_t K : {15, 18}) {
       Case c({1, 32, 1, 128, K, 0, 1, per_position, false, false, false, false, false, false, 0.0, 0});
       for (auto* rows : {&c.x, &c.dy}) rows->assign(rows->size(), bf16{0});
-      for (size_t i = 0; i < 32; i += 2) c.x[20 * 128 + i] = c.dy[16 * 128 + i] = exact(i == 0 ? 4096.0f : 1.0f);
+      for (size_t i = 0; i < 32; i += 2) c.x[20 * 128 + i] = c.dy[16 * 128 + i] = upper_half(i == 0 ? 4096.0f : 1.0f);
       const size_t place = static_cast<size_t>(per_position ? 16 * K : 0) + 4;
       for (const Kernels* kernels : sets_with_tiles()) {
         const std::vector<float> found = run(*kernels, c).numbers[0];
@@ -257,8 +225,8 @@ CK_TEST(special_numbers_reach_what_they_reach_by_vectors) {
       for (int place = 0; place < 4; ++place) {
         Case c(shape);
         const auto at = [&](int64_t t, int64_t channel) { return static_cast<size_t>(t * c.C() + channel); };
-        if (place == 0) c.x[at(shape.T / 2, 7)] = c.x[at(3, 20)] = exact(special);
-        if (place == 1) c.dy[at(shape.T / 2 + 1, c.C() - 1)] = exact(special);
+        if (place == 0) c.x[at(shape.T / 2, 7)] = c.x[at(3, 20)] = upper_half(special);
+        if (place == 1) c.dy[at(shape.T / 2 + 1, c.C() - 1)] = upper_half(special);
         if (place == 2) c.weight[static_cast<size_t>(shape.K / 2)] = special;
         if (place == 3) c.bias[9] = special;
         const Kernels& kernels = *sets_with_tiles().back();
@@ -283,14 +251,14 @@ CK_TEST(nothing_is_lost_to_denormal_numbers) {
       }
     };
     Case c(shape);
-    for (bf16& x : c.x) x = exact(std::fabs(number(x)) * 0x1p100f);
+    for (bf16& x : c.x) x = upper_half(std::fabs(number(x)) * 0x1p100f);
     for (bf16& x : c.dy) x = {static_cast<uint16_t>(x.bits & 0x7f)};
     compare(c);
     c.dy.swap(c.x);
     compare(c);
     c = Case(shape);
     for (auto* rows : {&c.x, &c.dy})
-      for (bf16& x : *rows) x = exact(std::fabs(number(x)) * 0x1p50f);
+      for (bf16& x : *rows) x = upper_half(std::fabs(number(x)) * 0x1p50f);
     for (float& w : c.weight) w = std::fabs(w) * 0x1p-128f;
     compare(c);
     for (auto* rows : {&c.x, &c.dy})

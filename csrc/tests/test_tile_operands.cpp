@@ -5,20 +5,15 @@
 #include <random>
 
 #include "csrc/tests/check.h"
+#include "csrc/tests/numbers.h"
 #include "csrc/tests/tile_products.h"
 
 namespace {
 
 using ck::bf16;
 using ck::cpu::kFunctions;
+using ck::cpu::number;
 using ck::cpu::tile_tests;
-
-float number(uint32_t bits) {
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-float number(bf16 h) { return number(uint32_t{h.bits} << 16); }
 
 int64_t channel_of(int64_t tile, int64_t n) { return tile / 2 * 32 + n / 4 * 8 + tile % 2 * 4 + n % 4; }
 
@@ -28,12 +23,7 @@ CK_TEST(products_of_all_formats) {
     // Small integers: every sum is exact.
     std::vector<bf16> a(static_cast<size_t>(32 * channels)), b = a;
     for (auto* matrix : {&a, &b})
-      for (bf16& x : *matrix) {
-        const float value = static_cast<float>(static_cast<int>(random() % 17) - 8);
-        uint32_t bits;
-        std::memcpy(&bits, &value, 4);
-        x.bits = static_cast<uint16_t>(bits >> 16);
-      }
+      for (bf16& x : *matrix) x = ck::cpu::upper_half(static_cast<float>(static_cast<int>(random() % 17) - 8));
     const auto at = [channels](const std::vector<bf16>& m, int64_t r, int64_t c) {
       return c < channels ? number(m[static_cast<size_t>(r * channels + c)]) : 0.0f;
     };

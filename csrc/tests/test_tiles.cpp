@@ -2,21 +2,17 @@
 // this machine has them.
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "csrc/tests/check.h"
+#include "csrc/tests/numbers.h"
 #include "csrc/tests/tile_products.h"
 
 namespace {
 
+using ck::cpu::bits_of;
+using ck::cpu::draw;
 using ck::cpu::tile_tests;
-
-uint32_t bits_of(float f) {
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  return bits;
-}
 
 // The upper half of a number that has no lower one.
 uint16_t half(float f) {
@@ -132,13 +128,6 @@ CK_TEST(the_first_nan_reaches_the_result_quietly) {
   CK_EQUAL(sum_of({0x7f81}, {kOne}, 0xff812345u), 0xffc12345u);        // of c before all
 }
 
-uint64_t state = 88172645463325252ull;
-uint64_t draw() {
-  state ^= state << 13;
-  state ^= state >> 7;
-  return state ^= state << 17;
-}
-
 CK_TEST(random_products_are_those_of_a_processor) {
   // Recorded on a Xeon with AMX: hashes (FNV-1a) of the results of 200 products each.
   struct Kind {
@@ -147,11 +136,10 @@ CK_TEST(random_products_are_those_of_a_processor) {
   };
   const Kind kinds[] = {
       {false, 120, 12, 0x12d44f642755f977}, {false, 60, 130, 0x9bdb7969bb11ca94}, {true, 0, 0, 0xbd7d6265b698d09d}};
-  const uint64_t start = state;
   for (const auto* tests : tile_tests()) {
-    state = start;
+    ck::cpu::state = ck::cpu::kFirstState;
     for (const Kind& kind : kinds) {
-      uint64_t hash = 1469598103934665603ull;
+      ck::cpu::Hash hash;
       for (int n = 0; n < 200; ++n) {
         Tiles t;
         for (auto* matrix : {&t.a, &t.b})
@@ -169,10 +157,9 @@ CK_TEST(random_products_are_those_of_a_processor) {
           }
         tests->product(t.a, t.b, t.c);
         for (const auto& row : t.c)
-          for (const uint32_t value : row)
-            for (int byte = 0; byte < 4; ++byte) hash = (hash ^ (value >> 8 * byte & 255)) * 1099511628211ull;
+          for (const uint32_t value : row) hash.add(value, 4);
       }
-      CK_EQUAL(hash, kind.hash);
+      CK_EQUAL(hash.value, kind.hash);
     }
   }
 }

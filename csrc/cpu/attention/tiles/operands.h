@@ -109,14 +109,10 @@ CK_INLINE int64_t place_by_rows(int64_t row, int64_t tile, int64_t column) {
   return tile * kFactors + row % 16 * 32 + 2 * column + row / 16;
 }
 
-// Lane by lane the least of before and of the magnitudes of 32 rows at a distance of `pitch`, one less than their bits,
-// so that 0 is the greatest.
+// Those of 32 rows at a distance of `pitch` and of `least`, lane by lane, as of least_magnitude.
 inline Halves least_magnitudes(const bf16* rows, int64_t pitch, const Width& width, Halves least) {
   for (int64_t i = 0; i < kBlock; ++i)
-    for (int64_t c = 0; c < width.padded; c += 32) {
-      const Halves magnitude = (load_bytes<Halves>(rows + i * pitch + c) & 0x7fff) - 1;
-      least = magnitude < least ? magnitude : least;
-    }
+    for (int64_t c = 0; c < width.padded; c += 32) least = least_magnitude(load_words(rows + i * pitch + c), least);
   return least;
 }
 

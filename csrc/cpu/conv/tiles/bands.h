@@ -53,7 +53,7 @@ CK_INLINE void write_band_row(const Floats* values, int64_t i, int64_t steps, bf
   CK_UNROLL for (int term = 0; term < kBandTerms; ++term) {
     Floats upper[kVectors];
     CK_UNROLL for (int v = 0; v < kVectors; ++v) {
-      upper[v] = term < kBandTerms - 1 ? (Floats)(rounded(rest[v]) & 0xffff0000u) : rest[v];
+      upper[v] = term < kBandTerms - 1 ? high_halves(rounded(rest[v])) : rest[v];
       rest[v] -= upper[v];
     }
     bf16* const to = band + term * band_term_size(steps) + i * (32 * steps + 1);

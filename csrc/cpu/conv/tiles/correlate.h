@@ -9,11 +9,6 @@
 
 namespace ck::cpu::CK_ISA {
 
-// Lane by lane the least of before and of the magnitudes of 32 numbers, less one, so that 0 is the greatest.
-CK_INLINE Halves least_magnitude(Words numbers, Halves before) {
-  const Halves magnitude = ((Halves)numbers & 0x7fff) - 1;
-  return magnitude < before ? magnitude : before;
-}
 CK_INLINE bool any_denormal(Halves least) { return any_bit((Words)(least < 0x7f)); }
 
 template <class Machine>
