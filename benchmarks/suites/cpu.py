@@ -52,7 +52,7 @@ def usable() -> list[str]:
     native = environment.native_module()
     if native is None:
         raise Mistake("which kernels run here is not known without convkernels._C: `make bench-cpu` builds it")
-    return [name for name in SETS if name in native.compiled_isas() and native.isa_supported(name)]
+    return [name for name in SETS if name in environment.usable_isas(native)]
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def info(arguments: argparse.Namespace) -> int:
     if native:
         rows += [
             ("compiled for", ", ".join(native.compiled_isas())),
-            ("usable here", ", ".join(name for name in native.compiled_isas() if native.isa_supported(name))),
+            ("usable here", ", ".join(environment.usable_isas(native))),
             ("compilers", ", ".join(f"{name}: {version}" for name, version in native.compilers.items())),
             ("oldest torch", native.torch_target),
             ("CUDA architectures", ", ".join(native.cuda_archs) or "none"),

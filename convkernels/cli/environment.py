@@ -52,6 +52,11 @@ def active_isa() -> str:
     return "no native kernels" if convkernels.why_not("cpu") else "unknown"
 
 
+def usable_isas(native) -> list[str]:
+    """The instruction sets that this machine has kernels for and can run."""
+    return [name for name in native.compiled_isas() if native.isa_supported(name)]
+
+
 def isa_chosen() -> str:
     """How the instruction set of the C++ kernels was chosen."""
     return "by CONVKERNELS_CPU_ISA" if os.environ.get("CONVKERNELS_CPU_ISA") else "automatically"
@@ -154,7 +159,7 @@ def check_variables() -> None:
     """Mistake for variables that every call of the package would stumble over."""
     native, known = native_module(), {"CONVKERNELS_BACKEND": ("auto", *backends.names())}
     if native:
-        known["CONVKERNELS_CPU_ISA"] = tuple(name for name in native.compiled_isas() if native.isa_supported(name))
+        known["CONVKERNELS_CPU_ISA"] = tuple(usable_isas(native))
     for name, values in known.items():
         value = os.environ.get(name)
         if value and value not in values:

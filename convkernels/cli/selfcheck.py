@@ -254,7 +254,7 @@ def _other_isas() -> list[str]:
     native = environment.native_module()
     if native is None or os.environ.get("CONVKERNELS_CPU_ISA"):
         return []
-    return [name for name in native.compiled_isas() if native.isa_supported(name) and name != native.active_isa()]
+    return [name for name in environment.usable_isas(native) if name != native.active_isa()]
 
 
 def why_not_all() -> str:
