@@ -24,6 +24,7 @@ import transformers
 from sample_texts import NOVELS
 from training_scripts import (
     BERT_SIZES,
+    EXAMPLES,
     SIZES,
     command,
     environment,
@@ -90,6 +91,38 @@ def test_two_processes(tokenizers, tmp_path):
     lines = [json.loads(line) for line in (folder / "log.jsonl").open()]
     assert [line["step"] for line in lines if "loss" in line] == list(steps)
     assert (folder / "model.safetensors").exists()
+
+
+ENDING = """
+import atexit, sys, torch
+sys.path.insert(0, sys.argv[1])
+from training.running import Interrupted, main
+
+class Held:
+    def __del__(self):
+        print("Python ended")
+
+def run():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    sys.stdout.write("ran ")
+    if sys.argv[2] != "None":
+        raise eval(sys.argv[2])
+
+held = Held()
+atexit.register(sys.stdout.write, "and left")
+main(run)
+"""
+
+
+@pytest.mark.parametrize("raised", ["None", "Interrupted('stopped')", "ValueError('wrong')", "KeyboardInterrupt"])
+def test_a_process_of_a_group_leaves_before_python_ends(raised):
+    """A thread of gloo that lets go of a tensor while Python ends would abort it."""
+    command = [sys.executable, "-c", ENDING, str(EXAMPLES), raised]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=100)
+    status = {"None": 0, "ValueError('wrong')": 1}.get(raised, 130)
+    assert (done.returncode, done.stdout) == (status, "ran and left"), done.stderr
+    said = {"None": "", "Interrupted('stopped')": "stopped", "ValueError('wrong')": "-c: wrong"}
+    assert said.get(raised, "interrupted; the same command goes on") in done.stderr
 
 
 def test_what_a_folder_has_decides(tokenizers, tmp_path, run, capsys):

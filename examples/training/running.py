@@ -1,6 +1,7 @@
 """Running transformers' Trainer so that nothing is lost: a log in JSONL, checkpoints from which the same command goes
 on, and a stop on Ctrl-C that saves first."""
 
+import atexit
 import json
 import math
 import os
@@ -103,16 +104,30 @@ def parsed(kinds: tuple[type, ...], changes: dict, description: str, arguments: 
 
 def main(run: Callable[[], object]) -> None:
     """Run a script's main function; what a person can mend is one line, not a traceback."""
+    status = 0
     try:
         run()
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        status = INTERRUPTED
     except (DataError, ValueError, OSError, ImportError, SafetensorError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}")
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        status = 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is saved, if anything is", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        status = INTERRUPTED
+    if torch.distributed.is_initialized():
+        leave(status)
+    sys.exit(status)
+
+
+def leave(status: int) -> None:
+    """End a process of a group. A thread of the group may still hold a tensor of its last reduction: letting it go
+    while Python ends would abort the process, so nothing but what is asked for at exit ends here."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _leave_signals(initialise: Callable[[int], None] | None, worker: int) -> None:
