@@ -15,6 +15,8 @@ import torch
 from .switches import switch
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+AUTO = "auto"
+"""Given for a backend: that which is chosen for a call."""
 
 
 class Backend(NamedTuple):

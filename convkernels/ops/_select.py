@@ -4,22 +4,23 @@
 that which is estimated to be (``ESTIMATED``), then those of ``backends.BACKENDS`` in their order.
 ``CONVKERNELS_BACKEND=<name>`` changes what ``auto`` means, and a backend named there or in the call never falls back.
 Stepping down to the reference is announced once for a reason, not per function; ``CONVKERNELS_STRICT=1`` makes it an
-error. Decisions are cached: after a change of the environment call ``reset()``.
+error. Decisions are cached: after a change of the environment call ``reset()``. Exported programs decide as they run.
 """
 
 import importlib
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from functools import cache
 
 import torch
 
 from .. import backends
+from ..backends import AUTO
 from ..backends.switches import switch
 from . import _spec
 
-AUTO = "auto"
 # (device, op, dtype): the backend that measurements of docs/results.md prefer. Only what differs from the order of
 # ``backends.BACKENDS``, or from ``ESTIMATED``, is entered. Attention goes by its operators.
 FASTEST = {
@@ -187,17 +188,32 @@ def choose(backend: str, op: str, device_type: str, dtype: torch.dtype, operator
     return "reference"
 
 
-def pick(*call) -> str:
-    """``choose``, for code that may be compiled: a constant there."""
+def pick(backend: str, op: str, *call) -> str:
+    """``choose``, for code that may be compiled: a constant there; AUTO, where nothing else is said, for a program that
+    is exported."""
+    if backend == AUTO and torch.compiler.is_exporting():
+        return AUTO
     try:
-        return choose(*call)
+        return choose(backend, op, *call)
     except TypeError:  # of the cache, for what cannot be its key
-        known(call[1], call[0])
+        known(op, backend)
         raise
 
 
 # What torch.compiler.assume_constant_result does; calling it would import the compiler (1.3 s) along with this package.
 pick._dynamo_marked_constant = True
+
+
+def choose_as_it_runs(kind: type, called: Callable) -> None:
+    """Register the kernel of an operator of AUTO, the first argument of which is a tensor. kind: the record of its
+    arguments.  called(record): for what ``choose`` chooses, its op, and its operator where it asks for that."""
+
+    def kernel(args) -> object:
+        op, *operator = called(args)
+        chosen = choose(AUTO, op, args[0].device.type, args[0].dtype, *operator)
+        return _spec.called(kind, chosen)(*args)
+
+    _spec.implement(kind.__name__, AUTO, kernel)
 
 
 def known(function: str, backend, named_by: str = "argument 'backend'") -> None:

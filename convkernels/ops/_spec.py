@@ -5,6 +5,9 @@ autograd attached, for whoever calls ``torch.ops`` directly; ``_name.<backend>``
 because an op with ``register_autograd`` costs about 3.7 us more per call even when no gradient is recorded. The
 Python functions of this package call the raw ones. ``_plain_name.<backend>`` is a raw one with few arguments, for calls
 that need no more: each argument of a schema costs about 0.1 us.
+
+``name``, without an overload name, is public and chooses a backend whenever it runs. It is what exported programs call,
+which may run on another device or machine than the one that wrote them.
 """
 
 from collections.abc import Callable
@@ -14,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..backends import BACKENDS
+from ..backends import AUTO, BACKENDS
 from ._on_import import when_imported
 
 NAMESPACE = "convkernels"
@@ -59,14 +62,28 @@ class OpSpec:
 
 def overload(name: str, backend: str) -> torch._ops.OpOverload:
     """The registered operator ``convkernels::<name>.<backend>``; name with a leading underscore for the raw one."""
-    return getattr(getattr(getattr(torch.ops, NAMESPACE), name), backend)
+    return getattr(getattr(getattr(torch.ops, NAMESPACE), name), "default" if backend == AUTO else backend)
+
+
+def called(kind: type, backend: str) -> torch._ops.OpOverload:
+    """The operator that the Python functions call: the raw one, and of AUTO, which programs call, the only one."""
+    return overload(kind.__name__ if backend == AUTO else f"_{kind.__name__}", backend)
 
 
 def implement(name: str, backend: str, kernel: Callable) -> None:
     """Make a Python function of the record of arguments the kernel of all forms of an operator."""
-    key = BACKENDS[backend].dispatch_key
-    for full, form in _FORMS[name].items():
-        _LIBRARY.impl(f"{full}.{backend}", lambda *args, of=form.record, **named: kernel(of(*args, **named)), key)
+    key = "CompositeExplicitAutograd" if backend == AUTO else BACKENDS[backend].dispatch_key
+    for full, form in _forms(name, backend).items():
+        function = lambda *args, of=form.record, **named: kernel(of(*args, **named))  # noqa: E731
+        _LIBRARY.impl(_qualified(full, backend), function, key)
+
+
+def _qualified(full: str, backend: str) -> str:
+    return full if backend == AUTO else f"{full}.{backend}"
+
+
+def _forms(name: str, backend: str) -> dict[str, Form]:
+    return {name: _FORMS[name][name]} if backend == AUTO else _FORMS[name]
 
 
 def _on_one_device(spec: OpSpec, form: Form) -> Callable:
@@ -88,19 +105,18 @@ def _on_one_device(spec: OpSpec, form: Form) -> Callable:
 
 
 def register(spec: OpSpec) -> None:
-    """Define the operator for every backend in the table."""
+    """Define the operator for every backend in the table, and for AUTO; ``_select`` has the kernel of that."""
     name, usual = spec.arguments.__name__, Form(spec.arguments.schema, spec.arguments)
     OPERATORS[name] = spec.arguments
     _FORMS[name] = {name: usual, f"_{name}": usual} | ({} if spec.plain is None else {f"_plain_{name}": spec.plain})
-    for backend in BACKENDS:
-        for full, form in _FORMS[name].items():
-            _LIBRARY.define(f"{full}.{backend}{form.schema}")
-            torch.library.register_fake(f"{NAMESPACE}::{full}.{backend}", _on_one_device(spec, form), lib=_LIBRARY)
+    for backend in (*BACKENDS, AUTO):
+        for full, form in _forms(name, backend).items():
+            qualified = _qualified(full, backend)
+            _LIBRARY.define(qualified + form.schema)
+            torch.library.register_fake(f"{NAMESPACE}::{qualified}", _on_one_device(spec, form), lib=_LIBRARY)
         if spec.autograd is not None:
-            hooks = spec.autograd(backend=backend)
-            torch.library.register_autograd(
-                f"{NAMESPACE}::{name}.{backend}", hooks.backward, setup_context=hooks.setup_context, lib=_LIBRARY
-            )
+            hooks, public = spec.autograd(backend=backend), f"{NAMESPACE}::{_qualified(name, backend)}"
+            torch.library.register_autograd(public, hooks.backward, setup_context=hooks.setup_context, lib=_LIBRARY)
     implement(name, "reference", spec.reference)
     for full, form in _FORMS[name].items():
         packet = getattr(getattr(torch.ops, NAMESPACE), full)

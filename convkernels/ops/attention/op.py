@@ -7,23 +7,24 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ...backends import BACKENDS
+from ...backends import AUTO, BACKENDS
 from .._differentiable import hooks, recorded, save_gradients, transformable
 from .._dtypes import accumulate_dtype
 from .._functorch import refuse_tangents, transforming
-from .._spec import OpSpec, overload, register
+from .._select import choose_as_it_runs
+from .._spec import OpSpec, called, register
 from . import flops, reference, vmap
 from .double_backward import double_backward
 from .schema import FOR_DOUBLE_BACKWARD, FOR_GRAD, GRAD_INPUTS, INPUTS, ROWS, Attention, AttentionGrad
 
 
 class Kernels(NamedTuple):
-    """One backend's operators; all take the arguments of the op by position. raw, raw_grad: no autograd. record:
-    eager autograd. Trailing default arguments may be left out."""
+    """One backend's operators; all take the arguments of the op by position. raw, raw_grad: no autograd; those of AUTO,
+    which has no other, are public ones. record: eager autograd. Trailing default arguments may be left out."""
 
     raw: Any
     raw_grad: Any
-    record: Any
+    record: Any = None
 
 
 KERNELS: dict[str, Kernels] = {}
@@ -95,10 +96,16 @@ register(
 )
 
 
+for _kind in (Attention, AttentionGrad):
+    choose_as_it_runs(_kind, lambda args: ("composite_attention", type(args).__name__))
+
+
 def _kernels(backend: str) -> Kernels:
-    raw, raw_grad = (overload(f"_{kind.__name__}", backend) for kind in (Attention, AttentionGrad))
+    raw, raw_grad = (called(kind, backend) for kind in (Attention, AttentionGrad))
+    if backend == AUTO:
+        return Kernels(raw, raw_grad)
     fast = getattr(raw, "_op", raw)
     return Kernels(raw, raw_grad, recorded(Attention, backend, fast, _save, _backward))
 
 
-KERNELS.update({name: _kernels(name) for name in BACKENDS})
+KERNELS.update({name: _kernels(name) for name in (*BACKENDS, AUTO)})

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ...backends import BACKENDS
+from ...backends import AUTO, BACKENDS
 from .._differentiable import hooks, recorded, save_gradients, transformable
 from .._dtypes import accumulate_dtype
 from .._functorch import refuse_tangents, transforming
-from .._spec import OpSpec, overload, register
+from .._select import choose_as_it_runs
+from .._spec import OpSpec, called, overload, register
 from . import double_backward, flops, reference, vmap
 from .schema import FOR_DOUBLE_BACKWARD, FOR_GRAD, GRAD_INPUTS, INPUTS, PLAIN, TapConv, TapGrad, TapStep
 
@@ -20,17 +21,18 @@ _READS_X = INPUTS.bit["weight"] | INPUTS.bit["gate"]
 
 
 class Kernels(NamedTuple):
-    """One backend's operators; all take the arguments of the op by position. raw, raw_grad, step: no autograd.
+    """One backend's operators; all take the arguments of the op by position. raw, raw_grad, step: no autograd; those of
+    AUTO, which has no others, are public ones.
     fast: raw, for eager code only.  record: eager autograd. Trailing default arguments may be left out.
     plain, record_plain: fast and record of x, weight and ``packed`` settings, for tensors outside torch.func."""
 
     raw: Any
     raw_grad: Any
     step: Any
-    fast: Any
-    record: Any
-    plain: Any
-    record_plain: Any
+    fast: Any = None
+    record: Any = None
+    plain: Any = None
+    record_plain: Any = None
 
 
 KERNELS: dict[str, Kernels] = {}
@@ -125,8 +127,21 @@ register(
 register(OpSpec(TapStep, _fake, reference.tap_step, flops.forward))
 
 
+def _function(args: TapConv | TapGrad | TapStep) -> tuple[str]:
+    """The public function that makes such a call."""
+    *leading, heads, _ = args.weight.shape
+    kind = "dynamic" if leading else "lightweight" if args.softmax or heads != args.x.shape[-1] else "depthwise"
+    return (f"{kind}_conv1d{'_step' if isinstance(args, TapStep) else ''}",)
+
+
+for _kind in (TapConv, TapGrad, TapStep):
+    choose_as_it_runs(_kind, _function)
+
+
 def _kernels(backend: str) -> Kernels:
-    raw, raw_grad, step = (overload(f"_{kind.__name__}", backend) for kind in (TapConv, TapGrad, TapStep))
+    raw, raw_grad, step = (called(kind, backend) for kind in (TapConv, TapGrad, TapStep))
+    if backend == AUTO:
+        return Kernels(raw, raw_grad, step)
     # OpOverload.__call__ only forwards to `_op`; calling that directly saves 0.1 us of the 3 a small call takes.
     fast, plain = (getattr(op, "_op", op) for op in (raw, overload("_plain_tap_conv", backend)))
     record = recorded(TapConv, backend, fast, _save, _backward)
@@ -134,4 +149,4 @@ def _kernels(backend: str) -> Kernels:
     return Kernels(raw, raw_grad, step, fast, record, plain, record_plain)
 
 
-KERNELS.update({name: _kernels(name) for name in BACKENDS})
+KERNELS.update({name: _kernels(name) for name in (*BACKENDS, AUTO)})
