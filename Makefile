@@ -93,11 +93,11 @@ $(VENV)/.triton: $(VENV)/.requirements
 	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet --no-compile "$(TRITON)"
 	@touch $@
 
-# The models and what their tests need.
+# The models, and what the tests of them and of drop-ins need.
 $(VENV)/.hf: $(VENV)/.requirements
 	$(BIN)/python -m pip install --quiet --no-compile $$($(BIN)/python -c 'import tomllib; \
 	    extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
-	    print(*extras["hf"], *extras["test-hf"])')
+	    print(*extras["hf"], *extras["test-hf"], *extras["onnx"], *extras["test-onnx"])')
 	@touch $@
 
 # What the training scripts need beside the models.

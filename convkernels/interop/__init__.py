@@ -2,11 +2,12 @@
 
 ``fairseq``: LightConv and DynamicConv checkpoints, and drop-in modules. ``bert_convolutions``: the checkpoints of
 Chang et al. 2021. ``huggingface``: T5, BERT and ConvBERT weights; this package's attention inside other models.
+``onnx``: models with this package's operators as ONNX graphs.
 """
 
 import importlib
 
-__all__ = ["bert_convolutions", "fairseq", "huggingface"]
+__all__ = ["bert_convolutions", "fairseq", "huggingface", "onnx"]
 
 
 def __getattr__(name: str):

@@ -70,6 +70,11 @@ def called(kind: type, backend: str) -> torch._ops.OpOverload:
     return overload(kind.__name__ if backend == AUTO else f"_{kind.__name__}", backend)
 
 
+def overloads(name: str) -> list[torch._ops.OpOverload]:
+    """The public and the raw operators of this name, of every backend and of AUTO."""
+    return [overload(name, AUTO), *(overload(full, backend) for full in (name, f"_{name}") for backend in BACKENDS)]
+
+
 def implement(name: str, backend: str, kernel: Callable) -> None:
     """Make a Python function of the record of arguments the kernel of all forms of an operator."""
     key = "CompositeExplicitAutograd" if backend == AUTO else BACKENDS[backend].dispatch_key

@@ -101,7 +101,7 @@ def soft_weights(weight: Tensor, inside: Tensor | None, args) -> Tensor:
     return w
 
 
-def _per_channel(w: Tensor, C: int) -> Tensor:
+def per_channel(w: Tensor, C: int) -> Tensor:
     """[..., H] -> [..., C]: each value for the C/H channels of its head."""
     return w.repeat_interleave(C // w.shape[-1], -1)
 
@@ -119,12 +119,17 @@ def _setting(args: TapConv | TapGrad):
 
 def tap_conv(args: TapConv) -> Tensor:
     """The forward pass."""
+    return _like(convolved(args), args.x)
+
+
+def convolved(args: TapConv) -> Tensor:
+    """y before it is rounded, in any layout."""
     x, weight, bias = args.x, args.weight, args.bias
     dtype, source, _, rows, w = _setting(args)
     y = torch.zeros(x.shape, dtype=dtype, device=x.device)
     for j in range(weight.shape[-1]):
-        y += _per_channel(w[..., j], x.shape[2]) * rows.index_select(1, source[:, j])
-    return _like(y if bias is None else y + bias.to(dtype), x)
+        y = y + per_channel(w[..., j], x.shape[2]) * rows.index_select(1, source[:, j])
+    return y if bias is None else y + bias.to(dtype)
 
 
 def tap_grad(args: TapGrad) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -142,7 +147,7 @@ def tap_grad(args: TapGrad) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if wanted.x or wanted.gate or wanted.initial_state:
         grad_rows = torch.zeros_like(rows)
         for j in range(K):
-            grad_rows.index_add_(1, source[:, j], _per_channel(w[..., j], C) * g)
+            grad_rows.index_add_(1, source[:, j], per_channel(w[..., j], C) * g)
         grad_z = grad_rows[:, :T]
         if mask is not None:
             grad_z = torch.where(mask[..., None], grad_z, 0.0)
@@ -194,7 +199,7 @@ def tap_step(args: TapStep) -> Tensor:
     w = soft_weights(w.to(dtype)[None], inside, args)[0]
     y = torch.zeros_like(z)
     for j in range(K):
-        y += _per_channel(w[..., j], x.shape[1]) * window[:, j * dilation]
+        y += per_channel(w[..., j], x.shape[1]) * window[:, j * dilation]
     state.copy_(window[:, 1:])
     return _like(y if args.bias is None else y + args.bias.to(dtype), x)
 
