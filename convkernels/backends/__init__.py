@@ -36,17 +36,17 @@ def _triton() -> Backend:
     """The Triton interpreter runs kernels on CPU tensors, and too slowly to be chosen by ``auto``."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     device, key = ("cpu", "CPU") if interpreted else ("cuda", "CUDA")
-    return Backend("triton", "convkernels.backends.triton", (device,), FLOATS, key, not interpreted)
+    return Backend("triton", f"{__name__}.triton", (device,), FLOATS, key, not interpreted)
 
 
 def _cuda() -> Backend:
     """The kernels simulated on a CPU are too slow to be chosen by ``auto``."""
     simulated = switch("CONVKERNELS_SIMT")
-    return Backend("cuda", "convkernels.backends.cuda", ("cpu" if simulated else "cuda",), FLOATS, None, not simulated)
+    return Backend("cuda", f"{__name__}.cuda", ("cpu" if simulated else "cuda",), FLOATS, None, not simulated)
 
 
 _ENTRIES = (
-    Backend("cpu", "convkernels.backends.native", ("cpu",), FLOATS, None, True),
+    Backend("cpu", f"{__name__}.native", ("cpu",), FLOATS, None, True),
     _triton(),
     _cuda(),
     Backend("reference", None, None, FLOATS, "CompositeExplicitAutograd", False),

@@ -1,8 +1,11 @@
 """Loads an operator library of this package, or says why it cannot: what the compiled backends share."""
 
+import ctypes
 from pathlib import Path
 
 import torch
+
+from .._namespace import NAMESPACE
 
 FOLDER = Path(__file__).parent.parent / "_native"
 # What leaves each library out.
@@ -35,6 +38,9 @@ def load_library(name: str) -> str | None:
         return reason
     try:
         torch.ops.load_library(str(path_of(name)))
-    except (OSError, RuntimeError) as error:
+        register = ctypes.CDLL(str(path_of(name))).convkernels_register
+    except (OSError, RuntimeError, AttributeError) as error:
         return f"the native library {path_of(name).name} does not load: {error}"
-    return None
+    register.restype = ctypes.c_char_p
+    failure = register(NAMESPACE.encode())
+    return failure and f"the native library {path_of(name).name} does not register its operators: {failure.decode()}"

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .._namespace import NAMESPACE
 from ..backends import AUTO, BACKENDS
 from ._on_import import when_imported
 
-NAMESPACE = "convkernels"
 OPERATORS: dict[str, type] = {}
 """All operators registered: name -> record of arguments."""
 _FORMS: dict[str, dict[str, "Form"]] = {}  # operator -> the names it is registered under, and how each is called

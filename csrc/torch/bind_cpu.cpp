@@ -156,4 +156,6 @@ struct Cpu {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(convkernels, CPU, m) { Operators<Cpu>::implement(m, "cpu"); }
+extern "C" __attribute__((visibility("default"))) const char* convkernels_register(const char* name_space) {
+  return Operators<Cpu>::register_once(name_space, "CPU", "cpu");
+}

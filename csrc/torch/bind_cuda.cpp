@@ -114,10 +114,10 @@ class Cuda {
 
 }  // namespace
 
+extern "C" __attribute__((visibility("default"))) const char* convkernels_register(const char* name_space) {
 #if defined(CK_SIMT)
-STABLE_TORCH_LIBRARY_IMPL(convkernels, CPU, m) {
+  return Operators<Cuda>::register_once(name_space, "CPU", "cuda");
 #else
-STABLE_TORCH_LIBRARY_IMPL(convkernels, CUDA, m) {
+  return Operators<Cuda>::register_once(name_space, "CUDA", "cuda");
 #endif
-  Operators<Cuda>::implement(m, "cuda");
 }

@@ -8,8 +8,12 @@
 //   void backward(Backward&, bool per_batch, const ConvGradTensors&);
 //   void step(Step&, const Tensor& state, bool reordered);
 //   void attention(AttentionForward&);  void attention_backward(AttentionBackward&);
+// and exports convkernels_register, which Python calls with the namespace that it has defined the operators in: two
+// copies of the package in one process have two.
 // per_batch: weight has a batch dimension.  reordered: there is a state_index.
 #pragma once
+
+#include <memory>
 
 #include "csrc/torch/attention.h"
 #include "csrc/torch/conv.h"
@@ -111,8 +115,26 @@ struct Operators {
     return results;
   }
 
-  // Registers the operators as overloads of this name ("cpu": tap_conv.cpu), also those without a derivative, whose
-  // names begin with "_".
+  // What convkernels_register does: implements the operators of a namespace for a dispatch key, once in a process.
+  // Returns nullptr, or why it cannot.
+  static const char* register_once(const char* name_space, const char* key, const char* overload) {
+    using torch::stable::detail::StableLibrary;
+    static std::string failure;
+    try {
+      static const StableLibrary* const library = [&] {
+        auto made = std::make_unique<StableLibrary>(StableLibrary::Kind::IMPL, name_space, key, __FILE__, __LINE__);
+        implement(*made, overload);
+        return made.release();
+      }();
+      (void)library;
+      return nullptr;
+    } catch (const std::exception& error) {
+      failure = error.what();
+      return failure.c_str();
+    }
+  }
+
+  // The overloads of this name ("cpu": tap_conv.cpu), also those without a derivative, whose names begin with "_".
   static void implement(torch::stable::detail::StableLibrary& library, const std::string& overload) {
     const auto add = [&](const char* name, auto* boxed) {
       for (const char* prefix : {"", "_"}) library.impl((std::string(prefix) + name + "." + overload).c_str(), boxed);
