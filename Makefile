@@ -25,7 +25,7 @@ test test-fast asan interpreted simulated counters models-oldest: export OMP_NUM
 # Without it Triton 3.9 warns at every compilation that a default will change.
 test test-fast interpreted: export TRITON_DEFAULT_FP_FUSION = 1
 
-.PHONY: help install build cpu simt-build counted-build bench bench-cpu test test-full test-fast lint format ctest abi asan interpreted simulated counters mutants cross \
+.PHONY: help install build cpu simt-build counted-build bench bench-cpu test test-full test-fast lint format ctest abi asan interpreted simulated counters mutants cross hub-kernel \
         models-oldest \
         gpu-build gpu-run gpu-smoke gpu-test gpu-sanitize gpu-bench gpu-rehearsal rehearsed-steps clean
 .NOTPARALLEL:
@@ -43,6 +43,7 @@ help:
 	@echo "make counters   what the simulated kernels move, held to a budget"
 	@echo "make models-oldest the tests of the models and the training scripts with the oldest packages that they work with"
 	@echo "make lint|format|ctest|abi|asan|mutants|cross|clean"
+	@echo "make hub-kernel the CPU kernels as a repository of the Hugging Face kernels library: build/hub/"
 	@echo "make gpu-run    on a machine with a GPU, with PYTHON=<one that has torch>, no network needed: every check and figure"
 	@echo "make gpu-smoke|gpu-test|gpu-sanitize|gpu-bench   parts of it"
 	@echo "make gpu-rehearsal   all of it without a GPU, in the software of a machine that has one"
@@ -97,7 +98,7 @@ $(VENV)/.triton: $(VENV)/.requirements
 $(VENV)/.hf: $(VENV)/.requirements
 	$(BIN)/python -m pip install --quiet --no-compile $$($(BIN)/python -c 'import tomllib; \
 	    extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
-	    print(*extras["hf"], *extras["test-hf"], *extras["onnx"], *extras["test-onnx"])')
+	    print(*extras["hf"], *extras["test-hf"], *extras["onnx"], *extras["test-interop"])')
 	@touch $@
 
 # What the training scripts need beside the models.
@@ -216,6 +217,9 @@ $(OLDEST)/.packages: pyproject.toml $(VENV)/.train
 models-oldest: install $(OLDEST)/.packages
 	$(OLDEST)/bin/python -m pytest $(PARALLEL) -m "not slow" $(wildcard tests/test_models*.py tests/test_training*.py) \
 	    tests/test_study.py tests/test_examples_visualize.py $(PYTEST_FLAGS)
+
+hub-kernel: $(NATIVE)/.cpu
+	$(BIN)/python scripts/hub_kernel.py build/hub
 
 # Compiles the kernels and their tests for 64-bit Arm where such a compiler is installed, and runs them where an emulator is.
 cross:
