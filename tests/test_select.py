@@ -351,10 +351,12 @@ print(ck.lightweight_conv1d(torch.ones(1, 3, 2), torch.zeros(1, 3), backend="cpu
 
 
 def test_instruction_set_variable():
-    """CONVKERNELS_CPU_ISA forces a lower instruction set; an unknown name is refused with the known ones."""
+    """CONVKERNELS_CPU_ISA forces a lower instruction set; an unknown name is refused with the known ones. Empty, as in
+    `VARIABLE= command`, it chooses nothing."""
     if ck.why_not("cpu"):
         pytest.skip("; ".join(ck.why_not("cpu")))
-    assert run_python(CALL, CONVKERNELS_CPU_ISA="portable").stdout.strip() == "1.0"
+    for name in ("portable", ""):
+        assert run_python(CALL, CONVKERNELS_CPU_ISA=name).stdout.strip() == "1.0"
     refused = run_python(CALL, CONVKERNELS_CPU_ISA="mmx")
     assert refused.returncode != 0
     assert re.search("CONVKERNELS_CPU_ISA: expected one of .*portable.*got 'mmx'", refused.stderr), refused.stderr

@@ -57,7 +57,8 @@ bool may_use_tiles() {
 }
 
 const Kernels& choose() {
-  if (const char* wanted = std::getenv("CONVKERNELS_CPU_ISA")) {
+  const char* wanted = std::getenv("CONVKERNELS_CPU_ISA");
+  if (wanted && *wanted) {
     const Kernels& named = kernels_of(wanted, "CONVKERNELS_CPU_ISA");
     if (isa_supported(named.name)) return named;
     std::string message = "CONVKERNELS_CPU_ISA: expected what this machine supports:";
