@@ -157,10 +157,10 @@ def variables() -> list[tuple[str, str, str]]:
 
 def check_variables() -> None:
     """Mistake for variables that every call of the package would stumble over."""
-    native, known = native_module(), {"CONVKERNELS_BACKEND": ("auto", *backends.names())}
+    native, known = native_module(), {"CONVKERNELS_BACKEND": (("auto", *backends.names()), "")}
     if native:
-        known["CONVKERNELS_CPU_ISA"] = tuple(usable_isas(native))
-    for name, values in known.items():
+        known["CONVKERNELS_CPU_ISA"] = usable_isas(native), ", which this machine can run"
+    for name, (values, why) in known.items():
         value = os.environ.get(name)
         if value and value not in values:
-            raise Mistake(f"environment variable '{name}': expected one of {', '.join(values)}, got {value!r}")
+            raise Mistake(f"environment variable '{name}': expected one of {', '.join(values)}{why}, got {value!r}")
