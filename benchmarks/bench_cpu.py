@@ -18,7 +18,7 @@ import torch
 from benchmarks import cores, report, store
 from benchmarks.suites import cpu, cpu_tables
 from convkernels.cli import environment, selfcheck
-from convkernels.cli.console import INTERRUPTED, guarded, need, positive, say
+from convkernels.cli.console import INTERRUPTED, MISTAKE, guarded, need, positive, say
 
 HEAD = "# Goals of the CPU kernels"
 
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         path, status = measure(name, arguments)
         paths += [path] if path else []
         worst = worst or status
-        if status == INTERRUPTED:
+        if status in (INTERRUPTED, MISTAKE):  # options that are wrong are so for all sets
             break
     if not paths:
         return worst

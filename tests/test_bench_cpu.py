@@ -19,7 +19,7 @@ from benchmarks.suites import BACKWARD, COPY, FORWARD, OURS, cpu, cpu_tables
 from benchmarks.suites.attention_tables import SDPA
 from benchmarks.suites.cpu_tables import Key
 from convkernels.cli import environment, selfcheck
-from convkernels.cli.console import INTERRUPTED, Mistake
+from convkernels.cli.console import INTERRUPTED, MISTAKE, Mistake
 
 CPU = torch.device("cpu")
 needs_affinity = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="threads cannot be bound here")
@@ -215,6 +215,7 @@ def measured(monkeypatch, tmp_path):
         ({"amx": -4}, ["amx", "avx512", "avx512", "avx2", "avx2"], -4),
         ({"avx2": INTERRUPTED}, ["amx", "amx", "avx2"], INTERRUPTED),
         ({"amx": INTERRUPTED}, ["amx"], INTERRUPTED),
+        ({"amx": MISTAKE}, ["amx"], MISTAKE),
     ],
     ids=str,
 )

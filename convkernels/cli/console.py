@@ -20,6 +20,7 @@ except ImportError:
     rich = None
 
 CELL = 76  # characters of a cell on a line
+MISTAKE = 2  # argparse's status for wrong options, too
 INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended
 PIPE_CLOSED = 141
 LARGEST = 2**24  # of a number that makes sizes: products of two fit into what torch can count
@@ -48,7 +49,7 @@ def guarded(program: str, command: Callable[[], int]) -> int:
         return status
     except Mistake as error:
         print(f"{program}: {error}", file=sys.stderr)
-        return 2
+        return MISTAKE
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return INTERRUPTED
