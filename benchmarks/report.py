@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import store
+from benchmarks import store, timing
 from benchmarks.suites import (
     BACKWARD,
     BOTH,
@@ -41,7 +41,8 @@ HEAD = """\
 
 What the machines below gave, written by `python -m benchmarks.report` from `benchmarks/results/*.json`.
 [performance.md](performance.md) says how it is measured, and by which command. Compare within a table: absolute times
-do not travel between machines. Times come first, then the targets and how the machines stand to them.
+do not travel between machines. Times come first, then the targets and how the machines stand to them. Kernels change: a
+table is about those of its day.
 """
 
 MODEL_VALUES: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -51,6 +52,11 @@ MODEL_VALUES: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 Rows = list[tuple[str, ...]]
+
+
+def day(section: dict[str, Any]) -> str:
+    """When a suite was measured: a file may have suites of several days, and has dates since 2026-11-28."""
+    return f"Measured {section['environment'].get('date', 'before 2026-11-28')}."
 
 
 def of_backends(content: dict, suite: str) -> dict[str, dict]:
@@ -79,9 +85,11 @@ def cpu_convolutions(section: dict[str, Any]) -> Iterator[str]:
     shape = section["shape"]
     yield (
         f"### Convolutions\n\n`--suite acceptance`: B={shape['batch']}, T={acceptance_tables.TABLE_LENGTH}, "
-        f"C={shape['channels']}, H={HEADS}, softmax over taps included; backward: d(x) and d(taps)."
+        f"C={shape['channels']}, H={HEADS}, softmax over taps included; backward: d(x) and d(taps). {day(section)}"
     )
     yield markdown_table(columns, rows)
+    if shared := section["environment"].get("samples", {}).get(timing.DISTURBED):
+        yield f"Note: threads shared their cores in {shared} of the suite's times."
     call = {mode: [f"{seconds * 1e6:.1f}" for seconds in times.values()] for mode, times in section["overhead"].items()}
     names = next(iter(section["overhead"].values()))
     yield "A call on a tiny tensor (B=1, T=4, C=64, K=7, float32), in microseconds:"
@@ -99,8 +107,8 @@ def attention_times(sections: dict[str, dict]) -> Iterator[str]:
             memory.setdefault(key, {})[line] = quantity(r["peak_extra_bytes"], "B")
     lines = list(dict.fromkeys(line for cells in times.values() for line in cells))
     lines.sort(key=lambda line: not line.startswith((COMPOSITE, PLAIN)))
-    settings = next(iter(sections.values()))["settings"]
-    yield f"### Attention\n\n`--suite attention`: {attention_tables.shape(settings)}."
+    first = next(iter(sections.values()))
+    yield f"### Attention\n\n`--suite attention`: {attention_tables.shape(first['settings'])}. {day(first)}"
     for dtype in dict.fromkeys(dtype for dtype, _, _ in times):
         for direction in (FORWARD, BACKWARD):
             yield f"{direction}, {dtype}:"
@@ -111,7 +119,8 @@ def attention_times(sections: dict[str, dict]) -> Iterator[str]:
 
 def training_steps(sections: dict[str, dict]) -> Iterator[str]:
     """Speed, FLOPs and memory of whole models by length, of each backend."""
-    yield "### Models\n\n`--suite models`: forward pass, loss and backward pass."
+    first = next(iter(sections.values()))
+    yield f"### Models\n\n`--suite models`: forward pass, loss and backward pass. {day(first)}"
     for name, section in sections.items():
         for case, shape in models_tables.shapes(section).items():
             yield f"{shape}{f', {name}' if name else ''}:"
@@ -141,10 +150,11 @@ def gpu_convolutions(sections: dict[str, dict]) -> Iterator[str]:
             r = records.get(case)
             cells += [f"{r['seconds'][OURS] * 1e6:.0f}", f"{streaming.fraction(r):.2f}"] if r else ["-", "-"]
         rows.append((*cells, f"{times['conv1d'] / times[OURS]:.1f}" if "conv1d" in times else ""))
-    shape = next(iter(sections.values()))["shape"]
+    section = next(iter(sections.values()))
+    shape = section["shape"]
     yield (
         f"### Convolutions\n\n`--suite streaming`: B={shape['batch']}, T={shape['length']}, C={shape['channels']}, "
-        f"H={shape['heads']}, {shape['dtype']}, softmax included, a cold cache."
+        f"H={shape['heads']}, {shape['dtype']}, softmax included, a cold cache. {day(section)}"
     )
     titles = [title for name in found for title in (f"{name}, us", "of a copy")]
     yield markdown_table(("case", "direction", *titles, f"{next(iter(found))}: times faster than conv1d"), rows)
@@ -199,9 +209,8 @@ def title(content: dict[str, dict]) -> str:
 def times(content: dict[str, dict]) -> Iterator[str]:
     """What one machine gave."""
     facts = next(iter(content.values()))["environment"]
-    versions = [f"convkernels {facts['convkernels']}", f"Python {facts['python']}", *filter(None, [facts.get("date")])]
     yield f"## {title(content)}"
-    yield f"{', '.join(versions)}."
+    yield f"convkernels {facts['convkernels']}, Python {facts['python']}."
     if "acceptance" in content:
         yield from cpu_convolutions(content["acceptance"])
     if of_backends(content, "streaming"):

@@ -218,3 +218,6 @@ def test_the_page_of_results_has_models():
     times, aims = ("\n\n".join(part({"models": found})) for part in (report.times, report.aims))
     assert "ConvSeq2Seq, small, 6 + 6 layers, 4096 tokens per batch" in times and "| 64 | 4 | 1 |" in times
     assert "| 64 | >= 1.00 | 4.00 | PASS |" in aims and "T = 64, the shortest" in aims and "Note: x." in aims
+    assert f"forward pass, loss and backward pass. Measured {found['environment']['date']}." in times
+    del found["environment"]["date"]
+    assert "Measured before 2026-11-28." in "\n\n".join(report.times({"models": found}))
