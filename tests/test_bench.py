@@ -283,14 +283,6 @@ def test_the_page_of_results_is_what_the_committed_ones_make():
     assert report.PAGE.read_text() == report.page(), "python -m benchmarks.report writes it"
 
 
-def test_the_page_of_results_tells_of_times_that_shared_cores():
-    section = json.loads((report.RESULTS / "amd-epyc-avx512-2threads.json").read_text())["acceptance"]
-    for disturbed, notes in ((0, 0), (7, 1)):
-        section["environment"]["samples"] = {timing.DISTURBED: disturbed}
-        said = "\n\n".join(report.times({"acceptance": section}))
-        assert said.count("Note: threads shared their cores in 7 of the suite's times.") == notes
-
-
 def test_files_of_results_are_small():
     """A record a line, and nothing that no table needs."""
     paths = sorted(report.RESULTS.glob("*.json"))

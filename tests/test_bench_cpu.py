@@ -321,6 +321,14 @@ def test_a_failure_of_ours_does_not_end_the_suite(monkeypatch):
     assert "not measured" in {row[4] for row in cpu_tables.rows(suite.section())}
 
 
+def test_the_page_of_results_tells_of_times_that_shared_cores():
+    section = json.loads((report.RESULTS / "amd-epyc-avx512-2threads.json").read_text())["acceptance"]
+    for disturbed, notes in ((0, 0), (7, 1)):
+        section["environment"]["samples"] = {timing.DISTURBED: disturbed}
+        said = "\n\n".join(report.times({"acceptance": section}))
+        assert said.count("Note: threads shared their cores in 7 of the suite's times.") == notes
+
+
 def test_results_are_put_among_those_of_the_page(monkeypatch, tmp_path, capsys):
     kept, sent = tmp_path / "kept", tmp_path / "sent"
     kept.mkdir(), sent.mkdir()
