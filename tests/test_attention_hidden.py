@@ -156,6 +156,29 @@ def test_a_nan_stays_with_the_columns_that_its_row_sees(name, dtype, ops):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("row", [0, 31, 32, 63])
+def test_a_nan_at_the_end_of_a_block(row, dtype, ops):
+    """The first or the last row of those that a kernel takes together."""
+    problem = AttentionProblem(
+        batch=1, length=65, keys=65, groups=1, head_size=16, left=3, right=3, causal=True, bias=True, query_rel=1,
+        key_rel=1, dtype=DTYPES[dtype], seed=3,
+    )  # fmt: skip
+    tensors = problem.tensors()
+    expected = attention_results(ops, problem, tensors)
+    sees = visible(problem, tensors)
+    for name in ("q", "k", "v", "grad"):
+        poisoned = dict(tensors, **{name: tensors[name].clone()})
+        poisoned[name][0, row, :, 1] = float("nan")
+        found, rows = attention_results(ops, problem, poisoned), reached(name, row, sees)
+        assert found["q"][0, rows["q"]].isnan().all(), name
+        for result in ("out", "q", "k", "v"):
+            hidden = ~rows[result]
+            torch.testing.assert_close(
+                found[result][0, hidden], expected[result][0, hidden], rtol=1e-4, atol=1e-4, msg=f"{name} in {result}"
+            )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", MODES)
 def test_keys_that_nothing_sees(mode, dtype, ops):
     """One query fewer than keys in its sequence, or a gap of the mask: their NaN reaches no table either."""

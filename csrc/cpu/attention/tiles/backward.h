@@ -318,7 +318,7 @@ class TiledBackwardTask {
     }
     const TiledQueries& q = queries_[i].queries;
     for (int64_t k = first; k < end; ++k)
-      for (int64_t j = 0; nonfinite_keys_[k] >> j != 0; ++j)
+      for (int64_t j = 0; j < kBlock && nonfinite_keys_[k] >> j != 0; ++j)
         for (int64_t r = 0; nonfinite_keys_[k] >> j & 1 && r < q.count; ++r) {
           if (!q.sees(r, k * kBlock + j)) continue;
           const float score = to_float(a[(k - first) * 2 * kQueryBlocks * kPair + r * 32 + 2 * (j % 16) + j / 16]);

@@ -91,7 +91,7 @@ class ColumnProducts {
   }
   // The same of natural rows that were left out, because they are not finite.
   void add_nonfinite(uint32_t which, const bf16* rows, const float* columns, int64_t pitch, float* sums) const {
-    for (int64_t r = 0; which >> r != 0 && r < kBlock; ++r)
+    for (int64_t r = 0; r < kBlock && which >> r != 0; ++r)
       for (int64_t c = 0; which >> r & 1 && c < window_; ++c) {
         const float score = columns[r * pitch + c];
         if (score == 0.0f) continue;
