@@ -34,12 +34,14 @@ def failures(name: str) -> list[str]:
 
 
 def status_of(command: list[str], variables: dict[str, str]) -> int:
-    """The exit status of a program that prints nothing but progress; Ctrl-C, which it meets too, is left to it."""
+    """The exit status of a program that prints nothing but progress. Ctrl-C, which it meets too, is left to it; that
+    counts as interrupted whatever its status says, which is that of the signal while it imports."""
     with subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL) as process:
         try:
             return process.wait()
         except KeyboardInterrupt:
-            return process.wait()
+            process.wait()
+            return INTERRUPTED
 
 
 def measure(name: str, arguments: argparse.Namespace) -> tuple[Path | None, int]:

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -251,7 +252,8 @@ def test_kernels_that_compute_something_else_are_not_measured(measured, tmp_path
     assert "not measured, as results are wrong:\nx is off\n" in capsys.readouterr().err
 
 
-def test_what_an_interrupted_process_has_measured_is_waited_for(monkeypatch):
+@pytest.mark.parametrize("status", [INTERRUPTED, -signal.SIGINT, 0], ids=["measuring", "importing", "done"])
+def test_what_an_interrupted_process_has_measured_is_waited_for(status, monkeypatch):
     class Process(contextlib.nullcontext):
         waits = 0
 
@@ -259,7 +261,7 @@ def test_what_an_interrupted_process_has_measured_is_waited_for(monkeypatch):
             self.waits += 1
             if self.waits == 1:
                 raise KeyboardInterrupt
-            return INTERRUPTED
+            return status
 
     process = Process()
     process.enter_result = process
