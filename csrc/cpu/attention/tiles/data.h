@@ -45,15 +45,19 @@ class TiledTables {
   }
   const bf16* by_rows(int64_t h, int64_t w, int64_t part) const { return by_rows_.get() + at(table(h), w, part); }
   int64_t step() const { return parts_ * rank_.factors(); }
-  // 32 natural rows times columns 32 * w .. of a head: tiles [2 halves of the rows][2 halves of the columns].
+  // 32 natural rows times columns 32 * w .. of a head: tiles [2 halves of the rows][2 halves of the columns]. Bits of
+  // `nonfinite` are rows that meet the first part alone, because infinity times other parts has other signs, or is NaN.
   template <class Machine>
-  void multiply(Machine& m, const bf16* rows, int64_t h, int64_t w, float* to) const {
-    for (int64_t part = 0; part < parts_; ++part) {
-      const bf16* const columns = by_channels(h, w, part);
-      multiply_block(m, part == 0, rank_.pairs, {rows, rows + 16 * rank_.padded, rank_.padded * 2, 32},
-                     {columns, columns + rank_.pairs * kFactors, kFactors},
-                     {to, to + kSums, to + 2 * kSums, to + 3 * kSums});
-    }
+  void multiply(Machine& m, const bf16* rows, uint32_t nonfinite, int64_t h, int64_t w, float* to) const {
+    for (int64_t part = 0; part < parts_; ++part) add_part(m, rows, h, w, part, to);
+    if (parts_ == 1 || nonfinite == 0) return;
+    alignas(64) float first[4 * kSums];
+    add_part(m, rows, h, w, 0, first);
+    for (int64_t r = 0; r < kBlock; ++r)
+      for (int64_t half = 0; nonfinite >> r & 1 && half < 2; ++half) {
+        const int64_t at = (r / 16 * 2 + half) * kSums + r % 16 * 16;
+        store_bytes(to + at, load_floats(first + at));
+      }
   }
   // Of a column of a head.
   float length(int64_t h) const { return count_ == 0 ? 0.0f : length_[table(h)]; }
@@ -62,6 +66,14 @@ class TiledTables {
   int64_t size() const { return count_ * tiles_ * step(); }
   int64_t table(int64_t h) const { return table_.per_head ? h : 0; }
   int64_t at(int64_t n, int64_t w, int64_t part) const { return (n * tiles_ + w) * step() + part * rank_.factors(); }
+
+  template <class Machine>
+  CK_INLINE void add_part(Machine& m, const bf16* rows, int64_t h, int64_t w, int64_t part, float* to) const {
+    const bf16* const columns = by_channels(h, w, part);
+    multiply_block(m, part == 0, rank_.pairs, {rows, rows + 16 * rank_.padded, rank_.padded * 2, 32},
+                   {columns, columns + rank_.pairs * kFactors, kFactors},
+                   {to, to + kSums, to + 2 * kSums, to + 3 * kSums});
+  }
 
   void read(int64_t window, int64_t n, int64_t d, float* to) const {
     Scratch<float> row(round_up(window, 16));

@@ -15,6 +15,7 @@ class KeyTerms {
       : d_(data),
         p_(data.p),
         rows_(exists() ? data.key_blocks * data.width.factors() : 0),
+        nonfinite_(exists() ? data.key_blocks : 0),
         edges_(exists() ? 2 * data.key_blocks * kBlock : 0),
         products_(exists() ? 4 * kSums : 0),
         strips_(exists() ? kBlock * kPitch : 0) {}
@@ -24,8 +25,10 @@ class KeyTerms {
   // The keys of a group.
   void load(int64_t b, int64_t g) {
     head_ = -1;
-    for (int64_t n = 0; n < d_.key_blocks; ++n)
+    for (int64_t n = 0; n < d_.key_blocks; ++n) {
       read_rows(p_.k, d_.width, b, g, n * kBlock, d_.keys_there(b, n), rows_.get() + n * d_.width.factors());
+      nonfinite_[n] = nonfinite_rows(rows(n), d_.width);
+    }
   }
 
   // Block n of them, natural.
@@ -43,7 +46,7 @@ class KeyTerms {
     for (int64_t n = 0; n < d_.key_blocks; ++n)
       for (const Side side : {kLeft, kRight}) {
         const int64_t column = side == kLeft ? p_.window() - 1 : 0;
-        d_.key_tables.multiply(m, rows(n), h, column / kBlock, products_.get());
+        d_.key_tables.multiply(m, rows(n), nonfinite_[n], h, column / kBlock, products_.get());
         for (int64_t j = 0; j < kBlock; ++j) edge(side)[n * kBlock + j] = product(j, column % kBlock);
       }
   }
@@ -89,7 +92,7 @@ class KeyTerms {
   void fill(Machine& m, int64_t block, int64_t position) {
     const int64_t low = position - (block + 1) * kBlock + 1 + p_.right, window = p_.window();
     for (int64_t w = max(low, 0) / kBlock; w * kBlock < min(low + kColumns, window); ++w) {
-      d_.key_tables.multiply(m, rows(block), head_, w, products_.get());
+      d_.key_tables.multiply(m, rows(block), nonfinite_[block], head_, w, products_.get());
       for (int64_t j = 0; j < kBlock; ++j)
         for (int64_t c = 0; c < kBlock; c += 16)
           store_bytes(strips_.get() + j * kPitch + kOrigin + w * kBlock + c - low, load_floats(&product(j, c)));
@@ -105,6 +108,7 @@ class KeyTerms {
   const TiledData& d_;
   const AttentionProblem& p_;
   Scratch<bf16> rows_;                        // natural
+  Scratch<uint32_t> nonfinite_;               // bits of those of a block
   Scratch<float> edges_, products_, strips_;  // [2 sides][keys]; tiles of one product; [32][kPitch]
   int64_t head_ = -1;
 };

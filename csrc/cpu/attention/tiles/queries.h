@@ -160,8 +160,9 @@ class TiledQueries {
   template <class Machine>
   void multiply_table(Machine& m) {
     const Range blocks = column_blocks();
+    const uint32_t nonfinite = nonfinite_rows(r(), d_.rank);
     for (int64_t w = blocks.first; w < blocks.end; ++w)
-      d_.tables.multiply(m, r(), head, w, products_.get() + w * 4 * kSums);
+      d_.tables.multiply(m, r(), nonfinite, head, w, products_.get() + w * 4 * kSums);
   }
 
   void fill_rows(int64_t rows, const float* shift) {
