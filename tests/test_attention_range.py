@@ -112,3 +112,17 @@ def test_gradients_of_scores_beyond_all_precision_are_finite(large, dtype, backe
     out = ck.composite_attention(**leaves, window=(WINDOW, WINDOW), backend=backend)
     for name, grad in zip(leaves, torch.autograd.grad(out.float().sum(), leaves.values()), strict=True):
         assert grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_whose_terms_are_large_are_seen(dtype, backend):
+    """Rounding of scores near 2^42 is more than exponents reach: the greatest must not be subtracted by parts."""
+    keys = 32
+    q, k, v, table = (torch.randn(shape) for shape in ((1, keys, 1, 16), (1, keys, 1, 16), (1, keys, 1, 16), (16, 9)))
+    q, k, v = (q * 2.0**20).to(dtype), k.to(dtype), v.to(dtype)
+    out, lse = ck.composite_attention(q, k, v, query_rel=table * 2.0**20, return_lse=True, backend=backend)
+    exact = ck.composite_attention(
+        q.double(), k.double(), v.double(), query_rel=table.double() * 2.0**20, return_lse=True, backend="reference"
+    )[1]
+    torch.testing.assert_close(lse.double(), exact, rtol=1e-5, atol=0)
+    assert (out != 0).any(-1).all()

@@ -51,7 +51,7 @@ CK_INLINE C exponentials(C* s, int64_t n, const PendingBias<C>& pending, C shift
   Vec<C> sum = {};
   each_span(pending, n, [&](int64_t from, int64_t to, C constant) CK_INLINE_LAMBDA {
     for (int64_t j = from; j < to; j += V) {
-      const Vec<C> x = load_bytes<Vec<C>>(s + j) + (constant - shift), most = splat(C{1});
+      const Vec<C> x = load_bytes<Vec<C>>(s + j) + constant - shift, most = splat(C{1});
       const Vec<C> e = vexp2<C>(most < x ? most : x);
       store_bytes(s + j, e);
       sum += e;
