@@ -1,13 +1,14 @@
-"""Checkpoints and models of other implementations.
+"""Checkpoints, models and functions of other implementations.
 
-``fairseq``: LightConv and DynamicConv checkpoints, and drop-in modules. ``bert_convolutions``: the checkpoints of
-Chang et al. 2021. ``huggingface``: T5, BERT and ConvBERT weights; this package's attention inside other models.
-``onnx``: models with this package's operators as ONNX graphs.
+``causal_conv1d``: the functions of that package, computed by this one. ``fairseq``: LightConv and DynamicConv
+checkpoints, and drop-in modules. ``bert_convolutions``: the checkpoints of Chang et al. 2021. ``huggingface``: T5, BERT
+and ConvBERT weights; this package's attention inside other models. ``onnx``: models with this package's operators as
+ONNX graphs.
 """
 
 import importlib
 
-__all__ = ["bert_convolutions", "fairseq", "huggingface", "onnx"]
+__all__ = ["bert_convolutions", "causal_conv1d", "fairseq", "huggingface", "onnx"]
 
 
 def __getattr__(name: str):

@@ -94,6 +94,11 @@ def floating(function: str, argument: str, value: Tensor) -> None:
         fail(function, argument, f"a tensor of {_FLOAT_NAMES}", value, TypeError)
 
 
+def integers(function: str, argument: str, value: Tensor) -> None:
+    if value.dtype not in _INTEGERS:
+        fail(function, argument, "an int32 or int64 tensor", value, TypeError)
+
+
 def shape(function: str, argument: str, value: Tensor, expected: tuple, letters: str) -> None:
     """Shape equal to ``expected``; ``letters`` names the dimensions in the message."""
     if value.dim() != len(expected) or any(size != want for size, want in zip(value.shape, expected, strict=True)):
@@ -181,8 +186,7 @@ def boundaries(
     letter: str = "T",
 ) -> None:  # fmt: skip
     """Boundaries of packed sequences. Their values are read only where that costs no device synchronisation."""
-    if value.dtype not in _INTEGERS:
-        fail(function, argument, "an int32 or int64 tensor", value, TypeError)
+    integers(function, argument, value)
     if value.dim() != 1 or value.shape[0] < 2:
         fail(function, argument, "shape [N+1] with N >= 1 sequences", value)
     same_device(function, argument, value, x, name)
