@@ -6,7 +6,6 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from convkernels.interop import causal_conv1d
 from convkernels.interop.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
@@ -200,7 +199,7 @@ MIXED = torch.tensor([[4, 5, 4, 5, 5, 4], [-1, 2, -1, 2, 2, -1]])
 @pytest.mark.parametrize("seq_idx", [None, PACKED, MIXED], ids=["whole", "packed", "mixed"])
 @pytest.mark.parametrize("first", [False, True])
 def test_gradients(first, seq_idx, activation, backend):
-    x, weight, bias, state = leaves((2, 3, 6), (3, 4), (3,), (2, 3, 3))
+    x, weight, bias, state = leaves((2, 2, 6), (2, 4), (2,), (2, 2, 3))
 
     def call(x, weight, bias, initial_states=None):
         options = {"return_final_states": seq_idx is None, "activation": activation, "backend": backend}
@@ -215,7 +214,7 @@ def test_gradients(first, seq_idx, activation, backend):
 def test_both_formulations_agree(seq_idx, backend, monkeypatch):
     """Packed sequences, and what runs where numbers cannot be read: values and gradients; numbers that come back ask
     for the second."""
-    inputs = leaves((2, 3, 6), (3, 4), (3,), (2, 3, 3))
+    inputs = leaves((2, 2, 6), (2, 4), (2,), (2, 2, 3))
     taken, by_tap = [], causal_conv1d._tap_by_tap
     monkeypatch.setattr(causal_conv1d, "_tap_by_tap", lambda *a: taken.append(a) or by_tap(*a))
     y = causal_conv1d_fn(*inputs[:3], seq_idx, inputs[3], activation="silu", backend=backend)
@@ -229,7 +228,7 @@ def test_both_formulations_agree(seq_idx, backend, monkeypatch):
 
 @pytest.mark.parametrize("seq_idx", [PACKED, MIXED], ids=["packed", "mixed"])
 def test_nan_where_numbers_are_negative_stays_there(seq_idx, backend):
-    x, weight, bias, state = leaves((2, 3, 6), (3, 4), (3,), (2, 3, 3))
+    x, weight, bias, state = leaves((2, 2, 6), (2, 4), (2,), (2, 2, 3))
     hidden = (seq_idx < 0)[:, None].expand(x.shape)
     spoiled = x.detach().masked_fill(hidden, torch.nan).requires_grad_()
     spoiled_state = state.detach().index_fill(0, torch.tensor(1), torch.nan).requires_grad_()
@@ -332,71 +331,66 @@ def test_no_less_accurate_than_stock(dtype, backend):
     assert errors[0] <= errors[1], errors
 
 
-def everything(device="cpu"):
-    """Tensors that need gradients, and calls of each kind."""
-    torch.manual_seed(0)
-    shapes = (2, 3, 6), (3, 4), (3,), (2, 3, 3)
-    x, weight, bias, state = inputs = [torch.randn(shape, device=device).requires_grad_() for shape in shapes]
-    packed, rows, at = (torch.tensor(list(v), device=device) for v in (PACKED.tolist(), (3, -1), (3, 7)))
-
-    def updated(width, length, at=None, rows=None):
-        conv_state = torch.ones(2 if rows is None else 4, width, 3, device=device).mT
-        return causal_conv1d_update(x[:, :, :length], conv_state, weight, bias, "silu", at, rows), conv_state
-
-    return inputs, {
-        "plain": lambda: causal_conv1d_fn(x, weight, bias, activation="silu"),
-        "states": lambda: causal_conv1d_fn(x, weight, bias, None, state, True, activation="silu"),
-        "out": lambda: causal_conv1d_fn(x, weight, bias, None, state, True, torch.empty(2, 3, 3, device=device)),
-        "numbers": lambda: causal_conv1d_fn(x, weight, bias, packed, state, activation="silu"),
-        "step": lambda: updated(3, 1),
-        "wide": lambda: updated(5, 2),
-        "ring": lambda: updated(5, 2, at),
-        "rows": lambda: updated(5, 2, None, rows),
-        "rows of rings": lambda: updated(5, 9, at, rows),
-    }
-
-
-def several(result):
-    return result if isinstance(result, tuple) else (result,)
-
-
-@pytest.mark.parametrize("name", everything()[1])
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_without_graph_breaks(compiler, name):
-    torch._dynamo.reset()
-    inputs, calls = everything()
-    expected = several(calls[name]())
-    actual = several(torch.compile(calls[name], fullgraph=True, backend=compiler)())
-    torch.testing.assert_close(actual, expected)
-    if expected[0].requires_grad:
-        results = [
-            torch.autograd.grad(sum(v.square().sum() for v in r), inputs, allow_unused=True) for r in (actual, expected)
-        ]
-        torch.testing.assert_close(*results)
-
-
-@pytest.mark.parametrize("name", everything()[1])
-def test_autocast_changes_no_dtype(name):
-    calls = everything()[1]
-    expected = several(calls[name]())
-    with torch.autocast("cpu", torch.bfloat16):
-        assert all(torch.equal(a, e) for a, e in zip(several(calls[name]()), expected, strict=True))
-
-
-@pytest.mark.parametrize("name", everything()[1])
-def test_shapes_without_memory(name):
-    expected = [(v.shape, v.stride(), v.dtype) for v in several(everything()[1][name]())]
-    with FakeTensorMode():
-        fake = [(v.shape, v.stride(), v.dtype) for v in several(everything()[1][name]())]
-    meta = [(v.shape, v.stride(), v.dtype) for v in several(everything("meta")[1][name]())]
-    assert fake == expected and meta == expected
+X, WEIGHT, STATE = torch.zeros(2, 3, 6), torch.zeros(3, 4), torch.zeros(2, 3, 3)
+ROWS = torch.tensor([0, 1])
+# Arguments that are wrong, the kind of error, and what it says: of causal_conv1d_fn, then of causal_conv1d_update.
+WRONG = [
+    ({"x": [1.0]}, TypeError, "argument 'x': expected a tensor, got"),
+    ({"x": X.int()}, TypeError, "argument 'x': expected a tensor of float64, float32, bfloat16 or float16, got int32"),
+    ({"x": X[0]}, ValueError, r"argument 'x': expected a tensor \[B,C,T\], got float32 tensor of shape \[3, 6\]"),
+    ({"weight": WEIGHT[:, None]}, ValueError, r"argument 'weight': .*\[C,K\] \(from a Conv1d: weight.squeeze\(1\)\)"),
+    ({"weight": WEIGHT.mT}, ValueError, r"'weight': expected shape \[C,K\], C = 3, .*, got .* \[4, 3\]"),
+    ({"weight": WEIGHT[:, :0]}, ValueError, r"'weight': .* with at least one tap, got .* \[3, 0\]"),
+    ({"weight": WEIGHT.double()}, TypeError, "'weight': expected not float64, because x is torch.float32, got"),
+    ({"weight": WEIGHT.to("meta")}, ValueError, "'weight': expected a tensor on cpu, where x is, got .* on meta"),
+    ({"bias": 1.0}, TypeError, "'bias': expected a tensor or None, got 1.0"),
+    ({"bias": torch.zeros(2)}, ValueError, r"'bias': expected shape \[C\] = \[3\], got"),
+    ({"activation": "gelu"}, ValueError, "'activation': expected None, 'silu' or 'swish', got 'gelu'"),
+    ({"seq_idx": torch.zeros(2, 6)}, TypeError, "'seq_idx': expected an int32 or int64 tensor, got float32"),
+    ({"seq_idx": torch.zeros(6, 2).int()}, ValueError, r"'seq_idx': expected shape \[B,T\] = \[2, 6\], got"),
+    ({"seq_idx": torch.zeros(2, 6).int(), "return_final_states": True}, ValueError,
+     "'return_final_states': expected False, because seq_idx is given, got True"),
+    ({"initial_states": STATE.mT[:, 1:]}, ValueError, r"'initial_states': expected shape \[B,C,K-1\] = \[2, 3, 3\]"),
+    ({"initial_states": STATE.half()}, TypeError, "'initial_states': expected the dtype of x, torch.float32, got"),
+    ({"return_final_states": 1}, TypeError, "'return_final_states': expected True or False, got 1"),
+    ({"return_final_states": True, "final_states_out": STATE.half()}, TypeError, "'final_states_out': expected the d"),
+    ({"return_final_states": True, "final_states_out": STATE[:1].expand(2, 3, 3)}, ValueError,
+     r"'final_states_out': expected every element in memory of its own, .*, got strides \[0, 3, 1\]"),
+    ({"return_final_states": True, "final_states_out": STATE.clone().requires_grad_()}, ValueError,
+     "'final_states_out': expected no gradient, because it is written in place, got requires_grad=True"),
+]  # fmt: skip
+WRONG_UPDATES = [
+    *(case for case in WRONG if set(case[0]) <= {"x", "weight", "bias", "activation"} and "[B,C,T" not in case[2]),
+    ({"x": X[0, 0]}, ValueError, r"argument 'x': expected a tensor \[B,C\] or \[B,C,T\], got .* \[6\]"),
+    ({"conv_state": None}, TypeError, "'conv_state': expected a tensor, got None"),
+    ({"conv_state": STATE[:, :, 1:]}, ValueError, r"'conv_state': expected a tensor \[B,C,W\], W >= K-1 = 3, got"),
+    ({"conv_state": STATE[:1]}, ValueError, r"'conv_state': expected shape \[B,C,W\] = \[2, 3, 3\], got"),
+    ({"conv_state": STATE[0], "conv_state_indices": ROWS}, ValueError, r"'conv_state': expected a tensor \[S,C,W\]"),
+    ({"conv_state": STATE.mT[:, :1], "conv_state_indices": ROWS}, ValueError, r"\[S,C,W\] = \[2, 3, 3\], got"),
+    ({"conv_state": STATE.half()}, TypeError, "'conv_state': expected the dtype of x, torch.float32, got"),
+    ({"conv_state": STATE[:1].expand(2, 3, 3)}, ValueError, "'conv_state': expected every element in memory of its"),
+    ({"conv_state": STATE.clone().requires_grad_()}, ValueError, "'conv_state': expected no gradient"),
+    ({"cache_seqlens": 3}, TypeError, "'cache_seqlens': expected a tensor, got 3"),
+    ({"cache_seqlens": ROWS.short()}, TypeError, "'cache_seqlens': expected an int32 or int64 tensor, got int16"),
+    ({"cache_seqlens": ROWS[:1]}, ValueError, r"'cache_seqlens': expected shape \[B\] = \[2\], got"),
+    ({"cache_seqlens": -ROWS}, ValueError, r"'cache_seqlens': expected numbers of inputs >= 0, got \[0, -1\]"),
+    ({"conv_state_indices": ROWS.bool()}, TypeError, "'conv_state_indices': expected an int32 or int64 tensor, got"),
+    ({"conv_state_indices": ROWS[None]}, ValueError, r"'conv_state_indices': expected shape \[B\] = \[2\], got"),
+    ({"conv_state_indices": ROWS + 1}, ValueError, r"indices': expected rows of conv_state below 2, .*, got \[1, 2\]"),
+    ({"conv_state_indices": ROWS * 0}, ValueError, r"indices': expected .*, none of them twice, .*, got \[0, 0\]"),
+]  # fmt: skip
 
 
-def test_transforms():
-    x, weight, bias = (v.detach() for v in leaves((4, 2, 3, 6), (3, 4), (3,)))
-    for seq_idx in (None, PACKED):
-        call = lambda x, weight: causal_conv1d_fn(x, weight, bias, seq_idx, activation="silu")  # noqa: B023, E731
-        each = [call(one, weight) for one in x]
-        torch.testing.assert_close(torch.func.vmap(call, (0, None))(x, weight), torch.stack(each))
-        theirs = torch.autograd.functional.jacobian(lambda w: call(x[0], w), weight)  # noqa: B023
-        torch.testing.assert_close(torch.func.jacrev(call, 1)(x[0], weight), theirs)
+@pytest.mark.parametrize(("arguments", "kind", "told"), WRONG)
+def test_errors(arguments, kind, told):
+    with pytest.raises(kind, match=f"^causal_conv1d_fn: .*{told}"):
+        causal_conv1d_fn(**{"x": X, "weight": WEIGHT, **arguments})
+
+
+@pytest.mark.parametrize(("arguments", "kind", "told"), WRONG_UPDATES)
+def test_errors_of_updates(arguments, kind, told):
+    state = STATE.clone()
+    arguments = {"x": X[..., 0], "weight": WEIGHT, "conv_state": state, **arguments}
+    with pytest.raises(kind, match=f"^causal_conv1d_update: .*{told}"):
+        causal_conv1d_update(**arguments)
+    assert torch.equal(state, STATE)
