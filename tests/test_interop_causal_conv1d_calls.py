@@ -91,6 +91,14 @@ def test_transforms(numbers):
     torch.testing.assert_close(torch.func.jacrev(call, 1)(x[0], weight), expected)
 
 
+def test_updates_carry_no_gradient():
+    x, weight, bias = (torch.randn(shape).requires_grad_() for shape in ((2, 3), (3, 4), (3,)))
+    for width in (3, 4):
+        state = torch.zeros(2, width, 3).mT
+        assert not causal_conv1d_update(x, state, weight, bias, "silu").requires_grad
+        assert not state.requires_grad and torch.equal(state[:, :, -1], x)
+
+
 def test_updates_under_vmap():
     torch.manual_seed(0)
     x, weight, states = torch.randn(4, 2, 3, 1), torch.randn(3, 4), torch.randn(4, 2, 3, 5)
