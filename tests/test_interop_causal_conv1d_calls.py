@@ -99,9 +99,10 @@ def test_updates_carry_no_gradient():
         assert not state.requires_grad and torch.equal(state[:, :, -1], x)
 
 
-def test_updates_under_vmap():
+@pytest.mark.parametrize("width", [3, 5])
+def test_updates_under_vmap(width):
     torch.manual_seed(0)
-    x, weight, states = torch.randn(4, 2, 3, 1), torch.randn(3, 4), torch.randn(4, 2, 3, 5)
+    x, weight, states = torch.randn(4, 2, 3, 1), torch.randn(3, 4), torch.randn(4, 2, width, 3).mT
     again = states.clone()
     expected = torch.stack([causal_conv1d_update(*given, weight) for given in zip(x, again, strict=True)])
     assert torch.equal(torch.func.vmap(lambda x, state: causal_conv1d_update(x, state, weight))(x, states), expected)
