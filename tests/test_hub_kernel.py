@@ -37,6 +37,8 @@ for found, wanted in zip(*(torch.autograd.grad(v.square().sum(), (x, weight)) fo
     torch.testing.assert_close(found, wanted)
 q, bias = torch.randn(1, 9, 2, 4), torch.randn(2, 5)
 attended = kernel.composite_attention(q, q, q, bias=bias, window=(2, 2), backend="cpu")
+silu = kernel.causal_conv1d_fn(x.mT, weight, activation="silu")
+torch.testing.assert_close(silu, torch.nn.functional.silu(expected).mT)
 compiled = torch.compile(lambda x: kernel.depthwise_conv1d(x, weight), backend="aot_eager", fullgraph=True)
 assert torch.equal(compiled(x), kernel.depthwise_conv1d(x, weight))
 if installed:

@@ -147,7 +147,10 @@ def causal_conv1d_update(
 
 
 def _activated(y: Tensor, activation: str | None) -> Tensor:
-    return y if activation is None else F.silu(y)
+    """act(y), in the memory of y where no derivative needs what is there."""
+    if activation is None:
+        return y
+    return F.silu(y, inplace=not y.requires_grad and not transforms_active())
 
 
 def _dtypes_as_given(x: Tensor):
