@@ -2,8 +2,8 @@
 
 ``causal_conv1d``: the functions of that package, computed by this one. ``fairseq``: LightConv and DynamicConv
 checkpoints, and drop-in modules. ``bert_convolutions``: the checkpoints of Chang et al. 2021. ``huggingface``: T5, BERT
-and ConvBERT weights; this package's attention inside other models. ``onnx``: models with this package's operators as
-ONNX graphs.
+and ConvBERT weights; this package's attention and causal convolutions inside other models. ``onnx``: models with this
+package's operators as ONNX graphs.
 """
 
 import importlib

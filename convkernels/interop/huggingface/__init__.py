@@ -1,7 +1,8 @@
 """Hugging Face transformers: this package's attention in its models, and its models' weights in this package's.
 
 ``register`` makes ``attn_implementation="convkernels"`` known; ``replace_attention`` swaps the self-attention modules
-of a model in place; ``convert`` makes a model of this package from a T5, BERT or ConvBERT.
+of a model in place; ``convert`` makes a model of this package from a T5, BERT or ConvBERT. ``optimize`` lets this
+package compute the causal depthwise convolutions of a model such as Mamba's, and ``restore`` undoes that.
 """
 
 from ...models import needs_transformers
@@ -13,6 +14,10 @@ except ModuleNotFoundError as error:
 
 from .attention import NAME, attention_forward, padding_mask, register
 from .conversion import convbert_names, convert
+from .convolution import Report, optimize, restore
 from .replacement import replace_attention
 
-__all__ = ["NAME", "attention_forward", "convbert_names", "convert", "padding_mask", "register", "replace_attention"]
+__all__ = [
+    "NAME", "Report", "attention_forward", "convbert_names", "convert", "optimize", "padding_mask", "register",
+    "replace_attention", "restore",
+]  # fmt: skip
