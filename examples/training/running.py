@@ -104,15 +104,14 @@ def parsed(kinds: tuple[type, ...], changes: dict, description: str, arguments: 
 
 def main(run: Callable[[], object]) -> None:
     """Run a script's main function; what a person can mend is one line, not a traceback."""
-    status = 0
+    status: int | str = 0
     try:
         run()
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         status = INTERRUPTED
     except (DataError, ValueError, OSError, ImportError, SafetensorError) as error:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
-        status = 1
+        status = f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}"
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is saved, if anything is", file=sys.stderr)
         status = INTERRUPTED
@@ -121,9 +120,12 @@ def main(run: Callable[[], object]) -> None:
     sys.exit(status)
 
 
-def leave(status: int) -> None:
-    """End a process of a group. A thread of the group may still hold a tensor of its last reduction: letting it go
-    while Python ends would abort the process, so nothing but what is asked for at exit ends here."""
+def leave(status: int | str) -> None:
+    """``sys.exit`` of a process of a group. A thread of the group may still hold a tensor of its last reduction:
+    letting it go while Python ends would abort the process, so nothing but what is asked for at exit ends here."""
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+        status = 1
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
