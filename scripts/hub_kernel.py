@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="a folder, whose contents are replaced")
     output = parser.parse_args(arguments).output
-    if output.exists() and any(output.iterdir()) and not (output / "build.toml").exists():
+    if output.exists() and any(output.iterdir()) and not _written_here(output / "build.toml"):
         parser.error(f"output: expected an empty folder, or one that this program has written, got {output}")
     library = path_of(BACKEND)
     if not library.exists():
@@ -62,10 +62,10 @@ def write(output: Path, library: Path) -> Path:
     variant = output / "build" / f"torch-stable-abi{stable}-{BACKEND}-{system}"
     shutil.copytree(PACKAGE, variant, ignore=_left_out)
     shutil.copy2(library, variant / library.parent.name)
-    version = int(__version__.partition(".")[0]) + 1  # the Hub counts from 1, and breaking changes alone
-    name = f"_{NAME}_{BACKEND}_{_digest(variant)}"
     with (variant / "__init__.py").open("a") as file:  # under the names by which other kernels of this task go
         file.write("\nfrom .interop.causal_conv1d import causal_conv1d_fn, causal_conv1d_update  # noqa: E402, F401\n")
+    version = int(__version__.partition(".")[0]) + 1  # the Hub counts from 1, and breaking changes alone
+    name = f"_{NAME}_{BACKEND}_{_digest(variant)}"
     path = variant / "_namespace.py"
     text = path.read_text()
     path.write_text(text.replace(f'"{NAMESPACE}"', f'"{name}"'))
@@ -80,6 +80,11 @@ def write(output: Path, library: Path) -> Path:
     )
     (output / "README.md").write_text(CARD.replace("VERSION", str(version)))
     return variant
+
+
+def _written_here(path: Path) -> bool:
+    """Whether a build.toml is of this package, and not of somebody's own kernel, which would be lost."""
+    return path.exists() and f'name = "{NAME}"' in path.read_text()
 
 
 def _left_out(folder: str, names: list[str]) -> set[str]:

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -88,9 +87,10 @@ def test_the_namespace_follows_the_contents(repository, tmp_path, monkeypatch):
     assert name(tmp_path / "same") == name(repository) != name(tmp_path / "other")
 
 
-def test_nothing_else_is_replaced(tmp_path, capsys):
-    (tmp_path / "precious").write_text("")
+@pytest.mark.parametrize("name", ["precious", "build.toml"])
+def test_nothing_else_is_replaced(name, tmp_path, capsys):
+    (tmp_path / name).write_text('[general]\nname = "relu"\n')
     with pytest.raises(SystemExit):
         hub_kernel.main([str(tmp_path)])
     assert "expected an empty folder, or one that this program has written" in capsys.readouterr().err
-    assert Path(tmp_path / "precious").exists()
+    assert (tmp_path / name).exists()

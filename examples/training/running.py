@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial, wraps
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import transformers
@@ -120,7 +121,7 @@ def main(run: Callable[[], object]) -> None:
     sys.exit(status)
 
 
-def leave(status: int | str) -> None:
+def leave(status: int | str) -> NoReturn:
     """``sys.exit`` of a process of a group. A thread of the group may still hold a tensor of its last reduction:
     letting it go while Python ends would abort the process, so nothing but what is asked for at exit ends here."""
     if isinstance(status, str):

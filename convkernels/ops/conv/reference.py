@@ -128,6 +128,7 @@ def convolved(args: TapConv) -> Tensor:
     dtype, source, _, rows, w = _setting(args)
     y = torch.zeros(x.shape, dtype=dtype, device=x.device)
     for j in range(weight.shape[-1]):
+        # Not in place: programs that are decomposed into this definition have to be functional.
         y = y + per_channel(w[..., j], x.shape[2]) * rows.index_select(1, source[:, j])
     return y if bias is None else y + bias.to(dtype)
 
