@@ -111,7 +111,8 @@ def _convolution(args: TapConv, *, stateful: bool) -> Tensor:
     shared = args.weight.dim() == 2 and args.cu_seqlens is None and not (args.softmax and args.renormalize)
     if not shared or dtype == torch.float64:  # which onnxruntime's Conv does not take
         return reference.convolved(args).to(x.dtype)
-    z = reference.gated_input(x.to(dtype), None if args.gate is None else args.gate.to(dtype), args.mask)
+    gate = None if args.gate is None else args.gate.to(dtype)
+    z = reference.gated_input(x.to(dtype), gate, args.mask, args.gate_activation)
     w = reference.tap_weights(args.weight.to(dtype), None, args)[0, 0]
     filters = reference.per_channel(w.T, channels).T[:, None]
     bias = None if args.bias is None else args.bias.to(dtype)
@@ -127,7 +128,7 @@ def _convolution(args: TapConv, *, stateful: bool) -> Tensor:
     else:
         rows = F.pad(rows, (args.left, span - args.left)) if state is None else torch.cat([state, rows], 2)
         y = F.conv1d(rows, filters, bias, dilation=args.dilation, groups=channels)
-    return y.transpose(1, 2).to(x.dtype)
+    return reference.finished(y.transpose(1, 2), args).to(x.dtype)
 
 
 def _attention(args: Attention) -> tuple[Tensor, Tensor]:

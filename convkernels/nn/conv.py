@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ..ops import _select, _validate
 from ..ops._validate import each, expect
-from ..ops.conv import api, checks
+from ..ops.conv import api, checks, reference
 from ..ops.conv import step as steps
-from ..ops.conv.schema import TapStep
+from ..ops.conv.schema import ACTIVATIONS, TapStep
 
 
 class _Conv(nn.Module):
@@ -25,8 +25,8 @@ class _Conv(nn.Module):
     """
 
     def __init__(
-        self, channels, kernel_size, heads, *, padding, dilation, backend, softmax=False, renormalize=False,
-        weight_dropout=0.0, **flags,
+        self, channels, kernel_size, heads, *, padding, dilation, gate_activation, activation, backend, softmax=False,
+        renormalize=False, weight_dropout=0.0, **flags,
     ):  # fmt: skip
         super().__init__()
         name = type(self).__name__
@@ -36,10 +36,12 @@ class _Conv(nn.Module):
         checks.padding_left(name, padding, kernel_size, dilation)
         _validate.probability(name, "weight_dropout", weight_dropout)
         each(_validate.flag, name, **flags)
+        checks.activations(name, gate_activation, activation)
         _select.known(name, backend)
         self.channels, self.kernel_size, self.heads = channels, kernel_size, heads
         self.softmax, self.renormalize = softmax, renormalize
         self.padding, self.dilation = padding, dilation
+        self.gate_activation, self.activation = gate_activation, activation
         self.weight_dropout, self.backend = weight_dropout, backend
 
     def forward(
@@ -48,6 +50,8 @@ class _Conv(nn.Module):
         mask: Tensor | None = None,
         *,
         gate: Tensor | None = None,
+        out_gate: Tensor | None = None,
+        residual: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         initial_state: Tensor | None = None,
         return_state: bool = False,
@@ -60,26 +64,33 @@ class _Conv(nn.Module):
         """
         if step is not None:
             return self._step(x, mask, **step)
-        return self._convolve(self._operands(x, mask, gate), mask, cu_seqlens, initial_state, return_state)
+        operands, finish = self._operands(x, mask, gate), self._finish(out_gate, residual)
+        return self._convolve(operands, mask, cu_seqlens, initial_state, finish, return_state)
 
     def step(
-        self, x: Tensor, state: Tensor, *, gate: Tensor | None = None, mask: Tensor | None = None,
-        state_index: Tensor | None = None, position: Tensor | None = None,
+        self, x: Tensor, state: Tensor, *, gate: Tensor | None = None, out_gate: Tensor | None = None,
+        residual: Tensor | None = None, mask: Tensor | None = None, state_index: Tensor | None = None,
+        position: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """One position, x [B,C] -> [B,C], without gradient; ``state`` is updated in place. Causal padding only.
 
         mask: bool [B], False for padding, which the state takes as zeros. The rest as in the function behind.
         """
-        return self(x, mask, step=dict(state=state, gate=gate, state_index=state_index, position=position))
+        step = dict(state=state, gate=gate, state_index=state_index, position=position)
+        return self(x, mask, step=step | dict(out_gate=out_gate, residual=residual))
 
-    def _convolve(self, operands, mask, cu_seqlens, initial_state, return_state):
+    def _finish(self, out_gate, residual) -> tuple:
+        """What the functions behind take together."""
+        return self.gate_activation, self.activation, out_gate, residual
+
+    def _convolve(self, operands, mask, cu_seqlens, initial_state, finish, return_state):
         x, gate, weight, bias = operands
         return api.convolve(
             self._function, self._filters, self._settings(), x, weight, bias, None, gate, mask, cu_seqlens,
-            initial_state, return_state, self.backend,
+            initial_state, finish, return_state, self.backend,
         )  # fmt: skip
 
-    def _step(self, x, mask, state, state_index=None, position=None, **operands):
+    def _step(self, x, mask, state, state_index=None, position=None, out_gate=None, residual=None, **operands):
         if self.padding not in ("causal", (self.kernel_size - 1) * self.dilation):
             raise RuntimeError(f"{type(self).__name__}.step: expected padding='causal', got {self.padding!r}")
         x, gate, weight, bias = self._operands(x, mask, **operands)
@@ -87,7 +98,9 @@ class _Conv(nn.Module):
             x, gate = (None if value is None else torch.where(mask[:, None], value, 0.0) for value in (x, gate))
         softmax, renormalize, *_ = self._settings()
         args = TapStep(x, state, weight, self.dilation, softmax, renormalize, bias, gate, state_index, position)
-        return steps.step(f"{self._function}_step", self._step_filters, args, self.backend)
+        return steps.step(
+            f"{self._function}_step", self._step_filters, args, self._finish(out_gate, residual), self.backend
+        )
 
     def _settings(self) -> tuple:
         """softmax, renormalize, padding, dilation, weight_dropout and training of the function behind."""
@@ -111,11 +124,17 @@ class _Conv(nn.Module):
         rows = (self.kernel_size - 1) * self.dilation
         return torch.zeros(batch, rows, self.channels, dtype=dtype, device=device)
 
+    def _activations(self) -> list[str]:
+        """Those that are not the usual ones, as ``extra_repr`` shows them."""
+        options = (("gate_activation", "sigmoid"), ("activation", None))
+        return [f"{name}={getattr(self, name)!r}" for name, usual in options if getattr(self, name) != usual]
+
     def extra_repr(self) -> str:
         parts = [f"{self.channels}, kernel_size={self.kernel_size}, heads={self.heads}, padding={self.padding!r}"]
         for name, default in (("softmax", True), ("renormalize", False), ("dilation", 1), ("weight_dropout", 0.0)):
             if getattr(self, name) != default:
                 parts.append(f"{name}={getattr(self, name)}")
+        parts += self._activations()
         if self.backend != "auto":
             parts.append(f"backend={self.backend!r}")
         return ", ".join(parts)
@@ -144,6 +163,8 @@ class LightweightConv1d(_Conv):
         padding: str | int = "same",
         dilation: int = 1,
         weight_dropout: float = 0.0,
+        gate_activation: str = "sigmoid",
+        activation: str | None = None,
         bias: bool = False,
         backend: str = "auto",
         device=None,
@@ -151,7 +172,8 @@ class LightweightConv1d(_Conv):
     ):
         super().__init__(
             channels, kernel_size, heads, softmax=softmax, renormalize=renormalize, padding=padding, dilation=dilation,
-            weight_dropout=weight_dropout, backend=backend, bias=bias,
+            weight_dropout=weight_dropout, gate_activation=gate_activation, activation=activation, backend=backend,
+            bias=bias,
         )  # fmt: skip
         self.weight = nn.Parameter(torch.empty(heads, 1, kernel_size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(channels, device=device, dtype=dtype)) if bias else None
@@ -198,6 +220,8 @@ class DynamicConv1d(_Conv):
         padding: str | int = "same",
         dilation: int = 1,
         weight_dropout: float = 0.0,
+        gate_activation: str = "sigmoid",
+        activation: str | None = None,
         bias: bool = False,
         conv_bias: bool = False,
         mask_query: bool = False,
@@ -207,8 +231,8 @@ class DynamicConv1d(_Conv):
     ):
         super().__init__(
             channels, kernel_size, heads, softmax=softmax, renormalize=renormalize, padding=padding, dilation=dilation,
-            weight_dropout=weight_dropout, backend=backend, bias=bias, conv_bias=conv_bias, in_proj=in_proj,
-            mask_query=mask_query,
+            weight_dropout=weight_dropout, gate_activation=gate_activation, activation=activation, backend=backend,
+            bias=bias, conv_bias=conv_bias, in_proj=in_proj, mask_query=mask_query,
         )  # fmt: skip
         name = type(self).__name__
         if query_size is not None:
@@ -233,6 +257,8 @@ class DynamicConv1d(_Conv):
         *,
         query: Tensor | None = None,
         gate: Tensor | None = None,
+        out_gate: Tensor | None = None,
+        residual: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         initial_state: Tensor | None = None,
         return_state: bool = False,
@@ -242,14 +268,17 @@ class DynamicConv1d(_Conv):
         ``LightweightConv1d``."""
         if step is not None:
             return self._step(x, mask, **step)
-        return self._convolve(self._operands(x, mask, gate, query), mask, cu_seqlens, initial_state, return_state)
+        operands, finish = self._operands(x, mask, gate, query), self._finish(out_gate, residual)
+        return self._convolve(operands, mask, cu_seqlens, initial_state, finish, return_state)
 
     def step(
         self, x: Tensor, state: Tensor, *, query: Tensor | None = None, gate: Tensor | None = None,
-        mask: Tensor | None = None, state_index: Tensor | None = None, position: Tensor | None = None,
+        out_gate: Tensor | None = None, residual: Tensor | None = None, mask: Tensor | None = None,
+        state_index: Tensor | None = None, position: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """As in ``LightweightConv1d``; ``query`` [B,query_size] predicts the filters instead of x."""
-        return self(x, mask, step=dict(state=state, query=query, gate=gate, state_index=state_index, position=position))
+        step = dict(state=state, query=query, gate=gate, state_index=state_index, position=position)
+        return self(x, mask, step=step | dict(out_gate=out_gate, residual=residual))
 
     def _operands(self, x, mask, gate=None, query=None):
         checks.last_dimension(type(self).__name__, "x", x, "C", self.channels)
@@ -258,7 +287,7 @@ class DynamicConv1d(_Conv):
             checks.last_dimension(type(self).__name__, "query", given, "query_size", self.query_size)
         if query is None:
             if gate is not None:  # the filters need the product, so the convolution gets it ready-made
-                x, gate = x * torch.sigmoid(gate), None
+                x, gate = reference.gated_input(x, gate, None, ACTIVATIONS.index(self.gate_activation)), None
             query = x
         if self.mask_query and mask is not None:
             query = torch.where(mask[..., None], query, 0.0)
@@ -293,14 +322,17 @@ class DepthwiseConv1d(_Conv):
         *,
         padding: str | int = "same",
         dilation: int = 1,
+        gate_activation: str = "sigmoid",
+        activation: str | None = None,
         bias: bool = True,
         backend: str = "auto",
         device=None,
         dtype=None,
     ):
         super().__init__(
-            channels, kernel_size, channels, padding=padding, dilation=dilation, backend=backend, bias=bias
-        )
+            channels, kernel_size, channels, padding=padding, dilation=dilation, gate_activation=gate_activation,
+            activation=activation, backend=backend, bias=bias,
+        )  # fmt: skip
         self.weight = nn.Parameter(torch.empty(channels, 1, kernel_size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(channels, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
@@ -318,14 +350,16 @@ class DepthwiseConv1d(_Conv):
         return x, gate, self.weight.squeeze(1), self.bias
 
     def step(
-        self, x: Tensor, state: Tensor, *, gate: Tensor | None = None, mask: Tensor | None = None,
-        state_index: Tensor | None = None,
+        self, x: Tensor, state: Tensor, *, gate: Tensor | None = None, out_gate: Tensor | None = None,
+        residual: Tensor | None = None, mask: Tensor | None = None, state_index: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """As in ``LightweightConv1d``."""
-        return self(x, mask, step=dict(state=state, gate=gate, state_index=state_index))
+        step = dict(state=state, gate=gate, state_index=state_index)
+        return self(x, mask, step=step | dict(out_gate=out_gate, residual=residual))
 
     def extra_repr(self) -> str:
         text = f"{self.channels}, kernel_size={self.kernel_size}, padding={self.padding!r}"
         text += f", dilation={self.dilation}" if self.dilation != 1 else ""
         text += ", bias=False" if self.bias is None else ""
+        text = ", ".join([text, *self._activations()])
         return text + (f", backend={self.backend!r}" if self.backend != "auto" else "")

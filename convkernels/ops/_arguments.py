@@ -16,7 +16,8 @@ def arguments(name: str, schema: str, inputs: Sequence[str] = ()) -> type:
 
     schema: from the opening parenthesis on.  inputs: of an operator that returns gradients, the names of what they
     belong to, in the order of the bits of its argument ``needs``; ``record.wanted`` then has one bool per name.
-    ``record.schema`` is the schema, ``record.tensors`` the names of the arguments that are tensors.
+    ``record.inputs`` are these names, ``record.schema`` is the schema, ``record.tensors`` the names of the arguments
+    that are tensors.
     """
     parsed = torch._C.parse_schema(name + schema).arguments
     defaults = [argument.default_value for argument in parsed if argument.has_default_value()]
@@ -29,7 +30,7 @@ def arguments(name: str, schema: str, inputs: Sequence[str] = ()) -> type:
         def read(record):
             return wanted(*(bool(record.needs >> bit & 1) for bit in range(len(inputs))))
 
-        members["wanted"] = property(read)
+        members |= {"wanted": property(read), "inputs": tuple(inputs)}
     return type(name, (fields,), members)
 
 

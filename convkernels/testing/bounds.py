@@ -16,6 +16,8 @@ Prologue terms, relative:
 * dropout: 2 (the scale 1/(1-p) is rounded once, and the product once).
 * sigmoid(a) = 1/(1+exp(-a)): the exponential's error enters with the factor 1-sigmoid; 3 for add, divide and a
   multiply with x. Its argument is rounded ARGUMENT-1 times (nothing is subtracted).
+* SiLU, a*sigmoid(a), has another rounding. Its derivative is s*(1 + a*(1-s)): 1-s has the absolute error of s, and
+  there are four roundings. An error of the argument enters with the slope, that of a slope with the second derivative.
 
 The `tiny` term is the absolute error of underflow: a flushed exponential times a moderate value, or half a subnormal
 step of float16.
@@ -31,7 +33,7 @@ import numpy as np
 import torch
 
 from convkernels.testing.accuracy import UNIT_ROUNDOFF
-from convkernels.testing.oracle import Windows, to_float64
+from convkernels.testing.oracle import ACTIVATIONS, Windows, sigmoid, to_float64
 
 TINY = {torch.float64: 2.0**-1000, torch.float32: 2.0**-110, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-110}
 SECOND_ORDER = 1.01
@@ -88,7 +90,9 @@ class Bounds:
         self.sum_dtype = torch.float64 if self.exact.float64 else torch.float32
         self.u = 2.0 * UNIT_ROUNDOFF[torch.float64] if self.exact.float64 else UNIT_ROUNDOFF[torch.float32]
         self.weight_error = self._weight_error()
-        self.sigmoid_error = self._sigmoid_error()
+        self.gate_error = (
+            None if self.exact.gate is None else self._activation_errors(self.exact.gate_act, self.exact.gate)
+        )
 
     def _weight_error(self):
         """Relative error of w' (an array broadcasting against exact.weight, or a number)."""
@@ -99,13 +103,17 @@ class Bounds:
             error = self.u * (own + mean + exact.taps + SOFTMAX_ROUNDINGS)
         return error + (self.u * DROPOUT_ROUNDINGS if exact.keep_scale is not None else 0.0)
 
-    def _sigmoid_error(self):
-        """Relative error of z = x*sigmoid(gate), [B,T,C], or None without a gate."""
-        exact = self.exact
-        if exact.gate is None:
-            return None
-        exponential = EXP + (ARGUMENT - 1.0) * np.abs(exact.gate)
-        return self.u * ((1.0 - exact.sigmoid) * exponential + SIGMOID_ROUNDINGS)
+    def _activation_errors(self, act, a):
+        """Absolute errors of act(a) and of its derivative, and the roundings of a product with it."""
+        if act is ACTIVATIONS[0]:
+            return self.u * np.abs(a), np.zeros_like(a)
+        s = sigmoid(a)
+        relative = self.u * (sigmoid(-a) * (EXP + (ARGUMENT - 1.0) * np.abs(a)) + SIGMOID_ROUNDINGS)
+        if act is ACTIVATIONS[1]:
+            # 1 - s has the absolute error of s, which near s = 1 is as large as 1 - s itself.
+            return s * relative, s * sigmoid(-a) * (relative + 4.0 * self.u) + s * s * relative
+        size, rest = 1.0 + np.abs(a) * sigmoid(-a), np.abs(a) * s * relative
+        return np.abs(a) * s * (relative + self.u), s * (size * (relative + 4.0 * self.u) + rest)
 
     def _rounded(self, value, error, dtype):
         """Adds the rounding of the stored result to an accumulator error; exact zeros that carry no error stay
@@ -127,10 +135,47 @@ class Bounds:
         exact = self.exact
         if exact.gate is None:
             return 0.0
-        return exact._gather(np.abs(exact.z) * self.sigmoid_error, np.zeros_like(exact.state))
+        return exact._gather(self.input_error(), np.zeros_like(exact.state))
+
+    def input_error(self):
+        """Absolute error of z = x*gate_act(gate), [B,T,C]."""
+        error = np.abs(self.exact.x) * self.gate_error[0]
+        return error if self.exact.mask is None else np.where(self.exact.mask[:, :, None], error, 0.0)
 
     def output(self, extra_window_error=0.0):
-        """y [B,T,C]: n = taps inside the sequence, the bias and one product rounding."""
+        """y [B,T,C]."""
+        exact, error = self.exact, self._sum_error(extra_window_error)
+        value, error = self._activated(exact.sum(), error)
+        if exact.out_gate is not None:
+            value, error = value * exact.out_gate, np.abs(exact.out_gate) * (error + self.u * np.abs(value))
+        if exact.residual is not None:
+            value = value + exact.residual
+            error = error + self.u * np.abs(value)
+        return self._rounded(value, error, self.x_dtype)
+
+    def _activated(self, total, error):
+        """act(a) and its error, from a and its own."""
+        act = self.exact.act
+        if act is ACTIVATIONS[0]:
+            return total, error
+        passed = np.abs(act.slope(total)) * error + act.bend * error * error
+        return act.value(total), self._activation_errors(act, total)[0] + passed
+
+    def activation_gradients(self, grad):
+        """Gradients of the sum and of out_gate, for the cotangent `grad` [B,T,C]; each a pair of roundings more."""
+        exact, g = self.exact, to_float64(grad)
+        total, error = exact.sum(), self._sum_error()
+        value, value_error = self._activated(total, error)
+        slope = exact.act.slope(total)
+        slope_error = self._activation_errors(exact.act, total)[1] + exact.act.bend * error
+        inside = g if exact.out_gate is None else g * exact.out_gate
+        return (
+            self._rounded(inside * slope, np.abs(inside) * (slope_error + 2.0 * self.u * np.abs(slope)), self.x_dtype),
+            self._rounded(g * value, np.abs(g) * (value_error + self.u * np.abs(value)), self.x_dtype),
+        )
+
+    def _sum_error(self, extra_window_error=0.0):
+        """Of the sum a [B,T,C]: n = taps inside the sequence, the bias and one product rounding."""
         exact = self.exact
         weight = np.abs(exact.weight)[:, :, :, None, :]
         magnitude = (weight * np.abs(exact.window)).sum(-1)
@@ -145,7 +190,7 @@ class Bounds:
         error = error.reshape(exact.z.shape)
         if exact.bias is not None:
             error = error + (exact.taps + 2.0) * self.u * np.abs(exact.bias)
-        return self._rounded(exact.output(), error, self.x_dtype)
+        return error
 
     def gradients(self, grad):
         """Gradients for the cotangent `grad` [B,T,C]: dict of Expected x, weight, bias, and gate and initial_state
@@ -228,11 +273,14 @@ class Bounds:
         if exact.gate is None:
             results["x"] = self._selected(self._rounded(dz, error, self.x_dtype))
             return results
-        s, relative = exact.sigmoid, self.sigmoid_error
-        results["x"] = self._selected(self._rounded(dz * s, s * error + np.abs(dz) * s * (relative + u), self.x_dtype))
-        slope = exact.x * s * (1.0 - s)
-        # 1 - s has the absolute error of s, which near s = 1 is as large as 1 - s itself.
-        slope_error = np.abs(exact.x) * (s * (1.0 - s) * (relative + 4.0 * u) + s * s * relative)
+        value, (value_error, slope_error) = exact.gate_act.value(exact.gate), self.gate_error
+        results["x"] = self._selected(
+            self._rounded(
+                dz * value, np.abs(value) * error + np.abs(dz) * (value_error + u * np.abs(value)), self.x_dtype
+            )
+        )
+        slope = exact.x * exact.gate_act.slope(exact.gate)
+        slope_error = np.abs(exact.x) * slope_error + 2.0 * u * np.abs(slope)
         results["gate"] = self._selected(
             self._rounded(dz * slope, np.abs(slope) * error + np.abs(dz) * slope_error, self.x_dtype)
         )
@@ -254,6 +302,10 @@ class StepBounds:
         gate=None,
         state_index=None,
         position=None,
+        gate_activation=1,
+        activation=0,
+        out_gate=None,
+        residual=None,
     ):
         batch, span, self.channels = state.shape
         before = state if state_index is None else state[state_index]
@@ -270,6 +322,10 @@ class StepBounds:
             bias=bias,
             gate=None if gate is None else gate[:, None],
             initial_state=before,
+            gate_activation=gate_activation,
+            activation=activation,
+            out_gate=None if out_gate is None else out_gate[:, None],
+            residual=None if residual is None else residual[:, None],
             first_row=first_row,
         )
         # A copy: the step overwrites the state in place, and a float64 tensor shares its memory with the array.
@@ -293,5 +349,5 @@ class StepBounds:
         value = np.concatenate([self.before, exact.z], axis=1)[:, 1 : span + 1]
         bound = np.zeros_like(value)
         if exact.gate is not None and span:
-            bound[:, -1:] = bounds._rounded(exact.z, np.abs(exact.z) * bounds.sigmoid_error, bounds.x_dtype).bound
+            bound[:, -1:] = bounds._rounded(exact.z, bounds.input_error(), bounds.x_dtype).bound
         return Expected(value, bound, bounds.x_dtype)

@@ -134,6 +134,10 @@ class Problem(_Derived):
     dropout: float = 0.0
     bias: bool = False
     gate: bool = False
+    gate_activation: int = 1
+    activation: int = 0
+    out_gate: bool = False
+    residual: bool = False
     padding_mask: int = 0
     lengths: tuple = ()
     state: bool = False
@@ -179,6 +183,8 @@ class Problem(_Derived):
             "cu_seqlens": torch.tensor([0, *self.lengths]).cumsum(0) if self.lengths else None,
             "initial_state": self._make(states, 6, self.layout) if self.state else None,
             "seed": torch.tensor([self.seed * 0x9E3779B9 + 7]) if self.dropout > 0 else None,
+            "out_gate": self._make(shape, 10, self.grad_layout) if self.out_gate else None,
+            "residual": self._make(shape, 11, self.layout) if self.residual else None,
             "grad": self._make(shape, 8, self.grad_layout),
         }
 
@@ -186,8 +192,13 @@ class Problem(_Derived):
         """Arguments of the ops tap_conv and of the oracle, in schema order."""
         return (
             t["x"], t["weight"], self.left, self.dilation, self.softmax, self.renormalize, self.dropout, t["seed"],
-            t["bias"], t["gate"], t["mask"], t["cu_seqlens"], t["initial_state"],
+            t["bias"], t["gate"], t["mask"], t["cu_seqlens"], t["initial_state"], self.gate_activation,
+            self.activation, t["out_gate"], t["residual"],
         )  # fmt: skip
+
+    def activation_grad_arguments(self, t, needs=3):
+        """Arguments of the op tap_activation_grad, in schema order."""
+        return (t["grad"], *self.op_arguments(t)[:-1], needs)
 
     def plan_facts(self, backward):
         """What a call with these tensors looks like to the plans of the cuda backend."""
@@ -210,7 +221,7 @@ class Problem(_Derived):
         """Arguments of the op tap_grad, in schema order."""
         return (
             t["grad"], t["x"], t["weight"], self.left, self.dilation, self.softmax, self.renormalize, self.dropout,
-            t["seed"], t["gate"], t["mask"], t["cu_seqlens"], t["initial_state"], needs,
+            t["seed"], t["gate"], t["mask"], t["cu_seqlens"], t["initial_state"], self.gate_activation, needs,
         )  # fmt: skip
 
 
@@ -230,6 +241,10 @@ class StepProblem(_Derived):
     renormalize: bool = False
     bias: bool = False
     gate: bool = False
+    gate_activation: int = 1
+    activation: int = 0
+    out_gate: bool = False
+    residual: bool = False
     indexed: bool = False
     position: int = 0
     dtype: torch.dtype = torch.float32
@@ -258,11 +273,13 @@ class StepProblem(_Derived):
             "gate": self._make(shape, 6, self.layout) if self.gate else None,
             "state_index": index,
             "position": position,
+            "out_gate": self._make(shape, 10, self.layout) if self.out_gate else None,
+            "residual": self._make(shape, 11, self.layout) if self.residual else None,
         }
 
     def op_arguments(self, t):
         """Arguments of the op tap_step and of the oracle, in schema order."""
         return (
             t["x"], t["state"], t["weight"], self.dilation, self.softmax, self.renormalize, t["bias"], t["gate"],
-            t["state_index"], t["position"],
+            t["state_index"], t["position"], self.gate_activation, self.activation, t["out_gate"], t["residual"],
         )  # fmt: skip

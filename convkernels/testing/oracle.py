@@ -1,11 +1,15 @@
 """The tap convolution and its gradients in float64 numpy, written from the equation and from nothing else.
 
-    y[b,t,c] = bias[c] + sum_j w'[b,t,h(c),j] * z[b, t + dilation*j - left, c],   h(c) = c // (C/H)
-    z = x * sigmoid(gate), 0 where the mask is False, 0 outside the sequence or read from the state before its start
+    y = residual + out_gate * act(a),   act one of those in ACTIVATIONS
+    a[b,t,c] = bias[c] + sum_j w'[b,t,h(c),j] * z[b, t + dilation*j - left, c],   h(c) = c // (C/H)
+    z = x * gate_act(gate), 0 where the mask is False, 0 outside the sequence or read from the state before its start
     w' = dropout(softmax_j(weight)), each optional
 
 Every quantity the error bounds need (windows, weights, counts) stays readable on the `Windows` object.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +20,31 @@ from convkernels.testing.philox import keep_mask
 def to_float64(tensor):
     """The exact values of a tensor as a float64 array (bfloat16 has no numpy type, hence the detour)."""
     return tensor.detach().cpu().double().numpy()
+
+
+def sigmoid(a):
+    with np.errstate(over="ignore"):
+        return 1.0 / (1.0 + np.exp(-a))
+
+
+class Activation(NamedTuple):
+    """A function of an array, its derivative, and an upper limit of the second derivative."""
+
+    value: Callable
+    slope: Callable
+    bend: float
+
+
+def _silu_slope(a):
+    s = sigmoid(a)
+    return s * (1.0 + a * (1.0 - s))
+
+
+ACTIVATIONS = (
+    Activation(lambda a: a, np.ones_like, 0.0),
+    Activation(sigmoid, lambda a: sigmoid(a) * sigmoid(-a), 0.1),
+    Activation(lambda a: a * sigmoid(a), _silu_slope, 0.5),
+)
 
 
 class Windows:
@@ -41,6 +70,10 @@ class Windows:
         mask=None,
         cu_seqlens=None,
         initial_state=None,
+        gate_activation=1,
+        activation=0,
+        out_gate=None,
+        residual=None,
         first_row=None,
     ):
         self.batch, self.length, self.channels = x.shape
@@ -48,7 +81,10 @@ class Windows:
         self.softmax, self.renormalize, self.dropout = softmax, renormalize, dropout
         self.weight_shape = tuple(weight.shape)
         self.float64 = x.dtype == torch.float64
+        self.gate_act, self.act = ACTIVATIONS[gate_activation], ACTIVATIONS[activation]
         self._read_values(x, gate, mask)
+        self.out_gate = None if out_gate is None else to_float64(out_gate)
+        self.residual = None if residual is None else to_float64(residual)
         self.bias = None if bias is None else to_float64(bias)
         self._locate_taps(left, dilation, cu_seqlens, initial_state)
         self._normalise_weight(weight, seed, first_row)
@@ -58,12 +94,7 @@ class Windows:
         self.x = to_float64(x)
         self.mask = None if mask is None else mask.cpu().numpy()
         self.gate = None if gate is None else to_float64(gate)
-        self.sigmoid = None
-        values = self.x
-        if self.gate is not None:
-            with np.errstate(over="ignore"):
-                self.sigmoid = 1.0 / (1.0 + np.exp(-self.gate))
-            values = values * self.sigmoid
+        values = self.x if self.gate is None else self.x * self.gate_act.value(self.gate)
         self.z = values if self.mask is None else np.where(self.mask[:, :, None], values, 0.0)
 
     def _locate_taps(self, left, dilation, cu_seqlens, initial_state):
@@ -125,10 +156,16 @@ class Windows:
             logits = logits * self.keep_scale
         self.weight = logits
 
+    def sum(self):
+        """a as float64 [B,T,C]."""
+        a = (self.weight[:, :, :, None, :] * self.window).sum(-1).reshape(self.batch, self.length, self.channels)
+        return a if self.bias is None else a + self.bias
+
     def output(self):
         """y as float64 [B,T,C]."""
-        y = (self.weight[:, :, :, None, :] * self.window).sum(-1).reshape(self.batch, self.length, self.channels)
-        return y if self.bias is None else y + self.bias
+        y = self.act.value(self.sum())
+        y = y if self.out_gate is None else y * self.out_gate
+        return y if self.residual is None else y + self.residual
 
     def spread(self, per_tap):
         """Adds a quantity [n,B,T,H,C/H,K] on (output, tap) to the rows it was read from: z part [n,B,T,C], state

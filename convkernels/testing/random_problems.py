@@ -155,7 +155,17 @@ def random_conv(number, size="small"):
         weight_layout=choose(*LAYOUTS),
         grad_layout=choose(*LAYOUTS) if options["layout"] is LAYOUTS else choose(layout, layout, layout, "contiguous"),
         seed=rng.randrange(1 << 20),
+        **_activations(choose),
     )
+
+
+def _activations(choose):
+    return {
+        "gate_activation": choose(1, 1, 0, 2),
+        "activation": choose(0, 0, 2, 2, 1),
+        "out_gate": choose(False, False, True),
+        "residual": choose(False, False, False, True),
+    }
 
 
 def random_step(number):
@@ -188,6 +198,7 @@ def random_step(number):
         state_layout=choose(*STATE_LAYOUTS),
         weight_layout=choose(*LAYOUTS),
         seed=rng.randrange(1 << 20),
+        **_activations(choose),
     )
 
 

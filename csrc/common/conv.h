@@ -15,13 +15,32 @@ struct Rows {
   int64_t batch = 0, time = 0, channel = 0;
 };
 
-// One tap_conv or tap_grad call. Equation: docs/semantics.md.
+// What gates and results go through; the numbers are those of ACTIVATIONS in convkernels/ops/conv/schema.py.
+enum class Activation : int64_t { kNone, kSigmoid, kSilu };
+
+// What becomes of the sums a of a forward pass; data == nullptr: there is none.
+//   tap_conv:             y = residual + out_gate * act(a)
+//   tap_activation_grad:  y = grad * out_gate * act'(a)  and  grad_out_gate = grad * act(a)
+struct Finish {
+  Activation activation = Activation::kNone;
+  Rows out_gate, residual;
+  Rows grad, grad_out_gate;
+
+  CK_HD bool differentiates() const { return grad.data != nullptr; }
+  // Whether y is anything but the sum.
+  CK_HD bool any() const {
+    return activation != Activation::kNone || out_gate.data != nullptr || residual.data != nullptr || differentiates();
+  }
+};
+
+// One tap_conv, tap_activation_grad or tap_grad call. Equation: docs/semantics.md.
 struct Convolution {
   int64_t batch = 0, time = 0, channels = 0, heads = 0;
   Taps taps{};
   Dtype dtype = Dtype::kFloat32, weight_dtype = Dtype::kFloat32, bias_dtype = Dtype::kFloat32;
 
-  Rows x, gate;                // gate.data == nullptr: no gate
+  Rows x, gate;  // gate.data == nullptr: no gate
+  Activation gate_activation = Activation::kSigmoid;
   const bool* mask = nullptr;  // false: the position reads as 0
   int64_t mask_batch = 0, mask_time = 0;
   int64_t sequences = 1;               // packed sequences of each batch row

@@ -56,6 +56,9 @@ P batch_row(const P& p, int64_t b) {
   move(row.weight, p.weight_batch * weight_size);
   move(row.state, state_size);
   if constexpr (std::is_same_v<P, ck::cpu::ConvForward>) {
+    for (const auto member :
+         {&ck::Finish::out_gate, &ck::Finish::residual, &ck::Finish::grad, &ck::Finish::grad_out_gate})
+      move((row.finish.*member).data, (p.finish.*member).batch * size);
     move(row.y.data, p.y.batch * size);
   } else {
     move(row.grad.data, p.grad.batch * size);

@@ -1,4 +1,4 @@
-// The arguments of tap_conv, tap_grad and tap_step as a ck::Convolution. Schemas, fakes and autograd live in
+// The arguments of tap_conv, its gradients and tap_step as a ck::Convolution. Schemas, fakes and autograd live in
 // convkernels/ops; here whatever could make a kernel leave its memory is refused.
 //
 // Of a library's Target (operators.h) this uses the device of results, and how offsets and seeds are read:
@@ -48,6 +48,27 @@ inline void set_mask(Convolution& p, const View& mask) {
   p.mask_time = mask.stride[1];
 }
 
+inline Activation activation_of(int64_t number, const char* argument) {
+  require(number >= 0 && number <= static_cast<int64_t>(Activation::kSilu), argument, "0, 1 or 2");
+  return static_cast<Activation>(number);
+}
+
+// Makes Rows of tensors that have the shape of x.
+inline auto rows_as(const View& x) {
+  return [&x](const View& t, const char* argument) { return rows_like(t, x, argument); };
+}
+
+// What follows the sums of a forward pass; tensors have the shape of x, of which rows_of makes Rows.
+template <class RowsOf>
+Finish finish_of(const Device& device, int64_t activation, const Optional& out_gate, const Optional& residual,
+                 const RowsOf& rows_of) {
+  Finish finish;
+  finish.activation = activation_of(activation, "activation");
+  if (out_gate) finish.out_gate = rows_of(View(device, *out_gate, "out_gate"), "out_gate");
+  if (residual) finish.residual = rows_of(View(device, *residual, "residual"), "residual");
+  return finish;
+}
+
 inline void check_offsets(const View& cu_seqlens) {
   require(cu_seqlens.dim == 1 && cu_seqlens.size[0] >= 1, "cu_seqlens", "one dimension, at least one number");
   require(cu_seqlens.type == ScalarType::Int || cu_seqlens.type == ScalarType::Long, "cu_seqlens",
@@ -58,7 +79,7 @@ inline void check_offsets(const View& cu_seqlens) {
 template <class P, class Target>
 void set_problem(P& p, Target& target, const View& x, const View& weight, int64_t left, int64_t dilation, bool softmax,
                  bool renormalize, double dropout, const Optional& seed, const Optional& gate, const Optional& mask,
-                 const Optional& cu_seqlens, const Optional& state, Copies& copies) {
+                 const Optional& cu_seqlens, const Optional& state, int64_t gate_activation, Copies& copies) {
   require(x.dim == 3, "x", "three dimensions [batch, time, channels]");
   p.dtype = float_dtype(x.type, "x");
   p.batch = x.size[0];
@@ -91,6 +112,7 @@ void set_problem(P& p, Target& target, const View& x, const View& weight, int64_
     target.set_seed(p, checked(target.device, *seed, "seed"));
   }
   if (gate) p.gate = rows_like(View(target.device, *gate, "gate"), x, "gate");
+  p.gate_activation = activation_of(gate_activation, "gate_activation");
   if (mask) set_mask(p, View(target.device, *mask, "mask"));
   if (cu_seqlens) {
     const View offsets(target.device, *cu_seqlens, "cu_seqlens");
@@ -147,7 +169,8 @@ ConvGradTensors set_gradients(P& p, const Device& device, const Tensor& grad, co
 template <class P>
 void set_step(P& p, const Device& device, const View& x, const Tensor& state, const View& weight, int64_t dilation,
               bool softmax, bool renormalize, const Optional& bias, const Optional& gate, const Optional& state_index,
-              const Optional& position, Copies& copies) {
+              const Optional& position, int64_t gate_activation, int64_t activation, const Optional& out_gate,
+              const Optional& residual, Copies& copies) {
   require(x.dim == 2, "x", "two dimensions [batch, channels]");
   p.batch = x.size[0];
   p.channels = x.size[1];
@@ -174,12 +197,14 @@ void set_step(P& p, const Device& device, const View& x, const Tensor& state, co
               rows.size[2] == p.channels && state.is_contiguous(),
           "state", "contiguous [batch, dilation * (taps - 1), channels] of x's dtype");
   p.state = rows.data;
-  if (gate) {
-    const View g(device, *gate, "gate");
-    require(g.dim == 2 && g.type == x.type && g.size[0] == p.batch && g.size[1] == p.channels, "gate",
+  const auto rows_of = [&](const View& t, const char* argument) -> Rows {
+    require(t.dim == 2 && t.type == x.type && t.size[0] == p.batch && t.size[1] == p.channels, argument,
             "the shape and dtype of x");
-    p.gate = {g.data, g.stride[0], 0, g.stride[1]};
-  }
+    return {t.data, t.stride[0], 0, t.stride[1]};
+  };
+  if (gate) p.gate = rows_of(View(device, *gate, "gate"), "gate");
+  p.gate_activation = activation_of(gate_activation, "gate_activation");
+  p.finish = finish_of(device, activation, out_gate, residual, rows_of);
   if (bias) set_bias(p, device, *bias, copies);
   if (state_index) {
     const View index(device, *state_index, "state_index");

@@ -1,4 +1,4 @@
-// The five operators: their signatures, the order of checks, allocation and computation, and their names. Each library
+// The six operators: their signatures, the order of checks, allocation and computation, and their names. Each library
 // makes them from a Target, of which every call constructs one:
 //   Forward, Backward, Step, AttentionForward, AttentionBackward            the library's problems
 //   Target(const Tensor& x, const char* argument);  Device device;          where the call computes
@@ -24,14 +24,16 @@ template <class Target>
 struct Operators {
   static Tensor tap_conv(Tensor x, Tensor weight, int64_t left, int64_t dilation, bool softmax, bool renormalize,
                          double dropout, Optional seed, Optional bias, Optional gate, Optional mask,
-                         Optional cu_seqlens, Optional initial_state) {
+                         Optional cu_seqlens, Optional initial_state, int64_t gate_activation, int64_t activation,
+                         Optional out_gate, Optional residual) {
     typename Target::Forward p;
     Target target(x, "x");
     Copies copies;
     const View input(target.device, x, "x"), filter(target.device, weight, "weight");
     set_problem(p, target, input, filter, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens,
-                initial_state, copies);
+                initial_state, gate_activation, copies);
     if (bias) set_bias(p, target.device, *bias, copies);
+    p.finish = finish_of(target.device, activation, out_gate, residual, rows_as(input));
     Tensor y = allocate_like(target.device, x, input);
     p.y = rows_like(View(y), input, "y");
     if (p.batch * p.time * p.channels > 0) target.forward(p, filter.dim == 4);
@@ -41,18 +43,45 @@ struct Operators {
   // tap_conv of nothing but these: packed() in convkernels/ops/conv/schema.py says where each number lies.
   static Tensor plain_tap_conv(Tensor x, Tensor weight, int64_t settings) {
     return tap_conv(x, weight, settings >> 32, settings >> 1 & 0x7fffffff, settings & 1, false, 0.0, {}, {}, {}, {}, {},
-                    {});
+                    {}, static_cast<int64_t>(Activation::kSigmoid), 0, {}, {});
+  }
+
+  // The gradients of the sum and of out_gate; the sum is computed again.
+  static std::tuple<Tensor, Tensor> tap_activation_grad(Tensor grad, Tensor x, Tensor weight, int64_t left,
+                                                        int64_t dilation, bool softmax, bool renormalize,
+                                                        double dropout, Optional seed, Optional bias, Optional gate,
+                                                        Optional mask, Optional cu_seqlens, Optional initial_state,
+                                                        int64_t gate_activation, int64_t activation, Optional out_gate,
+                                                        int64_t needs) {
+    typename Target::Forward p;
+    Target target(x, "x");
+    Copies copies;
+    const View input(target.device, x, "x"), filter(target.device, weight, "weight");
+    set_problem(p, target, input, filter, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens,
+                initial_state, gate_activation, copies);
+    if (bias) set_bias(p, target.device, *bias, copies);
+    p.finish = finish_of(target.device, activation, out_gate, {}, rows_as(input));
+    p.finish.grad = rows_like(View(target.device, grad, "grad"), input, "grad");
+    const Tensor none = allocate(target.device, {0}, input.type);
+    Tensor of_sum = allocate_like(target.device, x, input), of_out_gate = none;
+    p.y = rows_like(View(of_sum), input, "y");
+    if ((needs & 2) != 0) {
+      of_out_gate = allocate_like(target.device, x, input);
+      p.finish.grad_out_gate = rows_like(View(of_out_gate), input, "grad_out_gate");
+    }
+    if (p.batch * p.time * p.channels > 0) target.forward(p, filter.dim == 4);
+    return {(needs & 1) != 0 ? of_sum : none, of_out_gate};
   }
 
   static ConvGradTensors tap_grad(Tensor grad, Tensor x, Tensor weight, int64_t left, int64_t dilation, bool softmax,
                                   bool renormalize, double dropout, Optional seed, Optional gate, Optional mask,
-                                  Optional cu_seqlens, Optional initial_state, int64_t needs) {
+                                  Optional cu_seqlens, Optional initial_state, int64_t gate_activation, int64_t needs) {
     typename Target::Backward p;
     Target target(x, "x");
     Copies copies;
     const View input(target.device, x, "x"), filter(target.device, weight, "weight");
     set_problem(p, target, input, filter, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens,
-                initial_state, copies);
+                initial_state, gate_activation, copies);
     ConvGradTensors results = set_gradients(p, target.device, grad, x, input, filter, gate, initial_state, needs);
     if (p.batch * p.time * p.channels > 0) target.backward(p, filter.dim == 4, results);
     return results;
@@ -60,13 +89,14 @@ struct Operators {
 
   // Moves the state up by one row after the output has been computed.
   static Tensor tap_step(Tensor x, Tensor state, Tensor weight, int64_t dilation, bool softmax, bool renormalize,
-                         Optional bias, Optional gate, Optional state_index, Optional position) {
+                         Optional bias, Optional gate, Optional state_index, Optional position, int64_t gate_activation,
+                         int64_t activation, Optional out_gate, Optional residual) {
     typename Target::Step p;
     Target target(x, "x");
     Copies copies;
     const View input(target.device, x, "x");
     set_step(p, target.device, input, state, View(target.device, weight, "weight"), dilation, softmax, renormalize,
-             bias, gate, state_index, position, copies);
+             bias, gate, state_index, position, gate_activation, activation, out_gate, residual, copies);
     if (state_index) target.set_state_rows(p, *state_index);
     Tensor y = allocate_like(target.device, x, input);
     if (p.batch * p.channels == 0) return y;
@@ -141,6 +171,7 @@ struct Operators {
     };
     add("tap_conv", TORCH_BOX(&Operators::tap_conv));
     library.impl(("_plain_tap_conv." + overload).c_str(), TORCH_BOX(&Operators::plain_tap_conv));
+    add("tap_activation_grad", TORCH_BOX(&Operators::tap_activation_grad));
     add("tap_grad", TORCH_BOX(&Operators::tap_grad));
     add("tap_step", TORCH_BOX(&Operators::tap_step));
     add("attention", TORCH_BOX(&Operators::attention));

@@ -19,6 +19,7 @@ _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _STRIDED = torch.strided
+_CAST = ("x", "gate", "initial_state", "out_gate", "residual")
 _MAX_SPAN = checks.MAX_SPAN
 
 # (function, backend, dtype of x, dtype of weight, device, None for the CPU) of calls that passed all checks -> Kernels.
@@ -39,6 +40,10 @@ def lightweight_conv1d(
     training: bool = False,
     seed: Tensor | None = None,
     gate: Tensor | None = None,
+    gate_activation: str = "sigmoid",
+    activation: str | None = None,
+    out_gate: Tensor | None = None,
+    residual: Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     initial_state: Tensor | None = None,
@@ -61,7 +66,12 @@ def lightweight_conv1d(
         One mask [H,K] serves the whole batch.
     seed: int64 [1], fixes the dropout mask; by default drawn from PyTorch's generator of x's device.
     mask: bool [B,T], False for padding: x is taken as 0 there whatever it holds, NaN included, and gets no gradient.
-    gate: like x; the input becomes x * sigmoid(gate) inside the kernel.
+    gate: like x; the input becomes x * gate_act(gate) inside the kernel.
+    gate_activation: what gate_act is: "sigmoid", "silu", gate * sigmoid(gate), or "none", the gate itself.
+    activation: None, or "silu": the kernel puts y * sigmoid(y) in the place of y.
+    out_gate: like x; the result, after the activation, is multiplied by it.
+    residual: like x; is added to that. Each of the three takes no further pass over memory, nor do their gradients
+        keep anything but the inputs: the sum is computed again.
     padding: "same" (P = dilation*(K//2)), "causal" (P = dilation*(K-1)) or P itself, from 0 to dilation*(K-1).
     cu_seqlens: int32 or int64 [N+1], from 0 to T, never decreasing: x is [1,T,C] and holds N sequences one after the
         other; no window reaches from one into another.
@@ -71,14 +81,15 @@ def lightweight_conv1d(
     backend: "auto" or a name from ``convkernels.backends.names()``; a named one never falls back.
 
     The arithmetic is float32 (float64 for float64); weight and bias may be of another float dtype than x, except that
-    float64 goes only with float64. Under autocast x, gate and initial_state are cast, the parameters are not.
+    float64 goes only with float64. Under autocast x, gates, residual and initial_state are cast, parameters are not.
     Raises ValueError or TypeError naming the argument, what was expected and what was given, and RuntimeError if the
     backend named cannot run the call.
     Source: Wu et al. 2019, "Pay less attention with lightweight and dynamic convolutions"; Tay et al. 2021, equation 2.
     """
     return convolve(
         "lightweight_conv1d", "[H,K]", (softmax, renormalize, padding, dilation, weight_dropout, training), x, weight,
-        bias, seed, gate, mask, cu_seqlens, initial_state, return_state, backend,
+        bias, seed, gate, mask, cu_seqlens, initial_state, (gate_activation, activation, out_gate, residual),
+        return_state, backend,
     )  # fmt: skip
 
 
@@ -90,6 +101,10 @@ def depthwise_conv1d(
     padding: str | int = "same",
     dilation: int = 1,
     gate: Tensor | None = None,
+    gate_activation: str = "sigmoid",
+    activation: str | None = None,
+    out_gate: Tensor | None = None,
+    residual: Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     initial_state: Tensor | None = None,
@@ -103,14 +118,14 @@ def depthwise_conv1d(
     with x = 0 outside the sequence. It is ``lightweight_conv1d`` with H = C and without softmax.
 
     x: [B,T,C], as for ``lightweight_conv1d``.  weight: [C,K].  bias: [C], optional.
-    padding, dilation, gate, mask, cu_seqlens, initial_state, return_state, backend, dtypes and errors: as for
-        ``lightweight_conv1d``.
+    padding, dilation, gate, gate_activation, activation, out_gate, residual, mask, cu_seqlens, initial_state,
+        return_state, backend, dtypes and errors: as for ``lightweight_conv1d``.
 
     Source: Chang et al. 2021 (depthwise terms of convolutional attention); Tay et al. 2021.
     """
     return convolve(
         "depthwise_conv1d", "[C,K]", (False, False, padding, dilation, 0.0, False), x, weight, bias, None, gate, mask,
-        cu_seqlens, initial_state, return_state, backend,
+        cu_seqlens, initial_state, (gate_activation, activation, out_gate, residual), return_state, backend,
     )  # fmt: skip
 
 
@@ -127,6 +142,10 @@ def dynamic_conv1d(
     training: bool = False,
     seed: Tensor | None = None,
     gate: Tensor | None = None,
+    gate_activation: str = "sigmoid",
+    activation: str | None = None,
+    out_gate: Tensor | None = None,
+    residual: Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     initial_state: Tensor | None = None,
@@ -142,29 +161,37 @@ def dynamic_conv1d(
     x: [B,T,C], as for ``lightweight_conv1d``.
     weight: [B,T,H,K], usually a linear map of x, H divides C.
     weight_dropout: as for ``lightweight_conv1d``, but every tap of every position is dropped on its own.
-    bias, softmax, renormalize, padding, dilation, training, seed, gate, mask, cu_seqlens, initial_state, return_state,
-        backend, dtypes and errors: as for ``lightweight_conv1d``.
+    bias, softmax, renormalize, padding, dilation, training, seed, gate, gate_activation, activation, out_gate,
+        residual, mask, cu_seqlens, initial_state, return_state, backend, dtypes and errors: as for
+        ``lightweight_conv1d``.
 
     Source: Wu et al. 2019, "Pay less attention with lightweight and dynamic convolutions"; Tay et al. 2021, equation 3.
     """
     return convolve(
         "dynamic_conv1d", "[B,T,H,K]", (softmax, renormalize, padding, dilation, weight_dropout, training), x, weight,
-        bias, seed, gate, mask, cu_seqlens, initial_state, return_state, backend,
+        bias, seed, gate, mask, cu_seqlens, initial_state, (gate_activation, activation, out_gate, residual),
+        return_state, backend,
     )  # fmt: skip
 
 
 def convolve(
-    name, letters, settings, x, weight, bias, seed, gate, mask, cu_seqlens, initial_state, return_state, backend
+    name, letters, settings, x, weight, bias, seed, gate, mask, cu_seqlens, initial_state, finish, return_state, backend
 ):
     """What the public function ``name`` computes, whose filters have the dimensions ``letters``. settings: softmax,
-    renormalize, padding, dilation, weight_dropout, training."""
+    renormalize, padding, dilation, weight_dropout, training.  finish: gate_activation, activation, out_gate, residual.
+    """
     softmax, renormalize, padding, dilation, p, training = settings
+    gate_activation, activation, out_gate, residual = finish
     plain = (
         not _is_compiling()
         and gate is None
         and mask is None
         and cu_seqlens is None
         and initial_state is None
+        and activation is None
+        and out_gate is None
+        and residual is None
+        and gate_activation == "sigmoid"
         and renormalize is False
         and return_state is False
         and (training is False or (training is True and p == 0.0))
@@ -220,7 +247,11 @@ def convolve(
         except RuntimeError:
             if not any(getattr(value, "is_nested", False) for value in (x, weight, bias)):
                 raise
-    args = TapConv(x, weight, 0, dilation, softmax, renormalize, p, seed, bias, gate, mask, cu_seqlens, initial_state)
+    gate_activation, activation = checks.activations(name, gate_activation, activation)
+    args = TapConv(
+        x, weight, 0, dilation, softmax, renormalize, p, seed, bias, gate, mask, cu_seqlens, initial_state,
+        gate_activation, activation, out_gate, residual,
+    )  # fmt: skip
     return _general(name, letters, args, padding, training, return_state, backend)
 
 
@@ -230,8 +261,8 @@ def _general(name, letters, args: TapConv, padding, training, return_state, back
     if forward_ad._current_level >= 0:
         _functorch.refuse_tangents(name, **dict(zip(INPUTS.names, INPUTS.of(args), strict=True)))
     if transforming or _autocast_somewhere():
-        x, gate, initial_state = _validate.autocast(args.x, args.gate, args.initial_state)
-        args = args._replace(x=x, gate=gate, initial_state=initial_state)
+        values = _validate.autocast(args.x, args.gate, args.initial_state, args.out_gate, args.residual)
+        args = args._replace(**dict(zip(_CAST, values, strict=True)))
     left = checks.convolution(name, letters, args, padding, training, return_state)
     x, weight = args.x, args.weight
     chosen = _select.pick(backend, name, x.device.type, x.dtype)
@@ -271,7 +302,7 @@ def _final_state(args: TapConv, S: int) -> Tensor:
     # Rounded once, like the rows that steps make.
     wide = x.dtype if args.gate is None else _dtypes.accumulate_dtype(x.dtype)
     gate = None if args.gate is None else gather(args.gate).to(wide)
-    z = reference.gated_input(gather(x).to(wide), gate, gather(args.mask)).to(x.dtype)
+    z = reference.gated_input(gather(x).to(wide), gate, gather(args.mask), args.gate_activation).to(x.dtype)
     if initial_state is None:
         before = torch.zeros_like(z)
     else:

@@ -23,7 +23,7 @@ from .._validate import (
     size_text,
     tensor,
 )  # fmt: skip
-from .schema import TapConv, TapStep
+from .schema import ACTIVATIONS, NONE, TapConv, TapStep
 
 MAX_SPAN = 2**30
 """The greatest dilation, and distance between the first and the last tap, so that positions fit into 32 bits."""
@@ -118,13 +118,25 @@ def bias(function: str, value: Any, x: Tensor) -> None:
     same_device(function, "bias", value, x)
 
 
-def gate(function: str, value: Any, x: Tensor) -> None:
-    if value is None:
-        return
-    tensor(function, "gate", value, optional=True)
-    shape(function, "gate", value, tuple(x.shape), "[B,T,C]" if x.dim() == 3 else "[B,C]")
-    same_dtype(function, "gate", value, x)
-    same_device(function, "gate", value, x)
+def activations(function: str, of_gate: Any, of_result: Any) -> tuple[int, int]:
+    """gate_activation and activation, as operators take them."""
+    for argument, value, known in (
+        ("gate_activation", of_gate, ("sigmoid", "silu", "none")),
+        ("activation", of_result, (None, "silu")),
+    ):
+        if not (value is None or isinstance(value, str)) or value not in known:
+            fail(function, argument, f"one of {', '.join(map(repr, known))}", repr(value))
+    return ACTIVATIONS.index(of_gate), NONE if of_result is None else ACTIVATIONS.index(of_result)
+
+
+def like_x(function: str, x: Tensor, **values: Any) -> None:
+    """Of x's shape, dtype and device, or None."""
+    for argument, value in values.items():
+        if value is not None:
+            tensor(function, argument, value, optional=True)
+            shape(function, argument, value, tuple(x.shape), "[B,T,C]" if x.dim() == 3 else "[B,C]")
+            same_dtype(function, argument, value, x)
+            same_device(function, argument, value, x)
 
 
 def mask(function: str, value: Any, x: Tensor) -> None:
@@ -163,7 +175,7 @@ def convolution(function: str, letters: str, args: TapConv, padding, training, r
     K = _operands(function, letters, args, "a tensor of 3 dimensions [B,T,C]", 3, "[B,T,H,K]")
     left = padding_left(function, padding, K, args.dilation)
     dropout(function, "weight_dropout", args.dropout, training, args.seed, x)
-    gate(function, args.gate, x)
+    like_x(function, x, gate=args.gate, out_gate=args.out_gate, residual=args.residual)
     mask(function, args.mask, x)
     cu_seqlens(function, args.cu_seqlens, x)
     flag(function, "return_state", return_state)
@@ -201,7 +213,7 @@ def step(function: str, letters: str, args: TapStep) -> None:
     if not state.is_contiguous():
         expected = "a contiguous tensor, every element in memory of its own, because it is updated in place"
         fail(function, "state", expected, f"strides {list(state.stride())}")
-    gate(function, args.gate, x)
+    like_x(function, x, gate=args.gate, out_gate=args.out_gate, residual=args.residual)
     if state_index is not None:
         tensor(function, "state_index", state_index, optional=True)
         if state_index.dtype != torch.int64:
@@ -223,7 +235,7 @@ def step(function: str, letters: str, args: TapStep) -> None:
             numbers = position.tolist()
             if any(number < 0 for number in numbers):
                 fail(function, "position", "numbers of positions >= 0", numbers)
-    inputs = {"x": x, "weight": args.weight, "bias": args.bias, "gate": args.gate}
+    inputs = {name: getattr(args, name) for name in ("x", "weight", "bias", "gate", "out_gate", "residual")}
     if torch.is_grad_enabled():
         for argument, value in {**inputs, "state": state}.items():
             if value is not None and value.requires_grad:

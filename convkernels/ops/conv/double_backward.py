@@ -13,7 +13,7 @@ from torch import Tensor
 from .._dtypes import accumulate_dtype
 from .._functorch import double_vjp
 from . import reference
-from .schema import GRAD_INPUTS, INPUTS, TapGrad
+from .schema import GRAD_INPUTS, INPUTS, TapActivationGrad, TapGrad
 
 
 def double_backward(conv: Callable, grad_op: Callable, needs: int, into: list, args: TapGrad) -> tuple:
@@ -46,15 +46,15 @@ def _bilinear(conv: Callable, grad_op: Callable, needs: int, into: list, args: T
     return to_grad, to_x, to_weight
 
 
-def _forward(conv: Callable, args: TapGrad, x, weight, bias, gate, initial_state) -> Tensor:
-    """``tap_conv`` with everything but the bare convolution written in differentiable PyTorch, in the accumulation
-    type; the settings are those of ``args``."""
+def _sum(conv: Callable, args: TapActivationGrad | TapGrad, x, weight, bias, gate, initial_state) -> Tensor:
+    """The sum of ``tap_conv``, with everything but the bare convolution written in differentiable PyTorch, in the
+    accumulation type; the settings are those of ``args``."""
     dtype = accumulate_dtype(x.dtype)
     B, T, C = x.shape
     K = weight.shape[-1]
     left, dilation, cu_seqlens = args.left, args.dilation, args.cu_seqlens
     state_rows = None if initial_state is None else initial_state.shape[1]
-    z = reference.gated_input(x.to(dtype), None if gate is None else gate.to(dtype), args.mask)
+    z = reference.gated_input(x.to(dtype), None if gate is None else gate.to(dtype), args.mask, args.gate_activation)
     if args.softmax or args.dropout > 0:
         inside = None
         if args.renormalize:
@@ -78,7 +78,7 @@ def _forward(conv: Callable, args: TapGrad, x, weight, bias, gate, initial_state
         if w.dim() == 4 and w.shape[1] != 1:
             w = w.new_zeros(B, z.shape[1], *w.shape[2:]).index_copy(1, own, w)
         y = conv(z, w, left, dilation, cu_seqlens=longer).index_select(1, own)
-    return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
+    return y if bias is None else y + bias.to(dtype)
 
 
 def _fused(conv: Callable, into: list, args: TapGrad) -> tuple:
@@ -91,7 +91,33 @@ def _fused(conv: Callable, into: list, args: TapGrad) -> tuple:
         return (None,) * 5
 
     def function(*primals):
-        return _forward(conv, args, *primals)
+        return _sum(conv, args, *primals).to(x.dtype)
 
     to_grad, by_input = double_vjp(function, primals, given, used, args.grad, tuple(into[index] for index in used))
     return to_grad, *(by_input.get(index) for index in (0, 1, 3, 4))
+
+
+def of_activation_grad(conv: Callable, into: list, args: TapActivationGrad) -> tuple:
+    """Gradients of (grad, x, weight, bias, gate, initial_state, out_gate); ``into`` belong to the two outputs of
+    ``tap_activation_grad``, None where there is none."""
+    primals = (args.grad, args.x, args.weight, args.bias, args.gate, args.initial_state, args.out_gate)
+    given = [index for index, value in enumerate(primals) if value is not None]
+    used = [index for index, value in enumerate(into) if value is not None]
+    if not used:
+        return (None,) * len(primals)
+
+    def function(*values):
+        grad, x, weight, bias, gate, initial_state, out_gate = (
+            values[given.index(index)] if index in given else None for index in range(len(primals))
+        )
+        total = _sum(conv, args, x, weight, bias, gate, initial_state)
+        g = grad.to(total.dtype)
+        inside = g if out_gate is None else g * out_gate.to(g.dtype)
+        results = (
+            inside * reference.slope(total, args.activation),
+            g * reference.activated(total, args.activation),
+        )
+        return tuple(results[index].to(x.dtype) for index in used)
+
+    gradients = torch.func.vjp(function, *[primals[index] for index in given])[1](tuple(into[index] for index in used))
+    return tuple(gradients[given.index(index)] if index in given else None for index in range(len(primals)))

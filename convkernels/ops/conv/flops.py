@@ -1,16 +1,17 @@
 """What a convolution costs.
 
 Convention: one multiply and one add per tap, for all K taps of every output position, so taps that fall outside the
-sequence count too, as in PyTorch's own convolution formulas; softmax, gate, bias and dropout are not counted. Each
-of the two gradients (of the input side, of the weights) costs as much as the forward pass.
+sequence count too, as in PyTorch's own convolution formulas; softmax, gates, activation, bias and dropout are not
+counted. Each of the two gradients (of the input side, of the weights) costs as much as the forward pass; so does the
+gradient of an activation or out_gate, for which the sum is computed again.
 """
 
 from math import prod
 
-from .schema import TapConv, TapGrad, TapStep
+from .schema import TapActivationGrad, TapConv, TapGrad, TapStep
 
 
-def forward(args: TapConv | TapStep | TapGrad) -> int:
+def forward(args: TapConv | TapStep | TapActivationGrad | TapGrad) -> int:
     """2*B*T*C*K for x [B,T,C]; also 2*B*C*K for one step, x [B,C]. Shapes stand for the tensors."""
     return 2 * prod(args.x) * args.weight[-1]
 

@@ -1,8 +1,11 @@
 """The readable definition of the convolution family, in plain PyTorch; the oracle of all tests.
 
-    y[b,t,c] = bias[c] + sum_j w'[b,t,h(c),j] * z[b, t + dilation*j - left, c],      h(c) = c // (C/H)
-    z[b,s,c] = x[b,s,c] * sigmoid(gate[b,s,c]), and 0 where mask[b,s] is False
+    y[b,t,c] = residual[b,t,c] + out_gate[b,t,c] * act(a[b,t,c])
+    a[b,t,c] = bias[c] + sum_j w'[b,t,h(c),j] * z[b, t + dilation*j - left, c],      h(c) = c // (C/H)
+    z[b,s,c] = x[b,s,c] * gate_act(gate[b,s,c]), and 0 where mask[b,s] is False
     w'       = dropout(softmax_j(weight)), each part optional
+
+act and gate_act are 1, the sigmoid or SiLU (``ACTIVATIONS``); of act, 1 is the identity.
 
 Everything is computed in float32 (float64 for float64) and rounded once, at the end. ``source_rows`` is the one
 place that says which input a tap reads; the forward pass gathers by that table and the gradient scatters by it.
@@ -15,7 +18,7 @@ from torch import Tensor
 from .._dtypes import accumulate_dtype, dropout_mask
 from .._validate import fail
 from .checks import reach
-from .schema import TapConv, TapGrad, TapStep
+from .schema import NONE, SIGMOID, TapActivationGrad, TapConv, TapGrad, TapStep
 
 # The pieces of the definition are differentiable; the double backward is built from them too.
 
@@ -73,12 +76,34 @@ def extend(z: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -
     return torch.cat([z, initial_state.to(z.dtype).reshape(B, rows, C), zero], 1)
 
 
-def gated_input(x: Tensor, gate: Tensor | None, mask: Tensor | None) -> Tensor:
+def activated(value: Tensor, activation: int) -> Tensor:
+    """act(value)."""
+    if activation == NONE:
+        return value
+    return torch.sigmoid(value) if activation == SIGMOID else value * torch.sigmoid(value)
+
+
+def slope(value: Tensor, activation: int) -> Tensor:
+    """The derivative of act."""
+    if activation == NONE:
+        return torch.ones_like(value)
+    s = torch.sigmoid(value)
+    return s * (1 - s) if activation == SIGMOID else s * (1 + value * (1 - s))
+
+
+def gated_input(x: Tensor, gate: Tensor | None, mask: Tensor | None, activation: int) -> Tensor:
     """z. Masked x and gate are replaced *before* the product: 0 * NaN would leak into the result or the gradients."""
     if mask is not None:
         x = torch.where(mask[..., None], x, 0.0)
         gate = None if gate is None else torch.where(mask[..., None], gate, 0.0)
-    return x if gate is None else x * torch.sigmoid(gate)
+    return x if gate is None else x * activated(gate, activation)
+
+
+def finished(total: Tensor, args: TapConv | TapStep) -> Tensor:
+    """y from the sum a, both in the accumulation type."""
+    y = activated(total, args.activation)
+    y = y if args.out_gate is None else y * args.out_gate.to(y.dtype)
+    return y if args.residual is None else y + args.residual.to(y.dtype)
 
 
 def tap_weights(weight: Tensor, inside: Tensor | None, args) -> Tensor:
@@ -106,13 +131,13 @@ def per_channel(w: Tensor, C: int) -> Tensor:
     return w.repeat_interleave(C // w.shape[-1], -1)
 
 
-def _setting(args: TapConv | TapGrad):
+def _setting(args: TapConv | TapActivationGrad | TapGrad):
     """What forward and gradient share: the accumulation type, the source table, z's rows (of x and gate masked), w'."""
     x, gate, state, dtype = args.x, args.gate, args.initial_state, accumulate_dtype(args.x.dtype)
     state_rows = None if state is None else state.shape[1]
     T, K = x.shape[1], args.weight.shape[-1]
     source, inside = source_rows(T, K, args.left, args.dilation, x.device, args.cu_seqlens, state_rows)
-    z = gated_input(x.to(dtype), None if gate is None else gate.to(dtype), args.mask)
+    z = gated_input(x.to(dtype), None if gate is None else gate.to(dtype), args.mask, args.gate_activation)
     w = tap_weights(args.weight.to(dtype), inside, args)
     return dtype, source, inside, extend(z, state, args.cu_seqlens), w
 
@@ -124,6 +149,11 @@ def tap_conv(args: TapConv) -> Tensor:
 
 def convolved(args: TapConv) -> Tensor:
     """y before it is rounded, in any layout."""
+    return finished(_sum(args), args)
+
+
+def _sum(args: TapConv | TapActivationGrad) -> Tensor:
+    """The sum a."""
     x, weight, bias = args.x, args.weight, args.bias
     dtype, source, _, rows, w = _setting(args)
     y = torch.zeros(x.shape, dtype=dtype, device=x.device)
@@ -131,6 +161,17 @@ def convolved(args: TapConv) -> Tensor:
         # Not in place: programs that are decomposed into this definition have to be functional.
         y = y + per_channel(w[..., j], x.shape[2]) * rows.index_select(1, source[:, j])
     return y if bias is None else y + bias.to(dtype)
+
+
+def tap_activation_grad(args: TapActivationGrad) -> tuple[Tensor, Tensor]:
+    """Gradients with respect to the sum a, which is computed again, and to out_gate, those that ``needs`` asks for, in
+    x's dtype and layout."""
+    x, wanted, none = args.x, args.wanted, args.x.new_empty(0)
+    total, g = _sum(args), args.grad.to(accumulate_dtype(x.dtype))
+    to_out_gate = _like(g * activated(total, args.activation), x) if wanted.out_gate else none
+    if args.out_gate is not None:
+        g = g * args.out_gate.to(g.dtype)
+    return _like(g * slope(total, args.activation), x) if wanted.sum else none, to_out_gate
 
 
 def tap_grad(args: TapGrad) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -155,11 +196,11 @@ def tap_grad(args: TapGrad) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         if initial_state is not None and wanted.initial_state:
             grad_state = grad_rows[:, T:-1].reshape(initial_state.shape).to(initial_state.dtype, copy=True)
         if gate is not None:
-            sigmoid = torch.sigmoid(gate.to(dtype))
+            gate_in, act = gate.to(dtype), args.gate_activation
             if wanted.gate:
-                grad_gate = grad_z * x.to(dtype) * sigmoid * (1 - sigmoid)
+                grad_gate = grad_z * x.to(dtype) * slope(gate_in, act)
                 grad_gate = _like(grad_gate if mask is None else torch.where(mask[..., None], grad_gate, 0.0), gate)
-            grad_z = grad_z * sigmoid
+            grad_z = grad_z * activated(gate_in, act)
         if wanted.x:
             grad_x = _like(grad_z if mask is None else torch.where(mask[..., None], grad_z, 0.0), x)
 
@@ -190,7 +231,7 @@ def tap_step(args: TapStep) -> Tensor:
     rows = (x.shape[0], dilation * (K - 1), x.shape[1])
     if state.shape != rows:
         fail("tap_step", "state", f"[batch, dilation * (taps - 1), channels] = {rows}", tuple(state.shape))
-    z = gated_input(x.to(dtype), None if gate is None else gate.to(dtype), None)
+    z = gated_input(x.to(dtype), None if gate is None else gate.to(dtype), None, args.gate_activation)
     old = state if args.state_index is None else state.index_select(0, args.state_index)
     window = torch.cat([old.to(dtype), z[:, None]], 1)
     inside = torch.ones(x.shape[0], K, dtype=torch.bool, device=x.device)
@@ -202,7 +243,7 @@ def tap_step(args: TapStep) -> Tensor:
     for j in range(K):
         y += per_channel(w[..., j], x.shape[1]) * window[:, j * dilation]
     state.copy_(window[:, 1:])
-    return _like(y if args.bias is None else y + args.bias.to(dtype), x)
+    return _like(finished(y if args.bias is None else y + args.bias.to(dtype), args), x)
 
 
 def _four(shape: torch.Size) -> tuple[int, ...]:

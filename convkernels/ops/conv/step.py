@@ -19,6 +19,10 @@ def lightweight_conv1d_step(
     renormalize: bool = False,
     dilation: int = 1,
     gate: Tensor | None = None,
+    gate_activation: str = "sigmoid",
+    activation: str | None = None,
+    out_gate: Tensor | None = None,
+    residual: Tensor | None = None,
     state_index: Tensor | None = None,
     position: Tensor | None = None,
     backend: str = "auto",
@@ -31,7 +35,8 @@ def lightweight_conv1d_step(
     state: [B,S,C] contiguous, S = dilation*(K-1), dtype of x: the inputs before it, gate applied, oldest first;
         start with zeros. Updated in place: the oldest row leaves, the new one enters.
     weight: [H,K].
-    bias: [C], optional.  gate: [B,C], the input becomes x * sigmoid(gate).
+    bias: [C], optional.
+    gate, out_gate, residual: [B,C];  gate_activation, activation: as for ``lightweight_conv1d``.
     softmax, renormalize: as for ``lightweight_conv1d``.
     position: int64 [B] or [1], number of positions before this one; only ``renormalize`` needs it, to tell which
         rows of the state lie before the start of the sequence. By default none does.
@@ -44,7 +49,7 @@ def lightweight_conv1d_step(
     Source: Wu et al. 2019.
     """
     args = TapStep(x, state, weight, dilation, softmax, renormalize, bias, gate, state_index, position)
-    return step("lightweight_conv1d_step", "[H,K]", args, backend)
+    return step("lightweight_conv1d_step", "[H,K]", args, (gate_activation, activation, out_gate, residual), backend)
 
 
 def depthwise_conv1d_step(
@@ -55,6 +60,10 @@ def depthwise_conv1d_step(
     *,
     dilation: int = 1,
     gate: Tensor | None = None,
+    gate_activation: str = "sigmoid",
+    activation: str | None = None,
+    out_gate: Tensor | None = None,
+    residual: Tensor | None = None,
     state_index: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -67,7 +76,7 @@ def depthwise_conv1d_step(
     Source: Wu et al. 2019.
     """
     args = TapStep(x, state, weight, dilation, bias=bias, gate=gate, state_index=state_index)
-    return step("depthwise_conv1d_step", "[C,K]", args, backend)
+    return step("depthwise_conv1d_step", "[C,K]", args, (gate_activation, activation, out_gate, residual), backend)
 
 
 def dynamic_conv1d_step(
@@ -80,6 +89,10 @@ def dynamic_conv1d_step(
     renormalize: bool = False,
     dilation: int = 1,
     gate: Tensor | None = None,
+    gate_activation: str = "sigmoid",
+    activation: str | None = None,
+    out_gate: Tensor | None = None,
+    residual: Tensor | None = None,
     state_index: Tensor | None = None,
     position: Tensor | None = None,
     backend: str = "auto",
@@ -93,16 +106,20 @@ def dynamic_conv1d_step(
     Source: Wu et al. 2019.
     """
     args = TapStep(x, state, weight, dilation, softmax, renormalize, bias, gate, state_index, position)
-    return step("dynamic_conv1d_step", "[B,H,K]", args, backend)
+    return step("dynamic_conv1d_step", "[B,H,K]", args, (gate_activation, activation, out_gate, residual), backend)
 
 
-def step(name, letters, args: TapStep, backend) -> Tensor:
-    """What the public function ``name`` computes, whose filters have the dimensions ``letters``."""
-    x, state = args.x, args.state
-    if isinstance(state, Tensor) and _validate.autocasting(x):
+def step(name, letters, args: TapStep, finish: tuple, backend) -> Tensor:
+    """What the public function ``name`` computes, whose filters have the dimensions ``letters``. finish:
+    gate_activation, activation, out_gate, residual."""
+    state, (of_gate, of_result, out_gate, residual) = args.state, finish
+    of_gate, of_result = checks.activations(name, of_gate, of_result)
+    args = args._replace(gate_activation=of_gate, activation=of_result, out_gate=out_gate, residual=residual)
+    if isinstance(state, Tensor) and _validate.autocasting(args.x):
         # The state outlives the autocast region, so it decides the dtype.
-        x, gate = x.to(state.dtype), args.gate
-        args = args._replace(x=x, gate=gate.to(state.dtype) if isinstance(gate, Tensor) else gate)
+        given = {argument: getattr(args, argument) for argument in ("x", "gate", "out_gate", "residual")}
+        args = args._replace(**{n: v.to(state.dtype) for n, v in given.items() if isinstance(v, Tensor)})
+    x = args.x
     compiling = torch.compiler.is_compiling()
     if not compiling and _functorch.transforms_active():
         raise NotImplementedError(
@@ -110,7 +127,8 @@ def step(name, letters, args: TapStep, backend) -> Tensor:
             "place; the batch is the first dimension of every argument"
         )
     if forward_ad._current_level >= 0:
-        _functorch.refuse_tangents(name, x=x, state=state, weight=args.weight, bias=args.bias, gate=args.gate)
+        inputs = ("x", "state", "weight", "bias", "gate", "out_gate", "residual")
+        _functorch.refuse_tangents(name, **{argument: getattr(args, argument) for argument in inputs})
     checks.step(name, letters, args)
     chosen = _select.pick(backend, name, x.device.type, x.dtype)
     y = op.KERNELS[chosen].step(*args)

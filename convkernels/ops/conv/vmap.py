@@ -1,8 +1,9 @@
 """vmap rules: the mapped dimension is folded into the batch, so that one kernel launch does the work of all.
 
 Weights become per batch row ([N*B,1,H,K] or [N*B,T,H,K]) and their gradients are summed over each row's share of the
-batch afterwards. Two cases run one call per element instead: weight dropout, whose mask depends on the batch index,
-and mapped sequence boundaries, which the op shares between batch rows.
+batch afterwards. Three cases run one call per element instead: weight dropout, whose mask depends on the batch
+index, mapped sequence boundaries, which the op shares between batch rows, and a mapped bias where more than the sum is
+computed.
 """
 
 from collections.abc import Callable
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from .._dtypes import accumulate_dtype
 from .._functorch import fold, loop, mapped
-from .schema import INPUTS, TapConv, TapGrad
+from .schema import INPUTS, NONE, TapActivationGrad, TapConv, TapGrad
 
-_BATCHED = ("x", "gate", "mask", "initial_state")
+_BATCHED = ("grad", "x", "gate", "mask", "initial_state", "out_gate", "residual")
 
 
 def _fold_weight(weight: Tensor, dim: int | None, size: int, batch: int, separate: bool) -> Tensor:
@@ -32,13 +33,14 @@ def _folded(size: int, dims, args, separate: bool):
     return B, args._replace(
         weight=_fold_weight(args.weight, dims.weight, size, B, separate),
         seed=None,
-        **{name: fold(getattr(args, name), getattr(dims, name), size) for name in _BATCHED},
+        **{name: fold(getattr(args, name), getattr(dims, name), size) for name in _BATCHED if name in args._fields},
     )
 
 
 def forward(function: Callable, size: int, dims: TapConv, args: TapConv):
     """vmap of ``tap_conv``."""
-    if args.dropout > 0 or dims.cu_seqlens is not None:
+    sum_only = args.activation == NONE and args.out_gate is None and args.residual is None
+    if args.dropout > 0 or dims.cu_seqlens is not None or not (sum_only or dims.bias is None):
         return loop(function, size, dims, args)
     dtype, bias = args.x.dtype, args.bias
     if dims.bias is not None:
@@ -54,13 +56,27 @@ def forward(function: Callable, size: int, dims: TapConv, args: TapConv):
     return y, 0
 
 
+def _unfolded(value: Tensor, asked: bool, size: int) -> Tensor:
+    return value.reshape(size, value.shape[0] // size, *value.shape[1:]) if asked and value.dim() > 1 else value
+
+
+def activation_grad(function: Callable, size: int, dims: TapActivationGrad, args: TapActivationGrad):
+    """vmap of ``tap_activation_grad``."""
+    if args.dropout > 0 or dims.cu_seqlens is not None or dims.bias is not None:
+        return loop(function, size, dims, args)
+    _, args = _folded(size, dims, args, separate=False)
+    wanted = args.wanted
+    outputs = tuple(_unfolded(value, asked, size) for value, asked in zip(function(*args), wanted, strict=True))
+    return outputs, tuple(0 if asked else None for asked in wanted)
+
+
 def backward(function: Callable, size: int, dims: TapGrad, args: TapGrad):
     """vmap of ``tap_grad``."""
     if args.dropout > 0 or dims.cu_seqlens is not None:
         return loop(function, size, dims, args)
     weight, wanted = args.weight, args.wanted
     B, args = _folded(size, dims, args, separate=wanted.weight)
-    args = args._replace(grad=fold(args.grad, dims.grad, size), needs=args.needs & ~INPUTS.bit["bias"])
+    args = args._replace(needs=args.needs & ~INPUTS.bit["bias"])
     if wanted.weight:
         # Partial sums over batch rows are added below; keep them in the accumulation type until then.
         args = args._replace(weight=args.weight.to(accumulate_dtype(weight.dtype)))
@@ -73,15 +89,12 @@ def backward(function: Callable, size: int, dims: TapGrad, args: TapGrad):
         grad = args.grad.reshape(size, B, *args.grad.shape[1:])
         grad_bias = grad.sum((1, 2), dtype=accumulate_dtype(grad.dtype))
 
-    def unfold(value: Tensor, asked: bool) -> Tensor:
-        return value.reshape(size, value.shape[0] // size, *value.shape[1:]) if asked and value.dim() > 1 else value
-
     outputs = (
-        unfold(grad_x, wanted.x),
+        _unfolded(grad_x, wanted.x, size),
         grad_weight,
         grad_bias,
-        unfold(grad_gate, wanted.gate),
-        unfold(grad_state, wanted.initial_state),
+        _unfolded(grad_gate, wanted.gate, size),
+        _unfolded(grad_state, wanted.initial_state, size),
     )
     present = wanted._replace(
         gate=wanted.gate and args.gate is not None,

@@ -14,6 +14,7 @@ struct ConvProblem : ck::Convolution, Workers {
 
 struct ConvForward : ConvProblem {
   Rows y;
+  Finish finish;
   bool resident_output = false;  // the pages of y are mapped already
 };
 

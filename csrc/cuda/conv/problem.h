@@ -28,6 +28,7 @@ struct Problem : ck::Convolution {
 
 struct Forward : Problem {
   Rows y;
+  Finish finish;
 };
 
 struct Backward : Problem, Gradients {
@@ -43,6 +44,7 @@ struct Backward : Problem, Gradients {
 
 struct Step : Problem {
   Rows y;
+  Finish finish;
   void* next_state = nullptr;  // the state, which is updated in place
 };
 
