@@ -67,12 +67,12 @@ def causal_conv1d_fn(
     backend: as for ``depthwise_conv1d``.
 
     Everything has gradients, also second ones: x, weight, bias and initial states, through out and final states.
-    Arithmetic and dtypes of parameters are those of ``depthwise_conv1d``, whose rounded result act takes. Autocast
-    changes no dtype. ValueError or TypeError naming the argument, what was expected and what was given.
+    Arithmetic and dtypes of parameters are those of ``depthwise_conv1d``. Autocast changes no dtype. ValueError or
+    TypeError naming the argument, what was expected and what was given.
     Source: causal_conv1d_fn of the package causal_conv1d 1.7.
     """
     name = "causal_conv1d_fn"
-    K = _operands(name, x, weight, bias, activation, (3,), "[B,C,T]")
+    K, activation = _operands(name, x, weight, bias, activation, (3,), "[B,C,T]")
     flag(name, "return_final_states", return_final_states)
     B, C, _ = x.shape
     if seq_idx is not None:
@@ -85,20 +85,20 @@ def causal_conv1d_fn(
         _writable(name, "final_states_out", final_states_out)
     with _dtypes_as_given(x):
         if seq_idx is not None and seq_idx.numel() > 0:
-            return _activated(_separate(x, weight, bias, seq_idx, initial_states, backend), activation)
+            return _separate(x, weight, bias, seq_idx, initial_states, activation, backend)
         y = depthwise_conv1d(
             x.mT, weight, bias, padding="causal", initial_state=None if initial_states is None else initial_states.mT,
-            return_state=return_final_states, backend=backend,
+            activation=activation, return_state=return_final_states, backend=backend,
         )  # fmt: skip
         if not return_final_states:
-            return _activated(y.mT, activation)
+            return y.mT
         y, state = y
         final_states = state.mT
         if final_states_out is not None:
             with torch.no_grad():
                 final_states_out.copy_(final_states)
             final_states = final_states if final_states.requires_grad else final_states_out
-        return _activated(y.mT, activation), final_states
+        return y.mT, final_states
 
 
 def causal_conv1d_update(
@@ -131,7 +131,7 @@ def causal_conv1d_update(
     Source: causal_conv1d_update of the package causal_conv1d 1.7.
     """
     name = "causal_conv1d_update"
-    K = _operands(name, x, weight, bias, activation, (2, 3), "[B,C] or [B,C,T]")
+    K, activation = _operands(name, x, weight, bias, activation, (2, 3), "[B,C] or [B,C,T]")
     rows = x[..., None] if x.dim() == 2 else x
     _states(name, x, conv_state, K, cache_seqlens, conv_state_indices)
     if x.numel() == 0 or conv_state.shape[0] == 0:
@@ -139,18 +139,12 @@ def causal_conv1d_update(
     plain = cache_seqlens is None and conv_state_indices is None and not transforms_active()
     with torch.no_grad(), _dtypes_as_given(x):
         if plain and _fits_a_step(rows, conv_state, K):
-            y = depthwise_conv1d_step(rows[..., 0], conv_state.mT, weight, bias, backend=backend)[..., None]
+            y = depthwise_conv1d_step(
+                rows[..., 0], conv_state.mT, weight, bias, activation=activation, backend=backend
+            )[..., None]
         else:
-            y = _advance(rows, conv_state, weight, bias, cache_seqlens, conv_state_indices, backend)
-        y = _activated(y, activation)
+            y = _advance(rows, conv_state, weight, bias, cache_seqlens, conv_state_indices, activation, backend)
     return y[..., 0] if x.dim() == 2 else y
-
-
-def _activated(y: Tensor, activation: str | None) -> Tensor:
-    """act(y), in the memory of y where no derivative needs what is there."""
-    if activation is None:
-        return y
-    return F.silu(y, inplace=not y.requires_grad and not transforms_active())
 
 
 def _dtypes_as_given(x: Tensor):
@@ -166,14 +160,14 @@ def _as_x(y: Tensor, x: Tensor) -> Tensor:
 # Rows that hold several sequences.
 
 
-def _separate(x, weight, bias, seq_idx, initial_states, backend) -> Tensor:
-    """The convolution before the activation, of positions with numbers."""
+def _separate(x, weight, bias, seq_idx, initial_states, activation, backend) -> Tensor:
+    """The convolution of positions with numbers."""
     capturing = seq_idx.is_cuda and torch.cuda.is_current_stream_capturing()
     if real(seq_idx) and real(x) and not capturing:
         runs = _runs(seq_idx, weight.shape[1])
         if runs is not None:
-            return _packed(x, weight, bias, seq_idx, initial_states, runs, backend)
-    return _tap_by_tap(x, weight, bias, seq_idx, initial_states)
+            return _packed(x, weight, bias, seq_idx, initial_states, runs, activation, backend)
+    return _tap_by_tap(x, weight, bias, seq_idx, initial_states, activation)
 
 
 def _runs(seq_idx: Tensor, K: int) -> Tensor | None:
@@ -189,7 +183,7 @@ def _runs(seq_idx: Tensor, K: int) -> Tensor | None:
     return None if again else runs
 
 
-def _packed(x, weight, bias, seq_idx, initial_states, runs: Tensor, backend) -> Tensor:
+def _packed(x, weight, bias, seq_idx, initial_states, runs: Tensor, activation, backend) -> Tensor:
     """All batch rows one after the other, runs as packed sequences."""
     B, C, T = x.shape
     lengths = runs.flatten().bincount()
@@ -201,7 +195,7 @@ def _packed(x, weight, bias, seq_idx, initial_states, runs: Tensor, backend) -> 
         state = x.new_zeros(lengths.shape[0], weight.shape[1] - 1, C).index_copy(0, runs[:, 0], used)
     y = depthwise_conv1d(
         x.mT.reshape(1, B * T, C), weight, bias, padding="causal", cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)),
-        initial_state=state, mask=~hidden.view(1, B * T) if padded else None, backend=backend,
+        initial_state=state, mask=~hidden.view(1, B * T) if padded else None, activation=activation, backend=backend,
     )  # fmt: skip
     y = y.view(B, T, C).mT
     if padded:
@@ -210,7 +204,7 @@ def _packed(x, weight, bias, seq_idx, initial_states, runs: Tensor, backend) -> 
     return y if in_place else _as_x(y, x)
 
 
-def _tap_by_tap(x, weight, bias, seq_idx, initial_states) -> Tensor:
+def _tap_by_tap(x, weight, bias, seq_idx, initial_states, activation) -> Tensor:
     """For any numbers, in torch: no value decides what runs."""
     (B, _, T), K = x.shape, weight.shape[1]
     wide = accumulate_dtype(x.dtype)
@@ -224,6 +218,7 @@ def _tap_by_tap(x, weight, bias, seq_idx, initial_states) -> Tensor:
     for j in range(K):
         same = shown & (numbers[:, j : j + T] == seq_idx)
         y = y + weight[:, j, None].to(wide) * torch.where(same[:, None], z[:, :, j : j + T].to(wide), 0)
+    y = y if activation is None else F.silu(y)
     return _as_x(torch.where(shown[:, None], y, 0), x)
 
 
@@ -235,8 +230,8 @@ def _fits_a_step(rows: Tensor, conv_state: Tensor, K: int) -> bool:
     return rows.shape[2] == 1 and conv_state.shape[2] == K - 1 and conv_state.mT.is_contiguous()
 
 
-def _advance(rows, conv_state, weight, bias, cache_seqlens, indices, backend) -> Tensor:
-    """The convolution before the activation, [B,C,T], of rows that continue from a state of any form."""
+def _advance(rows, conv_state, weight, bias, cache_seqlens, indices, activation, backend) -> Tensor:
+    """The convolution, [B,C,T], of rows that continue from a state of any form."""
     x, state, reach = rows, conv_state, weight.shape[1] - 1
     if indices is not None:
         # A row without a state does again what the first row with one does, so that no size depends on how many there
@@ -247,7 +242,9 @@ def _advance(rows, conv_state, weight, bias, cache_seqlens, indices, backend) ->
         x, state = x.index_select(0, source), state.index_select(0, slots)
         cache_seqlens = None if cache_seqlens is None else cache_seqlens.index_select(0, source)
     past, after = _shifted(x, state, cache_seqlens, reach)
-    y = depthwise_conv1d(x.mT, weight, bias, padding="causal", initial_state=past.mT, backend=backend).mT
+    y = depthwise_conv1d(
+        x.mT, weight, bias, padding="causal", initial_state=past.mT, activation=activation, backend=backend
+    ).mT
     if indices is None:
         conv_state.copy_(after)
         return y
@@ -272,8 +269,8 @@ def _shifted(x: Tensor, state: Tensor, cache_seqlens: Tensor | None, reach: int)
 # Checks of arguments.
 
 
-def _operands(function: str, x, weight, bias, activation, ranks: tuple[int, ...], letters: str) -> int:
-    """Checks of what both functions take; returns K."""
+def _operands(function: str, x, weight, bias, activation, ranks: tuple[int, ...], letters: str):
+    """Checks of what both functions take; returns K, and the activation by its one name."""
     tensor(function, "x", x)
     floating(function, "x", x)
     if x.dim() not in ranks:
@@ -293,7 +290,7 @@ def _operands(function: str, x, weight, bias, activation, ranks: tuple[int, ...]
             same_device(function, argument, value, x)
     known = activation is None or activation in ("silu", "swish")
     expect(function, "activation", known, "None, 'silu' or 'swish'", activation)
-    return weight.shape[1]
+    return weight.shape[1], None if activation is None else "silu"
 
 
 def _like_x(function: str, argument: str, value, x: Tensor, sizes: tuple, letters: str) -> None:

@@ -118,17 +118,18 @@ class BackwardTask {
     const auto grad = gradient_.template move<kStaged>(s, position, n, continues);
     const auto out = sink_.template open<kStaged>(s, position, d_, n);
     if (!per_row_) {
-      blocks_.convolve(grad, out, n, continues, nullptr, false);
+      blocks_.convolve(grad, out, n, continues, nullptr, false, nullptr);
     } else {
       window_filters(s, position, n, continues);
       // Output i takes tap K-1-k of the filter that belongs to row i+k of the window.
       if (plan_.aligned) {
         blocks_.convolve_positions(grad, out, n, continues,
-                                   {filters_.get() + (K_ - 1) * pitch_, 1 - pitch_, K_ * pitch_}, nullptr, false);
+                                   {filters_.get() + (K_ - 1) * pitch_, 1 - pitch_, K_ * pitch_}, nullptr, false,
+                                   nullptr);
       } else if constexpr (Blocks::kAnyHeads) {
         const int64_t row = K_ * width_;
         blocks_.convolve_position_channels(grad, out, n, {expanded_.get() + (K_ - 1) * width_, row, row - width_},
-                                           nullptr, false);
+                                           nullptr, false, nullptr);
       }
     }
     if constexpr (kStaged) sink_.flush(s, position, d_, n);

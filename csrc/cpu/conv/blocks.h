@@ -158,23 +158,26 @@ class VectorBlocks {
         units_per_head_(p.channels / p.heads / Lanes<T>::kUnit) {}
 
   // n rows with filters that all positions share.
-  void convolve(const Elem* const* in, Elem* const* out, int64_t n, bool, const C* bias, bool stream) {
+  void convolve(const Elem* const* in, Elem* const* out, int64_t n, bool, const C* bias, bool stream,
+                const Epilogue<Src>* finish) {
     if (aligned_) {
-      Convolve<Src, SharedTaps<C>>::rows(in, out, n, K_, units_, units_per_head_, shared_->of_heads(h0_), bias, stream);
+      Convolve<Src, SharedTaps<C>>::rows(in, out, n, K_, units_, units_per_head_, shared_->of_heads(h0_), bias, stream,
+                                         finish);
     } else {
       Convolve<Src, ChannelTaps<C>>::rows(in, out, n, K_, units_, units_, shared_->of_channels(p_, block_), bias,
-                                          stream);
+                                          stream, finish);
     }
   }
   // With filters that depend on the position, where heads cover whole units; and where they do not, with filters
   // expanded to channels.
   void convolve_positions(const Elem* const* in, Elem* const* out, int64_t n, bool, const PositionTaps<C>& filters,
-                          const C* bias, bool stream) {
-    Convolve<Src, PositionTaps<C>>::rows(in, out, n, K_, units_, units_per_head_, filters, bias, stream);
+                          const C* bias, bool stream, const Epilogue<Src>* finish) {
+    Convolve<Src, PositionTaps<C>>::rows(in, out, n, K_, units_, units_per_head_, filters, bias, stream, finish);
   }
   void convolve_position_channels(const Elem* const* in, Elem* const* out, int64_t n,
-                                  const PositionChannelTaps<C>& filters, const C* bias, bool stream) {
-    Convolve<Src, PositionChannelTaps<C>>::rows(in, out, n, K_, units_, units_, filters, bias, stream);
+                                  const PositionChannelTaps<C>& filters, const C* bias, bool stream,
+                                  const Epilogue<Src>* finish) {
+    Convolve<Src, PositionChannelTaps<C>>::rows(in, out, n, K_, units_, units_, filters, bias, stream, finish);
   }
 
   // Adds the gradient of filters that n rows share to the sums of a split: a vector for each tap of each head, or for

@@ -4,7 +4,7 @@
 // this code: what differs is how a filter value is found (the *Taps structs) and how rows lie in vectors (Lanes).
 #pragma once
 
-#include "csrc/cpu/lanes.h"
+#include "csrc/cpu/conv/epilogue.h"
 
 namespace ck::cpu::CK_ISA {
 
@@ -82,9 +82,11 @@ struct Convolve {
   using C = typename Src::C;
   using Elem = typename Src::Elem;
 
-  // Computes n rows of `units`, whose heads are units_per_head wide. stream: stores bypass the caches.
+  // Computes n rows of `units`, whose heads are units_per_head wide. stream: stores bypass the caches.  finish: what
+  // the sums go through, or nullptr.
   static void rows(const Elem* const* in, Elem* const* out, int64_t n, int64_t taps, int64_t units,
-                   int64_t units_per_head, const Filter& filter, const C* bias, bool stream);
+                   int64_t units_per_head, const Filter& filter, const C* bias, bool stream,
+                   const Epilogue<Src>* finish);
 };
 
 }  // namespace ck::cpu::CK_ISA

@@ -141,6 +141,38 @@ CK_INLINE void store_rows(typename Src::Elem* const* out, int rows, int64_t unit
   }
 }
 
+// The same of what an epilogue makes of the values. Kept apart, so that it takes no registers from tiles.
+template <class Src, int kTileRows, int kUnits>
+__attribute__((noinline)) void finish_rows(const Vec<typename Src::C> (*sums)[kUnits * Src::kParts],
+                                           typename Src::Elem* const* out, int rows, int64_t unit, bool stream,
+                                           const Epilogue<Src>& finish, int64_t first) {
+  for (int i = 0; i < min(rows, kTileRows); ++i)
+    for (int u = 0; u < kUnits; ++u) finish.store(sums[i] + u * Src::kParts, first + i, unit + u, out[i], stream);
+}
+
+// Where the rows of a tile go: from row `first` of a block on, `rows` of them.
+template <class Src>
+struct Target {
+  typename Src::Elem* const* out;
+  int rows;
+  bool stream;
+  const Epilogue<Src>* finish;
+  int64_t first;
+
+  template <int kTileRows, int kUnits = 1>
+  CK_INLINE void store(int64_t unit, const Vec<typename Src::C> (&sums)[kTileRows][kUnits * Src::kParts]) const {
+    if (finish == nullptr) {
+      store_rows<Src, kTileRows, kUnits>(out, rows, unit, stream, [&](int i) CK_INLINE_LAMBDA { return sums[i]; });
+    } else {
+      Vec<typename Src::C> copy[kTileRows][kUnits * Src::kParts];
+      CK_UNROLL for (int i = 0; i < kTileRows; ++i) {
+        CK_UNROLL for (int v = 0; v < kUnits * Src::kParts; ++v) copy[i][v] = sums[i][v];
+      }
+      finish_rows<Src, kTileRows, kUnits>(copy, out, rows, unit, stream, *finish, first);
+    }
+  }
+};
+
 // The rows that the next tile adds to the window, where a line of them begins with the unit.
 template <class Src, int kTileRows>
 CK_INLINE const typename Src::Elem* const* rows_ahead(const typename Src::Elem* const* in, int64_t taps, int64_t unit) {
@@ -149,11 +181,10 @@ CK_INLINE const typename Src::Elem* const* rows_ahead(const typename Src::Elem* 
   return wanted ? in + kTileRows + taps - 1 : nullptr;
 }
 
-// kTileRows rows of the units [first, last). Only the first `rows` are stored.
+// kTileRows rows of the units [first, last). Only those that the target has are stored.
 template <class Src, class Filter, int kTileRows>
-CK_INLINE void convolve_rows(const typename Src::Elem* const* in, typename Src::Elem* const* out, int rows,
-                             const Filter& filter, int64_t taps, int64_t first, int64_t last,
-                             const typename Src::C* bias, bool stream) {
+CK_INLINE void convolve_rows(const typename Src::Elem* const* in, const Target<Src>& target, const Filter& filter,
+                             int64_t taps, int64_t first, int64_t last, const typename Src::C* bias) {
   using C = typename Src::C;
   constexpr int P = Src::kParts;
   int64_t unit = first;
@@ -164,8 +195,7 @@ CK_INLINE void convolve_rows(const typename Src::Elem* const* in, typename Src::
       for (; unit + kUnits <= last; unit += kUnits) {
         Tile<Src, Filter, kTileRows, kUnits, 0, P> tile;
         tile.run(in, unit, filter, taps, bias);
-        store_rows<Src, kTileRows, kUnits>(out, rows, unit, stream,
-                                           [&](int i) CK_INLINE_LAMBDA { return tile.sum[i]; });
+        target.template store<kTileRows, kUnits>(unit, tile.sum);
       }
     };
     units.template operator()<kWide>();
@@ -175,7 +205,7 @@ CK_INLINE void convolve_rows(const typename Src::Elem* const* in, typename Src::
     for (; unit < last; ++unit) {
       Tile<Src, Filter, kTileRows, 1, 0, P> tile;
       tile.run(in, unit, filter, taps, bias, rows_ahead<Src, kTileRows>(in, taps, unit));
-      store_rows<Src, kTileRows>(out, rows, unit, stream, [&](int i) CK_INLINE_LAMBDA { return tile.sum[i]; });
+      target.template store<kTileRows>(unit, tile.sum);
     }
   } else {
     // The parts of a unit one after the other: more rows fit into the registers, so that each row is loaded less often.
@@ -189,23 +219,25 @@ CK_INLINE void convolve_rows(const typename Src::Elem* const* in, typename Src::
         both[i][0] = low.sum[i][0];
         both[i][1] = high.sum[i][0];
       }
-      store_rows<Src, kTileRows>(out, rows, unit, stream, [&](int i) CK_INLINE_LAMBDA { return both[i]; });
+      target.template store<kTileRows>(unit, both);
     }
   }
 }
 
 template <class Src, class Filter>
 void Convolve<Src, Filter>::rows(const Elem* const* in, Elem* const* out, int64_t n, int64_t taps, int64_t units,
-                                 int64_t units_per_head, const Filter& filter, const C* bias, bool stream) {
+                                 int64_t units_per_head, const Filter& filter, const C* bias, bool stream,
+                                 const Epilogue<Src>* finish) {
   constexpr int kTileRows = Filter::kPerRow ? kPositionRows : kTogether<Src, Filter> ? kRows / 2 : kRows;
   const auto tile = [&](int64_t i, int64_t head) CK_INLINE_LAMBDA {
     const int rows = static_cast<int>(min(kTileRows, n - i));
     const int64_t first = head * units_per_head, last = min(first + units_per_head, units);
     const Filter here = filter.at(i, head);
+    const Target<Src> target{out + i, rows, stream, finish, i};
     if (rows == 1) {
-      convolve_rows<Src, Filter, 1>(in + i, out + i, rows, here, taps, first, last, bias, stream);
+      convolve_rows<Src, Filter, 1>(in + i, target, here, taps, first, last, bias);
     } else {
-      convolve_rows<Src, Filter, kTileRows>(in + i, out + i, rows, here, taps, first, last, bias, stream);
+      convolve_rows<Src, Filter, kTileRows>(in + i, target, here, taps, first, last, bias);
     }
   };
   const int64_t heads = ceil_div(units, units_per_head);

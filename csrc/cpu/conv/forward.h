@@ -1,6 +1,8 @@
 // tap_conv: the forward pass.
 #pragma once
 
+#include <optional>
+
 #include "csrc/cpu/conv/blocks.h"
 #include "csrc/cpu/conv/position_filters.h"
 
@@ -14,6 +16,7 @@ inline RowReader<T> input_reader(const ConvProblem& p) {
   RowReader<T> r;
   r.rows = p.x;
   r.gate = p.gate;
+  r.gate_activation = p.gate_activation;
   r.mask = p.mask;
   r.mask_batch = p.mask_batch;
   r.mask_time = p.mask_time;
@@ -46,6 +49,46 @@ inline bool can_stream(const Rows& out) {
          !unaligned(out.batch);
 }
 
+// The epilogue of a task's blocks: pointers to the rows of its tensors, which are converted or not as the task's are.
+template <class T, class Src, bool kStaged>
+class EpilogueRows {
+ public:
+  EpilogueRows(const ConvForward& p, const ChannelBlock& block, int64_t max_rows)
+      : finish_(p.finish), dilation_(p.taps.dilation) {
+    // A window of one tap: the rows that outputs lie at.
+    const auto reads = [&](std::optional<InputWindow<T, Src>>& window, const Rows& rows) {
+      if (rows.data != nullptr) window.emplace(RowReader<T>{rows}, Taps{1, 0, dilation_}, block, max_rows, 0, kStaged);
+    };
+    reads(out_gate_, finish_.out_gate);
+    reads(residual_, finish_.residual);
+    reads(grad_, finish_.grad);
+    if (const Rows& out = finish_.grad_out_gate; out.data != nullptr)
+      grad_out_gate_.emplace(RowReader<T>{out}, out, Rows{}, nullptr, block, max_rows, kStaged);
+  }
+
+  // That of the n rows from `position` on, or nullptr.
+  const Epilogue<Src>* open(const Sequence& s, int64_t position, int64_t n) {
+    if (!finish_.any()) return nullptr;
+    const auto rows = [&](auto& window) {
+      return window ? window->template move<kStaged>(s, position, n, false) : nullptr;
+    };
+    epilogue_ = {finish_.activation, rows(out_gate_), rows(residual_), rows(grad_), nullptr};
+    if (grad_out_gate_) epilogue_.grad_out_gate = grad_out_gate_->template open<kStaged>(s, position, dilation_, n);
+    return &epilogue_;
+  }
+  void flush(const Sequence& s, int64_t position, int64_t n) {
+    if constexpr (kStaged)
+      if (grad_out_gate_) grad_out_gate_->flush(s, position, dilation_, n);
+  }
+
+ private:
+  const Finish& finish_;
+  const int64_t dilation_;
+  std::optional<InputWindow<T, Src>> out_gate_, residual_, grad_;
+  std::optional<Sink<T, Src>> grad_out_gate_;
+  Epilogue<Src> epilogue_{};
+};
+
 template <class T, class Blocks>
 inline void forward_task(const ConvForward& p, const ChannelPlan& plan, const ChannelBlock& block, const WorkList& work,
                          int64_t begin, int64_t end, const typename Blocks::Filters* shared, bool stream) {
@@ -67,6 +110,7 @@ inline void forward_task(const ConvForward& p, const ChannelPlan& plan, const Ch
   Sink<T, Src> staged_sink(RowReader<T>{p.y, {}}, p.y, {}, nullptr, block, max_rows, kStaged);
   const C* const bias_row = p.bias != nullptr ? bias.get() : nullptr;
   if (p.bias != nullptr) convert_bias<T>(p, block, bias.get());
+  EpilogueRows<T, Src, kStaged> epilogue(p, block, max_rows);
   Blocks blocks(p, plan, block, shared);
 
   for (int64_t index = begin; index < end; ++index) {
@@ -77,20 +121,22 @@ inline void forward_task(const ConvForward& p, const ChannelPlan& plan, const Ch
       const bool continues = first > item.first;
       const auto in = window.template move<kStaged>(s, position, n, continues);
       const auto out = staged_sink.template open<kStaged>(s, position, d, n);
+      const Epilogue<Src>* const finish = epilogue.open(s, position, n);
       if (shared != nullptr) {
-        blocks.convolve(in, out, n, continues, bias_row, stream);
+        blocks.convolve(in, out, n, continues, bias_row, stream, finish);
       } else {
         make_position_filters<C>({p, s, position, d, n, h0, h1}, filters.get(), nullptr, pitch);
         if (plan.aligned) {
-          blocks.convolve_positions(in, out, n, continues, {filters.get(), pitch, K * pitch}, bias_row, stream);
+          blocks.convolve_positions(in, out, n, continues, {filters.get(), pitch, K * pitch}, bias_row, stream, finish);
         } else if constexpr (Blocks::kAnyHeads) {
           const int64_t row = K * width;
           for (int64_t i = 0; i < n; ++i)
             expand_filters<T>(p, block, filters.get() + i, K * pitch, pitch, expanded.get() + i * row);
-          blocks.convolve_position_channels(in, out, n, {expanded.get(), row, width}, bias_row, stream);
+          blocks.convolve_position_channels(in, out, n, {expanded.get(), row, width}, bias_row, stream, finish);
         }
       }
       if constexpr (kStaged) staged_sink.flush(s, position, d, n);
+      epilogue.flush(s, position, n);
     }
   }
   if (stream) stream_fence();
@@ -99,7 +145,10 @@ inline void forward_task(const ConvForward& p, const ChannelPlan& plan, const Ch
 // Whether rows are read and written where they lie.
 template <class T>
 inline bool rows_in_place(const ConvForward& p) {
-  return kReadInPlace<T> && p.gate.data == nullptr && p.x.channel == 1 && p.y.channel == 1;
+  const auto beside = [](const Rows& rows) { return rows.data == nullptr || rows.channel == 1; };
+  return kReadInPlace<T> && p.gate.data == nullptr && p.x.channel == 1 && p.y.channel == 1 &&
+         beside(p.finish.out_gate) && beside(p.finish.residual) && beside(p.finish.grad) &&
+         beside(p.finish.grad_out_gate);
 }
 
 // Blocks: what computes rows that are read in place.

@@ -1,6 +1,7 @@
 // Rows in and rows out: where windows find their inputs, and where results go, for any strides.
 #pragma once
 
+#include "csrc/cpu/conv/epilogue.h"
 #include "csrc/cpu/conv/filters.h"
 
 namespace ck::cpu::CK_ISA {
@@ -109,6 +110,7 @@ inline void store_transposed(const Compute<T>* rows, int64_t n, const ChannelBlo
 template <class T>
 struct RowReader {
   Rows rows, gate{};
+  Activation gate_activation = Activation::kSigmoid;
   const bool* mask = nullptr;
   int64_t mask_batch = 0, mask_time = 0;
   const T* state = nullptr;
@@ -150,7 +152,8 @@ struct RowReader {
       load_unit(x + u * Lanes<T>::kUnit * stride, stride, n, v);
       if (g != nullptr) load_unit(g + u * Lanes<T>::kUnit * gate.channel, gate.channel, n, w);
       CK_UNROLL for (int part = 0; part < P; ++part)
-          store_bytes(out + (u * P + part) * V, g != nullptr ? v[part] * vsigmoid<Compute<T>>(w[part]) : v[part]);
+          store_bytes(out + (u * P + part) * V,
+                      g != nullptr ? v[part] * activate<Compute<T>>(gate_activation, w[part]).value : v[part]);
     }
   }
 };
@@ -317,9 +320,9 @@ class Sink {
         load_unit(x + u * U * reader_.rows.channel, reader_.rows.channel, n, xv);
         load_unit(g + u * U * reader_.gate.channel, reader_.gate.channel, n, gv);
         CK_UNROLL for (int part = 0; part < P; ++part) {
-          const Vec<C> sig = vsigmoid<C>(gv[part]);
-          dgate[part] = dz[part] * xv[part] * (sig * (splat(C{1}) - sig));
-          dz[part] *= sig;
+          const Activated<C> open = activate<C>(reader_.gate_activation, gv[part]);
+          dgate[part] = dz[part] * xv[part] * open.slope;
+          dz[part] *= open.value;
         }
       }
       if (to != nullptr) store_unit(to + u * U * stride, stride, n, dz);

@@ -43,18 +43,20 @@ class BandBlocks {
   BandBlocks(const ConvBackward& p, const ChannelPlan&, const ChannelBlock& block, const Filters* shared)
       : BandBlocks(p, block, shared, p.grad_x.data != nullptr, p.grad_weight != nullptr) {}
 
-  void convolve(const bf16* const* in, bf16* const* out, int64_t n, bool continues, const C* bias, bool stream) {
+  void convolve(const bf16* const* in, bf16* const* out, int64_t n, bool continues, const C* bias, bool stream,
+                const Epilogue<Src>* finish) {
     convolution_.rows(
-        in, out, n, continues, shared_->of_heads(h0_), [&](int64_t h) { return shared_->band(h0_ + h); }, bias, stream);
+        in, out, n, continues, shared_->of_heads(h0_), [&](int64_t h) { return shared_->band(h0_ + h); }, bias, stream,
+        finish);
   }
   // Each 16 rows have bands of their own.
   void convolve_positions(const bf16* const* in, bf16* const* out, int64_t n, bool continues,
-                          const PositionTaps<C>& filters, const C* bias, bool stream) {
+                          const PositionTaps<C>& filters, const C* bias, bool stream, const Epilogue<Src>* finish) {
     for (int64_t i = 0; i < n; i += kBandRows) {
       const int64_t rows = min(kBandRows, n - i);
       convolution_.rows(
           in + i, out + i, rows, continues || i > 0, filters.at(i, 0),
-          [&](int64_t h) { return band_.make(filters.at(i, h), rows); }, bias, stream);
+          [&](int64_t h) { return band_.make(filters.at(i, h), rows); }, bias, stream, finish, i);
     }
   }
   void correlate(const bf16* const* in, const bf16* const* grad, int64_t n, bool continues, C* sums) {

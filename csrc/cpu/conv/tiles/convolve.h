@@ -28,15 +28,15 @@ class BandConvolution {
         sums_(units > 0 ? 2 * kMostChunks * kChunkSize : 0) {}
 
   // n rows. `band(h)` gives the band of a head of the block, or nullptr where vectors compute it, by `filter`. Each
-  // is asked for once that of the head before is in tiles.
+  // is asked for once that of the head before is in tiles.  first: the row of `finish` that row 0 is.
   template <class Filter, class BandOf>
   void rows(const bf16* const* in, bf16* const* out, int64_t n, bool continues, const Filter& filter,
-            const BandOf& band, const float* bias, bool stream) {
+            const BandOf& band, const float* bias, bool stream, const Epilogue<Src>* finish, int64_t first = 0) {
     ring_.move(ceil_div(n, kBandRows), continues);
     if (steps_ == 1)
-      walk<1>({in, out, n, bias, stream}, filter, band);
+      walk<1>({in, out, n, bias, stream, finish, first}, filter, band);
     else
-      walk<2>({in, out, n, bias, stream}, filter, band);
+      walk<2>({in, out, n, bias, stream, finish, first}, filter, band);
   }
 
  private:
@@ -46,6 +46,8 @@ class BandConvolution {
     int64_t n;
     const float* bias;
     bool stream;
+    const Epilogue<Src>* finish;
+    int64_t first;
   };
 
   // Unit after unit: while this one is multiplied, rows of the next one become operands and sums of the one before are
@@ -120,20 +122,24 @@ class BandConvolution {
   CK_INLINE void store(const Rows& r, int64_t unit, bool banded, const Filter& filter) const {
     for (int64_t i = 0, chunk = 0; i < r.n; i += kBandRows, ++chunk) {
       const int64_t rows = min(kBandRows, r.n - i);
-      if (!banded || !store_sums(sums(unit, chunk), r.out + i, rows, unit, r.stream))
+      if (!banded || !store_sums(sums(unit, chunk), r, i, rows, unit))
         compute_again(r, i, rows, unit, filter.at(i, unit / units_per_head_));
     }
   }
 
   // Whether all sums are finite.
-  static CK_INLINE bool store_sums(const float* from, bf16* const* out, int64_t rows, int64_t unit, bool stream) {
+  static CK_INLINE bool store_sums(const float* from, const Rows& r, int64_t first, int64_t rows, int64_t unit) {
+    bf16* const* const out = r.out + first;
     Floats flaw[2] = {};  // NaN once a sum is not finite
     const auto row = [&](int64_t i) CK_INLINE_LAMBDA {
       const Floats v[2] = {load_floats(from + i * 32), load_floats(from + i * 32 + 16)};
       CK_UNROLL for (int part = 0; part < 2; ++part) flaw[part] = fused(v[part], Floats{}, flaw[part]);
-      Src::store<false>(out[i], unit, v, stream);
+      if (r.finish == nullptr)
+        Src::store<false>(out[i], unit, v, r.stream);
+      else
+        r.finish->store(v, r.first + first + i, unit, out[i], r.stream);
     };
-    if (rows == kBandRows && !stream) {
+    if (rows == kBandRows && !r.stream && r.finish == nullptr) {
       CK_UNROLL for (int i = 0; i < kBandRows; ++i) row(i);
     } else {
       for (int64_t i = 0; i < rows; ++i) row(i);
@@ -150,7 +156,10 @@ class BandConvolution {
     bf16* out[kBandRows];
     for (int64_t q = 0; q < min(count, r.n - first + taps_ - 1 + kMargin); ++q) in[q] = r.in[first + q] + c;
     for (int64_t i = 0; i < rows; ++i) out[i] = r.out[first + i] + c;
-    Convolve<Src, Filter>::rows(in, out, rows, taps_, 1, 1, filter, r.bias != nullptr ? r.bias + c : nullptr, r.stream);
+    Epilogue<Src> finish{};
+    if (r.finish != nullptr) finish = r.finish->from(r.first + first, unit);
+    Convolve<Src, Filter>::rows(in, out, rows, taps_, 1, 1, filter, r.bias != nullptr ? r.bias + c : nullptr, r.stream,
+                                r.finish != nullptr ? &finish : nullptr);
   }
 
   Machine& machine_;

@@ -1,0 +1,76 @@
+// What gates and results go through.
+#pragma once
+
+#include "csrc/common/conv.h"
+#include "csrc/cpu/lanes.h"
+
+namespace ck::cpu::CK_ISA {
+
+// act(a) and act'(a).
+template <class C>
+struct Activated {
+  Vec<C> value, slope;
+};
+
+template <class C>
+CK_INLINE Activated<C> activate(Activation activation, Vec<C> a) {
+  const Vec<C> one = splat(C{1});
+  if (activation == Activation::kNone) return {a, one};
+  const Vec<C> s = vsigmoid<C>(a);
+  if (activation == Activation::kSigmoid) return {s, s * (one - s)};
+  return {a * s, s * (one + a * (one - s))};
+}
+
+// From the sums of a block of rows to what is stored (Finish). Each tensor has a pointer to every row, which lies as
+// Src says; nullptr: there is none.
+template <class Src>
+struct Epilogue {
+  using C = typename Src::C;
+  using Elem = typename Src::Elem;
+  Activation activation;
+  const Elem *const *out_gate, *const *residual, *const *grad;
+  Elem* const* grad_out_gate;
+  int64_t first_row = 0, first_unit = 0;
+
+  // The part of the block from a row and a unit on.
+  CK_INLINE Epilogue from(int64_t row, int64_t unit) const {
+    Epilogue part = *this;
+    part.first_row += row;
+    part.first_unit += unit;
+    return part;
+  }
+
+  // Stores a unit of a row from its sums.
+  CK_INLINE void store(const Vec<C>* sums, int64_t i, int64_t u, Elem* out, bool stream) const {
+    constexpr int P = Src::kParts;
+    const int64_t row = first_row + i, unit = first_unit + u;
+    Vec<C> open[P], other[P], y[P];
+    if (out_gate != nullptr) load(out_gate[row], unit, open);
+    if (grad == nullptr) {
+      if (residual != nullptr) load(residual[row], unit, other);
+      CK_UNROLL for (int p = 0; p < P; ++p) {
+        y[p] = activate<C>(activation, sums[p]).value;
+        if (out_gate != nullptr) y[p] *= open[p];
+        if (residual != nullptr) y[p] += other[p];
+      }
+    } else {
+      Vec<C> of_gate[P];
+      load(grad[row], unit, other);
+      CK_UNROLL for (int p = 0; p < P; ++p) {
+        const Activated<C> a = activate<C>(activation, sums[p]);
+        of_gate[p] = other[p] * a.value;
+        y[p] = (out_gate != nullptr ? other[p] * open[p] : other[p]) * a.slope;
+      }
+      if (grad_out_gate != nullptr) Src::store(grad_out_gate[row], unit, of_gate, false);
+    }
+    Src::store(out, u, y, stream);
+  }
+
+ private:
+  static CK_INLINE void load(const Elem* row, int64_t unit, Vec<C>* v) {
+    v[0] = Src::template load<0>(row, unit);
+    if constexpr (Src::kParts == 2) v[1] = Src::template load<1>(row, unit);
+  }
+};
+
+}  // namespace ck::cpu::CK_ISA
