@@ -259,9 +259,19 @@ CK_INLINE Vec<S> vexp2(Vec<S> x) {
   return x < splat(Exp2<S>::kLow) ? Vec<S>{} : vexp2_bounded<S>(x);
 }
 
+// 1 / (1 + exp(-x)), 0 where that is below about the smallest normal number.
 template <class S>
 CK_INLINE Vec<S> vsigmoid(Vec<S> x) {
-  return splat(S{1}) / (splat(S{1}) + vexp(-x));
+  const Vec<S> power = x * S{-1.44269504088896340736}, high = splat(-Exp2<S>::kLow);
+  const Vec<S> below = splat(S{1}) + vexp2_bounded<S>(power > high ? high : power);
+#if defined(__AVX512DQ__) && CK_VECTOR_BYTES == 64 && !defined(CK_BASE)
+  if constexpr (sizeof(S) == sizeof(float)) {  // a step of Newton's method takes less time than a division
+    const Vec<S> near = (Vec<S>)_mm512_rcp14_ps((__m512)below);
+    const Vec<S> inverse = near + near * (splat(S{1}) - below * near);
+    return power > high ? Vec<S>{} : inverse;
+  }
+#endif
+  return power > high ? Vec<S>{} : splat(S{1}) / below;
 }
 
 CK_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
