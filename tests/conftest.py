@@ -148,7 +148,7 @@ def backend(request):
 
 @pytest.fixture
 def ops(backend, request):
-    """The raw operators of a backend, by name: ops.tap_conv, ops.tap_grad, ops.tap_step."""
+    """The raw operators of a backend, by name: ops.tap_conv, ops.tap_grad, ops.tap_step, ..."""
     return RawOps(backend, request.config.getoption("--full"))
 
 

@@ -57,6 +57,20 @@ TABLE = [
     (L, {"x": torch.ones(B, T, C, dtype=torch.bool)}, TypeError, "x", "float", "bool"),
     (L, {"x": torch.ones(B, T, C, dtype=torch.complex64)}, TypeError, "x", "float", "complex64"),
     (L, {"x": torch.randn(B, T, C).to_sparse()}, TypeError, "x", "dense", "sparse"),
+    *(
+        case
+        for f in (L, D, P, LS, DS, PS)
+        for case in (
+            (f, {"activation": "relu"}, ValueError, "activation", "one of None, 'silu'", "'relu'"),
+            (f, {"activation": True}, ValueError, "activation", "one of None, 'silu'", "True"),
+            (f, {"gate_activation": None}, ValueError, "gate_activation", "one of 'sigmoid', 'silu', 'none'", "None"),
+            (f, {"gate_activation": "tanh"}, ValueError, "gate_activation", "one of 'sigmoid', ", "'tanh'"),
+        )
+    ),
+    (L, {"out_gate": torch.randn(B, T, 1)}, ValueError, "out_gate", r"\[B,T,C\] = \[2, 7, 12\]", r"\[2, 7, 1\]"),
+    (P, {"residual": torch.randn(B, T, C).double()}, TypeError, "residual", "the dtype of x, torch.float32", "float64"),
+    (D, {"residual": 1.0}, TypeError, "residual", "a tensor or None", "1.0"),
+    (LS, {"out_gate": torch.randn(B, C + 1)}, ValueError, "out_gate", r"\[B,C\] = \[2, 12\]", r"\[2, 13\]"),
     (L, {"weight": None}, TypeError, "weight", "a tensor", "None"),
     (L, {"weight": torch.randn(K)}, ValueError, "weight", r"2 dimensions \[H,K\]", r"shape \[5\]"),
     (L, {"weight": torch.randn(H, 1, K)}, ValueError, "weight", r"\[H,K\] \(from a Conv1d: weight.squeeze\(1\)\)",
@@ -310,13 +324,17 @@ def everything(name):
     offsets, state = torch.tensor([0, 3, T]), torch.randn(2, K - 1, C)
     if name == "tap_step":
         return {**good(LS), "bias": bias, "gate": torch.randn(B, C), "state_index": torch.tensor([1, 0]),
-                "position": torch.tensor([2, 9])}  # fmt: skip
+                "position": torch.tensor([2, 9]), "out_gate": torch.randn(B, C), "residual": torch.randn(B, C)
+                }  # fmt: skip
     if name.startswith("tap"):
         rest = {
             "weight": torch.randn(H, K), "left": K - 1, "softmax": True, "dropout": 0.2, "seed": seed, "gate": x.sin(),
             "mask": torch.ones(1, T, dtype=torch.bool), "cu_seqlens": offsets, "initial_state": state,
         }  # fmt: skip
-        return {"x": x, "bias": bias, **rest} if name == "tap_conv" else {"grad": x.cos(), "x": x, **rest}
+        if name == "tap_grad":
+            return {"grad": x.cos(), "x": x, **rest}
+        rest |= {"bias": bias, "out_gate": x.exp(), "activation": schema.SILU}
+        return {"x": x, "residual": x.cos(), **rest} if name == "tap_conv" else {"grad": x.cos(), "x": x, **rest}
     q, window, rank = torch.randn(1, T, H, 4), 5, 3
     arguments = {
         "q": q, "k": q.sin(), "v": q.cos(), "left": 2, "right": 2, "outside": 0, "causal": False, "qk": True,
@@ -332,7 +350,9 @@ def everything(name):
     return {"grad": q.exp(), "grad_lse": lse.sin(), "out": q, "lse": lse, **arguments, "needs": 1023}
 
 
-@pytest.mark.parametrize("name", ["tap_conv", "tap_grad", "tap_step", "attention", "attention_grad"])
+@pytest.mark.parametrize(
+    "name", ["tap_conv", "tap_activation_grad", "tap_grad", "tap_step", "attention", "attention_grad"]
+)
 def test_every_tensor_is_where_the_call_computes(ops, name):
     """Dispatch looks at one device among those of all arguments, and kernels read pointers."""
     if ops.backend not in ("cpu", "cuda"):

@@ -147,7 +147,7 @@ def test_programs_can_be_trained(function):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("op", ["tap_conv", "tap_grad", "tap_step"])
+@pytest.mark.parametrize("op", ["tap_conv", "tap_activation_grad", "tap_grad", "tap_step"])
 def test_opcheck_of_what_programs_name(op):
     check(op, op, "default", range(400, 408))
 

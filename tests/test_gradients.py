@@ -31,6 +31,14 @@ MODES = {
     "gate": {"with_gate": True},
     "mask": {"with_mask": True},
     "gate_mask_bias": {"with_gate": True, "with_mask": True, "with_bias": True},
+    "silu": {"activation": "silu", "with_bias": True},
+    "silu_state": {"activation": "silu", "with_state": True, "return_state": True, "padding": "causal"},
+    "product_gates": {"with_gate": True, "gate_activation": "none", "with_out_gate": True},
+    "everything_after": {"with_gate": True, "gate_activation": "silu", "activation": "silu", "with_out_gate": True,
+                         "with_residual": True, "with_bias": True, "with_mask": True, "layout": "swap_last"},
+    "packed_silu": {"lengths": (3, 0, 1, 4), "activation": "silu", "with_out_gate": True, "padding": "causal",
+                    "with_state": True},
+    "residual": {"with_residual": True},
     "tbc": {"layout": "swap01", "with_gate": True},
     "bct": {"layout": "swap_last", "with_gate": True},
     "strided": {"layout": "step2", "with_gate": True, "with_bias": True},
@@ -57,7 +65,8 @@ SOFTMAX_MODES = {
     "renormalize_state": {"renormalize": True, "with_state": True, "padding": "causal", "dilation": 2},
     "everything": {"renormalize": True, "weight_dropout": 0.3, "training": True, "with_seed": True, "with_gate": True,
                    "with_bias": True, "with_mask": True, "with_state": True, "return_state": True,
-                   "padding": "causal", "lengths": (2, 0, 1), "dilation": 2, "layout": "swap01"},
+                   "padding": "causal", "lengths": (2, 0, 1), "dilation": 2, "layout": "swap01", "with_out_gate": True,
+                   "gate_activation": "silu", "activation": "silu", "with_residual": True},
 }  # fmt: skip
 CASES = [(f, m) for f in CALLS for m in (*MODES, *SOFTMAX_MODES) if f != "depthwise" or m in MODES]
 
@@ -81,6 +90,9 @@ def build(function, mode, backend, **sizes):
         inputs["bias"] = make((channels,), 3)
     if options.pop("with_gate", False):
         inputs["gate"] = make((batch, length, channels), 4)
+    for salt, name in enumerate(("out_gate", "residual"), 7):
+        if options.pop(f"with_{name}", False):
+            inputs[name] = make((batch, length, channels), salt)
     if options.pop("with_state", False):
         span = (taps - 1) * options.get("dilation", 1)
         inputs["initial_state"] = make((len(lengths) if lengths else batch, span, channels), 5)

@@ -190,7 +190,7 @@ def test_table_of_backends():
 
 
 @pytest.mark.parametrize("name", list(backends.BACKENDS))
-@pytest.mark.parametrize("op", ["tap_conv", "tap_grad", "tap_step"])
+@pytest.mark.parametrize("op", ["tap_conv", "tap_activation_grad", "tap_grad", "tap_step"])
 def test_every_backend_has_every_op_with_one_schema(op, name):
     """Parity: the same schema under both names for all backends, so they are interchangeable."""
 

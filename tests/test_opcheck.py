@@ -19,7 +19,7 @@ SAMPLES = 200
 # Backends share schemas, fakes and autograd formulas; for the reference a part of the samples is enough.
 SAMPLES_OF_REFERENCE = 64
 CHUNKS = 9
-OPS = pytest.mark.parametrize("op", ["tap_conv", "tap_grad", "tap_step"])
+OPS = pytest.mark.parametrize("op", ["tap_conv", "tap_activation_grad", "tap_grad", "tap_step"])
 
 
 def copied(tensors, differentiable=()):
@@ -35,7 +35,7 @@ def copied(tensors, differentiable=()):
 
 
 def sample(op, index):
-    """Arguments of the op; every other sample of tap_conv and every fourth of tap_grad asks for gradients."""
+    """Arguments of the op; every other sample of tap_conv and every fourth of its gradients asks for gradients."""
     if op == "tap_step":
         problem = random_step(index)
         return problem, problem.op_arguments(copied(problem.tensors()))
@@ -43,9 +43,11 @@ def sample(op, index):
     if any(t is not None and list(t.shape).count(0) > 1 for t in problem.tensors().values()):
         problem = problem.with_(batch=1)  # its copies fail where two dimensions are empty, too
     asked = index % (2 if op == "tap_conv" else 4) == 1
-    tensors = copied(problem.tensors(), (*CONV_INPUTS, "grad") if asked else ())
+    tensors = copied(problem.tensors(), (*CONV_INPUTS, "out_gate", "residual", "grad") if asked else ())
     if op == "tap_conv":
         return problem, problem.op_arguments(tensors)
+    if op == "tap_activation_grad":
+        return problem, problem.activation_grad_arguments(tensors, 1 + index % 3)
     return problem, problem.grad_arguments(tensors, random.Random(index).choice((31, 31, 3, 1, 2, 24)))
 
 
