@@ -146,8 +146,9 @@ template <class Src, int kTileRows, int kUnits>
 __attribute__((noinline)) void finish_rows(const Vec<typename Src::C> (*sums)[kUnits * Src::kParts],
                                            typename Src::Elem* const* out, int rows, int64_t unit, bool stream,
                                            const Epilogue<Src>& finish, int64_t first) {
-  for (int i = 0; i < min(rows, kTileRows); ++i)
-    for (int u = 0; u < kUnits; ++u) finish.store(sums[i] + u * Src::kParts, first + i, unit + u, out[i], stream);
+  finish.from(first, 0).store(
+      min(rows, kTileRows), kUnits, [&](int64_t i, int64_t u) CK_INLINE_LAMBDA { return sums[i] + u * Src::kParts; },
+      out, unit, stream);
 }
 
 // Where the rows of a tile go: from row `first` of a block on, `rows` of them.

@@ -12,13 +12,31 @@ struct Activated {
   Vec<C> value, slope;
 };
 
+template <class C, Activation kActivation>
+CK_INLINE Activated<C> activate(Vec<C> a) {
+  const Vec<C> one = splat(C{1});
+  if constexpr (kActivation == Activation::kNone) return {a, one};
+  const Vec<C> s = vsigmoid<C>(a);
+  if constexpr (kActivation == Activation::kSigmoid) return {s, s * (one - s)};
+  return {a * s, s * (one + a * (one - s))};
+}
 template <class C>
 CK_INLINE Activated<C> activate(Activation activation, Vec<C> a) {
-  const Vec<C> one = splat(C{1});
-  if (activation == Activation::kNone) return {a, one};
-  const Vec<C> s = vsigmoid<C>(a);
-  if (activation == Activation::kSigmoid) return {s, s * (one - s)};
-  return {a * s, s * (one + a * (one - s))};
+  if (activation == Activation::kNone) return activate<C, Activation::kNone>(a);
+  return activation == Activation::kSigmoid ? activate<C, Activation::kSigmoid>(a) : activate<C, Activation::kSilu>(a);
+}
+
+template <Activation kActivation>
+using Constant = std::integral_constant<Activation, kActivation>;
+
+// Calls a function with an activation that is known when it is compiled.
+template <class F>
+CK_INLINE void with_activation(Activation activation, const F& f) {
+  switch (activation) {
+    case Activation::kNone: return f(Constant<Activation::kNone>());
+    case Activation::kSigmoid: return f(Constant<Activation::kSigmoid>());
+    case Activation::kSilu: return f(Constant<Activation::kSilu>());
+  }
 }
 
 // From the sums of a block of rows to what is stored (Finish). Each tensor has a pointer to every row, which lies as
@@ -40,16 +58,28 @@ struct Epilogue {
     return part;
   }
 
-  // Stores a unit of a row from its sums.
-  CK_INLINE void store(const Vec<C>* sums, int64_t i, int64_t u, Elem* out, bool stream) const {
+  // Stores `units` units of `rows` rows: sums(i, u) gives the vectors of one.
+  template <class Sums>
+  CK_INLINE void store(int64_t rows, int64_t units, const Sums& sums, Elem* const* out, int64_t unit,
+                       bool stream) const {
+    with_activation(activation, [&](auto constant) CK_INLINE_LAMBDA {
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t u = 0; u < units; ++u)
+          store_unit<constant.value>(sums(i, u), first_row + i, unit + u, out[i], stream);
+    });
+  }
+
+ private:
+  template <Activation kActivation>
+  CK_INLINE void store_unit(const Vec<C>* sums, int64_t row, int64_t u, Elem* out, bool stream) const {
     constexpr int P = Src::kParts;
-    const int64_t row = first_row + i, unit = first_unit + u;
+    const int64_t unit = first_unit + u;
     Vec<C> open[P], other[P], y[P];
     if (out_gate != nullptr) load(out_gate[row], unit, open);
     if (grad == nullptr) {
       if (residual != nullptr) load(residual[row], unit, other);
       CK_UNROLL for (int p = 0; p < P; ++p) {
-        y[p] = activate<C>(activation, sums[p]).value;
+        y[p] = activate<C, kActivation>(sums[p]).value;
         if (out_gate != nullptr) y[p] *= open[p];
         if (residual != nullptr) y[p] += other[p];
       }
@@ -57,7 +87,7 @@ struct Epilogue {
       Vec<C> of_gate[P];
       load(grad[row], unit, other);
       CK_UNROLL for (int p = 0; p < P; ++p) {
-        const Activated<C> a = activate<C>(activation, sums[p]);
+        const Activated<C> a = activate<C, kActivation>(sums[p]);
         of_gate[p] = other[p] * a.value;
         y[p] = (out_gate != nullptr ? other[p] * open[p] : other[p]) * a.slope;
       }
@@ -65,8 +95,6 @@ struct Epilogue {
     }
     Src::store(out, u, y, stream);
   }
-
- private:
   static CK_INLINE void load(const Elem* row, int64_t unit, Vec<C>* v) {
     v[0] = Src::template load<0>(row, unit);
     if constexpr (Src::kParts == 2) v[1] = Src::template load<1>(row, unit);

@@ -137,7 +137,8 @@ class BandConvolution {
       if (r.finish == nullptr)
         Src::store<false>(out[i], unit, v, r.stream);
       else
-        r.finish->store(v, r.first + first + i, unit, out[i], r.stream);
+        r.finish->from(r.first + first + i, 0)
+            .store(1, 1, [&](int64_t, int64_t) CK_INLINE_LAMBDA { return v; }, out + i, unit, r.stream);
     };
     if (rows == kBandRows && !r.stream && r.finish == nullptr) {
       CK_UNROLL for (int i = 0; i < kBandRows; ++i) row(i);
