@@ -6,24 +6,24 @@
 
 namespace ck::cpu::CK_ISA {
 
-// act(a) and act'(a).
+// act(a) and act'(a). T: the type in which tensors are stored.
 template <class C>
 struct Activated {
   Vec<C> value, slope;
 };
 
-template <class C, Activation kActivation>
+template <class T, Activation kActivation, class C = Compute<T>>
 CK_INLINE Activated<C> activate(Vec<C> a) {
   const Vec<C> one = splat(C{1});
   if constexpr (kActivation == Activation::kNone) return {a, one};
-  const Vec<C> s = vsigmoid<C>(a);
+  const Vec<C> s = vsigmoid<C, sizeof(T) == sizeof(C)>(a);
   if constexpr (kActivation == Activation::kSigmoid) return {s, s * (one - s)};
   return {a * s, s * (one + a * (one - s))};
 }
-template <class C>
+template <class T, class C = Compute<T>>
 CK_INLINE Activated<C> activate(Activation activation, Vec<C> a) {
-  if (activation == Activation::kNone) return activate<C, Activation::kNone>(a);
-  return activation == Activation::kSigmoid ? activate<C, Activation::kSigmoid>(a) : activate<C, Activation::kSilu>(a);
+  if (activation == Activation::kNone) return activate<T, Activation::kNone>(a);
+  return activation == Activation::kSigmoid ? activate<T, Activation::kSigmoid>(a) : activate<T, Activation::kSilu>(a);
 }
 
 template <Activation kActivation>
@@ -79,7 +79,7 @@ struct Epilogue {
     if (grad == nullptr) {
       if (residual != nullptr) load(residual[row], unit, other);
       CK_UNROLL for (int p = 0; p < P; ++p) {
-        y[p] = activate<C, kActivation>(sums[p]).value;
+        y[p] = activate<Elem, kActivation>(sums[p]).value;
         if (out_gate != nullptr) y[p] *= open[p];
         if (residual != nullptr) y[p] += other[p];
       }
@@ -87,7 +87,7 @@ struct Epilogue {
       Vec<C> of_gate[P];
       load(grad[row], unit, other);
       CK_UNROLL for (int p = 0; p < P; ++p) {
-        const Activated<C> a = activate<C, kActivation>(sums[p]);
+        const Activated<C> a = activate<Elem, kActivation>(sums[p]);
         of_gate[p] = other[p] * a.value;
         y[p] = (out_gate != nullptr ? other[p] * open[p] : other[p]) * a.slope;
       }

@@ -151,9 +151,8 @@ struct RowReader {
       Vec<Compute<T>> v[P], w[P];
       load_unit(x + u * Lanes<T>::kUnit * stride, stride, n, v);
       if (g != nullptr) load_unit(g + u * Lanes<T>::kUnit * gate.channel, gate.channel, n, w);
-      CK_UNROLL for (int part = 0; part < P; ++part)
-          store_bytes(out + (u * P + part) * V,
-                      g != nullptr ? v[part] * activate<Compute<T>>(gate_activation, w[part]).value : v[part]);
+      CK_UNROLL for (int part = 0; part < P; ++part) store_bytes(
+          out + (u * P + part) * V, g != nullptr ? v[part] * activate<T>(gate_activation, w[part]).value : v[part]);
     }
   }
 };
@@ -320,7 +319,7 @@ class Sink {
         load_unit(x + u * U * reader_.rows.channel, reader_.rows.channel, n, xv);
         load_unit(g + u * U * reader_.gate.channel, reader_.gate.channel, n, gv);
         CK_UNROLL for (int part = 0; part < P; ++part) {
-          const Activated<C> open = activate<C>(reader_.gate_activation, gv[part]);
+          const Activated<C> open = activate<T>(reader_.gate_activation, gv[part]);
           dgate[part] = dz[part] * xv[part] * open.slope;
           dz[part] *= open.value;
         }
