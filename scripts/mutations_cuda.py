@@ -94,8 +94,37 @@ CUDA_MUTATIONS = [
     Mutation(
         "mask not selected, only multiplied",
         "csrc/cuda/conv/inputs.cuh",
-        "return masked(p, b, s) ? Compute<T>{0} : gated<T>(p, b, s, c);",
-        "return gated<T>(p, b, s, c) * Compute<T>(masked(p, b, s) ? 0 : 1);",
+        "return masked(p, b, s) ? Compute<T>{0} : gated<T>(p, b, s, c, gates);",
+        "return gated<T>(p, b, s, c, gates) * Compute<T>(masked(p, b, s) ? 0 : 1);",
+    ),
+    Mutation(
+        "slope of SiLU without its second term",
+        "csrc/cuda/device/numbers.cuh",
+        "1 + value * (1 - open) : 1 - open);",
+        "1 : 1 - open);",
+    ),
+    Mutation(
+        "gradient of the sum without the gate of the result",
+        "csrc/cuda/conv/finish.cuh",
+        "return times_slope(other * out_gate,",
+        "return times_slope(other,",
+    ),
+    Mutation(
+        "epilogue of a row in the place of the row before",
+        "csrc/cuda/conv/finish.cuh",
+        "out_gate_ += positions * f_.out_gate.time;",
+        "out_gate_ += (positions - 1) * f_.out_gate.time;",
+    ),
+    Mutation(
+        "tiles looked at after the epilogue only",
+        "csrc/cuda/conv/band_forward.cuh",
+        """        fast = all_finite(out) && whole();
+        if (fast) finish_tile<T>(p, unit, rows, i, out);
+        put_tile<T>(done, out, lane);
+""",
+        """        finish_tile<T>(p, unit, rows, i, out);
+        fast = put_tile<T>(done, out, lane) && whole();
+""",
     ),
     Mutation(
         "copies not waited for",

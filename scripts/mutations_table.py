@@ -6,6 +6,7 @@ from dataclasses import dataclass
 # The first file to fail ends the run, so the files that find most faults in the least time come first.
 TESTS = [
     "tests/test_conv_bands.py",
+    "tests/test_cuda_epilogue.py",
     "tests/test_fuzz.py",
     "tests/test_equivalences.py",
     "tests/test_memory.py",

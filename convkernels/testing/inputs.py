@@ -206,7 +206,7 @@ class Problem(_Derived):
         with torch.device("meta"):
             x, grad = (arrange(torch.empty(shape, dtype=self.dtype), at) for at in (self.layout, self.grad_layout))
         # Results lie as x does, or one number after the other; so does a copy of a state that does not.
-        tensors = [x, torch.empty_like(x), *([grad] if backward else [])]
+        tensors = [x, torch.empty_like(x), *([grad] if backward or self.out_gate else [])]
         aligned = not (self.state and self.span and self.layout == "offset1")
         return {
             "batch": self.batch, "time": self.length, "channels": self.channels, "heads": self.heads,

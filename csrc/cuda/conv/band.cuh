@@ -213,7 +213,7 @@ struct TileRing {
   CK_DEVICE T* raw(int turn) const { return base + (slots * kParts + turn * kTensors) * kTile; }
 
   // Makes the parts of a tile that this lane has copied.
-  CK_DEVICE void split(int slot, int turn, const Unit& unit) const {
+  CK_DEVICE void split(int slot, int turn, const Unit& unit, Activation gates) const {
 #pragma unroll
     for (int n = 0; n < Unit::kTurns; ++n) {
       const int place = (unit.row + n * Unit::kRowStep) * Unit::kPitch + unit.column;
@@ -222,7 +222,7 @@ struct TileRing {
       if constexpr (kGate) {
         float gate[8];
         unpack_vector(gate, raw(turn) + kTile + place);
-        for (int e = 0; e < 8; ++e) z[e] *= sigmoid<T>(gate[e]);
+        apply_gate<T>(z, gate, gates);
       }
       for (int part = 0; part < kParts; ++part) {
         uint32_t words[4];

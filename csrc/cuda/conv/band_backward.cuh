@@ -123,9 +123,9 @@ void band_backward(const CK_PARAM Backward p) {
     for (int i = 1 - steps - kBandGradAhead; i < count; ++i) {
       if (i > -steps) {  // before, there is nothing to wait for
         cp_async_wait<kBandGradAhead - 1>();
-        if constexpr (!GradRing::kDirect) grad_ring.split(grad_arrived, grad_raw, unit);
+        if constexpr (!GradRing::kDirect) grad_ring.split(grad_arrived, grad_raw, unit, p.gate_activation);
         if constexpr (!Ring::kDirect)
-          if (need_weight || kGate) ring.split(arrived, raw, unit);
+          if (need_weight || kGate) ring.split(arrived, raw, unit, p.gate_activation);
         sync_copies<kOwn>();
       }
       issue(i + steps - 1 + kBandGradAhead);
@@ -249,13 +249,15 @@ void band_backward(const CK_PARAM Backward p) {
           float dgate[2 * Ring::kGroups][4];
           const T* const x = ring.raw(raw_here) + lane / 4 * unit.kPitch + lane % 4 * 2;
 #pragma unroll
-          for (int n = 0; n < 2 * Ring::kGroups; ++n)
+          for (int n = 0; n < 2 * Ring::kGroups; ++n) {
+            float own[4], gate[4];
             for (int e = 0; e < 4; ++e) {
               const int place = 8 * n + e / 2 * 8 * unit.kPitch + e % 2;
-              const float gate = sigmoid<T>(widen(x[Ring::kTile + place]));
-              dgate[n][e] = dz[n][e] * widen(x[place]) * gate * (1 - gate);
-              dz[n][e] *= gate;
+              own[e] = widen(x[place]);
+              gate[e] = widen(x[Ring::kTile + place]);
             }
+            gate_gradient<T>(dz[n], dgate[n], own, gate, p.gate_activation);
+          }
           fast = put_tile<T>(done_z, dgate, lane);
         }
         fast = put_tile<T>(done, dz, lane) && fast && (kOwn || whole_tile(p, back, rows, i));

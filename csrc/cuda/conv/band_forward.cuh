@@ -6,10 +6,36 @@
 
 namespace ck::cuda {
 
+// Whether all sums of a tile are finite. By the warp.
+template <int kMatrices>
+CK_DEVICE bool all_finite(const float (&out)[kMatrices][4]) {
+  float found = 0;
+#pragma unroll
+  for (int n = 0; n < kMatrices; ++n)
+    for (int e = 0; e < 4; ++e) found += 0.0f * out[n][e];
+  return __all_sync(kAllLanes, found == 0.0f) != 0;
+}
+
+// The epilogue of a tile's sums, two at a time, as the product leaves them to the lanes.
+template <class T, int kMatrices, class Unit>
+CK_DEVICE void finish_tile(const Forward& p, const Unit& unit, const TileRows& rows, int tile,
+                           float (&out)[kMatrices][4]) {
+  const int column = unit.lane % 4 * 2;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t t = rows.position(int64_t{tile} * kBandTile + half * 8 + unit.lane / 4);
+    if (t >= p.time) continue;
+    const FinishAt<T> place(p.finish, rows.b, t, unit.c0 + column);
+#pragma unroll
+    for (int n = 0; n < kMatrices; ++n)
+      if (const int count = unit.channels - column - 8 * n; count > 0)
+        place.template finish<1>(out[n] + 2 * half, 8 * n, count, min(p.vector_bytes, 4));
+  }
+}
+
 // Blocks: units, then groups, then owners. kOwn: each position has filters of its own.
-template <class T, int kWidth, bool kGate, bool kOwn>
-CK_GLOBAL(32 * kBandWarps, 3)
-void band_forward(const CK_PARAM Forward p, int64_t groups) {
+template <class T, int kWidth, bool kGate, bool kOwn, bool kFinish>
+CK_DEVICE void band_outputs(const Forward& p, int64_t groups) {
   using Ring = TileRing<T, kGate, kWidth, kBandAhead>;
   const BandShape shape(p.taps.taps, p.head_channels(), std::is_same_v<T, f16>, kGate);
   const BandUnit<kWidth> unit(p, shape, groups);
@@ -52,7 +78,7 @@ void band_forward(const CK_PARAM Forward p, int64_t groups) {
       if (i > -steps) {  // before, there is nothing to wait for
         cp_async_wait<kBandAhead - 1>();
         if constexpr (!Ring::kDirect) {
-          ring.split(arrived, turn, unit);
+          ring.split(arrived, turn, unit, p.gates<kFinish>());
           turn = Ring::next_raw(turn);
         }
         sync_copies<kOwn>();
@@ -76,16 +102,37 @@ void band_forward(const CK_PARAM Forward p, int64_t groups) {
       T* const done = ring.at(window);
       __syncwarp();  // which has been read
       window = ring.after(window, 1);
-      const bool fast = put_tile<T>(done, out, lane) && (kOwn || whole_tile(p, p.taps, rows, i));
+      const auto whole = [&] { return kOwn || whole_tile(p, p.taps, rows, i); };
+      bool fast;
+      if constexpr (kFinish) {
+        // Of the sums, since the epilogue can make numbers that are not finite, and finite ones of such.
+        fast = all_finite(out) && whole();
+        if (fast) finish_tile<T>(p, unit, rows, i, out);
+        put_tile<T>(done, out, lane);
+      } else {
+        fast = put_tile<T>(done, out, lane) && whole();
+      }
       __syncwarp();
       if (fast) {
         output.store(done, p, p.y, left - i * kBandTile, unit);
       } else {
-        slow_outputs<T>(p, unit, rows, i);
+        slow_outputs<T, kFinish>(p, unit, rows, i);
         output.skip(p, p.y);
       }
     }
   });
+}
+
+template <class T, int kWidth, bool kGate, bool kOwn>
+CK_GLOBAL(32 * kBandWarps, 3)
+void band_forward(const CK_PARAM Forward p, int64_t groups) {
+  band_outputs<T, kWidth, kGate, kOwn, false>(p, groups);
+}
+
+template <class T, int kWidth, bool kGate, bool kOwn>
+CK_GLOBAL(32 * kBandWarps, 3)
+void band_forward_finished(const CK_PARAM Forward p, int64_t groups) {
+  band_outputs<T, kWidth, kGate, kOwn, true>(p, groups);
 }
 
 }  // namespace ck::cuda

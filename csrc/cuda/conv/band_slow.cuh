@@ -2,6 +2,7 @@
 #pragma once
 
 #include "csrc/cuda/conv/band.cuh"
+#include "csrc/cuda/conv/finish.cuh"
 
 namespace ck::cuda {
 
@@ -16,7 +17,7 @@ CK_DEVICE bool whole_tile(const Problem& p, const Taps& taps, const TileRows& ro
 }
 
 // The 16 outputs of a tile tap by tap, without products of matrices. By the warp.
-template <class T, class Unit>
+template <class T, bool kFinish, class Unit>
 CK_DEVICE void slow_outputs(const Forward& p, const Unit& unit, const TileRows& rows, int tile) {
 #pragma unroll 1
   for (int r = 0; r < kBandTile; ++r) {
@@ -32,7 +33,8 @@ CK_DEVICE void slow_outputs(const Forward& p, const Unit& unit, const TileRows& 
 #pragma unroll 1
       for (int64_t j = 0; j < p.taps.taps; ++j)
         total += tap_of(p, f, t, j, statistics, sequence).value() *
-                 load_input<T>(p, rows.b, p.taps.source(t, j), c, sequence);
+                 load_input<T>(p, rows.b, p.taps.source(t, j), c, sequence, p.gates<kFinish>());
+      if constexpr (kFinish) total = FinishAt<T>(p.finish, rows.b, t, c).finished(total);
       *at<T>(p.y, rows.b, t, c) = narrow<T>(total);
     }
   }
@@ -81,7 +83,8 @@ CK_DEVICE void slow_taps(const Backward& p, const Unit& unit, const TileRows& ro
       const Sequence sequence = sequence_of(p, t);
 #pragma unroll 1
       for (int64_t c = unit.c0; c < unit.c0 + unit.channels; ++c)
-        total += load_input<T>(p, rows.b, s, c, sequence) * widen(*at<const T>(p.grad, rows.b, t, c));
+        total +=
+            load_input<T>(p, rows.b, s, c, sequence, p.gate_activation) * widen(*at<const T>(p.grad, rows.b, t, c));
     }
     sums[j] += total;
   }

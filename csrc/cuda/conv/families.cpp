@@ -108,6 +108,8 @@ int64_t assign(Backward& p, const Plan& plan, void* workspace) {
 Facts facts_of(const Forward& p) {
   Facts f = common_facts(p);
   add_alignment(f, p.y);
+  for (const Rows& rows : {p.finish.out_gate, p.finish.residual, p.finish.grad, p.finish.grad_out_gate})
+    add_alignment(f, rows);
   return f;
 }
 

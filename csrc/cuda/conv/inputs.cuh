@@ -59,17 +59,43 @@ CK_DEVICE T* state_at(const Problem& p, void* state, int64_t b, int64_t s, int64
   return static_cast<T*>(state) + ((b * p.sequences + sequence.number) * span + row) * p.channels + c;
 }
 
-// z at position s of a row inside the sequence that is not masked.
+// z from x, in place, and the gate.
+template <class T, int kCount>
+CK_DEVICE void apply_gate(Compute<T> (&z)[kCount], const Compute<T> (&gate)[kCount], Activation activation) {
+  with_activation(activation, [&](Activation act) {
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) z[e] *= activated(gate[e], sigmoid<T>(gate[e]), act);
+  });
+}
+
+// From d(z) to d(x), in place, and d(gate).
+template <class T, int kCount>
+CK_DEVICE void gate_gradient(Compute<T> (&dz)[kCount], Compute<T> (&dgate)[kCount], const Compute<T> (&x)[kCount],
+                             const Compute<T> (&gate)[kCount], Activation activation) {
+  with_activation(activation, [&](Activation act) {
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) {
+      const Compute<T> open = sigmoid<T>(gate[e]);
+      dgate[e] = times_slope(dz[e] * x[e], gate[e], open, act);
+      dz[e] *= activated(gate[e], open, act);
+    }
+  });
+}
+
+// z at position s of a row inside the sequence that is not masked, from gates that go through `gates`.
 template <class T>
-CK_DEVICE Compute<T> gated(const Problem& p, int64_t b, int64_t s, int64_t c) {
+CK_DEVICE Compute<T> gated(const Problem& p, int64_t b, int64_t s, int64_t c, Activation gates) {
   const Compute<T> value = widen(*at<const T>(p.x, b, s, c));
-  return p.gate.data == nullptr ? value : value * sigmoid<T>(widen(*at<const T>(p.gate, b, s, c)));
+  if (p.gate.data == nullptr) return value;
+  const Compute<T> gate = widen(*at<const T>(p.gate, b, s, c));
+  return value * activated(gate, sigmoid<T>(gate), gates);
 }
 
 // z as windows of the sequence see position s.
 template <class T>
-CK_DEVICE Compute<T> load_input(const Problem& p, int64_t b, int64_t s, int64_t c, const Sequence& sequence) {
-  if (sequence.contains(s)) return masked(p, b, s) ? Compute<T>{0} : gated<T>(p, b, s, c);
+CK_DEVICE Compute<T> load_input(const Problem& p, int64_t b, int64_t s, int64_t c, const Sequence& sequence,
+                                Activation gates) {
+  if (sequence.contains(s)) return masked(p, b, s) ? Compute<T>{0} : gated<T>(p, b, s, c, gates);
   if (s >= sequence.end) return 0;
   const T* const row = state_at<const T>(p, const_cast<void*>(p.state), b, s, c, sequence);
   return row == nullptr ? Compute<T>{0} : widen(*row);
@@ -79,7 +105,7 @@ CK_DEVICE Compute<T> load_input(const Problem& p, int64_t b, int64_t s, int64_t 
 // waited for.
 template <class T, int kCount>
 CK_DEVICE void load_inputs(Compute<T> (&z)[kCount], const Problem& p, int64_t b, int64_t s, int64_t step, int64_t count,
-                           int64_t c, const Sequence& sequence) {
+                           int64_t c, const Sequence& sequence, Activation gates) {
   // What concerns all of them is asked once, and addresses are moved on.
   T raw[kCount];
   bool inside[kCount];
@@ -103,8 +129,10 @@ CK_DEVICE void load_inputs(Compute<T> (&z)[kCount], const Problem& p, int64_t b,
 #pragma unroll
     for (int k = 0; k < kCount; ++k) raw[k] = inside[k] ? gate[k * (step * p.gate.time)] : T{};
 #pragma unroll
-    for (int k = 0; k < kCount; ++k)
-      if (inside[k]) z[k] *= sigmoid<T>(widen(raw[k]));
+    for (int k = 0; k < kCount; ++k) {
+      const Compute<T> value = widen(raw[k]);
+      if (inside[k]) z[k] *= activated(value, sigmoid<T>(value), gates);
+    }
   }
   if (p.mask != nullptr) {
     const bool* const mask = p.mask + b * p.mask_batch + s * p.mask_time;
@@ -122,9 +150,10 @@ CK_DEVICE void store_input_gradient(const Backward& p, int64_t b, int64_t s, int
   if (off) {
     dx = 0;
   } else if (p.gate.data != nullptr) {
-    const Compute<T> open = sigmoid<T>(widen(*at<const T>(p.gate, b, s, c)));
-    if (p.grad_gate.data != nullptr) dgate = dz * widen(*at<const T>(p.x, b, s, c)) * open * (1 - open);
-    dx = dz * open;
+    const Compute<T> gate = widen(*at<const T>(p.gate, b, s, c)), open = sigmoid<T>(gate);
+    if (p.grad_gate.data != nullptr)
+      dgate = times_slope(dz * widen(*at<const T>(p.x, b, s, c)), gate, open, p.gate_activation);
+    dx = dz * activated(gate, open, p.gate_activation);
   }
   if (p.grad_x.data != nullptr) *at<T>(p.grad_x, b, s, c) = narrow<T>(dx);
   if (p.grad_gate.data != nullptr) *at<T>(p.grad_gate, b, s, c) = narrow<T>(dgate);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "csrc/cuda/conv/filters.cuh"
+#include "csrc/cuda/conv/finish.cuh"
 
 namespace ck::cuda {
 
@@ -116,17 +117,21 @@ CK_DEVICE void for_plain_rows(const Problem& p, bool shared_filters, const Use& 
   }
 }
 
-template <class T>
-CK_GLOBAL(kPlainThreads, kPlainBlocks<T>)
-void plain_forward(const CK_PARAM Forward p, bool shared_filters) {
+template <class T, bool kFinish>
+CK_DEVICE void plain_outputs(const Forward& p, bool shared_filters) {
   using C = Compute<T>;
   for_plain_rows<T>(p, shared_filters, [&](int64_t b, int64_t c, const C* filter, const PlainRows& rows) {
     const C bias = p.bias == nullptr ? C{0} : load_as<C>(p.bias, c, p.bias_dtype);
-    const auto store = [&](int64_t t, C total) { *at<T>(p.y, b, t, c) = narrow<T>(total + bias); };
+    const auto store = [&](int64_t t, C total) {
+      total += bias;
+      if constexpr (kFinish) total = FinishAt<T>(p.finish, b, t, c).finished(total);
+      *at<T>(p.y, b, t, c) = narrow<T>(total);
+    };
     if (filter != nullptr && rows.whole) {
       C total[kPlainRun] = {};
       add_windows(total, filter, 1, p.taps.taps, [&](C(&z)[kPlainRun], int64_t m, int64_t count) {
-        load_inputs<T>(z, p, b, p.taps.source(rows.first, m), p.taps.dilation, count, c, rows.sequence);
+        load_inputs<T>(z, p, b, p.taps.source(rows.first, m), p.taps.dilation, count, c, rows.sequence,
+                       p.gates<kFinish>());
       });
 #pragma unroll
       for (int i = 0; i < kPlainRun; ++i) store(rows.first + i * p.taps.dilation, total[i]);
@@ -139,10 +144,22 @@ void plain_forward(const CK_PARAM Forward p, bool shared_filters) {
       C total = 0;
       for (int64_t j = 0; j < p.taps.taps; ++j)
         total += (filter != nullptr ? filter[j] : tap_of(p, f, t, j, statistics, sequence).value()) *
-                 load_input<T>(p, b, p.taps.source(t, j), c, sequence);
+                 load_input<T>(p, b, p.taps.source(t, j), c, sequence, p.gates<kFinish>());
       store(t, total);
     });
   });
+}
+
+template <class T>
+CK_GLOBAL(kPlainThreads, kPlainBlocks<T>)
+void plain_forward(const CK_PARAM Forward p, bool shared_filters) {
+  plain_outputs<T, false>(p, shared_filters);
+}
+
+template <class T>
+CK_GLOBAL(kPlainThreads, kPlainBlocks<T>)
+void plain_forward_finished(const CK_PARAM Forward p, bool shared_filters) {
+  plain_outputs<T, true>(p, shared_filters);
 }
 
 }  // namespace ck::cuda

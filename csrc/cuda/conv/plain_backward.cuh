@@ -119,7 +119,7 @@ void plain_weight(const CK_PARAM Backward p) {
         const int64_t b = pieces.batch + piece / runs.count;
         const PlainRows rows(p, runs.first_position(p, piece % runs.count));
         const auto load = [&](C(&z)[kPlainTaps], int64_t s, int64_t count, const Sequence& sequence) {
-          load_inputs<T>(z, p, b, s, p.taps.dilation, count, c, sequence);
+          load_inputs<T>(z, p, b, s, p.taps.dilation, count, c, sequence, p.gate_activation);
         };
         C z[kPlainTaps];
         if (rows.whole) {
@@ -189,7 +189,8 @@ void plain_weight_rows(const CK_PARAM Backward p) {
         C total = 0;
         if (j < K)
           for (int64_t c = h * R + lane / width; c < (h + 1) * R; c += channels)
-            total += widen(*at<const T>(p.grad, b, t, c)) * load_input<T>(p, b, p.taps.source(t, j), c, sequence);
+            total += widen(*at<const T>(p.grad, b, t, c)) *
+                     load_input<T>(p, b, p.taps.source(t, j), c, sequence, p.gate_activation);
         for (int distance = width; distance < 32; distance *= 2) total += __shfl_xor_sync(kAllLanes, total, distance);
         if (j < K && lane < width) d[j] = total;
       }

@@ -29,6 +29,15 @@ struct Problem : ck::Convolution {
 struct Forward : Problem {
   Rows y;
   Finish finish;
+
+  // Whether more is asked for than sums of what is gated by a sigmoid: of kernels of their own, so that others do not
+  // ask.
+  bool finishes() const { return finish.any() || (gate.data != nullptr && gate_activation != Activation::kSigmoid); }
+  // What gates go through in either kind of kernels.
+  template <bool kFinish>
+  CK_HD Activation gates() const {
+    return kFinish ? gate_activation : Activation::kSigmoid;
+  }
 };
 
 struct Backward : Problem, Gradients {

@@ -15,9 +15,8 @@ CK_DEVICE int quad_of_lane(int64_t R, int lanes, int lane) {
   return at < quads ? head * quads + at : 32 / lanes * quads + head * (lanes - quads) + at - quads;
 }
 
-template <class T, bool kGate>
-CK_GLOBAL(kStreamThreads, 2)
-void rows_forward(const CK_PARAM Forward p, const CK_PARAM Columns columns, int lanes, int64_t groups) {
+template <class T, bool kGate, bool kFinish>
+CK_DEVICE void rows_outputs(const Forward& p, const Columns& columns, int lanes, int64_t groups) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, K = static_cast<int>(p.taps.taps);
   const int window = static_cast<int>(stream_window(K));
   const int64_t R = p.head_channels();
@@ -44,7 +43,7 @@ void rows_forward(const CK_PARAM Forward p, const CK_PARAM Columns columns, int 
       filters.copy(p, reach.from, run.b, n0 + chunk * kChunk + warp * kRun, h0, own_filters(chunk), kRun);
       cp_async_commit();
     };
-    input.for_chunks(p, reach, run, window, work, issue_filters, [&](int64_t k) {
+    input.for_chunks(p, reach, run, window, work, p.gates<kFinish>(), issue_filters, [&](int64_t k) {
       const int64_t n = n0 + k * kChunk + warp * kRun;
       filters.make(p, reach.from, run.b, n, h0, own_filters(k), common);
       __syncwarp();
@@ -62,9 +61,21 @@ void rows_forward(const CK_PARAM Forward p, const CK_PARAM Columns columns, int 
                       add_product(total[i], {{w, w, w, w}}, rows[(turn + i) % kRun]);
                     }
                   });
-      store_output<T>(p, total, bias, reach.from, run.b, n, work, quad);
+      store_output<T, kFinish>(p, total, bias, reach.from, run.b, n, work, quad);
     });
   }
+}
+
+template <class T, bool kGate>
+CK_GLOBAL(kStreamThreads, 2)
+void rows_forward(const CK_PARAM Forward p, const CK_PARAM Columns columns, int lanes, int64_t groups) {
+  rows_outputs<T, kGate, false>(p, columns, lanes, groups);
+}
+
+template <class T, bool kGate>
+CK_GLOBAL(kStreamThreads, 2)
+void rows_forward_finished(const CK_PARAM Forward p, const CK_PARAM Columns columns, int lanes, int64_t groups) {
+  rows_outputs<T, kGate, true>(p, columns, lanes, groups);
 }
 
 // Adds up, over groups of `width` lanes, a number per row of a run: afterwards values[0 .. count) are the sums of rows
@@ -198,7 +209,7 @@ void rows_backward(const CK_PARAM Backward p, const CK_PARAM Columns columns, in
       const int64_t made = arrived * kChunk + warp * kRun;
       filters.make(p, reach.to, run.b, m0 + made, h0, filter_at(made), common);
       if constexpr (kGate)
-        if (need_weight) input.gate(arrived, lane, warp);
+        if (need_weight) input.gate(arrived, lane, warp, p.gate_activation);
       __syncthreads();
       if (k < 0) continue;
       // A row of d(x), and the row of d(y) at the position of z.
@@ -259,15 +270,17 @@ void rows_backward(const CK_PARAM Backward p, const CK_PARAM Columns columns, in
       mask_rows(p, dz, reach.from, run.b, n);
       if constexpr (kGate) {
         Quad dgate[kRun] = {};
+        with_activation(p.gate_activation, [&](Activation act) {
 #pragma unroll
-        for (int i = 0; i < kRun; ++i) {
-          const int64_t s = reach.from.position(n + i), c = work.c0 + quad * kQuad;
-          if (s >= p.time || quad * kQuad >= work.channels || masked(p, run.b, s)) continue;
-          const auto load = [&](const Rows& rows) {
-            return load_quad(cuda::at<const T>(rows, run.b, s, c), kQuad, p.vector_bytes);
-          };
-          gate_gradient<T>(dz[i], dgate[i], load(p.x), load(p.gate));
-        }
+          for (int i = 0; i < kRun; ++i) {
+            const int64_t s = reach.from.position(n + i), c = work.c0 + quad * kQuad;
+            if (s >= p.time || quad * kQuad >= work.channels || masked(p, run.b, s)) continue;
+            const auto load = [&](const Rows& rows) {
+              return load_quad(cuda::at<const T>(rows, run.b, s, c), kQuad, p.vector_bytes);
+            };
+            gate_gradient<T>(dz[i].v, dgate[i].v, load(p.x).v, load(p.gate).v, act);
+          }
+        });
         if (p.grad_gate.data != nullptr) store_rows<T>(p, p.grad_gate, dgate, reach.from, run.b, n, work, quad);
       }
       if (p.grad_x.data != nullptr) store_rows<T>(p, p.grad_x, dz, reach.from, run.b, n, work, quad);

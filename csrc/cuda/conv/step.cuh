@@ -2,6 +2,7 @@
 #pragma once
 
 #include "csrc/cuda/conv/filters.cuh"
+#include "csrc/cuda/conv/finish.cuh"
 #include "csrc/cuda/conv/step_tiles.h"
 #include "csrc/cuda/device/vectors.cuh"
 
@@ -75,7 +76,7 @@ struct StepBlock {
   CK_DEVICE void inputs(C (&z)[kStepAhead], int i) const {
 #pragma unroll
     for (int k = 0; k < kStepAhead; ++k)
-      z[k] = exists(i + k * row_step) ? gated<T>(p, first + i + k * row_step, 0, c0 + c) : C{0};
+      z[k] = exists(i + k * row_step) ? gated<T>(p, first + i + k * row_step, 0, c0 + c, p.gate_activation) : C{0};
   }
 
   CK_DEVICE bool exists(int i) const { return i < rows && c < width; }
@@ -98,6 +99,7 @@ struct StepBlock {
         total += tap_of(p, f, 0, j, statistics, own).value() * (j < K - 1 ? widen(old[j * on]) : z);
     }
     if (p.bias != nullptr) total += load_as<C>(p.bias, c0 + c, p.bias_dtype);
+    if (p.finish.any()) total = FinishAt<T>(p.finish, b, 0, c0 + c).finished(total);
     *at<T>(p.y, b, 0, c0 + c) = narrow<T>(total);
   }
 
@@ -199,7 +201,7 @@ void step(const CK_PARAM Step p, const CK_PARAM StepTiles tiles) {
     }
   }
   for (int i = block.row; block.exists(i); i += block.row_step)
-    block.store_newest(i, gated<T>(p, block.first + i, 0, block.c0 + block.c));
+    block.store_newest(i, gated<T>(p, block.first + i, 0, block.c0 + block.c, p.gate_activation));
 }
 
 }  // namespace ck::cuda

@@ -59,9 +59,8 @@ struct FilterTable {
   }
 };
 
-template <class T, bool kShared, bool kGate>
-CK_GLOBAL(kStreamThreads, 3)
-void stream_forward(const CK_PARAM Forward p, int64_t groups) {
+template <class T, bool kShared, bool kGate, bool kFinish>
+CK_DEVICE void stream_outputs(const Forward& p, int64_t groups) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, K = static_cast<int>(p.taps.taps);
   const int window = static_cast<int>(stream_window(K));
   Work work(p, groups, Columns(p.channels));
@@ -73,7 +72,7 @@ void stream_forward(const CK_PARAM Forward p, int64_t groups) {
   for (Run run; work.next(run);) {
     const Reach reach(p.taps, run.phase);
     const auto nothing_else = [](int64_t) {};
-    input.for_chunks(p, reach, run, window, work, nothing_else, [&](int64_t k) {
+    input.for_chunks(p, reach, run, window, work, p.gates<kFinish>(), nothing_else, [&](int64_t k) {
       const int64_t n = (run.start + k) * kChunk + warp * kRun;
       Quad total[kRun] = {};
       const Borders borders(p, p.taps, reach.from, n);
@@ -86,9 +85,21 @@ void stream_forward(const CK_PARAM Forward p, int64_t groups) {
                       add_product(total[i], w, rows[(turn + i) % kRun]);
                     }
                   });
-      store_output<T>(p, total, bias, reach.from, run.b, n, work, lane);
+      store_output<T, kFinish>(p, total, bias, reach.from, run.b, n, work, lane);
     });
   }
+}
+
+template <class T, bool kShared, bool kGate>
+CK_GLOBAL(kStreamThreads, 3)
+void stream_forward(const CK_PARAM Forward p, int64_t groups) {
+  stream_outputs<T, kShared, kGate, false>(p, groups);
+}
+
+template <class T, bool kShared, bool kGate>
+CK_GLOBAL(kStreamThreads, 3)
+void stream_forward_finished(const CK_PARAM Forward p, int64_t groups) {
+  stream_outputs<T, kShared, kGate, true>(p, groups);
 }
 
 }  // namespace ck::cuda

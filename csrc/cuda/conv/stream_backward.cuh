@@ -77,15 +77,15 @@ void stream_backward(const CK_PARAM Backward p) {
       const T* const x = own_x.chunk(k) + warp * kRun * kLaneRow + lane * kQuad;
       const T* const gate = own_gate.chunk(k) + warp * kRun * kLaneRow + lane * kQuad;
       Quad dz[kRun] = {}, z[kRun] = {};
-      if (need_weight)
+      if (need_weight) {
 #pragma unroll
-        for (int i = 0; i < kRun; ++i) {
-          z[i] = load_quad(x + i * kLaneRow);
-          if (gated) {
-            const Quad open = load_quad(gate + i * kLaneRow);
-            for (int e = 0; e < kQuad; ++e) z[i].v[e] *= sigmoid<T>(open.v[e]);
-          }
-        }
+        for (int i = 0; i < kRun; ++i) z[i] = load_quad(x + i * kLaneRow);
+        if (gated)
+          with_activation(p.gate_activation, [&](Activation act) {
+#pragma unroll
+            for (int i = 0; i < kRun; ++i) apply_gate<T>(z[i].v, load_quad(gate + i * kLaneRow).v, act);
+          });
+      }
       const Borders borders(p, taps, reach.from, n);
       walk_within(borders, ring, k * kChunk + warp * kRun, K, lane,
                   [&](auto fast, int j, const Quad(&rows)[kRun], int turn) {
@@ -114,9 +114,11 @@ void stream_backward(const CK_PARAM Backward p) {
       mask_rows(p, dz, reach.from, run.b, n);
       if (gated) {
         Quad dgate[kRun];
+        with_activation(p.gate_activation, [&](Activation act) {
 #pragma unroll
-        for (int i = 0; i < kRun; ++i)
-          gate_gradient<T>(dz[i], dgate[i], load_quad(x + i * kLaneRow), load_quad(gate + i * kLaneRow));
+          for (int i = 0; i < kRun; ++i)
+            gate_gradient<T>(dz[i].v, dgate[i].v, load_quad(x + i * kLaneRow).v, load_quad(gate + i * kLaneRow).v, act);
+        });
         if (p.grad_gate.data != nullptr) store_rows<T>(p, p.grad_gate, dgate, reach.from, run.b, n, work, lane);
       }
       if (p.grad_x.data != nullptr) store_rows<T>(p, p.grad_x, dz, reach.from, run.b, n, work, lane);

@@ -5,15 +5,16 @@
 #include <type_traits>
 
 #include "csrc/common/switch.h"
+#include "csrc/cuda/conv/finish.cuh"
 #include "csrc/cuda/conv/time_copies.cuh"
 
 namespace ck::cuda {
 
 // Tiles that are not copied: x is gated and masked on its way, once, into float32.
-template <class T>
+template <class T, bool kFinish>
 class TimeGated {
  public:
-  CK_DEVICE TimeGated(const Problem& p, const TimeTiles& g, const TimeLane& self, const TimeWork& work,
+  CK_DEVICE TimeGated(const Forward& p, const TimeTiles& g, const TimeLane& self, const TimeWork& work,
                       const TimeSources<T, 1>&)
       : p_(p), g_(g), self_(self), c_(work.c0 + self.row), place_(work.start) {}
 
@@ -30,7 +31,8 @@ class TimeGated {
     for (int n = self_.part; n < g_.lanes + g_.chunks; n += g_.lanes) {
       const int s = start + n * kEight;
       const ChunkInputs<T, false> inputs(p_, place_.b, s, at<const T>(p_.x, place_.b, s, from),
-                                         p_.gate.data == nullptr ? nullptr : at<const T>(p_.gate, place_.b, s, from));
+                                         p_.gate.data == nullptr ? nullptr : at<const T>(p_.gate, place_.b, s, from),
+                                         p_.template gates<kFinish>());
 #pragma unroll
       for (int v = 0; v < kEight; v += kVector<float>) {
         Words<float> z;
@@ -45,7 +47,7 @@ class TimeGated {
   }
 
  private:
-  const Problem& p_;
+  const Forward& p_;
   const TimeTiles& g_;
   const TimeLane& self_;
   int64_t c_;
@@ -53,9 +55,8 @@ class TimeGated {
 };
 
 // kReady: rows are gated and masked on their way; otherwise they are copied as they are, kBulk: by bulk copies.
-template <class T, bool kReady, bool kPacked, bool kBulk>
-CK_GLOBAL(32 * kTimeWarps, kPacked ? 4 : 5)
-void time_forward(const CK_PARAM Forward p, const CK_PARAM TimeTiles g, int64_t groups) {
+template <class T, bool kReady, bool kPacked, bool kBulk, bool kFinish>
+CK_DEVICE void time_outputs(const Forward& p, const TimeTiles& g, int64_t groups) {
   using E = std::conditional_t<kReady, float, T>;
   const TimeLane self(g);
   const TimeWork work(p, g, groups, 1);
@@ -75,11 +76,12 @@ void time_forward(const CK_PARAM Forward p, const CK_PARAM TimeTiles g, int64_t 
     __syncwarp();
     self.load_few(filter, g);
   }
-  using Copies = std::conditional_t<kReady, TimeGated<T>, TimeCopies<kBulk, T, 1>>;
+  using Copies = std::conditional_t<kReady, TimeGated<T, kFinish>, TimeCopies<kBulk, T, 1>>;
   Copies copies(p, g, self, work, {{{p.x, at<const T>(p.x, place.b, 0, c)}}});
   for_tiles(copies, work.count, place, [&](char* row) {
     const int t = place.t + kEight * self.part;
     T* const here = to + t;
+    const int64_t b = place.b;
     const bool continues = place.advance(g, time);
     if (!continues) to += p.y.batch;
     float sum[kEight];
@@ -97,9 +99,27 @@ void time_forward(const CK_PARAM Forward p, const CK_PARAM TimeTiles g, int64_t 
 #pragma unroll
       for (int i = 0; i < kEight; ++i) sum[i] += bias;
     }
+    if constexpr (kFinish) {
+      const FinishAt<T> finish(p.finish, b, t, c);
+#pragma unroll
+      for (int v = 0; v < kEight; v += kVector<T>)
+        if (t + v < end) finish.template finish<4>(sum + v, v, rest_of<T>(p, t + v), p.vector_bytes);
+    }
     store_chunk<T>(p, g, here, t, end, sum);
     return continues;
   });
+}
+
+template <class T, bool kReady, bool kPacked, bool kBulk>
+CK_GLOBAL(32 * kTimeWarps, kPacked ? 4 : 5)
+void time_forward(const CK_PARAM Forward p, const CK_PARAM TimeTiles g, int64_t groups) {
+  time_outputs<T, kReady, kPacked, kBulk, false>(p, g, groups);
+}
+
+template <class T, bool kReady, bool kPacked, bool kBulk>
+CK_GLOBAL(32 * kTimeWarps, 4)
+void time_forward_finished(const CK_PARAM Forward p, const CK_PARAM TimeTiles g, int64_t groups) {
+  time_outputs<T, kReady, kPacked, kBulk, true>(p, g, groups);
 }
 
 }  // namespace ck::cuda

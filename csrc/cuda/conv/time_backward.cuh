@@ -48,10 +48,10 @@ void time_backward(const CK_PARAM Backward p, const CK_PARAM TimeTiles g, int64_
       dx_line += p.grad_x.batch;
       dgate_line += p.grad_gate.batch;
     }
+    const auto own_gate = [&] { return self.own(row) + Copies::kStretch * 32 * kChunkBytes<T>; };
     const auto inputs_of = [&] {
-      char* const own = self.own(row);
-      return ChunkInputs<T, true>(p, b, t, need_x ? own : nullptr,
-                                  gated ? own + Copies::kStretch * 32 * kChunkBytes<T> : nullptr);
+      return ChunkInputs<T, true>(p, b, t, need_x ? self.own(row) : nullptr, gated ? own_gate() : nullptr,
+                                  p.gate_activation);
     };
     float dz[kEight] = {};
     if (few) {
@@ -92,9 +92,16 @@ void time_backward(const CK_PARAM Backward p, const CK_PARAM TimeTiles g, int64_
         store_chunk<T>(p, g, to_x, t, end, out);
       }
       if (need_gate) {
+        with_activation(p.gate_activation, [&](Activation act) {
+          // The sigmoid says its own slope; for others the gate is read again.
+          float gate[kEight] = {};
+          if (act != Activation::kSigmoid) read_chunk<T>(own_gate(), 0, gate);
 #pragma unroll
-        for (int i = 0; i < kEight; ++i)
-          out[i] = inputs.is_off(i) ? 0.0f : dz[i] * inputs.x[i] * inputs.open[i] * (1 - inputs.open[i]);
+          for (int i = 0; i < kEight; ++i) {
+            const float open = act == Activation::kSigmoid ? inputs.open[i] : sigmoid<T>(gate[i]);
+            out[i] = inputs.is_off(i) ? 0.0f : times_slope(dz[i] * inputs.x[i], gate[i], open, act);
+          }
+        });
         store_chunk<T>(p, g, to_gate, t, end, out);
       }
     }

@@ -92,7 +92,7 @@ struct ChunkInputs {
   float x[kEight] = {}, open[kEight];
   unsigned off = 0;
 
-  CK_DEVICE ChunkInputs(const Problem& p, int64_t b, int s, From x_at, From gate) {
+  CK_DEVICE ChunkInputs(const Problem& p, int64_t b, int s, From x_at, From gate, Activation gates) {
     const auto load = [&](From from, int k, int count, float* to) {
       if constexpr (kStaged) {
         unpack_vector(to + k, element_at<T>(from, k));
@@ -114,8 +114,10 @@ struct ChunkInputs {
       if (x_at != nullptr) load(x_at, k0, count, x);
       if (gate != nullptr) {
         load(gate, k0, count, open);
+        with_activation(gates, [&](Activation act) {
 #pragma unroll
-        for (int k = 0; k < kVector<T>; ++k) open[k0 + k] = sigmoid<T>(open[k0 + k]);
+          for (int k = k0; k < k0 + kVector<T>; ++k) open[k] = activated(open[k], sigmoid<T>(open[k]), act);
+        });
       }
       if (p.mask == nullptr) continue;
       const bool* mask = p.mask + b * p.mask_batch + (s + k0) * p.mask_time;

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "csrc/cuda/conv/filters.cuh"
+#include "csrc/cuda/conv/finish.cuh"
 #include "csrc/cuda/conv/ring.cuh"
 
 namespace ck::cuda {
@@ -100,15 +101,16 @@ struct InputRing {
   }
 
   // Gates a chunk that has arrived.
-  CK_DEVICE void gate(int64_t chunk, int lane, int warp) const {
+  CK_DEVICE void gate(int64_t chunk, int lane, int warp, Activation gates) const {
+    with_activation(gates, [&](Activation act) {
 #pragma unroll 2
-    for (int n = 0; n < kChunk / kStreamWarps; ++n) {
-      const int row = warp + n * kStreamWarps, at = row * kLaneRow + lane * kQuad;
-      Quad z = load_quad(x.chunk(chunk) + at);
-      const Quad o = load_quad(open.chunk(chunk) + at);
-      for (int e = 0; e < kQuad; ++e) z.v[e] *= sigmoid<T>(o.v[e]);
-      store_quad(ring.row(chunk * kChunk + row) + lane * kQuad, z);
-    }
+      for (int n = 0; n < kChunk / kStreamWarps; ++n) {
+        const int row = warp + n * kStreamWarps, at = row * kLaneRow + lane * kQuad;
+        Quad z = load_quad(x.chunk(chunk) + at);
+        apply_gate<T>(z.v, load_quad(open.chunk(chunk) + at).v, act);
+        store_quad(ring.row(chunk * kChunk + row) + lane * kQuad, z);
+      }
+    });
   }
 
   // The loop of the forward passes over the chunks of a run: waits for the inputs that the windows of chunk k reach
@@ -116,7 +118,7 @@ struct InputRing {
   // starts the copies of what else chunk k needs, a chunk ahead.
   template <class Also, class Compute>
   CK_DEVICE void for_chunks(const Problem& p, const Reach& reach, const Run& run, int window, const Work& work,
-                            const Also& also, const Compute& compute) const {
+                            Activation gates, const Also& also, const Compute& compute) const {
     const int64_t first_row = run.start * kChunk + reach.offset;
     __syncthreads();  // the run before this one has been read
     // At first there is nothing to wait for. The chunks of the first window are gated before there is anything to
@@ -136,7 +138,7 @@ struct InputRing {
       cp_async_commit();
       if constexpr (kGate)
         if (k >= first) {
-          gate(k + window - 1, threadIdx.x % 32, threadIdx.x / 32);
+          gate(k + window - 1, threadIdx.x % 32, threadIdx.x / 32, gates);
           __syncthreads();
         }
       if (k >= 0) compute(k);
@@ -164,13 +166,23 @@ CK_DEVICE void store_rows(const Problem& p, const Rows& to, const Quad (&run)[kR
     store_pieces(run, lane, work.channels, row, phase.dilation * to.time, t, p.time, phase.dilation, p.vector_bytes);
 }
 
-template <class T>
+// kFinish: they go through the epilogue first.
+template <class T, bool kFinish>
 CK_DEVICE void store_output(const Forward& p, Quad (&run)[kRun], const Quad& bias, const Phase& phase, int64_t b,
                             int64_t n, const Work& work, int lane) {
   if (p.bias != nullptr)
 #pragma unroll
     for (int i = 0; i < kRun; ++i)
       for (int e = 0; e < kQuad; ++e) run[i].v[e] += bias.v[e];
+  if constexpr (kFinish) {
+    const int64_t t = phase.position(n);
+    const int count = static_cast<int>(work.channels) - lane * kQuad;
+    FinishAt<T> place(p.finish, b, t, work.c0 + lane * kQuad);
+#pragma unroll
+    for (int i = 0; i < kRun; ++i, place.move(phase.dilation))
+      if (count > 0 && within(t + i * phase.dilation, p.time))
+        place.template finish<kQuadWords<T>>(run[i].v, 0, count, p.vector_bytes);
+  }
   store_rows<T>(p, p.y, run, phase, b, n, work, lane);
 }
 
@@ -203,16 +215,6 @@ CK_DEVICE void store_state(const Backward& p, const Quad (&run)[kRun], const Pha
   const int64_t span = p.taps.span(), row = phase.position(n) + span;
   store_pieces(run, lane, work.channels, static_cast<T*>(p.grad_state) + (b * span + row) * p.channels + work.c0,
                phase.dilation * p.channels, row, span, phase.dilation, static_cast<int>(sizeof(T)));
-}
-
-// From d(z) to d(x), in place, and d(gate).
-template <class T>
-CK_DEVICE void gate_gradient(Quad& dz, Quad& dgate, const Quad& x, const Quad& gate) {
-  for (int e = 0; e < kQuad; ++e) {
-    const float open = sigmoid<T>(gate.v[e]);
-    dgate.v[e] = dz.v[e] * x.v[e] * open * (1 - open);
-    dz.v[e] *= open;
-  }
 }
 
 // partial_bias of a block: its warps' sums, added in order. `shared`: memory that is no longer needed.

@@ -1,6 +1,7 @@
 // Storage types to the accumulation type and back.
 #pragma once
 
+#include "csrc/common/conv.h"
 #include "csrc/common/dtypes.h"
 #include "csrc/common/taps.h"
 #include "csrc/cuda/device/primitives.cuh"
@@ -118,6 +119,26 @@ CK_DEVICE Compute<T> sigmoid(Compute<T> value) {
     return fast_reciprocal(1.0f + fast_exp2(value * -1.4426950408889634f));  // log2(e)
   else
     return Compute<T>{1} / (Compute<T>{1} + exponential(-value));
+}
+
+// act(value), and d * act'(value); `open` is the sigmoid of the value.
+template <class C>
+CK_DEVICE C activated(C value, C open, Activation activation) {
+  return activation == Activation::kNone ? value : activation == Activation::kSilu ? value * open : open;
+}
+template <class C>
+CK_DEVICE C times_slope(C d, C value, C open, Activation activation) {
+  if (activation == Activation::kNone) return d;
+  return d * open * (activation == Activation::kSilu ? 1 + value * (1 - open) : 1 - open);
+}
+
+// Calls use(activation): for the sigmoid, which most gates go through, in a copy of its own, whose loops do not ask.
+template <class Use>
+CK_DEVICE void with_activation(Activation activation, const Use& use) {
+  if (activation == Activation::kSigmoid)
+    use(Activation::kSigmoid);
+  else
+    use(activation);
 }
 
 template <class N>

@@ -65,7 +65,7 @@ CK_DEVICE void load_pieces(uint32_t (&words)[kWords], const T* from, int count, 
       if (w * kPerWord<T> >= count) continue;
       const uint2 piece = *reinterpret_cast<const uint2*>(from + w * kPerWord<T>);
       words[w] = piece.x;
-      words[w + 1] = piece.y;
+      words[w + 1 < kWords ? w + 1 : w] = piece.y;
     }
   } else if (bytes == 4) {
 #pragma unroll
@@ -86,7 +86,8 @@ CK_DEVICE void store_pieces(T* to, const uint32_t (&words)[kWords], int count, i
   } else if (bytes >= 8) {
 #pragma unroll
     for (int w = 0; w < kWords; w += 2)
-      if (w * kPerWord<T> < count) *reinterpret_cast<uint2*>(to + w * kPerWord<T>) = make_uint2(words[w], words[w + 1]);
+      if (w * kPerWord<T> < count)
+        *reinterpret_cast<uint2*>(to + w * kPerWord<T>) = make_uint2(words[w], words[w + 1 < kWords ? w + 1 : w]);
   } else if (bytes == 4) {
 #pragma unroll
     for (int w = 0; w < kWords; ++w)

@@ -26,7 +26,9 @@ const char* BandFamily<T>::forward(const Forward& p, const Plan& plan, Stream st
   const BandShape shape = band_shape(p);
   return with_width<T>(p.gate.data != nullptr, shape.width, [&](auto gated, auto width) {
     return with_bool(p.per_position, [&](auto own) {
-      return launch(band_forward<T, decltype(width)::value, decltype(gated)::value, decltype(own)::value>,
+      constexpr int kWidth = decltype(width)::value;
+      constexpr bool kGate = decltype(gated)::value, kOwn = decltype(own)::value;
+      return launch(p.finishes() ? band_forward_finished<T, kWidth, kGate, kOwn> : band_forward<T, kWidth, kGate, kOwn>,
                     band_blocks(p, plan, shape), dim3(static_cast<unsigned>(32 * plan.units)),
                     static_cast<size_t>(plan.shared_bytes), stream, p, plan.groups);
     });

@@ -27,8 +27,8 @@ int64_t plain_filter_bytes(const Problem& p) {
 template <class T>
 const char* PlainFamily<T>::forward(const Forward& p, const Plan&, Stream stream) {
   const int64_t bytes = plain_filter_bytes<T>(p);
-  return launch(plain_forward<T>, blocks_for(plain_items(p)), dim3(kPlainThreads), static_cast<size_t>(bytes), stream,
-                p, bytes != 0);
+  return launch(p.finishes() ? plain_forward_finished<T> : plain_forward<T>, blocks_for(plain_items(p)),
+                dim3(kPlainThreads), static_cast<size_t>(bytes), stream, p, bytes != 0);
 }
 
 template <class T>

@@ -9,9 +9,10 @@ const char* RowsFamily<T>::forward(const Forward& p, const Plan& plan, Stream st
   const Columns columns = rows_columns(p.channels, p.head_channels(), plan.lanes);
   const int64_t blocks = columns.blocks * plan.groups * p.owners();
   return with_bool(p.gate.data != nullptr, [&](auto gate) {
-    return launch(rows_forward<T, decltype(gate)::value>, dim3(static_cast<unsigned>(blocks)), dim3(kStreamThreads),
-                  static_cast<size_t>(plan.shared_bytes), stream, p, columns, static_cast<int>(plan.lanes),
-                  plan.groups);
+    constexpr bool kGate = decltype(gate)::value;
+    return launch(p.finishes() ? rows_forward_finished<T, kGate> : rows_forward<T, kGate>,
+                  dim3(static_cast<unsigned>(blocks)), dim3(kStreamThreads), static_cast<size_t>(plan.shared_bytes),
+                  stream, p, columns, static_cast<int>(plan.lanes), plan.groups);
   });
 }
 

@@ -11,8 +11,9 @@ const char* StreamFamily<T>::forward(const Forward& p, const Plan& plan, Stream 
   return with_bool(p.head_channels() % kQuad == 0, [&](auto shared) {
     return with_bool(p.gate.data != nullptr, [&](auto gate) {
       constexpr bool kShared = decltype(shared)::value, kGate = decltype(gate)::value;
-      return launch(stream_forward<T, kShared, kGate>, dim3(static_cast<unsigned>(blocks)), dim3(kStreamThreads),
-                    static_cast<size_t>(plan.shared_bytes), stream, p, plan.groups);
+      return launch(p.finishes() ? stream_forward_finished<T, kShared, kGate> : stream_forward<T, kShared, kGate>,
+                    dim3(static_cast<unsigned>(blocks)), dim3(kStreamThreads), static_cast<size_t>(plan.shared_bytes),
+                    stream, p, plan.groups);
     });
   });
 }

@@ -32,7 +32,9 @@ const char* TimeFamily<T>::forward(const Forward& p, const Plan& plan, Stream st
         const TimeTiles g =
             forward_tiles(p.taps, p.time, p.channels, sizeof(T), kReady, kBulk, plan.shared_bytes / kTimeWarps);
         const int64_t items = g.channel_blocks(p.channels) * plan.groups * p.owners();
-        return launch_time(time_forward<T, kReady, kPacked, kBulk>, g, items, stream, p, g, plan.groups);
+        return launch_time(
+            p.finishes() ? time_forward_finished<T, kReady, kPacked, kBulk> : time_forward<T, kReady, kPacked, kBulk>,
+            g, items, stream, p, g, plan.groups);
       });
     });
   });
