@@ -106,14 +106,14 @@ CUDA_MUTATIONS = [
     Mutation(
         "gradient of the sum without the gate of the result",
         "csrc/cuda/conv/finish.cuh",
-        "return times_slope(other * out_gate,",
-        "return times_slope(other,",
+        "return times_slope(other * out_gate, sum",
+        "return times_slope(other, sum",
     ),
     Mutation(
         "epilogue of a row in the place of the row before",
         "csrc/cuda/conv/finish.cuh",
-        "out_gate_ += positions * f_.out_gate.time;",
-        "out_gate_ += (positions - 1) * f_.out_gate.time;",
+        "++i, from += hop) load_pieces(words[i], from, count(i), 4 * kWords);",
+        "from += i++ > 0 ? hop : 0) load_pieces(words[i], from, count(i), 4 * kWords);",
     ),
     Mutation(
         "tiles looked at after the epilogue only",

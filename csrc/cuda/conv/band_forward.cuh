@@ -20,16 +20,19 @@ CK_DEVICE bool all_finite(const float (&out)[kMatrices][4]) {
 template <class T, int kMatrices, class Unit>
 CK_DEVICE void finish_tile(const Forward& p, const Unit& unit, const TileRows& rows, int tile,
                            float (&out)[kMatrices][4]) {
+  constexpr int kPieces = 4;  // of more at once there would be too many registers
+  static_assert(kMatrices % kPieces == 0);
   const int column = unit.lane % 4 * 2;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int64_t t = rows.position(int64_t{tile} * kBandTile + half * 8 + unit.lane / 4);
-    if (t >= p.time) continue;
-    const FinishAt<T> place(p.finish, rows.b, t, unit.c0 + column);
+    const int channels = t < p.time ? unit.channels - column : 0;
 #pragma unroll
-    for (int n = 0; n < kMatrices; ++n)
-      if (const int count = unit.channels - column - 8 * n; count > 0)
-        place.template finish<1>(out[n] + 2 * half, 8 * n, count, min(p.vector_bytes, 4));
+    for (int first = 0; first < kMatrices; first += kPieces)
+      FinishAt<T>(p.finish, rows.b, t, unit.c0 + column + 8 * first)
+          .template finish<1, kPieces>([&](int n) { return out[first + n] + 2 * half; },
+                                       [&](int n) { return channels - 8 * (first + n); }, [](const Rows&) { return 8; },
+                                       min(p.vector_bytes, 4));
   }
 }
 

@@ -100,10 +100,11 @@ CK_DEVICE void time_outputs(const Forward& p, const TimeTiles& g, int64_t groups
       for (int i = 0; i < kEight; ++i) sum[i] += bias;
     }
     if constexpr (kFinish) {
-      const FinishAt<T> finish(p.finish, b, t, c);
-#pragma unroll
-      for (int v = 0; v < kEight; v += kVector<T>)
-        if (t + v < end) finish.template finish<4>(sum + v, v, rest_of<T>(p, t + v), p.vector_bytes);
+      constexpr int kVectors = kEight / kVector<T>;
+      FinishAt<T>(p.finish, b, t, c)
+          .template finish<4, kVectors>([&](int v) { return sum + v * kVector<T>; },
+                                        [&](int v) { return exists ? rest_of<T>(p, t + v * kVector<T>) : 0; },
+                                        [](const Rows&) { return kVector<T>; }, p.vector_bytes);
     }
     store_chunk<T>(p, g, here, t, end, sum);
     return continues;

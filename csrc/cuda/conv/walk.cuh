@@ -175,13 +175,18 @@ CK_DEVICE void store_output(const Forward& p, Quad (&run)[kRun], const Quad& bia
     for (int i = 0; i < kRun; ++i)
       for (int e = 0; e < kQuad; ++e) run[i].v[e] += bias.v[e];
   if constexpr (kFinish) {
-    const int64_t t = phase.position(n);
+    // Of all rows at once there would be too many registers.
+    constexpr int kRows = kRun / 2;
     const int count = static_cast<int>(work.channels) - lane * kQuad;
-    FinishAt<T> place(p.finish, b, t, work.c0 + lane * kQuad);
 #pragma unroll
-    for (int i = 0; i < kRun; ++i, place.move(phase.dilation))
-      if (count > 0 && within(t + i * phase.dilation, p.time))
-        place.template finish<kQuadWords<T>>(run[i].v, 0, count, p.vector_bytes);
+    for (int first = 0; first < kRun; first += kRows) {
+      const int64_t t = phase.position(n + first);
+      FinishAt<T>(p.finish, b, t, work.c0 + lane * kQuad)
+          .template finish<kQuadWords<T>, kRows>(
+              [&](int i) { return run[first + i].v; },
+              [&](int i) { return within(t + i * phase.dilation, p.time) ? count : 0; },
+              [&](const Rows& rows) { return phase.dilation * rows.time; }, p.vector_bytes);
+    }
   }
   store_rows<T>(p, p.y, run, phase, b, n, work, lane);
 }
