@@ -46,7 +46,11 @@ CONVOLUTION_INPUTS = ("x", "weight", "bias", "gate", "initial_state")
 def call_convolution(backend, problem, tensors):
     y = getattr(OPS._tap_conv, backend)(*problem.op_arguments(tensors))
     found = getattr(OPS._tap_grad, backend)(*problem.grad_arguments(tensors))
-    return {"y": y, **{f"grad of {name}": g for name, g in zip(CONVOLUTION_INPUTS, found, strict=True)}}
+    results = {"y": y, **{f"grad of {name}": g for name, g in zip(CONVOLUTION_INPUTS, found, strict=True)}}
+    if problem.activation or problem.out_gate:
+        found = getattr(OPS._tap_activation_grad, backend)(*problem.activation_grad_arguments(tensors))
+        results |= {f"grad of {name}": g for name, g in zip(("sum", "out_gate"), found, strict=True)}
+    return results
 
 
 def call_step(backend, problem, tensors):

@@ -41,6 +41,10 @@ CONVOLUTIONS = {
     "k3 state": {"taps": 3, "state": True},
     "k15 state dilation 2": {"taps": 15, "dilation": 2, "state": True, "bias": True},
     "k15 filters per row": {"taps": 15, "kind": "row"},
+    "k4 silu": {"taps": 4, "bias": True, "activation": 2},
+    "k15 silu gates residual": {
+        "taps": 15, "gate": True, "gate_activation": 2, "activation": 1, "out_gate": True, "residual": True,
+    },
 }  # fmt: skip
 
 

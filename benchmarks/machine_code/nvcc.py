@@ -26,8 +26,9 @@ LIBRARY = library.path_of("cuda")
 ATTENTION = tuple(
     f"attention_{of}{by}" for of in ("forward", "backward_queries", "backward_keys") for by in ("", "_warpgroups")
 )
-BANDED = ("band_forward", "band_backward", *ATTENTION)
-STREAMING = (*(f"{f}_{d}" for f in ("stream", "time", "rows") for d in ("forward", "backward")), *BANDED)
+DIRECTIONS = ("forward", "forward_finished", "backward")
+BANDED = (*(f"band_{d}" for d in DIRECTIONS), *ATTENTION)
+STREAMING = (*(f"{f}_{d}" for f in ("stream", "time", "rows") for d in DIRECTIONS), *BANDED)
 
 
 def compiler_version() -> str:
