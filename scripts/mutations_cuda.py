@@ -116,15 +116,10 @@ CUDA_MUTATIONS = [
         "from += i++ > 0 ? hop : 0) load_pieces(words[i], from, count(i), 4 * kWords);",
     ),
     Mutation(
-        "tiles looked at after the epilogue only",
+        "sums with an epilogue not looked at",
         "csrc/cuda/conv/band_forward.cuh",
-        """        fast = all_finite(out) && whole();
-        if (fast) finish_tile<T>(p, unit, rows, i, out);
-        put_tile<T>(done, out, lane);
-""",
-        """        finish_tile<T>(p, unit, rows, i, out);
-        fast = put_tile<T>(done, out, lane) && whole();
-""",
+        "fast = all_finite(out) && whole();",
+        "fast = whole();",
     ),
     Mutation(
         "copies not waited for",
