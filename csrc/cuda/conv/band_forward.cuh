@@ -132,8 +132,9 @@ void band_forward(const CK_PARAM Forward p, int64_t groups) {
   band_outputs<T, kWidth, kGate, kOwn, false>(p, groups);
 }
 
+// With filters of each position's own three blocks have not registers enough.
 template <class T, int kWidth, bool kGate, bool kOwn>
-CK_GLOBAL(32 * kBandWarps, 3)
+CK_GLOBAL(32 * kBandWarps, kOwn ? 2 : 3)
 void band_forward_finished(const CK_PARAM Forward p, int64_t groups) {
   band_outputs<T, kWidth, kGate, kOwn, true>(p, groups);
 }
