@@ -48,7 +48,7 @@ def written(model, **given):
 
 
 def distance(actual, expected):
-    """The largest difference of a gradient, relative to the largest element of that gradient."""
+    """The largest difference of a tensor, relative to the largest element of that tensor."""
     assert actual.keys() == expected.keys()
     return max(
         ((actual[name] - expected[name]).abs().max() / expected[name].abs().max().clamp(min=1e-30)).item()
@@ -58,8 +58,9 @@ def distance(actual, expected):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_training_computes_the_same(name, monkeypatch):
-    """Logits to 1e-5. Gradients to 1e-5 too, or to four times what they change by in the stock model when its filters
-    move by one unit in the last place: those of norms of small numbers change by more than 1e-5."""
+    """Logits and gradients to 1e-5, or to four times what they change by in the stock model when its filters move by
+    one unit in the last place: gradients of norms of small numbers change by more, and so do the logits of qwen3_5_moe,
+    which SiLU rounded correctly moves by 1.2e-5."""
     calls = counted(monkeypatch)
     model, ids = built(name), tokens()
     logits, expected = trained(model, ids)
@@ -67,14 +68,17 @@ def test_training_computes_the_same(name, monkeypatch):
     assert set(report.replaced.values()) == {FAMILIES[name].module}
     actual_logits, actual = trained(model, ids)
     assert calls == ["causal_conv1d_fn"] * len(calls) and len(calls) >= len(report.replaced)
-    near(actual_logits, logits)
     huggingface.restore(model)
     with torch.no_grad():
         for module in (child for name in report.replaced for child in model.get_submodule(name).children()):
             if isinstance(module, nn.Conv1d):
                 module.weight.copy_(torch.nextafter(module.weight, module.weight + torch.randn_like(module.weight)))
-    _, moved = trained(model, ids)
-    assert distance(actual, expected) <= max(1e-5, 4 * distance(moved, expected))
+    moved_logits, moved = trained(model, ids)
+    for found, wanted, changed in (
+        ({"logits": actual_logits}, {"logits": logits}, {"logits": moved_logits}),
+        (actual, expected, moved),
+    ):
+        assert distance(found, wanted) <= max(1e-5, 4 * distance(changed, wanted))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
