@@ -130,9 +130,27 @@ CPU_MUTATIONS = [
     ),
     Mutation(
         "derivative of the sigmoid without its second factor",
-        "csrc/cpu/conv/rows.h",
-        "xv[part] * (sig * (splat(C{1}) - sig));",
-        "xv[part] * sig;",
+        "csrc/cpu/conv/epilogue.h",
+        "return {s, s * (one - s)};",
+        "return {s, s};",
+    ),
+    Mutation(
+        "derivative of SiLU without its second term",
+        "csrc/cpu/conv/epilogue.h",
+        "s * (one + a * (one - s))};",
+        "s};",
+    ),
+    Mutation(
+        "gate of the result left out of the gradient of the sum",
+        "csrc/cpu/conv/epilogue.h",
+        "(out_gate != nullptr ? other[p] * open[p] : other[p]) * a.slope;",
+        "other[p] * a.slope;",
+    ),
+    Mutation(
+        "rows of an epilogue counted from each tile",
+        "csrc/cpu/conv/epilogue.h",
+        "part.first_row += row;",
+        "part.first_row += row * 0;",
     ),
     Mutation(
         "last term of bands left out",
