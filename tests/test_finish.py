@@ -124,6 +124,23 @@ def test_compiled(backend):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+def test_exported(tmp_path):
+    """A program names the operator with its numbers, and can be trained when it is loaded again."""
+    module = cknn.DepthwiseConv1d(C, K, padding="causal", activation="silu", gate_activation="none")
+    t = tensors("depthwise", torch.float32)
+    given = {name: t[name] for name in ("x", "gate", "out_gate", "residual")}
+    program = torch.export.export(module, (), given)
+    names = [str(node.target) for node in program.graph.nodes if "convkernels" in str(node.target)]
+    assert names == ["convkernels.tap_conv.default"]
+    torch.export.save(program, tmp_path / "program.pt2")
+    loaded = torch.export.load(tmp_path / "program.pt2").module()
+    expected = module(**given)
+    torch.testing.assert_close(loaded(**given), expected)
+    loaded(**given).sin().sum().backward()
+    expected.sin().sum().backward()
+    torch.testing.assert_close(loaded.weight.grad, module.weight.grad)
+
+
 def test_what_lies_under_a_mask_leaks_nowhere(backend):
     t = tensors("depthwise", torch.float32)
     mask = torch.ones(B, T, dtype=torch.bool)

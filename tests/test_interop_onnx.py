@@ -59,6 +59,11 @@ CONVOLUTIONS = {
         lambda x, g, m, w: ck.lightweight_conv1d(x, w, gate=g, mask=m, padding=1),
         (H, K), (rows, rows, mask), PLAIN,
     ),
+    "finished": (
+        lambda x, g, o, w: ck.depthwise_conv1d(
+            x, w, padding="causal", gate=g, gate_activation="none", activation="silu", out_gate=o, residual=x),
+        (C, K), (rows, rows, rows), STATEFUL,
+    ),
     "state": (
         lambda x, s, w: ck.depthwise_conv1d(x, w, padding="causal", initial_state=s, return_state=True),
         (C, K), (rows, lambda batch, time: torch.randn(batch, K - 1, C)), STATEFUL,
