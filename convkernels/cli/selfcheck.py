@@ -25,6 +25,7 @@ from convkernels import backends
 from convkernels.cli import environment
 from convkernels.ops._dtypes import dtype_name
 from convkernels.ops._spec import overload
+from convkernels.ops.conv.schema import NONE, SILU
 from convkernels.testing.attention import DELTA_THROUGH_OUT, INPUTS, AttentionProblem
 from convkernels.testing.attention_oracle import Elements
 from convkernels.testing.bounds import Bounds, StepBounds
@@ -46,10 +47,24 @@ PROBLEMS = (
     Problem(length=50, heads=2, head_size=64, taps=7, left=3, kind="dynamic", softmax=True),
     Problem(length=50, heads=4, head_size=24, taps=31, left=30, kind="dynamic", softmax=True, renormalize=True),
     Problem(length=30, heads=4, head_size=9, taps=5, left=2, kind="dynamic", dropout=0.3, padding_mask=2, bias=True),
+    Problem(length=40, heads=96, head_size=1, taps=4, left=3, bias=True, activation=SILU),
+    Problem(
+        length=40,
+        heads=2,
+        head_size=32,
+        taps=15,
+        left=14,
+        gate=True,
+        gate_activation=NONE,
+        activation=SILU,
+        out_gate=True,
+        residual=True,
+    ),
 )
 STEPS = (
     StepProblem(heads=3, head_size=40, taps=7, softmax=True, indexed=True, bias=True),
     StepProblem(heads=3, head_size=13, taps=4, kind="dynamic", softmax=True, renormalize=True, gate=True, position=2),
+    StepProblem(heads=77, head_size=1, taps=4, bias=True, activation=SILU, out_gate=True),
 )
 # Tiles and broken tiles of queries and keys, every term, every kind of window, padding, packed sequences.
 ATTENTIONS = (
@@ -102,6 +117,13 @@ def _check_conv(outcome: Outcome, problem: Problem) -> None:
     bounds = Bounds(*arguments)
     y = overload("_tap_conv", outcome.backend)(*_placed(arguments, outcome.device))
     outcome.compare(bounds.output(), y, f"{problem}: y")
+    if problem.activation or problem.out_gate:
+        arguments = _placed(problem.activation_grad_arguments(tensors), outcome.device)
+        found = overload("_tap_activation_grad", outcome.backend)(*arguments)
+        for name, exact, gradient in zip(
+            ("the sum", "out_gate"), bounds.activation_gradients(tensors["grad"]), found, strict=True
+        ):
+            outcome.compare(exact, gradient, f"{problem}: gradient of {name}")
     expected = bounds.gradients(tensors["grad"])
     gradients = overload("_tap_grad", outcome.backend)(*_placed(problem.grad_arguments(tensors), outcome.device))
     for name, gradient in zip(RESULTS, gradients, strict=True):
