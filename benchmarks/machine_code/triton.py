@@ -19,9 +19,9 @@ from benchmarks.machine_code.control_flow import ControlFlow
 from benchmarks.machine_code.instructions import COUNTED, MATRIX, by_base, classes_of, instructions_of
 from benchmarks.machine_code.rules import LoopCost, Resources, Rules, read_code, read_usage, run_tool, tools
 from convkernels.backends.triton.attention import launch as attention_launch
-from convkernels.backends.triton.conv import configs, launch
+from convkernels.backends.triton.conv import configs, launch, launch_step
 from convkernels.ops.attention.schema import INPUTS, Attention
-from convkernels.ops.conv.schema import TapConv, TapStep
+from convkernels.ops.conv.schema import NONE, SIGMOID, SILU, TapActivationGrad, TapConv, TapStep
 
 ARCHITECTURES = (80, 90, 100)
 # The instruction by which each architecture's matrix unit multiplies at its full speed.
@@ -56,7 +56,7 @@ _TYPES = {
 @dataclass(frozen=True)
 class Variant:
     """A problem with contiguous tensors, as models have it; channels = heads * head_channels. time_last: positions, not
-    channels, lie side by side in memory."""
+    channels, lie side by side in memory. silu: of the gate and of the result."""
 
     name: str
     taps: int
@@ -75,6 +75,9 @@ class Variant:
     dtype: torch.dtype = torch.bfloat16
     batch: int = 8
     time_last: bool = False
+    silu: bool = False
+    out_gate: bool = False
+    residual: bool = False
 
     def launches(self, architecture: int) -> Iterator[tuple]:
         """(kernel, arguments) of the forward and the backward pass, and of a decoding step."""
@@ -83,6 +86,11 @@ class Variant:
                 yield kernel, arguments
         if not (self.packed or self.mask or self.dropout):
             yield self.step()
+
+    @property
+    def _activations(self) -> tuple[int, int]:
+        """Of the gate and of the result."""
+        return (SILU, SILU) if self.silu else (SIGMOID, NONE)
 
     def _empty(self, *shape, dtype=None):
         return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
@@ -96,33 +104,28 @@ class Variant:
         bias = empty(channels) if self.bias else None
         span = (self.taps - 1) * self.dilation
         gate, state = x if self.gate else None, empty(batch, span, channels) if self.state else None
-        call = launch.Call(
-            TapConv(
-                x,
-                weight,
-                span if self.state else self.dilation * (self.taps // 2),
-                self.dilation,
-                self.softmax,
-                self.renormalize,
-                self.dropout,
-                empty(1, dtype=torch.int64),
-                bias,
-                gate,
-                empty(batch, time, dtype=torch.bool) if self.mask else None,
-                empty(9, dtype=torch.int64) if self.packed else None,
-                state,
-            ),  # fmt: skip
-            architecture,
-        )
+        args = TapConv(
+            x, weight, span if self.state else self.dilation * (self.taps // 2), self.dilation, self.softmax,
+            self.renormalize, self.dropout, empty(1, dtype=torch.int64), bias, gate,
+            empty(batch, time, dtype=torch.bool) if self.mask else None,
+            empty(9, dtype=torch.int64) if self.packed else None, state, *self._activations,
+            x if self.out_gate else None, x if self.residual else None,
+        )  # fmt: skip
+        call = launch.Call(args, architecture)
         none = empty(0)
         results = (
             torch.empty_like(x), empty(*weight.shape), empty(channels) if self.bias else none,
             torch.empty_like(x) if self.gate else none, none if state is None else empty(*state.shape),
         )  # fmt: skip
         like = torch.empty_like(x)
-        backward = launch.gradient_launches(call, like, results, configs.choose(call.shape, True))
-        forward = launch.forward_launch(call, like, configs.choose(call.shape, False))
-        return {"fwd": [forward], "bwd": list(backward)}
+        backward = list(launch.gradient_launches(call, like, results, configs.choose(call.shape, True)))
+        config = configs.choose(call.shape, False)
+        forward = launch.forward_launch(call, config, y=like, residual=args.residual)
+        if self.silu or self.out_gate:
+            call = launch.Call(TapActivationGrad(like, *args[:-1]), architecture)
+            out_gate = like if self.out_gate else None
+            backward.insert(0, launch.forward_launch(call, config, y=like, grad=like, grad_out_gate=out_gate))
+        return {"fwd": [forward], "bwd": backward}
 
     def step(self) -> tuple:
         """(kernel, arguments) of a decoding step."""
@@ -131,9 +134,10 @@ class Variant:
         step = TapStep(
             row, empty(256, span, channels), weight, self.dilation, self.softmax, self.renormalize,
             empty(channels) if self.bias else None, row if self.gate else None,
-            empty(256, dtype=torch.int64) if self.state else None,
+            empty(256, dtype=torch.int64) if self.state else None, None, *self._activations,
+            row if self.out_gate else None, row if self.residual else None,
         )  # fmt: skip
-        kernel, _, arguments = launch.step_launch(step, empty(*row.shape))
+        kernel, _, arguments = launch_step.step_launch(step, empty(*row.shape))
         return kernel, arguments
 
 

@@ -83,7 +83,9 @@ def load() -> str | None:
             return reason
     from .attention import launch as attention
     from .conv import launch as conv
+    from .conv import launch_step as decoding
 
-    KERNELS.update(tap_conv=conv.tap_conv, tap_grad=conv.tap_grad, tap_step=conv.tap_step)
+    KERNELS.update(tap_conv=conv.tap_conv, tap_activation_grad=conv.tap_activation_grad, tap_grad=conv.tap_grad)
+    KERNELS.update(tap_step=decoding.tap_step)
     KERNELS.update(attention=attention.attention, attention_grad=attention.attention_grad)
     return None

@@ -4,25 +4,19 @@ import triton
 import triton.language as tl
 
 from ..device import finite, narrow, product, product_of_parts, split, take
+from .inputs import gradients_at, gradients_from, inputs_at, inputs_from, load_input, store_input_gradient, unmasked
 from .taps import (
     Place,
     Sequence,
     columns_at,
     filter_rows,
     filters_at,
-    gradients_at,
-    gradients_from,
-    inputs_at,
-    inputs_from,
-    load_input,
     load_rows,
     sequence_of,
     source,
     states_at,
-    store_input_gradient,
     tap_exists,
     target,
-    unmasked,
 )
 
 

@@ -5,25 +5,8 @@ import triton.language as tl
 
 from ..device import narrow
 from .groups import Bank, dropout_factors, first_positions, load_taps, replace, soft_taps, zeros
-from .taps import (
-    Place,
-    Sequence,
-    columns_at,
-    filters_at,
-    gradients_at,
-    gradients_from,
-    inputs_at,
-    inputs_from,
-    load_input_row,
-    load_row,
-    rows_from,
-    sequence_of,
-    source,
-    store_input_gradient,
-    tap_exists,
-    target,
-    unmasked,
-)
+from .inputs import gradients_at, gradients_from, inputs_at, inputs_from, load_input_row, store_input_gradient, unmasked
+from .taps import Place, Sequence, columns_at, filters_at, load_row, rows_from, sequence_of, source, tap_exists, target
 
 
 @triton.jit

@@ -11,6 +11,16 @@ import triton.language as tl
 
 from ..device import narrow, sequence_bounds
 from .groups import Bank, filters_of_row, first_positions, replace, some_taps, whole_filters, zeros
+from .inputs import (
+    gradients_at,
+    gradients_from,
+    inputs_at,
+    inputs_from,
+    load_gated,
+    load_input,
+    store_input_gradient,
+    unmasked,
+)
 from .taps import (
     Place,
     Sequence,
@@ -19,20 +29,13 @@ from .taps import (
     filter_statistics,
     filter_tap,
     filters_at,
-    gradients_at,
-    gradients_from,
-    inputs_at,
-    inputs_from,
-    load_input,
     load_row,
     load_rows,
     rows_from,
     sequence_of,
     source,
     states_at,
-    store_input_gradient,
     target,
-    unmasked,
 )
 
 
@@ -180,10 +183,7 @@ def grad_tile(
         for i in tl.static_range(READ):
             here = inputs_from(z_at, i * dilation)
             wanted = unmasked(here.mask, s + i * dilation < T, INPUT.HAS_MASK) & columns
-            one = load_row(here.x, wanted, DTYPE)
-            if INPUT.HAS_GATE:
-                one *= tl.sigmoid(load_row(here.gate, wanted, DTYPE))
-            z = z + (one,)
+            z = z + (load_gated(here.x, here.gate, wanted, INPUT, DTYPE),)
         dz = zeros([BG, BV, V], DTYPE, ROWS)
         place = Place(b if PER_ROW else owner, s, h)
         bank = Bank(weight, place, exists, columns, sequence, sizes, relation, dropout)

@@ -4,24 +4,8 @@ import triton
 import triton.language as tl
 
 from ..device import narrow, take
-from .taps import (
-    Filters,
-    Place,
-    columns_at,
-    filter_rows,
-    filters_at,
-    gradients_at,
-    gradients_from,
-    inputs_at,
-    inputs_from,
-    load_input,
-    load_rows,
-    sequence_of,
-    source,
-    store_input_gradient,
-    target,
-    unmasked,
-)
+from .inputs import gradients_at, gradients_from, inputs_at, inputs_from, load_input, store_input_gradient, unmasked
+from .taps import Filters, Place, columns_at, filter_rows, filters_at, load_rows, sequence_of, source, target
 
 
 @triton.jit

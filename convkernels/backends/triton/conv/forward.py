@@ -1,4 +1,4 @@
-"""Forward kernels and the decoding step.
+"""Forward kernels and the decoding step. What they store of their sums is ``finish.py``'s.
 
 ``conv_tile`` adds up shifted tiles of the input, tap by tap; it serves every problem. ``conv_band`` multiplies a window
 of the input, read once, by the banded matrix of a head's filters; it serves heads of 16 channels and more.
@@ -8,7 +8,9 @@ import triton
 import triton.language as tl
 
 from ..device import finite, narrow, product_of_parts, split, take, widen
+from .finish import finish_at, finish_from, store_finished
 from .groups import Bank, add_taps, first_positions, statistics_of_rows, zeros
+from .inputs import inputs_at, load_gated, load_input
 from .taps import (
     Place,
     Relation,
@@ -16,26 +18,21 @@ from .taps import (
     columns_at,
     filter_rows,
     filters_at,
-    inputs_at,
-    load_input,
-    rows_from,
     sequence_of,
     source,
     states_at,
-    store_row,
-    store_rows,
     tap_exists,
 )
 
 
 @triton.jit
 def conv_tile(
-    inputs, weight, bias, y, sizes, relation, sequences, dropout, t_blocks, c_blocks,
-    FILTER: tl.constexpr, INPUT: tl.constexpr, HAS_BIAS: tl.constexpr, UNIFORM: tl.constexpr, DTYPE: tl.constexpr,
-    ROWS: tl.constexpr, BG: tl.constexpr, BV: tl.constexpr, V: tl.constexpr, TAPS: tl.constexpr,
+    inputs, weight, bias, finish, sizes, relation, sequences, dropout, t_blocks, c_blocks,
+    FILTER: tl.constexpr, INPUT: tl.constexpr, HAS_BIAS: tl.constexpr, FINISH: tl.constexpr, UNIFORM: tl.constexpr,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, BG: tl.constexpr, BV: tl.constexpr, V: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
-    """y[b, t, c] for BG groups of ROWS positions and BV vectors of V channels, those of a vector in one head if
-    UNIFORM. TAPS taps at a time meet the rows that a group reads for them."""
+    """The sums a[b, t, c], for BG groups of ROWS positions and BV vectors of V channels, those of a vector in one head
+    if UNIFORM, and what becomes of them. TAPS taps at a time meet the rows that a group reads for them."""
     K: tl.constexpr = FILTER.K
     REST: tl.constexpr = K % TAPS
     pid = tl.program_id(0)
@@ -55,23 +52,23 @@ def conv_tile(
         totals = add_taps(totals, z, bank, statistics, first, FILTER, INPUT, DTYPE, ROWS, TAPS)
     if REST > 0:
         totals = add_taps(totals, z, bank, statistics, K - REST, FILTER, INPUT, DTYPE, ROWS, REST)
-    outputs = rows_from(columns_at(y, b, c), t)
+    results = finish_from(finish_at(finish, b, c), t)
     for i in tl.static_range(ROWS):
         total = totals[i]
         if HAS_BIAS:
             total += widen(tl.load(bias + c, mask=columns, other=0.0), DTYPE)
         inside = (t + i * relation.dilation < sizes.T) & columns
-        store_row(rows_from(outputs, i * relation.dilation), total, inside)
+        store_finished(results, i * relation.dilation, total, inside, FINISH, DTYPE)
 
 
 @triton.jit
 def conv_band(
-    inputs, weight, bias, y, sizes, relation, sequences, dropout, t_blocks, c_blocks,
-    FILTER: tl.constexpr, INPUT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    inputs, weight, bias, finish, sizes, relation, sequences, dropout, t_blocks, c_blocks,
+    FILTER: tl.constexpr, INPUT: tl.constexpr, HAS_BIAS: tl.constexpr, FINISH: tl.constexpr,
     BT: tl.constexpr, HALO: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr, TILES: tl.constexpr,
     Z_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """y = W z for TILES tiles of BT positions that lie ``dilation`` apart and BC channels of one head. Row m of W holds
+    """a = W z for TILES tiles of BT positions that lie ``dilation`` apart and BC channels of one head. Row m of W holds
     the filter of position m from column m on; the window of z has BT + HALO >= BT + K - 1 rows. A tile with an infinite
     or NaN element, which the zeros of W would spread, is summed tap by tap instead."""
     K: tl.constexpr = FILTER.K
@@ -94,7 +91,7 @@ def conv_band(
     span = (K - 1) * dilation
     whole = Sequence(0, 0, T)
     z_at = inputs_at(inputs, b, c, states_at(inputs.state, b, c, whole, 1, sizes.C, span))
-    y_at = columns_at(y, b, c)
+    finish_here = finish_at(finish, b, c)
     if not PER_ROW:
         place = Place(b, b, h)
         filters = filters_at(weight, place, FILTER)
@@ -132,13 +129,13 @@ def conv_band(
                 total += value * load_input(z_at, s, columns, sequence, span, INPUT, tl.float32)
         if HAS_BIAS:
             total += widen(tl.load(bias + c, mask=columns, other=0.0), tl.float32)
-        store_rows(y_at, t, total, (t < T) & columns)
+        store_finished(finish_here, t, total, (t < T) & columns, FINISH, tl.float32)
 
 
 @triton.jit
 def conv_step(
-    x, gate, weight, bias, y, state, scratch, state_index, position, position_stride, B, sizes, dilation,
-    FILTER: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, INDEXED: tl.constexpr,
+    x, gate, weight, bias, finish, state, scratch, state_index, position, position_stride, B, sizes, dilation,
+    FILTER: tl.constexpr, INPUT: tl.constexpr, HAS_BIAS: tl.constexpr, FINISH: tl.constexpr, INDEXED: tl.constexpr,
     HAS_POSITION: tl.constexpr, DTYPE: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """One position of every row, and the shift of its state. Rows that continue from each other's states share a
@@ -155,9 +152,7 @@ def conv_step(
         b = first + index  # there is one program for all rows, or one per row
         row = tl.load(state_index + b) if INDEXED else b
         old = state + row.to(tl.int64) * span * C + c
-        z = widen(tl.load(columns_at(x, b, c).data, mask=columns, other=0.0), DTYPE)
-        if HAS_GATE:
-            z *= tl.sigmoid(widen(tl.load(columns_at(gate, b, c).data, mask=columns, other=0.0), DTYPE))
+        z = load_gated(columns_at(x, b, c), columns_at(gate, b, c), columns, INPUT, DTYPE)
         # The new position is ``before``, and tap j reads position source(before, j); rows of the state that lie before
         # position 0 do not exist.
         before = span
@@ -173,7 +168,7 @@ def conv_step(
         total = tl.sum(w * tl.where(j == K - 1, z, widen(window, DTYPE)), 1)[:, None]
         if HAS_BIAS:
             total += widen(tl.load(bias + c, mask=columns, other=0.0), DTYPE)
-        tl.store(columns_at(y, b, c).data, narrow(total, y.data.dtype.element_ty), mask=columns)
+        store_finished(finish_at(finish, b, c), 0, total, columns, FINISH, DTYPE)
         new = (scratch if INDEXED else state) + b.to(tl.int64) * span * C + c
         for start in tl.range(0, span - 1, BS):
             rows = (start + r).to(tl.int64)
@@ -183,7 +178,7 @@ def conv_step(
             tl.store(new + rows * C, value, mask=moved)
         if K > 1:
             tl.debug_barrier()  # with one row there was nothing to move
-            tl.store(new + (span - 1) * C, narrow(z, y.data.dtype.element_ty), mask=columns)
+            tl.store(new + (span - 1) * C, narrow(z, state.dtype.element_ty), mask=columns)
     if INDEXED:
         tl.debug_barrier()  # what other threads of the program wrote
         for start in tl.range(0, B * span, BS):

@@ -11,18 +11,8 @@ import triton
 import triton.language as tl
 
 from ..device import number_from_bits, widen
-from .taps import (
-    Place,
-    Statistics,
-    filter_statistics,
-    filter_tap,
-    filters_at,
-    inputs_from,
-    kept,
-    load_input_row,
-    source,
-    tap_exists,
-)
+from .inputs import inputs_from, load_input_row
+from .taps import Place, Statistics, filter_statistics, filter_tap, filters_at, kept, source, tap_exists
 
 
 class Bank(NamedTuple):

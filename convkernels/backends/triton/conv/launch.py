@@ -1,4 +1,4 @@
-"""Host side: the operators ``tap_conv``, ``tap_grad`` and ``tap_step`` as launches of Triton kernels.
+"""Host side: the operators ``tap_conv``, ``tap_activation_grad`` and ``tap_grad`` as launches of Triton kernels.
 
 No launch waits for the device: shapes and strides decide everything, ``cu_seqlens`` and the seed are read by kernels.
 """
@@ -18,29 +18,24 @@ from ..host import (
     search_steps,
 )
 from . import backward_band, backward_heads, backward_tile, backward_window, configs, forward, sums
+from .activations import NONE, SILU
 from .configs import Band, Config, Groups, Heads, Tile, Window
-from .taps import (
-    Dropout,
-    FilterFlags,
-    Filters,
-    Gradients,
-    InputFlags,
-    Inputs,
-    Mask,
-    Needs,
-    Relation,
-    Rows,
-    Sequences,
-    Sizes,
-)
-
-ROWS_OF_A_LAUNCH = 65_535  # what the second dimension of a grid may count
+from .finish import Finish, FinishFlags
+from .inputs import Gradients, InputFlags, Inputs, Mask
+from .taps import Dropout, FilterFlags, Filters, Needs, Relation, Rows, Sequences, Sizes
 
 
 def check_dilation(dilation: int, K: int) -> None:
     if not 0 < dilation <= configs.MAX_SPAN // max(K - 1, 1):
         expected = f"a positive number, at most 2^30, also times K - 1 = {K - 1}"
         raise ValueError(f"argument 'dilation': expected {expected}, got {dilation}")
+
+
+def check_activation(argument: str, number: int) -> int:
+    """The number, if it stands for an activation."""
+    if not NONE.value <= number <= SILU.value:
+        raise ValueError(f"argument '{argument}': expected 0, 1 or 2, got {number}")
+    return number
 
 
 class Call:
@@ -88,7 +83,7 @@ class Call:
                 self.initial_state.contiguous() if self.has_state else x,
             ),
             "weight": self.filters, **self.positions, "dropout": self.drawing, "FILTER": self.filter_flags,
-            "INPUT": InputFlags(self.gate is not None, self.mask is not None, self.has_state, self.packed),
+            "INPUT": input_flags(args, self.mask is not None, self.has_state, self.packed),
         }  # fmt: skip
 
     def __getattr__(self, name: str):
@@ -97,6 +92,21 @@ class Call:
 
 def rows(tensor: Tensor) -> Rows:
     return Rows(tensor, *tensor.stride())
+
+
+def input_flags(args, has_mask: bool = False, has_state: bool = False, packed: bool = False) -> InputFlags:
+    activation, gated = check_activation("gate_activation", args.gate_activation), args.gate is not None
+    return InputFlags(gated, has_mask, has_state, packed, activation if gated else NONE.value)
+
+
+def finish_arguments(activation: int, absent: Rows, rows_of=rows, **tensors: Tensor | None) -> dict:
+    """What forward kernels are told of the tensors that sums go to or meet; those of ``Finish`` that are not given, or
+    are None, are not looked at, and get the place of ``absent``."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    return {
+        "finish": Finish(*(rows_of(given[name]) if name in given else absent for name in Finish._fields)),
+        "FINISH": FinishFlags(check_activation("activation", activation), *(name in given for name in Finish._fields)),
+    }
 
 
 def sums_like(x: Tensor, *shape: int) -> Tensor:
@@ -115,15 +125,29 @@ def tap_conv(args) -> Tensor:
     if y.numel() == 0:
         return y
     call = Call(args)
-    run(args.x, [forward_launch(call, y, configs.choose(call.shape, False))])
+    run(args.x, [forward_launch(call, configs.choose(call.shape, False), y=y, residual=args.residual)])
     return y
 
 
-def forward_launch(call: Call, y: Tensor, config: Tile | Band):
-    """Kernel, grid and arguments of a forward pass; nothing is launched."""
-    bias = call.bias
+def tap_activation_grad(args) -> tuple[Tensor, Tensor]:
+    """The operator ``tap_activation_grad``: the forward pass, of whose sums something else becomes."""
+    x, wanted = args.x, args.wanted
+    results = tuple(torch.empty_like(x) if asked else x.new_empty(0) for asked in wanted)
+    if x.numel() and any(wanted):
+        call = Call(args)
+        y, grad_out_gate = (result if asked else None for result, asked in zip(results, wanted, strict=True))
+        config = configs.choose(call.shape, False)
+        run(x, [forward_launch(call, config, y=y, grad=args.grad, grad_out_gate=grad_out_gate)])
+    return results
+
+
+def forward_launch(call: Call, config: Tile | Band, **finish: Tensor | None):
+    """Kernel, grid and arguments of a forward pass; nothing is launched. finish: the tensors of ``Finish`` that are no
+    inputs of both operators."""
+    bias, x = call.bias, call.x
     arguments = {
-        **call.arguments, "bias": y if bias is None else bias.contiguous(), "y": rows(y), "HAS_BIAS": bias is not None,
+        **call.arguments, "bias": x if bias is None else bias.contiguous(), "HAS_BIAS": bias is not None,
+        **finish_arguments(call.activation, call.arguments["inputs"].x, out_gate=call.out_gate, **finish),
         **options(config),
     }  # fmt: skip
     if isinstance(config, Band):
@@ -336,62 +360,3 @@ def _band_launches(call: Call, arguments: dict, results: tuple, need: Needs, con
         yield _reduce_filters(call, filters, grad_weight, owners, 1 if call.per_row else pieces, call.per_row)
     if need.BIAS:
         yield _reduce_bias(call, biases, grad_bias)
-
-
-def tap_step(args) -> Tensor:
-    """The operator ``tap_step``: one launch (one per 65,535 rows)."""
-    x, state, weight, dilation = args.x, args.state, args.weight, args.dilation
-    K = weight.shape[-1]
-    check_dilation(dilation, K)
-    shape = (x.shape[0], dilation * (K - 1), x.shape[1])
-    if state.shape != shape or not state.is_contiguous():
-        expected = f"contiguous [batch, dilation * (taps - 1), channels] = {shape}"
-        raise ValueError(f"argument 'state': expected {expected}, got {tuple(state.shape)}")
-    y = torch.empty_like(x)
-    if y.numel() == 0:
-        return y
-    whole = x.shape[0] if args.state_index is not None else ROWS_OF_A_LAUNCH
-
-    def launches():
-        for first in range(0, x.shape[0], whole):
-
-            def part(tensor: Tensor | None, first=first) -> Tensor | None:
-                shared = tensor is None or tensor.shape[0] != x.shape[0]
-                return tensor if shared else tensor[first : first + whole]
-
-            rows = {name: part(getattr(args, name)) for name in ("x", "state", "gate", "position")}
-            rows["weight"] = weight if weight.dim() == 2 else part(weight)
-            yield step_launch(args._replace(**rows), part(y))
-
-    run(x, launches())
-    return y
-
-
-def step_launch(args, y: Tensor):
-    """Kernel, grid and arguments of a decoding step."""
-    x, state, weight, bias, gate = args.x, args.state, args.weight, args.bias, args.gate
-    state_index, position = args.state_index, args.position
-    B, C = x.shape
-    H, K = weight.shape[-2:]
-    indexed, per_batch = state_index is not None, weight.dim() == 3
-    batch, head, tap = weight.stride() if per_batch else (0, *weight.stride())
-    config = configs.step(C, K)
-
-    def row(tensor: Tensor) -> Rows:
-        batch, channel = tensor.stride()
-        return Rows(tensor, batch, 0, channel)
-
-    arguments = {
-        "x": row(x), "gate": row(x if gate is None else gate), "weight": Filters(weight, batch, 0, head, tap),
-        "bias": y if bias is None else bias.contiguous(), "y": row(y), "state": state,
-        "scratch": torch.empty_like(state) if indexed else state,
-        "state_index": state_index.contiguous() if indexed else x, "position": x if position is None else position,
-        "position_stride": 0 if position is None or position.shape[0] == 1 else position.stride(0), "B": B,
-        "sizes": Sizes(1, C, H, C // H), "dilation": args.dilation,
-        "FILTER": FilterFlags(K, args.softmax, args.renormalize, False, per_batch, False, False),
-        "HAS_BIAS": bias is not None, "HAS_GATE": gate is not None, "INDEXED": indexed,
-        "HAS_POSITION": position is not None,
-        "DTYPE": tl.float64 if x.dtype == torch.float64 else tl.float32, "BC": config.BC, "KP": config.KP,
-        "BS": config.BS, **options(config),
-    }  # fmt: skip
-    return forward.conv_step, (ceil_div(C, config.BC), 1 if indexed else B), arguments

@@ -1,4 +1,4 @@
-"""What the convolution kernels share: the index relation, finding sequences, inputs, filters.
+"""What the convolution kernels share: the index relation, finding sequences, tensors' rows, filters.
 
 Shapes: a *column* is [rows, 1] (one value per position), a *row* is [1, channels]; they broadcast. Offsets are 64 bits
 wide, positions 32. A record of a tensor holds a pointer and strides; functions whose names end in ``_at`` return it
@@ -20,30 +20,6 @@ class Rows(NamedTuple):
     batch: Any
     time: Any
     channel: Any
-
-
-class Mask(NamedTuple):
-    """A padding mask [batch, time]."""
-
-    data: Any
-    batch: Any
-    time: Any
-
-
-class Inputs(NamedTuple):
-    """What the input z of a convolution is made of."""
-
-    x: Rows
-    gate: Rows
-    mask: Mask
-    state: Any
-
-
-class Gradients(NamedTuple):
-    """The gradients of x and of the gate."""
-
-    x: Rows
-    gate: Rows
 
 
 class Filters(NamedTuple):
@@ -123,13 +99,6 @@ class FilterFlags(NamedTuple):
     HAS_STATE: bool
 
 
-class InputFlags(NamedTuple):
-    HAS_GATE: bool
-    HAS_MASK: bool
-    HAS_STATE: bool
-    PACKED: bool
-
-
 class Needs(NamedTuple):
     """Which gradients are wanted."""
 
@@ -188,23 +157,9 @@ def states_at(state, b, c, sequence, count, C, span):
 
 
 @triton.jit
-def inputs_at(inputs, b, c, states):
-    """``inputs`` from position 0 of batch row b and channels c on; states: those of ``states_at``."""
-    mask = Mask(inputs.mask.data + b.to(tl.int64) * inputs.mask.batch, inputs.mask.batch, inputs.mask.time)
-    return Inputs(columns_at(inputs.x, b, c), columns_at(inputs.gate, b, c), mask, states)
-
-
-@triton.jit
 def rows_from(x, s):
     """x from x[s] on."""
     return Rows(x.data + tl.cast(s, tl.int64) * x.time, x.batch, x.time, x.channel)
-
-
-@triton.jit
-def inputs_from(z, s):
-    """Inputs from position s on."""
-    mask = Mask(z.mask.data + tl.cast(s, tl.int64) * z.mask.time, z.mask.batch, z.mask.time)
-    return Inputs(rows_from(z.x, s), rows_from(z.gate, s), mask, rows_from(z.state, s))
 
 
 @triton.jit
@@ -229,65 +184,6 @@ def store_row(x, value, keep):
 def store_rows(x, s, value, keep):
     """x[s] = value where ``keep``."""
     store_row(rows_from(x, s), value, keep)
-
-
-@triton.jit
-def unmasked(mask, inside, HAS_MASK: tl.constexpr):
-    """``inside``, less the rows that the padding mask excludes."""
-    if HAS_MASK:
-        inside = inside & (tl.load(mask.data, mask=inside, other=0) != 0)
-    return inside
-
-
-@triton.jit
-def load_input(z, s, columns, sequence, span, INPUT: tl.constexpr, DTYPE: tl.constexpr):
-    """z[s]; ``z`` is the input from position 0 on."""
-    return load_input_row(inputs_from(z, s), s, columns, sequence, span, INPUT, DTYPE)
-
-
-@triton.jit
-def load_input_row(z, s, columns, sequence, span, INPUT: tl.constexpr, DTYPE: tl.constexpr):
-    """The first row of z, which is position s: x, gated, 0 by selection where masked or outside; positions before the
-    sequence from the state."""
-    inside = unmasked(z.mask, (s >= sequence.begin) & (s < sequence.end), INPUT.HAS_MASK) & columns
-    value = load_row(z.x, inside, DTYPE)
-    if INPUT.HAS_GATE:
-        value *= tl.sigmoid(load_row(z.gate, inside, DTYPE))
-    if INPUT.HAS_STATE:
-        before = (s < sequence.begin) & (s >= sequence.begin - span) & columns
-        value += load_row(z.state, before, DTYPE)
-    return value
-
-
-@triton.jit
-def gradients_at(gradients, b, c):
-    return Gradients(columns_at(gradients.x, b, c), columns_at(gradients.gate, b, c))
-
-
-@triton.jit
-def gradients_from(gradients, s):
-    """Gradients from position s on."""
-    return Gradients(rows_from(gradients.x, s), rows_from(gradients.gate, s))
-
-
-@triton.jit
-def store_input_gradient(
-    dz, z, gradients, inside, wanted, INPUT: tl.constexpr, NEED: tl.constexpr, DTYPE: tl.constexpr
-):
-    """The first rows of d(x) and d(gate) from d(z) where positions exist; 0 where not ``wanted``, that is, masked."""
-    dx = dz
-    if INPUT.HAS_GATE:
-        opened = tl.sigmoid(load_row(z.gate, wanted, DTYPE))
-        dx = dz * opened
-        if NEED.GATE:
-            dgate = dz * load_row(z.x, wanted, DTYPE) * (opened * (1.0 - opened))
-            if INPUT.HAS_MASK:
-                dgate = tl.where(wanted, dgate, 0.0)
-            store_row(gradients.gate, dgate, inside)
-    if NEED.X:
-        if INPUT.HAS_MASK:
-            dx = tl.where(wanted, dx, 0.0)
-        store_row(gradients.x, dx, inside)
 
 
 @triton.jit
