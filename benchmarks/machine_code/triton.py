@@ -168,7 +168,23 @@ VARIANTS = (
     Variant("dynamic heads of 8 K=16", 16, heads=128, head_channels=8, dynamic=True),
     Variant("dynamic dropout K=7", 7, dynamic=True, dropout=0.1),
     Variant("dynamic per channel K=63", 63, heads=1024, head_channels=1, dynamic=True),
-)
+    Variant("depthwise bias silu K=4", 4, heads=1024, head_channels=1, softmax=False, bias=True, silu=True),
+    Variant(
+        "depthwise silu gates residual K=4", 4, heads=1024, head_channels=1, softmax=False, gate=True, silu=True,
+        out_gate=True, residual=True,
+    ),
+    Variant("light silu gates residual K=31", 31, gate=True, silu=True, out_gate=True, residual=True),
+    Variant(
+        "light float32 silu gates residual K=31", 31, gate=True, silu=True, out_gate=True, residual=True,
+        dtype=torch.float32,
+    ),
+    Variant("light packed silu gates residual K=7", 7, gate=True, packed=True, silu=True, out_gate=True, residual=True),
+    Variant("dynamic silu gates residual K=7", 7, dynamic=True, gate=True, silu=True, out_gate=True, residual=True),
+    Variant(
+        "dynamic heads of 8 silu gates residual K=16", 16, heads=128, head_channels=8, dynamic=True, gate=True,
+        silu=True, out_gate=True, residual=True,
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import triton.language as tl
 
 # The numbers are those of ACTIVATIONS in convkernels/ops/conv/schema.py.
 NONE, SIGMOID, SILU = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+ACTIVATIONS = 3
 
 
 @triton.jit
@@ -22,10 +23,13 @@ def activated(value, ACTIVATION: tl.constexpr):
 @triton.jit
 def slope(value, ACTIVATION: tl.constexpr):
     """The derivative of act."""
-    if ACTIVATION == NONE:
-        return tl.full(value.shape, 1.0, value.dtype)
-    s = tl.sigmoid(value)
     if ACTIVATION == SIGMOID:
-        return s * (1.0 - s)
-    tl.static_assert(ACTIVATION == SILU)
-    return s * (1.0 + value * (1.0 - s))
+        s = tl.sigmoid(value)
+        value = s * (1.0 - s)
+    elif ACTIVATION == SILU:
+        s = tl.sigmoid(value)
+        value = s * (1.0 + value * (1.0 - s))
+    else:
+        tl.static_assert(ACTIVATION == NONE)
+        value = tl.full(value.shape, 1.0, value.dtype)
+    return value

@@ -18,7 +18,7 @@ from ..host import (
     search_steps,
 )
 from . import backward_band, backward_heads, backward_tile, backward_window, configs, forward, sums
-from .activations import NONE, SILU
+from .activations import ACTIVATIONS
 from .configs import Band, Config, Groups, Heads, Tile, Window
 from .finish import Finish, FinishFlags
 from .inputs import Gradients, InputFlags, Inputs, Mask
@@ -31,11 +31,9 @@ def check_dilation(dilation: int, K: int) -> None:
         raise ValueError(f"argument 'dilation': expected {expected}, got {dilation}")
 
 
-def check_activation(argument: str, number: int) -> int:
-    """The number, if it stands for an activation."""
-    if not NONE.value <= number <= SILU.value:
+def check_activation(argument: str, number: int) -> None:
+    if not 0 <= number < ACTIVATIONS:
         raise ValueError(f"argument '{argument}': expected 0, 1 or 2, got {number}")
-    return number
 
 
 class Call:
@@ -95,17 +93,22 @@ def rows(tensor: Tensor) -> Rows:
 
 
 def input_flags(args, has_mask: bool = False, has_state: bool = False, packed: bool = False) -> InputFlags:
-    activation, gated = check_activation("gate_activation", args.gate_activation), args.gate is not None
-    return InputFlags(gated, has_mask, has_state, packed, activation if gated else NONE.value)
+    check_activation("gate_activation", args.gate_activation)
+    gated = args.gate is not None
+    return InputFlags(gated, has_mask, has_state, packed, args.gate_activation if gated else 0)
 
 
-def finish_arguments(activation: int, absent: Rows, rows_of=rows, **tensors: Tensor | None) -> dict:
-    """What forward kernels are told of the tensors that sums go to or meet; those of ``Finish`` that are not given, or
-    are None, are not looked at, and get the place of ``absent``."""
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+def finish_arguments(
+    activation: int, absent: Rows, y: Tensor | None = None, out_gate: Tensor | None = None,
+    residual: Tensor | None = None, grad: Tensor | None = None, grad_out_gate: Tensor | None = None, rows_of=rows,
+) -> dict:  # fmt: skip
+    """What forward kernels are told of the tensors that sums go to or meet, those of ``Finish``. Absent ones are not
+    looked at."""
+    check_activation("activation", activation)
+    tensors = (y, out_gate, residual, grad, grad_out_gate)
     return {
-        "finish": Finish(*(rows_of(given[name]) if name in given else absent for name in Finish._fields)),
-        "FINISH": FinishFlags(check_activation("activation", activation), *(name in given for name in Finish._fields)),
+        "finish": Finish(*[absent if tensor is None else rows_of(tensor) for tensor in tensors]),
+        "FINISH": FinishFlags(activation, *[tensor is not None for tensor in tensors]),
     }
 
 
@@ -144,10 +147,11 @@ def tap_activation_grad(args) -> tuple[Tensor, Tensor]:
 def forward_launch(call: Call, config: Tile | Band, **finish: Tensor | None):
     """Kernel, grid and arguments of a forward pass; nothing is launched. finish: the tensors of ``Finish`` that are no
     inputs of both operators."""
-    bias, x = call.bias, call.x
+    args = call.args
     arguments = {
-        **call.arguments, "bias": x if bias is None else bias.contiguous(), "HAS_BIAS": bias is not None,
-        **finish_arguments(call.activation, call.arguments["inputs"].x, out_gate=call.out_gate, **finish),
+        **call.arguments, "bias": args.x if args.bias is None else args.bias.contiguous(),
+        "HAS_BIAS": args.bias is not None,
+        **finish_arguments(args.activation, call.arguments["inputs"].x, out_gate=args.out_gate, **finish),
         **options(config),
     }  # fmt: skip
     if isinstance(config, Band):

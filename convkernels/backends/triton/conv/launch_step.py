@@ -56,10 +56,11 @@ def step_launch(args, y: Tensor):
         batch, channel = tensor.stride()
         return Rows(tensor, batch, 0, channel)
 
+    x_row = row(x)
     arguments = {
-        "x": row(x), "gate": row(x if gate is None else gate), "weight": Filters(weight, batch, 0, head, tap),
+        "x": x_row, "gate": x_row if gate is None else row(gate), "weight": Filters(weight, batch, 0, head, tap),
         "bias": x if bias is None else bias.contiguous(), "state": state,
-        **finish_arguments(args.activation, row(x), row, y=y, out_gate=args.out_gate, residual=args.residual),
+        **finish_arguments(args.activation, x_row, y, args.out_gate, args.residual, rows_of=row),
         "scratch": torch.empty_like(state) if indexed else state,
         "state_index": state_index.contiguous() if indexed else x, "position": x if position is None else position,
         "position_stride": 0 if position is None or position.shape[0] == 1 else position.stride(0), "B": B,
