@@ -3,6 +3,8 @@
 Bounds of every element: test_fuzz.py. Derivatives by finite differences: test_gradients.py.
 """
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -191,6 +193,26 @@ def test_modules(name, backend):
         for n in range(T):
             y = module.step(state=state, **{name: value[:, n] for name, value in given.items()})
             torch.testing.assert_close(y, expected[:, n], rtol=1e-5, atol=1e-5)
+
+
+def test_modules_saved_before_there_was_a_choice(backend):
+    module = cknn.DepthwiseConv1d(C, K, backend=backend)
+    old, x = copy.deepcopy(module), torch.randn(B, T, C)
+    del old.__dict__["gate_activation"], old.__dict__["activation"]
+    assert torch.equal(old(x), module(x)) and repr(old) == repr(module)
+
+
+@pytest.mark.parametrize("argument", ["gate_activation", "activation"])
+@pytest.mark.parametrize("op", ["tap_conv", "tap_activation_grad", "tap_grad", "tap_step"])
+def test_operators_refuse_numbers_that_mean_nothing(op, argument, ops):
+    x = torch.randn(B, T, C)
+    given = {"x": x, "weight": torch.randn(C, K), "gate": x, argument: 3}
+    given |= {"x": x[:, 0], "gate": x[:, 0], "state": torch.zeros(B, K - 1, C)} if op == "tap_step" else {"left": 1}
+    given |= {"grad": x} if op.endswith("grad") else {}
+    if op == "tap_grad" and argument == "activation":
+        pytest.skip("it has no such argument")
+    with pytest.raises((ValueError, RuntimeError), match=f"argument '{argument}': expected 0, 1 or 2"):
+        getattr(ops, op)(**given)
 
 
 def test_autocast_casts_what_lies_beside_x(backend):

@@ -24,6 +24,8 @@ class _Conv(nn.Module):
     ``_operands`` the convolution's input, its gate, the filters and the bias.
     """
 
+    gate_activation, activation = "sigmoid", None  # of modules that were saved before there was a choice
+
     def __init__(
         self, channels, kernel_size, heads, *, padding, dilation, gate_activation, activation, backend, softmax=False,
         renormalize=False, weight_dropout=0.0, **flags,

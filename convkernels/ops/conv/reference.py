@@ -18,7 +18,7 @@ from torch import Tensor
 from .._dtypes import accumulate_dtype, dropout_mask
 from .._validate import fail
 from .checks import reach
-from .schema import NONE, SIGMOID, TapActivationGrad, TapConv, TapGrad, TapStep
+from .schema import ACTIVATIONS, NONE, SIGMOID, TapActivationGrad, TapConv, TapGrad, TapStep
 
 # The pieces of the definition are differentiable; the double backward is built from them too.
 
@@ -74,6 +74,14 @@ def extend(z: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -
         return torch.cat([z, zero], 1)
     rows = sequence_count(cu_seqlens) * initial_state.shape[1]
     return torch.cat([z, initial_state.to(z.dtype).reshape(B, rows, C), zero], 1)
+
+
+def check_activations(args) -> None:
+    """That the numbers of an operator's call stand for something."""
+    for argument in ("gate_activation", "activation"):
+        number = getattr(args, argument, NONE)
+        if not 0 <= number < len(ACTIVATIONS):
+            fail(type(args).__name__, argument, "0, 1 or 2", number)
 
 
 def activated(value: Tensor, activation: int) -> Tensor:
@@ -133,6 +141,7 @@ def per_channel(w: Tensor, C: int) -> Tensor:
 
 def _setting(args: TapConv | TapActivationGrad | TapGrad):
     """What forward and gradient share: the accumulation type, the source table, z's rows (of x and gate masked), w'."""
+    check_activations(args)
     x, gate, state, dtype = args.x, args.gate, args.initial_state, accumulate_dtype(args.x.dtype)
     state_rows = None if state is None else state.shape[1]
     T, K = x.shape[1], args.weight.shape[-1]
@@ -228,6 +237,7 @@ def tap_step(args: TapStep) -> Tensor:
     )  # fmt: skip
     dtype, S, K = accumulate_dtype(x.dtype), state.shape[1], weight.shape[-1]
     reach("tap_step", dilation, K)
+    check_activations(args)
     rows = (x.shape[0], dilation * (K - 1), x.shape[1])
     if state.shape != rows:
         fail("tap_step", "state", f"[batch, dilation * (taps - 1), channels] = {rows}", tuple(state.shape))
