@@ -201,23 +201,27 @@ CK_INLINE Vec<double> vexp(Vec<double> x) {
   return y;
 }
 
-// a * b + c, rounded once where there are such instructions.
+// a * b + c, rounded once, where kFused says that there are instructions for that.
+#if (defined(__AVX512F__) && CK_VECTOR_BYTES == 64) || (defined(__FMA__) && CK_VECTOR_BYTES == 32)
+constexpr bool kFused = true;
+
 template <class S>
 CK_INLINE Vec<S> vfused(Vec<S> a, Vec<S> b, Vec<S> c) {
-#if defined(__AVX512F__) && CK_VECTOR_BYTES == 64
-  if constexpr (sizeof(S) == sizeof(float))
-    return (Vec<S>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-  else
-    return (Vec<S>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
-#elif defined(__FMA__) && CK_VECTOR_BYTES == 32
-  if constexpr (sizeof(S) == sizeof(float))
-    return (Vec<S>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-  else
-    return (Vec<S>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+  constexpr bool kSingle = sizeof(S) == sizeof(float);
+#if CK_VECTOR_BYTES == 64
+  if constexpr (kSingle) return (Vec<S>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  if constexpr (!kSingle) return (Vec<S>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
 #else
-  return a * b + c;
+  if constexpr (kSingle) return (Vec<S>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  if constexpr (!kSingle) return (Vec<S>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
 #endif
 }
+#else
+constexpr bool kFused = false;
+
+template <class S>
+Vec<S> vfused(Vec<S> a, Vec<S> b, Vec<S> c) = delete;
+#endif
 
 // What 2^x takes in each type. kSeries: of (2^r - 1) / r for |r| <= 1/2, highest power first, by interpolation in
 // Chebyshev points. Adding kRound rounds to the nearest integer, and leaves it in the low bits with the exponent's
@@ -244,12 +248,12 @@ struct Exp2<double> {
 };
 
 // 2^x for x between -126 and 127 (-1022 and 1023), and 0 for -infinity, with relative error below 1.2e-7 (2.3e-16). NaN
-// stays NaN.  rest: what x lacks, far below 1; it may be left out.
-template <class S, class... Rest>
+// stays NaN.  rest: what x lacks, far below 1; it may be left out.  kHalf: half of that, for x up to 128 (1024).
+template <class S, bool kHalf = false, class... Rest>
 CK_INLINE Vec<S> vexp2_bounded(Vec<S> x, Rest... rest) {
 #if defined(__AVX512DQ__) && CK_VECTOR_BYTES == 64 && !defined(CK_BASE)
   // But for kernel sets on top of another one, whose bits are those of any machine.
-  if constexpr (sizeof(S) == sizeof(float)) {
+  if constexpr (sizeof(S) == sizeof(float) && !kHalf) {
     // Of (2^r - 1) / r for r from 0 to 1, as in Exp2: these instructions round down.
     constexpr float kSeries[] = {2.081791463e-4f,  1.2692166492e-3f,  9.6521954983e-3f,
                                  5.5496022105e-2f, 2.40227207541e-1f, 6.93147182465e-1f};
@@ -262,9 +266,10 @@ CK_INLINE Vec<S> vexp2_bounded(Vec<S> x, Rest... rest) {
   using E = Exp2<S>;
   using I = Vec<typename E::Bits>;
   // There the bits of the exponent are 0, and with them the result.
-  const Vec<S> low = splat(E::kLow - 1), clamped = x < low ? low : x;
-  const Vec<S> shifted = clamped + E::kRound;
-  const Vec<S> r = ((clamped - (shifted - E::kRound)) + ... + rest);
+  const Vec<S> low = splat(E::kLow - 1 + kHalf), clamped = x < low ? low : x;
+  const S round = E::kRound - kHalf;
+  const Vec<S> shifted = clamped + round;
+  const Vec<S> r = ((clamped - (shifted - round)) + ... + rest);
   Vec<S> y = splat(E::kSeries[0]);
   CK_UNROLL for (size_t i = 1; i < sizeof E::kSeries / sizeof(S); ++i) y = y * r + E::kSeries[i];
   y = y * r + S{1};
@@ -277,29 +282,35 @@ CK_INLINE Vec<S> vexp2(Vec<S> x) {
   return x < splat(Exp2<S>::kLow) ? Vec<S>{} : vexp2_bounded<S>(x);
 }
 
-// 1 / (1 + exp(-x)), 0 where that is below about the smallest normal number. kClose: to two units in the last place;
-// otherwise the error grows with |x|, by a unit for each 1.
+// 1 / (1 + exp(-x)); 0 where exp(-x) is no finite number. kClose: to two units in the last place; otherwise the error
+// grows with |x|, by a unit for each 1.
 template <class S, bool kClose>
 CK_INLINE Vec<S> vsigmoid(Vec<S> x) {
   constexpr double kFactor = -1.44269504088896340736;
   constexpr S kHigh = static_cast<S>(kFactor), kRest = static_cast<S>(sizeof(S) == 4 ? kFactor - kHigh : -2.0355e-17);
-  const Vec<S> low = splat(Exp2<S>::kLow), high = splat(-Exp2<S>::kLow), product = x * kHigh;
-  Vec<S> power = product > high ? high : product, below;
-  if constexpr (kClose) {  // with what both roundings of -x / log(2) have left out
-    power = power < low ? low : power;
-    const Vec<S> rest = vfused<S>(x, splat(kHigh), -power) + x * kRest;
-    below = splat(S{1}) + vexp2_bounded<S>(power, product == power ? rest : Vec<S>{});
-  } else {
-    below = splat(S{1}) + vexp2_bounded<S>(power);
-  }
+  const Vec<S> low = splat(Exp2<S>::kLow), high = splat(2 - Exp2<S>::kLow), product = x * kHigh;
+  const auto finite = [&](auto... rest) CK_INLINE_LAMBDA {
+    const Vec<S> power = product > high ? high : product;
 #if defined(__AVX512DQ__) && CK_VECTOR_BYTES == 64 && !defined(CK_BASE)
-  if constexpr (sizeof(S) == sizeof(float)) {  // a step of Newton's method takes less time than a division
-    const Vec<S> near = (Vec<S>)_mm512_rcp14_ps((__m512)below);
-    const Vec<S> inverse = near + near * (splat(S{1}) - below * near);
-    return product > high ? Vec<S>{} : inverse;
-  }
+    if constexpr (sizeof(S) == sizeof(float)) {  // a step of Newton's method takes less time than a division
+      const Vec<S> below = splat(S{1}) + vexp2_bounded<S>(power, rest...);
+      const Vec<S> near = (Vec<S>)_mm512_rcp14_ps((__m512)below);
+      return near + near * (splat(S{1}) - below * near);
+    }
 #endif
-  return product > high ? Vec<S>{} : splat(S{1}) / below;
+    // Halves, because the power itself may be too large where half of it is not.
+    return splat(S{0.5}) / (splat(S{0.5}) + vexp2_bounded<S, true>(power, rest...));
+  };
+  Vec<S> result;
+  if constexpr (kClose && !kFused) {
+    result = splat(S{1}) / (splat(S{1}) + vexp(-x));
+  } else if constexpr (kClose) {  // with what both roundings of -x / log(2) have left out
+    const Vec<S> rest = vfused<S>(x, splat(kHigh), -product) + x * kRest;
+    result = finite(product > low && product < high ? rest : Vec<S>{});
+  } else {
+    result = finite();
+  }
+  return product >= high ? Vec<S>{} : result;
 }
 
 CK_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }

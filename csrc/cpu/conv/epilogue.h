@@ -74,7 +74,7 @@ struct Epilogue {
   CK_INLINE void store_unit(const Vec<C>* sums, int64_t row, int64_t u, Elem* out, bool stream) const {
     constexpr int P = Src::kParts;
     const int64_t unit = first_unit + u;
-    Vec<C> open[P], other[P], y[P];
+    Vec<C> open[P] = {}, other[P] = {}, y[P];
     if (out_gate != nullptr) load(out_gate[row], unit, open);
     if (grad == nullptr) {
       if (residual != nullptr) load(residual[row], unit, other);
