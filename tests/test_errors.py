@@ -4,6 +4,7 @@ was given, before any kernel starts.
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from helpers import nested, quantized
@@ -70,6 +71,10 @@ TABLE = [
     (L, {"out_gate": torch.randn(B, T, 1)}, ValueError, "out_gate", r"\[B,T,C\] = \[2, 7, 12\]", r"\[2, 7, 1\]"),
     (P, {"residual": torch.randn(B, T, C).double()}, TypeError, "residual", "the dtype of x, torch.float32", "float64"),
     (D, {"residual": 1.0}, TypeError, "residual", "a tensor or None", "1.0"),
+    (P, {"out_gate": Array()}, TypeError, "out_gate", "a tensor or None", "Array of shape"),
+    (P, {"residual": np.ones((B, T, C))}, TypeError, "residual", "a tensor or None", "ndarray of shape"),
+    (P, {"gate_activation": np.ones(2)}, ValueError, "gate_activation", "one of 'sigmoid', ", "array"),
+    (P, {"activation": np.ones(2)}, ValueError, "activation", "one of None, 'silu'", "array"),
     (LS, {"out_gate": torch.randn(B, C + 1)}, ValueError, "out_gate", r"\[B,C\] = \[2, 12\]", r"\[2, 13\]"),
     (L, {"weight": None}, TypeError, "weight", "a tensor", "None"),
     (L, {"weight": torch.randn(K)}, ValueError, "weight", r"2 dimensions \[H,K\]", r"shape \[5\]"),

@@ -19,7 +19,6 @@ _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _STRIDED = torch.strided
-_USUAL_FINISH = ("sigmoid", None, None, None)
 _CAST = ("x", "gate", "initial_state", "out_gate", "residual")
 _MAX_SPAN = checks.MAX_SPAN
 
@@ -182,13 +181,18 @@ def convolve(
     renormalize, padding, dilation, weight_dropout, training.  finish: gate_activation, activation, out_gate, residual.
     """
     softmax, renormalize, padding, dilation, p, training = settings
+    gate_activation, activation, out_gate, residual = finish
     plain = (
         not _is_compiling()
         and gate is None
         and mask is None
         and cu_seqlens is None
         and initial_state is None
-        and finish == _USUAL_FINISH
+        and activation is None
+        and out_gate is None
+        and residual is None
+        and gate_activation.__class__ is str
+        and gate_activation == "sigmoid"
         and renormalize is False
         and return_state is False
         and (training is False or (training is True and p == 0.0))
@@ -244,7 +248,6 @@ def convolve(
         except RuntimeError:
             if not any(getattr(value, "is_nested", False) for value in (x, weight, bias)):
                 raise
-    gate_activation, activation, out_gate, residual = finish
     gate_activation, activation = checks.activations(name, gate_activation, activation)
     args = TapConv(
         x, weight, 0, dilation, softmax, renormalize, p, seed, bias, gate, mask, cu_seqlens, initial_state,

@@ -44,8 +44,8 @@ def lightweight_conv1d_step(
     backend: as for ``lightweight_conv1d``.
 
     Step by step this equals ``lightweight_conv1d`` with padding="causal". Inference only: ValueError if an input
-    requires grad in grad mode; other errors as for ``lightweight_conv1d``. Under autocast x and gate are cast to the
-    dtype of the state.
+    requires grad in grad mode; other errors as for ``lightweight_conv1d``. Under autocast x, gates and residual are
+    cast to the dtype of the state.
     Source: Wu et al. 2019.
     """
     args = TapStep(x, state, weight, dilation, softmax, renormalize, bias, gate, state_index, position)

@@ -6,12 +6,13 @@
 
 namespace ck::cpu::CK_ISA {
 
-// act(a) and act'(a). T: the type in which tensors are stored.
+// act(a) and act'(a).
 template <class C>
 struct Activated {
   Vec<C> value, slope;
 };
 
+// T: the type in which tensors are stored.
 template <class T, Activation kActivation, class C = Compute<T>>
 CK_INLINE Activated<C> activate(Vec<C> a) {
   const Vec<C> one = splat(C{1});
