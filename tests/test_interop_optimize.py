@@ -56,11 +56,27 @@ def distance(actual, expected):
     )
 
 
+def nudged(model, report):
+    """The stock model again, its filters moved by one unit in the last place."""
+    huggingface.restore(model)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for module in (child for name in report.replaced for child in model.get_submodule(name).children()):
+            if isinstance(module, nn.Conv1d):
+                module.weight.copy_(torch.nextafter(module.weight, module.weight + torch.randn_like(module.weight)))
+    return model
+
+
+def allowed(moved, expected):
+    """1e-5, or four times what a stock model's results change by with ``nudged`` filters: gradients of norms of small
+    numbers change by more, and so do logits behind a delta rule, which SiLU rounded correctly moves by 1.2e-5
+    (qwen3_5_moe)."""
+    return max(1e-5, 4 * distance(moved, expected))
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_training_computes_the_same(name, monkeypatch):
-    """Logits and gradients to 1e-5, or to four times what they change by in the stock model when its filters move by
-    one unit in the last place: gradients of norms of small numbers change by more, and so do the logits of qwen3_5_moe,
-    which SiLU rounded correctly moves by 1.2e-5."""
+    """Logits and gradients."""
     calls = counted(monkeypatch)
     model, ids = built(name), tokens()
     logits, expected = trained(model, ids)
@@ -68,17 +84,9 @@ def test_training_computes_the_same(name, monkeypatch):
     assert set(report.replaced.values()) == {FAMILIES[name].module}
     actual_logits, actual = trained(model, ids)
     assert calls == ["causal_conv1d_fn"] * len(calls) and len(calls) >= len(report.replaced)
-    huggingface.restore(model)
-    with torch.no_grad():
-        for module in (child for name in report.replaced for child in model.get_submodule(name).children()):
-            if isinstance(module, nn.Conv1d):
-                module.weight.copy_(torch.nextafter(module.weight, module.weight + torch.randn_like(module.weight)))
-    moved_logits, moved = trained(model, ids)
-    for found, wanted, changed in (
-        ({"logits": actual_logits}, {"logits": logits}, {"logits": moved_logits}),
-        (actual, expected, moved),
-    ):
-        assert distance(found, wanted) <= max(1e-5, 4 * distance(changed, wanted))
+    moved_logits, moved = trained(nudged(model, report), ids)
+    assert distance({"": actual_logits}, {"": logits}) <= allowed({"": moved_logits}, {"": logits})
+    assert distance(actual, expected) <= allowed(moved, expected)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -90,13 +98,15 @@ def test_generation_computes_the_same(name, monkeypatch):
     expected = [written(model, **given) for given in (plain, left)]
     assert not calls
     report = huggingface.optimize(model)
-    for given, (sequences, logits) in zip((plain, left), expected, strict=True):
-        actual_sequences, actual_logits = written(model, **given)
-        assert torch.equal(actual_sequences, sequences)
-        near(actual_logits, logits)
+    actual = [written(model, **given) for given in (plain, left)]
     assert calls.count("causal_conv1d_update") >= 2 * 9 * len(report.replaced)
     alone, _ = written(model, input_ids=left["input_ids"][:1, 4:])
-    assert torch.equal(alone[0, -10:], actual_sequences[0, -10:])
+    nudged(model, report)
+    for given, (sequences, logits), (found, found_logits) in zip((plain, left), expected, actual, strict=True):
+        moved_sequences, moved = written(model, **given)
+        assert torch.equal(found, sequences) and torch.equal(moved_sequences, sequences)
+        assert distance({"": found_logits}, {"": logits}) <= allowed({"": moved}, {"": logits})
+    assert torch.equal(alone[0, -10:], found[0, -10:])
 
 
 def test_steps_that_autograd_records():
