@@ -108,11 +108,9 @@ struct Cpu {
 
   void forward(Forward& p, bool per_batch) const {
     set_threads(p);
-    if (p.finish.grad_out_gate.data != nullptr)
-      ck::prepare_output(p.finish.grad_out_gate.data,
-                         static_cast<size_t>(p.batch * p.time * p.channels * ck::size_of(p.dtype)));
-    p.resident_output =
-        ck::prepare_output(p.y.data, static_cast<size_t>(p.batch * p.time * p.channels * ck::size_of(p.dtype)));
+    const auto bytes = static_cast<size_t>(p.batch * p.time * p.channels * ck::size_of(p.dtype));
+    if (p.finish.grad_out_gate.data != nullptr) ck::prepare_output(p.finish.grad_out_gate.data, bytes);
+    p.resident_output = ck::prepare_output(p.y.data, bytes);
     if (!per_batch || p.per_position) return check_status(kernels().conv_forward(p));
     for (int64_t b = 0; b < p.batch; ++b) check_status(kernels().conv_forward(batch_row(p, b)));
   }

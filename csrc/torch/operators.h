@@ -22,22 +22,35 @@ namespace ck::binding {
 
 template <class Target>
 struct Operators {
-  static Tensor tap_conv(Tensor x, Tensor weight, int64_t left, int64_t dilation, bool softmax, bool renormalize,
-                         double dropout, Optional seed, Optional bias, Optional gate, Optional mask,
-                         Optional cu_seqlens, Optional initial_state, int64_t gate_activation, int64_t activation,
-                         Optional out_gate, Optional residual) {
-    typename Target::Forward p;
+  // What the operators of whole sequences begin with; compute(p, target, x, weight) is the rest.
+  template <class P, class Compute>
+  static auto of_sequences(const Tensor& x, const Tensor& weight, int64_t left, int64_t dilation, bool softmax,
+                           bool renormalize, double dropout, const Optional& seed, const Optional& bias,
+                           const Optional& gate, const Optional& mask, const Optional& cu_seqlens,
+                           const Optional& initial_state, int64_t gate_activation, const Compute& compute) {
+    P p;
     Target target(x, "x");
     Copies copies;
     const View input(target.device, x, "x"), filter(target.device, weight, "weight");
     set_problem(p, target, input, filter, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens,
                 initial_state, gate_activation, copies);
     if (bias) set_bias(p, target.device, *bias, copies);
-    p.finish = finish_of(target.device, activation, out_gate, residual, rows_as(input));
-    Tensor y = allocate_like(target.device, x, input);
-    p.y = rows_like(View(y), input, "y");
-    if (p.batch * p.time * p.channels > 0) target.forward(p, filter.dim == 4);
-    return y;
+    return compute(p, target, input, filter);
+  }
+
+  static Tensor tap_conv(Tensor x, Tensor weight, int64_t left, int64_t dilation, bool softmax, bool renormalize,
+                         double dropout, Optional seed, Optional bias, Optional gate, Optional mask,
+                         Optional cu_seqlens, Optional initial_state, int64_t gate_activation, int64_t activation,
+                         Optional out_gate, Optional residual) {
+    return of_sequences<typename Target::Forward>(
+        x, weight, left, dilation, softmax, renormalize, dropout, seed, bias, gate, mask, cu_seqlens, initial_state,
+        gate_activation, [&](auto& p, Target& target, const View& input, const View& filter) {
+          p.finish = finish_of(target.device, activation, out_gate, residual, rows_as(input));
+          Tensor y = allocate_like(target.device, x, input);
+          p.y = rows_like(View(y), input, "y");
+          if (p.batch * p.time * p.channels > 0) target.forward(p, filter.dim == 4);
+          return y;
+        });
   }
 
   // tap_conv of nothing but these: packed() in convkernels/ops/conv/schema.py says where each number lies.
@@ -53,38 +66,33 @@ struct Operators {
                                                         Optional mask, Optional cu_seqlens, Optional initial_state,
                                                         int64_t gate_activation, int64_t activation, Optional out_gate,
                                                         int64_t needs) {
-    typename Target::Forward p;
-    Target target(x, "x");
-    Copies copies;
-    const View input(target.device, x, "x"), filter(target.device, weight, "weight");
-    set_problem(p, target, input, filter, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens,
-                initial_state, gate_activation, copies);
-    if (bias) set_bias(p, target.device, *bias, copies);
-    p.finish = finish_of(target.device, activation, out_gate, {}, rows_as(input));
-    p.finish.grad = rows_like(View(target.device, grad, "grad"), input, "grad");
-    const Tensor none = allocate(target.device, {0}, input.type);
-    Tensor of_sum = allocate_like(target.device, x, input), of_out_gate = none;
-    p.y = rows_like(View(of_sum), input, "y");
-    if ((needs & 2) != 0) {
-      of_out_gate = allocate_like(target.device, x, input);
-      p.finish.grad_out_gate = rows_like(View(of_out_gate), input, "grad_out_gate");
-    }
-    if (p.batch * p.time * p.channels > 0) target.forward(p, filter.dim == 4);
-    return {(needs & 1) != 0 ? of_sum : none, of_out_gate};
+    return of_sequences<typename Target::Forward>(
+        x, weight, left, dilation, softmax, renormalize, dropout, seed, bias, gate, mask, cu_seqlens, initial_state,
+        gate_activation, [&](auto& p, Target& target, const View& input, const View& filter) {
+          p.finish = finish_of(target.device, activation, out_gate, {}, rows_as(input));
+          p.finish.grad = rows_like(View(target.device, grad, "grad"), input, "grad");
+          const Tensor none = allocate(target.device, {0}, input.type);
+          Tensor of_sum = allocate_like(target.device, x, input), of_out_gate = none;
+          p.y = rows_like(View(of_sum), input, "y");
+          if ((needs & 2) != 0) {
+            of_out_gate = allocate_like(target.device, x, input);
+            p.finish.grad_out_gate = rows_like(View(of_out_gate), input, "grad_out_gate");
+          }
+          if (p.batch * p.time * p.channels > 0) target.forward(p, filter.dim == 4);
+          return std::tuple<Tensor, Tensor>((needs & 1) != 0 ? of_sum : none, of_out_gate);
+        });
   }
 
   static ConvGradTensors tap_grad(Tensor grad, Tensor x, Tensor weight, int64_t left, int64_t dilation, bool softmax,
                                   bool renormalize, double dropout, Optional seed, Optional gate, Optional mask,
                                   Optional cu_seqlens, Optional initial_state, int64_t gate_activation, int64_t needs) {
-    typename Target::Backward p;
-    Target target(x, "x");
-    Copies copies;
-    const View input(target.device, x, "x"), filter(target.device, weight, "weight");
-    set_problem(p, target, input, filter, left, dilation, softmax, renormalize, dropout, seed, gate, mask, cu_seqlens,
-                initial_state, gate_activation, copies);
-    ConvGradTensors results = set_gradients(p, target.device, grad, x, input, filter, gate, initial_state, needs);
-    if (p.batch * p.time * p.channels > 0) target.backward(p, filter.dim == 4, results);
-    return results;
+    return of_sequences<typename Target::Backward>(
+        x, weight, left, dilation, softmax, renormalize, dropout, seed, {}, gate, mask, cu_seqlens, initial_state,
+        gate_activation, [&](auto& p, Target& target, const View& input, const View& filter) {
+          ConvGradTensors results = set_gradients(p, target.device, grad, x, input, filter, gate, initial_state, needs);
+          if (p.batch * p.time * p.channels > 0) target.backward(p, filter.dim == 4, results);
+          return results;
+        });
   }
 
   // Moves the state up by one row after the output has been computed.
