@@ -162,17 +162,18 @@ class Bounds:
         return act.value(total), self._activation_errors(act, total)[0] + passed
 
     def activation_gradients(self, grad):
-        """Gradients of the sum and of out_gate, for the cotangent `grad` [B,T,C]; each a pair of roundings more."""
+        """Gradients for the cotangent `grad` [B,T,C]: dict of Expected sum and out_gate."""
         exact, g = self.exact, to_float64(grad)
         total, error = exact.sum(), self._sum_error()
         value, value_error = self._activated(total, error)
         slope = exact.act.slope(total)
         slope_error = self._activation_errors(exact.act, total)[1] + exact.act.bend * error
         inside = g if exact.out_gate is None else g * exact.out_gate
-        return (
-            self._rounded(inside * slope, np.abs(inside) * (slope_error + 2.0 * self.u * np.abs(slope)), self.x_dtype),
-            self._rounded(g * value, np.abs(g) * (value_error + self.u * np.abs(value)), self.x_dtype),
-        )
+        of_sum = np.abs(inside) * (slope_error + 2.0 * self.u * np.abs(slope))
+        return {
+            "sum": self._rounded(inside * slope, of_sum, self.x_dtype),
+            "out_gate": self._rounded(g * value, np.abs(g) * (value_error + self.u * np.abs(value)), self.x_dtype),
+        }
 
     def _sum_error(self, extra_window_error=0.0):
         """Of the sum a [B,T,C]: n = taps inside the sequence, the bias and one product rounding."""
