@@ -19,11 +19,11 @@ from ..ops._validate import (
     flag,
     floating,
     integers,
+    like,
     parameter_dtype,
     readable,
     real,
     same_device,
-    same_dtype,
     shape,
     size_text,
     tensor,
@@ -295,9 +295,7 @@ def _operands(function: str, x, weight, bias, activation, ranks: tuple[int, ...]
 
 def _like_x(function: str, argument: str, value, x: Tensor, sizes: tuple, letters: str) -> None:
     tensor(function, argument, value)
-    shape(function, argument, value, sizes, letters)
-    same_dtype(function, argument, value, x)
-    same_device(function, argument, value, x)
+    like(function, argument, value, x, sizes, letters)
 
 
 def _integers(function: str, argument: str, value, x: Tensor, sizes: tuple, letters: str) -> None:

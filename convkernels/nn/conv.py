@@ -14,7 +14,7 @@ from ..ops import _select, _validate
 from ..ops._validate import each, expect
 from ..ops.conv import api, checks, reference
 from ..ops.conv import step as steps
-from ..ops.conv.schema import ACTIVATIONS, TapStep
+from ..ops.conv.schema import TapStep
 
 
 class _Conv(nn.Module):
@@ -38,7 +38,7 @@ class _Conv(nn.Module):
         checks.padding_left(name, padding, kernel_size, dilation)
         _validate.probability(name, "weight_dropout", weight_dropout)
         each(_validate.flag, name, **flags)
-        checks.activations(name, gate_activation, activation)
+        checks.finish(name, gate_activation, activation)
         _select.known(name, backend)
         self.channels, self.kernel_size, self.heads = channels, kernel_size, heads
         self.softmax, self.renormalize = softmax, renormalize
@@ -99,10 +99,9 @@ class _Conv(nn.Module):
         if mask is not None:
             x, gate = (None if value is None else torch.where(mask[:, None], value, 0.0) for value in (x, gate))
         softmax, renormalize, *_ = self._settings()
-        args = TapStep(x, state, weight, self.dilation, softmax, renormalize, bias, gate, state_index, position)
-        return steps.step(
-            f"{self._function}_step", self._step_filters, args, self._finish(out_gate, residual), self.backend
-        )
+        name, finish = f"{self._function}_step", self._finish(out_gate, residual)
+        operands = (x, state, weight, self.dilation, softmax, renormalize, bias, gate, state_index, position)
+        return steps.step(name, self._step_filters, TapStep(*operands, *checks.finish(name, *finish)), self.backend)
 
     def _settings(self) -> tuple:
         """softmax, renormalize, padding, dilation, weight_dropout and training of the function behind."""
@@ -289,7 +288,7 @@ class DynamicConv1d(_Conv):
             checks.last_dimension(type(self).__name__, "query", given, "query_size", self.query_size)
         if query is None:
             if gate is not None:  # the filters need the product, so the convolution gets it ready-made
-                x, gate = reference.gated_input(x, gate, None, ACTIVATIONS.index(self.gate_activation)), None
+                x, gate = reference.gated_input(x, gate, None, checks.GATE_ACTIVATIONS[self.gate_activation]), None
             query = x
         if self.mask_query and mask is not None:
             query = torch.where(mask[..., None], query, 0.0)

@@ -118,6 +118,13 @@ def same_dtype(function: str, argument: str, value: Tensor, x: Tensor, name: str
         fail(function, argument, f"the dtype of {name}, {x.dtype}", value, TypeError)
 
 
+def like(function: str, argument: str, value: Tensor, x: Tensor, sizes: tuple, letters: str) -> None:
+    """These sizes, and the dtype and device of x."""
+    shape(function, argument, value, sizes, letters)
+    same_dtype(function, argument, value, x)
+    same_device(function, argument, value, x)
+
+
 def parameter_dtype(function: str, argument: str, value: Tensor, x: Tensor, name: str = "x") -> None:
     """Weights may be of another float type than x, but double precision is all or nothing."""
     floating(function, argument, value)

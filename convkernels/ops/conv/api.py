@@ -248,10 +248,9 @@ def convolve(
         except RuntimeError:
             if not any(getattr(value, "is_nested", False) for value in (x, weight, bias)):
                 raise
-    gate_activation, activation = checks.activations(name, gate_activation, activation)
     args = TapConv(
         x, weight, 0, dilation, softmax, renormalize, p, seed, bias, gate, mask, cu_seqlens, initial_state,
-        gate_activation, activation, out_gate, residual,
+        *checks.finish(name, *finish),
     )  # fmt: skip
     return _general(name, letters, args, padding, training, return_state, backend)
 

@@ -13,20 +13,22 @@ from .._validate import (
     flag,
     floating,
     integer,
+    like,
     parameter_dtype,
     positive,
     readable,
     real,
     same_device,
-    same_dtype,
     shape,
     size_text,
     tensor,
 )  # fmt: skip
-from .schema import ACTIVATIONS, NONE, TapConv, TapStep
+from .schema import NONE, SIGMOID, SILU, TapConv, TapStep
 
 MAX_SPAN = 2**30
 """The greatest dilation, and distance between the first and the last tap, so that positions fit into 32 bits."""
+GATE_ACTIVATIONS = {"sigmoid": SIGMOID, "silu": SILU, "none": NONE}
+RESULT_ACTIVATIONS = {None: NONE, "silu": SILU}
 CHANNELS_LAST = "x is read as [B,T,C]: give x.mT if channels come first"
 
 
@@ -118,15 +120,16 @@ def bias(function: str, value: Any, x: Tensor) -> None:
     same_device(function, "bias", value, x)
 
 
-def activations(function: str, of_gate: Any, of_result: Any) -> tuple[int, int]:
-    """gate_activation and activation, as operators take them."""
-    for argument, value, known in (
-        ("gate_activation", of_gate, ("sigmoid", "silu", "none")),
-        ("activation", of_result, (None, "silu")),
-    ):
-        if not (value is None or isinstance(value, str)) or value not in known:
-            fail(function, argument, f"one of {', '.join(map(repr, known))}", repr(value))
-    return ACTIVATIONS.index(of_gate), NONE if of_result is None else ACTIVATIONS.index(of_result)
+def finish(function: str, gate_activation: Any, activation: Any, *tensors: Any) -> tuple:
+    """These arguments, as operators take them; of the tensors nothing is known yet."""
+    of_gate = _number(function, "gate_activation", gate_activation, GATE_ACTIVATIONS)
+    return of_gate, _number(function, "activation", activation, RESULT_ACTIVATIONS), *tensors
+
+
+def _number(function: str, argument: str, value: Any, numbers: dict) -> int:
+    if not (value is None or isinstance(value, str)) or value not in numbers:
+        fail(function, argument, f"one of {', '.join(map(repr, numbers))}", repr(value))
+    return numbers[value]
 
 
 def like_x(function: str, x: Tensor, **values: Any) -> None:
@@ -134,9 +137,7 @@ def like_x(function: str, x: Tensor, **values: Any) -> None:
     for argument, value in values.items():
         if value is not None:
             tensor(function, argument, value, optional=True)
-            shape(function, argument, value, tuple(x.shape), "[B,T,C]" if x.dim() == 3 else "[B,C]")
-            same_dtype(function, argument, value, x)
-            same_device(function, argument, value, x)
+            like(function, argument, value, x, tuple(x.shape), "[B,T,C]" if x.dim() == 3 else "[B,C]")
 
 
 def mask(function: str, value: Any, x: Tensor) -> None:
@@ -161,9 +162,7 @@ def initial_state(function: str, value: Any, x: Tensor, rows: int, cu: Tensor | 
         return
     tensor(function, "initial_state", value, optional=True)
     sequences, letters = (x.shape[0], "[B,S,C]") if cu is None else (cu.shape[0] - 1, "[N,S,C]")
-    shape(function, "initial_state", value, (sequences, rows, x.shape[2]), f"{letters}, S = (K-1)*dilation,")
-    same_dtype(function, "initial_state", value, x)
-    same_device(function, "initial_state", value, x)
+    like(function, "initial_state", value, x, (sequences, rows, x.shape[2]), f"{letters}, S = (K-1)*dilation,")
 
 
 def convolution(function: str, letters: str, args: TapConv, padding, training, return_state) -> int:
@@ -207,9 +206,7 @@ def step(function: str, letters: str, args: TapStep) -> None:
     tensor(function, "weight", args.weight)
     K = _operands(function, letters, args, "a tensor of 2 dimensions [B,C]", 2, "[B,H,K]")
     B, C = x.shape
-    shape(function, "state", state, (B, (K - 1) * args.dilation, C), "[B,S,C], S = (K-1)*dilation,")
-    same_dtype(function, "state", state, x)
-    same_device(function, "state", state, x)
+    like(function, "state", state, x, (B, (K - 1) * args.dilation, C), "[B,S,C], S = (K-1)*dilation,")
     if not state.is_contiguous():
         expected = "a contiguous tensor, every element in memory of its own, because it is updated in place"
         fail(function, "state", expected, f"strides {list(state.stride())}")

@@ -107,17 +107,12 @@ def of_activation_grad(conv: Callable, into: list, args: TapActivationGrad) -> t
         return (None,) * len(primals)
 
     def function(*values):
-        grad, x, weight, bias, gate, initial_state, out_gate = (
-            values[given.index(index)] if index in given else None for index in range(len(primals))
-        )
-        total = _sum(conv, args, x, weight, bias, gate, initial_state)
-        g = grad.to(total.dtype)
-        inside = g if out_gate is None else g * out_gate.to(g.dtype)
-        results = (
-            inside * reference.slope(total, args.activation),
-            g * reference.activated(total, args.activation),
-        )
-        return tuple(results[index].to(x.dtype) for index in used)
+        by_input = dict(zip(given, values, strict=True))
+        grad, *operands, out_gate = (by_input.get(index) for index in range(len(primals)))
+        total = _sum(conv, args, *operands)
+        results = reference.finish_gradients(total, grad.to(total.dtype), out_gate, args.activation)
+        return tuple(results[index].to(args.x.dtype) for index in used)
 
     gradients = torch.func.vjp(function, *[primals[index] for index in given])[1](tuple(into[index] for index in used))
-    return tuple(gradients[given.index(index)] if index in given else None for index in range(len(primals)))
+    by_input = dict(zip(given, gradients, strict=True))
+    return tuple(by_input.get(index) for index in range(len(primals)))

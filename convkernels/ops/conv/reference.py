@@ -5,7 +5,7 @@
     z[b,s,c] = x[b,s,c] * gate_act(gate[b,s,c]), and 0 where mask[b,s] is False
     w'       = dropout(softmax_j(weight)), each part optional
 
-act and gate_act are 1, the sigmoid or SiLU (``ACTIVATIONS``); of act, 1 is the identity.
+act and gate_act are the identity, the sigmoid or SiLU (``ACTIVATIONS``).
 
 Everything is computed in float32 (float64 for float64) and rounded once, at the end. ``source_rows`` is the one
 place that says which input a tap reads; the forward pass gathers by that table and the gradient scatters by it.
@@ -139,6 +139,12 @@ def per_channel(w: Tensor, C: int) -> Tensor:
     return w.repeat_interleave(C // w.shape[-1], -1)
 
 
+def finish_gradients(total: Tensor, grad: Tensor, out_gate: Tensor | None, activation: int) -> tuple[Tensor, Tensor]:
+    """Of the sum a and of out_gate; all in the accumulation type."""
+    inside = grad if out_gate is None else grad * out_gate.to(grad.dtype)
+    return inside * slope(total, activation), grad * activated(total, activation)
+
+
 def _setting(args: TapConv | TapActivationGrad | TapGrad):
     """What forward and gradient share: the accumulation type, the source table, z's rows (of x and gate masked), w'."""
     check_activations(args)
@@ -175,12 +181,9 @@ def _sum(args: TapConv | TapActivationGrad) -> Tensor:
 def tap_activation_grad(args: TapActivationGrad) -> tuple[Tensor, Tensor]:
     """Gradients with respect to the sum a, which is computed again, and to out_gate, those that ``needs`` asks for, in
     x's dtype and layout."""
-    x, wanted, none = args.x, args.wanted, args.x.new_empty(0)
-    total, g = _sum(args), args.grad.to(accumulate_dtype(x.dtype))
-    to_out_gate = _like(g * activated(total, args.activation), x) if wanted.out_gate else none
-    if args.out_gate is not None:
-        g = g * args.out_gate.to(g.dtype)
-    return _like(g * slope(total, args.activation), x) if wanted.sum else none, to_out_gate
+    total, x = _sum(args), args.x
+    gradients = finish_gradients(total, args.grad.to(total.dtype), args.out_gate, args.activation)
+    return tuple(_like(g, x) if asked else x.new_empty(0) for g, asked in zip(gradients, args.wanted, strict=True))
 
 
 def tap_grad(args: TapGrad) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -5,23 +5,23 @@ from .._spec import Form
 
 _SETTING = "int dilation=1, bool softmax=False, bool renormalize=False"
 _OPTIONAL = "Tensor? gate=None, Tensor? mask=None, Tensor? cu_seqlens=None, Tensor? initial_state=None"
-_FINISH = "int activation=0, Tensor? out_gate=None, Tensor? residual=None"
 _INPUTS = ("x", "weight", "bias", "gate", "initial_state")
 
 ACTIVATIONS = ("none", "sigmoid", "silu")
 """What the numbers ``activation`` and ``gate_activation`` stand for."""
 NONE, SIGMOID, SILU = range(len(ACTIVATIONS))
 
+_FINISH = f"int gate_activation={SIGMOID}, int activation={NONE}, Tensor? out_gate=None"
+
 TapConv = arguments(
     "tap_conv",
     f"(Tensor x, Tensor weight, int left, {_SETTING}, float dropout=0.0, Tensor? seed=None, Tensor? bias=None, "
-    f"{_OPTIONAL}, int gate_activation={SIGMOID}, {_FINISH}) -> Tensor",
+    f"{_OPTIONAL}, {_FINISH}, Tensor? residual=None) -> Tensor",
 )
 TapActivationGrad = arguments(
     "tap_activation_grad",
     f"(Tensor grad, Tensor x, Tensor weight, int left, {_SETTING}, float dropout=0.0, Tensor? seed=None, "
-    f"Tensor? bias=None, {_OPTIONAL}, int gate_activation={SIGMOID}, int activation=0, Tensor? out_gate=None, "
-    "int needs=3) -> (Tensor, Tensor)",
+    f"Tensor? bias=None, {_OPTIONAL}, {_FINISH}, int needs=3) -> (Tensor, Tensor)",
     ("sum", "out_gate"),
 )
 TapGrad = arguments(
@@ -33,7 +33,7 @@ TapGrad = arguments(
 TapStep = arguments(
     "tap_step",
     f"(Tensor x, Tensor(a!) state, Tensor weight, {_SETTING}, Tensor? bias=None, Tensor? gate=None, "
-    f"Tensor? state_index=None, Tensor? position=None, int gate_activation={SIGMOID}, {_FINISH}) -> Tensor",
+    f"Tensor? state_index=None, Tensor? position=None, {_FINISH}, Tensor? residual=None) -> Tensor",
 )
 
 

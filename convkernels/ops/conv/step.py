@@ -48,8 +48,9 @@ def lightweight_conv1d_step(
     cast to the dtype of the state.
     Source: Wu et al. 2019.
     """
-    args = TapStep(x, state, weight, dilation, softmax, renormalize, bias, gate, state_index, position)
-    return step("lightweight_conv1d_step", "[H,K]", args, (gate_activation, activation, out_gate, residual), backend)
+    name, finish = "lightweight_conv1d_step", (gate_activation, activation, out_gate, residual)
+    operands = (x, state, weight, dilation, softmax, renormalize, bias, gate, state_index, position)
+    return step(name, "[H,K]", TapStep(*operands, *checks.finish(name, *finish)), backend)
 
 
 def depthwise_conv1d_step(
@@ -75,8 +76,9 @@ def depthwise_conv1d_step(
     ``depthwise_conv1d`` with padding="causal".
     Source: Wu et al. 2019.
     """
-    args = TapStep(x, state, weight, dilation, bias=bias, gate=gate, state_index=state_index)
-    return step("depthwise_conv1d_step", "[C,K]", args, (gate_activation, activation, out_gate, residual), backend)
+    name, finish = "depthwise_conv1d_step", (gate_activation, activation, out_gate, residual)
+    operands = (x, state, weight, dilation, False, False, bias, gate, state_index, None)
+    return step(name, "[C,K]", TapStep(*operands, *checks.finish(name, *finish)), backend)
 
 
 def dynamic_conv1d_step(
@@ -105,16 +107,14 @@ def dynamic_conv1d_step(
     ``dynamic_conv1d`` with padding="causal".
     Source: Wu et al. 2019.
     """
-    args = TapStep(x, state, weight, dilation, softmax, renormalize, bias, gate, state_index, position)
-    return step("dynamic_conv1d_step", "[B,H,K]", args, (gate_activation, activation, out_gate, residual), backend)
+    name, finish = "dynamic_conv1d_step", (gate_activation, activation, out_gate, residual)
+    operands = (x, state, weight, dilation, softmax, renormalize, bias, gate, state_index, position)
+    return step(name, "[B,H,K]", TapStep(*operands, *checks.finish(name, *finish)), backend)
 
 
-def step(name, letters, args: TapStep, finish: tuple, backend) -> Tensor:
-    """What the public function ``name`` computes, whose filters have the dimensions ``letters``. finish:
-    gate_activation, activation, out_gate, residual."""
-    state, (of_gate, of_result, out_gate, residual) = args.state, finish
-    of_gate, of_result = checks.activations(name, of_gate, of_result)
-    args = args._replace(gate_activation=of_gate, activation=of_result, out_gate=out_gate, residual=residual)
+def step(name, letters, args: TapStep, backend) -> Tensor:
+    """What the public function ``name`` computes, whose filters have the dimensions ``letters``."""
+    state = args.state
     if isinstance(state, Tensor) and _validate.autocasting(args.x):
         # The state outlives the autocast region, so it decides the dtype.
         given = {argument: getattr(args, argument) for argument in ("x", "gate", "out_gate", "residual")}

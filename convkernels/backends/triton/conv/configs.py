@@ -196,7 +196,7 @@ def tile(shape: Shape, backward: bool = False) -> Tile:
     alone = shape.packed or not shape.phased or (backward and (shape.per_row or shape.state))
     phase = ceil_div(shape.time, shape.dilation)
     TAPS = shape.taps if shape.taps <= FEW_TAPS * (1 if backward else 2) else FEW_TAPS
-    most = 8 >> (shape.per_row and shape.gate + (TAPS > FEW_TAPS))
+    most = 8 >> (shape.gate + (TAPS > FEW_TAPS) if shape.per_row else 0)
     ROWS = 1 if alone else min(most, max(1, power_of_2(phase) // 16))
     # 128 bytes of a row side by side, if there are as many.
     BV = min(power_of_2(ceil_div(shape.channels, V)), max(8, 64 // V) if backward else 8 if V > 1 else 32)
