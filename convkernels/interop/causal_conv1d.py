@@ -20,6 +20,7 @@ from ..ops._validate import (
     floating,
     integers,
     like,
+    own_memory,
     parameter_dtype,
     readable,
     real,
@@ -308,10 +309,8 @@ def _integers(function: str, argument: str, value, x: Tensor, sizes: tuple, lett
 def _writable(function: str, argument: str, value: Tensor) -> None:
     """That a tensor can be written in place: every element in memory of its own, and no gradient of what it held."""
     if torch.is_grad_enabled() and value.requires_grad:
-        fail(function, argument, "no gradient, because it is written in place", "requires_grad=True")
-    if any(step == 0 and size > 1 for step, size in zip(value.stride(), value.shape, strict=True)):
-        expected = "every element in memory of its own, because it is written in place"
-        fail(function, argument, expected, f"strides {list(value.stride())}")
+        fail(function, argument, "no gradient, because it is updated in place", "requires_grad=True")
+    own_memory(function, argument, value)
 
 
 def _states(function: str, x: Tensor, conv_state, K: int, cache_seqlens, indices) -> None:

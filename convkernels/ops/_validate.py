@@ -125,6 +125,16 @@ def like(function: str, argument: str, value: Tensor, x: Tensor, sizes: tuple, l
     same_device(function, argument, value, x)
 
 
+def own_memory(function: str, argument: str, value: Tensor) -> None:
+    """That a tensor can be written in place: every element in memory of its own."""
+    room = 1
+    for step, size in sorted((step, size) for step, size in zip(value.stride(), value.shape, strict=True) if size > 1):
+        if step < room and value.numel() > 0:
+            expected = "every element in memory of its own, because it is updated in place"
+            fail(function, argument, expected, f"strides {list(value.stride())}")
+        room = step * (size - 1) + room
+
+
 def parameter_dtype(function: str, argument: str, value: Tensor, x: Tensor, name: str = "x") -> None:
     """Weights may be of another float type than x, but double precision is all or nothing."""
     floating(function, argument, value)

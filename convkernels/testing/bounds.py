@@ -289,7 +289,7 @@ class Bounds:
 
 
 class StepBounds:
-    """Bounds of one decoding step; arguments as for the op `convkernels::tap_step`, with the state before the step."""
+    """Bounds of one call of the op `convkernels::tap_step`, with its arguments and the state before it."""
 
     def __init__(
         self,
@@ -307,48 +307,93 @@ class StepBounds:
         activation=0,
         out_gate=None,
         residual=None,
+        slots=None,
+        accepted=None,
+        cu_seqlens=None,
+        save_at=None,
+        save_slots=None,
     ):
-        batch, span, self.channels = state.shape
-        before = state if state_index is None else state[state_index]
+        self.shape = tuple(x.shape)
+        x, gate, out_gate, residual = (_with_time(value, x) for value in (x, gate, out_gate, residual))
+        weight = weight[:, None] if len(self.shape) == 2 and weight.ndim == 3 else weight
+        span, (rows, length, _) = (weight.shape[-1] - 1) * dilation, x.shape
+        # Batch row, begin and end of every sequence.
+        bounds = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
+        self.sequences = [(b, *ends) for b in range(rows) for ends in zip(bounds, bounds[1:], strict=False)]
+        batch = len(self.sequences)
+        # A copy: the step overwrites the state in place, and a float64 tensor shares its memory with the array.
+        self.pool = to_float64(state).copy()
+        self.slots = np.arange(batch) if slots is None else slots.cpu().numpy()
+        source = self.slots if state_index is None else state_index.cpu().numpy()
+        lengths = np.array([end - begin for _, begin, end in self.sequences], dtype=np.int64)
+        taken = lengths if accepted is None else accepted.cpu().numpy()
+        # Row of the old state that position 0, the first of x, would have.
+        self.first = self.pool.shape[1] - lengths + taken
+        self.before = self.pool[np.maximum(source, 0)]
+        self.saves = [] if save_at is None else list(zip(save_at.tolist(), save_slots.tolist(), strict=True))
+        history = self.before[np.arange(batch)[:, None], self.first[:, None] + np.arange(-span, 0)]
         first_row = None
         if position is not None:
             first_row = np.maximum(span - np.broadcast_to(position.cpu().numpy(), (batch,)), 0)
         self.bounds = Bounds(
-            x[:, None],
-            weight[:, None] if weight.ndim == 3 else weight,
+            x,
+            weight,
             span,
             dilation,
             softmax,
             renormalize,
             bias=bias,
-            gate=None if gate is None else gate[:, None],
-            initial_state=before,
+            gate=gate,
+            cu_seqlens=cu_seqlens,
+            initial_state=torch.from_numpy(history).to(state.dtype),
             gate_activation=gate_activation,
             activation=activation,
-            out_gate=None if out_gate is None else out_gate[:, None],
-            residual=None if residual is None else residual[:, None],
+            out_gate=out_gate,
+            residual=residual,
             first_row=first_row,
         )
-        # A copy: the step overwrites the state in place, and a float64 tensor shares its memory with the array.
-        self.before = to_float64(before).copy()
 
     def output(self):
-        """y [B,C]. With a gate a kernel may read the newest value as stored (rounded to x's dtype) or as computed."""
+        """y. With a gate a kernel may read a new value as stored (rounded to x's dtype) or as computed."""
         exact = self.bounds.exact
         extra = 0.0
         if exact.gate is not None:
-            extra = np.abs(exact.window) * (exact.row == 0)[None, :, None, None, :] * UNIT_ROUNDOFF[self.bounds.x_dtype]
+            new = (exact.row < exact.length)[None, :, None, None, :]
+            extra = np.abs(exact.window) * new * UNIT_ROUNDOFF[self.bounds.x_dtype]
         y = self.bounds.output(extra)
-        return Expected(y.value[:, 0], y.bound[:, 0], y.dtype)
+        value, bound = y.value, y.bound
+        for slot, (b, begin, end) in zip(self.slots, self.sequences, strict=True):
+            if slot < 0:
+                value[b, begin:end] = bound[b, begin:end] = 0.0
+        return Expected(value.reshape(self.shape), bound.reshape(self.shape), y.dtype)
 
     def state(self):
-        """The state after the step [B,S,C]: old rows move up unchanged, the gated input is rounded into the last
-        row.
-        """
+        """The states after the step [S,W,C]: old rows that count move up unchanged, and z is rounded into the last."""
         bounds, exact = self.bounds, self.bounds.exact
-        span = self.before.shape[1]
-        value = np.concatenate([self.before, exact.z], axis=1)[:, 1 : span + 1]
-        bound = np.zeros_like(value)
-        if exact.gate is not None and span:
-            bound[:, -1:] = bounds._rounded(exact.z, bounds.input_error(), bounds.x_dtype).bound
+        self.rounding = np.zeros_like(exact.z)
+        if exact.gate is not None:
+            self.rounding = bounds._rounded(exact.z, bounds.input_error(), bounds.x_dtype).bound
+        value, bound = self.pool.copy(), np.zeros_like(self.pool)
+        for number, (slot, (_, begin, end)) in enumerate(zip(self.slots, self.sequences, strict=True)):
+            if slot >= 0:
+                saves = [(at, kept) for at, kept in self.saves if begin < at <= end and kept >= 0]
+                for at, into in (*saves, (end, slot)):
+                    value[into], bound[into] = self._after(number, at - begin)
         return Expected(value, bound, bounds.x_dtype)
+
+    def _after(self, number, count):
+        """The state [W,C] of a sequence after `count` of its positions, and bounds of its error."""
+        b, begin, _ = self.sequences[number]
+        value, bound = (np.zeros(self.pool.shape[1:]) for _ in range(2))
+        for row in range(len(value)):
+            position = row - len(value) + count
+            old = self.first[number] + position
+            if position >= 0:
+                value[row], bound[row] = self.bounds.exact.z[b, begin + position], self.rounding[b, begin + position]
+            elif old >= 0:
+                value[row] = self.before[number, old]
+        return value, bound
+
+
+def _with_time(value, x):
+    return value[:, None] if value is not None and x.ndim == 2 else value

@@ -48,9 +48,9 @@ def arrange(tensor, layout):
         return tensor.clone(memory_format=torch.contiguous_format)
     shape, last = list(tensor.shape), tensor.dim() - 1
     if layout == "swap01" and last > 0:
-        return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+        return tensor.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
     if layout == "swap_last" and last > 0:
-        return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+        return tensor.transpose(-1, -2).clone(memory_format=torch.contiguous_format).transpose(-1, -2)
     if layout == "expanded":
         return tensor[:1].clone().expand(shape) if shape[0] else tensor.clone()
     if layout == "offset1":
@@ -227,15 +227,20 @@ class Problem(_Derived):
 
 @dataclass(frozen=True)
 class StepProblem(_Derived):
-    """One decoding step. indexed: rows continue from permuted and duplicated states. position: 0 none, 1 one for
-    all, 2 per row.
+    """One call of tap_step. length: T of x [B,T,C], 0 for x [B,C]. lengths: those of packed sequences, which replace
+    `batch` and `length`. extra: rows of a state beyond the span. indexed: rows continue from permuted and duplicated
+    states. slots: 0 none, 1 of a pool, 2 with sequences that have none. position: 0 none, 1 one for all, 2 per
+    sequence. saves: how many states are left on the way. wide: indices are int64, not int32.
     """
 
     batch: int = 3
+    length: int = 0
+    lengths: tuple[int, ...] = ()
     heads: int = 2
     head_size: int = 3
     taps: int = 4
     dilation: int = 1
+    extra: int = 0
     kind: str = "light"
     softmax: bool = False
     renormalize: bool = False
@@ -246,7 +251,11 @@ class StepProblem(_Derived):
     out_gate: bool = False
     residual: bool = False
     indexed: bool = False
+    slots: int = 0
+    accepted: bool = False
+    saves: int = 0
     position: int = 0
+    wide: bool = True
     dtype: torch.dtype = torch.float32
     weight_dtype: torch.dtype = torch.float32
     bias_dtype: torch.dtype | None = None
@@ -257,29 +266,58 @@ class StepProblem(_Derived):
 
     def tensors(self):
         """The op's tensor arguments by name, None where absent."""
-        shape = (self.batch, self.channels)
-        weight_shape = (self.heads, self.taps) if self.kind == "light" else (self.batch, self.heads, self.taps)
-        index = position = None
+        sequences = len(self.lengths) or self.batch
+        time = (sum(self.lengths),) if self.lengths else (self.length,) if self.length else ()
+        leading = (1 if self.lengths else self.batch, *time)
+        shape, filters, rows = (*leading, self.channels), (self.heads, self.taps), sequences
+        weight_shape = filters if self.kind == "light" else (*leading, *filters)
+        index = position = slots = accepted = bounds = save_at = save_slots = None
         if self.indexed:
-            index = (values((self.batch,), torch.float64, self.seed + 5).abs() * 1000).long() % max(self.batch, 1)
+            index = self._integers(5, sequences, max(sequences, 1))
+        if self.slots:
+            rows = sequences + self.saves + 3
+            free = torch.argsort(values((rows,), torch.float64, self.seed + 12))
+            slots, save_slots = free[:sequences], free[sequences : sequences + self.saves]
+            if self.slots == 2:
+                slots = torch.where(self._integers(13, sequences, 3) > 0, slots, -1 - slots)
+        if self.lengths:
+            bounds = torch.tensor((0, *self.lengths)).cumsum(0)
+        if self.saves:
+            save_at = self._integers(15, self.saves, sum(self.lengths)) + 1
+        if self.accepted:
+            newest = torch.tensor(self.lengths) if self.lengths else max(self.length, 1)
+            accepted = newest - self._integers(14, sequences, self.extra + 1)
         if self.position:
-            rows = self.batch if self.position == 2 else 1
-            position = (values((rows,), torch.float64, self.seed + 9).abs() * self.span).long()
+            position = self._integers(9, sequences if self.position == 2 else 1, self.span + 1)
         return {
             "x": self._make(shape, 1, self.layout),
-            "state": self._make((self.batch, self.span, self.channels), 2, self.state_layout),
+            "state": self._make((rows, self.span + self.extra, self.channels), 2, self.state_layout),
             "weight": self._weight(weight_shape, 3),
             "bias": self._bias(4),
             "gate": self._make(shape, 6, self.layout) if self.gate else None,
-            "state_index": index,
+            "state_index": self._indices(index),
             "position": position,
             "out_gate": self._make(shape, 10, self.layout) if self.out_gate else None,
             "residual": self._make(shape, 11, self.layout) if self.residual else None,
+            "slots": self._indices(slots),
+            "accepted": self._indices(accepted),
+            "cu_seqlens": self._indices(bounds),
+            "save_at": self._indices(save_at),
+            "save_slots": self._indices(save_slots if self.saves else None),
         }
+
+    def _integers(self, salt, count, below):
+        """Drawn from 0 to below - 1."""
+        drawn = values((count,), torch.float64, self.seed + salt)
+        return (drawn.abs() * 1000).long() % below
+
+    def _indices(self, value):
+        return value if self.wide or value is None else value.int()
 
     def op_arguments(self, t):
         """Arguments of the op tap_step and of the oracle, in schema order."""
         return (
             t["x"], t["state"], t["weight"], self.dilation, self.softmax, self.renormalize, t["bias"], t["gate"],
             t["state_index"], t["position"], self.gate_activation, self.activation, t["out_gate"], t["residual"],
+            t["slots"], t["accepted"], t["cu_seqlens"], t["save_at"], t["save_slots"],
         )  # fmt: skip

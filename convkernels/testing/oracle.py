@@ -50,9 +50,9 @@ ACTIVATIONS = (
 class Windows:
     """One evaluation of the relation above; arguments as for the op `convkernels::tap_conv`.
 
-    x [B,T,C]; weight [H,K], [B,T,H,K] or [B,1,H,K]; the other tensors as the op takes them. `first_row` (int array
-    [B]) says how many of the oldest state rows lie before the start of the sequence; only a decoding step with
-    `renormalize` has any.
+    x [B,T,C]; weight [H,K], [B,T,H,K] or [B,1,H,K]; the other tensors as the op takes them. `first_row` (one per
+    sequence) says how many of the oldest state rows lie before its start; only a decoding step with `renormalize` has
+    any.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Windows:
             before = source < start
             row = np.where(before, self.length + sequence[:, None] * self.span + self.span + source - start, row)
             inside = inside | before
-        self.row, self.inside = row, inside
+        self.row, self.inside, self.sequence = row, inside, sequence
 
     def _gather(self, rows, state):
         """[B,T,H,C/H,K]: what each tap of each output reads."""
@@ -135,9 +135,13 @@ class Windows:
         drawn_shape = logits.shape
         inside = self.inside[None, :, None, :]
         if first_row is not None:
-            inside = inside & ((self.row - self.length)[None, :, None, :] >= first_row[:, None, None, None])
-            # The newest input is row 0, below every state row.
-            inside = inside | (self.row == 0)[None, :, None, :]
+            row = self.row - self.length - self.sequence[:, None] * self.span
+            first = first_row.reshape(self.batch, self.state_shape[0] // self.batch if self.batch else 1)[
+                :, self.sequence
+            ]
+            inside = inside & (row[None, :, None, :] >= first[:, :, None, None])
+            # The new inputs are the rows below those of the state.
+            inside = inside | (self.row < self.length)[None, :, None, :]
         self.probability = self.distance = None
         if self.softmax:
             if self.renormalize:

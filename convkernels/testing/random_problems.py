@@ -16,7 +16,7 @@ SINGLE = (FLOAT32, BFLOAT16, FLOAT16)
 """What is computed in float32."""
 ANY_DTYPE = (FLOAT64, FLOAT32, FLOAT32, BFLOAT16, FLOAT16)
 # A state is contiguous by contract; it may still be unaligned.
-STATE_LAYOUTS = ("contiguous", "offset1")
+STATE_LAYOUTS = tuple(layout for layout in LAYOUTS if layout != "expanded")
 
 
 def for_each(check, make, numbers):
@@ -178,8 +178,14 @@ def random_step(number):
     taps, dtype = choose(*_TAPS), choose(*ANY_DTYPE)
     softmax = choose(False, True)
     renormalize = softmax and choose(False, True)
+    length, lengths = choose(0, 0, 1, 2, 3, 5, 9), choose((), (), (4,), (0, 1, 7), (1, 1, 3, 1), (19, 2))
+    indexed = not lengths and choose(False, True)
+    slots = 0 if indexed else choose(0, 1, 2)
     return StepProblem(
         batch=choose(0, 1, 2, 3, 4, 5),
+        length=length,
+        lengths=lengths,
+        extra=choose(0, 0, 1, 2, 5, length),
         heads=choose(1, 2, 3, 4),
         head_size=choose(1, 2, 3, 4, 7, 8, 9, 16, 17, 33),
         taps=taps,
@@ -189,8 +195,12 @@ def random_step(number):
         renormalize=renormalize,
         bias=choose(False, True),
         gate=choose(False, True),
-        indexed=choose(False, True),
+        indexed=indexed,
+        slots=slots,
+        accepted=choose(False, True),
+        saves=choose(0, 1, 4) if slots and lengths else 0,
         position=choose(0, 1, 2) if renormalize else 0,
+        wide=choose(False, True),
         dtype=dtype,
         weight_dtype=dtype if dtype == FLOAT64 else choose(dtype, dtype, *SINGLE),
         bias_dtype=None if dtype == FLOAT64 else choose(None, None, *SINGLE),

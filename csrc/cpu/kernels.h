@@ -11,8 +11,7 @@ struct Kernels {
   const char* name;
   const char* (*conv_forward)(const ConvForward&);
   const char* (*conv_backward)(const ConvBackward&);
-  // After a step of one position: drops the oldest row of each state and appends the (gated) x.
-  const char* (*shift_state)(const ConvForward&, void* state);
+  const char* (*conv_step)(const ConvStep&);
   const char* (*attention_forward)(const AttentionForward&);
   const char* (*attention_backward)(const AttentionBackward&);
 };

@@ -1,5 +1,6 @@
 // Every instruction set that this machine runs against a few plain loops, without torch: forward, backward and steps of
 // random problems in every storage type.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -284,19 +285,24 @@ void run_steps(const Kernels& kernels) {
     c.state.assign(static_cast<size_t>(c.B * c.span() * c.C()), 0.5);
     const std::vector<double> expected = plain(c).y;
     const int64_t C = c.C();
-    std::vector<double> state = c.state, previous, y(c.x.size());
-    for (int64_t t = 0; t < c.T; ++t) {
-      previous = state;
-      ConvForward f;
+    // Rows of the state behind those that are read, and steps of one to three positions.
+    const int64_t extra = n % 3, width = c.span() + extra;
+    std::vector<double> state(static_cast<size_t>(c.B * width * C), 7.0), y(c.x.size());
+    for (int64_t b = 0; b < c.B; ++b)
+      std::copy_n(c.state.data() + b * c.span() * C, c.span() * C, state.data() + (b * width + extra) * C);
+    for (int64_t t = 0, time; t < c.T; t += time) {
+      time = std::min<int64_t>(1 + (n + t) % 3, c.T - t);
+      ConvStep f;
       fill_problem(f, c);
-      f.time = 1;
-      f.x = {c.x.data() + t * C, c.T * C, 0, 1};
-      if (c.gated) f.gate = {c.gate.data() + t * C, c.T * C, 0, 1};
-      f.state = previous.data();
+      f.time = time;
+      f.x = {c.x.data() + t * C, c.T * C, C, 1};
+      if (c.gated) f.gate = {c.gate.data() + t * C, c.T * C, C, 1};
+      f.states.pool = f.old = {state.data(), width * C, C, 1};
+      f.states.slots = f.states.sequences = c.B;
+      f.states.width = width;
       if (c.with_bias) f.bias = c.bias.data();
-      f.y = {y.data() + t * C, c.T * C, 0, 1};
-      CK_EQUAL(kernels.conv_forward(f) == nullptr, true);
-      if (c.span() > 0) CK_EQUAL(kernels.shift_state(f, state.data()) == nullptr, true);
+      f.y = {y.data() + t * C, c.T * C, C, 1};
+      CK_EQUAL(kernels.conv_step(f) == nullptr, true);
     }
     check_close("steps", y, expected, 1e-12);
   }

@@ -70,11 +70,17 @@ P batch_row(const P& p, int64_t b) {
   return row;
 }
 
-// Offsets, seeds and rows of the state are read on the host.
+void check_indices(const ck::Indices& indices, int64_t count, int64_t least, int64_t most, const char* argument,
+                   const char* expected) {
+  if (indices.data == nullptr) return;
+  for (int64_t i = 0; i < count; ++i) require(indices[i] >= least && indices[i] <= most, argument, expected);
+}
+
+// Offsets, seeds and indices are read on the host.
 struct Cpu {
   using Forward = ck::cpu::ConvForward;
   using Backward = ck::cpu::ConvBackward;
-  using Step = ck::cpu::ConvForward;
+  using Step = ck::cpu::ConvStep;
   using AttentionForward = ck::cpu::AttentionForward;
   using AttentionBackward = ck::cpu::AttentionBackward;
 
@@ -95,15 +101,6 @@ struct Cpu {
     key_offsets = read_offsets(View(of_keys), p.keys, "cu_seqlens_k");
     p.query_offsets = offsets.data();
     p.key_offsets = key_offsets.data();
-  }
-
-  void set_state_rows(Step& p, const Tensor& state_index) {
-    const View index(state_index);
-    for (int64_t b = 0; b < p.batch; ++b) {
-      state_rows.push_back(static_cast<const int64_t*>(index.data)[b * index.stride[0]]);
-      require(state_rows.back() >= 0 && state_rows.back() < p.batch, "state_index", "rows of state");
-    }
-    p.state_row = state_rows.data();
   }
 
   void forward(Forward& p, bool per_batch) const {
@@ -130,18 +127,28 @@ struct Cpu {
     for (int64_t b = 0; b < p.batch; ++b) check_status(kernels().conv_backward(batch_row(p, b)));
   }
 
-  void step(Step& p, const Tensor& state, bool reordered) const {
+  void step(Step& p, const Tensor& state) const {
     set_threads(p);
-    const bool moves = p.taps.span() > 0;
-    // Rows of the state that another row continues from are needed until all have been written.
-    std::optional<Tensor> old;
-    if (reordered && moves) {
-      old = allocate_contiguous(device, View(state));
-      torch::stable::copy_(*old, state);
-      p.state = old->const_data_ptr();
+    const ck::States& states = p.states;
+    check_indices(states.slot, states.sequences, INT64_MIN, states.slots - 1, "slots", "slots of the state");
+    check_indices(states.save_slot, states.saves, INT64_MIN, states.slots - 1, "save_slots", "slots of the state");
+    check_indices(states.source, states.sequences, 0, states.slots - 1, "state_index", "rows of the state");
+    for (int64_t i = 0; i < states.sequences && states.accepted.data != nullptr; ++i) {
+      const int64_t length = p.offsets != nullptr ? p.offsets[i + 1] - p.offsets[i] : p.time,
+                    taken = states.accepted[i];
+      require(taken <= length && states.old_row(i, length, 0) >= p.taps.span(), "accepted",
+              "numbers of rows that the state holds");
     }
-    check_status(kernels().conv_forward(p));
-    if (moves) check_status(kernels().shift_state(p, state.mutable_data_ptr()));
+    p.old = states.pool;
+    // Rows of the state that another row continues from are needed until all have been written.
+    std::optional<Tensor> copy;
+    if (states.source.data != nullptr && states.width > 0) {
+      copy = allocate_contiguous(device, View(state));
+      torch::stable::copy_(*copy, state);
+      const View view(*copy);
+      p.old = rows_like(view, view, "state");
+    }
+    check_status(kernels().conv_step(p));
   }
 
   void attention(AttentionForward& p) const {
@@ -155,7 +162,7 @@ struct Cpu {
   }
 
   Device device;
-  std::vector<int64_t> offsets, key_offsets, state_rows;
+  std::vector<int64_t> offsets, key_offsets;
 };
 
 }  // namespace

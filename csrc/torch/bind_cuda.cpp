@@ -54,10 +54,6 @@ class Cuda {
     p.wide_key_offsets = key_type == ScalarType::Long;
   }
 
-  void set_state_rows(Step& p, const Tensor& state_index) {
-    p.state_row = static_cast<const int64_t*>(state_rows_.data(device, state_index));
-  }
-
   void forward(Forward& p, bool per_batch) const {
     p.per_batch = per_batch;
     check_status(ck::cuda::forward(p, stream()));
@@ -70,10 +66,7 @@ class Cuda {
     check_status(ck::cuda::backward(p, launch, workspace.mutable_data_ptr(), stream()));
   }
 
-  void step(Step& p, const Tensor& state, bool) const {
-    p.next_state = state.mutable_data_ptr();
-    check_status(ck::cuda::step(p, stream()));
-  }
+  void step(Step& p, const Tensor&) const { check_status(ck::cuda::step(p, stream())); }
 
   void attention(AttentionForward& p) const {
     const auto launch = ck::cuda::prepare(p);
@@ -109,7 +102,7 @@ class Cuda {
 
   torch::stable::accelerator::DeviceGuard guard_;
 #endif
-  Contiguous offsets_, key_offsets_, state_rows_;
+  Contiguous offsets_, key_offsets_;
 };
 
 }  // namespace

@@ -165,62 +165,103 @@ ConvGradTensors set_gradients(P& p, const Device& device, const Tensor& grad, co
   return {grad_x, grad_weight, grad_bias, grad_gate, grad_state};
 }
 
-// One position: the window is the state and x.
-template <class P>
-void set_step(P& p, const Device& device, const View& x, const Tensor& state, const View& weight, int64_t dilation,
-              bool softmax, bool renormalize, const Optional& bias, const Optional& gate, const Optional& state_index,
-              const Optional& position, int64_t gate_activation, int64_t activation, const Optional& out_gate,
-              const Optional& residual, Copies& copies) {
-  require(x.dim == 2, "x", "two dimensions [batch, channels]");
-  p.batch = x.size[0];
-  p.channels = x.size[1];
-  p.time = 1;
-  p.dtype = float_dtype(x.type, "x");
-  p.x = {x.data, x.stride[0], 0, x.stride[1]};
+// A tensor like x, which is [batch, channels] or [batch, time, channels].
+inline Rows step_rows(const View& t, const View& x, const char* argument) {
+  if (x.dim == 3) return rows_like(t, x, argument);
+  require(t.dim == 2 && t.type == x.type && t.size[0] == x.size[0] && t.size[1] == x.size[1], argument,
+          "the shape and dtype of x");
+  return {t.data, t.step(0), 0, t.stride[1]};
+}
 
-  require(weight.dim == 2 || weight.dim == 3, "weight", "[heads, taps] or [batch, heads, taps]");
-  p.per_position = weight.dim == 3;
-  require(!p.per_position || weight.size[0] == p.batch, "weight", "the batch size of x in dimension 0");
+// int32 or int64 [count].
+inline Indices indices_of(const Device& device, const Optional& t, int64_t count, const char* argument) {
+  if (!t) return {};
+  const View view(device, *t, argument);
+  require(view.dim == 1 && view.size[0] == count && (view.type == ScalarType::Int || view.type == ScalarType::Long),
+          argument, "int32 or int64, one per sequence (or state that is saved)");
+  return {view.data, view.stride[0], view.type == ScalarType::Long};
+}
+
+// What a step takes besides the arguments of a convolution and of its result.
+struct ServingTensors {
+  const Tensor& state;
+  const Optional &state_index, &position, &slots, &accepted, &cu_seqlens, &save_at, &save_slots;
+};
+
+// The states of a step, whose taps are known.
+inline void set_states(States& s, const Convolution& p, const Device& device, const View& x, const ServingTensors& t) {
+  s.sequences = t.cu_seqlens ? p.sequences : p.batch;
+  const View state(device, t.state, "state");
+  require(state.dim == 3 && state.type == x.type && (t.slots || state.size[0] == s.sequences) &&
+              state.size[1] >= p.taps.span() && state.size[2] == p.channels,
+          "state", "[sequences or slots, at least dilation * (taps - 1), channels] of x's dtype");
+  require(has_own_memory(state), "state", "a tensor with every element in memory of its own");
+  require(!t.state_index || !(t.slots || t.cu_seqlens), "state_index", "nothing with slots or cu_seqlens");
+  s.pool = {state.data, state.step(0), state.step(1), state.stride[2]};
+  s.slots = state.size[0];
+  s.width = state.size[1];
+  s.slot = indices_of(device, t.slots, s.sequences, "slots");
+  s.source = indices_of(device, t.state_index, s.sequences, "state_index");
+  s.accepted = indices_of(device, t.accepted, s.sequences, "accepted");
+  if (t.position) {
+    const View at(device, *t.position, "position");
+    require(at.dim == 1 && at.type == ScalarType::Long && (at.size[0] == s.sequences || at.size[0] == 1), "position",
+            "int64 [sequences] or [1]");
+    // Otherwise rows of the state before the start of the sequence count as they are.
+    if (p.renormalize) s.position = {at.data, at.size[0] == 1 ? 0 : at.stride[0], true};
+  }
+  if (t.save_at || t.save_slots) {
+    require(t.save_at && t.save_slots && t.slots && t.cu_seqlens, "save_at", "save_slots, slots and cu_seqlens too");
+    s.saves = t.save_at->dim() == 1 ? t.save_at->size(0) : 0;
+    s.save_at = indices_of(device, t.save_at, s.saves, "save_at");
+    s.save_slot = indices_of(device, t.save_slots, s.saves, "save_slots");
+  }
+}
+
+// The next positions: the window is rows of the state and x. x is [batch, channels] or [batch, time, channels].
+template <class P, class Target>
+void set_step(P& p, Target& target, const View& x, const View& weight, int64_t dilation, bool softmax, bool renormalize,
+              const Optional& bias, const Optional& gate, int64_t gate_activation, int64_t activation,
+              const Optional& out_gate, const Optional& residual, const ServingTensors& serving, Copies& copies) {
+  const Device& device = target.device;
+  require(x.dim == 2 || x.dim == 3, "x", "[batch, channels] or [batch, time, channels]");
+  const bool timed = x.dim == 3;
+  p.batch = x.size[0];
+  p.time = timed ? x.size[1] : 1;
+  p.channels = x.size[x.dim - 1];
+  p.dtype = float_dtype(x.type, "x");
+  const auto rows_of = [&](const View& t, const char* argument) { return step_rows(t, x, argument); };
+  p.x = rows_of(x, "x");
+
+  require(weight.dim == 2 || weight.dim == x.dim + 1, "weight",
+          timed ? "[heads, taps] or [batch, time, heads, taps]" : "[heads, taps] or [batch, heads, taps]");
+  p.per_position = weight.dim > 2;
+  require(!p.per_position || (weight.size[0] == p.batch && (!timed || weight.size[1] == p.time)), "weight",
+          "the batch size and length of x in front");
   p.weight_dtype = parameter_dtype(weight, p.dtype, "weight");
   const int64_t head = weight.dim - 2, taps = weight.size[head + 1];
   set_taps(p, weight.size[head], taps, 0, dilation);
   p.taps.left = p.taps.span();
   p.weight = weight.data;
   p.weight_batch = p.per_position ? weight.stride[0] : 0;
+  p.weight_time = p.per_position && timed ? weight.stride[1] : 0;
   p.weight_head = weight.stride[head];
   p.weight_tap = weight.stride[head + 1];
   p.softmax = softmax;
   p.renormalize = renormalize && softmax;
 
-  const View rows(device, state, "state");
-  require(rows.dim == 3 && rows.type == x.type && rows.size[0] == p.batch && rows.size[1] == p.taps.span() &&
-              rows.size[2] == p.channels && state.is_contiguous(),
-          "state", "contiguous [batch, dilation * (taps - 1), channels] of x's dtype");
-  p.state = rows.data;
-  const auto rows_of = [&](const View& t, const char* argument) -> Rows {
-    require(t.dim == 2 && t.type == x.type && t.size[0] == p.batch && t.size[1] == p.channels, argument,
-            "the shape and dtype of x");
-    return {t.data, t.stride[0], 0, t.stride[1]};
-  };
+  if (serving.cu_seqlens) {
+    require(timed && p.batch == 1, "x", "[1, time, channels], because cu_seqlens is given");
+    const View offsets(device, *serving.cu_seqlens, "cu_seqlens");
+    check_offsets(offsets);
+    p.sequences = offsets.size[0] - 1;
+    target.set_offsets(p, *serving.cu_seqlens, offsets);
+  }
+  set_states(p.states, p, device, x, serving);
   if (gate) p.gate = rows_of(View(device, *gate, "gate"), "gate");
   p.gate_activation = activation_of(gate_activation, "gate_activation");
   p.finish = finish_of(device, activation, out_gate, residual, rows_of);
   if (bias) set_bias(p, device, *bias, copies);
-  if (state_index) {
-    const View index(device, *state_index, "state_index");
-    require(index.dim == 1 && index.type == ScalarType::Long && index.size[0] == p.batch, "state_index",
-            "int64 [batch]");
-  }
-  if (position) {
-    const View at(device, *position, "position");
-    require(at.dim == 1 && at.type == ScalarType::Long && (at.size[0] == p.batch || at.size[0] == 1), "position",
-            "int64 [batch] or [1]");
-    // Otherwise rows of the state before the start of the sequence count as they are.
-    if (p.renormalize) {
-      p.position = static_cast<const int64_t*>(at.data);
-      p.position_stride = at.size[0] == 1 ? 0 : at.stride[0];
-    }
-  }
 }
 
 }  // namespace ck::binding

@@ -3,10 +3,9 @@
 //   Forward, Backward, Step, AttentionForward, AttentionBackward            the library's problems
 //   Target(const Tensor& x, const char* argument);  Device device;          where the call computes
 //   void set_seed(P&, const Tensor&);  void set_offsets(...);               see conv.h and attention.h
-//   void set_state_rows(Step&, const Tensor& state_index);
 //   void forward(Forward&, bool per_batch);                                 they compute, or throw
 //   void backward(Backward&, bool per_batch, const ConvGradTensors&);
-//   void step(Step&, const Tensor& state, bool reordered);
+//   void step(Step&, const Tensor& state);
 //   void attention(AttentionForward&);  void attention_backward(AttentionBackward&);
 // and exports convkernels_register, which Python calls with the namespace that it has defined the operators in: two
 // copies of the package in one process have two.
@@ -95,22 +94,21 @@ struct Operators {
         });
   }
 
-  // Moves the state up by one row after the output has been computed.
+  // Updates the state after the output has been computed.
   static Tensor tap_step(Tensor x, Tensor state, Tensor weight, int64_t dilation, bool softmax, bool renormalize,
                          Optional bias, Optional gate, Optional state_index, Optional position, int64_t gate_activation,
-                         int64_t activation, Optional out_gate, Optional residual) {
+                         int64_t activation, Optional out_gate, Optional residual, Optional slots, Optional accepted,
+                         Optional cu_seqlens, Optional save_at, Optional save_slots) {
     typename Target::Step p;
     Target target(x, "x");
     Copies copies;
     const View input(target.device, x, "x");
-    set_step(p, target.device, input, state, View(target.device, weight, "weight"), dilation, softmax, renormalize,
-             bias, gate, state_index, position, gate_activation, activation, out_gate, residual, copies);
-    if (state_index) target.set_state_rows(p, *state_index);
+    set_step(p, target, input, View(target.device, weight, "weight"), dilation, softmax, renormalize, bias, gate,
+             gate_activation, activation, out_gate, residual,
+             {state, state_index, position, slots, accepted, cu_seqlens, save_at, save_slots}, copies);
     Tensor y = allocate_like(target.device, x, input);
-    if (p.batch * p.channels == 0) return y;
-    const View output(y);
-    p.y = {output.data, output.stride[0], 0, output.stride[1]};
-    target.step(p, state, state_index.has_value());
+    p.y = step_rows(View(y), input, "y");
+    if (p.states.sequences * p.channels > 0) target.step(p, state);
     return y;
   }
 

@@ -100,6 +100,22 @@ inline Rows rows_like(const View& t, const View& x, const char* argument) {
   return {t.data, t.step(0), t.step(1), t.stride[2]};
 }
 
+// Whether no two elements share memory.
+inline bool has_own_memory(const View& t) {
+  std::vector<std::pair<int64_t, int64_t>> steps;
+  for (int64_t i = 0; i < t.dim; ++i) {
+    if (t.size[i] == 0) return true;
+    if (t.size[i] > 1) steps.emplace_back(t.stride[i], t.size[i]);
+  }
+  std::sort(steps.begin(), steps.end());
+  int64_t room = 1;
+  for (const auto& [stride, size] : steps) {
+    if (stride < room) return false;
+    room += stride * (size - 1);
+  }
+  return true;
+}
+
 inline void poison(const Device& device, const Tensor& t) {
   if (device.type == kCpu) ck::poison(t.mutable_data_ptr(), static_cast<size_t>(t.numel()) * t.element_size());
 }

@@ -9,11 +9,14 @@ from .._validate import (
     PLAIN,
     boundaries,
     dropout,
+    expect,
     fail,
     flag,
     floating,
     integer,
+    integers,
     like,
+    own_memory,
     parameter_dtype,
     positive,
     readable,
@@ -199,39 +202,22 @@ def _operands(function: str, letters: str, args: TapConv | TapStep, expected: st
 
 
 def step(function: str, letters: str, args: TapStep) -> None:
-    """All checks of a decoding step. letters: [C,K], [H,K] or [B,H,K]."""
-    x, state, state_index, position = args.x, args.state, args.state_index, args.position
+    """All checks of a decoding step. letters: [C,K], [H,K] or [B,H,K], which is [B,T,H,K] where x is [B,T,C]."""
+    x, state = args.x, args.state
     tensor(function, "x", x)
     tensor(function, "state", state)
     tensor(function, "weight", args.weight)
-    K = _operands(function, letters, args, "a tensor of 2 dimensions [B,C]", 2, "[B,H,K]")
-    B, C = x.shape
-    like(function, "state", state, x, (B, (K - 1) * args.dilation, C), "[B,S,C], S = (K-1)*dilation,")
-    if not state.is_contiguous():
-        expected = "a contiguous tensor, every element in memory of its own, because it is updated in place"
-        fail(function, "state", expected, f"strides {list(state.stride())}")
+    rank, dynamic = 2 if x.dim() == 2 else 3, "[B,H,K]"
+    if letters == dynamic and rank == 3:
+        letters = dynamic = "[B,T,H,K]"
+    K = _operands(function, letters, args, "a tensor [B,C] or [B,T,C]", rank, dynamic)
+    N = x.shape[0]
+    if args.cu_seqlens is not None:
+        cu_seqlens(function, args.cu_seqlens, x)
+        N = args.cu_seqlens.shape[0] - 1
+    _state(function, args, (K - 1) * args.dilation, N)
     like_x(function, x, gate=args.gate, out_gate=args.out_gate, residual=args.residual)
-    if state_index is not None:
-        tensor(function, "state_index", state_index, optional=True)
-        if state_index.dtype != torch.int64:
-            fail(function, "state_index", "an int64 tensor", state_index, TypeError)
-        shape(function, "state_index", state_index, (B,), "[B]")
-        same_device(function, "state_index", state_index, x)
-        if readable(state_index):
-            rows = state_index.tolist()
-            if any(not 0 <= row < B for row in rows):
-                fail(function, "state_index", f"rows of the state, 0 to {B - 1}", rows)
-    if position is not None:
-        tensor(function, "position", position, optional=True)
-        if position.dtype != torch.int64:
-            fail(function, "position", "an int64 tensor", position, TypeError)
-        if position.dim() != 1 or position.shape[0] not in (1, B):
-            fail(function, "position", f"shape [B] = [{size_text(B)}] or [1]", position)
-        same_device(function, "position", position, x)
-        if readable(position):
-            numbers = position.tolist()
-            if any(number < 0 for number in numbers):
-                fail(function, "position", "numbers of positions >= 0", numbers)
+    _of_sequences(function, args, (K - 1) * args.dilation, N)
     inputs = {name: getattr(args, name) for name in ("x", "weight", "bias", "gate", "out_gate", "residual")}
     if torch.is_grad_enabled():
         for argument, value in {**inputs, "state": state}.items():
@@ -243,6 +229,97 @@ def step(function: str, letters: str, args: TapStep) -> None:
             expected = "memory that holds its values (see Tensor.resolve_neg)"
             fail(function, "state", expected, "a negated view of other memory")
         _apart(function, inputs, state)
+
+
+def _state(function: str, args: TapStep, span: int, N: int) -> None:
+    """That a state, or a pool of states, holds what a step reads, and can be written in place."""
+    state, letters = args.state, "[B,W,C]" if args.slots is None else "[S,W,C]"
+    if state.dim() != 3 or state.shape[1] < span:
+        fail(function, "state", f"a tensor {letters}, W at least (K-1)*dilation = {size_text(span)}", state)
+    rows = N if args.slots is None else state.shape[0]
+    like(function, "state", state, args.x, (rows, state.shape[1], args.x.shape[-1]), letters)
+    own_memory(function, "state", state)
+
+
+def _slots(function: str, argument: str, value: Tensor, taken: list[int], below: int) -> list[int]:
+    """Slots of a pool, none of them twice or taken; returns those that are not negative."""
+    if not readable(value):
+        return []
+    numbers = value.tolist()
+    used = [number for number in numbers if number >= 0]
+    good = all(number < below for number in used) and len({*used, *taken}) == len(used) + len(taken)
+    apart = " or in slots" if taken else ""
+    expect(function, argument, good, f"slots below {below}, none of them twice{apart}, or negative numbers", numbers)
+    return used
+
+
+def _of_sequences(function: str, args: TapStep, span: int, N: int) -> None:
+    """What a step takes per sequence: the state that it continues from, and where in it."""
+    x, (S, W, _), cu = args.x, args.state.shape, args.cu_seqlens
+    taken = []
+    if args.slots is not None:
+        _numbers(function, "slots", args.slots, x, N)
+        if args.state_index is not None:
+            fail(function, "state_index", "None, because slots is given", args.state_index)
+        taken = _slots(function, "slots", args.slots, [], S)
+    if args.accepted is not None:
+        _numbers(function, "accepted", args.accepted, x, N)
+        if readable(args.accepted) and (cu is None or readable(cu)):
+            lengths = [x.shape[1] if x.dim() == 3 else 1] * N if cu is None else cu.diff().tolist()
+            numbers, held = args.accepted.tolist(), W - span
+            good = all(T - held <= number <= T for number, T in zip(numbers, lengths, strict=True))
+            T = lengths if cu is not None else lengths[:1]
+            expected = f"numbers from T - (W - (K-1)*dilation) = T - {held} to T, T = {T}"
+            expect(function, "accepted", good, expected, numbers)
+    if (index := args.state_index) is not None:
+        if cu is not None:
+            fail(function, "state_index", "None, because cu_seqlens is given", index)
+        _numbers(function, "state_index", index, x, N)
+        if readable(index):
+            rows = index.tolist()
+            if any(not 0 <= row < N for row in rows):
+                fail(function, "state_index", f"rows of the state, 0 to {N - 1}", rows)
+    if (position := args.position) is not None:
+        tensor(function, "position", position, optional=True)
+        if position.dtype != torch.int64:
+            fail(function, "position", "an int64 tensor", position, TypeError)
+        if position.dim() != 1 or position.shape[0] not in (1, N):
+            fail(function, "position", f"shape [B] = [{size_text(N)}] or [1]", position)
+        same_device(function, "position", position, x)
+        if readable(position):
+            numbers = position.tolist()
+            if any(number < 0 for number in numbers):
+                fail(function, "position", "numbers of positions >= 0", numbers)
+    _saves(function, args, taken)
+
+
+def _saves(function: str, args: TapStep, taken: list[int]) -> None:
+    """Where states on the way are left. taken: slots of the sequences."""
+    given = [name for name in ("save_at", "save_slots") if getattr(args, name) is not None]
+    if not given:
+        return
+    expect(function, given[0], len(given) == 2, "None, because save_at and save_slots go together", "one of them")
+    for needed in ("cu_seqlens", "slots"):
+        expect(
+            function, "save_at", getattr(args, needed) is not None, f"None, because {needed} is not given", "a tensor"
+        )
+    tensor(function, "save_at", args.save_at)
+    count = args.save_at.shape[0] if args.save_at.dim() == 1 else 0
+    for argument in given:
+        _numbers(function, argument, getattr(args, argument), args.x, count, "[M]")
+    if readable(args.save_at):
+        numbers, T = args.save_at.tolist(), args.x.shape[1]
+        good = all(0 < number <= T for number in numbers)
+        expect(function, "save_at", good, f"numbers from 1 to T = {T}", numbers)
+    _slots(function, "save_slots", args.save_slots, taken, args.state.shape[0])
+
+
+def _numbers(function: str, argument: str, value: Any, x: Tensor, count: int, letters: str = "[B]") -> None:
+    """Integers, one per sequence."""
+    tensor(function, argument, value, optional=True)
+    integers(function, argument, value)
+    shape(function, argument, value, (count,), letters)
+    same_device(function, argument, value, x)
 
 
 def _apart(function: str, inputs: dict[str, Tensor | None], state: Tensor) -> None:

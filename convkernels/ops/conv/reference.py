@@ -233,30 +233,102 @@ def tap_grad(args: TapGrad) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def tap_step(args: TapStep) -> Tensor:
-    """One position of the causal convolution. The window is the S rows of the state and the new input; ``state``
-    [B,S,C] then drops its oldest row and takes the new one. Tap j reads row dilation*j of the window."""
-    x, state, weight, dilation, gate, position = (
-        args.x, args.state, args.weight, args.dilation, args.gate, args.position
-    )  # fmt: skip
-    dtype, S, K = accumulate_dtype(x.dtype), state.shape[1], weight.shape[-1]
-    reach("tap_step", dilation, K)
+    """The next positions of the causal convolution; ``state`` [S,W,C] is updated.
+
+    x is [B,C], one position for each of B sequences, [B,T,C], or, with cu_seqlens, [1,T,C]. Positions of a sequence are
+    numbered from the first of x on. After n of them row W - n + s of its state holds position s. Before x, row
+    W - n + accepted + s holds position s < 0, n those of x, and accepted = n by default. Rows for which the old state
+    held nothing become 0. Of the window, the rows from position -dilation*(K-1) on, tap j of output t reads row
+    t + dilation*j.
+    """
     check_activations(args)
-    rows = (x.shape[0], dilation * (K - 1), x.shape[1])
-    if state.shape != rows:
-        fail("tap_step", "state", f"[batch, dilation * (taps - 1), channels] = {rows}", tuple(state.shape))
-    z = gated_input(x.to(dtype), None if gate is None else gate.to(dtype), None, args.gate_activation)
-    old = state if args.state_index is None else state.index_select(0, args.state_index)
-    window = torch.cat([old.to(dtype), z[:, None]], 1)
-    inside = torch.ones(x.shape[0], K, dtype=torch.bool, device=x.device)
+    reach("tap_step", args.dilation, args.weight.shape[-1])
+    step, cu = _with_time(args), args.cu_seqlens
+    N = args.x.shape[0] if cu is None else cu.shape[0] - 1
+    rows, W, C = args.state.shape
+    span = args.dilation * (args.weight.shape[-1] - 1)
+    if W < span or args.x.shape[-1] != C or (args.slots is None and rows != N):
+        expected = f"[{'slots' if args.slots is not None else N}, at least dilation * (taps - 1) = {span}, channels]"
+        fail("tap_step", "state", expected, tuple(args.state.shape))
+    y = torch.zeros(step.x.shape, dtype=accumulate_dtype(args.x.dtype), device=args.x.device)
+    if cu is None:
+        y[:] = _stepped(step, [])
+    else:
+        bounds = cu.tolist()
+        saves = [] if args.save_at is None else list(zip(args.save_at.tolist(), args.save_slots.tolist(), strict=True))
+        for n, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            inside = [(at - begin, slot) for at, slot in saves if begin < at <= end and slot >= 0]
+            y[:, begin:end] = _stepped(_sequence(step, n, begin, end), inside)
+    return _like(y.view(args.x.shape), args.x)
+
+
+def _with_time(args: TapStep) -> TapStep:
+    """With a dimension T, also of the weight."""
+    if args.x.dim() == 3:
+        return args._replace(weight=args.weight[None, None]) if args.weight.dim() == 2 else args
+    weight = args.weight[None, None] if args.weight.dim() == 2 else args.weight[:, None]
+    given = {name: getattr(args, name) for name in _LIKE_X if getattr(args, name) is not None}
+    return args._replace(weight=weight, **{name: value[:, None] for name, value in given.items()})
+
+
+def _sequence(args: TapStep, n: int, begin: int, end: int) -> TapStep:
+    """The step of one packed sequence."""
+    part = {name: getattr(args, name)[:, begin:end] for name in _LIKE_X if getattr(args, name) is not None}
+    if args.weight.shape[1] > 1:
+        part["weight"] = args.weight[:, begin:end]
+    if args.slots is None:
+        part["state"] = args.state[n : n + 1]
+    for name in ("slots", "accepted", "position"):
+        value = getattr(args, name)
+        if value is not None and value.shape[0] > 1:
+            part[name] = value[n : n + 1]
+    return args._replace(**part)
+
+
+_LIKE_X = ("x", "gate", "out_gate", "residual")
+
+
+def _stepped(args: TapStep, saves: list[tuple[int, int]]) -> Tensor:
+    """y of x [B,T,C] in the accumulation type. saves: numbers of positions, and slots for the states after them."""
+    x, state, position, device = args.x, args.state, args.position, args.x.device
+    (B, T, C), (S, W, _), (H, K) = x.shape, state.shape, args.weight.shape[-2:]
+    dtype, span = accumulate_dtype(x.dtype), args.dilation * (K - 1)
+    z = gated_input(x.to(dtype), None if args.gate is None else args.gate.to(dtype), None, args.gate_activation)
+    slots, skipped = torch.arange(B, device=device), torch.zeros(B, dtype=torch.bool, device=device)
+    if args.slots is not None:
+        skipped = (args.slots < 0) | (args.slots >= S)
+        slots = torch.where(skipped, 0, args.slots.long())
+    source = slots if args.state_index is None else args.state_index
+    accepted = torch.full_like(slots, T) if args.accepted is None else args.accepted.long()
+    # A row of zeros, and those of the old state.
+    held = torch.cat([state.new_zeros(B, 1, C), state.index_select(0, source) if S else state.new_zeros(B, W, C)], 1)
+
+    def before(count: int) -> Tensor:
+        """The last positions before x, [B,count,C]."""
+        row = 1 + W - T + accepted[:, None] + torch.arange(-count, 0, device=device)
+        return held.gather(1, row.clamp(min=0)[..., None].expand(-1, -1, C))
+
+    def after(n: int) -> Tensor:
+        """The state after n positions."""
+        return torch.cat([before(max(W - n, 0)), z[:, max(n - W, 0) : n].to(state.dtype)], 1)
+
+    window = torch.cat([before(span).to(dtype), z], 1)
+    offset = torch.arange(T, device=device)[:, None] + args.dilation * torch.arange(K, device=device)
+    inside = torch.ones(B, T, K, dtype=torch.bool, device=device)
     if position is not None:
-        inside = inside & (dilation * torch.arange(K, device=x.device) >= S - position[:, None])
-    w = weight if weight.dim() == 3 else weight[None]
-    w = soft_weights(w.to(dtype)[None], inside, args)[0]
+        inside = inside & (offset >= span - position[:, None, None])
+    w = args.weight.to(dtype).expand(B, T, H, K).reshape(1, B * T, H, K)
+    w = soft_weights(w, inside.view(B * T, K), args).view(B, T, H, K)
     y = torch.zeros_like(z)
     for j in range(K):
-        y += per_channel(w[..., j], x.shape[1]) * window[:, j * dilation]
-    state.copy_(window[:, 1:])
-    return _like(finished(y if args.bias is None else y + args.bias.to(dtype), args), x)
+        y += per_channel(w[..., j], C) * window[:, offset[:, j]]
+    y = finished(y if args.bias is None else y + args.bias.to(dtype), args)
+    new = after(T)
+    for n, slot in saves:
+        if not skipped.any():
+            state[slot] = after(n)[0]
+    state[slots[~skipped]] = new[~skipped]
+    return torch.where(skipped[:, None, None], 0, y)
 
 
 def _four(shape: torch.Size) -> tuple[int, ...]:

@@ -33,7 +33,8 @@ TapGrad = arguments(
 TapStep = arguments(
     "tap_step",
     f"(Tensor x, Tensor(a!) state, Tensor weight, {_SETTING}, Tensor? bias=None, Tensor? gate=None, "
-    f"Tensor? state_index=None, Tensor? position=None, {_FINISH}, Tensor? residual=None) -> Tensor",
+    f"Tensor? state_index=None, Tensor? position=None, {_FINISH}, Tensor? residual=None, Tensor? slots=None, "
+    "Tensor? accepted=None, Tensor? cu_seqlens=None, Tensor? save_at=None, Tensor? save_slots=None) -> Tensor",
 )
 
 

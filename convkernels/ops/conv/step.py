@@ -1,4 +1,4 @@
-"""Public functions of the convolution family for one position at a time."""
+"""Public functions of the convolution family for decoding: the next position of every sequence, or the next few."""
 
 import torch
 from torch import Tensor
@@ -24,23 +24,42 @@ def lightweight_conv1d_step(
     out_gate: Tensor | None = None,
     residual: Tensor | None = None,
     state_index: Tensor | None = None,
+    slots: Tensor | None = None,
+    accepted: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    save_at: Tensor | None = None,
+    save_slots: Tensor | None = None,
     position: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """One position of a causal lightweight convolution.
+    """The next position of a causal lightweight convolution, or the next T positions.
 
-        y[b,c] = bias[c] + sum_j softmax(weight)[h,j] * window[b, dilation*j, c],   window = [state, x]
+        y[b,t,c] = bias[c] + sum_j softmax(weight)[h,j] * window[b, t + dilation*j, c],
+        window   = [last dilation*(K-1) rows of the state that count, x]
 
-    x: [B,C], the new position.
-    state: [B,S,C] contiguous, S = dilation*(K-1), dtype of x: the inputs before it, gate applied, oldest first;
-        start with zeros. Updated in place: the oldest row leaves, the new one enters.
+    x: [B,C], one new position, or [B,T,C]; y has its shape.
+    state: [B,W,C], W >= dilation*(K-1), dtype of x, any strides (a cache [B,C,W] is given as ``cache.mT``): the inputs
+        before x, gate applied, oldest first; start with zeros. Updated in place: the last W of [those that count, x].
     weight: [H,K].
     bias: [C], optional.
-    gate, out_gate, residual: [B,C];  gate_activation, activation: as for ``lightweight_conv1d``.
+    gate, out_gate, residual: like x;  gate_activation, activation: as for ``lightweight_conv1d``.
     softmax, renormalize: as for ``lightweight_conv1d``.
-    position: int64 [B] or [1], number of positions before this one; only ``renormalize`` needs it, to tell which
-        rows of the state lie before the start of the sequence. By default none does.
-    state_index: int64 [B]; row b continues from row state_index[b] of the old state (beam search). Rows may repeat.
+    position: int64 [B] or [1], number of positions before x; only ``renormalize`` needs it, to tell which rows of the
+        state lie before the start of the sequence. By default none does.
+    state_index: int32 or int64 [B]; row b continues from row state_index[b] of the old state (beam search). Rows may
+        repeat.
+    slots: int32 or int64 [B]; state is a pool [S,W,C], and row b continues from and updates slot slots[b]. Where that
+        is negative y is 0, and no state is read or written. No slot twice.
+    accepted: int32 or int64 [B]; only so many of the T newest rows of the state count, as after a step of T positions
+        of which a verifier took the first accepted[b] (speculative decoding): the last T - accepted[b] are taken back.
+        At most T; at least T - (W - dilation*(K-1)), so that those that count are held. Rows at the beginning of the
+        new state for which the old one held nothing become 0. By default all count.
+    cu_seqlens: int32 or int64 [N+1]; x is [1,T,C], N sequences one after the other, of which sequence n is positions
+        cu_seqlens[n] to cu_seqlens[n+1]-1 and has the state, slots, accepted and position of row n (chunked prefill,
+        also beside sequences of one position). Not with state_index.
+    save_at, save_slots: int32 or int64 [M], with cu_seqlens and slots; the state before position save_at[m] of x, from
+        1 to T, is also left in slot save_slots[m], where that is not negative (prefix caching). A boundary of sequences
+        stands for the end of the one before it. None of save_slots twice, or in slots.
     backend: as for ``lightweight_conv1d``.
 
     Step by step this equals ``lightweight_conv1d`` with padding="causal". Inference only: ValueError if an input
@@ -49,8 +68,9 @@ def lightweight_conv1d_step(
     Source: Wu et al. 2019.
     """
     name, finish = "lightweight_conv1d_step", (gate_activation, activation, out_gate, residual)
+    serving = (slots, accepted, cu_seqlens, save_at, save_slots)
     operands = (x, state, weight, dilation, softmax, renormalize, bias, gate, state_index, position)
-    return step(name, "[H,K]", TapStep(*operands, *checks.finish(name, *finish)), backend)
+    return step(name, "[H,K]", TapStep(*operands, *checks.finish(name, *finish), *serving), backend)
 
 
 def depthwise_conv1d_step(
@@ -66,19 +86,26 @@ def depthwise_conv1d_step(
     out_gate: Tensor | None = None,
     residual: Tensor | None = None,
     state_index: Tensor | None = None,
+    slots: Tensor | None = None,
+    accepted: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    save_at: Tensor | None = None,
+    save_slots: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """One position of a causal depthwise convolution.
+    """The next position of a causal depthwise convolution, or the next T positions.
 
-        y[b,c] = bias[c] + sum_j weight[c,j] * window[b, dilation*j, c],   window = [state, x]
+        y[b,t,c] = bias[c] + sum_j weight[c,j] * window[b, t + dilation*j, c],
+        window   = [last dilation*(K-1) rows of the state that count, x]
 
     weight: [C,K]. The other parameters and errors: as for ``lightweight_conv1d_step``. Step by step this equals
     ``depthwise_conv1d`` with padding="causal".
     Source: Wu et al. 2019.
     """
     name, finish = "depthwise_conv1d_step", (gate_activation, activation, out_gate, residual)
+    serving = (slots, accepted, cu_seqlens, save_at, save_slots)
     operands = (x, state, weight, dilation, False, False, bias, gate, state_index, None)
-    return step(name, "[C,K]", TapStep(*operands, *checks.finish(name, *finish)), backend)
+    return step(name, "[C,K]", TapStep(*operands, *checks.finish(name, *finish), *serving), backend)
 
 
 def dynamic_conv1d_step(
@@ -96,20 +123,27 @@ def dynamic_conv1d_step(
     out_gate: Tensor | None = None,
     residual: Tensor | None = None,
     state_index: Tensor | None = None,
+    slots: Tensor | None = None,
+    accepted: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    save_at: Tensor | None = None,
+    save_slots: Tensor | None = None,
     position: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """One position of a causal dynamic convolution.
+    """The next position of a causal dynamic convolution, or the next T positions.
 
-        y[b,c] = bias[c] + sum_j softmax(weight)[b,h,j] * window[b, dilation*j, c],   window = [state, x]
+        y[b,t,c] = bias[c] + sum_j softmax(weight)[b,t,h,j] * window[b, t + dilation*j, c],
+        window   = [last dilation*(K-1) rows of the state that count, x]
 
-    weight: [B,H,K]. The other parameters and errors: as for ``lightweight_conv1d_step``. Step by step this equals
-    ``dynamic_conv1d`` with padding="causal".
+    weight: [B,H,K], or [B,T,H,K] for x [B,T,C]. The other parameters and errors: as for ``lightweight_conv1d_step``.
+    Step by step this equals ``dynamic_conv1d`` with padding="causal".
     Source: Wu et al. 2019.
     """
     name, finish = "dynamic_conv1d_step", (gate_activation, activation, out_gate, residual)
+    serving = (slots, accepted, cu_seqlens, save_at, save_slots)
     operands = (x, state, weight, dilation, softmax, renormalize, bias, gate, state_index, position)
-    return step(name, "[B,H,K]", TapStep(*operands, *checks.finish(name, *finish)), backend)
+    return step(name, "[B,H,K]", TapStep(*operands, *checks.finish(name, *finish), *serving), backend)
 
 
 def step(name, letters, args: TapStep, backend) -> Tensor:

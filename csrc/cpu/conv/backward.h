@@ -15,7 +15,6 @@ template <class T>
 inline RowReader<T> gradient_reader(const ConvBackward& p) {
   RowReader<T> r;
   r.rows = p.grad;
-  r.channels = p.channels;
   return r;
 }
 

@@ -11,7 +11,8 @@ namespace ck::cpu::CK_ISA {
 // A run of positions that windows do not leave: a batch row, or one packed sequence of it.
 struct Sequence {
   int64_t batch, begin, end;  // positions [begin, end) of batch row `batch`
-  int64_t state_row;          // row of ConvProblem::state
+  int64_t state;              // number of the state that is read
+  int64_t before;             // rows that it holds of positions before `begin`
   int64_t history;            // positions before `begin` that count as inside the sequence
 
   int64_t length() const { return end - begin; }

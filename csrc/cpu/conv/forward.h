@@ -20,9 +20,7 @@ inline RowReader<T> input_reader(const ConvProblem& p) {
   r.mask = p.mask;
   r.mask_batch = p.mask_batch;
   r.mask_time = p.mask_time;
-  r.state = static_cast<const T*>(p.state);
-  r.span = p.taps.span();
-  r.channels = p.channels;
+  r.state = {const_cast<void*>(p.state), p.taps.span() * p.channels, p.channels, 1};
   return r;
 }
 
@@ -89,56 +87,89 @@ class EpilogueRows {
   Epilogue<Src> epilogue_{};
 };
 
+// What computes the items of a block of channels.
 template <class T, class Blocks>
-inline void forward_task(const ConvForward& p, const ChannelPlan& plan, const ChannelBlock& block, const WorkList& work,
-                         int64_t begin, int64_t end, const typename Blocks::Filters* shared, bool stream) {
-  using C = Compute<T>;
-  using Src = typename Blocks::Src;
-  constexpr bool kStaged = Blocks::kStaged;
-  const int64_t K = p.taps.taps, d = p.taps.dilation, per_head = p.channels / p.heads;
-  const int64_t h0 = block.first / per_head, h1 = ceil_div(block.last, per_head);
-  const int64_t max_rows = shared != nullptr ? Blocks::kBlockRows : kMinRows;
-  // With position-dependent filters: a table of them, and a row for each output, expanded to channels, where heads are
-  // unaligned.
-  constexpr int64_t pitch = kMinRows;
-  const int64_t width = vector_width<T>(block);
-  Scratch<C> filters(shared != nullptr ? 0 : (h1 - h0) * K * pitch);
-  Scratch<C> expanded(shared != nullptr || plan.aligned ? 0 : (max_rows + kPositionRows) * K * width);
-  Scratch<C> bias(p.bias != nullptr ? width : 0);
-  const RowReader<T> reader = input_reader<T>(p);
-  InputWindow<T, Src> window(reader, p.taps, block, max_rows, Blocks::rows_behind(shared == nullptr), kStaged);
-  Sink<T, Src> staged_sink(RowReader<T>{p.y, {}}, p.y, {}, nullptr, block, max_rows, kStaged);
-  const C* const bias_row = p.bias != nullptr ? bias.get() : nullptr;
-  if (p.bias != nullptr) convert_bias<T>(p, block, bias.get());
-  EpilogueRows<T, Src, kStaged> epilogue(p, block, max_rows);
-  Blocks blocks(p, plan, block, shared);
+class ForwardTask {
+ public:
+  ForwardTask(const ConvForward& p, const RowReader<T>& reader, const ChannelPlan& plan, const ChannelBlock& block,
+              const typename Blocks::Filters* shared, bool stream)
+      : p_(p),
+        aligned_(plan.aligned),
+        stream_(stream),
+        block_(block),
+        shared_(shared),
+        first_head_(block.first / (p.channels / p.heads)),
+        last_head_(ceil_div(block.last, p.channels / p.heads)),
+        max_rows_(shared != nullptr ? Blocks::kBlockRows : kMinRows),
+        width_(vector_width<T>(block)),
+        filters_(shared != nullptr ? 0 : (last_head_ - first_head_) * p.taps.taps * kPitch),
+        expanded_(shared != nullptr || plan.aligned ? 0 : (max_rows_ + kPositionRows) * p.taps.taps * width_),
+        bias_(p.bias != nullptr ? width_ : 0),
+        window_(reader, p.taps, block, max_rows_, Blocks::rows_behind(shared == nullptr), kStaged),
+        sink_(RowReader<T>{p.y, {}}, p.y, {}, nullptr, block, max_rows_, kStaged),
+        epilogue_(p, block, max_rows_),
+        blocks_(p, plan, block, shared) {
+    if (p.bias != nullptr) convert_bias<T>(p, block, bias_.get());
+  }
 
-  for (int64_t index = begin; index < end; ++index) {
-    const Item& item = work.item(index);
-    const Sequence& s = work.sequence(item.sequence);
-    for (int64_t first = item.first; first < item.last; first += max_rows) {
-      const int64_t n = min(max_rows, item.last - first), position = item.phase + d * first;
+  void run(const Sequence& s, const Item& item) {
+    const int64_t d = p_.taps.dilation;
+    for (int64_t first = item.first; first < item.last; first += max_rows_) {
+      const int64_t n = min(max_rows_, item.last - first), position = item.phase + d * first;
       const bool continues = first > item.first;
-      const auto in = window.template move<kStaged>(s, position, n, continues);
-      const auto out = staged_sink.template open<kStaged>(s, position, d, n);
-      const Epilogue<Src>* const finish = epilogue.open(s, position, n);
-      if (shared != nullptr) {
-        blocks.convolve(in, out, n, continues, bias_row, stream, finish);
-      } else {
-        make_position_filters<C>({p, s, position, d, n, h0, h1}, filters.get(), nullptr, pitch);
-        if (plan.aligned) {
-          blocks.convolve_positions(in, out, n, continues, {filters.get(), pitch, K * pitch}, bias_row, stream, finish);
-        } else if constexpr (Blocks::kAnyHeads) {
-          const int64_t row = K * width;
-          for (int64_t i = 0; i < n; ++i)
-            expand_filters<T>(p, block, filters.get() + i, K * pitch, pitch, expanded.get() + i * row);
-          blocks.convolve_position_channels(in, out, n, {expanded.get(), row, width}, bias_row, stream, finish);
-        }
-      }
-      if constexpr (kStaged) staged_sink.flush(s, position, d, n);
-      epilogue.flush(s, position, n);
+      const auto in = window_.template move<kStaged>(s, position, n, continues);
+      const auto out = sink_.template open<kStaged>(s, position, d, n);
+      compute(s, position, in, out, n, continues, epilogue_.open(s, position, n));
+      if constexpr (kStaged) sink_.flush(s, position, d, n);
+      epilogue_.flush(s, position, n);
     }
   }
+
+ private:
+  using C = Compute<T>;
+  using Src = typename Blocks::Src;
+  using Elem = typename Src::Elem;
+  static constexpr bool kStaged = Blocks::kStaged;
+  static constexpr int64_t kPitch = kMinRows;
+
+  void compute(const Sequence& s, int64_t position, const Elem* const* in, Elem* const* out, int64_t n, bool continues,
+               const Epilogue<Src>* finish) {
+    const C* const bias = p_.bias != nullptr ? bias_.get() : nullptr;
+    if (shared_ != nullptr) return blocks_.convolve(in, out, n, continues, bias, stream_, finish);
+    const int64_t K = p_.taps.taps;
+    make_position_filters<C>({p_, s, position, p_.taps.dilation, n, first_head_, last_head_}, filters_.get(), nullptr,
+                             kPitch);
+    if (aligned_) {
+      blocks_.convolve_positions(in, out, n, continues, {filters_.get(), kPitch, K * kPitch}, bias, stream_, finish);
+    } else if constexpr (Blocks::kAnyHeads) {
+      const int64_t row = K * width_;
+      for (int64_t i = 0; i < n; ++i)
+        expand_filters<T>(p_, block_, filters_.get() + i, K * kPitch, kPitch, expanded_.get() + i * row);
+      blocks_.convolve_position_channels(in, out, n, {expanded_.get(), row, width_}, bias, stream_, finish);
+    }
+  }
+
+  const ConvForward& p_;
+  const bool aligned_, stream_;
+  const ChannelBlock block_;
+  const typename Blocks::Filters* const shared_;
+  const int64_t first_head_, last_head_, max_rows_, width_;
+  // With position-dependent filters: a table of them, and a row for each output, expanded to channels, where heads are
+  // unaligned.
+  Scratch<C> filters_, expanded_;
+  Scratch<C> bias_;
+  InputWindow<T, Src> window_;
+  Sink<T, Src> sink_;
+  EpilogueRows<T, Src, kStaged> epilogue_;
+  Blocks blocks_;
+};
+
+template <class T, class Blocks>
+inline void forward_items(const ConvForward& p, const ChannelPlan& plan, const ChannelBlock& block,
+                          const WorkList& work, int64_t begin, int64_t end, const typename Blocks::Filters* shared,
+                          bool stream) {
+  ForwardTask<T, Blocks> task(p, input_reader<T>(p), plan, block, shared, stream);
+  for (int64_t i = begin; i < end; ++i) task.run(work.sequence(work.item(i).sequence), work.item(i));
   if (stream) stream_fence();
 }
 
@@ -171,9 +202,9 @@ inline const char* conv_forward_typed(const ConvForward& p) {
         const int64_t last = min(work.size(), first + end - begin);
         const ChannelBlock block = plan.block(i, p.channels);
         if (!block.staged) {
-          if constexpr (kReadInPlace<T>) forward_task<T, Blocks>(p, plan, block, work, first, last, shared, stream);
+          if constexpr (kReadInPlace<T>) forward_items<T, Blocks>(p, plan, block, work, first, last, shared, stream);
         } else if constexpr (Blocks::kAnyHeads) {
-          forward_task<T, typename Blocks::OfConverted>(p, plan, block, work, first, last, shared, false);
+          forward_items<T, typename Blocks::OfConverted>(p, plan, block, work, first, last, shared, false);
         }
         begin += last - first;
       }

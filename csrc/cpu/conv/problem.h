@@ -18,6 +18,11 @@ struct ConvForward : ConvProblem {
   bool resident_output = false;  // the pages of y are mapped already
 };
 
+struct ConvStep : ConvForward {
+  States states;
+  Rows old;  // the pool before the step, to be read: where rows continue from each other's states, a copy
+};
+
 struct ConvBackward : ConvProblem, Gradients {};
 
 }  // namespace ck::cpu

@@ -113,8 +113,7 @@ struct RowReader {
   Activation gate_activation = Activation::kSigmoid;
   const bool* mask = nullptr;
   int64_t mask_batch = 0, mask_time = 0;
-  const T* state = nullptr;
-  int64_t span = 0, channels = 0;
+  Rows state;  // batch: from state to state
 
   CK_INLINE bool masked(const Sequence& s, int64_t position) const {
     return mask != nullptr && !mask[s.batch * mask_batch + (s.begin + position) * mask_time];
@@ -123,10 +122,10 @@ struct RowReader {
     return static_cast<const T*>(r.data) + s.batch * r.batch + (s.begin + position) * r.time;
   }
   CK_INLINE bool in_state(const Sequence& s, int64_t position) const {
-    return state != nullptr && position < 0 && position >= -s.history;
+    return state.data != nullptr && position < 0 && position >= -s.history;
   }
   CK_INLINE const T* state_row(const Sequence& s, int64_t position) const {
-    return state + (s.state_row * span + span + position) * channels;
+    return static_cast<const T*>(state.data) + s.state * state.batch + (s.before + position) * state.time;
   }
 
   // The row to read in place at `position`, or nullptr where it reads as 0.
@@ -144,7 +143,7 @@ struct RowReader {
       memset(static_cast<void*>(out), 0, static_cast<size_t>(vector_width<T>(block)) * sizeof(*out));
       return;
     }
-    const int64_t stride = position < 0 ? 1 : rows.channel;
+    const int64_t stride = position < 0 ? state.channel : rows.channel;
     const T* g = gate.data != nullptr && position >= 0 ? row(gate, s, position) + block.first * gate.channel : nullptr;
     x += block.first * stride;
     for (int64_t u = 0, n = block.size(); n > 0; ++u, n -= Lanes<T>::kUnit) {
@@ -214,19 +213,23 @@ class InputWindow {
   // Rows [q, count) of the window that starts at position `origin`.
   void convert_rows(const Sequence& s, int64_t origin, int64_t q, int64_t count) {
     const bool turn = channels_first(reader_.rows) && reader_.gate.data == nullptr && taps_.dilation == 1;
+    const bool turn_state = channels_first(reader_.state) && taps_.dilation == 1;
     while (q < count) {
       const int64_t position = origin + taps_.dilation * q;
       Elem* const to = buffer_.get() + q * width_;
-      const int64_t run = turn && position >= 0 ? min(s.length() - position, count - q) : 0;
+      int64_t run = turn && position >= 0 ? min(s.length() - position, count - q) : 0;
+      const bool in_state = turn_state && reader_.in_state(s, position);
+      if (in_state) run = min(-position, count - q);
       if (run <= 1) {
         reader_.convert(s, position, block_, to);
         ++q;
         continue;
       }
-      load_transposed(reader_.row(reader_.rows, s, position) + block_.first * reader_.rows.channel,
-                      reader_.rows.channel, run, block_, to);
+      const T* const from = in_state ? reader_.state_row(s, position) : reader_.row(reader_.rows, s, position);
+      const int64_t stride = in_state ? reader_.state.channel : reader_.rows.channel;
+      load_transposed(from + block_.first * stride, stride, run, block_, to);
       for (int64_t i = 0; i < run; ++i)
-        if (reader_.masked(s, position + i))
+        if (!in_state && reader_.masked(s, position + i))
           memset(static_cast<void*>(to + i * width_), 0, static_cast<size_t>(width_) * sizeof(Elem));
       q += run;
     }
@@ -293,7 +296,7 @@ class Sink {
  private:
   CK_INLINE T* target(const Sequence& s, int64_t position) const {
     if (position < 0)
-      return out_state_ + (s.state_row * reader_.span + reader_.span + position) * reader_.channels + block_.first;
+      return out_state_ + s.state * reader_.state.batch + (s.before + position) * reader_.state.time + block_.first;
     return const_cast<T*>(reader_.row(out_, s, position)) + block_.first * out_.channel;
   }
 
@@ -360,9 +363,9 @@ class WorkList {
         s.batch = b;
         s.begin = p.offsets != nullptr ? p.offsets[i] : 0;
         s.end = p.offsets != nullptr ? p.offsets[i + 1] : p.time;
-        s.state_row = p.state_row != nullptr ? p.state_row[index] : index;
-        s.history = p.state == nullptr ? 0 : p.taps.span();
-        if (p.position != nullptr) s.history = min(s.history, p.position[b * p.position_stride]);
+        s.state = index;
+        s.before = p.taps.span();
+        s.history = p.state == nullptr ? 0 : s.before;
         const int64_t phases = min(p.taps.dilation, s.length());
         for (int64_t phase = 0; phase < phases; ++phase) {
           const int64_t length = phase_length(s.length(), p.taps.dilation, phase);

@@ -9,8 +9,8 @@ const char* conv_forward(const ConvForward& p) {
   return with_dtype(p.dtype, [&](auto* tag) { return conv_forward_typed<__typeof__(*tag)>(p); });
 }
 
-const char* shift_state(const ConvForward& p, void* state) {
-  return with_dtype(p.dtype, [&](auto* tag) { return shift_state_typed(p, static_cast<decltype(tag)>(state)); });
+const char* conv_step(const ConvStep& p) {
+  return with_dtype(p.dtype, [&](auto* tag) { return conv_step_typed<__typeof__(*tag)>(p); });
 }
 
 }  // namespace ck::cpu::CK_ISA

@@ -7,6 +7,6 @@ namespace ck::cpu::CK_ISA {
 #define CK_NAME(isa) CK_NAME_OF(isa)
 
 const Kernels kKernels = {CK_NAME(CK_ISA), conv_forward,      conv_backward,
-                          shift_state,     attention_forward, attention_backward};
+                          conv_step,       attention_forward, attention_backward};
 
 }  // namespace ck::cpu::CK_ISA

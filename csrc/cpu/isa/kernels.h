@@ -7,7 +7,7 @@ namespace ck::cpu::CK_ISA {
 
 const char* conv_forward(const ConvForward& p);
 const char* conv_backward(const ConvBackward& p);
-const char* shift_state(const ConvForward& p, void* state);
+const char* conv_step(const ConvStep& p);
 const char* attention_forward(const AttentionForward& p);
 const char* attention_backward(const AttentionBackward& p);
 

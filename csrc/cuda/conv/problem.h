@@ -54,7 +54,7 @@ struct Backward : Problem, Gradients {
 struct Step : Problem {
   Rows y;
   Finish finish;
-  void* next_state = nullptr;  // the state, which is updated in place
+  States states;
 };
 
 }  // namespace ck::cuda

@@ -3,7 +3,7 @@
 
 namespace ck::cpu::CK_ISA {
 
-const Kernels kKernels = {CK_NAME,           conv_forward,      conv_backward, CK_BASE::shift_state,
+const Kernels kKernels = {CK_NAME,           conv_forward,      conv_backward, CK_BASE::conv_step,
                           attention_forward, attention_backward};
 
 }  // namespace ck::cpu::CK_ISA
