@@ -1,110 +1,11 @@
 // Rows in and rows out: where windows find their inputs, and where results go, for any strides.
 #pragma once
 
+#include "csrc/cpu/conv/converted.h"
 #include "csrc/cpu/conv/epilogue.h"
 #include "csrc/cpu/conv/filters.h"
 
 namespace ck::cpu::CK_ISA {
-
-// The layout of converted rows. Where conversion changes nothing it is the storage layout itself.
-template <class T>
-using Staged = std::conditional_t<Lanes<T>::kParts == 1, Lanes<Compute<T>>, Converted<T>>;
-
-// Whether tiles read the storage type themselves. Where converting takes many instructions each row is converted once.
-template <class T>
-constexpr bool kReadInPlace = kVectorBytes > 16 || sizeof(T) == sizeof(Compute<T>);
-
-// Channels [first, last) that one task works on, and the whole units that cover them.
-struct ChannelBlock {
-  int64_t first, last;
-  bool staged;  // rows are converted to a padded buffer instead of being read and written in place
-
-  int64_t size() const { return last - first; }
-};
-
-template <class T>
-CK_INLINE int64_t units_of(const ChannelBlock& block) {
-  return ceil_div(block.size(), Lanes<T>::kUnit);
-}
-template <class T>
-CK_INLINE int64_t vector_width(const ChannelBlock& block) {  // elements of a converted row
-  return units_of<T>(block) * Lanes<T>::kParts * kLanes<Compute<T>>;
-}
-
-// Where channel c of a block stands in a converted row.
-template <class L>
-CK_INLINE int64_t vector_position(int64_t c) {
-  if constexpr (L::kParts == 1) return c;
-  const int64_t inside = c % L::kUnit;
-  return c - inside + inside % 2 * kLanes<typename L::C> + inside / 2;
-}
-
-// Loads one unit of a strided row with n valid channels (the rest reads as 0).
-template <class T>
-CK_INLINE void load_unit(const T* row, int64_t stride, int64_t n, Vec<Compute<T>>* out) {
-  T copy[Lanes<T>::kUnit];
-  if (n < Lanes<T>::kUnit || stride != 1) {
-    memset(static_cast<void*>(copy), 0, sizeof copy);
-    for (int64_t i = 0; i < min(n, Lanes<T>::kUnit); ++i) copy[i] = row[i * stride];
-    row = copy;
-  }
-  out[0] = Lanes<T>::template load<0>(row, 0);
-  if constexpr (Lanes<T>::kParts == 2) out[1] = Lanes<T>::template load<1>(row, 0);
-}
-
-template <class T>
-CK_INLINE void store_unit(T* row, int64_t stride, int64_t n, const Vec<Compute<T>>* v) {
-  if (n >= Lanes<T>::kUnit && stride == 1) return Lanes<T>::store(row, 0, v, false);
-  T copy[Lanes<T>::kUnit];
-  Lanes<T>::store(copy, 0, v, false);
-  for (int64_t i = 0; i < min(n, Lanes<T>::kUnit); ++i) row[i * stride] = copy[i];
-}
-
-// Tensors whose positions, not channels, lie next to each other ([batch, channels, time] memory) are transposed in
-// squares of vectors: n positions from `from` (first channel of the block, `stride` between channels) to n converted
-// rows.
-template <class T>
-inline void load_transposed(const T* from, int64_t stride, int64_t n, const ChannelBlock& block, Compute<T>* out) {
-  constexpr int P = Lanes<T>::kParts, V = kLanes<Compute<T>>, U = Lanes<T>::kUnit;
-  const int64_t width = vector_width<T>(block);
-  for (int64_t unit = 0; unit < units_of<T>(block); ++unit) {
-    for (int part = 0; part < P; ++part) {
-      for (int64_t t = 0; t < n; t += V) {
-        Vec<Compute<T>> square[V];
-        for (int lane = 0; lane < V; ++lane) {
-          const int64_t c = unit * U + Lanes<T>::channel(part, lane);
-          square[lane] =
-              c < block.size() ? load_natural(from + c * stride + t, from + c * stride + n) : Vec<Compute<T>>{};
-        }
-        transpose<Compute<T>>(square);
-        for (int64_t i = 0; i < min(V, n - t); ++i)
-          store_bytes(out + (t + i) * width + (unit * P + part) * V, square[i]);
-      }
-    }
-  }
-}
-
-// The inverse: n converted rows to n positions of each channel.
-template <class T>
-inline void store_transposed(const Compute<T>* rows, int64_t n, const ChannelBlock& block, T* to, int64_t stride) {
-  constexpr int P = Lanes<T>::kParts, V = kLanes<Compute<T>>, U = Lanes<T>::kUnit;
-  const int64_t width = vector_width<T>(block);
-  for (int64_t unit = 0; unit < units_of<T>(block); ++unit) {
-    for (int part = 0; part < P; ++part) {
-      for (int64_t t = 0; t < n; t += V) {
-        const int64_t count = min(V, n - t);
-        Vec<Compute<T>> square[V] = {};
-        for (int64_t i = 0; i < count; ++i)
-          square[i] = load_bytes<Vec<Compute<T>>>(rows + (t + i) * width + (unit * P + part) * V);
-        transpose<Compute<T>>(square);
-        for (int lane = 0; lane < V; ++lane) {
-          const int64_t c = unit * U + Lanes<T>::channel(part, lane);
-          if (c < block.size()) store_natural(to + c * stride + t, square[lane], count);
-        }
-      }
-    }
-  }
-}
 
 // A tensor of rows with what the prologue does to it.
 template <class T>
@@ -155,9 +56,6 @@ struct RowReader {
     }
   }
 };
-
-// Whether the positions of a tensor lie next to each other and its channels do not.
-CK_INLINE bool channels_first(const Rows& r) { return r.time == 1 && r.channel != 1; }
 
 // Pointers to the input rows that a block of outputs reads: row q is read by output i with tap q - i. Src is Lanes<T>
 // (rows are read where they lie) or Staged<T> (rows are converted into a buffer that moves along with the block).
