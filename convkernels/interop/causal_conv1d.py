@@ -137,12 +137,11 @@ def causal_conv1d_update(
     _states(name, x, conv_state, K, cache_seqlens, conv_state_indices)
     if x.numel() == 0 or conv_state.shape[0] == 0:
         return torch.zeros_like(x)
-    plain = cache_seqlens is None and conv_state_indices is None and not transforms_active()
     with torch.no_grad(), _dtypes_as_given(x):
-        if plain and _fits_a_step(rows, conv_state, K):
+        if cache_seqlens is None and not transforms_active():
             y = depthwise_conv1d_step(
-                rows[..., 0], conv_state.mT, weight, bias, activation=activation, backend=backend
-            )[..., None]
+                rows.mT, conv_state.mT, weight, bias, activation=activation, slots=conv_state_indices, backend=backend
+            ).mT
         else:
             y = _advance(rows, conv_state, weight, bias, cache_seqlens, conv_state_indices, activation, backend)
     return y[..., 0] if x.dim() == 2 else y
@@ -224,11 +223,6 @@ def _tap_by_tap(x, weight, bias, seq_idx, initial_states, activation) -> Tensor:
 
 
 # States of decoding.
-
-
-def _fits_a_step(rows: Tensor, conv_state: Tensor, K: int) -> bool:
-    """Whether ``depthwise_conv1d_step`` can update the state itself."""
-    return rows.shape[2] == 1 and conv_state.shape[2] == K - 1 and conv_state.mT.is_contiguous()
 
 
 def _advance(rows, conv_state, weight, bias, cache_seqlens, indices, activation, backend) -> Tensor:

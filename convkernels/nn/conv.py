@@ -72,13 +72,15 @@ class _Conv(nn.Module):
     def step(
         self, x: Tensor, state: Tensor, *, gate: Tensor | None = None, out_gate: Tensor | None = None,
         residual: Tensor | None = None, mask: Tensor | None = None, state_index: Tensor | None = None,
-        position: Tensor | None = None,
+        position: Tensor | None = None, **serving: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """One position, x [B,C] -> [B,C], without gradient; ``state`` is updated in place. Causal padding only.
+        """The next position, x [B,C] -> [B,C], or the next ones, x [B,T,C], without gradient; ``state`` is updated in
+        place. Causal padding only.
 
-        mask: bool [B], False for padding, which the state takes as zeros. The rest as in the function behind.
+        mask: bool [B] or [B,T], False for padding, which the state takes as zeros. The rest, and ``serving``: slots,
+        accepted, cu_seqlens, save_at, save_slots, as in the function behind.
         """
-        step = dict(state=state, gate=gate, state_index=state_index, position=position)
+        step = dict(state=state, gate=gate, state_index=state_index, position=position, **serving)
         return self(x, mask, step=step | dict(out_gate=out_gate, residual=residual))
 
     def _finish(self, out_gate, residual) -> tuple:
@@ -92,16 +94,21 @@ class _Conv(nn.Module):
             initial_state, finish, return_state, self.backend,
         )  # fmt: skip
 
-    def _step(self, x, mask, state, state_index=None, position=None, out_gate=None, residual=None, **operands):
+    def _step(
+        self, x, mask, state, state_index=None, position=None, out_gate=None, residual=None, slots=None, accepted=None,
+        cu_seqlens=None, save_at=None, save_slots=None, **operands,
+    ):  # fmt: skip
         if self.padding not in ("causal", (self.kernel_size - 1) * self.dilation):
             raise RuntimeError(f"{type(self).__name__}.step: expected padding='causal', got {self.padding!r}")
         x, gate, weight, bias = self._operands(x, mask, **operands)
         if mask is not None:
-            x, gate = (None if value is None else torch.where(mask[:, None], value, 0.0) for value in (x, gate))
+            x, gate = (None if value is None else torch.where(mask[..., None], value, 0.0) for value in (x, gate))
         softmax, renormalize, *_ = self._settings()
         name, finish = f"{self._function}_step", self._finish(out_gate, residual)
         operands = (x, state, weight, self.dilation, softmax, renormalize, bias, gate, state_index, position)
-        return steps.step(name, self._step_filters, TapStep(*operands, *checks.finish(name, *finish)), self.backend)
+        serving = (slots, accepted, cu_seqlens, save_at, save_slots)
+        args = TapStep(*operands, *checks.finish(name, *finish), *serving)
+        return steps.step(name, self._step_filters, args, self.backend)
 
     def _settings(self) -> tuple:
         """softmax, renormalize, padding, dilation, weight_dropout and training of the function behind."""
@@ -275,10 +282,11 @@ class DynamicConv1d(_Conv):
     def step(
         self, x: Tensor, state: Tensor, *, query: Tensor | None = None, gate: Tensor | None = None,
         out_gate: Tensor | None = None, residual: Tensor | None = None, mask: Tensor | None = None,
-        state_index: Tensor | None = None, position: Tensor | None = None,
+        state_index: Tensor | None = None, position: Tensor | None = None, **serving: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """As in ``LightweightConv1d``; ``query`` [B,query_size] predicts the filters instead of x."""
-        step = dict(state=state, query=query, gate=gate, state_index=state_index, position=position)
+        """As in ``LightweightConv1d``; ``query``, of x's shape but for its last dimension query_size, predicts the
+        filters instead of x."""
+        step = dict(state=state, query=query, gate=gate, state_index=state_index, position=position, **serving)
         return self(x, mask, step=step | dict(out_gate=out_gate, residual=residual))
 
     def _operands(self, x, mask, gate=None, query=None):
@@ -353,9 +361,10 @@ class DepthwiseConv1d(_Conv):
     def step(
         self, x: Tensor, state: Tensor, *, gate: Tensor | None = None, out_gate: Tensor | None = None,
         residual: Tensor | None = None, mask: Tensor | None = None, state_index: Tensor | None = None,
+        **serving: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """As in ``LightweightConv1d``."""
-        step = dict(state=state, gate=gate, state_index=state_index)
+        step = dict(state=state, gate=gate, state_index=state_index, **serving)
         return self(x, mask, step=step | dict(out_gate=out_gate, residual=residual))
 
     def extra_repr(self) -> str:
