@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -250,18 +251,13 @@ def test_nothing_is_copied(backend, monkeypatch):
     """The operator reads x, the initial states and the state of decoding where they lie."""
     seen = []
 
-    def watch(function, argument):
-        call = getattr(causal_conv1d, function)
+    def watched(call, x, *rest, initial_state=None, **options):
+        state = initial_state if "padding" in options else rest[0]
+        seen.append((x.data_ptr(), None if state is None else state.data_ptr()))
+        return call(x, *rest, **options, **({} if initial_state is None else {"initial_state": initial_state}))
 
-        def watched(x, *rest, **options):
-            state = rest[0] if argument is None else options.get(argument)
-            seen.append((x.data_ptr(), None if state is None else state.data_ptr()))
-            return call(x, *rest, **options)
-
-        monkeypatch.setattr(causal_conv1d, function, watched)
-
-    watch("depthwise_conv1d", "initial_state")
-    watch("depthwise_conv1d_step", None)
+    for name in ("depthwise_conv1d", "depthwise_conv1d_step"):
+        monkeypatch.setattr(causal_conv1d, name, partial(watched, getattr(causal_conv1d, name)))
     weight = values((8, 4), torch.float32, 2)
     for x in (values((2, 8, 6), torch.float32, 1), values((2, 6, 24), torch.float32, 1)[..., 8:16].mT):
         state, wider = values((2, 8, 3), torch.float32, 3), values((2, 8, 5), torch.float32, 4)

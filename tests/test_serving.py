@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import convkernels as ck
+from convkernels.interop.causal_conv1d import causal_conv1d_update, causal_conv1d_varlen_states
 from convkernels.testing.inputs import values
 
 C, H = 12, 3
@@ -208,3 +209,39 @@ def test_modules_serve(backend):
     torch.testing.assert_close(torch.cat([y, last[:, None]], 1), expected)
     with pytest.raises(TypeError, match="slot_numbers"):
         module.step(x, pool, slot_numbers=slots)
+
+
+@pytest.mark.parametrize("length", [1, 3, 6])
+def test_states_of_packed_sequences(length, backend):
+    """As a loop over the sequences cuts them out; decoding goes on from them."""
+    x, offsets = values((9, C), torch.float32, 1).requires_grad_(), torch.tensor([0, 2, 2, 8, 9], dtype=torch.int32)
+    states = causal_conv1d_varlen_states(x, offsets, length)
+    ends = offsets.tolist()
+    padded = [torch.cat([torch.zeros(length, C), x[a:b]])[-length:].T for a, b in zip(ends, ends[1:], strict=False)]
+    assert torch.equal(states, torch.stack(padded))
+    states.sum().backward()
+    assert torch.equal(
+        x.grad[:, 0], torch.tensor([float(any(b - length <= t < b for b in ends[1:])) for t in range(9)])
+    )
+    weight, new = values((C, min(length + 1, 4)), torch.float32, 2), values((4, C), torch.float32, 3)
+    y = causal_conv1d_update(new, states.detach(), weight, backend=backend)
+    whole = torch.cat([x.detach()[2:8], new[2:3]])[None]
+    expected = ck.depthwise_conv1d(whole, weight, padding="causal", backend=backend)
+    assert length < weight.shape[1] - 1 or torch.equal(y[2], expected[0, -1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "told"),
+    [
+        ({"x": torch.ones(2, 3, 4)}, ValueError, r"'x': expected a tensor \[T,C\], got"),
+        ({"x": [1.0]}, TypeError, "'x': expected a tensor, got"),
+        ({"cu_seqlens": torch.tensor([0, 4])}, ValueError, "'cu_seqlens': expected a last boundary of T = 3, got 4"),
+        ({"cu_seqlens": torch.tensor([0.0, 3.0])}, TypeError, "'cu_seqlens': expected an int32 or int64 tensor"),
+        ({"state_len": 0}, ValueError, "'state_len': expected a positive integer, got 0"),
+        ({"state_len": 2.0}, TypeError, "'state_len': expected a positive integer, got 2.0"),
+    ],
+)
+def test_errors_of_states_of_packed_sequences(changes, kind, told):
+    arguments = {"x": torch.ones(3, 4), "cu_seqlens": torch.tensor([0, 3]), "state_len": 2}
+    with pytest.raises(kind, match=f"^causal_conv1d_varlen_states: argument {told}"):
+        causal_conv1d_varlen_states(**arguments | changes)

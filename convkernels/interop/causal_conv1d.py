@@ -1,4 +1,4 @@
-"""causal_conv1d (the package that Mamba's models call): its two functions, with the same arguments, on any device.
+"""causal_conv1d (the package that Mamba's models call): its functions, with the same arguments, on any device.
 
 Tensors are [B,C,T], as there, with any strides; filters may have any width. Needs torch alone.
 Source: https://github.com/Dao-AILab/causal-conv1d, version 1.7.
@@ -14,6 +14,7 @@ from ..ops._dtypes import accumulate_dtype
 from ..ops._functorch import transforms_active
 from ..ops._validate import (
     autocasting,
+    boundaries,
     expect,
     fail,
     flag,
@@ -22,6 +23,7 @@ from ..ops._validate import (
     like,
     own_memory,
     parameter_dtype,
+    positive,
     readable,
     real,
     same_device,
@@ -32,7 +34,7 @@ from ..ops._validate import (
 from ..ops.conv.api import depthwise_conv1d
 from ..ops.conv.step import depthwise_conv1d_step
 
-__all__ = ["causal_conv1d_fn", "causal_conv1d_update"]
+__all__ = ["causal_conv1d_fn", "causal_conv1d_update", "causal_conv1d_varlen_states"]
 
 
 def causal_conv1d_fn(
@@ -145,6 +147,28 @@ def causal_conv1d_update(
         else:
             y = _advance(rows, conv_state, weight, bias, cache_seqlens, conv_state_indices, activation, backend)
     return y[..., 0] if x.dim() == 2 else y
+
+
+def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -> Tensor:
+    """The states of packed sequences, for ``causal_conv1d_update``: [N,C,state_len]. Column state_len - 1 holds the last
+    position of each, those before it lie to the left, and what a sequence does not have is 0.
+
+    x: [T,C], N sequences one after the other, any dtype.  cu_seqlens: int32 or int64 [N+1], where they begin and end.
+    Has a gradient. Values of cu_seqlens are checked as those of indices are in ``causal_conv1d_update``.
+    Source: causal_conv1d_varlen_states of the package causal_conv1d 1.7.
+    """
+    name = "causal_conv1d_varlen_states"
+    tensor(name, "x", x)
+    if x.dim() != 2:
+        fail(name, "x", "a tensor [T,C]", x)
+    tensor(name, "cu_seqlens", cu_seqlens)
+    boundaries(name, "cu_seqlens", cu_seqlens, x[None], x.shape[0])
+    positive(name, "state_len", state_len)
+    begin, end = cu_seqlens[:-1, None], cu_seqlens[1:, None]
+    row = end + torch.arange(-state_len, 0, device=x.device)
+    if x.shape[0] == 0:
+        return x.new_zeros(row.shape[0], state_len, x.shape[1]).mT
+    return torch.where((row >= begin)[..., None], x[row.clamp(min=0)], 0).mT
 
 
 def _dtypes_as_given(x: Tensor):
