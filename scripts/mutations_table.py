@@ -77,7 +77,7 @@ CPU_MUTATIONS = [
     Mutation(
         "channel stride ignored",
         "csrc/cpu/conv/rows.h",
-        "const int64_t stride = position < 0 ? 1 : rows.channel;",
+        "const int64_t stride = position < 0 ? state.channel : rows.channel;",
         "const int64_t stride = 1;",
     ),
     Mutation(
@@ -125,8 +125,32 @@ CPU_MUTATIONS = [
     Mutation(
         "state read one row too early",
         "csrc/cpu/conv/rows.h",
-        "return state + (s.state_row * span + span + position) * channels;",
-        "return state + (s.state_row * span + (span + position > 0 ? span + position - 1 : 0)) * channels;",
+        "(s.before + position) * state.time;",
+        "(s.before + position > 0 ? s.before + position - 1 : 0) * state.time;",
+    ),
+    Mutation(
+        "positions that were taken back count",
+        "csrc/cpu/conv/step.h",
+        "s.before = states.old_row(number, s.length(), 0);",
+        "s.before = states.width;",
+    ),
+    Mutation(
+        "rows of a state moved in the order that overwrites them",
+        "csrc/cpu/conv/step.h",
+        "const int64_t row = by >= 0 ? i : kept - 1 - i,",
+        "const int64_t row = i,",
+    ),
+    Mutation(
+        "state on the way one position early",
+        "csrc/cpu/conv/step.h",
+        "leave(s, at - s.begin, into);",
+        "leave(s, at - s.begin - 1, into);",
+    ),
+    Mutation(
+        "channels that lie close together picked one vector too far",
+        "csrc/cpu/conv/converted.h",
+        "(element < static_cast<Lane>(V)) ? element + static_cast<Lane>(V) : same;",
+        "(element < static_cast<Lane>(V - 1)) ? element + static_cast<Lane>(V) : same;",
     ),
     Mutation(
         "derivative of the sigmoid without its second factor",

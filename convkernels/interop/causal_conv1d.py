@@ -150,7 +150,7 @@ def causal_conv1d_update(
 
 
 def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -> Tensor:
-    """The states of packed sequences, for ``causal_conv1d_update``: [N,C,state_len]. Column state_len - 1 holds the last
+    """The states of packed sequences, for ``causal_conv1d_update``: [N,C,state_len]. The last column holds the last
     position of each, those before it lie to the left, and what a sequence does not have is 0.
 
     x: [T,C], N sequences one after the other, any dtype.  cu_seqlens: int32 or int64 [N+1], where they begin and end.

@@ -1,5 +1,4 @@
-// Every instruction set that this machine runs against a few plain loops, without torch: forward, backward and steps of
-// random problems in every storage type.
+// Every instruction set that this machine runs against a few plain loops, without torch, in every storage type.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -271,7 +270,7 @@ void run_cases(const Kernels& kernels, int count, double tolerance) {
   }
 }
 
-// Position by position with a moving state gives what one causal pass gives.
+// Step by step with a moving state gives what one causal pass gives.
 void run_steps(const Kernels& kernels) {
   std::mt19937 random(11);
   for (int n = 0; n < 20; ++n) {
@@ -284,22 +283,19 @@ void run_steps(const Kernels& kernels) {
     c.with_state = true;
     c.state.assign(static_cast<size_t>(c.B * c.span() * c.C()), 0.5);
     const std::vector<double> expected = plain(c).y;
-    const int64_t C = c.C();
     // Rows of the state behind those that are read, and steps of one to three positions.
-    const int64_t extra = n % 3, width = c.span() + extra;
+    const int64_t C = c.C(), extra = n % 3, width = c.span() + extra;
     std::vector<double> state(static_cast<size_t>(c.B * width * C), 7.0), y(c.x.size());
-    for (int64_t b = 0; b < c.B; ++b)
-      std::copy_n(c.state.data() + b * c.span() * C, c.span() * C, state.data() + (b * width + extra) * C);
+    for (int64_t b = 0; b < c.B; ++b) std::fill_n(state.data() + (b * width + extra) * C, c.span() * C, 0.5);
     for (int64_t t = 0, time; t < c.T; t += time) {
       time = std::min<int64_t>(1 + (n + t) % 3, c.T - t);
       ConvStep f;
       fill_problem(f, c);
       f.time = time;
+      f.old = {state.data(), width * C, C, 1};
+      f.states = {f.old, c.B, width, c.B};
       f.x = {c.x.data() + t * C, c.T * C, C, 1};
       if (c.gated) f.gate = {c.gate.data() + t * C, c.T * C, C, 1};
-      f.states.pool = f.old = {state.data(), width * C, C, 1};
-      f.states.slots = f.states.sequences = c.B;
-      f.states.width = width;
       if (c.with_bias) f.bias = c.bias.data();
       f.y = {y.data() + t * C, c.T * C, C, 1};
       CK_EQUAL(kernels.conv_step(f) == nullptr, true);
