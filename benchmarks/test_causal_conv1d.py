@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.suites import BOTH, FORWARD
+from convkernels import depthwise_conv1d_step
 from convkernels.interop.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from convkernels.ops._dtypes import dtype_name
 
@@ -56,13 +57,39 @@ def test_sequences(timed, benchmark, device, channels, taps, dtype, direction, f
         timed(lambda: torch.autograd.grad(FORMS[form](x, weight), leaves, grad))
 
 
-@pytest.mark.parametrize("form", UPDATES)
+@pytest.mark.parametrize("form", [*UPDATES, "copy"])
+@pytest.mark.parametrize("layout", ["[B,C,W]", "[B,W,C]"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_updates(timed, benchmark, device, dtype, form):
-    """A position of 64 rows; the state as caches of transformers have it, [B,C,K-1]."""
-    benchmark.group = f"update B=64 C=8192 K=4 {dtype_name(dtype)}"
+def test_updates(timed, benchmark, device, dtype, layout, form):
+    """A position of 64 rows; states as caches of transformers have them, and with channels innermost; a copy of as many
+    bytes as are moved at least."""
+    benchmark.group = f"update B=64 C=8192 K=4 {layout} {dtype_name(dtype)}"
     x, weight = inputs(8192, 4, dtype, device, 64)
     state = torch.randn(64, 8192, 3, device=device, dtype=dtype)
+    state = state if layout == "[B,C,W]" else state.mT.contiguous().mT
+    if form == "copy":
+        moved = torch.randn(x.numel() + state.numel() + weight.numel() // 2, device=device).to(dtype)
+        into = torch.empty_like(moved)
+        return timed(lambda: into.copy_(moved))
     with torch.no_grad():
         torch.testing.assert_close(*(update(x, state.clone(), weight) for update in UPDATES.values()), **LOOSE)
         timed(lambda: UPDATES[form](x, state, weight))
+
+
+SERVED = {"1 token": (1, 3), "4 tokens, 0 to 4 accepted": (4, 7)}
+
+
+@pytest.mark.parametrize("tokens", SERVED)
+@pytest.mark.parametrize("layout", ["[S,C,W]", "[S,W,C]"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_serving(timed, benchmark, device, dtype, layout, tokens):
+    """64 rows that continue from slots of a pool."""
+    benchmark.group = f"serving B=64 C=8192 K=4 {layout} {dtype_name(dtype)}"
+    count, rows = SERVED[tokens]
+    x, weight = torch.randn(64, count, 8192, device=device, dtype=dtype), inputs(8192, 4, dtype, device, 64)[1]
+    pool = torch.randn(80, rows, 8192, device=device, dtype=dtype)
+    pool = pool if layout == "[S,W,C]" else pool.mT.contiguous().mT
+    slots = torch.randperm(80, device=device)[:64]
+    accepted = torch.randint(count + 1, (64,), device=device) if rows > 3 else None
+    with torch.no_grad():
+        timed(lambda: depthwise_conv1d_step(x, pool, weight, activation="silu", slots=slots, accepted=accepted))

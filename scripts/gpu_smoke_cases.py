@@ -171,6 +171,12 @@ def step_cases():
             },
             # More rows, and longer states, than shared memory holds.
             "k31 state_index 400 rows": {"taps": 31, "indexed": True, "batch": 400},
+            "k4 slots accepted": {
+                "taps": 4, "length": 4, "extra": 4, "slots": 2, "accepted": True, "activation": 2, "wide": False,
+            },
+            "k4 slots channels first": {"taps": 4, "extra": 1, "slots": 1, "state_layout": "swap_last"},
+            "k7 packed saves": {"taps": 7, "lengths": (1, 70, 0, 9), "slots": 2, "saves": 3},
+            "k31 packed dynamic": {"taps": 31, "kind": "dynamic", "softmax": True, "lengths": (40, 3), "slots": 1},
         }.items():  # fmt: skip
             for head_size in (25, 32):  # in vectors or not
                 problem = StepProblem(**{

@@ -1,6 +1,9 @@
 """What servers do with the states of convolutions: pools of slots, several positions per step, positions that are taken
 back, packed chunks, and states on the way."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,6 +11,7 @@ import convkernels as ck
 from convkernels.interop.causal_conv1d import causal_conv1d_update, causal_conv1d_varlen_states
 from convkernels.testing.inputs import values
 
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "serving.md"
 C, H = 12, 3
 CALLS = {
     "depthwise": (ck.depthwise_conv1d, ck.depthwise_conv1d_step, C),
@@ -245,3 +249,9 @@ def test_errors_of_states_of_packed_sequences(changes, kind, told):
     arguments = {"x": torch.ones(3, 4), "cu_seqlens": torch.tensor([0, 3]), "state_len": 2}
     with pytest.raises(kind, match=f"^causal_conv1d_varlen_states: argument {told}"):
         causal_conv1d_varlen_states(**arguments | changes)
+
+
+def test_the_page_runs():
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+    assert len(blocks) == 4
+    exec(compile("\n".join(blocks), str(PAGE), "exec"), {"__name__": "page"})

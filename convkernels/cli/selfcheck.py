@@ -55,6 +55,10 @@ STEPS = (
     StepProblem(heads=3, head_size=40, taps=7, softmax=True, indexed=True, bias=True),
     StepProblem(heads=3, head_size=13, taps=4, kind="dynamic", softmax=True, renormalize=True, gate=True, position=2),
     StepProblem(heads=77, head_size=1, taps=4, bias=True, activation=SILU, out_gate=True),
+    StepProblem(heads=77, head_size=1, taps=4, length=3, extra=3, slots=2, accepted=True, state_layout="swap_last"),
+    StepProblem(
+        heads=3, head_size=16, taps=7, softmax=True, lengths=(1, 9, 0, 30), extra=2, slots=1, saves=3, wide=False
+    ),
 )
 # Tiles and broken tiles of queries and keys, every term, every kind of window, padding, packed sequences.
 ATTENTIONS = (

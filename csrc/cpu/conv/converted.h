@@ -104,9 +104,16 @@ template <class T>
 inline void load_transposed(const T* from, int64_t stride, int64_t n, const ChannelBlock& block, Compute<T>* out) {
   constexpr int P = Lanes<T>::kParts, V = kLanes<Compute<T>>, U = Lanes<T>::kUnit;
   if (kVectorBytes > 16 && n <= stride) {
-    if (stride == 2) return load_close<T, 2>(from, n, block, out);
-    if (stride == 3) return load_close<T, 3>(from, n, block, out);
-    if (stride == 4) return load_close<T, 4>(from, n, block, out);
+    switch (stride) {
+      case 2: return load_close<T, 2>(from, n, block, out);
+      case 3: return load_close<T, 3>(from, n, block, out);
+      case 4: return load_close<T, 4>(from, n, block, out);
+      case 5: return load_close<T, 5>(from, n, block, out);
+      case 6: return load_close<T, 6>(from, n, block, out);
+      case 7: return load_close<T, 7>(from, n, block, out);
+      case 8: return load_close<T, 8>(from, n, block, out);
+      default: break;
+    }
   }
   const int64_t width = vector_width<T>(block);
   for (int64_t unit = 0; unit < units_of<T>(block); ++unit) {
