@@ -127,6 +127,8 @@ def like(function: str, argument: str, value: Tensor, x: Tensor, sizes: tuple, l
 
 def own_memory(function: str, argument: str, value: Tensor) -> None:
     """That a tensor can be written in place: every element in memory of its own."""
+    if value.is_contiguous():
+        return
     room = 1
     for step, size in sorted((step, size) for step, size in zip(value.stride(), value.shape, strict=True) if size > 1):
         if step < room and value.numel() > 0:

@@ -136,7 +136,7 @@ struct Cpu {
     for (int64_t i = 0; i < states.sequences && states.accepted.data != nullptr; ++i) {
       const int64_t length = p.offsets != nullptr ? p.offsets[i + 1] - p.offsets[i] : p.time,
                     taken = states.accepted[i];
-      require(taken <= length && states.old_row(i, length, 0) >= p.taps.span(), "accepted",
+      require(taken <= length && taken >= p.taps.span() - states.row(length, 0), "accepted",
               "numbers of rows that the state holds");
     }
     p.old = states.pool;

@@ -9,7 +9,7 @@
 //   void attention(AttentionForward&);  void attention_backward(AttentionBackward&);
 // and exports convkernels_register, which Python calls with the namespace that it has defined the operators in: two
 // copies of the package in one process have two.
-// per_batch: weight has a batch dimension.  reordered: there is a state_index.
+// per_batch: weight has a batch dimension.
 #pragma once
 
 #include <memory>

@@ -218,10 +218,13 @@ def step(function: str, letters: str, args: TapStep) -> None:
     _state(function, args, (K - 1) * args.dilation, N)
     like_x(function, x, gate=args.gate, out_gate=args.out_gate, residual=args.residual)
     _of_sequences(function, args, (K - 1) * args.dilation, N)
-    inputs = {name: getattr(args, name) for name in ("x", "weight", "bias", "gate", "out_gate", "residual")}
+    inputs = {"x": x, "weight": args.weight}
+    inputs |= {
+        name: value for name in ("bias", "gate", "out_gate", "residual") if (value := getattr(args, name)) is not None
+    }
     if torch.is_grad_enabled():
         for argument, value in {**inputs, "state": state}.items():
-            if value is not None and value.requires_grad:
+            if value.requires_grad:
                 expected = "no gradient (a step is inference only: use torch.no_grad())"
                 fail(function, argument, expected, "requires_grad=True")
     if real(state):
@@ -295,9 +298,9 @@ def _of_sequences(function: str, args: TapStep, span: int, N: int) -> None:
 
 def _saves(function: str, args: TapStep, taken: list[int]) -> None:
     """Where states on the way are left. taken: slots of the sequences."""
-    given = [name for name in ("save_at", "save_slots") if getattr(args, name) is not None]
-    if not given:
+    if args.save_at is None and args.save_slots is None:
         return
+    given = [name for name in ("save_at", "save_slots") if getattr(args, name) is not None]
     expect(function, given[0], len(given) == 2, "None, because save_at and save_slots go together", "one of them")
     for needed in ("cu_seqlens", "slots"):
         expect(
@@ -322,7 +325,7 @@ def _numbers(function: str, argument: str, value: Any, x: Tensor, count: int, le
     same_device(function, argument, value, x)
 
 
-def _apart(function: str, inputs: dict[str, Tensor | None], state: Tensor) -> None:
+def _apart(function: str, inputs: dict[str, Tensor], state: Tensor) -> None:
     """No input may share memory with the state, which is updated in place. Spans of memory are compared, so interleaved
     views count: nothing cheaper is exact."""
     if state.numel() == 0:
@@ -340,5 +343,7 @@ def _apart(function: str, inputs: dict[str, Tensor | None], state: Tensor) -> No
 def _span(value: Tensor) -> tuple[int, int]:
     """First and last byte of the memory of a tensor that is not empty."""
     first = value.data_ptr()
+    if value.is_contiguous():
+        return first, first + value.nbytes - 1
     steps = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
     return first, first + value.element_size() * (steps + 1) - 1
