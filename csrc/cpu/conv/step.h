@@ -124,10 +124,10 @@ inline const char* conv_step_typed(const ConvStep& p) {
   reader.state = p.old;
   const bool per_row = p.per_position || p.renormalize;
   const bool direct = rows_in_place<T>(p) && p.old.channel == 1, threads = worth_threads(p);
-  // Few rows are converted at a time, of as many channels as stay in the caches.
-  constexpr int64_t kConverted = 1 << 14;
-  const int64_t rows = min(p.time, Blocks::kBlockRows) + p.taps.taps;
-  const int64_t channels = max(channels_per_block(p, direct, sequences), direct ? 0 : kConverted / rows);
+  // As many channels as stay in the caches: rows are read for the outputs and then for the state.
+  constexpr int64_t kNear = 1 << 14;
+  const int64_t near = kNear / (min(p.time, Blocks::kBlockRows) + p.taps.taps + (direct ? 3 : 0));
+  const int64_t channels = min(max(near, 256), channels_per_block(p, true, sequences));
   const ChannelPlan plan = plan_channels<T>(p, direct, per_row, channels);
   const auto run = [&](const typename Blocks::Filters* shared) {
     parallel(p, sequences * plan.blocks, threads, [&](int64_t begin, int64_t end) {
