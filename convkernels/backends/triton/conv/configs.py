@@ -132,11 +132,15 @@ class Rows:
 
 @dataclass(frozen=True)
 class Step:
-    """conv_step: BC channels, filters padded to KP taps, BS rows of the state moved at a time."""
+    """conv_step: BP positions by BC channels at a time, filters padded to KP taps; BS rows of the state at a time.
+    Positions from ``head`` on are left to programs of their own, BT to each."""
 
     BC: int
+    BP: int
     KP: int
     BS: int
+    head: int
+    BT: int = 32
     num_warps: int = 4
     maxnreg: int = 255
 
@@ -284,10 +288,13 @@ def rows(shape: Shape) -> Rows:
     return Rows(max(1, min(32, power_of_2(shape.time))), BH, RP)
 
 
-def step(channels: int, taps: int) -> Step:
-    """Tiles of at most 4096 elements."""
-    KP = power_of_2(taps)
-    return Step(min(power_of_2(channels), max(16, min(128, 4096 // KP))), KP, min(KP, 32))
+def step(channels: int, taps: int, span: int, width: int, time: int) -> Step:
+    """Tiles of at most 4096 elements, half of that where several positions meet each filter, whose loop needs registers
+    too. A state of which one holds all rows is read at once. Few positions are not worth a program of their own."""
+    KP, held = power_of_2(taps), 4096 if time == 1 else 2048
+    BC = min(power_of_2(channels), max(16, min(128, held // KP)))
+    BP = min(power_of_2(time), max(1, held // (128 * KP)))
+    return Step(BC, BP, KP, min(power_of_2(width), 4096 // BC), max(span, 16))
 
 
 def groups(tiles: int, units: int, owners: int = 1) -> int:

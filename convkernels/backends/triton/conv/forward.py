@@ -1,4 +1,4 @@
-"""Forward kernels and the decoding step. What they store of their sums is ``finish.py``'s.
+"""Forward kernels. What they store of their sums is ``finish.py``'s.
 
 ``conv_tile`` adds up shifted tiles of the input, tap by tap; it serves every problem. ``conv_band`` multiplies a window
 of the input, read once, by the banded matrix of a head's filters; it serves heads of 16 channels and more.
@@ -7,15 +7,13 @@ of the input, read once, by the banded matrix of a head's filters; it serves hea
 import triton
 import triton.language as tl
 
-from ..device import finite, narrow, product_of_parts, split, take, widen
+from ..device import finite, product_of_parts, split, take, widen
 from .finish import finish_at, finish_from, store_finished
 from .groups import Bank, add_taps, first_positions, statistics_of_rows, zeros
-from .inputs import inputs_at, load_gated, load_input
+from .inputs import inputs_at, load_input
 from .taps import (
     Place,
-    Relation,
     Sequence,
-    columns_at,
     filter_rows,
     filters_at,
     sequence_of,
@@ -130,58 +128,3 @@ def conv_band(
         if HAS_BIAS:
             total += widen(tl.load(bias + c, mask=columns, other=0.0), tl.float32)
         store_finished(finish_here, t, total, (t < T) & columns, FINISH, tl.float32)
-
-
-@triton.jit
-def conv_step(
-    x, gate, weight, bias, finish, state, scratch, state_index, position, position_stride, B, sizes, dilation,
-    FILTER: tl.constexpr, INPUT: tl.constexpr, HAS_BIAS: tl.constexpr, FINISH: tl.constexpr, INDEXED: tl.constexpr,
-    HAS_POSITION: tl.constexpr, DTYPE: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr, BS: tl.constexpr,
-):  # fmt: skip
-    """One position of every row, and the shift of its state. Rows that continue from each other's states share a
-    program: new states go to ``scratch`` and move when the last old one has been read. Channels lie along the first
-    axis of all tiles, taps or rows of the state along the second."""
-    K: tl.constexpr = FILTER.K
-    C = sizes.C
-    c = tl.program_id(0) * BC + tl.arange(0, BC)[:, None]  # [BC, 1]
-    columns, h = c < C, c // sizes.R
-    j, r = tl.arange(0, KP)[None, :], tl.arange(0, BS)[None, :]
-    span = (K - 1) * dilation
-    first = tl.program_id(1)
-    for index in tl.range(0, B if INDEXED else 1):
-        b = first + index  # there is one program for all rows, or one per row
-        row = tl.load(state_index + b) if INDEXED else b
-        old = state + row.to(tl.int64) * span * C + c
-        z = load_gated(columns_at(x, b, c), columns_at(gate, b, c), columns, INPUT, DTYPE)
-        # The new position is ``before``, and tap j reads position source(before, j); rows of the state that lie before
-        # position 0 do not exist.
-        before = span
-        if HAS_POSITION:
-            before = tl.minimum(tl.load(position + b * position_stride), span).to(tl.int32)
-        place = Place(b, before, h)
-        relation, sequence = Relation(span, dilation), Sequence(0, 0, before + 1)
-        # [BC, KP]
-        w, p, factor = filter_rows(
-            filters_at(weight, place, FILTER), place, j, columns, sequence, relation, None, FILTER, DTYPE
-        )
-        window = tl.load(old + j.to(tl.int64) * dilation * C, mask=columns & (j < K - 1), other=0.0)
-        total = tl.sum(w * tl.where(j == K - 1, z, widen(window, DTYPE)), 1)[:, None]
-        if HAS_BIAS:
-            total += widen(tl.load(bias + c, mask=columns, other=0.0), DTYPE)
-        store_finished(finish_at(finish, b, c), 0, total, columns, FINISH, DTYPE)
-        new = (scratch if INDEXED else state) + b.to(tl.int64) * span * C + c
-        for start in tl.range(0, span - 1, BS):
-            rows = (start + r).to(tl.int64)
-            moved = columns & (rows < span - 1)
-            value = tl.load(old + (rows + 1) * C, mask=moved)
-            tl.debug_barrier()  # no row is overwritten before every thread has read
-            tl.store(new + rows * C, value, mask=moved)
-        if K > 1:
-            tl.debug_barrier()  # with one row there was nothing to move
-            tl.store(new + (span - 1) * C, narrow(z, state.dtype.element_ty), mask=columns)
-    if INDEXED:
-        tl.debug_barrier()  # what other threads of the program wrote
-        for start in tl.range(0, B * span, BS):
-            at = (start + r).to(tl.int64) * C + c
-            inside = (start + r < B * span) & columns
-            tl.store(state + at, tl.load(scratch + at, mask=inside), mask=inside)

@@ -1,74 +1,92 @@
-"""Host side of decoding: the operator ``tap_step`` as launches of a Triton kernel."""
+"""Host side of decoding: the operator ``tap_step`` as one launch of a Triton kernel."""
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..host import ceil_div, run
-from . import configs, forward
+from ..host import ceil_div, run, search_steps
+from . import configs, step
 from .launch import check_dilation, finish_arguments, input_flags, options
-from .taps import FilterFlags, Filters, Rows, Sizes
-
-ROWS_OF_A_LAUNCH = 65_535  # what the second dimension of a grid may count
+from .step import Indices, PerSequence, StepFlags
+from .taps import FilterFlags, Filters, Relation, Rows, Sizes
 
 
 def tap_step(args) -> Tensor:
-    """The operator ``tap_step``: one launch (one per 65,535 rows)."""
-    x, state, weight, dilation = args.x, args.state, args.weight, args.dilation
-    K = weight.shape[-1]
-    check_dilation(dilation, K)
-    shape = (x.shape[0], dilation * (K - 1), x.shape[1])
-    if state.shape != shape or not state.is_contiguous():
-        expected = f"contiguous [batch, dilation * (taps - 1), channels] = {shape}"
+    """The operator ``tap_step``. No values are looked at, so a CUDA graph can capture it."""
+    x, state, K = args.x, args.state, args.weight.shape[-1]
+    check_dilation(args.dilation, K)
+    rows, width, channels = state.shape
+    N, span = sequence_count(args), args.dilation * (K - 1)
+    if width < span or channels != x.shape[-1] or (args.slots is None and rows != N):
+        slots = "slots" if args.slots is not None else N
+        expected = f"[{slots}, at least dilation * (taps - 1) = {span}, {x.shape[-1]}]"
         raise ValueError(f"argument 'state': expected {expected}, got {tuple(state.shape)}")
     y = torch.empty_like(x)
-    if y.numel() == 0:
-        return y
-    whole = x.shape[0] if args.state_index is not None else ROWS_OF_A_LAUNCH
-
-    def launches():
-        for first in range(0, x.shape[0], whole):
-
-            def part(tensor: Tensor | None, first=first) -> Tensor | None:
-                shared = tensor is None or tensor.shape[0] != x.shape[0]
-                return tensor if shared else tensor[first : first + whole]
-
-            names = ("x", "state", "gate", "position", "out_gate", "residual")
-            shares = {name: part(getattr(args, name)) for name in names}
-            shares["weight"] = weight if weight.dim() == 2 else part(weight)
-            yield step_launch(args._replace(**shares), part(y))
-
-    run(x, launches())
+    if N * channels > 0:
+        run(x, [step_launch(args, y)])
     return y
 
 
+def sequence_count(args) -> int:
+    return args.x.shape[0] if args.cu_seqlens is None else args.cu_seqlens.shape[0] - 1
+
+
+def rows_of(tensor: Tensor) -> Rows:
+    """Of [batch, channels] or [batch, time, channels]."""
+    if tensor.dim() == 3:
+        return Rows(tensor, *tensor.stride())
+    batch, channel = tensor.stride()
+    return Rows(tensor, batch, 0, channel)
+
+
+def filters_of(weight: Tensor) -> Filters:
+    """Of [heads, taps], [batch, heads, taps] or [batch, time, heads, taps]."""
+    strides = weight.stride()
+    return Filters(weight, *((*strides[:-2], 0, 0)[:2]), *strides[-2:])
+
+
 def step_launch(args, y: Tensor):
-    """Kernel, grid and arguments of a decoding step."""
+    """Kernel, grid and arguments of a step."""
     x, state, weight, bias, gate = args.x, args.state, args.weight, args.bias, args.gate
-    state_index, position = args.state_index, args.position
-    B, C = x.shape
-    H, K = weight.shape[-2:]
-    indexed, per_batch = state_index is not None, weight.dim() == 3
-    batch, head, tap = weight.stride() if per_batch else (0, *weight.stride())
-    config = configs.step(C, K)
+    T, C = x.shape[1] if x.dim() == 3 else 1, x.shape[-1]
+    (H, K), (S, W, _) = weight.shape[-2:], state.shape
+    N, span, dynamic = sequence_count(args), args.dilation * (K - 1), weight.dim() > 2
+    packed, indexed = args.cu_seqlens is not None, args.state_index is not None
+    one = T == 1 and not packed
+    config = configs.step(C, K, span, W, T)
 
-    def row(tensor: Tensor) -> Rows:
-        batch, channel = tensor.stride()
-        return Rows(tensor, batch, 0, channel)
+    def indices(tensor: Tensor | None) -> Indices:
+        """Absent ones are not looked at. A single one is all sequences'."""
+        if tensor is None:
+            return Indices(x, 0)
+        return Indices(tensor, 0 if tensor.shape[0] == 1 else tensor.stride(0))
 
-    x_row = row(x)
+    position = args.position if args.renormalize else None
+    saves = 0 if args.save_at is None else args.save_at.shape[0]
+    as_it_comes = W == span and (args.dilation == 1 or K == 1) and args.accepted is None
+    tail = T > config.head
+    t_blocks = (ceil_div(T, config.BT) if packed else ceil_div(T - config.head, config.BT)) if tail else 0
+    owners, c_blocks = 1 if indexed else N, ceil_div(C, config.BC)
+    x_row = rows_of(x)
     arguments = {
-        "x": x_row, "gate": x_row if gate is None else row(gate), "weight": Filters(weight, batch, 0, head, tap),
-        "bias": x if bias is None else bias.contiguous(), "state": state,
-        **finish_arguments(args.activation, x_row, y, args.out_gate, args.residual, rows_of=row),
-        "scratch": torch.empty_like(state) if indexed else state,
-        "state_index": state_index.contiguous() if indexed else x, "position": x if position is None else position,
-        "position_stride": 0 if position is None or position.shape[0] == 1 else position.stride(0), "B": B,
-        "sizes": Sizes(1, C, H, C // H), "dilation": args.dilation,
-        "FILTER": FilterFlags(K, args.softmax, args.renormalize, False, per_batch, False, False),
-        "INPUT": input_flags(args), "HAS_BIAS": bias is not None, "INDEXED": indexed,
-        "HAS_POSITION": position is not None,
-        "DTYPE": tl.float64 if x.dtype == torch.float64 else tl.float32, "BC": config.BC, "KP": config.KP,
-        "BS": config.BS, **options(config),
+        "x": x_row, "gate": x_row if gate is None else rows_of(gate), "weight": filters_of(weight),
+        "bias": x if bias is None else bias.contiguous(),
+        **finish_arguments(args.activation, x_row, y, args.out_gate, args.residual, rows_of=rows_of),
+        "pool": rows_of(state), "scratch": rows_of(torch.empty_like(state) if indexed else state),
+        "per_sequence": PerSequence(
+            indices(args.cu_seqlens), indices(args.slots), indices(args.state_index), indices(args.accepted),
+            indices(position), indices(args.save_at), indices(args.save_slots),
+        ),
+        "S": S, "W": W, "T": T, "N": N, "M": saves, "sizes": Sizes(1, C, H, C // H),
+        "relation": Relation(span, args.dilation), "head": config.head, "owners": owners, "t_blocks": t_blocks,
+        "steps": search_steps(N), "c_blocks": c_blocks,
+        "FILTER": FilterFlags(K, args.softmax, args.renormalize, False, dynamic, dynamic, False),
+        "INPUT": input_flags(args, has_state=True), "TAIL": input_flags(args), "HAS_BIAS": bias is not None,
+        "STEP": StepFlags(
+            one, one and as_it_comes, tail, packed, args.slots is not None, indexed, args.accepted is not None,
+            position is not None, saves > 0,
+        ),
+        "DTYPE": tl.float64 if x.dtype == torch.float64 else tl.float32, "BC": config.BC, "BP": config.BP,
+        "KP": config.KP, "BS": config.BS, "BT": config.BT, **options(config),
     }  # fmt: skip
-    return forward.conv_step, (ceil_div(C, config.BC), 1 if indexed else B), arguments
+    return step.conv_step, (c_blocks * (owners + t_blocks * (1 if packed else N)),), arguments

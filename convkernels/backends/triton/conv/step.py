@@ -1,0 +1,357 @@
+"""The decoding step: a causal pass over the next positions of every sequence, which then updates the sequence's state.
+
+One program for each block of channels owns a sequence: it alone reads the old state, and it writes the new one when
+it has read the old one. Positions from ``head`` on, which reach no row of a state, are left to programs that read x
+alone. Channels, or positions and channels, lie along the first axis of all tiles, taps or rows of the state along the
+second. Positions of a sequence are numbered from its first one in x on.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..device import narrow, widen
+from .finish import finish_at, finish_from, store_finished
+from .inputs import Inputs, Mask, load_gated, load_input
+from .taps import Place, Relation, Rows, Sequence, columns_at, filter_rows, filters_at, rows_from, store_rows
+
+
+class Indices(NamedTuple):
+    """Integers of which every sequence, or saved state, has one."""
+
+    data: Any
+    stride: Any
+
+
+class PerSequence(NamedTuple):
+    """bounds: begins of packed sequences, and the last one's end. slots: whose state a sequence has; source: where its
+    old state is, by default there. accepted: how many of the newest rows of the old state count. position: how many
+    inputs precede x. The state before position save_at of x is also left in slot save_slots."""
+
+    bounds: Indices
+    slots: Indices
+    source: Indices
+    accepted: Indices
+    position: Indices
+    save_at: Indices
+    save_slots: Indices
+
+
+class StepFlags(NamedTuple):
+    """ONE: every sequence has one position, a batch row of its own. DIRECT: all rows of a state are read for that
+    position, in order, and then move up by one. TAIL: there are positions from ``head`` on."""
+
+    ONE: bool
+    DIRECT: bool
+    TAIL: bool
+    PACKED: bool
+    HAS_SLOTS: bool
+    HAS_SOURCE: bool
+    HAS_ACCEPTED: bool
+    HAS_POSITION: bool
+    HAS_SAVES: bool
+
+
+class Operands(NamedTuple):
+    """The tensors that outputs are made of, and where they go."""
+
+    x: Rows
+    gate: Rows
+    weight: Any
+    bias: Any
+    finish: Any
+    sizes: Any
+    relation: Relation
+
+
+class Part(NamedTuple):
+    """A sequence: its batch row, its begin in x, how many positions it has, and how many inputs precede them."""
+
+    b: Any
+    begin: Any
+    length: Any
+    history: Any
+
+
+class Before(NamedTuple):
+    """Rows of an old state: their tensor, the slot, and the row that position 0 would have."""
+
+    pool: Rows
+    slot: Any
+    row: Any
+
+
+@triton.jit
+def number_of(numbers, n):
+    """The integer that sequence n has."""
+    return tl.load(numbers.data + tl.cast(n, tl.int64) * numbers.stride)
+
+
+@triton.jit
+def part_of(n, T, bounds, history, STEP: tl.constexpr):
+    """Sequence n; cu_seqlens is not validated on the host."""
+    if STEP.PACKED:
+        begin = tl.minimum(tl.maximum(number_of(bounds, n), 0), T).to(tl.int32)
+        end = tl.minimum(number_of(bounds, n + 1), T).to(tl.int32)
+        part = Part(n * 0, begin, tl.maximum(end - begin, 0), history)
+    else:
+        part = Part(n, n * 0, n * 0 + (1 if STEP.ONE else T), history)
+    return part
+
+
+@triton.jit
+def find_sequence(t, bounds, count, steps):
+    """The last of the sequences that begin at or before position t of x, by bisection."""
+    number, above = count * 0, count
+    for _ in tl.range(0, steps):
+        middle = (number + above) // 2
+        right = number_of(bounds, middle) <= t
+        number, above = tl.where(right, middle, number), tl.where(right, above, middle)
+    return number
+
+
+@triton.jit
+def store_sum(operands, finish, t, total, c, keep, HAS_BIAS: tl.constexpr, FINISH: tl.constexpr, DTYPE: tl.constexpr):
+    """What becomes of the sums over taps at positions t of ``finish``."""
+    if HAS_BIAS:
+        total += widen(tl.load(operands.bias + c, mask=c < operands.sizes.C, other=0.0), DTYPE)
+    store_finished(finish, t, total, keep, FINISH, DTYPE)
+
+
+@triton.jit
+def store_sums(
+    operands, part, before, first, last, first_channel, FILTER: tl.constexpr, INPUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, FINISH: tl.constexpr, DTYPE: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+    KP: tl.constexpr,
+):  # fmt: skip
+    """y at positions first to last - 1 of a sequence, BP at a time. INPUT.HAS_STATE: some of them read the state."""
+    K: tl.constexpr = FILTER.K
+    SHARED: tl.constexpr = not (FILTER.PER_TIME or FILTER.RENORMALIZE)
+    relation, begin, b = operands.relation, part.begin, part.b
+    i = tl.arange(0, BP * BC)[:, None]
+    p, c = i // BC, first_channel + i % BC
+    columns, h, j = c < operands.sizes.C, c // operands.sizes.R, tl.arange(0, KP)[None, :]
+    x = rows_from(columns_at(operands.x, b, c), begin)
+    gate = rows_from(columns_at(operands.gate, b, c), begin)
+    z = Inputs(x, gate, Mask(operands.x.data, 0, 0), rows_from(columns_at(before.pool, before.slot, c), before.row))
+    finish = finish_from(finish_at(operands.finish, b, c), begin)
+    held, given = Sequence(0, 0, part.length), Sequence(0, -part.history, part.length)
+    if SHARED:
+        # [BP * BC, KP]
+        filters = filters_at(operands.weight, Place(b, begin, h), FILTER)
+        w, _, _ = filter_rows(filters, Place(b, begin, h), j, columns, given, relation, None, FILTER, DTYPE)
+    for start in tl.range(first, last, BP):
+        t = start + p
+        keep = columns & (t < last)
+        if not SHARED:
+            filters = filters_at(operands.weight, Place(b, begin + t, h), FILTER)
+            w, _, _ = filter_rows(filters, Place(b, t, h), j, keep, given, relation, None, FILTER, DTYPE)
+        s = t + relation.dilation * j - relation.left
+        window = load_input(z, s, keep & (j < K), held, relation.left, INPUT, DTYPE)
+        store_sum(operands, finish, t, tl.sum(w * window, 1)[:, None], c, keep, HAS_BIAS, FINISH, DTYPE)
+
+
+@triton.jit
+def store_zeros(y, part, first, last, first_channel, C, BC: tl.constexpr, BP: tl.constexpr):
+    """y = 0 at positions first to last - 1 of a sequence."""
+    i = tl.arange(0, BP * BC)[:, None]
+    c = first_channel + i % BC
+    y = rows_from(columns_at(y, part.b, c), part.begin)
+    for start in tl.range(first, last, BP):
+        t = start + i // BC
+        store_rows(y, t, (c * 0).to(tl.float32), (t < last) & (c < C))
+
+
+@triton.jit
+def leave_state(
+    new, old, x, gate, z, n, shift, W, columns, INPUT: tl.constexpr, STEP: tl.constexpr, DTYPE: tl.constexpr,
+    IN_PLACE: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """The state after n positions of a sequence, BS rows at a time: row w + shift of the old one, 0 where there is
+    none, and z at the last rows. IN_PLACE: ``new`` is ``old``, so no row is written that is still to be read."""
+    blocks = tl.cdiv(W, BS)
+    for index in tl.range(0, blocks):
+        block = index
+        if IN_PLACE and STEP.HAS_ACCEPTED:
+            block = tl.where(shift >= 0, index, blocks - 1 - index)
+        row = block * BS + tl.arange(0, BS)[None, :]
+        s = row - W + n
+        inside = columns & (row < W)
+        moved = inside & (s < 0)
+        if STEP.HAS_ACCEPTED:
+            moved = moved & (row + shift >= 0)
+        value = tl.load(rows_from(old, row + shift).data, mask=moved, other=0.0)
+        if STEP.ONE:
+            fresh = z
+        else:
+            given = load_gated(rows_from(x, s), rows_from(gate, s), inside & (s >= 0), INPUT, DTYPE)
+            fresh = narrow(given, new.data.dtype.element_ty)
+        value = tl.where(s >= 0, fresh, value)
+        if IN_PLACE:
+            tl.debug_barrier()  # every thread has read
+        tl.store(rows_from(new, row).data, value, mask=inside)
+
+
+@triton.jit
+def step_sequence(
+    operands, part, last, before, target, slot, per_sequence, S, W, M, first_channel, FILTER: tl.constexpr,
+    INPUT: tl.constexpr, HAS_BIAS: tl.constexpr, FINISH: tl.constexpr, STEP: tl.constexpr, DTYPE: tl.constexpr,
+    BC: tl.constexpr, BP: tl.constexpr, KP: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """The outputs of a sequence at positions before ``last``, and its states; the new one goes to a slot of
+    ``target``."""
+    K: tl.constexpr = FILTER.K
+    relation, b, begin = operands.relation, part.b, part.begin
+    c = first_channel + tl.arange(0, BC)[:, None]
+    columns, j = c < operands.sizes.C, tl.arange(0, KP)[None, :]
+    x, gate = rows_from(columns_at(operands.x, b, c), begin), rows_from(columns_at(operands.gate, b, c), begin)
+    old, new = columns_at(before.pool, before.slot, c), columns_at(target, slot, c)
+    if STEP.ONE:
+        place = Place(b, begin, c // operands.sizes.R)
+        z = load_gated(x, gate, columns, INPUT, DTYPE)
+        # [BC, KP]
+        window = tl.load(
+            rows_from(old, before.row + relation.dilation * j - relation.left).data,
+            mask=columns & (j < K - 1),
+            other=0.0,
+        )
+        given = Sequence(0, -part.history, 1)
+        filters = filters_at(operands.weight, place, FILTER)
+        w, _, _ = filter_rows(filters, place, j, columns, given, relation, None, FILTER, DTYPE)
+        total = tl.sum(w * tl.where(j == K - 1, z, widen(window, DTYPE)), 1)[:, None]
+        store_sum(operands, finish_at(operands.finish, b, c), 0, total, c, columns, HAS_BIAS, FINISH, DTYPE)
+        z = narrow(z, new.data.dtype.element_ty)
+    else:
+        z = 0
+        store_sums(operands, part, before, 0, last, first_channel, FILTER, INPUT, HAS_BIAS, FINISH, DTYPE, BC, BP, KP)
+    if STEP.DIRECT:
+        if not STEP.HAS_SOURCE:
+            tl.debug_barrier()  # every thread has read
+        tl.store(rows_from(new, j - 1).data, window, mask=columns & (j > 0) & (j < K - 1))
+        if K > 1:
+            tl.store(rows_from(new, K - 2).data, z, mask=columns)
+    else:
+        if STEP.HAS_SAVES:  # first, because they are made of the old state
+            for m in tl.range(0, M):
+                count, into = number_of(per_sequence.save_at, m) - begin, number_of(per_sequence.save_slots, m)
+                if (count > 0) & (count <= part.length) & (into >= 0) & (into < S):
+                    n = count.to(tl.int32)
+                    saved = columns_at(target, into, c)
+                    leave_state(
+                        saved, old, x, gate, z, n, before.row - W + n, W, columns, INPUT, STEP, DTYPE, False, BS
+                    )
+        shift = before.row - W + part.length
+        leave_state(new, old, x, gate, z, part.length, shift, W, columns, INPUT, STEP, DTYPE, not STEP.HAS_SOURCE, BS)
+
+
+@triton.jit
+def own_sequences(
+    operands, n, pool, scratch, per_sequence, S, W, T, N, M, head, first_channel, FILTER: tl.constexpr,
+    INPUT: tl.constexpr, HAS_BIAS: tl.constexpr, FINISH: tl.constexpr, STEP: tl.constexpr, DTYPE: tl.constexpr,
+    BC: tl.constexpr, BP: tl.constexpr, KP: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """Sequence n; all of them where they continue from each other's states. Then new states go to ``scratch``, and move
+    when the last old one has been read."""
+    span, C = operands.relation.left, operands.sizes.C
+    for index in tl.range(0, N if STEP.HAS_SOURCE else 1):
+        number = n + index
+        history = span
+        if STEP.HAS_POSITION:
+            history = tl.minimum(number_of(per_sequence.position, number), span).to(tl.int32)
+        part = part_of(number, T, per_sequence.bounds, history, STEP)
+        row = W
+        if STEP.HAS_ACCEPTED:
+            accepted = tl.maximum(number_of(per_sequence.accepted, number), part.length - (W - span))
+            row = W - part.length + tl.minimum(accepted, part.length).to(tl.int32)
+        slot, live = number, True
+        if STEP.HAS_SLOTS:
+            slot = number_of(per_sequence.slots, number)
+            live = (slot >= 0) & (slot < S)
+        source, target = slot, pool
+        if STEP.HAS_SOURCE:
+            source = tl.minimum(tl.maximum(number_of(per_sequence.source, number), 0), N - 1)
+            target = scratch
+        last = tl.minimum(part.length, head) if STEP.TAIL else part.length
+        if live:
+            step_sequence(
+                operands, part, last, Before(pool, source, row), target, slot, per_sequence, S, W, M, first_channel,
+                FILTER, INPUT, HAS_BIAS, FINISH, STEP, DTYPE, BC, BP, KP, BS,
+            )  # fmt: skip
+        else:
+            store_zeros(operands.finish.y, part, 0, last, first_channel, C, BC, BP)
+    if STEP.HAS_SOURCE:
+        tl.debug_barrier()  # what other threads of the program wrote
+        c = first_channel + tl.arange(0, BC)[:, None]
+        for index in tl.range(0, N):
+            number = n + index
+            made, kept = columns_at(scratch, number, c), columns_at(pool, number, c)
+            for start in tl.range(0, W, BS):
+                row = start + tl.arange(0, BS)[None, :]
+                inside = (row < W) & (c < C)
+                tl.store(rows_from(kept, row).data, tl.load(rows_from(made, row).data, mask=inside), mask=inside)
+
+
+@triton.jit
+def later_positions(
+    operands, block, pool, per_sequence, S, T, N, head, t_blocks, steps, first_channel, FILTER: tl.constexpr,
+    TAIL: tl.constexpr, HAS_BIAS: tl.constexpr, FINISH: tl.constexpr, STEP: tl.constexpr, DTYPE: tl.constexpr,
+    BC: tl.constexpr, BP: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """A block of BT positions, and of these the ones that lie ``head`` or more behind the begin of their sequence:
+    positions of x if sequences are packed, else positions of a batch row from ``head`` on."""
+    span = operands.relation.left
+    if STEP.PACKED:
+        start = block * BT
+        low = find_sequence(start, per_sequence.bounds, N, steps)
+        high = find_sequence(tl.minimum(start + BT, T) - 1, per_sequence.bounds, N, steps)
+    else:
+        start = head + block % t_blocks * BT
+        low = block // t_blocks
+        high = low
+    for index in tl.range(0, high - low + 1):
+        number = low + index
+        part = part_of(number, T, per_sequence.bounds, span, STEP)
+        first, last = tl.maximum(start - part.begin, head), tl.minimum(start + BT - part.begin, part.length)
+        live = True
+        if STEP.HAS_SLOTS:
+            slot = number_of(per_sequence.slots, number)
+            live = (slot >= 0) & (slot < S)
+        if live:
+            store_sums(
+                operands, part, Before(pool, number, 0), first, last, first_channel, FILTER, TAIL, HAS_BIAS, FINISH,
+                DTYPE, BC, BP, KP,
+            )  # fmt: skip
+        else:
+            store_zeros(operands.finish.y, part, first, last, first_channel, operands.sizes.C, BC, BP)
+
+
+@triton.jit(do_not_specialize=["S", "T", "N", "M", "owners", "t_blocks", "steps"])
+def conv_step(
+    x, gate, weight, bias, finish, pool, scratch, per_sequence, S, W, T, N, M, sizes, relation, head, owners, t_blocks,
+    steps, c_blocks, FILTER: tl.constexpr, INPUT: tl.constexpr, TAIL: tl.constexpr, HAS_BIAS: tl.constexpr,
+    FINISH: tl.constexpr, STEP: tl.constexpr, DTYPE: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+    KP: tl.constexpr, BS: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """The step of N sequences, T positions in each batch row, for states of W rows in a pool of S. The first ``owners``
+    programs of a block of channels own sequences; the others have blocks of later positions, t_blocks in a batch row.
+    INPUT and TAIL: of positions before ``head``, which read a state, and of later ones. M states are saved."""
+    pid = tl.program_id(0)
+    unit, first_channel = pid // c_blocks, pid % c_blocks * BC
+    operands = Operands(x, gate, weight, bias, finish, sizes, relation)
+    if STEP.TAIL:
+        if unit < owners:
+            own_sequences(
+                operands, unit, pool, scratch, per_sequence, S, W, T, N, M, head, first_channel, FILTER, INPUT,
+                HAS_BIAS, FINISH, STEP, DTYPE, BC, BP, KP, BS,
+            )  # fmt: skip
+        else:
+            later_positions(
+                operands, unit - owners, pool, per_sequence, S, T, N, head, t_blocks, steps, first_channel, FILTER,
+                TAIL, HAS_BIAS, FINISH, STEP, DTYPE, BC, BP, KP, BT,
+            )  # fmt: skip
+    else:
+        own_sequences(
+            operands, unit, pool, scratch, per_sequence, S, W, T, N, M, head, first_channel, FILTER, INPUT, HAS_BIAS,
+            FINISH, STEP, DTYPE, BC, BP, KP, BS,
+        )  # fmt: skip
