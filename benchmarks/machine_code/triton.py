@@ -18,6 +18,7 @@ from triton.compiler import ASTSource
 from benchmarks.machine_code.control_flow import ControlFlow
 from benchmarks.machine_code.instructions import COUNTED, MATRIX, by_base, classes_of, instructions_of
 from benchmarks.machine_code.rules import LoopCost, Resources, Rules, read_code, read_usage, run_tool, tools
+from benchmarks.machine_code.triton_steps import STEP_VARIANTS, StepVariant
 from convkernels.backends.triton.attention import launch as attention_launch
 from convkernels.backends.triton.conv import configs, launch, launch_step
 from convkernels.ops.attention.schema import INPUTS, Attention
@@ -363,7 +364,7 @@ def executed(kernel: str, arguments: dict, code: str) -> Counter:
     return ControlFlow(code).whole(passes)
 
 
-def measure_all(variant: Variant | AttentionVariant, architectures=ARCHITECTURES) -> list[Resources]:
+def measure_all(variant: Variant | AttentionVariant | StepVariant, architectures=ARCHITECTURES) -> list[Resources]:
     """Every kernel of a variant for every architecture; of several launches of a kernel what the most demanding takes,
     and the instructions of each."""
     found: dict[str, Resources] = {}
@@ -392,5 +393,5 @@ def parts(architectures: tuple[str, ...] = (), only: str | None = None) -> dict[
     """By name, the steps that compile every variant; for these architectures if any are given, and with `only` in the
     variant's name."""
     chosen = tuple(a for a in ARCHITECTURES if not architectures or str(a) in architectures)
-    wanted = [v for v in (*VARIANTS, *ATTENTION_VARIANTS) if not only or only in v.name]
+    wanted = [v for v in (*VARIANTS, *ATTENTION_VARIANTS, *STEP_VARIANTS) if not only or only in v.name]
     return {v.name: partial(measure_all, v, chosen) for v in wanted if chosen}

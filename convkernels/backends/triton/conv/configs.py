@@ -288,13 +288,16 @@ def rows(shape: Shape) -> Rows:
     return Rows(max(1, min(32, power_of_2(shape.time))), BH, RP)
 
 
-def step(channels: int, taps: int, span: int, width: int, time: int) -> Step:
-    """Tiles of at most 4096 elements, half of that where several positions meet each filter, whose loop needs registers
-    too. A state of which one holds all rows is read at once. Few positions are not worth a program of their own."""
-    KP, held = power_of_2(taps), 4096 if time == 1 else 2048
-    BC = min(power_of_2(channels), max(16, min(128, held // KP)))
-    BP = min(power_of_2(time), max(1, held // (128 * KP)))
-    return Step(BC, BP, KP, min(power_of_2(width), 4096 // BC), max(span, 16))
+def step(shape: Shape, width: int) -> Step:
+    """Tiles of 4096 elements, half of that in the loop over several positions, which needs registers too; but of few
+    taps of 16-bit types a thread should have all, and 16 bytes of a row, so that it sums them alone. A state of which
+    a tile holds all rows is read at once. Few positions are not worth a program of their own."""
+    KP = power_of_2(shape.taps)
+    alone = KP <= 4 and itemsize(shape.dtype) == 2 and not shape.per_row
+    most = 4096 if shape.time == 1 or alone else 2048
+    BC = min(power_of_2(shape.channels), max(16, min(128, most // KP)))
+    BP = min(power_of_2(shape.time), max(1, most // (128 * KP)))
+    return Step(BC, BP, KP, min(power_of_2(width), 4096 // BC), max(shape.span, 16))
 
 
 def groups(tiles: int, units: int, owners: int = 1) -> int:

@@ -4,7 +4,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..host import ceil_div, run, search_steps
+from ..host import ceil_div, dtype_name, run, search_steps
 from . import configs, step
 from .launch import check_dilation, finish_arguments, input_flags, options
 from .step import Indices, PerSequence, StepFlags
@@ -53,15 +53,16 @@ def step_launch(args, y: Tensor):
     N, span, dynamic = sequence_count(args), args.dilation * (K - 1), weight.dim() > 2
     packed, indexed = args.cu_seqlens is not None, args.state_index is not None
     one = T == 1 and not packed
-    config = configs.step(C, K, span, W, T)
+    shape = configs.Shape(N, T, C, H, K, args.dilation, dtype_name(x.dtype), dynamic or args.renormalize)
+    config = configs.step(shape, W)
 
     def indices(tensor: Tensor | None) -> Indices:
-        """Absent ones are not looked at. A single one is all sequences'."""
-        if tensor is None:
-            return Indices(x, 0)
-        return Indices(tensor, 0 if tensor.shape[0] == 1 else tensor.stride(0))
+        """Absent ones are not looked at."""
+        return Indices(x, 0) if tensor is None else Indices(tensor, tensor.stride(0))
 
     position = args.position if args.renormalize else None
+    if position is not None:
+        position = position.expand(N)
     saves = 0 if args.save_at is None else args.save_at.shape[0]
     as_it_comes = W == span and (args.dilation == 1 or K == 1) and args.accepted is None
     tail = T > config.head
