@@ -69,10 +69,11 @@ def step_launch(args, y: Tensor):
     t_blocks = (ceil_div(T, config.BT) if packed else ceil_div(T - config.head, config.BT)) if tail else 0
     owners, c_blocks = 1 if indexed else N, ceil_div(C, config.BC)
     x_row = rows_of(x)
+    finish = finish_arguments(args.activation, x_row, y, args.out_gate, args.residual, rows_of=rows_of)
     arguments = {
         "x": x_row, "gate": x_row if gate is None else rows_of(gate), "weight": filters_of(weight),
         "bias": x if bias is None else bias.contiguous(),
-        **finish_arguments(args.activation, x_row, y, args.out_gate, args.residual, rows_of=rows_of),
+        "finish": finish["finish"],
         "pool": rows_of(state), "scratch": rows_of(torch.empty_like(state) if indexed else state),
         "per_sequence": PerSequence(
             indices(args.cu_seqlens), indices(args.slots), indices(args.state_index), indices(args.accepted),
@@ -81,13 +82,14 @@ def step_launch(args, y: Tensor):
         "S": S, "W": W, "T": T, "N": N, "M": saves, "sizes": Sizes(1, C, H, C // H),
         "relation": Relation(span, args.dilation), "head": config.head, "owners": owners, "t_blocks": t_blocks,
         "steps": search_steps(N), "c_blocks": c_blocks,
-        "FILTER": FilterFlags(K, args.softmax, args.renormalize, False, dynamic, dynamic, False),
-        "INPUT": input_flags(args, has_state=True), "TAIL": input_flags(args), "HAS_BIAS": bias is not None,
         "STEP": StepFlags(
             one, one and as_it_comes, tail, packed, args.slots is not None, indexed, args.accepted is not None,
-            position is not None, saves > 0,
+            position is not None, saves > 0, bias is not None,
+            FilterFlags(K, args.softmax, args.renormalize, False, dynamic, dynamic, False),
+            input_flags(args, has_state=True), input_flags(args), finish["FINISH"],
+            tl.float64 if x.dtype == torch.float64 else tl.float32,
+            config.BC, config.BP, config.KP, config.BS, config.BT,
         ),
-        "DTYPE": tl.float64 if x.dtype == torch.float64 else tl.float32, "BC": config.BC, "BP": config.BP,
-        "KP": config.KP, "BS": config.BS, "BT": config.BT, **options(config),
+        **options(config),
     }  # fmt: skip
     return step.conv_step, (c_blocks * (owners + t_blocks * (1 if packed else N)),), arguments

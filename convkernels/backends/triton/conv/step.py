@@ -40,7 +40,8 @@ class PerSequence(NamedTuple):
 
 class StepFlags(NamedTuple):
     """ONE: every sequence has one position, a batch row of its own. DIRECT: all rows of a state are read for that
-    position, in order, and then move up by one. TAIL: there are positions from ``head`` on."""
+    position, in order, and then move up by one. TAIL: there are positions from ``head`` on. INPUT, LATER: of positions
+    before ``head``, which read a state, and of later ones. DTYPE: of sums; the rest: ``configs.Step``."""
 
     ONE: bool
     DIRECT: bool
@@ -51,6 +52,17 @@ class StepFlags(NamedTuple):
     HAS_ACCEPTED: bool
     HAS_POSITION: bool
     HAS_SAVES: bool
+    HAS_BIAS: bool
+    FILTER: Any
+    INPUT: Any
+    LATER: Any
+    FINISH: Any
+    DTYPE: Any
+    BC: int
+    BP: int
+    KP: int
+    BS: int
+    BT: int
 
 
 class Operands(NamedTuple):
@@ -63,6 +75,27 @@ class Operands(NamedTuple):
     finish: Any
     sizes: Any
     relation: Relation
+
+
+class Batch(NamedTuple):
+    """N sequences, T positions in each batch row, states of W rows in a pool of S, M saved ones; from ``head`` on
+    positions are left to other programs."""
+
+    per_sequence: PerSequence
+    S: Any
+    W: Any
+    T: Any
+    N: Any
+    M: Any
+    head: Any
+
+
+class Given(NamedTuple):
+    """What the newest rows of a state are made of: x and gate from the first position on, or z if there is one."""
+
+    x: Rows
+    gate: Rows
+    z: Any
 
 
 class Part(NamedTuple):
@@ -112,26 +145,26 @@ def find_sequence(t, bounds, count, steps):
 
 
 @triton.jit
-def store_sum(operands, finish, t, total, c, keep, HAS_BIAS: tl.constexpr, FINISH: tl.constexpr, DTYPE: tl.constexpr):
+def store_sum(operands, finish, t, total, c, keep, STEP: tl.constexpr):
     """What becomes of the sums over taps at positions t of ``finish``."""
-    if HAS_BIAS:
-        total += widen(tl.load(operands.bias + c, mask=c < operands.sizes.C, other=0.0), DTYPE)
-    store_finished(finish, t, total, keep, FINISH, DTYPE)
+    if STEP.HAS_BIAS:
+        total += widen(tl.load(operands.bias + c, mask=c < operands.sizes.C, other=0.0), STEP.DTYPE)
+    store_finished(finish, t, total, keep, STEP.FINISH, STEP.DTYPE)
 
 
 @triton.jit
-def store_sums(
-    operands, part, before, first, last, first_channel, FILTER: tl.constexpr, INPUT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, FINISH: tl.constexpr, DTYPE: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
-    KP: tl.constexpr,
-):  # fmt: skip
+def store_sums(operands, part, before, first, last, first_channel, INPUT: tl.constexpr, STEP: tl.constexpr):
     """y at positions first to last - 1 of a sequence, BP at a time. INPUT.HAS_STATE: some of them read the state."""
+    FILTER: tl.constexpr = STEP.FILTER
+    DTYPE: tl.constexpr = STEP.DTYPE
+    BC: tl.constexpr = STEP.BC
+    BP: tl.constexpr = STEP.BP
     K: tl.constexpr = FILTER.K
     SHARED: tl.constexpr = not (FILTER.PER_TIME or FILTER.RENORMALIZE)
     relation, begin, b = operands.relation, part.begin, part.b
     i = tl.arange(0, BP * BC)[:, None]
     p, c = i // BC, first_channel + i % BC
-    columns, h, j = c < operands.sizes.C, c // operands.sizes.R, tl.arange(0, KP)[None, :]
+    columns, h, j = c < operands.sizes.C, c // operands.sizes.R, tl.arange(0, STEP.KP)[None, :]
     x = rows_from(columns_at(operands.x, b, c), begin)
     gate = rows_from(columns_at(operands.gate, b, c), begin)
     z = Inputs(x, gate, Mask(operands.x.data, 0, 0), rows_from(columns_at(before.pool, before.slot, c), before.row))
@@ -149,7 +182,7 @@ def store_sums(
             w, _, _ = filter_rows(filters, Place(b, t, h), j, keep, given, relation, None, FILTER, DTYPE)
         s = t + relation.dilation * j - relation.left
         window = load_input(z, s, keep & (j < K), held, relation.left, INPUT, DTYPE)
-        store_sum(operands, finish, t, tl.sum(w * window, 1)[:, None], c, keep, HAS_BIAS, FINISH, DTYPE)
+        store_sum(operands, finish, t, tl.sum(w * window, 1)[:, None], c, keep, STEP)
 
 
 @triton.jit
@@ -164,12 +197,10 @@ def store_zeros(y, part, first, last, first_channel, C, BC: tl.constexpr, BP: tl
 
 
 @triton.jit
-def leave_state(
-    new, old, x, gate, z, n, shift, W, columns, INPUT: tl.constexpr, STEP: tl.constexpr, DTYPE: tl.constexpr,
-    IN_PLACE: tl.constexpr, BS: tl.constexpr,
-):  # fmt: skip
+def leave_state(new, old, given, n, shift, W, columns, STEP: tl.constexpr, IN_PLACE: tl.constexpr):
     """The state after n positions of a sequence, BS rows at a time: row w + shift of the old one, 0 where there is
     none, and z at the last rows. IN_PLACE: ``new`` is ``old``, so no row is written that is still to be read."""
+    BS: tl.constexpr = STEP.BS
     blocks = tl.cdiv(W, BS)
     for index in tl.range(0, blocks):
         block = index
@@ -183,10 +214,11 @@ def leave_state(
             moved = moved & (row + shift >= 0)
         value = tl.load(rows_from(old, row + shift).data, mask=moved, other=0.0)
         if STEP.ONE:
-            fresh = z
+            fresh = given.z
         else:
-            given = load_gated(rows_from(x, s), rows_from(gate, s), inside & (s >= 0), INPUT, DTYPE)
-            fresh = narrow(given, new.data.dtype.element_ty)
+            x, gate = rows_from(given.x, s), rows_from(given.gate, s)
+            fresh = load_gated(x, gate, inside & (s >= 0), STEP.INPUT, STEP.DTYPE)
+            fresh = narrow(fresh, new.data.dtype.element_ty)
         value = tl.where(s >= 0, fresh, value)
         if IN_PLACE:
             tl.debug_barrier()  # every thread has read
@@ -194,37 +226,35 @@ def leave_state(
 
 
 @triton.jit
-def step_sequence(
-    operands, part, last, before, target, slot, per_sequence, S, W, M, first_channel, FILTER: tl.constexpr,
-    INPUT: tl.constexpr, HAS_BIAS: tl.constexpr, FINISH: tl.constexpr, STEP: tl.constexpr, DTYPE: tl.constexpr,
-    BC: tl.constexpr, BP: tl.constexpr, KP: tl.constexpr, BS: tl.constexpr,
-):  # fmt: skip
+def step_sequence(operands, part, last, before, target, slot, batch, first_channel, STEP: tl.constexpr):
     """The outputs of a sequence at positions before ``last``, and its states; the new one goes to a slot of
     ``target``."""
+    FILTER: tl.constexpr = STEP.FILTER
+    DTYPE: tl.constexpr = STEP.DTYPE
     K: tl.constexpr = FILTER.K
-    relation, b, begin = operands.relation, part.b, part.begin
-    c = first_channel + tl.arange(0, BC)[:, None]
-    columns, j = c < operands.sizes.C, tl.arange(0, KP)[None, :]
+    relation, b, begin, W = operands.relation, part.b, part.begin, batch.W
+    c = first_channel + tl.arange(0, STEP.BC)[:, None]
+    columns, j = c < operands.sizes.C, tl.arange(0, STEP.KP)[None, :]
     x, gate = rows_from(columns_at(operands.x, b, c), begin), rows_from(columns_at(operands.gate, b, c), begin)
     old, new = columns_at(before.pool, before.slot, c), columns_at(target, slot, c)
     if STEP.ONE:
         place = Place(b, begin, c // operands.sizes.R)
-        z = load_gated(x, gate, columns, INPUT, DTYPE)
+        z = load_gated(x, gate, columns, STEP.INPUT, DTYPE)
         # [BC, KP]
         window = tl.load(
             rows_from(old, before.row + relation.dilation * j - relation.left).data,
             mask=columns & (j < K - 1),
             other=0.0,
         )
-        given = Sequence(0, -part.history, 1)
+        existing = Sequence(0, -part.history, 1)
         filters = filters_at(operands.weight, place, FILTER)
-        w, _, _ = filter_rows(filters, place, j, columns, given, relation, None, FILTER, DTYPE)
+        w, _, _ = filter_rows(filters, place, j, columns, existing, relation, None, FILTER, DTYPE)
         total = tl.sum(w * tl.where(j == K - 1, z, widen(window, DTYPE)), 1)[:, None]
-        store_sum(operands, finish_at(operands.finish, b, c), 0, total, c, columns, HAS_BIAS, FINISH, DTYPE)
+        store_sum(operands, finish_at(operands.finish, b, c), 0, total, c, columns, STEP)
         z = narrow(z, new.data.dtype.element_ty)
     else:
         z = 0
-        store_sums(operands, part, before, 0, last, first_channel, FILTER, INPUT, HAS_BIAS, FINISH, DTYPE, BC, BP, KP)
+        store_sums(operands, part, before, 0, last, first_channel, STEP.INPUT, STEP)
     if STEP.DIRECT:
         if not STEP.HAS_SOURCE:
             tl.debug_barrier()  # every thread has read
@@ -232,34 +262,31 @@ def step_sequence(
         if K > 1:
             tl.store(rows_from(new, K - 2).data, z, mask=columns)
     else:
+        given = Given(x, gate, z)
         if STEP.HAS_SAVES:  # first, because they are made of the old state
-            for m in tl.range(0, M):
-                count, into = number_of(per_sequence.save_at, m) - begin, number_of(per_sequence.save_slots, m)
-                if (count > 0) & (count <= part.length) & (into >= 0) & (into < S):
+            numbers = batch.per_sequence
+            for m in tl.range(0, batch.M):
+                count, into = number_of(numbers.save_at, m) - begin, number_of(numbers.save_slots, m)
+                if (count > 0) & (count <= part.length) & (into >= 0) & (into < batch.S):
                     n = count.to(tl.int32)
                     saved = columns_at(target, into, c)
-                    leave_state(
-                        saved, old, x, gate, z, n, before.row - W + n, W, columns, INPUT, STEP, DTYPE, False, BS
-                    )
-        shift = before.row - W + part.length
-        leave_state(new, old, x, gate, z, part.length, shift, W, columns, INPUT, STEP, DTYPE, not STEP.HAS_SOURCE, BS)
+                    leave_state(saved, old, given, n, before.row - W + n, W, columns, STEP, False)
+        n = part.length
+        leave_state(new, old, given, n, before.row - W + n, W, columns, STEP, not STEP.HAS_SOURCE)
 
 
 @triton.jit
-def own_sequences(
-    operands, n, pool, scratch, per_sequence, S, W, T, N, M, head, first_channel, FILTER: tl.constexpr,
-    INPUT: tl.constexpr, HAS_BIAS: tl.constexpr, FINISH: tl.constexpr, STEP: tl.constexpr, DTYPE: tl.constexpr,
-    BC: tl.constexpr, BP: tl.constexpr, KP: tl.constexpr, BS: tl.constexpr,
-):  # fmt: skip
+def own_sequences(operands, n, pool, scratch, batch, first_channel, STEP: tl.constexpr):
     """Sequence n; all of them where they continue from each other's states. Then new states go to ``scratch``, and move
     when the last old one has been read."""
+    per_sequence, W, N = batch.per_sequence, batch.W, batch.N
     span, C = operands.relation.left, operands.sizes.C
     for index in tl.range(0, N if STEP.HAS_SOURCE else 1):
         number = n + index
         history = span
         if STEP.HAS_POSITION:
             history = tl.minimum(number_of(per_sequence.position, number), span).to(tl.int32)
-        part = part_of(number, T, per_sequence.bounds, history, STEP)
+        part = part_of(number, batch.T, per_sequence.bounds, history, STEP)
         row = W
         if STEP.HAS_ACCEPTED:
             accepted = tl.maximum(number_of(per_sequence.accepted, number), part.length - (W - span))
@@ -267,40 +294,36 @@ def own_sequences(
         slot, live = number, True
         if STEP.HAS_SLOTS:
             slot = number_of(per_sequence.slots, number)
-            live = (slot >= 0) & (slot < S)
+            live = (slot >= 0) & (slot < batch.S)
         source, target = slot, pool
         if STEP.HAS_SOURCE:
             source = tl.minimum(tl.maximum(number_of(per_sequence.source, number), 0), N - 1)
             target = scratch
-        last = tl.minimum(part.length, head) if STEP.TAIL else part.length
+        last = tl.minimum(part.length, batch.head) if STEP.TAIL else part.length
         if live:
-            step_sequence(
-                operands, part, last, Before(pool, source, row), target, slot, per_sequence, S, W, M, first_channel,
-                FILTER, INPUT, HAS_BIAS, FINISH, STEP, DTYPE, BC, BP, KP, BS,
-            )  # fmt: skip
+            before = Before(pool, source, row)
+            step_sequence(operands, part, last, before, target, slot, batch, first_channel, STEP)
         else:
-            store_zeros(operands.finish.y, part, 0, last, first_channel, C, BC, BP)
+            store_zeros(operands.finish.y, part, 0, last, first_channel, C, STEP.BC, STEP.BP)
     if STEP.HAS_SOURCE:
         tl.debug_barrier()  # what other threads of the program wrote
-        c = first_channel + tl.arange(0, BC)[:, None]
+        c = first_channel + tl.arange(0, STEP.BC)[:, None]
         for index in tl.range(0, N):
             number = n + index
             made, kept = columns_at(scratch, number, c), columns_at(pool, number, c)
-            for start in tl.range(0, W, BS):
-                row = start + tl.arange(0, BS)[None, :]
+            for start in tl.range(0, W, STEP.BS):
+                row = start + tl.arange(0, STEP.BS)[None, :]
                 inside = (row < W) & (c < C)
                 tl.store(rows_from(kept, row).data, tl.load(rows_from(made, row).data, mask=inside), mask=inside)
 
 
 @triton.jit
-def later_positions(
-    operands, block, pool, per_sequence, S, T, N, head, t_blocks, steps, first_channel, FILTER: tl.constexpr,
-    TAIL: tl.constexpr, HAS_BIAS: tl.constexpr, FINISH: tl.constexpr, STEP: tl.constexpr, DTYPE: tl.constexpr,
-    BC: tl.constexpr, BP: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr,
-):  # fmt: skip
+def later_positions(operands, block, pool, batch, t_blocks, steps, first_channel, STEP: tl.constexpr):
     """A block of BT positions, and of these the ones that lie ``head`` or more behind the begin of their sequence:
     positions of x if sequences are packed, else positions of a batch row from ``head`` on."""
-    span = operands.relation.left
+    BT: tl.constexpr = STEP.BT
+    span, per_sequence = operands.relation.left, batch.per_sequence
+    T, N, head = batch.T, batch.N, batch.head
     if STEP.PACKED:
         start = block * BT
         low = find_sequence(start, per_sequence.bounds, N, steps)
@@ -316,42 +339,28 @@ def later_positions(
         live = True
         if STEP.HAS_SLOTS:
             slot = number_of(per_sequence.slots, number)
-            live = (slot >= 0) & (slot < S)
+            live = (slot >= 0) & (slot < batch.S)
         if live:
-            store_sums(
-                operands, part, Before(pool, number, 0), first, last, first_channel, FILTER, TAIL, HAS_BIAS, FINISH,
-                DTYPE, BC, BP, KP,
-            )  # fmt: skip
+            store_sums(operands, part, Before(pool, number, 0), first, last, first_channel, STEP.LATER, STEP)
         else:
-            store_zeros(operands.finish.y, part, first, last, first_channel, operands.sizes.C, BC, BP)
+            store_zeros(operands.finish.y, part, first, last, first_channel, operands.sizes.C, STEP.BC, STEP.BP)
 
 
 @triton.jit(do_not_specialize=["S", "T", "N", "M", "owners", "t_blocks", "steps"])
 def conv_step(
     x, gate, weight, bias, finish, pool, scratch, per_sequence, S, W, T, N, M, sizes, relation, head, owners, t_blocks,
-    steps, c_blocks, FILTER: tl.constexpr, INPUT: tl.constexpr, TAIL: tl.constexpr, HAS_BIAS: tl.constexpr,
-    FINISH: tl.constexpr, STEP: tl.constexpr, DTYPE: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
-    KP: tl.constexpr, BS: tl.constexpr, BT: tl.constexpr,
+    steps, c_blocks, STEP: tl.constexpr,
 ):  # fmt: skip
-    """The step of N sequences, T positions in each batch row, for states of W rows in a pool of S. The first ``owners``
-    programs of a block of channels own sequences; the others have blocks of later positions, t_blocks in a batch row.
-    INPUT and TAIL: of positions before ``head``, which read a state, and of later ones. M states are saved."""
+    """The step of a batch. The first ``owners`` programs of a block of channels own sequences; the others have blocks
+    of later positions, t_blocks in a batch row. steps: in which bisection finds one of the sequences."""
     pid = tl.program_id(0)
-    unit, first_channel = pid // c_blocks, pid % c_blocks * BC
+    unit, first_channel = pid // c_blocks, pid % c_blocks * STEP.BC
     operands = Operands(x, gate, weight, bias, finish, sizes, relation)
+    batch = Batch(per_sequence, S, W, T, N, M, head)
     if STEP.TAIL:
         if unit < owners:
-            own_sequences(
-                operands, unit, pool, scratch, per_sequence, S, W, T, N, M, head, first_channel, FILTER, INPUT,
-                HAS_BIAS, FINISH, STEP, DTYPE, BC, BP, KP, BS,
-            )  # fmt: skip
+            own_sequences(operands, unit, pool, scratch, batch, first_channel, STEP)
         else:
-            later_positions(
-                operands, unit - owners, pool, per_sequence, S, T, N, head, t_blocks, steps, first_channel, FILTER,
-                TAIL, HAS_BIAS, FINISH, STEP, DTYPE, BC, BP, KP, BT,
-            )  # fmt: skip
+            later_positions(operands, unit - owners, pool, batch, t_blocks, steps, first_channel, STEP)
     else:
-        own_sequences(
-            operands, unit, pool, scratch, per_sequence, S, W, T, N, M, head, first_channel, FILTER, INPUT, HAS_BIAS,
-            FINISH, STEP, DTYPE, BC, BP, KP, BS,
-        )  # fmt: skip
+        own_sequences(operands, unit, pool, scratch, batch, first_channel, STEP)
