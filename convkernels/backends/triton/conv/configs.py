@@ -132,12 +132,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class Step:
-    """conv_step: BP positions by BC channels at a time, filters padded to KP taps; BS rows of the state at a time.
-    Positions from ``head`` on are left to programs of their own, BT to each."""
+    """conv_step: BP positions by BC channels at a time; BS rows of the state at a time. Positions from ``head`` on are
+    left to programs of their own, BT to each."""
 
     BC: int
     BP: int
-    KP: int
     BS: int
     head: int
     BT: int = 32
@@ -289,15 +288,10 @@ def rows(shape: Shape) -> Rows:
 
 
 def step(shape: Shape, width: int) -> Step:
-    """Tiles of 4096 elements, half of that in the loop over several positions, which needs registers too; but of few
-    taps of 16-bit types a thread should have all, and 16 bytes of a row, so that it sums them alone. A state of which
-    a tile holds all rows is read at once. Few positions are not worth a program of their own."""
-    KP = power_of_2(shape.taps)
-    alone = KP <= 4 and itemsize(shape.dtype) == 2 and not shape.per_row
-    most = 4096 if shape.time == 1 or alone else 2048
-    BC = min(power_of_2(shape.channels), max(16, min(128, most // KP)))
-    BP = min(power_of_2(shape.time), max(1, most // (128 * KP)))
-    return Step(BC, BP, KP, min(power_of_2(width), 4096 // BC), max(shape.span, 16))
+    """A tile has a row or a few, of a few channels for each thread; of a state that is not wide all rows are moved at
+    once. Few positions are not worth a program of their own."""
+    BC = min(power_of_2(shape.channels), 256)
+    return Step(BC, min(power_of_2(shape.time), 4), min(power_of_2(width), 4096 // BC), max(shape.span, 16))
 
 
 def groups(tiles: int, units: int, owners: int = 1) -> int:

@@ -64,7 +64,6 @@ def step_launch(args, y: Tensor):
     if position is not None:
         position = position.expand(N)
     saves = 0 if args.save_at is None else args.save_at.shape[0]
-    as_it_comes = W == span and (args.dilation == 1 or K == 1) and args.accepted is None
     tail = T > config.head
     t_blocks = (ceil_div(T, config.BT) if packed else ceil_div(T - config.head, config.BT)) if tail else 0
     owners, c_blocks = 1 if indexed else N, ceil_div(C, config.BC)
@@ -83,12 +82,12 @@ def step_launch(args, y: Tensor):
         "relation": Relation(span, args.dilation), "head": config.head, "owners": owners, "t_blocks": t_blocks,
         "steps": search_steps(N), "c_blocks": c_blocks,
         "STEP": StepFlags(
-            one, one and as_it_comes, tail, packed, args.slots is not None, indexed, args.accepted is not None,
+            one, tail, packed, args.slots is not None, indexed, args.accepted is not None,
             position is not None, saves > 0, bias is not None,
             FilterFlags(K, args.softmax, args.renormalize, False, dynamic, dynamic, False),
             input_flags(args, has_state=True), input_flags(args), finish["FINISH"],
             tl.float64 if x.dtype == torch.float64 else tl.float32,
-            config.BC, config.BP, config.KP, config.BS, config.BT,
+            config.BC, config.BP, config.BS, config.BT,
         ),
         **options(config),
     }  # fmt: skip

@@ -13,8 +13,20 @@ import triton.language as tl
 
 from ..device import narrow, widen
 from .finish import finish_at, finish_from, store_finished
-from .inputs import Inputs, Mask, load_gated, load_input
-from .taps import Place, Relation, Rows, Sequence, columns_at, filter_rows, filters_at, rows_from, store_rows
+from .inputs import Inputs, Mask, inputs_from, load_gated, load_input_row
+from .taps import (
+    Place,
+    Relation,
+    Rows,
+    Sequence,
+    columns_at,
+    filter_statistics,
+    filter_tap,
+    filters_at,
+    load_row,
+    rows_from,
+    store_rows,
+)
 
 
 class Indices(NamedTuple):
@@ -39,12 +51,11 @@ class PerSequence(NamedTuple):
 
 
 class StepFlags(NamedTuple):
-    """ONE: every sequence has one position, a batch row of its own. DIRECT: all rows of a state are read for that
-    position, in order, and then move up by one. TAIL: there are positions from ``head`` on. INPUT, LATER: of positions
-    before ``head``, which read a state, and of later ones. DTYPE: of sums; the rest: ``configs.Step``."""
+    """ONE: every sequence has one position, a batch row of its own. TAIL: there are positions from ``head`` on. INPUT,
+    LATER: of positions before ``head``, which read a state, and of later ones. DTYPE: of sums; the rest:
+    ``configs.Step``."""
 
     ONE: bool
-    DIRECT: bool
     TAIL: bool
     PACKED: bool
     HAS_SLOTS: bool
@@ -60,7 +71,6 @@ class StepFlags(NamedTuple):
     DTYPE: Any
     BC: int
     BP: int
-    KP: int
     BS: int
     BT: int
 
@@ -153,36 +163,51 @@ def store_sum(operands, finish, t, total, c, keep, STEP: tl.constexpr):
 
 
 @triton.jit
+def tap_weight(filters, place, tap, exists, statistics, given, relation, STEP: tl.constexpr):
+    """Tap ``tap`` after softmax."""
+    w, _, _ = filter_tap(filters, place, tap, exists, statistics, given, relation, None, STEP.FILTER, STEP.DTYPE)
+    return w
+
+
+@triton.jit
 def store_sums(operands, part, before, first, last, first_channel, INPUT: tl.constexpr, STEP: tl.constexpr):
-    """y at positions first to last - 1 of a sequence, BP at a time. INPUT.HAS_STATE: some of them read the state."""
+    """y at positions first to last - 1 of a sequence, BP at a time. INPUT.HAS_STATE: some of them read the state. Taps
+    are added one after the other, as in ``conv_tile``, so that steps of any length give the same bits."""
     FILTER: tl.constexpr = STEP.FILTER
     DTYPE: tl.constexpr = STEP.DTYPE
     BC: tl.constexpr = STEP.BC
     BP: tl.constexpr = STEP.BP
     K: tl.constexpr = FILTER.K
+    UNROLL: tl.constexpr = K if K <= 8 else 4
     SHARED: tl.constexpr = not (FILTER.PER_TIME or FILTER.RENORMALIZE)
     relation, begin, b = operands.relation, part.begin, part.b
     i = tl.arange(0, BP * BC)[:, None]
     p, c = i // BC, first_channel + i % BC
-    columns, h, j = c < operands.sizes.C, c // operands.sizes.R, tl.arange(0, STEP.KP)[None, :]
+    columns, h = c < operands.sizes.C, c // operands.sizes.R
     x = rows_from(columns_at(operands.x, b, c), begin)
     gate = rows_from(columns_at(operands.gate, b, c), begin)
     z = Inputs(x, gate, Mask(operands.x.data, 0, 0), rows_from(columns_at(before.pool, before.slot, c), before.row))
     finish = finish_from(finish_at(operands.finish, b, c), begin)
     held, given = Sequence(0, 0, part.length), Sequence(0, -part.history, part.length)
     if SHARED:
-        # [BP * BC, KP]
-        filters = filters_at(operands.weight, Place(b, begin, h), FILTER)
-        w, _, _ = filter_rows(filters, Place(b, begin, h), j, columns, given, relation, None, FILTER, DTYPE)
+        place, exists = Place(b, begin, h), columns
+        filters = filters_at(operands.weight, place, FILTER)
+        statistics = filter_statistics(filters, begin, exists, given, relation, FILTER, DTYPE)
     for start in tl.range(first, last, BP):
         t = start + p
         keep = columns & (t < last)
         if not SHARED:
+            place, exists = Place(b, t, h), keep
             filters = filters_at(operands.weight, Place(b, begin + t, h), FILTER)
-            w, _, _ = filter_rows(filters, Place(b, t, h), j, keep, given, relation, None, FILTER, DTYPE)
-        s = t + relation.dilation * j - relation.left
-        window = load_input(z, s, keep & (j < K), held, relation.left, INPUT, DTYPE)
-        store_sum(operands, finish, t, tl.sum(w * window, 1)[:, None], c, keep, STEP)
+            statistics = filter_statistics(filters, t, exists, given, relation, FILTER, DTYPE)
+        here = inputs_from(z, t - relation.left)
+        total = tl.zeros([BP * BC, 1], DTYPE)
+        for tap in tl.range(0, K, loop_unroll_factor=UNROLL):
+            w = tap_weight(filters, place, tap, exists, statistics, given, relation, STEP)
+            s = t + relation.dilation * tap - relation.left
+            row = inputs_from(here, relation.dilation * tap)
+            total += w * load_input_row(row, s, keep, held, relation.left, INPUT, DTYPE)
+        store_sum(operands, finish, t, total, c, keep, STEP)
 
 
 @triton.jit
@@ -232,47 +257,40 @@ def step_sequence(operands, part, last, before, target, slot, batch, first_chann
     FILTER: tl.constexpr = STEP.FILTER
     DTYPE: tl.constexpr = STEP.DTYPE
     K: tl.constexpr = FILTER.K
+    UNROLL: tl.constexpr = K - 1 if 1 < K <= 9 else 4
     relation, b, begin, W = operands.relation, part.b, part.begin, batch.W
     c = first_channel + tl.arange(0, STEP.BC)[:, None]
-    columns, j = c < operands.sizes.C, tl.arange(0, STEP.KP)[None, :]
+    columns = c < operands.sizes.C
     x, gate = rows_from(columns_at(operands.x, b, c), begin), rows_from(columns_at(operands.gate, b, c), begin)
     old, new = columns_at(before.pool, before.slot, c), columns_at(target, slot, c)
     if STEP.ONE:
         place = Place(b, begin, c // operands.sizes.R)
         z = load_gated(x, gate, columns, STEP.INPUT, DTYPE)
-        # [BC, KP]
-        window = tl.load(
-            rows_from(old, before.row + relation.dilation * j - relation.left).data,
-            mask=columns & (j < K - 1),
-            other=0.0,
-        )
         existing = Sequence(0, -part.history, 1)
         filters = filters_at(operands.weight, place, FILTER)
-        w, _, _ = filter_rows(filters, place, j, columns, existing, relation, None, FILTER, DTYPE)
-        total = tl.sum(w * tl.where(j == K - 1, z, widen(window, DTYPE)), 1)[:, None]
+        statistics = filter_statistics(filters, 0, columns, existing, relation, FILTER, DTYPE)
+        window = rows_from(old, before.row - relation.left)
+        total = tl.zeros([STEP.BC, 1], DTYPE)
+        for tap in tl.range(0, K - 1, loop_unroll_factor=UNROLL):
+            w = tap_weight(filters, place, tap, columns, statistics, existing, relation, STEP)
+            total += w * load_row(rows_from(window, relation.dilation * tap), columns, DTYPE)
+        total += tap_weight(filters, place, K - 1, columns, statistics, existing, relation, STEP) * z
         store_sum(operands, finish_at(operands.finish, b, c), 0, total, c, columns, STEP)
         z = narrow(z, new.data.dtype.element_ty)
     else:
         z = 0
         store_sums(operands, part, before, 0, last, first_channel, STEP.INPUT, STEP)
-    if STEP.DIRECT:
-        if not STEP.HAS_SOURCE:
-            tl.debug_barrier()  # every thread has read
-        tl.store(rows_from(new, j - 1).data, window, mask=columns & (j > 0) & (j < K - 1))
-        if K > 1:
-            tl.store(rows_from(new, K - 2).data, z, mask=columns)
-    else:
-        given = Given(x, gate, z)
-        if STEP.HAS_SAVES:  # first, because they are made of the old state
-            numbers = batch.per_sequence
-            for m in tl.range(0, batch.M):
-                count, into = number_of(numbers.save_at, m) - begin, number_of(numbers.save_slots, m)
-                if (count > 0) & (count <= part.length) & (into >= 0) & (into < batch.S):
-                    n = count.to(tl.int32)
-                    saved = columns_at(target, into, c)
-                    leave_state(saved, old, given, n, before.row - W + n, W, columns, STEP, False)
-        n = part.length
-        leave_state(new, old, given, n, before.row - W + n, W, columns, STEP, not STEP.HAS_SOURCE)
+    given = Given(x, gate, z)
+    if STEP.HAS_SAVES:  # first, because they are made of the old state
+        numbers = batch.per_sequence
+        for m in tl.range(0, batch.M):
+            count, into = number_of(numbers.save_at, m) - begin, number_of(numbers.save_slots, m)
+            if (count > 0) & (count <= part.length) & (into >= 0) & (into < batch.S):
+                n = count.to(tl.int32)
+                saved = columns_at(target, into, c)
+                leave_state(saved, old, given, n, before.row - W + n, W, columns, STEP, False)
+    n = part.length
+    leave_state(new, old, given, n, before.row - W + n, W, columns, STEP, not STEP.HAS_SOURCE)
 
 
 @triton.jit
