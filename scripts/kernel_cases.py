@@ -47,6 +47,31 @@ def decode(op: str, taps: int, reorder: bool) -> Callable:
     return make
 
 
+def serve(taps: int, length: int, rows_first: bool, packed: bool = False) -> Callable:
+    """A step of so many positions by slots of a pool [S,W,C], or of one [S,C,W]; packed: of sequences of a position,
+    and one of so many."""
+
+    def make(s: streaming.Settings, device: str) -> Callable[[], object]:
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, device=device).to(s.dtype)
+
+        extra = 0 if packed else length - 1
+        pool = normal(s.batch + 8, taps - 1 + extra, s.channels)
+        if not rows_first:
+            pool = pool.mT.contiguous().mT
+        slots = torch.arange(s.batch, device=device, dtype=torch.int32).flip(0) + 3
+        lengths = torch.tensor([1] * (s.batch - 1) + [length])
+        bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(device, torch.int32)
+        accepted = None if packed else torch.arange(s.batch, device=device, dtype=torch.int32) % length + 1
+        x = normal(1, int(lengths.sum()), s.channels) if packed else normal(s.batch, length, s.channels)
+        weight, options = normal(s.channels, taps), {"activation": "silu", "slots": slots, "backend": s.backend}
+        cu_seqlens = bounds if packed else None
+        step = convkernels.depthwise_conv1d_step
+        return lambda: step(x, pool, weight, accepted=accepted, cu_seqlens=cu_seqlens, **options)
+
+    return make
+
+
 def banded(direction: str) -> Callable:
     """The banded workload over the first length in the settings."""
 

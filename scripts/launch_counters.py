@@ -159,6 +159,13 @@ def _cases() -> dict[str, Case]:
         ("dynamic-step-k7-reorder", streaming.DYNAMIC, 7, True),
     ):
         cases[name] = Case(kernel_cases.decode(op, taps, reorder), rows, rows)
+    for name, form in (
+        ("serve-k4", (4, 1, True)),
+        ("serve-k4-channels", (4, 1, False)),
+        ("serve-k4-accepted", (4, 4, True)),
+        ("serve-k4-packed", (4, 200, False, True)),
+    ):
+        cases[name] = Case(kernel_cases.serve(*form), rows, rows)
     return cases
 
 

@@ -4,6 +4,8 @@ from mutations_table import Mutation
 from mutations_warpgroups import WARPGROUP_MUTATIONS
 
 TIME_COPIES = "csrc/cuda/conv/time_copies.cuh"
+SERVE = "csrc/cuda/conv/serve.cuh"
+PIECES = "csrc/cuda/conv/pieces.cuh"
 
 CUDA_MUTATIONS = [
     Mutation(
@@ -271,16 +273,20 @@ CUDA_MUTATIONS = [
         "  cp_async_wait<0>();\n  for",
     ),
     Mutation(
-        "state overwritten before all outputs are made",
-        "csrc/cuda/conv/step.cuh",
-        "  __syncthreads();\n  const int held",
-        "  const int held",
+        "states of a pool read before they have come",
+        SERVE,
+        "  cp_async_wait<0>();\n  __syncthreads();\n  for",
+        "  cp_async_wait<0>();\n  for",
+    ),
+    Mutation("pieces of sequences used before they are found", PIECES, "    }\n    __syncthreads();\n", "    }\n"),
+    Mutation(
+        "state overwritten before all outputs are made", SERVE, "  __syncthreads();\n  block.move", "  block.move"
     ),
     Mutation(
         "rows of the state overwritten while others read them",
-        "csrc/cuda/conv/step.cuh",
-        "      __syncthreads();\n      block.store(",
-        "      block.store(",
+        SERVE,
+        "        cp_async_wait<0>();\n        __syncthreads();\n",
+        "        cp_async_wait<0>();\n",
     ),
     Mutation(
         "attention: keys read before they have come",

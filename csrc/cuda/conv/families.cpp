@@ -141,10 +141,22 @@ const char* backward(Backward p, const Launch& launch, void* workspace, Stream s
 }
 
 const char* step(Step p, Stream stream) {
-  p.vector_bytes = static_cast<int>(
-      max_vector_bytes(reinterpret_cast<uintptr_t>(p.state) | static_cast<uint64_t>(p.channels * size_of(p.dtype))));
+  States& s = p.states;
+  const int64_t size = size_of(p.dtype);
+  // What makes no difference is left out.
+  if (s.width == p.taps.span()) s.accepted = {};
+  if (s.position.data == nullptr) p.renormalize = false;
+  if (p.channels == 1) s.pool.channel = s.pool.time == 1 ? s.width : 1;
+  const bool run = step_layout(p) == StepLayout::kRun;
+  const int64_t length = p.channels * (run ? s.width : 1), row = run ? 0 : s.pool.time;
+  p.vector_bytes = static_cast<int>(max_vector_bytes(reinterpret_cast<uintptr_t>(s.pool.data) |
+                                                     static_cast<uint64_t>((length | row | s.pool.batch) * size)));
   const StepTiles tiles = step_tiles(p, current_device());
-  if (tiles.rows > INT32_MAX) return "more batch rows than a block can count";
+  if (tiles.rows * std::max<int64_t>(tiles.items(p, tiles.time), 1) > INT32_MAX ||
+      (tiles.layout == StepLayout::kNumbers && tiles.width * s.width > INT32_MAX))
+    return "more positions, or numbers of a state, than a block can count";
+  if (!step_moves_up(p) && !tiles.whole(s.width))
+    return "state_index with accepted: states of one channel that exceed the shared memory of a block";
   return with_dtype(p.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     return PlainFamily<T>::step(p, tiles, stream);

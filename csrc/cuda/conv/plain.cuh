@@ -4,6 +4,7 @@
 
 #include "csrc/cuda/conv/filters.cuh"
 #include "csrc/cuda/conv/finish.cuh"
+#include "csrc/cuda/conv/runs.h"
 
 namespace ck::cuda {
 
@@ -11,25 +12,11 @@ constexpr int kPlainThreads = 256, kPlainWarps = kPlainThreads / 32;
 // Of a multiprocessor, at the same time: float64 takes two registers for a number.
 template <class T>
 constexpr int kPlainBlocks = sizeof(T) == 8 ? 1 : 2;
-constexpr int kPlainRun = 8;   // rows of a phase that a thread computes at a time
 constexpr int kPlainRuns = 4;  // that a warp computes with filters that were made once
 
 // Pieces of work are numbered along one axis of the grid, which may be shorter than they are many.
 CK_DEVICE int64_t first_item() { return blockIdx.x; }
 CK_DEVICE int64_t item_stride() { return gridDim.x; }
-
-// Runs of rows of a phase, `dilation` positions apart, whose windows overlap: phase after phase of a batch row.
-struct PlainRuns {
-  int64_t per_phase, count;
-
-  CK_HD explicit PlainRuns(const Problem& p)
-      : per_phase(ceil_div(ceil_div(p.time, p.taps.dilation), kPlainRun)),
-        count(min(p.taps.dilation, p.time) * per_phase) {}
-
-  CK_DEVICE int64_t first_position(const Problem& p, int64_t run) const {
-    return run / per_phase + run % per_phase * kPlainRun * p.taps.dilation;
-  }
-};
 
 // A run's first position and, if all its rows exist in one sequence, that sequence.
 struct PlainRows {

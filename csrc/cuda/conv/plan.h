@@ -368,11 +368,6 @@ inline Plan time_plan(const Facts& f, bool backward) {
   return plan;
 }
 
-// plain
-
-// Numbers from one filter in shared memory to the next: odd, so that they lie in different banks.
-CK_HD int64_t plain_pitch(int64_t taps) { return taps / 2 * 2 + 1; }
-
 // The first family that can run the problem. Time before stream: a single channel is a row of positions.
 inline Plan plan_forward(const Facts& f) {
   if (band_wanted(f, false)) return band_plan(f, false);

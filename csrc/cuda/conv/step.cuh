@@ -10,8 +10,14 @@ namespace ck::cuda {
 
 constexpr int kStepAhead = 8;  // rows of x that a thread reads ahead
 
-// What a thread of a step knows of its block. Shared memory: the filters, [batch row, head, tap] or [head, tap], then
-// rows of states, [batch row, row, channel].
+// A position of x, which is `local` in its sequence.
+struct StepPosition {
+  int64_t b, t, local;
+  Sequence sequence;  // of local positions
+};
+
+// What a thread of a step knows of its block, and what blocks of all steps do. Shared memory: the filters, [item, head,
+// tap] or [head, tap], then the pieces if sequences are cut, then rows of states.
 template <class T>
 struct StepBlock {
   using C = Compute<T>;
@@ -21,16 +27,16 @@ struct StepBlock {
 
   const Step& p;
   const StepTiles& tiles;
-  int64_t first, c0;     // batch row and channel
+  int64_t first, c0;     // piece of a sequence, and channel
   int rows, width;       // that exist
-  int c, row, row_step;  // this thread computes channel c of every so many rows
+  int c, row, row_step;  // this thread computes channel c of every so many items
   int head;              // of c, among those of the block
 
   CK_DEVICE StepBlock(const Step& p, const StepTiles& tiles) : p(p), tiles(tiles) {
     const int64_t columns = ceil_div(p.channels, tiles.width);
     first = blockIdx.x / columns * tiles.rows;
     c0 = blockIdx.x % columns * tiles.width;
-    rows = static_cast<int>(min(tiles.rows, p.batch - first));
+    rows = static_cast<int>(min(tiles.rows, tiles.total - first));
     width = static_cast<int>(min(tiles.width, p.channels - c0));
     const int full = static_cast<int>(tiles.width);
     c = threadIdx.x % full;
@@ -41,167 +47,156 @@ struct StepBlock {
 
   CK_DEVICE int64_t first_head() const { return c0 / p.head_channels(); }
   CK_DEVICE C* filters() const { return reinterpret_cast<C*>(shared_memory()); }
-  CK_DEVICE T* held() const { return reinterpret_cast<T*>(shared_memory() + tiles.filter_bytes); }
+  CK_DEVICE T* held() const { return reinterpret_cast<T*>(shared_memory() + tiles.filter_bytes + tiles.piece_bytes); }
 
-  // The row of the state that batch row b continues from. state_row is not validated on the host; it is clamped.
-  CK_DEVICE int64_t source(int64_t b) const {
-    return p.state_row == nullptr ? b : min(max(p.state_row[b], int64_t{0}), p.batch - 1);
+  // The slot that a sequence continues from. It is not validated on the host; it is clamped.
+  CK_DEVICE int64_t source(int64_t sequence, int64_t slot) const {
+    return p.states.source.data == nullptr ? slot : min(max(p.states.source[sequence], int64_t{0}), p.states.slots - 1);
   }
 
-  CK_DEVICE Sequence sequence(int64_t b) const {
-    return {0, 0, 1, p.position == nullptr ? kUnbounded : -p.position[b * p.position_stride]};
+  CK_DEVICE int64_t first_row(int64_t sequence) const {
+    return p.states.position.data == nullptr ? kUnbounded : -p.states.position[sequence];
   }
 
-  // A lane per tap, and as many filters per warp as there are lanes for.
-  CK_DEVICE void make_filters() const {
-    const int64_t K = p.taps.taps;
+  // The filters of so many positions, position_of(item), or that all share. A lane per tap, and as many filters per
+  // warp as there are lanes for.
+  template <class PositionOf>
+  CK_DEVICE void make_filters(int items, const PositionOf& position_of) const {
+    const int64_t K = p.taps.taps, pitch = plain_pitch(K);
     int lanes = 1;
     while (lanes < 32 && lanes < K) lanes *= 2;
     const int lane = threadIdx.x % lanes, heads = static_cast<int>(tiles.heads);
-    const int count = heads * (p.per_row() ? rows : 1);
+    const int count = heads * (p.per_row() ? items : min(items, 1));
     // All lanes of a warp make as many turns.
     for (int base = threadIdx.x / 32 * (32 / lanes); base < count; base += blockDim.x / lanes) {
       const int i = base + threadIdx.x % 32 / lanes;
-      const int64_t b = first + (i < count ? i / heads : 0), h = first_head() + i % heads;
+      const int64_t h = first_head() + i % heads;
       const bool exists = i < count && h < p.heads;
-      const FilterAt f(p, b, 0, h);
-      const Sequence own = sequence(b);
-      const Statistics<C> statistics = warp_statistics<C>(p, f, 0, lane, own, lanes, exists);
+      const StepPosition of = position_of(i < count ? i / heads : 0);
+      const FilterAt f(p, of.b, of.t, h);
+      const Statistics<C> statistics = warp_statistics<C>(p, f, of.local, lane, of.sequence, lanes, exists);
       for (int64_t j = lane; j < (exists ? K : 0); j += lanes)
-        filters()[i * K + j] = tap_of(p, f, 0, j, statistics, own).value();
+        filters()[i * pitch + j] = tap_of(p, f, of.local, j, statistics, of.sequence).value();
     }
   }
 
-  // z of several rows of this thread, from the block's row i on: they are read together.
-  CK_DEVICE void inputs(C (&z)[kStepAhead], int i) const {
-#pragma unroll
-    for (int k = 0; k < kStepAhead; ++k)
-      z[k] = exists(i + k * row_step) ? gated<T>(p, first + i + k * row_step, 0, c0 + c, p.gate_activation) : C{0};
+  CK_DEVICE const C* filter(int item) const {
+    return filters() + ((p.per_row() ? item * tiles.heads : 0) + head) * plain_pitch(p.taps.taps);
   }
 
-  CK_DEVICE bool exists(int i) const { return i < rows && c < width; }
-
-  // y[b, c], b = first + i, from z and rows of the old state that are `pitch` numbers apart.
-  CK_DEVICE void output(int i, C z, const T* old, int64_t pitch) const {
-    const int64_t b = first + i, K = p.taps.taps, on = p.taps.dilation * pitch;
+  // Stores y[b, t, c] from the sum of an item's position; before(j): what tap j reads, but the last reads z.
+  template <class Before>
+  CK_DEVICE void output(int item, const StepPosition& of, C z, const Before& before) const {
+    const int64_t K = p.taps.taps;
     C total = 0;
     if (tiles.heads > 0) {
-      const C* const filter = filters() + ((p.per_row() ? i * tiles.heads : 0) + head) * K;
+      const C* const values = filter(item);
 #pragma unroll 4
-      for (int64_t j = 0; j < K - 1; ++j) total += filter[j] * widen(old[j * on]);
-      total += filter[K - 1] * z;
+      for (int64_t j = 0; j < K - 1; ++j) total += values[j] * before(j);
+      total += values[K - 1] * z;
     } else {
-      const FilterAt f(p, b, 0, first_head() + head);
-      const Sequence own = sequence(b);
-      const Statistics<C> statistics = statistics_of<C>(p, f, 0, own);
+      const FilterAt f(p, of.b, of.t, first_head() + head);
+      const Statistics<C> statistics = statistics_of<C>(p, f, of.local, of.sequence);
 #pragma unroll 1
       for (int64_t j = 0; j < K; ++j)
-        total += tap_of(p, f, 0, j, statistics, own).value() * (j < K - 1 ? widen(old[j * on]) : z);
+        total += tap_of(p, f, of.local, j, statistics, of.sequence).value() * (j < K - 1 ? before(j) : z);
     }
+    store(of.b, of.t, total);
+  }
+
+  CK_DEVICE void store(int64_t b, int64_t t, C total) const {
     if (p.bias != nullptr) total += load_as<C>(p.bias, c0 + c, p.bias_dtype);
-    if (p.finish.any()) total = FinishAt<T>(p.finish, b, 0, c0 + c).finished(total);
-    *at<T>(p.y, b, 0, c0 + c) = narrow<T>(total);
+    if (p.finish.any()) total = FinishAt<T>(p.finish, b, t, c0 + c).finished(total);
+    *at<T>(p.y, b, t, c0 + c) = narrow<T>(total);
   }
 
-  // Row r of a state, from the block's first channel on.
-  CK_DEVICE int64_t state_at(int64_t b, int64_t r) const { return (b * p.taps.span() + r) * p.channels + c0; }
-
-  // This thread's channel of a state.
-  CK_DEVICE const T* old_state(int i) const {
-    return static_cast<const T*>(p.state) + state_at(source(first + i), 0) + c;
-  }
-  CK_DEVICE const T* held_state(int i) const { return held() + i * tiles.pitch * tiles.width + c; }
-
-  CK_DEVICE void store_newest(int i, C z) const {
-    static_cast<T*>(p.next_state)[state_at(first + i, p.taps.span() - 1) + c] = narrow<T>(z);
+  // z[k] of the item k * row_step further, which are as many as are read ahead.
+  template <int kCount>
+  static CK_DEVICE C ahead(const C (&z)[kCount], int k) {
+    C own = z[0];
+#pragma unroll
+    for (int n = 1; n < kCount; ++n) own = n == k ? z[n] : own;
+    return own;
   }
 
-  // move(batch row, row, element of the vector, pieces of it that exist), for this thread's vectors of `depth` rows of
-  // `count` states.
+  // move(i, r, lane) for every r < depth of i < count that is this thread's, which are dealt to groups of so many
+  // lanes.
   template <class Move>
-  CK_DEVICE void each_vector(int count, int depth, const Move& move) const {
+  CK_DEVICE void deal(int count, int depth, int lanes, const Move& move) const {
     if (depth <= 0) return;
-    const int vectors = static_cast<int>(tiles.width) / kVector<T>, e = threadIdx.x % vectors * kVector<T>;
-    const int groups = blockDim.x / vectors, rows_on = groups / depth, on = groups % depth;
-    int i = threadIdx.x / vectors / depth, r = threadIdx.x / vectors % depth;
+    const int lane = threadIdx.x % lanes, groups = blockDim.x / lanes, rows_on = groups / depth, on = groups % depth;
+    int i = threadIdx.x / lanes / depth, r = threadIdx.x / lanes % depth;
     while (i < count) {
-      move(i, r, e, min(width - e, kVector<T>) * kPieces);
+      move(i, r, lane);
       i += rows_on;
       r += on;
       if (r >= depth) ++i, r -= depth;
     }
   }
 
-  // Begins to copy `depth` rows, from row r0 on, of the states that batch rows b0 to b0 + count of the block continue
-  // from; `pitch` rows are held of each.
-  CK_DEVICE void load(int b0, int count, int64_t r0, int depth, int pitch) const {
-    each_vector(count, depth, [&](int i, int r, int e, int pieces) {
-      const T* const from = static_cast<const T*>(p.state) + state_at(source(first + b0 + i), r0 + r) + e;
-      T* const to = held() + (int64_t{i} * pitch + r) * tiles.width + e;
-      stage_pieces(reinterpret_cast<Piece*>(to), reinterpret_cast<const Piece*>(from), pieces, p.vector_bytes);
+  // move(i, row, element of the vector, pieces of it that exist), for this thread's vectors of `depth` rows of states.
+  template <class Move>
+  CK_DEVICE void each_vector(int depth, const Move& move) const {
+    deal(rows, depth, static_cast<int>(tiles.width) / kVector<T>, [&](int i, int r, int lane) {
+      const int e = lane * kVector<T>;
+      move(i, r, e, min(width - e, kVector<T>) * kPieces);
     });
-    cp_async_commit();
   }
 
-  // Stores `depth` of the `pitch` rows held of each state, from `from` on, as rows r0 and following of the new states.
-  CK_DEVICE void store(int b0, int count, int64_t r0, int depth, int pitch, int from) const {
-    each_vector(count, depth, [&](int i, int r, int e, int pieces) {
-      uint32_t words[4];
-      load_vector(words, held() + (int64_t{i} * pitch + from + r) * tiles.width + e);
-      T* const to = static_cast<T*>(p.next_state) + state_at(first + b0 + i, r0 + r) + e;
-      store_pieces(reinterpret_cast<Piece*>(to), words, pieces, p.vector_bytes);
-    });
-  }
+  // This block's part of row r of a slot.
+  CK_DEVICE T* slot_row(int64_t slot, int64_t r) const { return at<T>(p.states.pool, slot, r, c0); }
+  CK_DEVICE T* held_row(int i, int64_t r) const { return held() + (i * tiles.pitch + r) * tiles.width; }
 };
 
-// Where rows continue from other rows' states, a block has all batch rows of its channels, and writes nothing that one
-// of its threads has still to read. States that fit into shared memory are read whole before any is written; otherwise
-// a few rows at a time, oldest first: those that are written are older than those that are still read.
+// One position of each batch row, whose state is as long as the window and fits into shared memory. Where rows continue
+// from other rows' states, a block has all batch rows of its channels; states are read whole before any is written.
 template <class T>
 CK_GLOBAL(kStepThreads, 1)
 void step(const CK_PARAM Step p, const CK_PARAM StepTiles tiles) {
   using C = Compute<T>;
+  using Piece = typename StepBlock<T>::Piece;
   const StepBlock<T> block(p, tiles);
-  const int64_t span = p.taps.span();
-  const int turn = kStepAhead * block.row_step, pitch = static_cast<int>(tiles.pitch);
-  const bool whole = tiles.whole(span);
+  const int span = static_cast<int>(tiles.depth);
+  const auto exists = [&](int i) { return i < block.rows && block.c < block.width; };
+  // z of several rows of this thread, from the block's row i on: they are read together.
   C z[kStepAhead];
-  if (whole) block.load(0, block.rows, 0, static_cast<int>(span), pitch);
-  block.inputs(z, block.row);
-  if (tiles.heads > 0) block.make_filters();
+  const auto inputs = [&](int i) {
+#pragma unroll
+    for (int k = 0; k < kStepAhead; ++k) {
+      const int row = i + k * block.row_step;
+      z[k] = exists(row) ? gated<T>(p, block.first + row, 0, block.c0 + block.c, p.gate_activation) : C{0};
+    }
+  };
+  const auto position_of = [&](int i) -> StepPosition {
+    return {block.first + i, 0, 0, {0, 0, 1, block.first_row(block.first + i)}};
+  };
+  block.each_vector(span, [&](int i, int r, int e, int pieces) {
+    const int64_t b = block.first + i;
+    stage_pieces(reinterpret_cast<Piece*>(block.held_row(i, r) + e),
+                 reinterpret_cast<const Piece*>(block.slot_row(block.source(b, b), r) + e), pieces, p.vector_bytes);
+  });
+  cp_async_commit();
+  inputs(block.row);
+  if (tiles.heads > 0) block.make_filters(block.rows, position_of);
   cp_async_wait<0>();
   __syncthreads();
-  for (int i = block.row; block.exists(i); i += turn) {
-    if (i != block.row) block.inputs(z, i);
+  for (int i = block.row; exists(i); i += kStepAhead * block.row_step) {
+    if (i != block.row) inputs(i);
 #pragma unroll 1
-    for (int k = 0; k < kStepAhead && block.exists(i + k * block.row_step); ++k) {
+    for (int k = 0; k < kStepAhead && exists(i + k * block.row_step); ++k) {
       const int row = i + k * block.row_step;
-      C own = z[0];
-#pragma unroll
-      for (int n = 1; n < kStepAhead; ++n) own = n == k ? z[n] : own;
-      block.output(row, own, whole ? block.held_state(row) : block.old_state(row), whole ? tiles.width : p.channels);
-      if (whole && span > 0) block.store_newest(row, own);
+      const C own = block.ahead(z, k);
+      const T* const old = block.held_row(row, 0) + block.c;
+      const int64_t on = p.taps.dilation * tiles.width;
+      block.output(row, position_of(row), own, [&](int64_t j) { return widen(old[j * on]); });
+      if (span > 0) block.slot_row(block.first + row, span - 1)[block.c] = narrow<T>(own);
     }
   }
-  if (whole) {
-    block.store(0, block.rows, 0, static_cast<int>(span) - 1, pitch, 1);
-    return;
-  }
-  __syncthreads();
-  const int held = static_cast<int>(tiles.held);
-  for (int64_t r = 0; r < span - 1; r += tiles.depth) {
-    const int depth = static_cast<int>(min(tiles.depth, span - 1 - r));
-    // More than one turn only if a row is held at a time, which is not one of those that are written.
-    for (int b = 0; b < block.rows; b += held) {
-      const int count = min(held, block.rows - b);
-      block.load(b, count, r + 1, depth, depth);
-      cp_async_wait<0>();
-      __syncthreads();
-      block.store(b, count, r, depth, depth, 0);  // a thread what it has copied itself
-    }
-  }
-  for (int i = block.row; block.exists(i); i += block.row_step)
-    block.store_newest(i, gated<T>(p, block.first + i, 0, block.c0 + block.c, p.gate_activation));
+  block.each_vector(span - 1, [&](int i, int r, int e, int pieces) {
+    uint32_t words[4];
+    load_vector(words, block.held_row(i, r + 1) + e);
+    store_pieces(reinterpret_cast<Piece*>(block.slot_row(block.first + i, r) + e), words, pieces, p.vector_bytes);
+  });
 }
 
 }  // namespace ck::cuda

@@ -1,7 +1,7 @@
 // For all types: little code for each.
 #include "csrc/cuda/conv/families.h"
 #include "csrc/cuda/conv/plain_backward.cuh"
-#include "csrc/cuda/conv/step.cuh"
+#include "csrc/cuda/conv/serve.cuh"
 
 namespace ck::cuda {
 
@@ -70,7 +70,8 @@ const char* PlainFamily<T>::backward(const Backward& p, const Plan&, Stream stre
 
 template <class T>
 const char* PlainFamily<T>::step(const Step& p, const StepTiles& tiles, Stream stream) {
-  return launch(cuda::step<T>, dim3(tiles.blocks), dim3(static_cast<unsigned>(tiles.threads)),
+  const auto kernel = tiles.one ? cuda::step<T> : tiles.runs(p, tiles.time) ? serve<T, true> : serve<T, false>;
+  return launch(kernel, dim3(tiles.blocks), dim3(static_cast<unsigned>(tiles.threads)),
                 static_cast<size_t>(tiles.shared_bytes), stream, p, tiles);
 }
 
