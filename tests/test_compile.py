@@ -164,6 +164,24 @@ def test_step_compiles(backend):
     assert torch.equal(ours, theirs) and ours.any()
 
 
+@pytest.mark.parametrize("layout", ["rows", "channels"])
+def test_serving_compiles_with_dynamic_shapes(layout, backend):
+    """Pools, batches and numbers of positions of any size, without recompilations."""
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def call(x, pool, weight, slots, accepted):
+        return ck.depthwise_conv1d_step(x, pool, weight, slots=slots, accepted=accepted, backend=backend)
+
+    compiled, weight = torch.compile(call, backend=counter, fullgraph=True, dynamic=True), torch.randn(C, K)
+    for batch, length, slots in ((2, 6, 4), (3, 2, 9), (4, 7, 6)):
+        pool = torch.randn(slots, C, 15).mT if layout == "channels" else torch.randn(slots, 15, C)
+        x, kept, numbers = torch.randn(batch, length, C), pool.clone(), torch.arange(batch).flip(0)
+        accepted = torch.full((batch,), length - 1)
+        y = compiled(x, pool, weight, numbers, accepted)
+        assert torch.equal(y, call(x, kept, weight, numbers, accepted)) and torch.equal(pool, kept)
+    assert compilations(counter) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.thin(3)
 @pytest.mark.parametrize("make", [

@@ -129,12 +129,13 @@ def own_memory(function: str, argument: str, value: Tensor) -> None:
     """That a tensor can be written in place: every element in memory of its own."""
     if value.is_contiguous():
         return
-    room = 1
-    for step, size in sorted((step, size) for step, size in zip(value.stride(), value.shape, strict=True) if size > 1):
-        if step < room and value.numel() > 0:
+    # Each stride against the memory that dimensions with smaller ones take; torch.compile cannot sort symbolic strides.
+    steps = [(step, size) for step, size in zip(value.stride(), value.shape, strict=True) if size > 1]
+    for i, (step, _) in enumerate(steps):
+        inside = sum(other * (size - 1) for j, (other, size) in enumerate(steps) if j != i and other <= step)
+        if step <= inside and value.numel() > 0:
             expected = "every element in memory of its own, because it is updated in place"
             fail(function, argument, expected, f"strides {list(value.stride())}")
-        room = step * (size - 1) + room
 
 
 def parameter_dtype(function: str, argument: str, value: Tensor, x: Tensor, name: str = "x") -> None:
