@@ -168,7 +168,7 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
     row = end + torch.arange(-state_len, 0, device=x.device)
     if x.shape[0] == 0:
         return x.new_zeros(row.shape[0], state_len, x.shape[1]).mT
-    return torch.where((row >= begin)[..., None], x[row.clamp(min=0)], 0).mT
+    return torch.where((row >= begin)[..., None], x[row.clamp(min=0)], x.new_zeros(())).mT
 
 
 def _dtypes_as_given(x: Tensor):
