@@ -236,10 +236,25 @@ def test_modules_serve(backend):
         module.step(x, pool, slot_numbers=slots)
 
 
+@pytest.mark.parametrize("function", CALLS)
+def test_masks_of_steps_have_the_shape_of_x(function):
+    """What would broadcast is refused, too."""
+    make = {"depthwise": ck.nn.DepthwiseConv1d, "lightweight": ck.nn.LightweightConv1d, "dynamic": ck.nn.DynamicConv1d}
+    module = make[function](C, 4, padding="causal")
+    for shape, mask, told in (
+        ((5, 5, C), torch.ones(5, dtype=torch.bool), r"shape \[B,T\] = \[5, 5\], got bool tensor of shape \[5\]"),
+        ((2, C), torch.ones(2, 1, dtype=torch.bool), r"shape \[B\] = \[2\], got bool tensor of shape \[2, 1\]"),
+        ((2, C), torch.ones(2), "a bool tensor"),
+    ):
+        with torch.no_grad(), pytest.raises((ValueError, TypeError), match=f"argument 'mask': expected {told}"):
+            module.step(torch.ones(shape), module.init_state(shape[0]), mask=mask)
+
+
 @pytest.mark.parametrize("length", [1, 3, 6])
 def test_states_of_packed_sequences(length, backend):
     """As a loop over the sequences cuts them out; decoding goes on from them."""
     x, offsets = values((9, C), torch.float32, 1).requires_grad_(), torch.tensor([0, 2, 2, 8, 9], dtype=torch.int32)
+    assert causal_conv1d_varlen_states(x > 0, offsets, length).dtype == torch.bool
     states = causal_conv1d_varlen_states(x, offsets, length)
     ends = offsets.tolist()
     padded = [torch.cat([torch.zeros(length, C), x[a:b]])[-length:].T for a, b in zip(ends, ends[1:], strict=False)]

@@ -100,11 +100,14 @@ class _Conv(nn.Module):
     ):  # fmt: skip
         if self.padding not in ("causal", (self.kernel_size - 1) * self.dilation):
             raise RuntimeError(f"{type(self).__name__}.step: expected padding='causal', got {self.padding!r}")
+        name, finish = f"{self._function}_step", self._finish(out_gate, residual)
+        if mask is not None:
+            _validate.tensor(name, "x", x)
+            checks.mask(name, mask, x)
         x, gate, weight, bias = self._operands(x, mask, **operands)
         if mask is not None:
             x, gate = (None if value is None else torch.where(mask[..., None], value, 0.0) for value in (x, gate))
         softmax, renormalize, *_ = self._settings()
-        name, finish = f"{self._function}_step", self._finish(out_gate, residual)
         operands = (x, state, weight, self.dilation, softmax, renormalize, bias, gate, state_index, position)
         serving = (slots, accepted, cu_seqlens, save_at, save_slots)
         args = TapStep(*operands, *checks.finish(name, *finish), *serving)

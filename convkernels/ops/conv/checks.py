@@ -149,7 +149,7 @@ def mask(function: str, value: Any, x: Tensor) -> None:
     tensor(function, "mask", value, optional=True)
     if value.dtype != torch.bool:
         fail(function, "mask", "a bool tensor (True: real position)", value, TypeError)
-    shape(function, "mask", value, tuple(x.shape[:2]), "[B,T]")
+    shape(function, "mask", value, tuple(x.shape[:-1]), "[B,T]" if x.dim() == 3 else "[B]")
     same_device(function, "mask", value, x)
 
 
@@ -207,10 +207,12 @@ def step(function: str, letters: str, args: TapStep) -> None:
     tensor(function, "x", x)
     tensor(function, "state", state)
     tensor(function, "weight", args.weight)
-    rank, dynamic = 2 if x.dim() == 2 else 3, "[B,H,K]"
+    expected, rank, dynamic = "a tensor [B,C] or [B,T,C]", 2 if x.dim() == 2 else 3, "[B,H,K]"
+    if args.cu_seqlens is not None:
+        expected, rank = "a tensor [1,T,C], because cu_seqlens is given", 3
     if letters == dynamic and rank == 3:
         letters = dynamic = "[B,T,H,K]"
-    K = _operands(function, letters, args, "a tensor [B,C] or [B,T,C]", rank, dynamic)
+    K = _operands(function, letters, args, expected, rank, dynamic)
     N = x.shape[0]
     if args.cu_seqlens is not None:
         cu_seqlens(function, args.cu_seqlens, x)
@@ -304,10 +306,12 @@ def _saves(function: str, args: TapStep, taken: list[int]) -> None:
     expect(function, given[0], len(given) == 2, "None, because save_at and save_slots go together", "one of them")
     for needed in ("cu_seqlens", "slots"):
         expect(
-            function, "save_at", getattr(args, needed) is not None, f"None, because {needed} is not given", "a tensor"
+            function, "save_at", getattr(args, needed) is not None, f"None, because {needed} is not given", args.save_at
         )
     tensor(function, "save_at", args.save_at)
-    count = args.save_at.shape[0] if args.save_at.dim() == 1 else 0
+    if args.save_at.dim() != 1:
+        fail(function, "save_at", "a tensor [M]", args.save_at)
+    count = args.save_at.shape[0]
     for argument in given:
         _numbers(function, argument, getattr(args, argument), args.x, count, "[M]")
     if readable(args.save_at):
