@@ -131,6 +131,7 @@ struct Cpu {
     set_threads(p);
     const ck::States& states = p.states;
     check_indices(states.slot, states.sequences, INT64_MIN, states.slots - 1, "slots", "slots of the state");
+    check_indices(states.save_at, states.saves, 1, p.time, "save_at", "positions from 1 to the length of x");
     check_indices(states.save_slot, states.saves, INT64_MIN, states.slots - 1, "save_slots", "slots of the state");
     check_indices(states.source, states.sequences, 0, states.slots - 1, "state_index", "rows of the state");
     for (int64_t i = 0; i < states.sequences && states.accepted.data != nullptr; ++i) {

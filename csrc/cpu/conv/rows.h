@@ -14,7 +14,7 @@ struct RowReader {
   Activation gate_activation = Activation::kSigmoid;
   const bool* mask = nullptr;
   int64_t mask_batch = 0, mask_time = 0;
-  Rows state;  // batch: from state to state
+  Rows state{};  // batch: from state to state
 
   CK_INLINE bool masked(const Sequence& s, int64_t position) const {
     return mask != nullptr && !mask[s.batch * mask_batch + (s.begin + position) * mask_time];
