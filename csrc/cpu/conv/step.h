@@ -61,6 +61,9 @@ class StateUpdate {
       // Rows of a channel follow those of the one before it: what comes from the next one is overwritten by x.
       return copy_strided(from + by, 1, to, 1, block_.size() * width - by);
     }
+    if (by >= 0 && pool.channel == 1 && old.channel == 1 && pool.time == block_.size() && old.time == block_.size()) {
+      return copy_strided(from + by * old.time, 1, to, 1, kept * block_.size());  // rows follow each other
+    }
     for (int64_t i = 0; i < kept; ++i) {
       const int64_t row = by >= 0 ? i : kept - 1 - i, source = row + by;  // none that is still to be read is written
       T* const into = to + row * pool.time;
@@ -125,8 +128,8 @@ inline const char* conv_step_typed(const ConvStep& p) {
   const bool per_row = p.per_position || p.renormalize;
   const bool direct = rows_in_place<T>(p) && p.old.channel == 1, threads = worth_threads(p);
   // As many channels as stay in the caches: rows are read for the outputs and then for the state.
-  constexpr int64_t kNear = 1 << 14;
-  const int64_t near = kNear / (min(p.time, Blocks::kBlockRows) + p.taps.taps + (direct ? 3 : 0));
+  const int64_t near =
+      (direct ? 1 << 15 : 1 << 14) / (min(p.time, Blocks::kBlockRows) + p.taps.taps + (direct ? 3 : 0));
   const int64_t channels = min(max(near, 256), channels_per_block(p, true, sequences));
   const ChannelPlan plan = plan_channels<T>(p, direct, per_row, channels);
   const auto run = [&](const typename Blocks::Filters* shared) {
