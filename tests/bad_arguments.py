@@ -202,7 +202,7 @@ TABLE = [
     (LS, {"x": torch.randn(1, C), "cu_seqlens": ints([0, C])}, ValueError, "x", r"\[1,T,C\], because cu_seqlens",
      r"shape \[1, 12\]"),
     (LS, serving(cu_seqlens=ints([0, 3, 8])), ValueError, "cu_seqlens", "T = 7", "8"),
-    (LS, serving(slots=ints([0, 1, 2])), ValueError, "slots", r"\[B\] = \[2\]", r"shape \[3\]"),
+    (LS, serving(slots=ints([0, 1, 2])), ValueError, "slots", r"\[N\] = \[2\]", r"shape \[3\]"),
     (LS, serving(slots=None), ValueError, "state", r"\[B,W,C\] = \[2, 4, 12\]", r"shape \[5, 4, 12\]"),
     (LS, serving(slots=None, state=torch.zeros(2, K - 1, C), state_index=ints([0, 1])), ValueError,
      "state_index", "None, because cu_seqlens is given", "int64"),

@@ -211,14 +211,15 @@ def test_states_of_any_width_and_steps_of_any_length(length, extra, layout, back
 
 @pytest.mark.parametrize("layout", POOLS)
 def test_nobody_looks_at_what_has_no_slot(layout, backend):
-    """Neither at its x nor at any state; a pool may have no slot at all."""
+    """Neither at its x nor at any state, nor at what is accepted; a pool may have no slot at all."""
     x = torch.full((3, C), torch.nan)
     weight, slots = values((C, 4), torch.float32, 2), torch.tensor([-1, -7, -1])
     for count in (0, 2):
         pool = pool_of(layout, count, 3, torch.float32)[:count]
         kept = pool.clone()
-        y = ck.depthwise_conv1d_step(x, pool, weight, slots=slots, backend=backend)
-        assert (y == 0).all() and torch.equal(pool, kept)
+        for accepted in (None, torch.tensor([-99, 1, 99])):
+            y = ck.depthwise_conv1d_step(x, pool, weight, slots=slots, accepted=accepted, backend=backend)
+            assert (y == 0).all() and torch.equal(pool, kept)
 
 
 def test_modules_serve(backend):

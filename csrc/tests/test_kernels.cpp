@@ -292,8 +292,8 @@ void run_steps(const Kernels& kernels) {
       ConvStep f;
       fill_problem(f, c);
       f.time = time;
-      f.old = {state.data(), width * C, C, 1};
-      f.states = {f.old, c.B, width, c.B};
+      f.states.pool = f.old = {state.data(), width * C, C, 1};
+      f.states.slots = f.states.sequences = c.B, f.states.width = width;
       f.x = {c.x.data() + t * C, c.T * C, C, 1};
       if (c.gated) f.gate = {c.gate.data() + t * C, c.T * C, C, 1};
       if (c.with_bias) f.bias = c.bias.data();

@@ -135,6 +135,7 @@ struct Cpu {
     check_indices(states.save_slot, states.saves, INT64_MIN, states.slots - 1, "save_slots", "slots of the state");
     check_indices(states.source, states.sequences, 0, states.slots - 1, "state_index", "rows of the state");
     for (int64_t i = 0; i < states.sequences && states.accepted.data != nullptr; ++i) {
+      if (states.slot.get(i, i) < 0) continue;
       const int64_t length = p.offsets != nullptr ? p.offsets[i + 1] - p.offsets[i] : p.time,
                     taken = states.accepted[i];
       require(taken <= length && taken >= p.taps.span() - states.row(length, 0), "accepted",

@@ -261,25 +261,28 @@ def _slots(function: str, argument: str, value: Tensor, taken: list[int], below:
 def _of_sequences(function: str, args: TapStep, span: int, N: int) -> None:
     """What a step takes per sequence: the state that it continues from, and where in it."""
     x, (S, W, _), cu = args.x, args.state.shape, args.cu_seqlens
-    taken = []
+    taken, letters = [], "[B]" if cu is None else "[N]"
     if args.slots is not None:
-        _numbers(function, "slots", args.slots, x, N)
+        _numbers(function, "slots", args.slots, x, N, letters)
         if args.state_index is not None:
             fail(function, "state_index", "None, because slots is given", args.state_index)
         taken = _slots(function, "slots", args.slots, [], S)
     if args.accepted is not None:
-        _numbers(function, "accepted", args.accepted, x, N)
+        _numbers(function, "accepted", args.accepted, x, N, letters)
         if readable(args.accepted) and (cu is None or readable(cu)):
             lengths = [x.shape[1] if x.dim() == 3 else 1] * N if cu is None else cu.diff().tolist()
             numbers, held = args.accepted.tolist(), W - span
-            good = all(T - held <= number <= T for number, T in zip(numbers, lengths, strict=True))
+            live = [0] * N if args.slots is None or not readable(args.slots) else args.slots.tolist()
+            good = all(
+                slot < 0 or T - held <= number <= T for number, T, slot in zip(numbers, lengths, live, strict=True)
+            )
             T = lengths if cu is not None else lengths[:1]
             expected = f"numbers from T - (W - (K-1)*dilation) = T - {held} to T, T = {T}"
             expect(function, "accepted", good, expected, numbers)
     if (index := args.state_index) is not None:
         if cu is not None:
             fail(function, "state_index", "None, because cu_seqlens is given", index)
-        _numbers(function, "state_index", index, x, N)
+        _numbers(function, "state_index", index, x, N, letters)
         if readable(index):
             rows = index.tolist()
             if any(not 0 <= row < N for row in rows):
@@ -321,7 +324,7 @@ def _saves(function: str, args: TapStep, taken: list[int]) -> None:
     _slots(function, "save_slots", args.save_slots, taken, args.state.shape[0])
 
 
-def _numbers(function: str, argument: str, value: Any, x: Tensor, count: int, letters: str = "[B]") -> None:
+def _numbers(function: str, argument: str, value: Any, x: Tensor, count: int, letters: str) -> None:
     """Integers, one per sequence."""
     tensor(function, argument, value, optional=True)
     integers(function, argument, value)

@@ -306,7 +306,7 @@ def _stepped(args: TapStep, saves: list[tuple[int, int]]) -> Tensor:
     def before(count: int) -> Tensor:
         """The last positions before x, [B,count,C]."""
         row = 1 + W - T + accepted[:, None] + torch.arange(-count, 0, device=device)
-        return held.gather(1, row.clamp(min=0)[..., None].expand(-1, -1, C))
+        return held.gather(1, row.clamp(min=0, max=W)[..., None].expand(-1, -1, C))
 
     def after(n: int) -> Tensor:
         """The state after n positions."""

@@ -49,7 +49,7 @@ def lightweight_conv1d_step(
     state_index: int32 or int64 [B]; row b continues from row state_index[b] of the old state (beam search). Rows may
         repeat.
     slots: int32 or int64 [B]; state is a pool [S,W,C], and row b continues from and updates slot slots[b]. Where that
-        is negative y is 0, and no state is read or written. No slot twice.
+        is negative y is 0, and nothing else of the row is read or written. No slot twice.
     accepted: int32 or int64 [B]; only so many of the T newest rows of the state count, as after a step of T positions
         of which a verifier took the first accepted[b] (speculative decoding): the last T - accepted[b] are taken back.
         At most T; at least T - (W - dilation*(K-1)), so that those that count are held. Rows at the beginning of the
