@@ -241,8 +241,11 @@ def _state(function: str, args: TapStep, span: int, N: int) -> None:
     state, letters = args.state, "[B,W,C]" if args.slots is None else "[S,W,C]"
     if state.dim() != 3 or state.shape[1] < span:
         fail(function, "state", f"a tensor {letters}, W at least (K-1)*dilation = {size_text(span)}", state)
-    rows = N if args.slots is None else state.shape[0]
-    like(function, "state", state, args.x, (rows, state.shape[1], args.x.shape[-1]), letters)
+    rows, C = N if args.slots is None else state.shape[0], args.x.shape[-1]
+    if state.shape[1] == C != state.shape[2]:
+        sizes = [size_text(size) for size in (rows, state.shape[2], C)]
+        fail(function, "state", f"shape {letters} = {sizes} (channels come last: give state.mT)", state)
+    like(function, "state", state, args.x, (rows, state.shape[1], C), letters)
     own_memory(function, "state", state)
 
 
