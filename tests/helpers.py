@@ -1,12 +1,15 @@
 """What tests of several files share."""
 
+import re
 import warnings
+from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import convkernels as ck
 
+ROOT = Path(__file__).resolve().parent.parent
 CALLS = {"depthwise": ck.depthwise_conv1d, "lightweight": ck.lightweight_conv1d, "dynamic": ck.dynamic_conv1d}
 
 
@@ -35,3 +38,10 @@ def flops_of(function):
     with FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
+
+
+def run_page(page):
+    """The Python of a page, from top to bottom, is one program; returns of how many blocks."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+    exec(compile("\n".join(blocks), page, "exec"), {"__name__": "page"})
+    return len(blocks)

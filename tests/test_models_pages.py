@@ -1,14 +1,11 @@
 """The example program, and the Python on the pages about models, run as they are written."""
 
-import re
 import runpy
-from pathlib import Path
 
 import pytest
+from helpers import ROOT, run_page
 
 pytest.importorskip("transformers")
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_the_example(capsys):
@@ -22,8 +19,5 @@ def test_the_example(capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "docs/models.md"])
 def test_pages_run(page, tmp_path, monkeypatch):
-    """The Python of a page, from top to bottom, is one program."""
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
-    assert blocks
-    exec(compile("\n".join(blocks), page, "exec"), {"__name__": "page"})
+    assert run_page(page)

@@ -4,17 +4,16 @@ import copy
 import io
 import pickle
 import re
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import ROOT, run_page
 
 import convkernels as ck
 from convkernels import nn as cknn
 
 B, T, C, H, K = 2, 9, 12, 3, 5
-MODULES_PAGE = Path(__file__).resolve().parent.parent / "docs" / "modules.md"
 MODULES = {
     "depthwise": lambda **k: cknn.DepthwiseConv1d(C, K, **k),
     "lightweight": lambda **k: cknn.LightweightConv1d(C, K, H, bias=True, **k),
@@ -295,8 +294,6 @@ def test_modules_on_the_meta_device(name):
 
 
 def test_the_page_of_modules_runs():
-    blocks = re.findall(r"```python\n(.*?)```", MODULES_PAGE.read_text(), re.S)
-    assert len(blocks) == 6
-    exec(compile("\n".join(blocks), str(MODULES_PAGE), "exec"), {"__name__": "page"})
+    assert run_page("docs/modules.md") == 6
     for name in cknn.__all__:
-        assert f"`{name}`" in MODULES_PAGE.read_text()
+        assert f"`{name}`" in (ROOT / "docs/modules.md").read_text()

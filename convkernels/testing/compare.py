@@ -62,8 +62,9 @@ def _check_gradients(expected, results, needs, absent=()):
             assert tuple(result.shape) == (0,), f"grad of {name} was not asked for, got {tuple(result.shape)}"
 
 
-def conv_step(ops, problem):
-    t = problem.tensors()
+def conv_step(ops, problem, tensors=None):
+    """tensors: instead of those that the problem draws."""
+    t = problem.tensors() if tensors is None else tensors
     arguments = problem.op_arguments(t)
     bounds = StepBounds(*arguments)
     y = ops.tap_step(*arguments)

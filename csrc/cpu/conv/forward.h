@@ -173,6 +173,24 @@ inline void forward_items(const ConvForward& p, const ChannelPlan& plan, const C
   if (stream) stream_fence();
 }
 
+// run(block, first, last, shared) for all of so many items and blocks of channels, cut into tasks: items [first, last)
+// of a block. shared: the filters that all positions share, nullptr if there are none.
+template <class Filters, class Run>
+inline void run_blocks(const ConvProblem& p, const ChannelPlan& plan, int64_t items, bool per_row, const Run& run) {
+  const auto run_all = [&](const Filters* shared) {
+    parallel(p, items * plan.blocks, worth_threads(p), [&](int64_t begin, int64_t end) {
+      while (begin < end) {
+        const int64_t first = begin % items, last = min(items, first + end - begin);
+        run(plan.block(begin / items, p.channels), first, last, shared);
+        begin += last - first;
+      }
+    });
+  };
+  if (per_row) return run_all(nullptr);
+  const Filters shared(p, plan, false, false);
+  run_all(&shared);
+}
+
 // Whether rows are read and written where they lie.
 template <class T>
 inline bool rows_in_place(const ConvForward& p) {
@@ -195,27 +213,14 @@ inline const char* conv_forward_typed(const ConvForward& p) {
   const WorkList work(p, rows);
   const bool stream = direct && p.batch * p.time * p.channels * static_cast<int64_t>(sizeof(T)) >= kStreamBytes &&
                       p.resident_output && can_stream<T>(p.y);
-  const auto run = [&](const typename Blocks::Filters* shared) {
-    parallel(p, work.size() * plan.blocks, threads, [&](int64_t begin, int64_t end) {
-      while (begin < end) {
-        const int64_t i = begin / work.size(), first = begin % work.size();
-        const int64_t last = min(work.size(), first + end - begin);
-        const ChannelBlock block = plan.block(i, p.channels);
+  run_blocks<typename Blocks::Filters>(
+      p, plan, work.size(), per_row, [&](const ChannelBlock& block, int64_t first, int64_t last, const auto* shared) {
         if (!block.staged) {
           if constexpr (kReadInPlace<T>) forward_items<T, Blocks>(p, plan, block, work, first, last, shared, stream);
         } else if constexpr (Blocks::kAnyHeads) {
           forward_items<T, typename Blocks::OfConverted>(p, plan, block, work, first, last, shared, false);
         }
-        begin += last - first;
-      }
-    });
-  };
-  if (per_row) {
-    run(nullptr);
-  } else {
-    const typename Blocks::Filters shared(p, plan, false, false);
-    run(&shared);
-  }
+      });
   return nullptr;
 }
 

@@ -126,32 +126,20 @@ inline const char* conv_step_typed(const ConvStep& p) {
   RowReader<T> reader = input_reader<T>(p);
   reader.state = p.old;
   const bool per_row = p.per_position || p.renormalize;
-  const bool direct = rows_in_place<T>(p) && p.old.channel == 1, threads = worth_threads(p);
+  const bool direct = rows_in_place<T>(p) && p.old.channel == 1;
   // As many channels as stay in the caches: rows are read for the outputs and then for the state.
   const int64_t near =
       (direct ? 1 << 15 : 1 << 14) / (min(p.time, Blocks::kBlockRows) + p.taps.taps + (direct ? 3 : 0));
   const int64_t channels = min(max(near, 256), channels_per_block(p, true, sequences));
   const ChannelPlan plan = plan_channels<T>(p, direct, per_row, channels);
-  const auto run = [&](const typename Blocks::Filters* shared) {
-    parallel(p, sequences * plan.blocks, threads, [&](int64_t begin, int64_t end) {
-      while (begin < end) {
-        const int64_t i = begin / sequences, first = begin % sequences, last = min(sequences, first + end - begin);
-        const ChannelBlock block = plan.block(i, p.channels);
+  run_blocks<typename Blocks::Filters>(
+      p, plan, sequences, per_row, [&](const ChannelBlock& block, int64_t first, int64_t last, const auto* shared) {
         if (block.staged) {
           step_rows<T, typename Blocks::OfConverted>(p, reader, plan, block, first, last, shared);
         } else if constexpr (kReadInPlace<T>) {
           step_rows<T, Blocks>(p, reader, plan, block, first, last, shared);
         }
-        begin += last - first;
-      }
-    });
-  };
-  if (per_row) {
-    run(nullptr);
-  } else {
-    const typename Blocks::Filters shared(p, plan, false, false);
-    run(&shared);
-  }
+      });
   return nullptr;
 }
 

@@ -304,12 +304,8 @@ void serve(const CK_PARAM Step p, const CK_PARAM StepTiles tiles) {
       block.output(own, found.i, u, block.ahead(z, k));
     }
   }
-  if (block.whole) {
-    block.save();
-    block.update(block.newest());
-    return;
-  }
   block.save();
+  if (block.whole) return block.update(block.newest());
   __syncthreads();
   block.move();
 }

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..host import ceil_div, dtype_name, run, search_steps
 from . import configs, step
-from .launch import check_dilation, finish_arguments, input_flags, options
+from .launch import check_dilation, finish_arguments, input_flags, options, rows
 from .step import Indices, PerSequence, StepFlags
 from .taps import FilterFlags, Filters, Relation, Rows, Sizes
 
@@ -15,9 +15,9 @@ def tap_step(args) -> Tensor:
     """The operator ``tap_step``. No values are looked at, so a CUDA graph can capture it."""
     x, state, K = args.x, args.state, args.weight.shape[-1]
     check_dilation(args.dilation, K)
-    rows, width, channels = state.shape
+    states, width, channels = state.shape
     N, span = sequence_count(args), args.dilation * (K - 1)
-    if width < span or channels != x.shape[-1] or (args.slots is None and rows != N):
+    if width < span or channels != x.shape[-1] or (args.slots is None and states != N):
         slots = "slots" if args.slots is not None else N
         expected = f"[{slots}, at least dilation * (taps - 1) = {span}, {x.shape[-1]}]"
         raise ValueError(f"argument 'state': expected {expected}, got {tuple(state.shape)}")
@@ -34,7 +34,7 @@ def sequence_count(args) -> int:
 def rows_of(tensor: Tensor) -> Rows:
     """Of [batch, channels] or [batch, time, channels]."""
     if tensor.dim() == 3:
-        return Rows(tensor, *tensor.stride())
+        return rows(tensor)
     batch, channel = tensor.stride()
     return Rows(tensor, batch, 0, channel)
 
