@@ -1,6 +1,8 @@
 """The causal convolution of today's state-space and hybrid models with its SiLU, [B,C,T], beside what transformers runs
 where no kernel is installed: F.conv1d over channels, cut, and F.silu; and a copy of x, the least that memory allows."""
 
+import itertools
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -10,7 +12,7 @@ from convkernels import depthwise_conv1d_step
 from convkernels.interop.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from convkernels.ops._dtypes import dtype_name
 
-TOKENS, BATCH = 4096, 2
+TOKENS, BATCH, LAYERS = 4096, 2, 16
 SHAPES = [(8192, 4), (5376, 4), (2048, 3), (2048, 7)]  # channels and taps of Qwen3-Next, Mamba-2, LFM2 and LFM3
 DTYPES = [torch.float32, torch.bfloat16]
 LOOSE = {"rtol": 0.02, "atol": 0.05}  # the stock forms round more often
@@ -62,18 +64,21 @@ def test_sequences(timed, benchmark, device, channels, taps, dtype, direction, f
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_updates(timed, benchmark, device, dtype, layout, form):
     """A position of 64 rows; states as caches of transformers have them, and with channels innermost; a copy of as many
-    bytes as are moved at least."""
+    bytes as are moved at least. Layer after layer, as a model decodes, so that no cache holds them."""
     benchmark.group = f"update B=64 C=8192 K=4 {layout} {dtype_name(dtype)}"
-    x, weight = inputs(8192, 4, dtype, device, 64)
-    state = torch.randn(64, 8192, 3, device=device, dtype=dtype)
-    state = state if layout == "[B,C,W]" else state.mT.contiguous().mT
+    layers = []
+    for _ in range(LAYERS):
+        x, weight = inputs(8192, 4, dtype, device, 64)
+        state = torch.randn(64, 8192, 3, device=device).to(dtype)
+        layers.append((x, state if layout == "[B,C,W]" else state.mT.contiguous().mT, weight))
+    turn = itertools.cycle(layers)
     if form == "copy":
-        moved = torch.randn(x.numel() + state.numel() + weight.numel() // 2, device=device).to(dtype)
-        into = torch.empty_like(moved)
-        return timed(lambda: into.copy_(moved))
+        moved = x.numel() + state.numel() + weight.numel() // 2
+        turn = itertools.cycle([torch.randn(2, moved, device=device).to(dtype) for _ in range(LAYERS)])
+        return timed(lambda: torch.Tensor.copy_(*next(turn)))
     with torch.no_grad():
         torch.testing.assert_close(*(update(x, state.clone(), weight) for update in UPDATES.values()), **LOOSE)
-        timed(lambda: UPDATES[form](x, state, weight))
+        timed(lambda: UPDATES[form](*next(turn)))
 
 
 SERVED = {"1 token": (1, 3), "4 tokens, 0 to 4 accepted": (4, 7)}

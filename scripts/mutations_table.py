@@ -77,7 +77,7 @@ CPU_MUTATIONS = [
     Mutation(
         "channel stride ignored",
         "csrc/cpu/conv/rows.h",
-        "const int64_t stride = position < 0 ? state.channel : rows.channel;",
+        "const int64_t stride = position < 0 ? 1 : rows.channel;",
         "const int64_t stride = 1;",
     ),
     Mutation(
@@ -147,10 +147,16 @@ CPU_MUTATIONS = [
         "leave(s, at - s.begin - 1, into);",
     ),
     Mutation(
-        "channels that lie close together picked one vector too far",
-        "csrc/cpu/conv/converted.h",
-        "(element < static_cast<Lane>(V)) ? element + static_cast<Lane>(V) : same;",
-        "(element < static_cast<Lane>(V - 1)) ? element + static_cast<Lane>(V) : same;",
+        "state of one position kept one row behind",
+        "csrc/cpu/conv/step.h",
+        "store_bytes(to + w * to_row, row[w + 1]);",
+        "store_bytes(to + w * to_row, row[w]);",
+    ),
+    Mutation(
+        "state gathered from its first position on",
+        "csrc/cpu/conv/transposed.h",
+        "(from + first, stride, last - first, channels, to, pitch);",
+        "(from, stride, last - first, channels, to, pitch);",
     ),
     Mutation(
         "derivative of the sigmoid without its second factor",

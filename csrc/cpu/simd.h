@@ -290,15 +290,15 @@ CK_INLINE Vec<S> vsigmoid(Vec<S> x) {
   constexpr S kHigh = static_cast<S>(kFactor), kRest = static_cast<S>(sizeof(S) == 4 ? kFactor - kHigh : -2.0355e-17);
   const Vec<S> low = splat(Exp2<S>::kLow), high = splat(2 - Exp2<S>::kLow), product = x * kHigh;
   const auto finite = [&](auto... rest) CK_INLINE_LAMBDA {
-    const Vec<S> power = product > high ? high : product;
 #if defined(__AVX512DQ__) && CK_VECTOR_BYTES == 64 && !defined(CK_BASE)
     if constexpr (sizeof(S) == sizeof(float)) {  // a step of Newton's method takes less time than a division
-      const Vec<S> below = splat(S{1}) + vexp2_bounded<S>(power, rest...);
+      const Vec<S> below = splat(S{1}) + vexp2_bounded<S>(product, rest...);
       const Vec<S> near = (Vec<S>)_mm512_rcp14_ps((__m512)below);
       return near + near * (splat(S{1}) - below * near);
     }
 #endif
     // Halves, because the power itself may be too large where half of it is not.
+    const Vec<S> power = product > high ? high : product;
     return splat(S{0.5}) / (splat(S{0.5}) + vexp2_bounded<S, true>(power, rest...));
   };
   Vec<S> result;

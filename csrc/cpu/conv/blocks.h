@@ -91,20 +91,28 @@ class SharedFilters {
 
   SharedFilters(const ConvProblem& p, const ChannelPlan& plan, bool transpose, bool keep_soft)
       : pitch_(shared_pitch(p)),
-        table_(p.taps.taps * pitch_),
-        soft_(keep_soft && p.dropout > 0.0 ? p.taps.taps * pitch_ : 0),
+        as_given_(p.heads == p.channels && !plan.aligned && !p.softmax && p.dropout == 0.0 &&
+                  p.weight_dtype == p.dtype && p.weight_tap == 1),
         // With one head per channel the table is expanded as it stands, unless rows are split into parts.
-        tabled_(p.heads == p.channels && Lanes<T>::kParts == 1),
+        tabled_(p.heads == p.channels && Lanes<T>::kParts == 1 && !as_given_),
+        table_(as_given_ ? 0 : p.taps.taps * pitch_),
+        soft_(keep_soft && p.dropout > 0.0 ? p.taps.taps * pitch_ : 0),
         expanded_(plan.aligned || tabled_ ? 0 : p.taps.taps * round_up(p.channels, Lanes<T>::kUnit)) {
     const bool separate = keep_soft && p.dropout > 0.0;
-    make_shared_filters<C>(p, table_.get(), separate ? soft_.get() : nullptr);
+    if (!as_given_) make_shared_filters<C>(p, table_.get(), separate ? soft_.get() : nullptr);
     soft_data_ = separate ? soft_.get() : table_.get();
     if (!plan.aligned && !tabled_) {
       const int64_t K = p.taps.taps;
       parallel(p, plan.blocks, p.channels * K >= kSerialWork, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const ChannelBlock block = plan.block(i, p.channels);
-          expand_filters<T>(p, block, table_.get(), 1, pitch_, expanded_.get() + block.first * K);
+          C* const out = expanded_.get() + block.first * K;
+          if (as_given_) {
+            const T* const weight = static_cast<const T*>(p.weight) + block.first * p.weight_head;
+            load_transposed<T>(weight, p.weight_head, K, block, out);
+          } else {
+            expand_filters<T>(p, block, table_.get(), 1, pitch_, out);
+          }
         }
       });
     }
@@ -124,9 +132,9 @@ class SharedFilters {
 
  private:
   int64_t pitch_, last_ = 0, sign_ = 1;
-  Scratch<C> table_, soft_;
-  bool tabled_;
-  Scratch<C> expanded_;
+  const bool as_given_;  // weights are the filters of channels, and need but be converted like rows
+  const bool tabled_;
+  Scratch<C> table_, soft_, expanded_;
   const C* soft_data_ = nullptr;
 };
 

@@ -12,19 +12,23 @@ struct Activated {
   Vec<C> value, slope;
 };
 
-// T: the type in which tensors are stored.
-template <class T, Activation kActivation, class C = Compute<T>>
+// Whether activations of tensors of T are computed to the last places of the type that is computed with.
+template <class T>
+constexpr bool kClose = sizeof(T) == sizeof(Compute<T>);
+
+template <bool kToTheLast, Activation kActivation, class C>
 CK_INLINE Activated<C> activate(Vec<C> a) {
   const Vec<C> one = splat(C{1});
   if constexpr (kActivation == Activation::kNone) return {a, one};
-  const Vec<C> s = vsigmoid<C, sizeof(T) == sizeof(C)>(a);
+  const Vec<C> s = vsigmoid<C, kToTheLast>(a);
   if constexpr (kActivation == Activation::kSigmoid) return {s, s * (one - s)};
   return {a * s, s * (one + a * (one - s))};
 }
 template <class T, class C = Compute<T>>
 CK_INLINE Activated<C> activate(Activation activation, Vec<C> a) {
-  if (activation == Activation::kNone) return activate<T, Activation::kNone>(a);
-  return activation == Activation::kSigmoid ? activate<T, Activation::kSigmoid>(a) : activate<T, Activation::kSilu>(a);
+  if (activation == Activation::kNone) return activate<kClose<T>, Activation::kNone, C>(a);
+  return activation == Activation::kSigmoid ? activate<kClose<T>, Activation::kSigmoid, C>(a)
+                                            : activate<kClose<T>, Activation::kSilu, C>(a);
 }
 
 template <Activation kActivation>
@@ -47,6 +51,7 @@ struct Epilogue {
   using C = typename Src::C;
   using Elem = typename Src::Elem;
   Activation activation;
+  bool close;  // kClose of the tensors
   const Elem *const *out_gate, *const *residual, *const *grad;
   Elem* const* grad_out_gate;
   int64_t first_row = 0, first_unit = 0;
@@ -63,24 +68,35 @@ struct Epilogue {
   template <class Sums>
   CK_INLINE void store(int64_t rows, int64_t units, const Sums& sums, Elem* const* out, int64_t unit,
                        bool stream) const {
-    with_activation(activation, [&](auto constant) CK_INLINE_LAMBDA {
+    with_kind([&](auto constant, auto to_the_last) CK_INLINE_LAMBDA {
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t u = 0; u < units; ++u)
-          store_unit<constant.value>(sums(i, u), first_row + i, unit + u, out[i], stream);
+          store_unit<constant.value, to_the_last.value>(sums(i, u), i, unit + u, out[i], stream);
     });
   }
 
- private:
-  template <Activation kActivation>
+  // Calls a function with the activation, and how it is computed, that are known when it is compiled.
+  template <class F>
+  CK_INLINE void with_kind(const F& f) const {
+    with_activation(activation, [&](auto constant) CK_INLINE_LAMBDA {
+      if constexpr (sizeof(Elem) == sizeof(C) && constant.value != Activation::kNone)
+        if (close) return f(constant, std::true_type());
+      f(constant, std::false_type());
+    });
+  }
+
+  // Stores unit u of a row.
+  template <Activation kActivation, bool kToTheLast>
   CK_INLINE void store_unit(const Vec<C>* sums, int64_t row, int64_t u, Elem* out, bool stream) const {
     constexpr int P = Src::kParts;
+    row += first_row;
     const int64_t unit = first_unit + u;
     Vec<C> open[P] = {}, other[P] = {}, y[P];
     if (out_gate != nullptr) load(out_gate[row], unit, open);
     if (grad == nullptr) {
       if (residual != nullptr) load(residual[row], unit, other);
       CK_UNROLL for (int p = 0; p < P; ++p) {
-        y[p] = activate<Elem, kActivation>(sums[p]).value;
+        y[p] = activate<kToTheLast, kActivation, C>(sums[p]).value;
         if (out_gate != nullptr) y[p] *= open[p];
         if (residual != nullptr) y[p] += other[p];
       }
@@ -88,7 +104,7 @@ struct Epilogue {
       Vec<C> of_gate[P];
       load(grad[row], unit, other);
       CK_UNROLL for (int p = 0; p < P; ++p) {
-        const Activated<C> a = activate<Elem, kActivation>(sums[p]);
+        const Activated<C> a = activate<kToTheLast, kActivation, C>(sums[p]);
         of_gate[p] = other[p] * a.value;
         y[p] = (out_gate != nullptr ? other[p] * open[p] : other[p]) * a.slope;
       }
@@ -96,6 +112,8 @@ struct Epilogue {
     }
     Src::store(out, u, y, stream);
   }
+
+ private:
   static CK_INLINE void load(const Elem* row, int64_t unit, Vec<C>* v) {
     v[0] = Src::template load<0>(row, unit);
     if constexpr (Src::kParts == 2) v[1] = Src::template load<1>(row, unit);

@@ -70,7 +70,7 @@ class EpilogueRows {
     const auto rows = [&](auto& window) {
       return window ? window->template move<kStaged>(s, position, n, false) : nullptr;
     };
-    epilogue_ = {finish_.activation, rows(out_gate_), rows(residual_), rows(grad_), nullptr};
+    epilogue_ = {finish_.activation, kClose<T>, rows(out_gate_), rows(residual_), rows(grad_), nullptr};
     if (grad_out_gate_) epilogue_.grad_out_gate = grad_out_gate_->template open<kStaged>(s, position, dilation_, n);
     return &epilogue_;
   }

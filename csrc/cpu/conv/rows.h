@@ -1,9 +1,9 @@
 // Rows in and rows out: where windows find their inputs, and where results go, for any strides.
 #pragma once
 
-#include "csrc/cpu/conv/converted.h"
 #include "csrc/cpu/conv/epilogue.h"
 #include "csrc/cpu/conv/filters.h"
+#include "csrc/cpu/conv/transposed.h"
 
 namespace ck::cpu::CK_ISA {
 
@@ -14,7 +14,7 @@ struct RowReader {
   Activation gate_activation = Activation::kSigmoid;
   const bool* mask = nullptr;
   int64_t mask_batch = 0, mask_time = 0;
-  Rows state{};  // batch: from state to state
+  Rows state{};  // batch: from state to state; its channels lie next to each other
 
   CK_INLINE bool masked(const Sequence& s, int64_t position) const {
     return mask != nullptr && !mask[s.batch * mask_batch + (s.begin + position) * mask_time];
@@ -44,7 +44,7 @@ struct RowReader {
       memset(static_cast<void*>(out), 0, static_cast<size_t>(vector_width<T>(block)) * sizeof(*out));
       return;
     }
-    const int64_t stride = position < 0 ? state.channel : rows.channel;
+    const int64_t stride = position < 0 ? 1 : rows.channel;
     const T* g = gate.data != nullptr && position >= 0 ? row(gate, s, position) + block.first * gate.channel : nullptr;
     x += block.first * stride;
     for (int64_t u = 0, n = block.size(); n > 0; ++u, n -= Lanes<T>::kUnit) {
@@ -111,23 +111,19 @@ class InputWindow {
   // Rows [q, count) of the window that starts at position `origin`.
   void convert_rows(const Sequence& s, int64_t origin, int64_t q, int64_t count) {
     const bool turn = channels_first(reader_.rows) && reader_.gate.data == nullptr && taps_.dilation == 1;
-    const bool turn_state = channels_first(reader_.state) && taps_.dilation == 1;
     while (q < count) {
       const int64_t position = origin + taps_.dilation * q;
       Elem* const to = buffer_.get() + q * width_;
-      int64_t run = turn && position >= 0 ? min(s.length() - position, count - q) : 0;
-      const bool in_state = turn_state && reader_.in_state(s, position);
-      if (in_state) run = min(-position, count - q);
+      const int64_t run = turn && position >= 0 ? min(s.length() - position, count - q) : 0;
       if (run <= 1) {
         reader_.convert(s, position, block_, to);
         ++q;
         continue;
       }
-      const T* const from = in_state ? reader_.state_row(s, position) : reader_.row(reader_.rows, s, position);
-      const int64_t stride = in_state ? reader_.state.channel : reader_.rows.channel;
-      load_transposed(from + block_.first * stride, stride, run, block_, to);
+      const int64_t stride = reader_.rows.channel;
+      load_transposed(reader_.row(reader_.rows, s, position) + block_.first * stride, stride, run, block_, to);
       for (int64_t i = 0; i < run; ++i)
-        if (!in_state && reader_.masked(s, position + i))
+        if (reader_.masked(s, position + i))
           memset(static_cast<void*>(to + i * width_), 0, static_cast<size_t>(width_) * sizeof(Elem));
       q += run;
     }
