@@ -34,12 +34,22 @@ def llama(made="LlamaForCausalLM", **changes):
     return _small(made, **(dict(num_key_value_heads=2) | changes))
 
 
+def with_sinks(made="GptOssForCausalLM", **changes):
+    """Layers with and without a sliding window, and attention sinks."""
+    experts = dict(num_local_experts=2, num_experts_per_tok=1)
+    types = dict(head_dim=8, sliding_window=5, layer_types=["sliding_attention", "full_attention"])
+    known = getattr(transformers, made).config_class().to_dict()
+    options = {name: value for name, value in (types | experts | changes).items() if name in known}
+    return llama(made, **options)
+
+
 REGISTERED = {
     "bert": bert,
     "roberta": lambda: bert("RobertaForMaskedLM"),
     "t5": t5,
     "llama": llama,
     "mistral": lambda: llama("MistralForCausalLM", sliding_window=5),
+    "gpt_oss": with_sinks,
 }
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 pytest.importorskip("transformers")
 import transformers
 from modelling import ragged, text
-from stock_models import REGISTERED, bert, equal_where_real, inputs, llama, stirred
+from stock_models import REGISTERED, bert, equal_where_real, inputs, llama, stirred, with_sinks
 from transformers.masking_utils import chunked_causal_mask_function, sliding_window_bidirectional_mask_function
 
 from convkernels.interop import huggingface
@@ -77,7 +77,7 @@ def test_distances_of_a_bias():
             assert table.tolist() == [list(range(1 - S, T))]
 
 
-@pytest.mark.parametrize("name", ["t5", "llama", "mistral"])
+@pytest.mark.parametrize("name", ["t5", "llama", "mistral", "gpt_oss"])
 def test_generation_under_the_attention_interface(name):
     """Prompts padded to the left, as generation wants them."""
     model = REGISTERED[name]()
@@ -106,6 +106,7 @@ CACHES = {
 DECODERS = {
     "llama": llama,
     "mistral": REGISTERED["mistral"],
+    "gpt_oss": REGISTERED["gpt_oss"],
     "qwen2": lambda: llama("Qwen2ForCausalLM", use_sliding_window=True, sliding_window=4, max_window_layers=1),
 }
 
@@ -119,9 +120,9 @@ def test_masks_of_any_width(name, kind):
         for left in (0, 5):
             mask = torch.ones(3, 13, dtype=torch.long)
             mask[1, :left] = mask[2, : 2 * left] = 0
-            logits = {}
+            logits, stock = {}, "sdpa" if model._supports_sdpa else "eager"
             # transformers' own need a cache for a mask that is wider than the input
-            for implementation, more in (("sdpa", 0), ("convkernels", 0), ("convkernels", 7), ("convkernels", None)):
+            for implementation, more in ((stock, 0), ("convkernels", 0), ("convkernels", 7), ("convkernels", None)):
                 if more is None and left:
                     continue
                 model.set_attn_implementation(implementation)
@@ -136,7 +137,7 @@ def test_masks_of_any_width(name, kind):
                         )  # fmt: skip
                     parts.append(out.logits)
                 logits[implementation, more] = torch.cat(parts, 1)[mask.bool()]
-            expected = logits.pop(("sdpa", 0))
+            expected = logits.pop((stock, 0))
             for found in logits.values():
                 torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
@@ -205,9 +206,31 @@ def test_masks_decide_what_is_causal(name):
         equal_where_real(results[1], results[0], mask)
 
 
+SINKS = [name for name in ("Flint", "GptOss", "GraniteSwa", "GraniteMoeSwa") if hasattr(transformers, f"{name}Model")]
+
+
+@pytest.mark.parametrize("name", SINKS)
+def test_attention_sinks(name):
+    """Numbers, and the gradient of the sinks too; tokens with a cache."""
+    model, given, results = with_sinks(f"{name}ForCausalLM"), inputs(), []
+    for implementation in ("eager", "convkernels"):
+        model.set_attn_implementation(implementation)
+        model.zero_grad()
+        logits = model(**given).logits
+        logits[given["attention_mask"].bool()].square().mean().backward()
+        sinks = torch.cat([p.grad for n, p in model.named_parameters() if n.endswith("sinks")])
+        tokens = model.generate(text(2, 9), max_new_tokens=9, do_sample=False, pad_token_id=0)
+        results.append((logits.detach(), sinks, tokens))
+    (expected, gradient, tokens), (actual, found, ours) = results
+    equal_where_real(actual, expected, given["attention_mask"])
+    assert gradient.any() and torch.equal(ours, tokens)
+    torch.testing.assert_close(found, gradient, rtol=0, atol=1e-4 * gradient.abs().max().item())
+
+
 EAGER = [
     "BigBird", "BigBirdPegasus", "Bloom", "Canine", "ConvBert", "IBert", "LED", "Luke", "MPNet", "MegatronBert", "Mpt",
     "LayoutLM", "MarkupLM", "Nystromformer", "RemBert", "RoFormer",
+    *(name for name in ("DeepseekV4",) if hasattr(transformers, f"{name}Model")),
 ]  # fmt: skip
 
 
@@ -234,7 +257,7 @@ def test_what_the_interface_refuses():
     module = torch.nn.Module()
     with pytest.raises(NotImplementedError, match="argument 'softcap': expected None, .* got 30.0"):
         huggingface.attention_forward(module, q, q, q, None, softcap=30.0)
-    for argument in ("s_aux", "sinks", "cu_seq_lens_q", "head_mask"):
+    for argument in ("sinks", "cu_seq_lens_q", "head_mask"):
         with pytest.raises(NotImplementedError, match=f"argument '{argument}': expected None, because"):
             huggingface.attention_forward(module, q, q, q, None, **{argument: torch.zeros(2)})
     with pytest.raises(

@@ -22,10 +22,10 @@ _CALL = f"attn_implementation={NAME!r}"
 # Models whose position_bias is a function of the distance alone.
 _RELATIVE = ("t5", "mt5", "umt5")
 # Models that call transformers' interface in one part alone, or with a mask that they make themselves.
-_MIXED = ("bigbird_pegasus", "layoutlm", "markuplm")
+_MIXED = ("bigbird_pegasus", "deepseek_v4", "layoutlm", "markuplm")
 # Arguments of transformers' attention functions that change results, and that composite_attention does not have.
 _UNKNOWN = (
-    "softcap", "s_aux", "sinks", "indices", "block_indices", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "head_mask",
+    "softcap", "sinks", "indices", "block_indices", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "head_mask",
     "output_attentions",
 )  # fmt: skip
 _registered: set[str] = set()
@@ -62,10 +62,10 @@ def _checking(original: Callable) -> Callable:
 
 def calls_interface(made: type[PreTrainedModel]) -> bool:
     """Whether a model calls the attention it is told to, as it says itself or as transformers finds in its source."""
-    if made._supports_attention_backend or issubclass(made, PreTrained):
-        return True
     if getattr(made.config_class, "model_type", None) in _MIXED:
         return False
+    if made._supports_attention_backend or issubclass(made, PreTrained):
+        return True
     bases = (base for base in made.__mro__ if issubclass(base, PreTrainedModel) and base is not PreTrainedModel)
     return all(base._can_set_attn_implementation() for base in bases)
 
@@ -128,14 +128,15 @@ def attention_forward(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query [B,H,T,D], key and value [B,G,S,D] -> [B,T,H,D], and no weights.
 
     attention_mask: bool [B,S] as made by ``padding_mask``, which decides whether the attention is causal and has a
-    sliding window; without it the other arguments and the module do. NotImplementedError for what
-    ``composite_attention`` does not compute: soft caps, attention sinks, packed sequences, weights as an output, a
-    position_bias that is not T5's.
+    sliding window; without it the other arguments and the module do. s_aux: [H], the sinks of GPT-OSS and others.
+    NotImplementedError for what ``composite_attention`` does not compute: soft caps, packed sequences, weights as an
+    output, a position_bias that is not T5's.
     """
     unknown = {name: value for name, value in kwargs.items() if name in _UNKNOWN}
     refuse(_CALL, unknown, " (attn_implementation='eager' may)")
@@ -169,6 +170,7 @@ def attention_forward(
         scale=scaling,
         dropout=dropout,
         training=dropout > 0.0,
+        sink=s_aux,
         **options,
     )
     return y, None

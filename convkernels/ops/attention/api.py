@@ -6,6 +6,7 @@ from torch.autograd import forward_ad
 from .. import _dtypes, _functorch, _select, _validate
 from . import checks, op
 from .schema import INPUTS, Attention, settled
+from .sink import sunk
 
 
 def composite_attention(
@@ -22,6 +23,7 @@ def composite_attention(
     value_conv: Tensor | None = None,
     value_conv_bias: Tensor | None = None,
     value_conv_scale: Tensor | None = None,
+    sink: Tensor | None = None,
     causal: bool = False,
     key_mask: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
@@ -38,10 +40,11 @@ def composite_attention(
 
         s[b,h,i,j] = scale * (q[b,i,h]·k[b,j,g] + q[b,i,h]·query_rel[h,:,c] + k[b,j,g]·key_rel[h,:,W-1-c]) + bias[h,c]
         c          = clip(j - m, -left, right) + left,     m = i + S - T,     g = h // (H/G)
-        out[b,i,h] = sum_j softmax_j(s)[b,h,i,j] * v[b,j,g]
+        out[b,i,h] = sum_j exp(s[b,h,i,j]) * v[b,j,g] / (exp(sink) + sum_j exp(s[b,h,i,j]))
                      + value_conv_scale[h] * (value_conv_bias[h] + sum_c value_conv[h,:,c] * v[b, m + c - left, g])
 
-    Each of the terms is optional. With ``rel_query`` its term is rel_query[b,i,h]·query_rel[h,:,c], not scaled.
+    Each of the terms is optional; without ``sink`` the weights are softmax_j(s). With ``rel_query`` its term is
+    rel_query[b,i,h]·query_rel[h,:,c], not scaled.
 
     q: [B,T,H,D], float64, float32, bfloat16 or float16, any strides; the result has its shape, dtype and layout.
     k, v: [B,S,G,D] of q's dtype; G divides H, and consecutive query heads share a key head. If S differs from T, the
@@ -56,6 +59,8 @@ def composite_attention(
         attention.
     value_conv: [H,D,W], taps of the depthwise term, which is added after the softmax, untouched by dropout; padded
         values, and with ``causal`` later ones, count as 0. value_conv_bias: [H,D]. value_conv_scale: [H].
+    sink: [H], or [B,T,H], a score that belongs to no key, not scaled: it takes weight and has the value 0. Not together
+        with value_conv. A result of 16 bits is rounded before and after it.
     causal: hide all j > m.
     key_mask: bool [B,S], False for padding: these keys and values are left out whatever they hold, NaN included, and
         get no gradient. A query that sees no key gets 0 from the attention, and passes no gradient on.
@@ -66,8 +71,8 @@ def composite_attention(
     seed: int64 [1], fixes the dropout mask; by default drawn from PyTorch's generator of q's device.
     scale: by default 1/sqrt(D). The bias is not scaled.
     qk: False leaves the product q·k out.
-    return_lse: also return log(sum_j exp(s)), [B,H,T], float32 (float64 for float64), differentiable; -inf for a query
-        that sees no key.
+    return_lse: also return log(exp(sink) + sum_j exp(s)), [B,H,T], float32 (float64 for float64), differentiable;
+        without ``sink`` it is -inf for a query that sees no key.
     backend: "auto" or a name from ``convkernels.backends.names()``; a named one never falls back.
 
     The arithmetic is float32 (float64 for float64); the tables may be of another float dtype than q, except that
@@ -85,11 +90,11 @@ def composite_attention(
         value_conv_bias, value_conv_scale, key_mask, cu_seqlens_q, cu_seqlens_k,
     )  # fmt: skip
     if forward_ad._current_level >= 0:
-        _functorch.refuse_tangents(name, **dict(zip(INPUTS.names, INPUTS.of(args), strict=True)))
+        _functorch.refuse_tangents(name, sink=sink, **dict(zip(INPUTS.names, INPUTS.of(args), strict=True)))
     if transforming or _validate.autocast_somewhere():
         q, k, v, rel_query = _validate.autocast(q, k, v, rel_query)
         args = args._replace(q=q, k=k, v=v, rel_query=rel_query)
-    left, right = checks.attention(name, args, window, outside, training, scale, return_lse)
+    left, right = checks.attention(name, args, window, outside, training, scale, sink, return_lse)
     recorded = _functorch.recording(INPUTS.of(args))
     operator = "attention_grad" if recorded or transforming else "attention"
     chosen = _select.pick(backend, name, q.device.type, q.dtype, operator)
@@ -109,4 +114,6 @@ def composite_attention(
     else:
         kernels = op.KERNELS[chosen]
         out, lse = (kernels.record if recorded else kernels.raw)(*args)
+    if sink is not None:
+        out, lse = sunk(out, lse, sink)
     return (out, lse) if return_lse else out

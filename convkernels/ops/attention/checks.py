@@ -26,7 +26,7 @@ MAX_REACH = 2**60
 OUTSIDE = {"clip": reference.CLIP, "zero": reference.ZERO, "mask": reference.MASK}
 
 
-def attention(function: str, args: Attention, window, outside, training, scale, return_lse) -> tuple[int, int]:
+def attention(function: str, args: Attention, window, outside, training, scale, sink, return_lse) -> tuple[int, int]:
     """All checks; returns how far the window reaches to the left and to the right. args: as given; what is found from
     the other parameters is not looked at."""
     q, query_rel, rel_query, value_conv = args.q, args.query_rel, args.rel_query, args.value_conv
@@ -59,6 +59,8 @@ def attention(function: str, args: Attention, window, outside, training, scale, 
             if value_conv is None and argument in ("value_conv_bias", "value_conv_scale"):
                 fail(function, argument, "None, because value_conv is not given", value)
             _table(function, argument, value, q, size, letters)
+    if sink is not None:
+        _sink(function, sink, q, value_conv)
     if not args.qk and args.bias is None and query_rel is None and args.key_rel is None:
         fail(function, "qk", "True, because there is no bias, query_rel or key_rel", args.qk)
     key_mask = args.key_mask
@@ -144,6 +146,17 @@ def _table(function: str, argument: str, value, q: Tensor, size: tuple, letters:
         shape(function, argument, value, size, letters)
     parameter_dtype(function, argument, value, q, "q")
     same_device(function, argument, value, q, "q")
+
+
+def _sink(function: str, sink, q: Tensor, value_conv) -> None:
+    tensor(function, "sink", sink)
+    B, T, H, _ = q.shape
+    if tuple(sink.shape) not in ((H,), (B, T, H)):
+        fail(function, "sink", f"shape [H] = [{H}] or [B,T,H] = {[B, T, H]}", sink)
+    parameter_dtype(function, "sink", sink, q, "q")
+    same_device(function, "sink", sink, q, "q")
+    if value_conv is not None:
+        fail(function, "sink", "None, because value_conv is given", sink)
 
 
 def _packing(function: str, q: Tensor, k: Tensor, cu_q, cu_k) -> None:
