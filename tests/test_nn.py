@@ -23,6 +23,7 @@ MODULES = {
     "gated_light": lambda **k: cknn.GatedConv(C, cknn.LightweightConv1d(C, K, H, **k)),
     "gated_dynamic": lambda **k: cknn.GatedConv(C, cknn.DynamicConv1d(C, K, H, **k)),
     "gated_separable": lambda **k: cknn.GatedConv(C, cknn.SeparableConv1d(C, 2 * C, K, **k), pointwise=True),
+    "conformer": lambda **k: cknn.ConformerConv(C, K, norm="layer", **k),
     "gated_depthwise": lambda **k: cknn.GatedConv(C, cknn.DepthwiseConv1d(C, K, **k)),
 }
 NAMES = {

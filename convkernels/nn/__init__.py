@@ -1,11 +1,12 @@
 """Modules over the public functions; inputs are [B,T,C]."""
 
 from .attention import CompositeAttention, SpanDynamicConv
-from .blocks import GatedConv, SeparableConv1d
+from .blocks import ConformerConv, GatedConv, SeparableConv1d
 from .conv import DepthwiseConv1d, DynamicConv1d, LightweightConv1d
 
 __all__ = [
     "CompositeAttention",
+    "ConformerConv",
     "DepthwiseConv1d",
     "DynamicConv1d",
     "GatedConv",

@@ -2,11 +2,15 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops import _validate
 from ..ops._validate import each
 from ..ops.conv import checks
-from .conv import DepthwiseConv1d
+from ..ops.conv.api import depthwise_conv1d
+from ..ops.conv.step import depthwise_conv1d_step
+from .conv import DepthwiseConv1d, zero_padding
 
 
 class SeparableConv1d(nn.Module):
@@ -156,3 +160,137 @@ class GatedConv(nn.Module):
         """One position, x [B,C] -> [B,C], without gradient; ``state`` is updated in place; options of ``conv.step``."""
         value, gate = self._split(x)
         return self._join(self.conv.step(value, state, gate=gate, **options))
+
+
+class ConformerConv(nn.Module):
+    """The convolution module of the Conformer, without the normalisation before it and the residual around it.
+
+        a, b = W1 x,   y = W2 silu(norm(depthwise(a * sigmoid(b)))),   then dropout
+
+    The gated linear unit is part of the convolution's operator; so are SiLU and, while evaluating, batch normalisation,
+    whose scale and shift go into the filters.
+
+    norm: "batch" (Gulati et al.), "layer", which streams and does not look at other rows, or None.
+    mask: bool [B,T], False for padding, which the convolution reads as 0. Batch statistics in training mode count all
+        positions, padding too, as in the original; packed sequences have none.
+    Parameters: ``pointwise_conv1.weight`` [2C,C], ``depthwise_conv.weight`` [C,1,K], ``norm``,
+    ``pointwise_conv2.weight`` [C,C], and their biases if ``bias=True``: the names of Parakeet. Checkpoints in which the
+    pointwise maps are ``nn.Conv1d`` ([2C,C,1]) load unchanged.
+    Raises ValueError or TypeError naming the argument, what was expected and what was given.
+    Source: Gulati et al. 2020, "Conformer: convolution-augmented transformer for speech recognition", figure 2.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int = 31,
+        *,
+        norm: str | None = "batch",
+        padding: str | int = "same",
+        dilation: int = 1,
+        bias: bool = True,
+        dropout: float = 0.0,
+        backend: str = "auto",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        name = type(self).__name__
+        _validate.positive(name, "channels", channels)
+        if norm not in ("batch", "layer", None):
+            _validate.fail(name, "norm", "'batch', 'layer' or None", repr(norm))
+        _validate.flag(name, "bias", bias)
+        _validate.probability(name, "dropout", dropout)
+        options = dict(device=device, dtype=dtype)
+        self.channels = channels
+        self.pointwise_conv1 = nn.Linear(channels, 2 * channels, bias=bias, **options)
+        self.depthwise_conv = DepthwiseConv1d(
+            channels, kernel_size, padding=padding, dilation=dilation, bias=bias, backend=backend, **options
+        )
+        kinds = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
+        self.norm = kinds[norm](channels, **options) if norm is not None else None
+        self.pointwise_conv2 = nn.Linear(channels, channels, bias=bias, **options)
+        self.dropout = nn.Dropout(dropout)
+        self.register_load_state_dict_pre_hook(_as_linear)
+
+    def reset_parameters(self) -> None:
+        """Draw new initial values."""
+        for module in (self.pointwise_conv1, self.depthwise_conv, self.norm, self.pointwise_conv2):
+            if module is not None:
+                module.reset_parameters()
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        initial_state: Tensor | None = None,
+        return_state: bool = False,
+    ):
+        """x [B,T,C] -> [B,T,C]; with ``return_state`` also the convolution's state after the last position."""
+        value, gate = self._split(x)
+        conv, (weight, bias, activation) = self.depthwise_conv, self._filters()
+        y = depthwise_conv1d(
+            value, weight, bias, padding=conv.padding, dilation=conv.dilation, gate=gate, mask=mask,
+            activation=activation, cu_seqlens=cu_seqlens, initial_state=initial_state, return_state=return_state,
+            backend=conv.backend,
+        )  # fmt: skip
+        return (self._join(y[0]), y[1]) if return_state else self._join(y)
+
+    def init_state(self, batch: int, *, dtype: torch.dtype | None = None, device=None) -> Tensor:
+        """The state before the first position, [batch, (K-1)*dilation, C]."""
+        return self.depthwise_conv.init_state(batch, dtype=dtype, device=device)
+
+    def step(self, x: Tensor, state: Tensor, *, mask: Tensor | None = None, **options) -> Tensor:
+        """The next position, x [B,C] -> [B,C], or the next ones, x [B,T,C], without gradient; ``state`` is updated in
+        place. mask: bool [B] or [B,T], False for padding, which the state takes as zeros. options: those of
+        ``depthwise_conv1d_step``. Causal padding only, and no batch statistics."""
+        name, conv = type(self).__name__, self.depthwise_conv
+        if conv.padding not in ("causal", (conv.kernel_size - 1) * conv.dilation):
+            raise RuntimeError(f"{name}.step: expected padding='causal', got {conv.padding!r}")
+        if self._counts_batches():
+            raise RuntimeError(f"{name}.step: expected a module in eval mode, because of norm='batch', got train mode")
+        if mask is not None:
+            _validate.tensor(name, "x", x)
+            checks.mask(name, mask, x)
+        value, gate = zero_padding(mask, *self._split(x))
+        weight, bias, activation = self._filters()
+        options |= dict(gate=gate, dilation=conv.dilation, activation=activation, backend=conv.backend)
+        return self._join(depthwise_conv1d_step(value, state, weight, bias, **options))
+
+    def _counts_batches(self) -> bool:
+        return isinstance(self.norm, _BatchNorm) and (self.training or self.norm.running_mean is None)
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The convolution's input and its gate."""
+        checks.last_dimension(type(self).__name__, "x", x, "C", self.channels)
+        return tuple(self.pointwise_conv1(x).chunk(2, dim=-1))
+
+    def _filters(self) -> tuple[Tensor, Tensor | None, str | None]:
+        """The convolution's weight and bias, with batch normalisation in them while it is a constant map, and the
+        activation that follows."""
+        weight, bias, norm = self.depthwise_conv.weight.squeeze(1), self.depthwise_conv.bias, self.norm
+        if norm is None:
+            return weight, bias, "silu"
+        if not isinstance(norm, _BatchNorm) or self._counts_batches():
+            return weight, bias, None
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        scale = norm.weight.to(wide) * torch.rsqrt(norm.running_var.to(wide) + norm.eps)
+        shift = -norm.running_mean.to(wide) if bias is None else bias.to(wide) - norm.running_mean.to(wide)
+        return weight.to(wide) * scale[:, None], norm.bias.to(wide) + shift * scale, "silu"
+
+    def _join(self, y: Tensor) -> Tensor:
+        if isinstance(self.norm, nn.LayerNorm):
+            y = silu(self.norm(y))
+        elif self._counts_batches():
+            y = silu(self.norm(y.flatten(0, -2)).view_as(y))
+        return self.dropout(self.pointwise_conv2(y))
+
+
+def _as_linear(module: nn.Module, state_dict: dict, prefix: str, *unused) -> None:
+    """Before a checkpoint is loaded: pointwise maps of it may be convolutions of one tap."""
+    for name in ("pointwise_conv1", "pointwise_conv2"):
+        weight = state_dict.get(f"{prefix}{name}.weight")
+        if weight is not None and weight.dim() == 3 and weight.shape[2] == 1:
+            state_dict[f"{prefix}{name}.weight"] = weight.squeeze(2)
