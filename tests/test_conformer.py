@@ -92,6 +92,22 @@ def test_streaming(norm, backend):
         close(packed[:, 4:], module(x[:1, 4:]))
 
 
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("hooked", ["depthwise_conv", "norm"])
+def test_hooks(hooked, norm):
+    """Whoever waits for the call of a module gets it, and the same numbers."""
+    if hooked == "norm" and norm is None:
+        return
+    module, x, calls = pair(norm, "causal")[0].eval(), values((B, T, C), DOUBLE, 1), []
+    state, again = module.init_state(B), module.init_state(B)
+    with torch.no_grad():
+        expected, one = module(x), module.step(x[:, 0], state)
+        getattr(module, hooked).register_forward_hook(lambda *_: calls.append(1))
+        close(module(x), expected)
+        close(module.step(x[:, 0], again), one)
+    assert len(calls) == 2 and torch.equal(state, again)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtypes(dtype, backend):
     module, expected = pair("batch", backend=backend)
@@ -126,7 +142,7 @@ def test_errors(changes, expected):
 
 def test_calls_that_cannot_be():
     x = torch.randn(B, C)
-    with pytest.raises(RuntimeError, match="ConformerConv.step: expected padding='causal', got 'same'"):
+    with pytest.raises(RuntimeError, match="DepthwiseConv1d.step: expected padding='causal', got 'same'"):
         ConformerConv(C).eval().step(x, torch.zeros(B, 30, C))
     module = ConformerConv(C, K, padding="causal")
     with pytest.raises(RuntimeError, match="ConformerConv.step: expected a module in eval mode"):

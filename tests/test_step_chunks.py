@@ -46,3 +46,13 @@ def test_rows_of_a_state_move_block_by_block(taken_back, ops, monkeypatch):
         t = problem.tensors()
         t["accepted"] = torch.full((problem.batch,), max(length, 1) - taken_back)
         compare.conv_step(ops, problem, t)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "swap_last"])
+@pytest.mark.parametrize("saves", [0, 2])
+def test_no_positions_after_some_that_were_taken_back(saves, layout, ops):
+    problem = StepProblem(lengths=(0, 1, 7), taps=4, extra=2, slots=1, saves=saves, state_layout=layout)
+    for taken_back in (0, 1, 2):
+        t = problem.tensors()
+        t["accepted"] = torch.tensor(problem.lengths) - taken_back
+        compare.conv_step(ops, problem, t)

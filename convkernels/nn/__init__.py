@@ -3,6 +3,7 @@
 from .attention import CompositeAttention, SpanDynamicConv
 from .blocks import ConformerConv, GatedConv, SeparableConv1d
 from .conv import DepthwiseConv1d, DynamicConv1d, LightweightConv1d
+from .relative import RelativeAttention
 
 __all__ = [
     "CompositeAttention",
@@ -11,6 +12,7 @@ __all__ = [
     "DynamicConv1d",
     "GatedConv",
     "LightweightConv1d",
+    "RelativeAttention",
     "SeparableConv1d",
     "SpanDynamicConv",
 ]

@@ -10,7 +10,7 @@ from ..ops._validate import each
 from ..ops.conv import checks
 from ..ops.conv.api import depthwise_conv1d
 from ..ops.conv.step import depthwise_conv1d_step
-from .conv import DepthwiseConv1d, zero_padding
+from .conv import DepthwiseConv1d
 
 
 class SeparableConv1d(nn.Module):
@@ -230,62 +230,68 @@ class ConformerConv(nn.Module):
     ):
         """x [B,T,C] -> [B,T,C]; with ``return_state`` also the convolution's state after the last position."""
         value, gate = self._split(x)
-        conv, (weight, bias, activation) = self.depthwise_conv, self._filters()
-        y = depthwise_conv1d(
-            value, weight, bias, padding=conv.padding, dilation=conv.dilation, gate=gate, mask=mask,
-            activation=activation, cu_seqlens=cu_seqlens, initial_state=initial_state, return_state=return_state,
-            backend=conv.backend,
-        )  # fmt: skip
-        return (self._join(y[0]), y[1]) if return_state else self._join(y)
+        conv, filters = self.depthwise_conv, self._filters()
+        options = dict(gate=gate, cu_seqlens=cu_seqlens, initial_state=initial_state, return_state=return_state)
+        if filters is None:
+            y = conv(value, mask, **options)
+        else:
+            options |= dict(padding=conv.padding, dilation=conv.dilation, mask=mask, backend=conv.backend)
+            y = depthwise_conv1d(value, *filters, activation="silu", **options)
+        joined = self._join(y[0] if return_state else y, filters is not None)
+        return (joined, y[1]) if return_state else joined
 
     def init_state(self, batch: int, *, dtype: torch.dtype | None = None, device=None) -> Tensor:
         """The state before the first position, [batch, (K-1)*dilation, C]."""
         return self.depthwise_conv.init_state(batch, dtype=dtype, device=device)
 
-    def step(self, x: Tensor, state: Tensor, *, mask: Tensor | None = None, **options) -> Tensor:
+    def step(self, x: Tensor, state: Tensor, **options) -> Tensor:
         """The next position, x [B,C] -> [B,C], or the next ones, x [B,T,C], without gradient; ``state`` is updated in
-        place. mask: bool [B] or [B,T], False for padding, which the state takes as zeros. options: those of
-        ``depthwise_conv1d_step``. Causal padding only, and no batch statistics."""
-        name, conv = type(self).__name__, self.depthwise_conv
-        if conv.padding not in ("causal", (conv.kernel_size - 1) * conv.dilation):
-            raise RuntimeError(f"{name}.step: expected padding='causal', got {conv.padding!r}")
-        if self._counts_batches():
-            raise RuntimeError(f"{name}.step: expected a module in eval mode, because of norm='batch', got train mode")
-        if mask is not None:
-            _validate.tensor(name, "x", x)
-            checks.mask(name, mask, x)
-        value, gate = zero_padding(mask, *self._split(x))
-        weight, bias, activation = self._filters()
-        options |= dict(gate=gate, dilation=conv.dilation, activation=activation, backend=conv.backend)
-        return self._join(depthwise_conv1d_step(value, state, weight, bias, **options))
-
-    def _counts_batches(self) -> bool:
-        return isinstance(self.norm, _BatchNorm) and (self.training or self.norm.running_mean is None)
+        place; options of ``DepthwiseConv1d.step``. Causal padding only, and no batch statistics."""
+        if isinstance(self.norm, _BatchNorm) and (self.training or self.norm.running_mean is None):
+            name, state_of = type(self).__name__, "train mode" if self.training else "no running statistics"
+            raise RuntimeError(f"{name}.step: expected a module in eval mode, because of norm='batch', got {state_of}")
+        value, gate = self._split(x)
+        filters, conv = self._filters(), self.depthwise_conv
+        causal = conv.padding in ("causal", (conv.kernel_size - 1) * conv.dilation)
+        if filters is None or not causal or options.get("mask") is not None:
+            return self._join(conv.step(value, state, gate=gate, **options), False)
+        options = {name: option for name, option in options.items() if name != "mask"}
+        options |= dict(gate=gate, dilation=conv.dilation, activation="silu", backend=conv.backend)
+        return self._join(depthwise_conv1d_step(value, state, *filters, **options), True)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The convolution's input and its gate."""
         checks.last_dimension(type(self).__name__, "x", x, "C", self.channels)
         return tuple(self.pointwise_conv1(x).chunk(2, dim=-1))
 
-    def _filters(self) -> tuple[Tensor, Tensor | None, str | None]:
-        """The convolution's weight and bias, with batch normalisation in them while it is a constant map, and the
-        activation that follows."""
-        weight, bias, norm = self.depthwise_conv.weight.squeeze(1), self.depthwise_conv.bias, self.norm
+    def _filters(self) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias of a convolution with the normalisation in it, which SiLU follows; None where that is no
+        constant map, or where somebody waits for the calls of these modules, to fetch their parameters for example."""
+        conv, norm = self.depthwise_conv, self.norm
+        if any(_awaited(module) for module in (conv, norm) if module is not None):
+            return None
+        weight, bias = conv.weight.squeeze(1), conv.bias
         if norm is None:
-            return weight, bias, "silu"
-        if not isinstance(norm, _BatchNorm) or self._counts_batches():
-            return weight, bias, None
+            return weight, bias
+        if not isinstance(norm, _BatchNorm) or self.training or norm.running_mean is None or not norm.affine:
+            return None
         wide = torch.promote_types(weight.dtype, torch.float32)
         scale = norm.weight.to(wide) * torch.rsqrt(norm.running_var.to(wide) + norm.eps)
         shift = -norm.running_mean.to(wide) if bias is None else bias.to(wide) - norm.running_mean.to(wide)
-        return weight.to(wide) * scale[:, None], norm.bias.to(wide) + shift * scale, "silu"
+        return weight.to(wide) * scale[:, None], norm.bias.to(wide) + shift * scale
 
-    def _join(self, y: Tensor) -> Tensor:
-        if isinstance(self.norm, nn.LayerNorm):
-            y = silu(self.norm(y))
-        elif self._counts_batches():
-            y = silu(self.norm(y.flatten(0, -2)).view_as(y))
+    def _join(self, y: Tensor, activated: bool) -> Tensor:
+        if not activated:
+            if isinstance(self.norm, _BatchNorm):
+                y = self.norm(y.flatten(0, -2)).view_as(y)
+            elif self.norm is not None:
+                y = self.norm(y)
+            y = silu(y)
         return self.dropout(self.pointwise_conv2(y))
+
+
+def _awaited(module: nn.Module) -> bool:
+    return bool(module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module))
 
 
 def _as_linear(module: nn.Module, state_dict: dict, prefix: str, *unused) -> None:

@@ -17,13 +17,6 @@ from ..ops.conv import step as steps
 from ..ops.conv.schema import TapStep
 
 
-def zero_padding(mask: Tensor | None, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Inputs of a step [B,C] or [B,T,C], 0 where the mask [B] or [B,T] is False."""
-    if mask is None:
-        return inputs
-    return tuple(None if value is None else torch.where(mask[..., None], value, 0.0) for value in inputs)
-
-
 class _Conv(nn.Module):
     """What the three convolutions share: checked options, the call of the function behind, and the decoding state.
 
@@ -112,7 +105,8 @@ class _Conv(nn.Module):
             _validate.tensor(name, "x", x)
             checks.mask(name, mask, x)
         x, gate, weight, bias = self._operands(x, mask, **operands)
-        x, gate = zero_padding(mask, x, gate)
+        if mask is not None:
+            x, gate = (None if value is None else torch.where(mask[..., None], value, 0.0) for value in (x, gate))
         softmax, renormalize, *_ = self._settings()
         operands = (x, state, weight, self.dilation, softmax, renormalize, bias, gate, state_index, position)
         serving = (slots, accepted, cu_seqlens, save_at, save_slots)

@@ -74,7 +74,7 @@ class StateUpdate {
 
   // The first row of the old state that `run` wants to be read.
   int64_t first_row(const Sequence& s) const {
-    const int64_t least = p_.states.saves > 0 ? 1 : s.length();
+    const int64_t least = p_.states.saves > 0 ? min(1, s.length()) : s.length();
     return by_channels_ && moved_by(s, least) >= 0 ? s.before : 0;
   }
 
