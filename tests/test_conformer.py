@@ -75,6 +75,10 @@ def test_definition(norm, padding, bias, training, backend):
         close(found[name], expected[name])
 
 
+def state_of(module, x):
+    return nn.functional.glu(module.pointwise_conv1(x), -1)
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_streaming(norm, backend):
     """A prefix, steps of one position and of several give the whole sequence; packed sequences each alone."""
@@ -90,6 +94,11 @@ def test_streaming(norm, backend):
         close(module.step(x[:, 0], first), expected[:, 0])
         packed = module(x[:1], cu_seqlens=torch.tensor([0, 4, T]))
         close(packed[:, 4:], module(x[:1, 4:]))
+        pool, slots, real = torch.zeros(5, K - 1, C, dtype=DOUBLE), torch.tensor([3, -1]), torch.tensor([True, False])
+        close(module.step(x[:, 0], pool, slots=slots)[0], expected[0, 0])
+        close(pool[3, -1], state_of(module, x[0, 0]))
+        module.step(x[:, 0].masked_fill(~real[:, None], torch.nan), first.zero_(), mask=real)
+        close(first[:, -1], torch.stack([pool[3, -1], torch.zeros(C, dtype=DOUBLE)]))
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -244,19 +244,26 @@ class ConformerConv(nn.Module):
         """The state before the first position, [batch, (K-1)*dilation, C]."""
         return self.depthwise_conv.init_state(batch, dtype=dtype, device=device)
 
-    def step(self, x: Tensor, state: Tensor, **options) -> Tensor:
+    def step(
+        self, x: Tensor, state: Tensor, *, mask: Tensor | None = None, state_index: Tensor | None = None,
+        slots: Tensor | None = None, accepted: Tensor | None = None, cu_seqlens: Tensor | None = None,
+        save_at: Tensor | None = None, save_slots: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """The next position, x [B,C] -> [B,C], or the next ones, x [B,T,C], without gradient; ``state`` is updated in
-        place; options of ``DepthwiseConv1d.step``. Causal padding only, and no batch statistics."""
+        place. Options as in ``DepthwiseConv1d.step``. Causal padding only, and no batch statistics."""
         if isinstance(self.norm, _BatchNorm) and (self.training or self.norm.running_mean is None):
             name, state_of = type(self).__name__, "train mode" if self.training else "no running statistics"
             raise RuntimeError(f"{name}.step: expected a module in eval mode, because of norm='batch', got {state_of}")
         value, gate = self._split(x)
         filters, conv = self._filters(), self.depthwise_conv
+        options = dict(
+            gate=gate, state_index=state_index, slots=slots, accepted=accepted, cu_seqlens=cu_seqlens, save_at=save_at,
+            save_slots=save_slots,
+        )  # fmt: skip
         causal = conv.padding in ("causal", (conv.kernel_size - 1) * conv.dilation)
-        if filters is None or not causal or options.get("mask") is not None:
-            return self._join(conv.step(value, state, gate=gate, **options), False)
-        options = {name: option for name, option in options.items() if name != "mask"}
-        options |= dict(gate=gate, dilation=conv.dilation, activation="silu", backend=conv.backend)
+        if filters is None or not causal or mask is not None:
+            return self._join(conv.step(value, state, mask=mask, **options), False)
+        options |= dict(dilation=conv.dilation, activation="silu", backend=conv.backend)
         return self._join(depthwise_conv1d_step(value, state, *filters, **options), True)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:

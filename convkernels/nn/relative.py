@@ -89,6 +89,7 @@ class RelativeAttention(nn.Module):
             checks.last_dimension(name, "memory", memory, "C", self.channels)
             expect(name, "memory", cu_seqlens is None, "None, because of cu_seqlens", memory)
             seen = torch.cat([memory, x], 1)
+        checks.mask(name, mask, seen)
         T, S = x.shape[1], seen.shape[1]
         left, right = (S, T) if self.window is None else self.window
         left, right = min(left, max(S - 1, 0)), 0 if self.causal else min(right, max(T - 1, 0))
