@@ -87,7 +87,7 @@ def built(name, **changes):
         pytest.skip(f"transformers {transformers.__version__} has no {FAMILIES[name].model}")
     made = getattr(transformers, FAMILIES[name].model)
     torch.manual_seed(0)
-    model = made(_config(made.config_class, FAMILIES[name].changes | changes))
+    model = made(config_of(made.config_class, FAMILIES[name].changes | changes))
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             wide = ".conv" in parameter_name  # so that what is left of a convolution is not rounding
@@ -95,10 +95,10 @@ def built(name, **changes):
     return model.eval()
 
 
-def _config(kind, changes):
+def config_of(kind, changes):
     parts = getattr(kind, "sub_configs", {})
     if "text_config" in parts:
-        return kind(**{name: _config(part, changes).to_dict() for name, part in parts.items()}, image_token_id=63)
+        return kind(**{name: config_of(part, changes).to_dict() for name, part in parts.items()}, image_token_id=63)
     known = {name: value for name, value in (SMALL | changes).items() if name in dir(kind) or name in changes}
     return kind(**known)
 

@@ -16,7 +16,7 @@ from causal_families import FAMILIES, built, counted, near, tokens
 from modelling import quick
 
 from convkernels.interop import huggingface
-from convkernels.interop.huggingface import convolution
+from convkernels.interop.huggingface.optimization import Swapped
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSION = re.match(r"\d+\.\d+", transformers.__version__)[0]
@@ -81,9 +81,10 @@ def test_training_computes_the_same(name, monkeypatch):
     model, ids = built(name), tokens()
     logits, expected = trained(model, ids)
     report = huggingface.optimize(model)
-    assert set(report.replaced.values()) == {FAMILIES[name].module}
+    assert FAMILIES[name].module in report.replaced.values()
     actual_logits, actual = trained(model, ids)
-    assert calls == ["causal_conv1d_fn"] * len(calls) and len(calls) >= len(report.replaced)
+    convolving = list(report.replaced.values()).count(FAMILIES[name].module)
+    assert calls == ["causal_conv1d_fn"] * len(calls) and len(calls) >= convolving
     moved_logits, moved = trained(nudged(model, report), ids)
     assert distance({"": actual_logits}, {"": logits}) <= allowed({"": moved_logits}, {"": logits})
     assert distance(actual, expected) <= allowed(moved, expected)
@@ -99,7 +100,7 @@ def test_generation_computes_the_same(name, monkeypatch):
     assert not calls
     report = huggingface.optimize(model)
     actual = [written(model, **given) for given in (plain, left)]
-    assert calls.count("causal_conv1d_update") >= 2 * 9 * len(report.replaced)
+    assert calls.count("causal_conv1d_update") >= 2 * 9 * list(report.replaced.values()).count(FAMILIES[name].module)
     alone, _ = written(model, input_ids=left["input_ids"][:1, 4:])
     nudged(model, report)
     for given, (sequences, logits), (found, found_logits) in zip((plain, left), expected, actual, strict=True):
@@ -161,7 +162,7 @@ def test_copies_and_files(name, monkeypatch, tmp_path):
             assert torch.equal(again(input_ids=ids).logits, expected) and len(calls) == count
             assert huggingface.optimize(again) == report
             assert huggingface.restore(again) == list(report.replaced)
-            assert not any(isinstance(module, convolution._Optimized) for module in again.modules())
+            assert not any(isinstance(module, Swapped) for module in again.modules())
         model.save_pretrained(tmp_path)
         loaded = type(model).from_pretrained(tmp_path)
         assert huggingface.restore(loaded) == []

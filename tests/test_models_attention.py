@@ -73,8 +73,21 @@ def test_distances_of_a_bias():
     for T in range(1, 7):
         for S in range(1, 7):
             distance = torch.arange(S) - torch.arange(T)[:, None] + T - S
-            table = huggingface.attention._by_distance(module, distance[None, None].float())
-            assert table.tolist() == [list(range(1 - S, T))]
+            terms = huggingface.attention._by_distance(module, distance[None, None].float(), T, S)
+            assert terms["bias"].tolist() == [list(range(1 - S, T))] and terms["window"] == (S - 1, T - 1)
+
+
+def test_compiled_with_a_sliding_window():
+    """One graph; what dynamo cannot tell from it is refused."""
+    model, given = REGISTERED["mistral"](), inputs()
+    model.set_attn_implementation("convkernels")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**given).logits, model(**given).logits)
+    model.config.attention_chunk_size = 4
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="argument 'mask_function': expected the causal or bidirectional one"):
+        torch.compile(model, backend="aot_eager", fullgraph=True)(**given)
 
 
 @pytest.mark.parametrize("name", ["t5", "llama", "mistral", "gpt_oss"])
@@ -257,7 +270,9 @@ def test_what_the_interface_refuses():
     module = torch.nn.Module()
     with pytest.raises(NotImplementedError, match="argument 'softcap': expected None, .* got 30.0"):
         huggingface.attention_forward(module, q, q, q, None, softcap=30.0)
-    for argument in ("sinks", "cu_seq_lens_q", "head_mask"):
+    with pytest.raises(ValueError, match=r"argument 'sinks': expected shape \[B,H,T,1\] = \[1, 2, 4, 1\]"):
+        huggingface.attention_forward(module, q, q, q, None, sinks=torch.zeros(2))
+    for argument in ("indices", "cu_seq_lens_q", "head_mask"):
         with pytest.raises(NotImplementedError, match=f"argument '{argument}': expected None, because"):
             huggingface.attention_forward(module, q, q, q, None, **{argument: torch.zeros(2)})
     with pytest.raises(

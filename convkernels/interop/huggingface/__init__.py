@@ -2,7 +2,7 @@
 
 ``register`` makes ``attn_implementation="convkernels"`` known; ``replace_attention`` swaps the self-attention modules
 of a model in place; ``convert`` makes a model of this package from a T5, BERT or ConvBERT. ``optimize`` lets this
-package compute the causal depthwise convolutions of a model such as Mamba's, and ``restore`` undoes that.
+package compute the causal convolutions and the relative attention of a model, and ``restore`` undoes that.
 """
 
 from ...models import needs_transformers
@@ -14,7 +14,7 @@ except ModuleNotFoundError as error:
 
 from .attention import NAME, attention_forward, padding_mask, register
 from .conversion import convbert_names, convert
-from .convolution import Report, optimize, restore
+from .optimization import Report, optimize, restore
 from .replacement import replace_attention
 
 __all__ = [

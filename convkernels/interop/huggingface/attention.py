@@ -25,7 +25,7 @@ _RELATIVE = ("t5", "mt5", "umt5")
 _MIXED = ("bigbird_pegasus", "deepseek_v4", "layoutlm", "markuplm")
 # Arguments of transformers' attention functions that change results, and that composite_attention does not have.
 _UNKNOWN = (
-    "softcap", "sinks", "indices", "block_indices", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "head_mask",
+    "softcap", "indices", "block_indices", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "head_mask",
     "output_attentions",
 )  # fmt: skip
 _registered: set[str] = set()
@@ -79,7 +79,7 @@ def padding_mask(
     mask_function=causal_mask_function,
     attention_mask: Tensor | None = None,
     device=None,
-    **unused,
+    **options,
 ) -> Tensor | None:
     """transformers' mask for this attention: bool [B,S], or None where nothing hides a key from any query.
 
@@ -89,7 +89,7 @@ def padding_mask(
     """
     causal, window = mask_function is not bidirectional_mask_function, None
     if causal and mask_function is not causal_mask_function:
-        window = _sliding_window(mask_function)
+        window = _sliding_window(mask_function, **options)
     end = int(q_offset) + q_length if causal else kv_offset + kv_length
     if attention_mask is None:
         if not causal:
@@ -106,13 +106,23 @@ def padding_mask(
     return mask
 
 
-def _sliding_window(mask_function) -> int:
-    """The size of transformers' sliding window under a causal mask; an error for any other function."""
-    overlay = sliding_window_overlay(1).__qualname__
-    if getattr(mask_function, "__qualname__", "") == sliding_window_causal_mask_function(1).__qualname__:
-        parts = mask_function.__closure__[0].cell_contents
-        if len(parts) == 2 and parts[0].__qualname__ == overlay and parts[1] is causal_mask_function:
-            return parts[0].__closure__[0].cell_contents
+def _sliding_window(
+    mask_function, allow_is_causal_skip: bool = False, local_size: int | None = None, config=None, **unused
+) -> int:
+    """The size of transformers' sliding window under a causal mask; an error for any other function.
+
+    allow_is_causal_skip: False where transformers has combined the mask with others. local_size: of a window or chunk.
+    """
+    name = getattr(mask_function, "__qualname__", "")
+    if name == sliding_window_causal_mask_function(1).__qualname__:
+        if torch.compiler.is_dynamo_compiling():  # which sees no closures
+            if allow_is_causal_skip and getattr(config, "attention_chunk_size", None) is None:
+                return local_size
+        else:
+            parts = mask_function.__closure__[0].cell_contents
+            overlay = sliding_window_overlay(1).__qualname__
+            if len(parts) == 2 and parts[0].__qualname__ == overlay and parts[1] is causal_mask_function:
+                return parts[0].__closure__[0].cell_contents
     expected = "the causal or bidirectional one or a causal sliding window (use 'sdpa' for this model)"
     fail(_CALL, "mask_function", expected, mask_function, NotImplementedError)
 
@@ -127,14 +137,16 @@ def attention_forward(
     scaling: float | None = None,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
-    position_bias: Tensor | None = None,
+    position_bias: Tensor | dict | None = None,
     s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query [B,H,T,D], key and value [B,G,S,D] -> [B,T,H,D], and no weights.
 
     attention_mask: bool [B,S] as made by ``padding_mask``, which decides whether the attention is causal and has a
-    sliding window; without it the other arguments and the module do. s_aux: [H], the sinks of GPT-OSS and others.
+    sliding window; without it the other arguments and the module do. position_bias: T5's, or what ``optimize`` lets a
+    model hand over. s_aux: [H], the sinks of GPT-OSS and others; sinks: [B,H,T,1], of each token.
     NotImplementedError for what ``composite_attention`` does not compute: soft caps, packed sequences, weights as an
     output, a position_bias that is not T5's.
     """
@@ -155,12 +167,21 @@ def attention_forward(
             attention_mask = None
     T, S = q.shape[1], k.shape[1]
     options = {}
-    if position_bias is not None:
-        options = dict(bias=_by_distance(module, position_bias[..., :S]), window=(S - 1, T - 1))
+    if isinstance(position_bias, dict):
+        options = position_bias
+    elif position_bias is not None:
+        options = getattr(module, "relative_terms", functools.partial(_by_distance, module))(position_bias, T, S)
     if sliding_window is not None:
-        if options:
-            fail(_CALL, "sliding_window", "None, because of position_bias", sliding_window, NotImplementedError)
-        options = dict(window=(sliding_window - 1, 0), outside="mask")
+        window = (sliding_window - 1, 0)
+        if options and options["window"] != window:
+            expected = f"None or {options['window'][0] + 1}, because of position_bias"
+            fail(_CALL, "sliding_window", expected, sliding_window, NotImplementedError)
+        options = options | dict(window=window, outside="mask")
+    if sinks is not None:
+        expected = [*query.shape[:3], 1]
+        if list(sinks.shape) != expected:
+            fail(_CALL, "sinks", f"shape [B,H,T,1] = {expected}", sinks)
+        s_aux = sinks[..., 0].transpose(1, 2)
     y = composite_attention(
         q,
         k,
@@ -181,15 +202,17 @@ def check_mask(mask: Tensor) -> None:
         fail(_CALL, "attention_mask", "a bool tensor [B,S], the padding (for a mask of more: 'eager')", mask)
 
 
-def _by_distance(module: nn.Module, bias: Tensor) -> Tensor:
+def _by_distance(module: nn.Module, bias: Tensor, T: int, S: int) -> dict:
     """A bias [1,H,T,S] that depends on the distance alone, as a table [H, S-1 + 1 + T-1]. The last query has the
     distances from -(S-1) to 0, the first one those from T-S to T-1; with T > S the first key has those between."""
     kind = getattr(getattr(module, "config", None), "model_type", None)
+    bias = bias[..., :S]
     if kind not in _RELATIVE or bias.shape[0] != 1:
-        fail(_CALL, "position_bias", f"that of one of {_RELATIVE}", f"that of {kind}", NotImplementedError)
-    T, S = bias.shape[2:]
+        expected = f"that of one of {_RELATIVE} (optimize(model) may know others)"
+        fail(_CALL, "position_bias", expected, f"that of {kind}", NotImplementedError)
     between = bias[0, :, 1 : T - S, 0].flip(1) if T > S else bias[0, :, 0, :0]
-    return torch.cat([bias[0, :, -1], between, bias[0, :, 0, max(S - T + 1, 0) :]], 1)
+    table = torch.cat([bias[0, :, -1], between, bias[0, :, 0, max(S - T + 1, 0) :]], 1)
+    return dict(bias=table, window=(S - 1, T - 1))
 
 
 def refuse(function: str, arguments: dict, instead: str = "") -> None:

@@ -1,27 +1,20 @@
-"""The causal depthwise convolutions of transformers models computed by this package, model by model.
+"""The causal depthwise convolutions of transformers models, computed by this package.
 
 Mamba, Qwen3-Next, LFM2 and others have modules whose ``forward`` calls ``causal_conv1d_fn`` and
-``causal_conv1d_update``, global names of their file. ``optimize`` gives such modules of one model a class of their own:
-the same but for ``forward``, whose source is compiled again where the two names mean this package's functions. Nothing
-else changes, in the model or outside of it.
+``causal_conv1d_update``, global names of their file, which come to mean this package's functions.
 """
 
-import __future__
-
-import ast
 import functools
 import inspect
-import types
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from ...ops._functorch import recording
-from ...ops._validate import fail
 from .. import causal_conv1d
+from .swapping import Adapter
 
 # The two functions as modules of transformers call them: with any activation, and options of other functions.
 
@@ -81,69 +74,6 @@ def _precision(x: Tensor, parameter: Tensor | None) -> Tensor | None:
 _FUNCTIONS = {"causal_conv1d_fn": causal_conv1d_fn, "causal_conv1d_update": causal_conv1d_update}
 
 
-# Classes with another forward.
-
-
-class _Unreachable(Exception):
-    """Why the convolutions of a class cannot be replaced."""
-
-
-class _Optimized:
-    """Marks the classes that ``_optimized`` makes, and pickles and copies their modules by the class that they had, for
-    which it makes another one where they are read."""
-
-    def __reduce_ex__(self, protocol):
-        return _make, (type(self).__bases__[1],), self.__getstate__()
-
-
-def _make(kind: type) -> nn.Module:
-    optimized = _optimized(kind)
-    return optimized.__new__(optimized)
-
-
-@functools.cache
-def _optimized(kind: type) -> type:
-    """The class with the forward that calls this package."""
-    same = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(kind.__name__, (_Optimized, kind), same | {"forward": _rebound(kind.forward)})
-
-
-def _rebound(forward: Callable) -> Callable:
-    """forward with ``_FUNCTIONS`` for its global names: its source, decorators too, within a function that has them as
-    arguments. All other globals stay those of its file, and lines have their numbers there."""
-    function = inspect.unwrap(forward)
-    if not function.__module__.startswith("transformers."):
-        raise _Unreachable(f"its forward is written in {function.__module__}, not in transformers")
-    if function.__code__.co_freevars:
-        raise _Unreachable("its forward uses variables of a function around it")
-    try:
-        lines, first = inspect.getsourcelines(function)
-    except OSError:
-        raise _Unreachable("the source of its forward is not installed") from None
-    tree = ast.parse("if True:\n" + "".join(lines) if lines[0][0].isspace() else "".join(lines))
-    (definition,) = tree.body[0].body if isinstance(tree.body[0], ast.If) else tree.body
-    ast.increment_lineno(definition, first - min(node.lineno for node in (definition, *definition.decorator_list)))
-    around = ast.parse(f"def bind({', '.join(_FUNCTIONS)}):\n return {definition.name}")
-    around.body[0].body.insert(0, definition)
-    flags = function.__code__.co_flags & __future__.annotations.compiler_flag
-    scope: dict[str, Callable] = {}
-    code = compile(around, inspect.getsourcefile(function), "exec", flags, dont_inherit=True)
-    exec(code, function.__globals__, scope)
-    rebound = scope["bind"](**_FUNCTIONS)
-    if _wrappers(rebound) != _wrappers(forward):
-        raise _Unreachable("other code has wrapped its forward")
-    return rebound
-
-
-def _wrappers(function: Callable) -> list:
-    """The code of what decorators have put around a function."""
-    found = []
-    while hasattr(function, "__wrapped__"):
-        found.append(getattr(function, "__code__", type(function)))
-        function = function.__wrapped__
-    return found
-
-
 @functools.cache
 def _callers(kind: type) -> tuple[str, ...]:
     """Names of the methods that call the two functions."""
@@ -151,98 +81,16 @@ def _callers(kind: type) -> tuple[str, ...]:
     return tuple(name for name, method in methods if not _FUNCTIONS.keys().isdisjoint(method.__code__.co_names))
 
 
-def _why_not(module: nn.Module) -> str | None:
+def _called_elsewhere(module: nn.Module) -> str | None:
     """Why the forward of a module that calls the two functions cannot be replaced."""
     kind = type(module)
     if _callers(kind) != ("forward",):
         return f"{kind.__name__} calls {' and '.join(_FUNCTIONS)} in {', '.join(_callers(kind))}, not in forward alone"
-    own = vars(module).get("_old_forward", vars(module).get("forward"))
-    if own is not None and getattr(own, "__func__", None) is not kind.forward:
-        return f"this {kind.__name__} has a forward of its own"
-    try:
-        _optimized(kind)
-    except _Unreachable as reason:
-        return f"{kind.__name__}: {reason}"
 
 
-def _change(module: nn.Module, kind: type) -> None:
-    """Another class, also for the method that hooks of accelerate keep in the module."""
-    old = type(module).forward
-    module.__class__ = kind
-    for name in ("forward", "_old_forward"):
-        if getattr(vars(module).get(name), "__func__", None) is old:
-            vars(module)[name] = types.MethodType(kind.forward, module)
+CONVOLUTIONS = Adapter(functions=_FUNCTIONS, attention=False, why_not=_called_elsewhere)
 
 
-@dataclass(frozen=True)
-class Report:
-    """What ``optimize`` did; ``print`` shows it."""
-
-    model: str
-    replaced: dict[str, str] = field(default_factory=dict)  # names of modules -> of their classes
-    skipped: dict[str, str] = field(default_factory=dict)  # names of modules -> why they compute as before
-
-    def __str__(self) -> str:
-        lines = [f"{self.model}: convkernels computes the causal convolutions of {len(self.replaced)} modules"]
-        lines += [f"  {kind}: {names}" for kind, names in _by_value(self.replaced)]
-        lines += [f"  not of {names}: {reason}" for reason, names in _by_value(self.skipped)]
-        return "\n".join(lines)
-
-
-def _by_value(entries: dict[str, str]) -> list[tuple[str, str]]:
-    """Each value once, and its names; of many the first and the last."""
-    groups: dict[str, list[str]] = {}
-    for name, value in entries.items():
-        groups.setdefault(value, []).append(name)
-    return [
-        (value, ", ".join(names) if len(names) < 5 else f"{names[0]} ... {names[-1]}, {len(names)} in all")
-        for value, names in groups.items()
-    ]
-
-
-def optimize(model: nn.Module) -> Report:
-    """Let this package compute the causal depthwise convolutions of a model of transformers, in place.
-
-    model: any module. Those in it whose ``forward`` calls ``causal_conv1d_fn`` and ``causal_conv1d_update`` get a class
-        with another ``forward``, which calls this package, in training and in decoding, on CPUs and GPUs. Parameters,
-        buffers, names, hooks and other models are not touched. A second call changes nothing.
-
-    Returns what was replaced, and what was not and why, depthwise ``nn.Conv1d`` that other modules run among it. Copies
-    and pickles of the model are optimized as well; ``restore`` undoes it. Optimize before ``torch.compile``.
-    TypeError if model is not a module.
-    """
-    _module("optimize", model)
-    report = Report(type(model).__name__)
-    for name, module in model.named_modules():
-        if isinstance(module, _Optimized):
-            report.replaced[name] = type(module).__name__
-        elif _callers(type(module)):
-            reason = _why_not(module)
-            if reason is None:
-                _change(module, _optimized(type(module)))
-                report.replaced[name] = type(module).__name__
-            else:
-                report.skipped[name] = reason
-        elif isinstance(module, nn.Conv1d) and 1 < module.groups == module.in_channels == module.out_channels:
-            parent = name.rpartition(".")[0]
-            if parent not in report.replaced and parent not in report.skipped:
-                kind = type(model.get_submodule(parent)).__name__
-                report.skipped[name] = f"{kind} runs this nn.Conv1d, and does not call causal_conv1d_fn"
-    return report
-
-
-def restore(model: nn.Module) -> list[str]:
-    """Undo ``optimize``: modules have the classes again that they had. Returns their names."""
-    _module("restore", model)
-    names = []
-    for name, module in model.named_modules():
-        if isinstance(module, _Optimized):
-            _change(module, type(module).__bases__[1])
-            names.append(name)
-    return names
-
-
-def _module(function: str, model) -> None:
-    if not isinstance(model, nn.Module):
-        expected = "a torch.nn.Module, such as a transformers.PreTrainedModel"
-        fail(function, "model", expected, type(model).__name__, TypeError)
+def convolves(kind: type) -> bool:
+    """Whether a class calls the two functions."""
+    return bool(_callers(kind))

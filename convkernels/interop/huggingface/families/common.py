@@ -1,0 +1,21 @@
+"""What the adapters of several families use."""
+
+from torch import Tensor
+
+from ..attention import refuse
+
+OPTIMIZED = "a model that optimize changed"
+# Arguments that reach attention modules and change nothing in them.
+_HARMLESS = (
+    "cache_position", "num_items_in_batch", "output_hidden_states", "output_router_logits", "position_ids", "use_cache",
+)  # fmt: skip
+
+
+def refuse_options(options: dict) -> None:
+    """NotImplementedError for an option of a module that asks for something, such as attention weights."""
+    refuse(OPTIMIZED, {name: value for name, value in options.items() if name not in _HARMLESS}, " (restore it)")
+
+
+def heads(x: Tensor, size: int) -> Tensor:
+    """[B,T,C] as [B,T,H,D]."""
+    return x.unflatten(-1, (-1, size))

@@ -1,0 +1,56 @@
+"""Inkling: profiles of distances, mixed as each query predicts; nothing beyond rel_extent."""
+
+from torch import Tensor
+
+from ..swapping import Adapter
+from .common import heads
+
+
+class Inkling:
+    """Inkling's attention, whose position bias is what the queries predict, [B,H,T,R]."""
+
+    def relative_terms(self, states: Tensor, T: int, S: int) -> dict:
+        profiles = getattr(self, "rel_logits_proj", None)
+        profiles = (self.relative_position_bias if profiles is None else profiles).proj
+        E = profiles.shape[1]
+        return dict(rel_query=states.transpose(1, 2), query_rel=profiles.flip(1), window=(E - 1, 0), outside="zero")
+
+
+class InklingProfiles:
+    def forward(self, relative_states: Tensor, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        return relative_states.transpose(1, 2)
+
+
+class Inkling2Profiles:
+    def forward(self, hidden_states: Tensor, relative_distance, position_ids: Tensor) -> Tensor:
+        states = heads(self.linear(hidden_states), self.proj.shape[0])
+        return self.norm(states, position_ids).transpose(1, 2)
+
+
+class _Stock:
+    """The attention interface of modules without positions, over a few states: their own function."""
+
+    @staticmethod
+    def get_interface(name: str, default):
+        return default
+
+
+def _no_distances(inputs_embeds: Tensor, *caches, **kinds) -> Tensor:
+    return inputs_embeds.new_empty(0)
+
+
+_RESIDUAL = Adapter(functions={"ALL_ATTENTION_FUNCTIONS": _Stock}, masks=True)
+
+INKLING = {
+    "inkling.InklingAttention": Adapter(Inkling, masks=True),
+    "inkling.InklingRelativeLogits": Adapter(InklingProfiles, masks=True),
+}
+for _family, _name in (("inkling2", "Inkling2"), ("inkling2_loop", "Inkling2Loop")):
+    INKLING |= {
+        f"{_family}.{_name}TextModel": Adapter(functions={"get_relative_distance": _no_distances}, masks=True),
+        f"{_family}.{_name}SlidingAttention": Adapter(Inkling, masks=True),
+        f"{_family}.{_name}FullAttention": Adapter(Inkling, masks=True),
+        f"{_family}.{_name}RelativePositionBias": Adapter(Inkling2Profiles, masks=True),
+        f"{_family}.{_name}BlockAttentionResidual": _RESIDUAL,
+    }
+INKLING["inkling2_loop.Inkling2LoopMessageAttentionResidual"] = _RESIDUAL
