@@ -164,7 +164,9 @@ FAMILIES = {
         "SwitchTransformersAttention",
     ),
     "t5": _family("T5ForConditionalGeneration", _SEQ2SEQ, texts, "T5Attention"),
-    "umt5": _family("UMT5ForConditionalGeneration", _SEQ2SEQ, texts, "UMT5Attention"),
+    "umt5": _family(  # whose decoder is not causal under SDPA in transformers 5.17
+        "UMT5ForConditionalGeneration", _SEQ2SEQ | dict(attn_implementation="eager"), texts, "UMT5Attention",
+    ),
     "wav2vec2_bert": _family(
         "Wav2Vec2BertForCTC",
         _SPEECH | dict(feature_projection_input_dim=12, position_embeddings_type="relative_key",
