@@ -144,6 +144,17 @@ def test_t5_beyond_the_window(backend):
     close(y, ck.composite_attention(q, k, v, bias=ck.t5_relative_bias(table, 40, max_distance=12), backend=backend))
 
 
+@pytest.mark.parametrize(
+    ("heads", "slopes"), [(4, [2, 4, 6, 8]), (6, [2, 4, 6, 8, 1, 3]), (1, [8]), (16, [n / 2 for n in range(1, 17)])]
+)
+def test_alibi(heads, slopes):
+    """The slopes of Press et al., and of BLOOM where the number of heads is no power of two."""
+    bias = ck.alibi_bias(heads, (2, 1), dtype=DOUBLE)
+    expected = torch.tensor([2.0**-s for s in slopes], dtype=DOUBLE)[:, None] * torch.tensor([-2.0, -1, 0, -1])
+    torch.testing.assert_close(bias, expected)
+    assert torch.equal(ck.alibi_bias(heads, 1), expected[:, 1:].float())
+
+
 @pytest.mark.parametrize("fill", [float("nan"), float("inf")])
 def test_padding_may_hold_anything(fill, backend):
     inputs = {name: leaf(name) for name in ("q", "k", "v", *TERMS)}

@@ -50,7 +50,7 @@ BAD = [
     ({"rel_query": r(B, T, H, 2), "query_rel": r(D, 3)}, ValueError, "query_rel", r"\[2, 3\]", r"\[3, 3\]"),
     ({"key_rel": r(H, D, 0)}, ValueError, "key_rel", "at least one column", r"\[4, 3, 0\]"),
     ({"key_rel": r(D + 1, 3)}, ValueError, "key_rel", r"\[D,W\] = \[3, 3\]", r"\[4, 3\]"),
-    ({"value_conv": r(D, 3)}, ValueError, "value_conv", r"\[H,D,W\] = \[4, 3, 3\]", r"\[3, 3\]"),
+    ({"value_conv": r(D, 3)}, ValueError, "value_conv", r"\[H,E,W\] = \[4, 3, 3\]", r"\[3, 3\]"),
     ({"value_conv_bias": r(H, D)}, ValueError, "value_conv_bias", "None, because value_conv is not given", r"\[4, 3\]"),
     ({"value_conv": r(H, D, 3), "value_conv_bias": r(H)}, ValueError, "value_conv_bias", r"\[4, 3\]", r"shape \[4\]"),
     ({"value_conv": r(H, D, 3), "value_conv_scale": r(1, H)}, ValueError, "value_conv_scale", r"\[4\]", r"\[1, 4\]"),
@@ -116,6 +116,21 @@ def test_bad_input(row):
 def test_bad_input_of_t5(changes, argument):
     with pytest.raises((TypeError, ValueError), match=f"^t5_relative_bias: argument '{argument}': expected .*, got"):
         ck.t5_relative_bias(**{"table": torch.randn(32, 2), **changes})
+
+
+@pytest.mark.parametrize(("changes", "argument"), [
+    ({"heads": 0}, "heads"),
+    ({"heads": 2.0}, "heads"),
+    ({"window": None}, "window"),
+    ({"window": (1,)}, "window"),
+    ({"window": (-1, 2)}, "window"),
+    ({"window": 1.5}, "window"),
+    ({"dtype": torch.int64}, "dtype"),
+    ({"dtype": "float32"}, "dtype"),
+])  # fmt: skip
+def test_bad_input_of_alibi(changes, argument):
+    with pytest.raises((TypeError, ValueError), match=f"^alibi_bias: argument '{argument}': expected .*, got"):
+        ck.alibi_bias(**{"heads": 4, "window": 3, **changes})
 
 
 # The raw operators check what could leave their memory, and say which argument is wrong.

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -187,6 +189,19 @@ def test_gradient_checkpointing(name):
     assert_near(trained(name, model, inputs), expected, 1e-6)
 
 
+@pytest.mark.parametrize("name", ["bloom", "inkling", "inkling2", "mpnet", "parakeet", "t5", "wav2vec2_bert", "wavlm"])
+def test_weights_kept_elsewhere(name):
+    """accelerate's offloading, whose hooks bring the weights of a module when it is called."""
+    accelerate = pytest.importorskip("accelerate")
+    model, inputs = made(name), given(name)
+    output = FAMILIES[name].output
+    with torch.no_grad():
+        huggingface.optimize(model)
+        expected = model(**inputs)[output]
+        accelerate.cpu_offload(model, execution_device="cpu")
+        assert torch.equal(model(**inputs)[output], expected)
+
+
 def test_lower_precision():
     """In bfloat16, as near to float32 as the stock model."""
     for name in ("t5", "deberta_v3", "wavlm", "mpt"):
@@ -303,3 +318,16 @@ def test_padding_never_matters():
     expected = model(**inputs).logits[inputs["attention_mask"].bool()]
     inputs["input_ids"][inputs["attention_mask"] == 0] = 7
     assert torch.equal(model(**inputs).logits[inputs["attention_mask"].bool()], expected)
+
+
+def test_the_table_of_families():
+    """docs/models.md lists all adapters, by family, and no others."""
+    page = (Path(__file__).resolve().parent.parent / "docs" / "models.md").read_text()
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| (`\w+`(?:, `\w+`)*) \| [^|]+ \| [\d., ]+ \|$", page, re.M)
+    listed = {
+        (family, kind) for row in rows for family in re.findall(r"\w+", row[0]) for kind in re.findall(r"\w+", row[1])
+    }
+    adapted = {tuple(key.split(".")) for key in ADAPTERS}
+    assert adapted <= listed
+    families, kinds = {family for family, _ in adapted}, {kind for _, kind in adapted}
+    assert {family for family, _ in listed} == families and {kind for _, kind in listed} == kinds

@@ -7,6 +7,7 @@ from .. import _dtypes, _functorch, _select, _validate
 from . import checks, op
 from .schema import INPUTS, Attention, settled
 from .sink import sunk
+from .sizes import evened
 
 
 def composite_attention(
@@ -46,9 +47,10 @@ def composite_attention(
     Each of the terms is optional; without ``sink`` the weights are softmax_j(s). With ``rel_query`` its term is
     rel_query[b,i,h]·query_rel[h,:,c], not scaled.
 
-    q: [B,T,H,D], float64, float32, bfloat16 or float16, any strides; the result has its shape, dtype and layout.
-    k, v: [B,S,G,D] of q's dtype; G divides H, and consecutive query heads share a key head. If S differs from T, the
-        last query stands where the last key is.
+    q: [B,T,H,D], float64, float32, bfloat16 or float16, any strides; the result has its dtype and layout, and its shape
+        but for E in the place of D.
+    k, v: [B,S,G,D] and [B,S,G,E] of q's dtype; G divides H, and consecutive query heads share a key head. If S differs
+        from T, the last query stands where the last key is. If E differs from D, the narrower are widened by zeros.
     bias: [H,W].
     query_rel: [R,W], shared by the heads, or [H,R,W]; R = D without rel_query.
     rel_query: [B,T,H,R] of q's dtype, takes q's place in the product with query_rel.
@@ -57,8 +59,8 @@ def composite_attention(
         (k, k). By default the middle column of the tables is offset 0.
     outside: beyond the window "clip" repeats the outermost column, "zero" drops the relative terms, "mask" forbids
         attention.
-    value_conv: [H,D,W], taps of the depthwise term, which is added after the softmax, untouched by dropout; padded
-        values, and with ``causal`` later ones, count as 0. value_conv_bias: [H,D]. value_conv_scale: [H].
+    value_conv: [H,E,W], taps of the depthwise term, which is added after the softmax, untouched by dropout; padded
+        values, and with ``causal`` later ones, count as 0. value_conv_bias: [H,E]. value_conv_scale: [H].
     sink: [H], or [B,T,H], a score that belongs to no key, not scaled: it takes weight and has the value 0. Not together
         with value_conv. A result of 16 bits is rounded before and after it.
     causal: hide all j > m.
@@ -99,8 +101,9 @@ def composite_attention(
     operator = "attention_grad" if recorded or transforming else "attention"
     chosen = _select.pick(backend, name, q.device.type, q.dtype, operator)
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
+    E = v.shape[3]
     args = settled(
-        args,
+        evened(args),
         left,
         right,
         checks.OUTSIDE[outside],
@@ -116,4 +119,5 @@ def composite_attention(
         out, lse = (kernels.record if recorded else kernels.raw)(*args)
     if sink is not None:
         out, lse = sunk(out, lse, sink)
+    out = out if out.shape[3] == E else out[..., :E]
     return (out, lse) if return_lse else out

@@ -31,7 +31,7 @@ def attention(function: str, args: Attention, window, outside, training, scale, 
     the other parameters is not looked at."""
     q, query_rel, rel_query, value_conv = args.q, args.query_rel, args.rel_query, args.value_conv
     _queries_and_keys(function, q, args.k, args.v)
-    (B, T, H, D), S = q.shape, args.k.shape[1]
+    (B, T, H, D), S, E = q.shape, args.k.shape[1], args.v.shape[3]
     for argument, value in (("causal", args.causal), ("qk", args.qk), ("return_lse", return_lse)):
         flag(function, argument, value)
     tables = {"bias": args.bias, "query_rel": query_rel, "key_rel": args.key_rel, "value_conv": value_conv}
@@ -51,8 +51,8 @@ def attention(function: str, args: Attention, window, outside, training, scale, 
         ("bias", args.bias, (H, W), "[H,W]"),
         ("query_rel", query_rel, (H, R, W), "[R,W] or [H,R,W]"),
         ("key_rel", args.key_rel, (H, D, W), "[D,W] or [H,D,W]"),
-        ("value_conv", value_conv, (H, D, W), "[H,D,W]"),
-        ("value_conv_bias", args.value_conv_bias, (H, D), "[H,D]"),
+        ("value_conv", value_conv, (H, E, W), "[H,E,W]"),
+        ("value_conv_bias", args.value_conv_bias, (H, E), "[H,E]"),
         ("value_conv_scale", args.value_conv_scale, (H,), "[H]"),
     ):
         if value is not None:
@@ -95,7 +95,9 @@ def _queries_and_keys(function: str, q, k, v) -> None:
     shape(function, "k", k, (B, S, G, D), "[B,S,G,D]")
     if G == 0 or H % G != 0:
         fail(function, "k", f"a number of heads G in [B,S,G,D] that divides H = {H}", k)
-    shape(function, "v", v, (B, S, G, D), "[B,S,G,D]")
+    if v.dim() != 4 or v.shape[3] == 0:
+        fail(function, "v", "a tensor of 4 dimensions [B,S,G,E], at least one channel", v)
+    shape(function, "v", v, (B, S, G, v.shape[3]), "[B,S,G,E]")
     for argument, value in (("k", k), ("v", v)):
         same_dtype(function, argument, value, q, "q")
         same_device(function, argument, value, q, "q")

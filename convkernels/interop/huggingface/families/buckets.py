@@ -8,7 +8,7 @@ from ....ops._validate import fail
 from ....ops.attention.api import composite_attention
 from ....ops.attention.t5 import t5_relative_bias
 from ..swapping import Adapter
-from .common import OPTIMIZED, heads, refuse_options
+from .common import OPTIMIZED, heads, refuse_options, rows
 
 
 class T5:
@@ -21,9 +21,9 @@ class T5:
             mask = mask[:, 0, 0] == 0
         return super().forward(hidden_states, mask, key_value_states, position_bias, *more, **options)
 
-    def compute_bias(self, *lengths, **placed) -> Tensor:
-        weight, furthest = self.relative_attention_bias.weight, self.relative_attention_max_distance
-        return t5_relative_bias(weight, bidirectional=not self.is_decoder, max_distance=furthest)
+    def compute_bias(self, query_length, key_length, device, past_seen_tokens=0) -> Tensor:
+        table, furthest = rows(self.relative_attention_bias, device), self.relative_attention_max_distance
+        return t5_relative_bias(table, bidirectional=not self.is_decoder, max_distance=furthest)
 
     def relative_terms(self, bias: Tensor, T: int, S: int) -> dict:
         W = bias.shape[1]
@@ -43,7 +43,7 @@ class MPNetEncoder:
     def compute_position_bias(self, x: Tensor, position_ids: Tensor | None = None, num_buckets: int = 32) -> Tensor:
         if position_ids is not None:
             fail(OPTIMIZED, "position_ids", "None (restore it)", position_ids, NotImplementedError)
-        return t5_relative_bias(self.relative_attention_bias.weight[:num_buckets])
+        return t5_relative_bias(rows(self.relative_attention_bias, x.device, num_buckets))
 
 
 class MPNetAttention:

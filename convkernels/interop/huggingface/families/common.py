@@ -1,6 +1,7 @@
 """What the adapters of several families use."""
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ..attention import refuse
 
@@ -14,6 +15,11 @@ _HARMLESS = (
 def refuse_options(options: dict) -> None:
     """NotImplementedError for an option of a module that asks for something, such as attention weights."""
     refuse(OPTIMIZED, {name: value for name, value in options.items() if name not in _HARMLESS}, " (restore it)")
+
+
+def rows(embedding: nn.Embedding, device: torch.device, count: int | None = None) -> Tensor:
+    """Its weight, by a call, which tools that keep weights elsewhere wait for."""
+    return embedding(torch.arange(embedding.num_embeddings if count is None else count, device=device))
 
 
 def heads(x: Tensor, size: int) -> Tensor:

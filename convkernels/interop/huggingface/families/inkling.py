@@ -10,19 +10,21 @@ class Inkling:
     """Inkling's attention, whose position bias is what the queries predict, [B,H,T,R]."""
 
     def relative_terms(self, states: Tensor, T: int, S: int) -> dict:
-        profiles = getattr(self, "rel_logits_proj", None)
-        profiles = (self.relative_position_bias if profiles is None else profiles).proj
-        E = profiles.shape[1]
-        return dict(rel_query=states.transpose(1, 2), query_rel=profiles.flip(1), window=(E - 1, 0), outside="zero")
+        bank = self.rel_logits_proj if hasattr(self, "rel_logits_proj") else self.relative_position_bias
+        profiles = bank(None, None, None)
+        window = (profiles.shape[1] - 1, 0)
+        return dict(rel_query=states.transpose(1, 2), query_rel=profiles.flip(1), window=window, outside="zero")
 
 
 class InklingProfiles:
-    def forward(self, relative_states: Tensor, query_positions: Tensor, key_positions: Tensor) -> Tensor:
-        return relative_states.transpose(1, 2)
+    def forward(self, relative_states: Tensor | None, query_positions, key_positions) -> Tensor:
+        return self.proj if relative_states is None else relative_states.transpose(1, 2)
 
 
 class Inkling2Profiles:
-    def forward(self, hidden_states: Tensor, relative_distance, position_ids: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor | None, relative_distance, position_ids: Tensor | None) -> Tensor:
+        if hidden_states is None:
+            return self.proj
         states = heads(self.linear(hidden_states), self.proj.shape[0])
         return self.norm(states, position_ids).transpose(1, 2)
 

@@ -6,7 +6,7 @@ from ....ops._validate import fail
 from ....ops.attention.api import composite_attention
 from ..attention import attention_forward
 from ..swapping import Adapter
-from .common import OPTIMIZED, heads, refuse_options
+from .common import OPTIMIZED, heads, refuse_options, rows
 
 # Transformer-XL: the query with another bias scores the projected sinusoid of the distance.
 
@@ -65,7 +65,7 @@ def _unrelated(*kinds: str):
 
 def _apply_relative_key_position_encoding(module, query, key):
     window = (module.left_max_position_embeddings, module.right_max_position_embeddings)
-    return query, dict(query_rel=module.distance_embedding.weight.T, window=window)
+    return query, dict(query_rel=rows(module.distance_embedding, query.device).T, window=window)
 
 
 class SeamlessM4Tv2:
