@@ -262,6 +262,18 @@ def test_what_is_not_computed_is_refused(name, changes, message):
         model(**(given(name) | changes))
 
 
+@pytest.mark.parametrize("name", ["bloom", "inkling", "mpnet", "seamless_m4t_v2", "t5", "umt5", "wav2vec2_conformer"])
+def test_another_attention_function_is_refused(name):
+    """Never what one function made, read by another."""
+    model, inputs = made(name), given(name)
+    huggingface.optimize(model)
+    for module in model.modules():
+        if isinstance(module, transformers.PreTrainedModel):
+            module.config._attn_implementation_internal = "eager"
+    with pytest.raises((TypeError, ValueError), match="'attn_implementation': expected|_mask': expected"):
+        model(**inputs)
+
+
 def test_masks_of_pairs_are_refused_by_deberta():
     encoder = made("deberta").deberta.encoder
     huggingface.optimize(encoder)
@@ -321,8 +333,9 @@ def test_padding_never_matters():
 
 
 def test_the_table_of_families():
-    """docs/models.md lists all adapters, by family, and no others."""
-    page = (Path(__file__).resolve().parent.parent / "docs" / "models.md").read_text()
+    """docs/models.md lists all adapters, by family, and no others; README.md counts the families."""
+    root = Path(__file__).resolve().parent.parent
+    page = (root / "docs" / "models.md").read_text()
     rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| (`\w+`(?:, `\w+`)*) \| [^|]+ \| [\d., ]+ \|$", page, re.M)
     listed = {
         (family, kind) for row in rows for family in re.findall(r"\w+", row[0]) for kind in re.findall(r"\w+", row[1])
@@ -331,3 +344,4 @@ def test_the_table_of_families():
     assert adapted <= listed
     families, kinds = {family for family, _ in adapted}, {kind for _, kind in adapted}
     assert {family for family, _ in listed} == families and {kind for _, kind in listed} == kinds
+    assert f"[{len(families) - 6} other families]" in (root / "README.md").read_text()

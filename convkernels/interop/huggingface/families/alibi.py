@@ -88,7 +88,7 @@ def _rotated(module: nn.Module) -> str | None:
 
 class Mpt(_ALiBi):
     def forward(self, hidden_states, position_bias, cache=None, attention_mask=None, past_key_values=None, **options):
-        refuse_options({name: value for name, value in options.items() if name != "output_attentions"})
+        refuse_options(options)
         mixed = self.Wqkv(hidden_states)
         if self.clip_qkv:
             mixed = mixed.clamp(-self.clip_qkv, self.clip_qkv)

@@ -8,13 +8,14 @@ from ....ops._validate import fail
 from ....ops.attention.api import composite_attention
 from ....ops.attention.t5 import t5_relative_bias
 from ..swapping import Adapter
-from .common import OPTIMIZED, heads, refuse_options, rows
+from .common import OPTIMIZED, expect_interface, heads, refuse_options, rows
 
 
 class T5:
     """Attention of T5 and its relatives."""
 
     def forward(self, hidden_states, mask=None, key_value_states=None, position_bias=None, *more, **options):
+        expect_interface(self)
         if position_bias is None and not self.has_relative_attention_bias:  # the original makes zeros [1,H,T,S]
             position_bias = hidden_states.new_zeros(self.n_heads, 1)
         if mask is not None and mask.dim() == 4 and mask.shape[1] == mask.shape[2] == 1:  # 0 or the lowest number
@@ -33,7 +34,9 @@ class T5:
 class UMT5:
     """UMT5's attention, of which each layer has a bias; that of the encoder to the decoder's is zeros [1,H,T,S]."""
 
-    compute_bias = T5.compute_bias
+    def compute_bias(self, *lengths, **placed) -> Tensor:
+        expect_interface(self)
+        return T5.compute_bias(self, *lengths, **placed)
 
     def relative_terms(self, bias: Tensor, T: int, S: int) -> dict:
         return T5.relative_terms(self, bias, T, S) if bias.dim() == 2 else {}

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ..attention import refuse
+from ....ops._validate import fail
+from ..attention import NAME, refuse
 
 OPTIMIZED = "a model that optimize changed"
 # Arguments that reach attention modules and change nothing in them.
@@ -15,6 +16,13 @@ _HARMLESS = (
 def refuse_options(options: dict) -> None:
     """NotImplementedError for an option of a module that asks for something, such as attention weights."""
     refuse(OPTIMIZED, {name: value for name, value in options.items() if name not in _HARMLESS}, " (restore it)")
+
+
+def expect_interface(module: nn.Module) -> None:
+    """An error where the model has got another attention function since, which cannot read what ours is given."""
+    implementation = module.config._attn_implementation
+    if implementation != NAME:
+        fail(OPTIMIZED, "attn_implementation", f"{NAME!r} (restore it before it gets another)", repr(implementation))
 
 
 def rows(embedding: nn.Embedding, device: torch.device, count: int | None = None) -> Tensor:

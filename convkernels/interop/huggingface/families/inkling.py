@@ -3,11 +3,15 @@
 from torch import Tensor
 
 from ..swapping import Adapter
-from .common import heads
+from .common import expect_interface, heads
 
 
 class Inkling:
     """Inkling's attention, whose position bias is what the queries predict, [B,H,T,R]."""
+
+    def forward(self, *args, **options):
+        expect_interface(self)
+        return super().forward(*args, **options)
 
     def relative_terms(self, states: Tensor, T: int, S: int) -> dict:
         bank = self.rel_logits_proj if hasattr(self, "rel_logits_proj") else self.relative_position_bias

@@ -6,13 +6,14 @@ from ....ops._validate import fail
 from ....ops.attention.api import composite_attention
 from ..attention import attention_forward
 from ..swapping import Adapter
-from .common import OPTIMIZED, heads, refuse_options, rows
+from .common import OPTIMIZED, expect_interface, heads, refuse_options, rows
 
 # Transformer-XL: the query with another bias scores the projected sinusoid of the distance.
 
 
 def _apply_relative_position_encoding(module, query, key, relative_position_embeddings):
     """Conformers of transformers, query [B,H,T,D], embeddings [1,2T-1,C] of the distances from T-1 down."""
+    expect_interface(module)
     if relative_position_embeddings is None:
         expected = "embeddings, because position_embeddings_type is 'relative'"
         fail(OPTIMIZED, "relative_position_embeddings", expected, "None")
@@ -64,6 +65,7 @@ def _unrelated(*kinds: str):
 
 
 def _apply_relative_key_position_encoding(module, query, key):
+    expect_interface(module)
     window = (module.left_max_position_embeddings, module.right_max_position_embeddings)
     return query, dict(query_rel=rows(module.distance_embedding, query.device).T, window=window)
 
