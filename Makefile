@@ -216,7 +216,7 @@ $(OLDEST)/.packages: pyproject.toml $(VENV)/.train
 
 models-oldest: install $(OLDEST)/.packages
 	$(OLDEST)/bin/python -m pytest $(PARALLEL) -m "not slow" $(wildcard tests/test_models*.py tests/test_training*.py) \
-	    $(wildcard tests/test_interop_optimize*.py) tests/test_study.py tests/test_examples_visualize.py $(PYTEST_FLAGS)
+	    $(wildcard tests/test_interop_optimize*.py tests/test_interop_relative*.py) tests/test_study.py tests/test_examples_visualize.py $(PYTEST_FLAGS)
 
 hub-kernel: $(NATIVE)/.cpu
 	$(BIN)/python scripts/hub_kernel.py build/hub

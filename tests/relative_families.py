@@ -4,7 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 
+import pytest
 import torch
+import transformers
 from causal_families import config_of
 
 _SEQ2SEQ = dict(
@@ -187,8 +189,7 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def built(name: str):
-    """A model of that family, in evaluation."""
+def _built(name: str):
     family = FAMILIES[name]
     folder = family.family or name
     module = import_module(f"transformers.models.{folder}.modeling_{folder}")
@@ -200,3 +201,29 @@ def built(name: str):
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model.eval()
+
+
+def made(name):
+    """A model of that family, in evaluation, or a skip where the installed transformers has none."""
+    try:
+        return _built(name)
+    except (ImportError, AttributeError):
+        pytest.skip(f"transformers {transformers.__version__} has no {FAMILIES[name].model}")
+
+
+def given(name, dtype=torch.float32):
+    torch.manual_seed(1)
+    return {k: x.to(dtype) if x.is_floating_point() else x for k, x in FAMILIES[name].inputs().items()}
+
+
+def real(output, inputs):
+    """Which rows of an output [B,T,...] do not belong to padding; of speech, whose frames are fewer, most of them."""
+    B, T = output.shape[:2]
+    mask = inputs["attention_mask"]
+    if "decoder_input_ids" in inputs:
+        return torch.ones(B, T, dtype=torch.bool)
+    if mask.shape[1] == T:
+        return mask.bool()
+    lengths = mask.sum(1) * T // mask.shape[1] - 2
+    lengths[mask.all(1)] = T
+    return torch.arange(T) < lengths[:, None]

@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,41 +9,16 @@ import torch
 pytest.importorskip("transformers")
 import transformers
 from modelling import quick
-from relative_families import FAMILIES, built, text
+from relative_families import FAMILIES, given, made, real, text
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from convkernels.interop import huggingface
-from convkernels.interop.huggingface.families import ADAPTERS
 from convkernels.interop.huggingface.optimization import Swapped
 
 COMPILED = quick(FAMILIES, ["deberta_v3", "t5", "bloom"])
 SEQ2SEQ = [name for name, family in FAMILIES.items() if "decoder_input_ids" in family.inputs()]
 CAUSAL = [name for name, family in FAMILIES.items() if family.causal]
-
-
-def made(name):
-    """A model of that family, or a skip where the installed transformers has none."""
-    try:
-        return built(name)
-    except (ImportError, AttributeError):
-        pytest.skip(f"transformers {transformers.__version__} has no {FAMILIES[name].model}")
-
-
-def given(name, dtype=torch.float32):
-    torch.manual_seed(1)
-    return {k: x.to(dtype) if x.is_floating_point() else x for k, x in FAMILIES[name].inputs().items()}
-
-
-def real(output, inputs):
-    """Which rows of an output [B,T,...] do not belong to padding; of speech, whose frames are fewer, most of them."""
-    B, T = output.shape[:2]
-    mask = inputs["attention_mask"]
-    if "decoder_input_ids" in inputs:
-        return torch.ones(B, T, dtype=torch.bool)
-    if mask.shape[1] == T:
-        return mask.bool()
-    lengths = mask.sum(1) * T // mask.shape[1] - 2
-    lengths[mask.all(1)] = T
-    return torch.arange(T) < lengths[:, None]
 
 
 def trained(name, model, inputs):
@@ -87,11 +60,6 @@ def test_training_computes_the_same(name, dtype):
     assert huggingface.restore(model) == list(report.replaced)
     again = trained(name, model, inputs)
     assert torch.equal(again[0], expected[0])
-
-
-def test_all_adapters_are_tested():
-    keys = {f"{family.family or name}.{kind}" for name, family in FAMILIES.items() for kind in family.modules}
-    assert set(ADAPTERS) == {key for key in keys if not key.endswith("ShortConvolution")}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -189,19 +157,6 @@ def test_gradient_checkpointing(name):
     assert_near(trained(name, model, inputs), expected, 1e-6)
 
 
-@pytest.mark.parametrize("name", ["bloom", "inkling", "inkling2", "mpnet", "parakeet", "t5", "wav2vec2_bert", "wavlm"])
-def test_weights_kept_elsewhere(name):
-    """accelerate's offloading, whose hooks bring the weights of a module when it is called."""
-    accelerate = pytest.importorskip("accelerate")
-    model, inputs = made(name), given(name)
-    output = FAMILIES[name].output
-    with torch.no_grad():
-        huggingface.optimize(model)
-        expected = model(**inputs)[output]
-        accelerate.cpu_offload(model, execution_device="cpu")
-        assert torch.equal(model(**inputs)[output], expected)
-
-
 def test_lower_precision():
     """In bfloat16, as near to float32 as the stock model."""
     for name in ("t5", "deberta_v3", "wavlm", "mpt"):
@@ -220,6 +175,41 @@ def test_lower_precision():
         assert error(low) <= 1.2 * stock, name
 
 
+class Shapes(TorchDispatchMode):
+    """Of all tensors that operators return."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), options=None):
+        results = function(*args, **(options or {}))
+        self.seen |= {tuple(x.shape) for x in tree_leaves(results) if isinstance(x, torch.Tensor)}
+        return results
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_tensor_of_all_pairs(name):
+    """No tensor of a step of training has the length twice, so memory is linear in it; stock models make some."""
+    model, inputs = made(name), given(name)
+    if name == "parakeet":  # which makes a mask [B,1,T,T] of padding, once for all layers
+        del inputs["attention_mask"]
+    lengths = []
+    for module in model.modules():
+        if type(module).__name__.endswith(("Attention", "SelfAttention")):
+            module.register_forward_hook(lambda m, a, o: lengths.append((o if torch.is_tensor(o) else o[0]).shape[1]))
+    found = []
+    for change in (huggingface.restore, huggingface.optimize):
+        change(model)
+        with Shapes() as shapes:
+            y = model(**inputs)[FAMILIES[name].output]
+            y.square().sum().backward()
+        keys = {T for T in lengths if T > 12}
+        found.append([shape for shape in shapes.seen if sum(size in keys for size in shape) > 1])
+    assert found[0]
+    assert not found[1] or name == "umt5"  # whose attention to the encoder adds zeros, [1,H,T,S]
+
+
 def test_dropout_is_drawn():
     model = made("deberta_v3").train()
     huggingface.optimize(model)
@@ -231,97 +221,6 @@ def test_dropout_is_drawn():
     assert not torch.equal(model(**inputs).logits, model(**inputs).logits)
 
 
-def test_padding_between_tokens_is_refused_by_alibi():
-    for name in ("bloom", "falcon"):
-        model, inputs = made(name), given(name)
-        huggingface.optimize(model)
-        inputs["attention_mask"][0, 3] = 0
-        with pytest.raises(RuntimeError, match="argument 'attention_mask': expected no padding between tokens"):
-            model(**inputs)
-    model, inputs = made("mpt"), given("mpt")
-    inputs["attention_mask"][0, 3] = 0
-    expected = model(**inputs).logits.detach()
-    huggingface.optimize(model)
-    rows = inputs["attention_mask"].bool()
-    torch.testing.assert_close(model(**inputs).logits[rows], expected[rows], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "name, changes, message",
-    [
-        ("deberta_v3", dict(output_attentions=True), "'output_attentions': expected None"),
-        ("mpnet", dict(output_attentions=True), "'output_attentions': expected None"),
-        ("bloom", dict(output_attentions=True), "'output_attentions': expected None"),
-        ("t5", dict(attention_mask=torch.ones(2, 21, 21)), "'attention_mask': expected"),
-    ],
-)
-def test_what_is_not_computed_is_refused(name, changes, message):
-    model = made(name)
-    huggingface.optimize(model)
-    with pytest.raises((NotImplementedError, ValueError), match=message):
-        model(**(given(name) | changes))
-
-
-@pytest.mark.parametrize("name", ["bloom", "inkling", "mpnet", "seamless_m4t_v2", "t5", "umt5", "wav2vec2_conformer"])
-def test_another_attention_function_is_refused(name):
-    """Never what one function made, read by another."""
-    model, inputs = made(name), given(name)
-    huggingface.optimize(model)
-    for module in model.modules():
-        if isinstance(module, transformers.PreTrainedModel):
-            module.config._attn_implementation_internal = "eager"
-    with pytest.raises((TypeError, ValueError), match="'attn_implementation': expected|_mask': expected"):
-        model(**inputs)
-
-
-def test_masks_of_pairs_are_refused_by_deberta():
-    encoder = made("deberta").deberta.encoder
-    huggingface.optimize(encoder)
-    with pytest.raises(NotImplementedError, match=r"argument 'attention_mask': expected shape \[B,S\]"):
-        encoder(torch.randn(2, 21, 48), torch.ones(2, 21, 21))
-
-
-def test_models_that_stay_as_they_are():
-    """The report says why, and all attention of a model changes or none."""
-
-    def skipped(name, change):
-        model = made(name)
-        before = [type(module) for module in model.modules()]
-        change(model)
-        report = huggingface.optimize(model)
-        assert [type(module) for module in model.modules()] == before and not report.replaced
-        assert model.config._attn_implementation != "convkernels"
-        return set(report.skipped.values())
-
-    def talk(model):
-        model.deberta.encoder.layer[1].attention.self.talking_head = True
-
-    assert skipped("deberta", talk) == {
-        "its heads talk to each other (talking_head)",
-        "shares masks and positions with deberta.encoder.layer.1.attention.self",
-    }
-
-    def own(model):
-        attention = model.encoder.block[0].layer[0].SelfAttention
-        attention.forward = lambda *args, **options: None
-
-    assert skipped("t5", own) == {
-        "this T5Attention has a forward of its own",
-        "shares masks and positions with encoder.block.0.layer.0.SelfAttention",
-    }
-    rotary = transformers.FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=64)
-    report = huggingface.optimize(transformers.FalconForCausalLM(rotary))
-    assert set(report.skipped.values()) == {"its positions are rotary, not ALiBi's"}
-
-
-def test_a_part_of_a_model():
-    model = made("t5")
-    report = huggingface.optimize(model.encoder.block[0])
-    assert report.skipped == {"layer.0.SelfAttention": "optimize the model that it is a part of, which makes its masks"}
-    layer = made("wavlm").wavlm.encoder.layers[0]
-    assert huggingface.optimize(layer).replaced == {"attention": "WavLMAttention"}
-
-
 def test_padding_never_matters():
     """What stands where the mask is False changes nothing, NaN in the embeddings included."""
     model = made("deberta_v3")
@@ -330,18 +229,3 @@ def test_padding_never_matters():
     expected = model(**inputs).logits[inputs["attention_mask"].bool()]
     inputs["input_ids"][inputs["attention_mask"] == 0] = 7
     assert torch.equal(model(**inputs).logits[inputs["attention_mask"].bool()], expected)
-
-
-def test_the_table_of_families():
-    """docs/models.md lists all adapters, by family, and no others; README.md counts the families."""
-    root = Path(__file__).resolve().parent.parent
-    page = (root / "docs" / "models.md").read_text()
-    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| (`\w+`(?:, `\w+`)*) \| [^|]+ \| [\d., ]+ \|$", page, re.M)
-    listed = {
-        (family, kind) for row in rows for family in re.findall(r"\w+", row[0]) for kind in re.findall(r"\w+", row[1])
-    }
-    adapted = {tuple(key.split(".")) for key in ADAPTERS}
-    assert adapted <= listed
-    families, kinds = {family for family, _ in adapted}, {kind for _, kind in adapted}
-    assert {family for family, _ in listed} == families and {kind for _, kind in listed} == kinds
-    assert f"[{len(families) - 6} other families]" in (root / "README.md").read_text()

@@ -30,26 +30,26 @@ class _Disentangled:
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rel_embeddings: Tensor, span: int) -> Tensor:
         """q, k, v [B,T,H,D] -> [B,T,C]. span: rel_embeddings has 2 * span rows."""
         T, D = q.shape[1], q.shape[3]
-        terms = [kind for kind in ("c2p", "p2c") if kind in self.pos_att_type]
         key_pos, query_pos = self._projections()
         left, right = min(T - 1, self._furthest(span) - 1), min(T - 1, self._furthest(span))
         row = self._rows(torch.arange(left, -right - 1, -1, device=q.device), span)
         first, last = self._reach(left, right, span)
         embedded = self.pos_dropout(rel_embeddings[first : last + 1])
 
-        def table(projection, reverse: bool) -> Tensor:
-            columns = projection(embedded)[(row.flip(0) if reverse else row) - first]
-            return heads(columns, D).permute(1, 2, 0)
+        def table(term: str, projection: nn.Module, row: Tensor) -> Tensor | None:
+            if term not in self.pos_att_type:
+                return None
+            return heads(projection(embedded)[row - first], D).permute(1, 2, 0)
 
         y = composite_attention(
             q,
             k,
             v,
-            query_rel=table(key_pos, False) if "c2p" in terms else None,
-            key_rel=table(query_pos, True) if "p2c" in terms else None,
+            query_rel=table("c2p", key_pos, row),
+            key_rel=table("p2c", query_pos, row.flip(0)),
             window=(left, right),
             key_mask=mask[:, 0, 0].bool(),
-            scale=(D * (1 + len(terms))) ** -0.5,
+            scale=(D * self._parts()) ** -0.5,
             dropout=self.dropout.p if hasattr(self.dropout, "p") else self.dropout.drop_prob,
             training=self.training,
         )
@@ -100,6 +100,9 @@ class Deberta(_Disentangled):
         rows = rel_embeddings[furthest - span : furthest + span]
         return self._attention(q, k, v, attention_mask, rows, span), None
 
+    def _parts(self) -> int:
+        return 1 + len(self.pos_att_type)
+
     def _projections(self):
         return getattr(self, "pos_proj", None), getattr(self, "pos_q_proj", None)
 
@@ -114,6 +117,9 @@ class DebertaV2(_Disentangled):
         linear = ((self.query_proj, asking), (self.key_proj, hidden_states), (self.value_proj, hidden_states))
         q, k, v = (x.unflatten(-1, (self.num_attention_heads, -1)) for x in (map_(y) for map_, y in linear))
         return self._attention(q, k, v, attention_mask, rel_embeddings, self.pos_ebd_size), None
+
+    def _parts(self) -> int:
+        return 1 + ("c2p" in self.pos_att_type) + ("p2c" in self.pos_att_type)
 
     def _projections(self):
         if self.share_att_key:
