@@ -84,12 +84,16 @@ def padding_mask(
     """transformers' mask for this attention: bool [B,S], or None where nothing hides a key from any query.
 
     A causal one ends at the last query: a static cache has keys beyond that, and ``attention_mask`` may have columns.
-    ``attention_forward`` reads its attributes ``causal``, ``sliding_window`` and ``full`` (True everywhere).
+    ``attention_forward`` reads its attributes ``causal``, ``sliding_window`` and ``full`` (True everywhere). For a step
+    of one query with a static cache it has a column for each key of the cache and the attribute ``position``, a tensor:
+    nothing waits for the device, and compiled code serves every step.
     NotImplementedError for other masks: packed sequences, chunks, windows to both sides, masks of a model's own.
     """
     causal, window = mask_function is not bidirectional_mask_function, None
     if causal and mask_function is not causal_mask_function:
-        window = _sliding_window(mask_function, **options)
+        window = _sliding_window(mask_function, q_length, **options)
+    if causal and q_length == 1 and isinstance(q_offset, Tensor) and not hasattr(attention_mask, "causal"):
+        return _step_mask(batch_size, kv_length, kv_offset, q_offset, window, attention_mask, device)
     end = int(q_offset) + q_length if causal else kv_offset + kv_length
     if attention_mask is None:
         if not causal:
@@ -106,17 +110,42 @@ def padding_mask(
     return mask
 
 
+def _step_mask(
+    B: int, S: int, kv_offset: int, q_offset: Tensor, window: int | None, attention_mask: Tensor | None, device
+) -> Tensor:
+    """``padding_mask`` of one query, whose position in the cache is data."""
+    position, column = q_offset - kv_offset, torch.arange(S, device=device)
+    seen = column <= position
+    if window is not None:
+        seen = seen & (column > position - window)
+    if attention_mask is None:
+        mask = seen.expand(B, S).contiguous()
+    else:
+        width = attention_mask.shape[-1]
+        if attention_mask.dim() != 2:
+            fail(_CALL, "attention_mask", "shape [B,S] with a column for each key", attention_mask)
+        expected = "shape [B,S] with a column for each key that is in the cache, and for the query"
+        assert_data(q_offset < width, _CALL, "attention_mask", expected, attention_mask)
+        mask = torch.nn.functional.pad(attention_mask.bool(), (0, max(kv_offset + S - width, 0)))
+        mask = mask[:, kv_offset : kv_offset + S] & seen
+    mask.causal, mask.sliding_window, mask.full, mask.position = False, None, False, position
+    return mask
+
+
 def _sliding_window(
-    mask_function, allow_is_causal_skip: bool = False, local_size: int | None = None, config=None, **unused
-) -> int:
+    mask_function, q_length: int, *, allow_is_causal_skip: bool = False, use_vmap: bool = True,
+    local_size: int | None = None, config=None, **unused,
+) -> int:  # fmt: skip
     """The size of transformers' sliding window under a causal mask; an error for any other function.
 
-    allow_is_causal_skip: False where transformers has combined the mask with others. local_size: of a window or chunk.
+    allow_is_causal_skip: False where transformers has combined the mask with others, and for each step of a static
+    cache. use_vmap: whether it has combined it with a model's own. local_size: of a window or chunk.
     """
     name = getattr(mask_function, "__qualname__", "")
     if name == sliding_window_causal_mask_function(1).__qualname__:
         if torch.compiler.is_dynamo_compiling():  # which sees no closures
-            if allow_is_causal_skip and getattr(config, "attention_chunk_size", None) is None:
+            alone = not use_vmap and (allow_is_causal_skip or q_length == 1)
+            if alone and getattr(config, "attention_chunk_size", None) is None:
                 return local_size
         else:
             parts = mask_function.__closure__[0].cell_contents
@@ -169,8 +198,12 @@ def attention_forward(
     options = {}
     if isinstance(position_bias, dict):
         options = position_bias
+    elif position_bias is not None and hasattr(module, "relative_terms"):
+        options = module.relative_terms(position_bias, T, S)
+        if hasattr(attention_mask, "position"):
+            options = _at(attention_mask.position, S, **options)
     elif position_bias is not None:
-        options = getattr(module, "relative_terms", functools.partial(_by_distance, module))(position_bias, T, S)
+        options = _by_distance(module, position_bias, T, S)
     if sliding_window is not None:
         window = (sliding_window - 1, 0)
         if options and options["window"] != window:
@@ -213,6 +246,26 @@ def _by_distance(module: nn.Module, bias: Tensor, T: int, S: int) -> dict:
     between = bias[0, :, 1 : T - S, 0].flip(1) if T > S else bias[0, :, 0, :0]
     table = torch.cat([bias[0, :, -1], between, bias[0, :, 0, max(S - T + 1, 0) :]], 1)
     return dict(bias=table, window=(S - 1, T - 1))
+
+
+def _at(position: Tensor, S: int, window: tuple[int, int] = (0, 0), outside: str = "clip", **terms: Tensor) -> dict:
+    """Terms of one query that stands at key ``position``, as terms of one that stands at the last key: its tables have
+    the column of each key."""
+    left, right = window
+    offset = torch.arange(S, device=position.device) - position
+    for name in terms.keys() & {"bias", "query_rel"}:
+        table = terms[name][..., offset.clamp(-left, right) + left]
+        terms[name] = table if outside == "clip" else torch.where((offset >= -left) & (offset <= right), table, 0.0)
+    return terms | dict(window=(S - 1, 0))
+
+
+def assert_data(condition: Tensor, function: str, argument: str, expected: str, got) -> None:
+    """An error unless a number on a device is true: ValueError on the CPU; RuntimeError on others and in compiled code,
+    when the kernels get there, because nothing may wait for them."""
+    if condition.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(condition, f"{function}: argument '{argument}': expected {expected}")
+    elif not condition:
+        fail(function, argument, expected, got)
 
 
 def refuse(function: str, arguments: dict, instead: str = "") -> None:

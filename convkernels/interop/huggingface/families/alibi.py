@@ -6,17 +6,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ....ops.attention.alibi import alibi_bias
-from ..attention import attention_forward
+from ..attention import assert_data, attention_forward
 from ..swapping import Adapter
 from .common import OPTIMIZED, heads, refuse_options
 
 
 def _one_piece(mask: Tensor) -> None:
     """An error for a mask [B,S] with padding between tokens."""
-    mask = mask.bool()
-    starts = mask[:, :1].sum(1) + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
-    message = f"{OPTIMIZED}: argument 'attention_mask': expected no padding between tokens (restore it)"
-    torch._assert_async((starts <= 1).all(), message)
+    tokens = mask.bool()
+    starts = tokens[:, :1].sum(1) + (tokens[:, 1:] & ~tokens[:, :-1]).sum(1)
+    assert_data((starts <= 1).all(), OPTIMIZED, "attention_mask", "no padding between tokens (restore it)", mask)
 
 
 def _build_alibi_tensor(attention_mask: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
