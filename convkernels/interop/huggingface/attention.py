@@ -124,7 +124,8 @@ def _step_mask(
         width = attention_mask.shape[-1]
         if attention_mask.dim() != 2:
             fail(_CALL, "attention_mask", "shape [B,S] with a column for each key", attention_mask)
-        expected = "shape [B,S] with a column for each key that is in the cache, and for the query"
+        each = f"each of {int(q_offset) + 1} keys" if _at_once(q_offset) else "each key"
+        expected = f"shape [B,S] with a column for {each}"
         assert_data(q_offset < width, _CALL, "attention_mask", expected, attention_mask)
         mask = torch.nn.functional.pad(attention_mask.bool(), (0, max(kv_offset + S - width, 0)))
         mask = mask[:, kv_offset : kv_offset + S] & seen
@@ -262,10 +263,15 @@ def _at(position: Tensor, S: int, window: tuple[int, int] = (0, 0), outside: str
 def assert_data(condition: Tensor, function: str, argument: str, expected: str, got) -> None:
     """An error unless a number on a device is true: ValueError on the CPU; RuntimeError on others and in compiled code,
     when the kernels get there, because nothing may wait for them."""
-    if condition.device.type != "cpu" or torch.compiler.is_compiling():
+    if not _at_once(condition):
         torch._assert_async(condition, f"{function}: argument '{argument}': expected {expected}")
     elif not condition:
         fail(function, argument, expected, got)
+
+
+def _at_once(x: Tensor) -> bool:
+    """Whether a number may be read."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def refuse(function: str, arguments: dict, instead: str = "") -> None:
